@@ -1,0 +1,62 @@
+# `make demo` and `make test` do all their own set-up; a second call starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES_OF_INSTALL := setup.cfg pyproject.toml constraints.txt
+
+# for `make train`: a folder of label maps in, weights out
+MAPS ?= maps
+PREPARED ?= prepared
+VALIDATION ?= training_seg_18,training_seg_19
+JOBS ?= 2
+
+.PHONY: help demo test format train clean
+
+help:
+	@echo "make demo    segment two example scans and show where their report pages lie"
+	@echo "make test    formatting, lint, types and tests"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make train   MAPS=folder of SynthSeg label maps: prepare the subjects, list them, train"
+	@echo "make clean   remove the environment and the demo's files"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first, so that a build that is there already (CPU or CUDA) is kept by what follows
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(INSTALL) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(SOURCES_OF_INSTALL) $(VENV)/.torch
+	$(INSTALL) -c constraints.txt -e ".[report]"
+	@touch $@
+
+$(VENV)/.all: $(SOURCES_OF_INSTALL) $(VENV)/.torch
+	$(INSTALL) -c constraints.txt -e ".[all]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/brainfm-monai demo-scans demo/scans
+	$(BIN)/python -m monai.bundle run --config_file bundle/configs/inference.json --bundle_root bundle \
+		--input demo/scans --output_dir demo/output
+	@echo && echo "The report pages:" && find "$(CURDIR)/demo/output" -name '*_report.png' | sort
+
+test: $(VENV)/.all
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+format: $(VENV)/.all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train: $(VENV)/.all
+	$(BIN)/brainfm-monai prepare labels "$(MAPS)" "$(PREPARED)" --jobs $(JOBS)
+	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)"
+	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json"
+
+clean:
+	rm -rf $(VENV) demo

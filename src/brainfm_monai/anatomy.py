@@ -1,0 +1,160 @@
+"""Label protocols: one table each, from which look-up tables, mirror rules and colours follow."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Protocol", "Structure"]
+
+SIDES = ("none", "left", "right")
+COLUMNS = ("label", "freesurfer_id", "name", "side", "mirror", "red", "green", "blue", "includes")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One row of a protocol table.
+
+    Attributes:
+        label: contiguous index, which is also the channel of the structure in the network's output.
+        freesurfer_id: the id of the structure in FreeSurfer's colour table (5xx: SynthSeg's head labels).
+        name: name without blanks.
+        side: ``"none"``, ``"left"`` or ``"right"``.
+        mirror: label of the structure on the other side; the own label where there is none.
+        colour: red, green and blue in [0, 255].
+        includes: further ids in the source maps that become this structure.
+    """
+
+    label: int
+    freesurfer_id: int
+    name: str
+    side: str
+    mirror: int
+    colour: tuple[int, int, int]
+    includes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named set of structures, background first.
+
+    A protocol is one tab-separated table with the columns ``label freesurfer_id name side mirror red green blue
+    includes``; ``includes`` lists, separated by blanks, ids of the source maps that are folded into the structure.
+
+    Raises:
+        ValueError: if labels are not 0, 1, 2, ... in order, an id stands twice, or the mirror rule is not its own inverse.
+    """
+
+    name: str
+    structures: tuple[Structure, ...]
+
+    def __post_init__(self) -> None:
+        labels = [s.label for s in self.structures]
+        if labels != list(range(len(labels))):
+            raise ValueError(f"protocol {self.name}: labels must be 0, 1, 2, ... in order, got {labels}")
+        ids = [i for s in self.structures for i in (s.freesurfer_id, *s.includes)]
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice:
+            raise ValueError(f"protocol {self.name}: an id may stand once, found more than once: {twice}")
+        for s in self.structures:
+            other = self.structures[s.mirror] if 0 <= s.mirror < len(labels) else None
+            opposite = {"none": "none", "left": "right", "right": "left"}[s.side]
+            if other is None or other.mirror != s.label or other.side != opposite:
+                raise ValueError(
+                    f"protocol {self.name}: {s.name} ({s.side}) names mirror {s.mirror}, which does not name it back"
+                )
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Protocol:
+        """Read a protocol by the name of one that is shipped (``brainfm``, ``synthseg_head``, ...) or from a table file.
+
+        Raises:
+            FileNotFoundError: if ``source`` is neither a shipped protocol nor a file.
+            ValueError: if the table breaks a rule of the class.
+        """
+        shipped = resources.files("brainfm_monai") / "protocols" / f"{source}.tsv"
+        if not Path(source).suffix and shipped.is_file():
+            return cls(str(source), _parse(shipped.read_text(encoding="utf-8"), str(source)))
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{source}: not a protocol of this package ({', '.join(cls.names())}) and not a file")
+        return cls(path.stem, _parse(path.read_text(encoding="utf-8"), path.name))
+
+    @staticmethod
+    def names() -> list[str]:
+        """Names of the protocols that the package ships."""
+        folder = resources.files("brainfm_monai") / "protocols"
+        return sorted(f.name.removesuffix(".tsv") for f in folder.iterdir() if f.name.endswith(".tsv"))
+
+    @cached_property
+    def label_of_id(self) -> dict[int, int]:
+        """Label of every known source id."""
+        return {i: s.label for s in self.structures for i in (s.freesurfer_id, *s.includes)}
+
+    @cached_property
+    def freesurfer_ids(self) -> np.ndarray:
+        """FreeSurfer id of every label, shape (L,), int32: index it by a label map to get ids."""
+        return np.array([s.freesurfer_id for s in self.structures], dtype=np.int32)
+
+    @cached_property
+    def mirror_permutation(self) -> list[int]:
+        """Label on the other side for every label; applied twice it is the identity."""
+        return [s.mirror for s in self.structures]
+
+    def encode(self, ids: np.ndarray, source: str = "label map") -> np.ndarray:
+        """Turn a map of source ids into a map of labels.
+
+        Args:
+            ids: array of ids, any shape, integer-valued.
+            source: name for messages.
+
+        Returns:
+            uint8 array of labels, of the same shape.
+
+        Raises:
+            ValueError: if an id is not in the table.
+        """
+        whole = np.rint(ids).astype(np.int64)
+        present = np.unique(whole)
+        unknown = [int(i) for i in present if int(i) not in self.label_of_id]
+        if unknown:
+            raise ValueError(f"{source}: every id must be in protocol '{self.name}', found unknown ids {unknown[:10]}")
+        table = np.zeros(int(present.max()) + 1, dtype=np.uint8)
+        for i in present:
+            table[int(i)] = self.label_of_id[int(i)]
+        return table[whole]
+
+    def labels_where(self, *, maximum_id: int, minimum_id: int = 1) -> list[int]:
+        """Labels whose FreeSurfer id lies in [minimum_id, maximum_id]."""
+        return [s.label for s in self.structures if minimum_id <= s.freesurfer_id <= maximum_id]
+
+
+def _parse(text: str, source: str) -> tuple[Structure, ...]:
+    rows = list(csv.DictReader(text.splitlines(), delimiter="\t"))
+    if not rows or set(COLUMNS) - set(rows[0]):
+        raise ValueError(
+            f"{source}: a protocol table needs the columns {' '.join(COLUMNS)}, found {' '.join(rows[0]) if rows else 'no rows'}"
+        )
+    structures = []
+    for number, row in enumerate(rows, start=2):
+        if row["side"] not in SIDES:
+            raise ValueError(f"{source}, line {number}: side must be one of {SIDES}, found '{row['side']}'")
+        try:
+            colour = (int(row["red"]), int(row["green"]), int(row["blue"]))
+            includes = tuple(int(i) for i in (row["includes"] or "").split())
+            structures.append(
+                Structure(
+                    int(row["label"]), int(row["freesurfer_id"]), row["name"], row["side"], int(row["mirror"]), colour, includes
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: numbers are needed, {error}") from error
+    return tuple(structures)

@@ -1,0 +1,130 @@
+"""The task table, and the layout of all tasks in one output tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from brainfm_monai.anatomy import Protocol
+
+__all__ = ["TASKS", "Task", "TaskLayout"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing the network predicts.
+
+    Attributes:
+        name: name of the task, and key of its target in a batch.
+        channels: number of output channels; 0 for the segmentation, whose protocol decides.
+        kind: ``labels``, ``image``, ``log_field``, ``distance`` or ``coordinates``: it decides loss, metric and output.
+        unit: unit of the network's output.
+        scale: factor from the network's output to ``output_unit``.
+        output_unit: unit of the files a user gets.
+        channel_names: names of the channels, empty where the protocol gives them.
+        mirror_order: channel order after a left-right mirror, empty for the identity.
+        mirror_sign: sign of each channel after a left-right mirror, empty for +1.
+    """
+
+    name: str
+    channels: int
+    kind: str
+    unit: str
+    scale: float
+    output_unit: str
+    channel_names: tuple[str, ...]
+    mirror_order: tuple[int, ...] = ()
+    mirror_sign: tuple[int, ...] = ()
+
+
+# Units, channel orders and mirror rules: BrainFM (arXiv 2509.00549); distances are lp, lw, rp, rw there.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("segmentation", 0, "labels", "logit", 1.0, "label", ()),
+        Task("T1w", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("T1w",)),
+        Task("T2w", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("T2w",)),
+        Task("FLAIR", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("FLAIR",)),
+        Task("CT", 1, "image", "1000 HU", 1000.0, "HU", ("CT",)),
+        Task("log_bias_field", 1, "log_field", "log of a factor", 1.0, "log of a factor", ("log_bias_field",)),
+        Task("distance", 4, "distance", "mm", 1.0, "mm", ("lp", "lw", "rp", "rw"), mirror_order=(2, 3, 0, 1)),
+        Task("mni", 3, "coordinates", "100 mm", 100.0, "mm", ("x", "y", "z"), mirror_sign=(-1, 1, 1)),
+        Task("super_resolution", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("super_resolution",)),
+    )
+}
+
+
+class TaskLayout:
+    """Names the channels of the network's one output tensor, segmentation first.
+
+    Args:
+        tasks: names out of :data:`TASKS`, in the order wanted; the segmentation is moved to the front.
+        protocol: label protocol of the segmentation: its name, a table file or a :class:`Protocol`.
+
+    Raises:
+        ValueError: if a task is unknown or named twice.
+    """
+
+    def __init__(self, tasks: Sequence[str], protocol: str | Path | Protocol = "synthseg_head") -> None:
+        unknown = [name for name in tasks if name not in TASKS]
+        if unknown or len(set(tasks)) != len(tasks) or not tasks:
+            raise ValueError(f"TaskLayout: 'tasks' must be different names out of {list(TASKS)}, got {list(tasks)}")
+        self.protocol = protocol if isinstance(protocol, Protocol) else Protocol.load(protocol)
+        names = sorted(tasks, key=lambda name: name != "segmentation")
+        self.tasks: dict[str, Task] = {name: self._resolve(TASKS[name]) for name in names}
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, task in self.tasks.items():
+            self.slices[name] = slice(start, start + task.channels)
+            start += task.channels
+        self.channels = start
+
+    def _resolve(self, task: Task) -> Task:
+        if task.kind != "labels":
+            return task
+        names = tuple(s.name for s in self.protocol.structures)
+        return replace(task, channels=len(names), channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation))
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Name of every channel of the output tensor."""
+        return [name for task in self.tasks.values() for name in task.channel_names]
+
+    def split(self, output: Tensor) -> dict[str, Tensor]:
+        """Views of the output tensor by task.
+
+        Args:
+            output: shape (B, C, H, W, D) with C the layout's channels.
+
+        Returns:
+            For each task a view of shape (B, channels of the task, H, W, D).
+
+        Raises:
+            ValueError: if the number of channels differs from the layout's.
+        """
+        if output.shape[1] != self.channels:
+            raise ValueError(
+                f"TaskLayout.split: 'output' must have {self.channels} channels ({', '.join(self.tasks)}), got {tuple(output.shape)}"
+            )
+        return {name: output[:, where] for name, where in self.slices.items()}
+
+    def mirror(self, output: Tensor) -> Tensor:
+        """The output of the mirrored head: left-right flip (axis H) with the mirror rule of every task.
+
+        Args:
+            output: shape (B, C, H, W, D) with C the layout's channels, RAS+ axes.
+
+        Returns:
+            Tensor of the same shape; mirroring twice is the identity.
+        """
+        order, sign = [], []
+        for name, task in self.tasks.items():
+            start = self.slices[name].start
+            order += [start + i for i in (task.mirror_order or range(task.channels))]
+            sign += list(task.mirror_sign or (1,) * task.channels)
+        factor = torch.tensor(sign, dtype=output.dtype, device=output.device).reshape(1, -1, 1, 1, 1)
+        return output[:, order].flip(2) * factor
