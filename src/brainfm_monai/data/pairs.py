@@ -1,0 +1,48 @@
+"""The list of an evaluation: scans, each with a reference label map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from monai.data import load_decathlon_datalist
+
+from brainfm_monai.transforms import scan_stem
+
+__all__ = ["read_pairs"]
+
+
+def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str, str]]:
+    """Read a MONAI datalist of scans and their reference label maps.
+
+    Args:
+        datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An item may
+            have a ``name``, and a ``label_protocol`` where its reference does not hold FreeSurfer ids.
+        section: section of the list.
+
+    Returns:
+        The items with whole paths and different names.
+
+    Raises:
+        FileNotFoundError: if the list or one of its files is missing.
+        ValueError: if the list is not such a list, or two items have one name.
+    """
+    if not Path(datalist).is_file():
+        raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file: pass --datalist FILE")
+    try:
+        items = load_decathlon_datalist(str(datalist), True, section)
+    except (json.JSONDecodeError, ValueError) as error:
+        raise ValueError(f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}") from error
+    pairs = []
+    for item in items:
+        for key in ("image", "label"):
+            if key not in item:
+                raise ValueError(f"{datalist}: every item needs 'image' and 'label', found {sorted(item)}")
+            if not Path(item[key]).is_file():
+                raise FileNotFoundError(f"{item[key]}: named in {datalist}, found no such file")
+        pairs.append({"name": scan_stem(item["image"]), **item})
+    names = [pair["name"] for pair in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not pairs:
+        raise ValueError(f"{datalist}: items with different names are needed, found {f'twice: {twice}' if twice else 'none'}")
+    return pairs
