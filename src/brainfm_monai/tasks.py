@@ -108,9 +108,11 @@ class TaskLayout:
         """
         if output.shape[1] != self.channels:
             raise ValueError(
-                f"TaskLayout.split: 'output' must have {self.channels} channels ({', '.join(self.tasks)}), got {tuple(output.shape)}"
+                f"TaskLayout.split: 'output' must have {self.channels} channels for {list(self.tasks)}, got {tuple(output.shape)}"
             )
-        return {name: output[:, where] for name, where in self.slices.items()}
+        # One split, not a slice for each task: its gradient is one concatenation instead of a zero-filled volume per task.
+        parts = output.split([task.channels for task in self.tasks.values()], dim=1)
+        return dict(zip(self.tasks, parts, strict=True))
 
     def mirror(self, output: Tensor) -> Tensor:
         """The output of the mirrored head: left-right flip (axis H) with the mirror rule of every task.

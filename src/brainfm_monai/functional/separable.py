@@ -1,0 +1,96 @@
+"""Per-axis linear operators of shape (B, n_out, n_in), and their application to a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_separable", "control_point_operator", "slice_operator", "upsampling_operator"]
+
+
+def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
+    """Apply one matrix to each axis of a volume.
+
+    Args:
+        volume: shape (B, C, h, w, d).
+        operators: three tensors of shape (B, H, h), (B, W, w) and (B, D, d).
+
+    Returns:
+        Tensor of shape (B, C, H, W, D).
+
+    Raises:
+        ValueError: if an operator does not fit its axis.
+    """
+    for axis, operator in enumerate(operators):
+        if operator.shape[-1] != volume.shape[2 + axis]:
+            raise ValueError(
+                f"apply_separable: operator {axis} must have {volume.shape[2 + axis]} columns, got {tuple(operator.shape)}"
+            )
+    over_h, over_w, over_d = operators
+    batch, channels, h, w, d = volume.shape
+    out = torch.matmul(volume.reshape(batch, -1, d), over_d.transpose(1, 2)).reshape(batch, channels, h, w, -1)
+    out = torch.matmul(over_w[:, None, None], out)
+    return torch.matmul(over_h[:, None], out.flatten(3)).reshape(batch, channels, -1, *out.shape[3:])
+
+
+def _hat(position: Tensor, columns: int) -> Tensor:
+    index = torch.arange(columns, device=position.device, dtype=position.dtype)
+    return (1 - (position[..., None] - index).abs()).clamp_min(0)
+
+
+def control_point_operator(points: Tensor, size: int, columns: int) -> Tensor:
+    """Linear interpolation of control points that span an axis from its first to its last voxel.
+
+    Args:
+        points: number of control points in use, shape (B,), between 2 and ``columns``.
+        size: number of voxels.
+        columns: number of control points that are stored; those beyond ``points`` get no weight.
+
+    Returns:
+        Operator of shape (B, size, columns) whose rows sum to 1.
+    """
+    place = torch.linspace(0, 1, size, device=points.device, dtype=points.dtype)
+    return _hat(place * (points[:, None] - 1), columns)
+
+
+def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
+    """Acquisition along one axis: a Gaussian profile sampled every ``spacing`` voxels.
+
+    Args:
+        spacing: distance of slices, in voxels, shape (B,), at least 1.
+        sigma: standard deviation of the profile, in voxels, shape (B,); 0 means linear interpolation.
+        size: number of voxels.
+
+    Returns:
+        Operator of shape (B, size, size). Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole
+        slice repeat the last voxel and are never read by :func:`upsampling_operator`. Rows sum to 1.
+
+    Reference:
+        Billot et al., Partial volume segmentation of brain MRI scans of any resolution and contrast, MICCAI 2020 (profile).
+    """
+    index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
+    centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)
+    offset = centre[..., None] - index
+    smallest = torch.finfo(sigma.dtype).eps
+    profile = torch.exp(-0.5 * (offset / sigma.clamp_min(smallest)[:, None, None]) ** 2)
+    # Below a third of a voxel the sampled Gaussian is narrower than the grid: linear interpolation is the exact sampling there.
+    operator = torch.where(sigma[:, None, None] > 1 / 3, profile, _hat(centre, size))
+    return operator / operator.sum(-1, keepdim=True)
+
+
+def upsampling_operator(spacing: Tensor, size: int) -> Tensor:
+    """Linear interpolation from slices of :func:`slice_operator` back to the voxels of the axis.
+
+    Args:
+        spacing: distance of slices, in voxels, shape (B,), at least 1.
+        size: number of voxels.
+
+    Returns:
+        Operator of shape (B, size, size) whose rows sum to 1.
+    """
+    index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
+    slices = (size / spacing).floor().clamp_min(1)
+    place = ((index + 0.5) / spacing[:, None] - 0.5).clamp_min(0)
+    return _hat(torch.minimum(place, slices[:, None] - 1), size)
