@@ -1,0 +1,169 @@
+"""Protocol tables, checked against each other and against the rules they state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainfm_monai import Protocol, Structure
+
+SHIPPED = ("brainfm", "synthseg_generation", "synthseg_head")
+HEADER = "label\tfreesurfer_id\tname\tside\tmirror\tred\tgreen\tblue\tincludes"
+# FreeSurfer's colour table: the same brain structure has the same id in every protocol
+FREESURFER = {"Left-Thalamus": 10, "Right-Thalamus": 49, "Left-Hippocampus": 17, "Right-Hippocampus": 53, "Brain-Stem": 16}
+
+
+def write_table(path: Path, *rows: str, header: str = HEADER) -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=SHIPPED)
+def protocol(request: pytest.FixtureRequest) -> Protocol:
+    return Protocol.load(request.param)
+
+
+def test_shipped_protocols_are_listed() -> None:
+    assert Protocol.names() == list(SHIPPED)
+
+
+@pytest.mark.parametrize(("name", "count"), [("brainfm", 56), ("synthseg_head", 44), ("synthseg_generation", 54)])
+def test_number_of_labels(name: str, count: int) -> None:
+    assert len(Protocol.load(name)) == count
+
+
+def test_background_comes_first(protocol: Protocol) -> None:
+    first = protocol.structures[0]
+    assert (first.label, first.freesurfer_id, first.side) == (0, 0, "none")
+
+
+def test_mirroring_twice_is_the_identity(protocol: Protocol) -> None:
+    once = protocol.mirror_permutation
+    assert [once[i] for i in once] == list(range(len(protocol)))
+    assert once != list(range(len(protocol)))
+
+
+def test_sides_and_mirrors_agree_with_the_names(protocol: Protocol) -> None:
+    for s in protocol.structures:
+        assert s.side == {"Left": "left", "Right": "right"}.get(s.name.split("-")[0], "none")
+        opposite = s.name
+        if s.side == "left":
+            opposite = s.name.replace("Left-", "Right-", 1)
+        elif s.side == "right":
+            opposite = s.name.replace("Right-", "Left-", 1)
+        assert protocol.structures[s.mirror].name == opposite
+
+
+def test_names_and_ids_are_unique(protocol: Protocol) -> None:
+    names = [s.name for s in protocol.structures]
+    assert len(set(names)) == len(names)
+    assert len(set(protocol.freesurfer_ids.tolist())) == len(protocol)
+
+
+def test_colours_are_bytes(protocol: Protocol) -> None:
+    assert all(0 <= part <= 255 for s in protocol.structures for part in s.colour)
+
+
+def test_ids_are_freesurfers(protocol: Protocol) -> None:
+    found = {s.name: s.freesurfer_id for s in protocol.structures if s.name in FREESURFER}
+    assert found == FREESURFER
+
+
+def test_protocols_agree_on_shared_names() -> None:
+    brain = [{s.name: (s.freesurfer_id, s.side) for s in Protocol.load(n).structures if s.freesurfer_id < 100} for n in SHIPPED]
+    for name in set(brain[0]) & set(brain[1]) & set(brain[2]):
+        assert brain[0][name] == brain[1][name] == brain[2][name]
+
+
+def test_every_generation_id_has_a_target_label() -> None:
+    generation, head = Protocol.load("synthseg_generation"), Protocol.load("synthseg_head")
+    assert set(generation.label_of_id) <= set(head.label_of_id)
+
+
+def test_folding_keeps_the_side() -> None:
+    generation, head = Protocol.load("synthseg_generation"), Protocol.load("synthseg_head")
+    for s in generation.structures:
+        assert head.structures[head.label_of_id[s.freesurfer_id]].side == s.side
+
+
+def test_encode_and_decode_are_inverse(protocol: Protocol) -> None:
+    labels = protocol.encode(protocol.freesurfer_ids)
+    assert labels.dtype == np.uint8
+    assert labels.tolist() == list(range(len(protocol)))
+
+
+def test_encode_folds_included_ids() -> None:
+    head = Protocol.load("synthseg_head")
+    labels = head.encode(np.array([[77, 2], [136, 43]]))
+    names = [[head.structures[i].name for i in row] for row in labels]
+    assert names == [
+        ["Left-Cerebral-White-Matter", "Left-Cerebral-White-Matter"],
+        ["Left-Lateral-Ventricle", "Right-Lateral-Ventricle"],
+    ]
+
+
+def test_encode_names_unknown_ids_and_the_file() -> None:
+    with pytest.raises(
+        ValueError, match=r"^sub-01\.nii\.gz: every id must be in protocol 'synthseg_head', found unknown ids \[999, 1234\]$"
+    ):
+        Protocol.load("synthseg_head").encode(np.array([0, 999, 2, 1234]), "sub-01.nii.gz")
+
+
+def test_labels_where_selects_by_id() -> None:
+    head = Protocol.load("synthseg_head")
+    brain = head.labels_where(maximum_id=499)
+    assert len(brain) == 32
+    assert all(0 < head.structures[i].freesurfer_id < 500 for i in brain)
+    assert len(head.labels_where(minimum_id=500, maximum_id=600)) == 11
+
+
+def test_a_users_table_is_one_file(tmp_path: Path) -> None:
+    table = write_table(
+        tmp_path / "mine.tsv",
+        "0\t0\tUnknown\tnone\t0\t0\t0\t0\t",
+        "1\t17\tLeft-Hippocampus\tleft\t2\t220\t216\t20\t7012 7014",
+        "2\t53\tRight-Hippocampus\tright\t1\t220\t216\t20\t",
+    )
+    mine = Protocol.load(table)
+    assert mine.name == "mine"
+    assert mine.structures[1] == Structure(1, 17, "Left-Hippocampus", "left", 2, (220, 216, 20), (7012, 7014))
+    assert mine.encode(np.array([0, 7014, 53])).tolist() == [0, 1, 2]
+
+
+def test_a_missing_table_names_what_there_is() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"^aparc: not a protocol of this package \(brainfm, synthseg_\w+, synthseg_head\) and not"
+    ):
+        Protocol.load("aparc")
+
+
+BACKGROUND = "0\t0\tUnknown\tnone\t0\t0\t0\t0\t"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([BACKGROUND, "2\t3\tX\tnone\t2\t0\t0\t0\t"], r"protocol mine: labels must be 0, 1, 2, \.\.\. in order, got \[0, 2\]"),
+        ([BACKGROUND, "1\t3\tX\tnone\t1\t0\t0\t0\t3"], r"protocol mine: an id may stand once, found more than once: \[3\]"),
+        ([BACKGROUND, "1\t3\tX\tleft\t1\t0\t0\t0\t"], r"protocol mine: X \(left\) names mirror 1, which does not name it back"),
+        ([BACKGROUND, "1\t3\tX\tnone\t7\t0\t0\t0\t"], r"protocol mine: X \(none\) names mirror 7, which does not name it back"),
+        ([BACKGROUND, "1\t3\tX\tlinks\t1\t0\t0\t0\t"], r"mine\.tsv, line 3: side must be one of .*, found 'links'"),
+        ([BACKGROUND, "1\tthree\tX\tnone\t1\t0\t0\t0\t"], r"mine\.tsv, line 3: numbers are needed, .*'three'"),
+    ],
+)
+def test_a_broken_table_is_told_in_one_line(tmp_path: Path, rows: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Protocol.load(write_table(tmp_path / "mine.tsv", *rows))
+
+
+def test_a_table_without_its_columns_is_named(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "lut.tsv", "0\tUnknown", header="index\tname")
+    with pytest.raises(ValueError, match=r"^lut\.tsv: a protocol table needs the columns label .* includes, found index name$"):
+        Protocol.load(table)
+
+
+def test_an_empty_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^empty\.tsv: a protocol table needs the columns .*, found no rows$"):
+        Protocol.load(write_table(tmp_path / "empty.tsv"))

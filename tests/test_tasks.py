@@ -1,0 +1,130 @@
+"""The task table and the layout of the one output tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from brainfm_monai import TASKS, Protocol, TaskLayout
+
+FIRST_WEIGHTS = ["segmentation", "distance", "log_bias_field", "mni"]
+SHAPE = (6, 5, 4)
+
+
+@pytest.fixture
+def layout() -> TaskLayout:
+    return TaskLayout(list(TASKS), "brainfm")
+
+
+def make_output(layout: TaskLayout) -> Tensor:
+    """A tensor in which no two channels, places or samples are alike."""
+    return torch.randn(2, layout.channels, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def test_slices_of_the_first_weights() -> None:
+    layout = TaskLayout(FIRST_WEIGHTS, "synthseg_head")
+    assert layout.channels == 52
+    assert layout.slices == {
+        "segmentation": slice(0, 44),
+        "distance": slice(44, 48),
+        "log_bias_field": slice(48, 49),
+        "mni": slice(49, 52),
+    }
+
+
+def test_the_segmentation_comes_first_and_the_rest_keep_their_order() -> None:
+    layout = TaskLayout(["mni", "T1w", "segmentation", "CT"], "brainfm")
+    assert list(layout.tasks) == ["segmentation", "mni", "T1w", "CT"]
+    assert layout.channels == 56 + 3 + 1 + 1
+
+
+def test_slices_cover_every_channel_once(layout: TaskLayout) -> None:
+    covered = [i for where in layout.slices.values() for i in range(where.start, where.stop)]
+    assert covered == list(range(layout.channels))
+
+
+def test_channel_names_come_from_protocol_and_table(layout: TaskLayout) -> None:
+    names = layout.channel_names
+    assert len(names) == layout.channels
+    assert names[:56] == [s.name for s in Protocol.load("brainfm").structures]
+    assert names[layout.slices["distance"]] == ["lp", "lw", "rp", "rw"]
+
+
+def test_every_task_has_a_name_per_channel_and_mirror_rule_that_fits() -> None:
+    for name, task in TASKS.items():
+        assert name == task.name
+        assert len(task.channel_names) == task.channels
+        assert sorted(task.mirror_order) in ([], list(range(task.channels)))
+        assert len(task.mirror_sign) in (0, task.channels)
+
+
+def test_split_gives_views(layout: TaskLayout) -> None:
+    output = make_output(layout)
+    parts = layout.split(output)
+    assert list(parts) == list(layout.tasks)
+    assert torch.equal(torch.cat(list(parts.values()), dim=1), output)
+    assert parts["mni"].data_ptr() == output[:, layout.slices["mni"]].data_ptr()
+
+
+def test_split_names_the_tasks_where_channels_are_missing(layout: TaskLayout) -> None:
+    with pytest.raises(
+        ValueError, match=r"^TaskLayout\.split: 'output' must have \d+ channels \(segmentation, .*\), got \(1, 7, 2, 2, 2\)$"
+    ):
+        layout.split(torch.zeros(1, 7, 2, 2, 2))
+
+
+@pytest.mark.parametrize("protocol", ["brainfm", "synthseg_head"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_mirroring_twice_is_the_identity(task: str, protocol: str) -> None:
+    layout = TaskLayout([task], protocol)
+    output = make_output(layout)
+    mirrored = layout.mirror(output)
+    assert not torch.equal(mirrored, output)
+    assert torch.equal(layout.mirror(mirrored), output)
+
+
+def test_mirroring_all_tasks_is_mirroring_each(layout: TaskLayout) -> None:
+    output = make_output(layout)
+    parts = layout.split(layout.mirror(output))
+    for name, part in layout.split(output).items():
+        assert torch.equal(parts[name], TaskLayout([name], layout.protocol).mirror(part))
+
+
+def test_mirroring_moves_a_structure_to_the_other_side_and_label() -> None:
+    layout = TaskLayout(["segmentation"], "synthseg_head")
+    label = {s.name: s.label for s in layout.protocol.structures}
+    output = torch.zeros(1, layout.channels, *SHAPE)
+    output[0, label["Left-Hippocampus"], 1, 2, 3] = 5.0
+    output[0, label["Brain-Stem"], 2, 0, 0] = 5.0
+    found = layout.mirror(output)[0].nonzero().tolist()
+    assert sorted(found) == sorted([[label["Right-Hippocampus"], 4, 2, 3], [label["Brain-Stem"], 3, 0, 0]])
+
+
+def test_mirroring_swaps_the_distances_of_the_hemispheres() -> None:
+    layout = TaskLayout(["distance"])
+    output = torch.arange(4.0).reshape(1, 4, 1, 1, 1).expand(1, 4, *SHAPE)
+    assert layout.mirror(output)[0, :, 0, 0, 0].tolist() == [2.0, 3.0, 0.0, 1.0]  # lp lw rp rw -> rp rw lp lw
+
+
+def test_mirroring_turns_the_sign_of_x() -> None:
+    layout = TaskLayout(["mni"])
+    x = torch.tensor([-0.3, -0.2, -0.1, 0.1, 0.2, 0.4])
+    output = torch.zeros(1, 3, *SHAPE)
+    output[0, 0], output[0, 1], output[0, 2] = x[:, None, None], 0.7, -0.5
+    mirrored = layout.mirror(output)[0]
+    assert mirrored[0, :, 0, 0].tolist() == pytest.approx((-x.flip(0)).tolist())
+    assert torch.all(mirrored[1] == 0.7)
+    assert torch.all(mirrored[2] == -0.5)
+
+
+def test_images_are_flipped_alone() -> None:
+    layout = TaskLayout(["T1w"])
+    output = make_output(layout)
+    assert torch.equal(layout.mirror(output), output.flip(2))
+
+
+@pytest.mark.parametrize("tasks", [[], ["T1w", "T1w"], ["pathology"]])
+def test_wrong_tasks_are_named(tasks: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^TaskLayout: 'tasks' must be different names out of \['segmentation', .*\], got \["):
+        TaskLayout(tasks)
