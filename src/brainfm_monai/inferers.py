@@ -1,0 +1,109 @@
+"""Running the network over whole scans, and one scan after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from monai.data import Dataset, MetaTensor, list_data_collate
+from monai.engines import Evaluator
+from monai.inferers import Inferer
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from brainfm_monai.transforms import ScanError
+
+__all__ = ["WholeVolumeInferer", "exit_on_error", "fast_bfloat16", "predict_scans"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public word for it
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+class WholeVolumeInferer(Inferer):
+    """Give the network the whole volume at once, in bfloat16 where the processor has it.
+
+    Args:
+        bfloat16: compute in bfloat16; ``None``: where :func:`fast_bfloat16` says so.
+    """
+
+    def __init__(self, bfloat16: bool | None = None) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map images of shape (B, 1, H, W, D) to the network's output; metadata go along."""
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        enabled = fast_bfloat16(image.device) if self.bfloat16 is None else self.bfloat16
+        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=enabled):
+            output = network(image.contiguous(), *args, **kwargs)
+        if not isinstance(inputs, MetaTensor):
+            return output
+        tensor = MetaTensor(output).copy_meta_from(inputs)
+        tensor.is_batch = inputs.is_batch
+        return tensor
+
+
+def predict_scans(evaluator: Evaluator, dataset: Dataset) -> None:
+    """Run an evaluator over scans, one at a time: a scan that fails is reported in one line, and the rest is done.
+
+    Args:
+        evaluator: its postprocessing and handlers write the results.
+        dataset: items with the entry ``name``, read lazily by the dataset's transform.
+
+    Raises:
+        SystemExit: after the last scan, if any failed; the message is one line.
+    """
+    names = [str(item["name"]) for item in dataset.data]
+    failures: list[str] = []
+    evaluator.logger.setLevel(logging.CRITICAL)  # ignite tells of every run and every exception, which is told here in one line
+    with logging_redirect_tqdm(), tqdm(names, unit="scan", desc="brainfm") as bar:
+        for index, name in enumerate(bar):
+            bar.set_postfix_str(name)
+            try:
+                _predict(evaluator, list_data_collate([dataset[index]]))
+            except Exception as error:
+                failures.append(_one_line(error, name))
+                logger.debug("%s", failures[-1], exc_info=True)
+                if len(names) > 1:
+                    logger.error("%s", failures[-1])
+    if failures:
+        raise SystemExit(failures[0] if len(names) == 1 else f"{len(failures)} of {len(names)} scans failed; the others are done")
+
+
+def _predict(evaluator: Evaluator, batch: dict[str, Any]) -> None:
+    evaluator.data_loader = [batch]
+    evaluator.state.epoch_length = 1
+    evaluator.run()
+
+
+def _one_line(error: BaseException, name: str) -> str:
+    """The message of the first cause, if it is ours; else the name of the scan and the cause's first line."""
+    while error.__cause__ is not None and not isinstance(error, ScanError):
+        error = error.__cause__
+    if isinstance(error, ScanError):
+        return str(error)
+    lines: Sequence[str] = str(error).strip().splitlines()
+    return f"{name}: {type(error).__name__}{': ' + lines[0] if lines else ''}"
+
+
+def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function; a wrong value or a missing file ends the program with the message alone, in one line, and status 1.
+
+    Raises:
+        SystemExit: where the function raises ``ValueError`` or ``OSError``.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
