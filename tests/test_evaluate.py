@@ -1,0 +1,166 @@
+"""The evaluation configuration over the inference configuration, with a network that reads labels from intensities."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from torch import Tensor, nn
+
+from brainfm_monai.tasks import TaskLayout
+
+LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
+# intensity of each structure that the network knows, by FreeSurfer id
+LEVELS = {0: 0.0, 3: 0.2, 42: 0.4, 2: 0.6, 41: 0.8, 16: 1.0}
+LIA = np.array([[-1.0, 0, 0, 11], [0, 0, 1, -7], [0, -1, 0, 20], [0, 0, 0, 1]])
+Evaluate = Callable[..., None]
+
+
+class LevelReader(nn.Module):
+    """The structure whose level is nearest."""
+
+    level: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.full((44,), 9.0))
+        for freesurfer_id, level in LEVELS.items():
+            self.level[LAYOUT.protocol.label_of_id[freesurfer_id]] = level
+
+    def forward(self, image: Tensor) -> Tensor:
+        output = torch.zeros(1, LAYOUT.channels, *image.shape[2:])
+        output[:, :44] = -((image - self.level.reshape(1, -1, 1, 1, 1)) ** 2)
+        return output
+
+
+def make_ids() -> np.ndarray:
+    """A head of 24 x 20 x 16 voxels in LIA axes: left is at high indices of the first axis."""
+    ids = np.zeros((24, 20, 16), dtype=np.int32)
+    ids[13:21, 3:17, 2:14], ids[3:11, 3:17, 2:14] = 3, 42
+    ids[14:18, 6:14, 5:11], ids[6:10, 6:14, 5:11] = 2, 41
+    ids[11:13, 8:12, 4:8] = 16
+    return ids
+
+
+def write_pair(folder: Path, name: str, reference: np.ndarray, affine: np.ndarray = LIA) -> dict[str, str]:
+    image = np.vectorize(LEVELS.get)(make_ids()).astype(np.float32)
+    folder.mkdir(exist_ok=True)
+    nib.save(nib.Nifti1Image(image * 1000, LIA), folder / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(reference.astype(np.int32), affine), folder / f"{name}_seg.nii.gz")
+    return {"image": f"{name}.nii.gz", "label": f"{name}_seg.nii.gz"}
+
+
+def write_list(folder: Path, *items: dict[str, str]) -> Path:
+    path = folder / "datalist.json"
+    path.write_text(json.dumps({"testing": items}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
+    """Run inference.json and evaluate.json in this process."""
+    configs = repository / "bundle" / "configs"
+    torch.save(LevelReader().state_dict(), tmp_path / "levels.pt")
+
+    def run(datalist: Path, output_dir: Path) -> None:
+        values: dict[str, Any] = {
+            "datalist": str(datalist),
+            "output_dir": str(output_dir),
+            "bundle_root": str(repository / "bundle"),
+        }
+        values |= {"network_def": LevelReader(), "weights": str(tmp_path / "levels.pt"), "device": "$torch.device('cpu')"}
+        values |= {"writers": [], "inferer#bfloat16": False}
+        workflow = ConfigWorkflow(
+            workflow_type="inference",
+            config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],
+            meta_file=str(configs / "metadata.json"),
+            logging_file=False,
+            **values,
+        )
+        workflow.initialize()
+        assert workflow.check_properties() == []
+        workflow.run()
+
+    return run
+
+
+def read_dice(path: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
+    with path.open(encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return {(row["scan"], row["structure"]): (row["left"], row["right"], row["both"]) for row in rows}
+
+
+def test_dice_of_known_differences(tmp_path: Path, evaluate: Evaluate) -> None:
+    parcels = make_ids()
+    parcels[parcels == 3] = 11105
+    parcels[14, 6:14, 5:11], parcels[9, 6:14, 5:11] = 77, 77  # 48 of 192 voxels on either side
+    half = make_ids()
+    half[3:7][half[3:7] == 42] = 0
+    half[half == 16] = 0
+    items = [write_pair(tmp_path / "in", "parcels", parcels), write_pair(tmp_path / "in", "half", half)]
+    evaluate(write_list(tmp_path / "in", *items), tmp_path / "out")
+
+    dice = read_dice(tmp_path / "out" / "dice.tsv")
+    assert dice["parcels", "cerebral_cortex"] == ("1.0000", "1.0000", "1.0000")
+    assert dice["parcels", "cerebral_white_matter"] == ("1.0000", "1.0000", "1.0000")
+    assert dice["parcels", "brainstem"] == ("n/a", "n/a", "1.0000")
+    assert dice["half", "brainstem"] == ("n/a", "n/a", "n/a")
+    truth, predicted = (half == 42).sum(), (make_ids() == 42).sum()
+    assert truth < predicted
+    assert dice["half", "cerebral_cortex"][:2] == ("1.0000", f"{2 * truth / (truth + predicted):.4f}")
+    assert dice["half", "thalamus"] == ("n/a", "n/a", "n/a")
+    summary = (tmp_path / "out" / "dice_summary.tsv").read_text(encoding="utf-8").splitlines()
+    assert summary[0] == "structure\tleft\tright\tboth\tscans"
+    assert summary[-1].split("\t")[0::4] == ["mean", "2"]
+    assert (tmp_path / "out" / "half" / "half_dseg.nii.gz").is_file()
+
+
+def test_a_reference_on_another_grid_is_taken_to_the_scans(tmp_path: Path, evaluate: Evaluate) -> None:
+    ids, affine = make_ids(), LIA.copy()
+    turned = np.pad(
+        ids[::-1].transpose(0, 2, 1), ((4, 2), (1, 3), (0, 5))
+    )  # axes right, anterior, inferior, a larger field of view
+    matrix = np.array([[-1.0, 0, 0, 23 + 4], [0, 0, 1, 0], [0, 1, 0, -1], [0, 0, 0, 1]])
+    item = write_pair(tmp_path / "in", "scan", turned, affine @ matrix)
+    evaluate(write_list(tmp_path / "in", item), tmp_path / "out")
+    dice = read_dice(tmp_path / "out" / "dice.tsv")
+    for structure in ("cerebral_cortex", "cerebral_white_matter"):
+        assert dice["scan", structure] == ("1.0000", "1.0000", "1.0000")
+    assert dice["scan", "brainstem"][2] == "1.0000"
+
+
+def test_a_reference_in_a_named_protocol(tmp_path: Path, evaluate: Evaluate) -> None:
+    item = write_pair(tmp_path / "in", "scan", LAYOUT.protocol.encode(make_ids()))
+    item |= {"label_protocol": "synthseg_head", "name": "someone"}
+    evaluate(write_list(tmp_path / "in", item), tmp_path / "out")
+    assert read_dice(tmp_path / "out" / "dice.tsv")["someone", "cerebral_cortex"] == ("1.0000", "1.0000", "1.0000")
+
+
+def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder = tmp_path / "in"
+    item = write_pair(folder, "scan", make_ids())
+    wrong = {
+        r"none\.json: a datalist \(JSON\) is needed, found no such file: pass --datalist FILE": folder / "none.json",
+        r"gone\.nii\.gz: named in .*datalist\.json, found no such file": write_list(folder, item | {"image": "gone.nii.gz"}),
+    }
+    for message, datalist in wrong.items():
+        with pytest.raises(SystemExit, match=message):
+            evaluate(datalist, tmp_path / "out")
+    for message, items in {
+        r"every item needs 'image' and 'label', found \['image'\]": [{"image": item["image"]}],
+        r"items with different names are needed, found twice: \['scan'\]": [item, item],
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            evaluate(write_list(folder, *items), tmp_path / "out")
+    (folder / "datalist.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"datalist\.json: a JSON datalist with the section 'testing' is needed, found "):
+        evaluate(folder / "datalist.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
