@@ -1,0 +1,133 @@
+"""The command: what it hands on, what it says, and how it fails."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import pytest
+
+from brainfm_monai import __version__, cli
+from brainfm_monai.data import datalist as datalist_module
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["brainfm-monai", *arguments])
+    cli.main()
+
+
+@pytest.fixture
+def bundle_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the command asks MONAI to run, instead of running it."""
+    runs: list[dict[str, Any]] = []
+    monkeypatch.setattr(monai.bundle, "run", lambda **settings: runs.append(settings))
+    return runs
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    call(monkeypatch, "version")
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--help")
+    assert end.value.code == 0
+    shown = "".join(capsys.readouterr())
+    for name in cli.COMMANDS:
+        assert re.search(rf"^\s+{name}$", shown, re.MULTILINE), name
+
+
+def test_help_of_a_command_tells_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "predict", "--help")
+    shown = "".join(capsys.readouterr())
+    assert "brainfm-monai predict INPUT OUTPUT <flags>" in shown
+    assert "NIfTI or MGH file, or a folder of them." in shown
+
+
+def test_a_missing_folder_is_one_line_and_status_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "brainfm_monai", "data", "list", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"brainfm-monai: nowhere: a folder of prepared subjects is needed, .*\n", done.stderr)
+
+
+def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "segment")
+    assert end.value.code != 0
+    assert "segment" in capsys.readouterr().err
+
+
+def test_a_missing_bundle_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"^brainfm-monai: .*inference\.json: a config of the bundle is needed, .* pass --bundle FOLDER$"
+    ):
+        call(monkeypatch, "predict", "scan.nii", "out", "--bundle", str(tmp_path))
+
+
+@pytest.mark.parametrize("command", [["train", "none.json"], ["evaluate", "none.json", "out"]])
+def test_a_missing_datalist_is_named(monkeypatch: pytest.MonkeyPatch, repository: Path, command: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^brainfm-monai: none\.json: a datalist \(JSON\) is needed, found no such file$"):
+        call(monkeypatch, *command, "--bundle", str(repository / "bundle"))
+
+
+def test_predict_runs_the_inference_config(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    bundle = repository / "bundle"
+    call(monkeypatch, "predict", "scans", "out", "--bundle", str(bundle), "--device", "$torch.device('cpu')")
+    (settings,) = bundle_runs
+    assert settings["config_file"] == [str(bundle / "configs" / "inference.json")]
+    assert settings["bundle_root"] == str(bundle)
+    assert (settings["input"], settings["output_dir"], settings["device"]) == ("scans", "out", "$torch.device('cpu')")
+    assert Path(settings["logging_file"]).is_file()
+    assert Path(settings["meta_file"]).is_file()
+
+
+def test_evaluate_lays_its_config_over_inference(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, tmp_path: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text("{}", encoding="utf-8")
+    call(monkeypatch, "evaluate", str(datalist), "out", "--bundle", str(repository / "bundle"))
+    (settings,) = bundle_runs
+    assert [Path(file).name for file in settings["config_file"]] == ["inference.json", "evaluate.json"]
+    assert (settings["datalist"], settings["output_dir"]) == (str(datalist), "out")
+
+
+def test_train_hands_on_what_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, tmp_path: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text("{}", encoding="utf-8")
+    options = ["--max_epochs", "3", "--synthesis#rotation_deg", "[-10,10]"]
+    call(monkeypatch, "train", str(datalist), "--bundle", str(repository / "bundle"), *options)
+    (settings,) = bundle_runs
+    assert [Path(file).name for file in settings["config_file"]] == ["train.json"]
+    assert settings["max_epochs"] == 3
+    assert settings["synthesis#rotation_deg"] == [-10, 10]
+    assert "output_dir" not in settings
+
+
+def test_names_for_validation_may_be_separated_by_commas(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def write_datalist(root: str, **settings: Any) -> Path:
+        given.update(settings, root=root)
+        return tmp_path / "datalist.json"
+
+    monkeypatch.setattr(datalist_module, "write_datalist", write_datalist)
+    call(monkeypatch, "data", "list", "prepared", "--validation", "training_seg_18,training_seg_19")
+    assert given["root"] == "prepared"
+    assert list(given["validation"]) == ["training_seg_18", "training_seg_19"]
+    assert capsys.readouterr().out.strip() == str(tmp_path / "datalist.json")
