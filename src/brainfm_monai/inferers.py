@@ -62,8 +62,10 @@ def predict_scans(evaluator: Evaluator, dataset: Dataset) -> None:
         dataset: items with the entry ``name``, read lazily by the dataset's transform.
 
     Raises:
-        SystemExit: after the last scan, if any failed; the message is one line.
+        SystemExit: if there is no scan, and after the last scan if any failed; the message is one line.
     """
+    if not len(dataset):
+        raise SystemExit("input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER")
     names = [str(item["name"]) for item in dataset.data]
     failures: list[str] = []
     evaluator.logger.setLevel(logging.CRITICAL)  # ignite tells of every run and every exception, which is told here in one line

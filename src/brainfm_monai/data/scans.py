@@ -16,7 +16,7 @@ def find_scans(source: str | Path, output_dir: str | Path | None = None) -> list
     Hidden files and folders are passed over, and so are the results of earlier runs in ``output_dir``.
 
     Args:
-        source: file or folder.
+        source: file or folder; an empty string, which is a configuration's default, lists nothing.
         output_dir: where results are written; it may lie inside ``source`` but not be the same.
 
     Returns:
@@ -25,11 +25,11 @@ def find_scans(source: str | Path, output_dir: str | Path | None = None) -> list
 
     Raises:
         FileNotFoundError: if there is no such file or folder, or no scan in the folder.
-        ValueError: if the file has another suffix, no source is given, or the results would land among the scans.
+        ValueError: if the file has another suffix, or the results would land among the scans.
     """
     kinds = ", ".join(SCAN_SUFFIXES)
     if not str(source):
-        raise ValueError(f"input: a scan or a folder of scans ({kinds}) is needed, found none: pass --input SCAN_OR_FOLDER")
+        return []
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{source}: a scan or a folder of scans is needed, found no such file or folder")

@@ -1,0 +1,107 @@
+"""The bundle's contract for inference: metadata, required ids, the network's shape, and what MONAI Label reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+
+from brainfm_monai.tasks import TaskLayout
+
+
+@pytest.fixture
+def metadata(repository: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((repository / "bundle/configs/metadata.json").read_text())
+    return content
+
+
+@pytest.fixture
+def parser(repository: Path) -> ConfigParser:
+    """The inference configuration, with nothing of it instantiated."""
+    parser = ConfigParser()
+    parser.read_config(str(repository / "bundle/configs/inference.json"))
+    parser["bundle_root"] = str(repository / "bundle")
+    return parser
+
+
+def test_metadata_follow_the_schema(repository: Path, tmp_path: Path, metadata: dict[str, Any]) -> None:
+    name = "meta_schema_20240725.json"  # the copy in tests/data keeps verify_metadata from downloading it
+    assert metadata["schema"].endswith(name)
+    schema = shutil.copy(repository / "tests/data" / name, tmp_path / name)
+    digest = "cd64aa8a5904426f6fc6855dabe46af8c742d5bad644b4e9cfb78ebad09ad678"
+    verify_metadata(str(repository / "bundle/configs/metadata.json"), schema, hash_val=digest, hash_type="sha256")
+    broken = tmp_path / "metadata.json"
+    broken.write_text(json.dumps({k: v for k, v in metadata.items() if k != "task"}))
+    with pytest.raises(ValueError, match="'task' is a required property"):
+        verify_metadata(str(broken), schema, hash_val=digest, hash_type="sha256")
+
+
+def test_the_versions_changes_are_told(metadata: dict[str, Any]) -> None:
+    assert metadata["version"] in metadata["changelog"]
+
+
+def test_inference_has_every_required_property(repository: Path, tmp_path: Path, parser: ConfigParser) -> None:
+    torch.save(parser.get_parsed_content("network_def").state_dict(), tmp_path / "random.pt")
+    workflow = ConfigWorkflow(
+        workflow_type="inference",
+        config_file=str(repository / "bundle/configs/inference.json"),
+        meta_file=str(repository / "bundle/configs/metadata.json"),
+        logging_file=False,
+        bundle_root=str(repository / "bundle"),
+        weights=str(tmp_path / "random.pt"),
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    with pytest.raises(SystemExit, match="input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER"):
+        workflow.run()
+
+
+def test_the_networks_shape_is_the_one_stated(repository: Path, tmp_path: Path, metadata: dict[str, Any]) -> None:
+    config = str(repository / "bundle/configs/inference.json")
+    verify_net_in_out("network_def", str(repository / "bundle/configs/metadata.json"), config, device="cpu")
+    metadata["network_data_format"]["outputs"]["pred"]["num_channels"] -= 1
+    wrong = tmp_path / "metadata.json"
+    wrong.write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="output channel number `52` doesn't match: `51`"):
+        verify_net_in_out("network_def", str(wrong), config, device="cpu")
+
+
+def test_metadata_name_the_labels_and_maps_of_the_configured_layout(metadata: dict[str, Any], parser: ConfigParser) -> None:
+    # MONAI Label offers every entry of outputs.pred.channel_def as a segment, so it holds the labels and nothing else.
+    layout: TaskLayout = parser.get_parsed_content("layout")
+    outputs = metadata["network_data_format"]["outputs"]
+    assert next(iter(outputs)) == "pred"
+    names = ["background", *(s.name for s in layout.protocol.structures[1:])]
+    assert outputs["pred"]["channel_def"] == {str(label): name for label, name in enumerate(names)}
+    assert outputs["pred"]["num_channels"] == layout.channels
+    written = metadata["network_data_format"]["post_processed_outputs"]
+    for name in ("distance", "mni"):
+        assert list(written[name]["channel_def"].values()) == list(layout.tasks[name].channel_names)
+
+
+def test_what_monai_label_reads_is_there(parser: ConfigParser) -> None:
+    for name in ("network_def", "inferer"):
+        assert parser.get_parsed_content(name) is not None
+    kinds = [type(t).__name__ for t in parser.get_parsed_content("postprocessing").transforms]
+    # SaveImaged is the one writer that MONAI Label leaves out; without Invertd its labels would lie in the wrong grid.
+    assert kinds[:2] == ["SplitTasksd", "Invertd"]
+    assert set(kinds) == {"SplitTasksd", "Invertd", "SaveImaged"}
+    assert parser["postprocessing#transforms#1#keys"] == "pred"
+
+
+def test_an_expression_holds_at_most_one_call(repository: Path) -> None:
+    for path in sorted((repository / "bundle/configs").glob("inference*.json")):
+        for item in _strings(json.loads(path.read_text())):
+            assert not item.startswith("$") or item.count("(") <= 1, f"{path.name}: {item}"
+
+
+def _strings(config: Any) -> list[str]:
+    if isinstance(config, str):
+        return [config]
+    children = config.values() if isinstance(config, dict) else config if isinstance(config, list) else []
+    return [item for child in children for item in _strings(child)]
