@@ -1,4 +1,4 @@
-"""Handlers that stock MONAI and ignite do not have: progress by task, exact checkpoints, Dice of an index map."""
+"""Handlers that stock MONAI and ignite do not have: progress by task, weight average, checkpoints, Dice of an index map."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
 from ignite.metrics import Metric
 from monai.utils import CommonKeys
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from brainfm_monai.losses import MultiTaskLoss
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["SegmentationDice", "TrainingCheckpoint", "TrainingProgress", "make_task_loss_transform", "make_warmup_stable_decay"]
+__all__ = [
+    "SegmentationDice",
+    "TrainingCheckpoint",
+    "TrainingProgress",
+    "WeightAverage",
+    "make_task_loss_transform",
+    "make_warmup_stable_decay",
+]
 
 
 def make_task_loss_transform(loss_function: MultiTaskLoss) -> Callable[[Any], dict[str, float]]:
@@ -24,7 +32,7 @@ def make_task_loss_transform(loss_function: MultiTaskLoss) -> Callable[[Any], di
 
     def transform(output: Mapping[str, Any]) -> dict[str, float]:
         scalars = {"loss": output[CommonKeys.LOSS], **loss_function.components}
-        return {name: float(value) for name, value in scalars.items()}
+        return {name: float(value.detach()) for name, value in scalars.items()}
 
     return transform
 
@@ -86,26 +94,47 @@ class TrainingCheckpoint:
             {"trainer": engine, **self.to_save},
             DiskSaver(str(self.save_dir), create_dir=True, require_empty=False, atomic=True),
             filename_prefix="training",
-            n_saved=self.n_saved,
+            n_saved=None,
             global_step_transform=lambda trainer, _: trainer.state.epoch,
         )
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), saver)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.remove_old)
 
-    def newest(self) -> Path | None:
-        """The checkpoint of the latest epoch, or None."""
-        found = sorted(self.save_dir.glob("training_checkpoint_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-        return found[-1] if found else None
+    def saved(self) -> list[Path]:
+        """The checkpoints of this and of earlier runs, oldest first."""
+        return sorted(self.save_dir.glob("training_checkpoint_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+
+    def remove_old(self) -> None:
+        """Keep the newest checkpoints; ignite would forget those of an interrupted run."""
+        for path in self.saved()[: -self.n_saved]:
+            path.unlink()
 
     def resume(self, engine: Engine) -> None:
         """Restore the newest checkpoint, keeping the number of epochs that was asked for now."""
-        path = self.newest()
-        if path is None:
+        saved = self.saved()
+        if not saved:
             return
         max_epochs = engine.state.max_epochs
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(saved[-1], map_location="cpu", weights_only=True)
         Checkpoint.load_objects({"trainer": engine, **self.to_save}, state)
         engine.state.max_epochs = max_epochs
+
+
+class WeightAverage:
+    """Updates an average of the network's weights after every iteration.
+
+    Args:
+        average: the averaged model.
+        network: the network in training.
+    """
+
+    def __init__(self, average: AveragedModel, network: nn.Module) -> None:
+        self.average, self.network = average, network
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.average.update_parameters(self.network))
 
 
 class SegmentationDice(Metric):
