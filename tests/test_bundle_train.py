@@ -10,8 +10,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from brainfm_monai.anatomy import Protocol
 from monai.bundle import ConfigWorkflow
+
+from brainfm_monai.anatomy import Protocol
 
 SIZE = (32, 32, 32)
 TINY: dict[str, Any] = {

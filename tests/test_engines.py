@@ -1,6 +1,7 @@
 import dataclasses
 
 import torch
+
 from brainfm_monai.engines import SynthesisPrepareBatch
 from brainfm_monai.synthesis import SynthesisRanges
 from brainfm_monai.tasks import TaskLayout

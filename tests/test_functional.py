@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as nnf
+
 from brainfm_monai.functional import intensity, separable, spatial
 
 

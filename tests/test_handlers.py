@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Engine
+
 from brainfm_monai.handlers import SegmentationDice, TrainingCheckpoint, make_task_loss_transform, make_warmup_stable_decay
 from brainfm_monai.losses import MultiTaskLoss
 from brainfm_monai.tasks import TaskLayout
-from ignite.engine import Engine
 
 LAYOUT = TaskLayout(["segmentation", "mni"])
 

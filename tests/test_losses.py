@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from brainfm_monai.losses import MultiTaskLoss, compute_centred_mse, compute_dice_ce, compute_distance_l1, compute_masked_l1
 from brainfm_monai.tasks import TaskLayout
 

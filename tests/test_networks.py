@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as nnf
+
 from brainfm_monai.networks import MultiTaskNet, UNet
 from brainfm_monai.tasks import TaskLayout
 

@@ -1,8 +1,10 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
+
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import separable, spatial
 from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, render, sample
@@ -212,3 +214,13 @@ def test_mirror_rules_are_their_own_inverse() -> None:
     for task in TASKS.values():
         order = task.mirror_order or tuple(range(task.channels))
         assert [order[i] for i in order] == list(range(task.channels))
+
+
+def test_the_sampling_table_has_one_row_for_each_field_with_its_default(repository: Path) -> None:
+    lines = (repository / "docs" / "sampling.md").read_text(encoding="utf-8").splitlines()
+    rows = {cells[1].strip(" `"): cells[2] for cells in (line.split("|") for line in lines if line.startswith("| `"))}
+    fields = {field.name: field.default for field in dataclasses.fields(SynthesisRanges)}
+    assert set(rows) == set(fields)
+    for name, default in fields.items():
+        numbers = [float(number) for number in rows[name].split(",")]
+        assert numbers == list(default if isinstance(default, tuple) else (default,)), name
