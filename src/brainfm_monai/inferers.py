@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from ignite.engine import Events
 from monai.data import Dataset, MetaTensor, list_data_collate
-from monai.engines import Evaluator
+from monai.engines import Evaluator, IterationEvents
 from monai.inferers import Inferer
 from torch import Tensor
 from tqdm import tqdm
@@ -69,11 +71,14 @@ def predict_scans(evaluator: Evaluator, dataset: Dataset) -> None:
     names = [str(item["name"]) for item in dataset.data]
     failures: list[str] = []
     evaluator.logger.setLevel(logging.CRITICAL)  # ignite tells of every run and every exception, which is told here in one line
-    with logging_redirect_tqdm(), tqdm(names, unit="scan", desc="brainfm") as bar:
+    with logging_redirect_tqdm(), tqdm(names, unit="scan") as bar, _stages(evaluator, bar):
         for index, name in enumerate(bar):
-            bar.set_postfix_str(name)
+            bar.set_description_str(name)
+            bar.set_postfix_str("reading")
             try:
-                _predict(evaluator, list_data_collate([dataset[index]]))
+                evaluator.data_loader = [list_data_collate([dataset[index]])]
+                evaluator.state.epoch_length = 1
+                evaluator.run()
             except Exception as error:
                 failures.append(_one_line(error, name))
                 logger.debug("%s", failures[-1], exc_info=True)
@@ -83,10 +88,13 @@ def predict_scans(evaluator: Evaluator, dataset: Dataset) -> None:
         raise SystemExit(failures[0] if len(names) == 1 else f"{len(failures)} of {len(names)} scans failed; the others are done")
 
 
-def _predict(evaluator: Evaluator, batch: dict[str, Any]) -> None:
-    evaluator.data_loader = [batch]
-    evaluator.state.epoch_length = 1
-    evaluator.run()
+@contextmanager
+def _stages(evaluator: Evaluator, bar: tqdm[str]) -> Iterator[None]:
+    """Show beside the bar what is being done: a scan takes seconds to minutes."""
+    begun = evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: bar.set_postfix_str("network"))
+    inferred = evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda: bar.set_postfix_str("maps and page"))
+    with begun, inferred:
+        yield
 
 
 def _one_line(error: BaseException, name: str) -> str:

@@ -1,0 +1,54 @@
+"""One whole volume through a network, and errors in one line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from brainfm_monai.inferers import WholeVolumeInferer, exit_on_error, fast_bfloat16
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.LeakyReLU(), nn.Conv3d(8, 5, 1)).eval()
+
+
+def test_whole_volume_is_the_network_itself_with_the_metadata_of_the_scan(network: nn.Module) -> None:
+    values = torch.linspace(0, 1, 6 * 8 * 10).reshape(1, 1, 6, 8, 10)
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+    image = MetaTensor(values, affine=affine)
+    with torch.no_grad():
+        output = WholeVolumeInferer(bfloat16=False)(image, network)
+        assert isinstance(output, MetaTensor)
+        torch.testing.assert_close(output.as_tensor(), network(values))
+        np.testing.assert_array_equal(output.affine, affine)
+        plain = WholeVolumeInferer(bfloat16=False)(values, network)
+    assert not isinstance(plain, MetaTensor)
+
+
+def test_bfloat16_is_near_float32_and_used_where_it_is_fast(network: nn.Module) -> None:
+    values = torch.linspace(0, 1, 6 * 8 * 10).reshape(1, 1, 6, 8, 10)
+    with torch.no_grad():
+        exact = network(values)
+        rounded = WholeVolumeInferer(bfloat16=True)(values, network)
+        default = WholeVolumeInferer()(values, network)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.02)
+    assert default.dtype == (torch.bfloat16 if fast_bfloat16(torch.device("cpu")) else torch.float32)
+
+
+def test_only_wrong_values_and_missing_files_end_in_one_line() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert exit_on_error(lambda a, b: a + b, 1, b=2) == 3
+    for error in (ValueError("a.nii: wrong"), FileNotFoundError("a.nii: absent")):
+        with pytest.raises(SystemExit, match=r"^a\.nii: (wrong|absent)$"):
+            exit_on_error(fail, error)
+    with pytest.raises(ZeroDivisionError):
+        exit_on_error(fail, ZeroDivisionError())

@@ -1,0 +1,72 @@
+"""Weights are loaded when they fit exactly, and refused in one line when they do not."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from brainfm_monai.weights import load_weights, read_state_dict
+
+
+def network(channels: int = 3) -> nn.Module:
+    return nn.Sequential(OrderedDict(first=nn.Conv3d(1, channels, 1), second=nn.Conv3d(channels, 2, 1)))
+
+
+def test_weights_that_fit_are_loaded(tmp_path: Path) -> None:
+    source, target = network(), network()
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    load_weights(target, tmp_path / "model.pt")
+    for key, tensor in source.state_dict().items():
+        torch.testing.assert_close(target.state_dict()[key], tensor, rtol=0, atol=0)
+
+
+def test_the_first_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    target = network()
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    torch.save(network(4).state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"model\.pt: the weights must fit the network, found 'first\.weight' of shape \(4, 1, 1, 1, 1\)"
+    ):
+        load_weights(target, path)
+    state = network().state_dict()
+    torch.save({key: tensor for key, tensor in state.items() if key != "second.bias"}, path)
+    with pytest.raises(ValueError, match=r"must fit the network, found no 'second\.bias' of shape \(2,\)"):
+        load_weights(target, path)
+    torch.save({**state, "third.bias": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"must fit the network, found 'third\.bias', which the network does not have"):
+        load_weights(target, path)
+    for key, tensor in target.state_dict().items():
+        torch.testing.assert_close(before[key], tensor, rtol=0, atol=0)
+
+
+def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with pytest.raises(FileNotFoundError, match=r"model\.pt: a file of weights is needed, found no such file"):
+        read_state_dict(path)
+    for content in (b"not a checkpoint", b"", b"\x80\x02cos\nsystem\nq\x00."):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a plain state dict of tensors is needed, and it cannot be read as one") as caught:
+            read_state_dict(path)
+        assert "\n" not in str(caught.value)
+    torch.save({"state_dict": network().state_dict()}, path)
+    with pytest.raises(ValueError, match="a plain state dict of tensors is needed, found 'state_dict' of type OrderedDict"):
+        read_state_dict(path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="a plain state dict of tensors is needed, found Tensor"):
+        read_state_dict(path)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"weight": Trap()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="it cannot be read as one"):
+        read_state_dict(tmp_path / "model.pt")
+    assert not (tmp_path / "sprung").exists()
