@@ -41,7 +41,7 @@ def load_label_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
     ids = Orientation(axcodes="RAS", labels=None)(ids)
     if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:
         # float64 holds every id of 32 bits
-        ids = Spacing(pixdim=1.0, mode="nearest", padding_mode="zeros", dtype=np.float64)(ids.double())
+        ids = Spacing(pixdim=1.0, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float64)(ids.double())
     return ids.as_tensor()[0].round().int().numpy(), ids.affine.numpy().astype(np.float64)
 
 

@@ -22,10 +22,12 @@ __all__ = [
     "compute_mni_coordinates",
     "load_template",
     "render_t1",
+    "unfold_coordinates",
 ]
 
 TEMPLATE_NAME = "MNI152 ICBM 2009a symmetric T1, as shipped with nilearn"
 SPACING_VOX = 2
+MINIMUM_JACOBIAN, UNFOLDING_ROUNDS = 0.2, 100
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110.
@@ -104,7 +106,38 @@ def compute_mni_coordinates(
     field = _displacement(fixed, moving, grid, overrides or {})
     index = np.stack(np.meshgrid(*(np.arange(n) for n in field.shape[:3]), indexing="ij"), axis=-1)
     points = index @ grid_affine[:3, :3].T + grid_affine[:3, 3]
-    return (points + field).astype(np.float32), grid_affine
+    return unfold_coordinates(points, field, grid_affine).astype(np.float32), grid_affine
+
+
+def unfold_coordinates(
+    points: np.ndarray, displacement: np.ndarray, affine: np.ndarray, minimum: float = MINIMUM_JACOBIAN
+) -> np.ndarray:
+    """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least ``minimum``.
+
+    Args:
+        points: positions of the voxels in mm, shape (H, W, D, 3).
+        displacement: from these positions to the template, in mm, same shape.
+        affine: voxels to mm.
+        minimum: smallest determinant that is left, relative to no change of volume.
+
+    Returns:
+        Template coordinates in mm, shape (H, W, D, 3).
+
+    Raises:
+        RuntimeError: if the folds do not go away.
+    """
+    smooth: Any = GaussianSmooth(sigma=1.0)
+    for _ in range(UNFOLDING_ROUNDS):
+        folded = compute_jacobian(points + displacement, affine) < minimum
+        if not folded.any():
+            return points + displacement
+        # around a lone voxel the weight is still one, and it fades out over some three voxels
+        weight = np.clip(smooth(folded[None].astype(np.float32))[0].numpy() * 16, 0, 1)[..., None]
+        smoother = np.moveaxis(smooth(np.moveaxis(displacement, -1, 0).astype(np.float32)).numpy(), 0, -1)
+        displacement = displacement + weight * (smoother - displacement)
+    raise RuntimeError(
+        f"the map to the template has a Jacobian below {minimum} at {int(folded.sum())} voxels, and smoothing does not help"
+    )
 
 
 def coarsen_affine(affine: np.ndarray, factor: int) -> np.ndarray:

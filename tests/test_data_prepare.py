@@ -1,0 +1,214 @@
+"""Prepared subjects: what is in the files, and how the preparation of many goes on after trouble."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.data import load_decathlon_datalist
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data import prepare
+from brainfm_monai.data.datalist import write_datalist
+from brainfm_monai.data.prepare import PreparationError, prepare_label_map, prepare_label_maps
+from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
+
+SIZE = (32, 40, 36)
+
+
+def make_head() -> np.ndarray:
+    """Left cortex around white matter and a ventricle, a smaller right side, cerebellum, skin all around."""
+    ids = np.full((48, 48, 48), 511, dtype=np.int32)
+    ids[4:44, 4:44, 4:44] = 24
+    ids[10:24, 10:36, 12:34] = 3
+    ids[13:22, 13:33, 15:31] = 2
+    ids[16:20, 18:28, 20:26] = 4
+    ids[25:37, 12:34, 14:32] = 42
+    ids[28:34, 15:31, 17:29] = 41
+    ids[18:30, 8:16, 7:12] = 8
+    return ids
+
+
+def save_head(path: Path, ids: np.ndarray | None = None) -> Path:
+    """Save a head with the axes of the SynthSeg maps, left-inferior-anterior."""
+    affine = np.array([[-1.0, 0, 0, 24], [0, 0, 1, -20], [0, -1, 0, 30], [0, 0, 0, 1]])
+    turned = np.transpose(make_head() if ids is None else ids, (0, 2, 1))[::-1, ::-1]
+    nib.save(nib.Nifti1Image(turned, affine), path)
+    return path
+
+
+def fake_coordinates(ids: np.ndarray, affine: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """World coordinates shifted by 2 mm to the right: stands in for the registration, which has tests of its own."""
+    grid = coarsen_affine(affine, factor)
+    index = np.stack(np.meshgrid(*(np.arange(n // factor) for n in ids.shape), indexing="ij"), axis=-1)
+    return (index @ grid[:3, :3].T + grid[:3, 3] + (2, 0, 0)).astype(np.float32), grid
+
+
+@pytest.fixture(autouse=True)
+def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.node.get_closest_marker("shared_data"):
+        monkeypatch.setattr(prepare, "compute_mni_coordinates", fake_coordinates)
+
+
+def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
+    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", spatial_size=SIZE)
+    assert folder == tmp_path / "out" / "sub-01"
+    assert sorted(f.name for f in folder.iterdir()) == sorted((*prepare.FILES, "subject.json"))
+    images = {name: nib.load(folder / name) for name in prepare.FILES}
+    generation, segmentation, distance, mni = images.values()
+    assert generation.shape == segmentation.shape == distance.shape[:3] == SIZE
+    assert distance.shape[3] == 4
+    assert mni.shape == (8, 10, 9, 3)
+    assert [i.get_data_dtype() for i in images.values()] == [np.uint8, np.uint8, np.uint8, np.int16]
+    for image in (generation, segmentation, distance):
+        np.testing.assert_array_equal(image.affine, generation.affine)
+        assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    np.testing.assert_allclose(mni.affine, coarsen_affine(generation.affine, 4))
+    record = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
+    assert record["source"] == "sub-01.nii.gz"
+    assert record["spatial_size"] == list(SIZE)
+    assert len(record["sha256"]) == 64
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
+    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, spatial_size=SIZE)
+    protocol = Protocol.load("synthseg_head")
+    segmentation = nib.load(folder / "segmentation.nii.gz")
+    labels = np.asarray(segmentation.dataobj)
+    # RAS voxel (i, j, k) of the head is at (i - 23, j - 20, k - 17) mm
+    for position, structure in (((-5, 0, 5), "Left-Lateral-Ventricle"), ((8, 3, 5), "Right-Cerebral-White-Matter")):
+        voxel = np.rint(np.linalg.inv(segmentation.affine) @ (*position, 1)).astype(int)[:3]
+        assert protocol.structures[labels[tuple(voxel)]].name == structure
+    for name, labels_of in (("segmentation", protocol), ("generation_labels", Protocol.load("synthseg_generation"))):
+        ids = labels_of.freesurfer_ids[np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj)]
+        assert (ids == 4).sum() == (make_head() == 4).sum()
+        assert (ids == 42).sum() == (make_head() == 42).sum()
+    distance = nib.load(folder / "distance.nii.gz").get_fdata()
+    assert distance.min() == pytest.approx(-6.4, abs=1e-4)
+    assert distance.max() == pytest.approx(6.35, abs=1e-4)  # saturated
+    world_x = np.arange(SIZE[0]) + segmentation.affine[0, 3]
+    for channel, inside_is_left in enumerate((True, True, False, False)):
+        x = world_x[np.argwhere(distance[..., channel] < 0)[:, 0]]
+        assert (x < 1).all() if inside_is_left else (x > 1).all()
+    ids = protocol.freesurfer_ids[labels]
+    np.testing.assert_array_equal(distance[..., 3] < 0, ids == 41)
+    np.testing.assert_array_equal(distance[..., 0] < 0, np.isin(ids, (2, 3, 4)))
+    assert distance[..., 2][ids == 42].max() == pytest.approx(-0.5, abs=0.026)  # half a voxel, and half a step of rounding
+    mni = nib.load(folder / "mni.nii.gz")
+    shift = mni.get_fdata()[2, 3, 4] - (mni.affine @ (2, 3, 4, 1))[:3]
+    np.testing.assert_allclose(shift, (2, 0, 0), atol=0.006)  # half a step of rounding
+
+
+def test_the_box_is_around_the_brain(tmp_path: Path) -> None:
+    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, spatial_size=(64, 64, 64))
+    labels = Protocol.load("synthseg_head").freesurfer_ids[np.asarray(nib.load(folder / "segmentation.nii.gz").dataobj)]
+    where = np.argwhere(np.isin(labels, (2, 3, 4, 8, 41, 42)))
+    np.testing.assert_allclose((where.min(axis=0) + where.max(axis=0)) / 2, 31.5, atol=0.5)
+    assert (labels[0] == 0).all()  # nothing but padding out there
+
+
+def test_many_maps_one_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    save_head(maps / "a.nii.gz")
+    unknown = make_head()
+    unknown[0, 0, 0] = 2035  # far from the brain, and still an error
+    save_head(maps / "b.nii.gz", unknown)
+    (maps / "c.nii").write_text("no image", encoding="utf-8")
+    save_head(maps / "d.nii.gz")
+    with pytest.raises(PreparationError) as caught:
+        prepare_label_maps(maps, tmp_path / "out", spatial_size=SIZE)
+    message = str(caught.value).splitlines()
+    assert message[0] == "2 of 4 label maps were not prepared:"
+    assert "b.nii.gz" in message[1]
+    assert "2035" in message[1]
+    assert "c.nii: a readable NIfTI or MGH image is needed" in message[2]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a", "d"]
+    assert "preparing subjects" in capsys.readouterr().err
+
+
+def test_finished_subjects_are_skipped_and_changed_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "abc"]
+    assert prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE) == [tmp_path / "out" / name for name in "abc"]
+    done: list[str] = []
+    monkeypatch.setattr(prepare, "prepare_label_map", lambda source, *_, **__: done.append(source.name))
+    prepare_label_maps(f"{tmp_path}/*.nii.gz", tmp_path / "out", spatial_size=SIZE)
+    assert done == []
+    (tmp_path / "out" / "a" / "mni.nii.gz").unlink()
+    changed = make_head()
+    changed[20, 20, 20] = 30
+    save_head(sources[1], changed)
+    prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE)
+    assert done == ["a.nii.gz", "b.nii.gz"]
+    done.clear()
+    prepare_label_maps(sources, tmp_path / "out", spatial_size=(32, 32, 32))
+    assert len(done) == 3
+    done.clear()
+    prepare_label_maps(sources[:1], tmp_path / "out", spatial_size=SIZE, overwrite=True)
+    assert done == ["a.nii.gz"]
+
+
+def test_an_interrupted_subject_leaves_nothing_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_head(tmp_path / "a.nii.gz")
+    save, written = prepare._save, []
+
+    def stop_at_the_third(path: Path, *parts: object) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        save(path, *parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare, "_save", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(prepare, "_save", save)
+    leftover = tmp_path / "out" / ".a.part"  # as a power cut leaves it
+    leftover.mkdir()
+    (leftover / "mni.nii.gz").write_text("half", encoding="utf-8")
+    prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rule"), [("empty", "are needed, found none"), ("*.mgz", "are needed, found none"), ("", "found twice: \\['a'\\]")]
+)
+def test_inputs_that_cannot_be_prepared(tmp_path: Path, inputs: str, rule: str) -> None:
+    (tmp_path / "empty").mkdir()
+    save_head(tmp_path / "a.nii.gz")
+    save_head(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=rule):
+        prepare_label_maps(f"{tmp_path}/{inputs}", tmp_path / "out")
+
+
+def test_sizes_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"three positive multiples of 4, got \(30, 32, 32\)"):
+        prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, spatial_size=(30, 32, 32))
+    with pytest.raises(PreparationError, match=r"b\.nii\.gz: a label map is needed, no such file"):
+        prepare_label_maps(tmp_path / "b.nii.gz", tmp_path / "out", spatial_size=SIZE)
+
+
+def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:
+    prepare_label_maps([save_head(tmp_path / f"{name}.nii.gz") for name in "ab"], tmp_path / "out", spatial_size=SIZE)
+    path = write_datalist(tmp_path / "out", validation=["b"])
+    training = load_decathlon_datalist(path, data_list_key="training")
+    assert [Path(item["mni"]) for item in training] == [tmp_path / "out" / "a" / "mni.nii.gz"]
+    assert nib.load(training[0]["generation_labels"]).shape == SIZE
+
+
+@pytest.mark.shared_data
+def test_a_real_map_with_its_registration(tmp_path: Path, shared_data: Path) -> None:
+    source = shared_data / "synthseg" / "training_label_maps" / "training_seg_09.nii.gz"
+    folder = prepare_label_map(source, tmp_path)
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 25e6
+    generation, mni = nib.load(folder / "generation_labels.nii.gz"), nib.load(folder / "mni.nii.gz")
+    ids = Protocol.load("synthseg_generation").freesurfer_ids[np.asarray(generation.dataobj)][2::4, 2::4, 2::4]
+    coordinates = mni.get_fdata()
+    assert compute_jacobian(coordinates, mni.affine).min() > 0.15
+    # centres of structures in MNI152 space, in mm
+    for structure, centre in ((10, (-11, -18, 8)), (51, (26, 4, 1)), (17, (-26, -23, -14)), (8, (-25, -64, -36))):
+        assert np.linalg.norm(coordinates[ids == structure].mean(axis=0) - centre) < 6, structure
