@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,11 @@ from brainfm_monai.data.prepare import PreparationError, prepare_label_map, prep
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 
 SIZE = (32, 40, 36)
+
+
+def load(path: str | Path) -> Any:
+    """An image with the attributes that nibabel's declared type lacks."""
+    return nib.load(path)
 
 
 def make_head() -> np.ndarray:
@@ -57,7 +63,7 @@ def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
     folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", spatial_size=SIZE)
     assert folder == tmp_path / "out" / "sub-01"
     assert sorted(f.name for f in folder.iterdir()) == sorted((*prepare.FILES, "subject.json"))
-    images = {name: nib.load(folder / name) for name in prepare.FILES}
+    images = {name: load(folder / name) for name in prepare.FILES}
     generation, segmentation, distance, mni = images.values()
     assert generation.shape == segmentation.shape == distance.shape[:3] == SIZE
     assert distance.shape[3] == 4
@@ -77,17 +83,17 @@ def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
 def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
     folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, spatial_size=SIZE)
     protocol = Protocol.load("synthseg_head")
-    segmentation = nib.load(folder / "segmentation.nii.gz")
+    segmentation = load(folder / "segmentation.nii.gz")
     labels = np.asarray(segmentation.dataobj)
     # RAS voxel (i, j, k) of the head is at (i - 23, j - 20, k - 17) mm
     for position, structure in (((-5, 0, 5), "Left-Lateral-Ventricle"), ((8, 3, 5), "Right-Cerebral-White-Matter")):
         voxel = np.rint(np.linalg.inv(segmentation.affine) @ (*position, 1)).astype(int)[:3]
         assert protocol.structures[labels[tuple(voxel)]].name == structure
     for name, labels_of in (("segmentation", protocol), ("generation_labels", Protocol.load("synthseg_generation"))):
-        ids = labels_of.freesurfer_ids[np.asarray(nib.load(folder / f"{name}.nii.gz").dataobj)]
+        ids = labels_of.freesurfer_ids[np.asarray(load(folder / f"{name}.nii.gz").dataobj)]
         assert (ids == 4).sum() == (make_head() == 4).sum()
         assert (ids == 42).sum() == (make_head() == 42).sum()
-    distance = nib.load(folder / "distance.nii.gz").get_fdata()
+    distance = load(folder / "distance.nii.gz").get_fdata()
     assert distance.min() == pytest.approx(-6.4, abs=1e-4)
     assert distance.max() == pytest.approx(6.35, abs=1e-4)  # saturated
     world_x = np.arange(SIZE[0]) + segmentation.affine[0, 3]
@@ -98,14 +104,14 @@ def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
     np.testing.assert_array_equal(distance[..., 3] < 0, ids == 41)
     np.testing.assert_array_equal(distance[..., 0] < 0, np.isin(ids, (2, 3, 4)))
     assert distance[..., 2][ids == 42].max() == pytest.approx(-0.5, abs=0.026)  # half a voxel, and half a step of rounding
-    mni = nib.load(folder / "mni.nii.gz")
+    mni = load(folder / "mni.nii.gz")
     shift = mni.get_fdata()[2, 3, 4] - (mni.affine @ (2, 3, 4, 1))[:3]
     np.testing.assert_allclose(shift, (2, 0, 0), atol=0.006)  # half a step of rounding
 
 
 def test_the_box_is_around_the_brain(tmp_path: Path) -> None:
     folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, spatial_size=(64, 64, 64))
-    labels = Protocol.load("synthseg_head").freesurfer_ids[np.asarray(nib.load(folder / "segmentation.nii.gz").dataobj)]
+    labels = Protocol.load("synthseg_head").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
     where = np.argwhere(np.isin(labels, (2, 3, 4, 8, 41, 42)))
     np.testing.assert_allclose((where.min(axis=0) + where.max(axis=0)) / 2, 31.5, atol=0.5)
     assert (labels[0] == 0).all()  # nothing but padding out there
@@ -197,7 +203,7 @@ def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:
     path = write_datalist(tmp_path / "out", validation=["b"])
     training = load_decathlon_datalist(path, data_list_key="training")
     assert [Path(item["mni"]) for item in training] == [tmp_path / "out" / "a" / "mni.nii.gz"]
-    assert nib.load(training[0]["generation_labels"]).shape == SIZE
+    assert load(training[0]["generation_labels"]).shape == SIZE
 
 
 @pytest.mark.shared_data
@@ -205,7 +211,7 @@ def test_a_real_map_with_its_registration(tmp_path: Path, shared_data: Path) -> 
     source = shared_data / "synthseg" / "training_label_maps" / "training_seg_09.nii.gz"
     folder = prepare_label_map(source, tmp_path)
     assert sum(f.stat().st_size for f in folder.iterdir()) < 25e6
-    generation, mni = nib.load(folder / "generation_labels.nii.gz"), nib.load(folder / "mni.nii.gz")
+    generation, mni = load(folder / "generation_labels.nii.gz"), load(folder / "mni.nii.gz")
     ids = Protocol.load("synthseg_generation").freesurfer_ids[np.asarray(generation.dataobj)][2::4, 2::4, 2::4]
     coordinates = mni.get_fdata()
     assert compute_jacobian(coordinates, mni.affine).min() > 0.15
