@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 
 from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report import Page, draw_report
+from brainfm_monai.report.page import PLANES
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
 SHAPE = (60, 70, 14)
 AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1.0, 0, 35], [0, 0, 5.0, -30], [0, 0, 0, 1]])  # LPS, 5 mm slices
 LEFT_CORTEX, RIGHT_CORTEX, SKIN = 6, 20, 38
+AXIAL, _, SAGITTAL = PLANES
 
 
 def make_scan(folder: Path, labels: np.ndarray, affine: np.ndarray = AFFINE) -> ScanResult:
@@ -53,12 +55,12 @@ def figure(scan: ScanResult) -> Figure:
 
 def test_pictures_have_the_patients_right_and_anterior_on_their_left(scan: ScanResult) -> None:
     page = Page.of(scan)
-    axial = page.cut(page.labels, axis=2, index=6)
+    axial = page.cut(page.labels, AXIAL, index=6)
     columns = [np.argwhere(axial == label)[:, 1].mean() for label in (RIGHT_CORTEX, LEFT_CORTEX)]
     assert columns[0] < columns[1]
-    y_mm = page.cut(page.maps["mni"][..., 1], axis=0, index=30)
+    y_mm = page.cut(page.maps["mni"][..., 1], SAGITTAL, index=30)
     assert y_mm[0, 0] > y_mm[0, -1]  # anterior first
-    z_mm = page.cut(page.maps["mni"][..., 2], axis=0, index=30)
+    z_mm = page.cut(page.maps["mni"][..., 2], SAGITTAL, index=30)
     assert z_mm[0, 0] < z_mm[-1, 0]  # superior up, as the origin is below
 
 
@@ -119,7 +121,9 @@ def test_the_table_gives_millilitres(figure: Figure) -> None:
 
 
 def test_a_scan_without_a_brain_gets_a_page_that_says_so(tmp_path: Path) -> None:
-    scan = make_scan(tmp_path, np.zeros(SHAPE, dtype=np.uint8))
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[5:9, 5:9, 5:9] = SKIN
+    scan = make_scan(tmp_path, labels)
     scan.source.unlink()
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random(SHAPE).astype(np.float32), AFFINE), scan.source)
     assert any("NO BRAIN WAS FOUND IN THIS SCAN" in text.get_text() for text in draw_report(scan).texts)

@@ -1,0 +1,120 @@
+"""The arrays of one scan as the page shows them: turned to RAS, cut to the brain, sliced in three planes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.outputs import ScanResult
+
+__all__ = ["BRAIN_MAXIMUM_ID", "PLANES", "Page", "Plane"]
+
+BRAIN_MAXIMUM_ID = 99  # FreeSurfer's ids of the brain end below; 5xx are head tissues
+WINDOW_PERCENTILES = (0.5, 99.5)  # of the intensities within the brain, so that skin fat or bone does not darken it
+BOX_QUANTILES = (0.002, 0.998)  # of the cerebrum's and cerebellum's voxels along an axis: a stray voxel does not widen the box
+MARGIN_MM = 22.0  # shown around the box: skull and scalp, not the neck
+
+
+class Plane(NamedTuple):
+    """A plane of slices.
+
+    Attributes:
+        name: name in anatomy.
+        axis: RAS axis that it is cut across.
+        horizontal: axis along the rows of a picture.
+        vertical: axis along the columns of a picture.
+        marks: letters of the side on the picture's left and right.
+    """
+
+    name: str
+    axis: int
+    horizontal: int
+    vertical: int
+    marks: str
+
+
+PLANES = (Plane("axial", 2, 0, 1, "RL"), Plane("coronal", 1, 0, 2, "RL"), Plane("sagittal", 0, 1, 2, "AP"))
+
+
+@dataclass(frozen=True)
+class Page:
+    """The arrays of a scan turned to the closest RAS axes, without resampling.
+
+    They are cut to the brain and a margin around it.
+
+    Attributes:
+        image: the scan, shape (H, W, D).
+        labels: label map, shape (H, W, D).
+        maps: other maps, each of shape (H, W, D, C).
+        zooms_mm: voxel size along each axis.
+        protocol: names and colours of the labels.
+        window: intensities shown black and white.
+        box: first and last index of the brain along each axis; of the whole image where there is none.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    maps: dict[str, np.ndarray]
+    zooms_mm: np.ndarray
+    protocol: Protocol
+    window: tuple[float, float]
+    box: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, scan: ScanResult) -> Page:
+        """Read the scan, and turn and cut it and its maps."""
+        turn = nib.orientations.io_orientation(scan.affine)
+        zooms = nib.affines.voxel_sizes(scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.labels.shape))
+        labels = nib.orientations.apply_orientation(scan.labels, turn)
+        protocol = scan.layout.protocol
+        box = _brain_box(labels, protocol)
+        margin = [round(MARGIN_MM / zoom) for zoom in zooms]
+        window = tuple(slice(max(first - m, 0), last + 1 + m) for (first, last), m in zip(box, margin, strict=True))
+        labels = labels[window]
+
+        def turned(volume: np.ndarray) -> np.ndarray:
+            return np.asarray(nib.orientations.apply_orientation(volume, turn)[window])
+
+        stored = np.asarray(nib.load(scan.source).get_fdata(dtype=np.float32))  # type: ignore[attr-defined]
+        image = np.nan_to_num(turned(stored.reshape(scan.labels.shape)), posinf=0, neginf=0)
+        maps = {name: turned(np.moveaxis(np.asarray(value.cpu()), 0, -1)) for name, value in scan.maps.items() if name != "pred"}
+        box = [(first - cut.start, last - cut.start) for (first, last), cut in zip(box, window, strict=True)]
+        return cls(image, labels, maps, zooms, protocol, _grey_window(image, labels, protocol), box)
+
+    @property
+    def has_brain(self) -> bool:
+        """Whether any voxel belongs to a structure of the brain."""
+        return bool(np.isin(self.labels, self.protocol.labels_where(maximum_id=BRAIN_MAXIMUM_ID)).any())
+
+    def cut(self, volume: np.ndarray, plane: Plane, index: int) -> np.ndarray:
+        """A slice as rows and columns of a picture with origin below, right or anterior on the picture's left."""
+        return np.swapaxes(volume.take(index, axis=plane.axis)[::-1], 0, 1)
+
+    def aspect(self, plane: Plane) -> float:
+        """Height of a voxel in a picture of the plane, relative to its width."""
+        return float(self.zooms_mm[plane.vertical] / self.zooms_mm[plane.horizontal])
+
+
+def _brain_box(labels: np.ndarray, protocol: Protocol) -> list[tuple[int, int]]:
+    """First and last index along each axis of cerebrum and cerebellum, which are the brain's structures with a side."""
+    sided = [s.label for s in protocol.structures if s.side != "none" and s.freesurfer_id <= BRAIN_MAXIMUM_ID]
+    brain = np.isin(labels, sided)
+    box = []
+    for axis in range(3):
+        count = np.cumsum(brain.sum(axis=tuple(a for a in range(3) if a != axis)))
+        if not count[-1]:
+            return [(0, n - 1) for n in labels.shape]
+        first, last = np.searchsorted(count, np.array(BOX_QUANTILES) * count[-1])
+        box.append((int(first), int(last)))
+    return box
+
+
+def _grey_window(image: np.ndarray, labels: np.ndarray, protocol: Protocol) -> tuple[float, float]:
+    brain = np.isin(labels, protocol.labels_where(maximum_id=BRAIN_MAXIMUM_ID))
+    low, high = np.percentile(image[brain] if brain.any() else image, WINDOW_PERCENTILES)
+    margin = 0.1 * (high - low)
+    return max(float(low - margin), float(image.min())), float(high + margin)

@@ -1,0 +1,99 @@
+"""Single pictures of the page: the scan, and one map over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from brainfm_monai.anatomy import Structure
+from brainfm_monai.report.page import BRAIN_MAXIMUM_ID, Page, Plane
+
+__all__ = ["PANELS", "Painter", "paint_scan", "paint_segmentation", "unit_colour"]
+
+OVERLAY_OPACITY = {"brain": 0.55, "white_matter": 0.25, "head": 0.22}
+WHITE_MATTER_IDS = (2, 41)
+GRID_STEP_MM = 20
+PIAL_COLOUR, WHITE_COLOUR = "#ff4040", "#ffe040"
+AXIS_COLOURS = ("#ff6060", "#60e060", "#60a0ff")
+
+
+def _show(axes: Axes, page: Page, plane: Plane, picture: np.ndarray, **style: object) -> None:
+    axes.imshow(picture, origin="lower", aspect=page.aspect(plane), **style)  # type: ignore[arg-type]
+
+
+def paint_scan(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    """The scan itself, in grey values set by the brain."""
+    picture = page.cut(page.image, plane, index)
+    _show(axes, page, plane, picture, cmap="gray", vmin=page.window[0], vmax=page.window[1])
+
+
+def paint_segmentation(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    """The scan, and the structures over it in the colours of the protocol."""
+    paint_scan(axes, page, plane, index)
+    table = np.array([_overlay_colour(s) for s in page.protocol.structures], dtype=np.float32)
+    _show(axes, page, plane, table[page.cut(page.labels, plane, index)], interpolation="nearest")
+
+
+def _overlay_colour(structure: Structure) -> tuple[float, float, float, float]:
+    if structure.label == 0:
+        return (0.0, 0.0, 0.0, 0.0)
+    kind = "white_matter" if structure.freesurfer_id in WHITE_MATTER_IDS else "brain"
+    kind = kind if structure.freesurfer_id <= BRAIN_MAXIMUM_ID else "head"
+    return (*unit_colour(structure), OVERLAY_OPACITY[kind])
+
+
+def unit_colour(structure: Structure) -> tuple[float, float, float]:
+    """Red, green and blue of a structure in [0, 1]."""
+    red, green, blue = structure.colour
+    return (red / 255, green / 255, blue / 255)
+
+
+def _paint_bias_field(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    head = page.labels > 0
+    field = np.ma.masked_where(~head, page.maps["bias_field"][..., 0]) if head.any() else page.maps["bias_field"][..., 0]
+    limit = max(float(np.ma.abs(np.ma.log(field)).max()), 0.05)
+    _show(axes, page, plane, page.cut(np.ma.log(field), plane, index), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    text = f"x {field.min():.2f} to x {field.max():.2f}"
+    box = {"facecolor": "black", "alpha": 0.6, "pad": 2}
+    axes.text(0.5, 0.02, text, color="white", fontsize=9, ha="center", va="bottom", bbox=box, transform=axes.transAxes)
+
+
+def _paint_corrected(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    picture = page.cut(page.image, plane, index) / page.cut(page.maps["bias_field"], plane, index)[..., 0]
+    _show(axes, page, plane, picture, cmap="gray", vmin=page.window[0], vmax=page.window[1])
+
+
+def _paint_surfaces(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    paint_scan(axes, page, plane, index)
+    distance = page.cut(page.maps["distance"], plane, index)
+    for channel, colour in enumerate((PIAL_COLOUR, WHITE_COLOUR) * 2):  # lp, lw, rp, rw
+        _contour(axes, distance[..., channel], [0.0], colour, 0.9)
+
+
+def _paint_mni(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    paint_scan(axes, page, plane, index)
+    outside = page.cut(page.labels, plane, index) == 0
+    coordinates = page.cut(page.maps["mni"], plane, index)
+    for direction in (plane.horizontal, plane.vertical):
+        lines = np.ma.masked_where(outside, coordinates[..., direction])
+        levels = np.arange(-200, 201, GRID_STEP_MM)
+        _contour(axes, lines, [float(level) for level in levels if level], AXIS_COLOURS[direction], 0.5)
+        _contour(axes, lines, [0.0], AXIS_COLOURS[direction], 1.8)
+
+
+def _contour(axes: Axes, values: np.ndarray, levels: list[float], colour: str, width: float) -> None:
+    """Contour lines at those levels that occur: matplotlib warns of a picture without lines."""
+    inside = [level for level in levels if values.min() < level < values.max()]
+    if inside:
+        axes.contour(values, levels=inside, colors=colour, linewidths=width, linestyles="solid")
+
+
+Painter = Callable[[Axes, Page, Plane, int], None]
+PANELS: tuple[tuple[str, str, Painter], ...] = (
+    ("bias_field", "bias field (red: brighter than it should be)", _paint_bias_field),
+    ("bias_field", "scan without the bias field", _paint_corrected),
+    ("distance", "pial (red) and white (yellow) surfaces", _paint_surfaces),
+    ("mni", f"MNI152 coordinates, every {GRID_STEP_MM} mm; 0 thick", _paint_mni),
+)
