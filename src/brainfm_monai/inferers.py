@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainfm_monai.transforms import ScanError
+from brainfm_monai.transforms import ScanError, scan_stem
 
 __all__ = ["WholeVolumeInferer", "exit_on_error", "fast_bfloat16", "predict_scans"]
 
@@ -61,14 +61,14 @@ def predict_scans(evaluator: Evaluator, dataset: Dataset) -> None:
 
     Args:
         evaluator: its postprocessing and handlers write the results.
-        dataset: items with the entry ``name``, read lazily by the dataset's transform.
+        dataset: items with the entries ``image`` (a path) and perhaps ``name``, read lazily by the dataset's transform.
 
     Raises:
         SystemExit: if there is no scan, and after the last scan if any failed; the message is one line.
     """
     if not len(dataset):
         raise SystemExit("input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER")
-    names = [str(item["name"]) for item in dataset.data]
+    names = [str(item.get("name") or scan_stem(item["image"])) for item in dataset.data]
     failures: list[str] = []
     evaluator.logger.setLevel(logging.CRITICAL)  # ignite tells of every run and every exception, which is told here in one line
     with logging_redirect_tqdm(), tqdm(names, unit="scan") as bar, _stages(evaluator, bar):

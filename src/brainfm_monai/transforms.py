@@ -171,7 +171,7 @@ class SplitTasksd(MapTransform):
 
     The entry itself becomes the label map of the segmentation, uint8, shape (1, H, W, D), so that the volume of logits
     is let go before anything is resampled. The other tasks become entries of their own name, float32, in the unit
-    of their files: ``distance`` in mm, clipped; ``mni`` in mm; ``bias_field`` is the exponential of ``log_bias_field``.
+    of their files: ``distance`` in mm, clipped; ``mni`` in mm; ``bias_field`` in place of ``log_bias_field``.
 
     Args:
         keys: key of the output tensor, shape (C, H, W, D) with C the layout's channels.
@@ -192,16 +192,16 @@ class SplitTasksd(MapTransform):
             values = output.as_tensor() if isinstance(output, MetaTensor) else torch.as_tensor(output)
             for name, part in self.layout.split(values.unsqueeze(0)).items():
                 task = self.layout.tasks[name]
-                entry = key if task.kind == "labels" else name
+                entry = {"labels": key, "log_field": name.removeprefix("log_")}.get(task.kind, name)
                 d[entry] = _like(self._convert(part.squeeze(0), task), output)
-            if "log_bias_field" in self.layout.tasks:
-                d["bias_field"] = _like(d["log_bias_field"].as_tensor().exp(), output)
         return d
 
     def _convert(self, part: Tensor, task: Task) -> Tensor:
         if task.kind == "labels":
             return part.argmax(dim=0, keepdim=True).to(torch.uint8)
         scaled = part.float() * task.scale
+        if task.kind == "log_field":
+            return scaled.exp()
         return scaled.clamp(-self.distance_limit_mm, self.distance_limit_mm) if task.kind == "distance" else scaled
 
 
