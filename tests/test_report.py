@@ -112,6 +112,13 @@ def test_slices_are_those_of_the_brain_and_a_stray_voxel_does_not_move_them(scan
     assert Page.of(make_scan(tmp_path, labels)).box == box
 
 
+def test_the_bias_field_is_shown_relative_to_its_median_in_the_head(scan: ScanResult) -> None:
+    page = Page.of(scan)
+    assert np.median(page.maps["bias_field"][page.labels > 0]) == pytest.approx(1.0)
+    ratio = np.asarray(scan.maps["bias_field"]).max() / np.asarray(scan.maps["bias_field"]).min()
+    assert page.maps["bias_field"].max() / page.maps["bias_field"].min() == pytest.approx(ratio, rel=1e-5)  # nothing else changes
+
+
 def test_the_table_gives_millilitres(figure: Figure) -> None:
     table = next(axes.tables[0] for axes in figure.axes if axes.tables)
     cells = {position: cell.get_text().get_text() for position, cell in table.get_celld().items()}

@@ -49,7 +49,7 @@ class Page:
     Attributes:
         image: the scan, shape (H, W, D).
         labels: label map, shape (H, W, D).
-        maps: other maps, each of shape (H, W, D, C).
+        maps: other maps, each of shape (H, W, D, C); the bias field relative to its median in the head (its scale is free).
         zooms_mm: voxel size along each axis.
         protocol: names and colours of the labels.
         window: intensities shown black and white.
@@ -82,6 +82,8 @@ class Page:
         stored = np.asarray(nib.load(scan.source).get_fdata(dtype=np.float32))  # type: ignore[attr-defined]
         image = np.nan_to_num(turned(stored.reshape(scan.labels.shape)), posinf=0, neginf=0)
         maps = {name: turned(np.moveaxis(np.asarray(value.cpu()), 0, -1)) for name, value in scan.maps.items() if name != "pred"}
+        if "bias_field" in maps and (head := labels > 0).any():
+            maps["bias_field"] = maps["bias_field"] / np.median(maps["bias_field"][head])
         box = [(first - cut.start, last - cut.start) for (first, last), cut in zip(box, window, strict=True)]
         return cls(image, labels, maps, zooms, protocol, _grey_window(image, labels, protocol), box)
 

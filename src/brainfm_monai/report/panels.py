@@ -92,7 +92,7 @@ def _contour(axes: Axes, values: np.ndarray, levels: list[float], colour: str, w
 
 Painter = Callable[[Axes, Page, Plane, int], None]
 PANELS: tuple[tuple[str, str, Painter], ...] = (
-    ("bias_field", "bias field (red: brighter than it should be)", _paint_bias_field),
+    ("bias_field", "bias field (red: too bright)", _paint_bias_field),
     ("bias_field", "scan without the bias field", _paint_corrected),
     ("distance", "pial (red) and white (yellow) surfaces", _paint_surfaces),
     ("mni", f"MNI152 coordinates, every {GRID_STEP_MM} mm; 0 thick", _paint_mni),
