@@ -127,6 +127,22 @@ def test_coarser_targets_and_stride_two_keep_world_positions() -> None:
     torch.testing.assert_close(coarse["mni"], fine["mni"], atol=1e-5, rtol=0)
 
 
+def test_millimetres_stay_millimetres_on_a_coarser_source() -> None:
+    ranges = dataclasses.replace(
+        SynthesisRanges(), velocity_std_mm=(4, 4), translation_mm=(6, 6), isotropic_prob=0, clinical_spacing_mm=(8, 8)
+    )
+    draws = [
+        sample(ranges, generators(*range(40)), source_size=SIZE, spatial_size=SIZE, protocol=GENERATION, source_mm=mm)
+        for mm in (1.0, 2.0)
+    ]
+    torch.testing.assert_close(draws[1].translation * 2, draws[0].translation)
+    torch.testing.assert_close(draws[1].velocity * 2, draws[0].velocity)
+    clinical = draws[0].spacing == 8
+    assert int(clinical.sum()) > 3
+    assert torch.equal(draws[1].spacing[clinical], torch.full((int(clinical.sum()),), 4.0))
+    torch.testing.assert_close(draws[1].sigma[clinical] * 2, draws[0].sigma[clinical])
+
+
 def test_skull_stripping_removes_the_head_from_image_and_segmentation() -> None:
     out = render(make_subject(), draw(dataclasses.replace(STILL, skull_strip_prob=1), 0), LAYOUT)
     assert set(out["segmentation"].unique().tolist()) == {0, LEFT_CORTEX, RIGHT_CORTEX}
@@ -222,5 +238,6 @@ def test_the_sampling_table_has_one_row_for_each_field_with_its_default(reposito
     fields = {field.name: field.default for field in dataclasses.fields(SynthesisRanges)}
     assert set(rows) == set(fields)
     for name, default in fields.items():
-        numbers = [float(number) for number in rows[name].split(",")]
-        assert numbers == list(default if isinstance(default, tuple) else (default,)), name
+        stated = [cell.strip() for cell in rows[name].split(",")]
+        expected = list(default if isinstance(default, tuple) else (default,))
+        assert [float(s) if isinstance(e, float | int) else s for s, e in zip(stated, expected, strict=True)] == expected, name

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from brainfm_monai.weights import load_weights, read_state_dict
+from brainfm_monai.networks import MultiTaskNet, UNet
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights import load_coarse_weights, load_weights, read_state_dict
 
 
 def network(channels: int = 3) -> nn.Module:
@@ -70,3 +72,21 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it cannot be read as one"):
         read_state_dict(tmp_path / "model.pt")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_coarse_network_becomes_the_deep_levels_of_a_finer_one(tmp_path: Path) -> None:
+    layout = TaskLayout(["segmentation"])
+    coarse, fine = (MultiTaskNet(UNet(features=features), layout) for features in ((16, 32, 64), (8, 16, 32, 64)))
+    finest = fine.state_dict()["backbone.encoders.0.0.1.weight"].clone()
+    torch.save(coarse.state_dict(), tmp_path / "coarse.pt")
+    taken = load_coarse_weights(fine, tmp_path / "coarse.pt")
+    # Everything but the unit that read the image, and the heads.
+    assert len(taken) == len(coarse.backbone.state_dict()) - 3
+    now, given = fine.state_dict(), coarse.state_dict()
+    assert torch.equal(now["backbone.encoders.3.1.1.weight"], given["backbone.encoders.2.1.1.weight"])
+    assert torch.equal(now["backbone.decoders.1.0.1.weight"], given["backbone.decoders.1.0.1.weight"])
+    assert torch.equal(now["backbone.encoders.0.0.1.weight"], finest)
+    assert load_coarse_weights(fine, "") == []
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: weights of a U-Net of one level less are needed, found no tensor"):
+        load_coarse_weights(fine, tmp_path / "other.pt")

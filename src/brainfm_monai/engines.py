@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
         ranges: laws of the generator.
         layout: tasks whose targets are wanted.
         spatial_size: (H, W, D) of the generated scans.
-        stride: voxel of the generated scans in mm (subjects have 1 mm voxels).
+        stride: voxel of the generated scans in voxels of the subjects.
+        source_mm: voxel of the subjects.
         generation_protocol: protocol of the subjects' generation labels.
         seed: of the draws; each rank and each sample gets its own stream from it.
         fixed: draw the same samples again at every pass, for validation: seeds then follow from the subject's place in the data.
@@ -40,11 +42,12 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
         layout: TaskLayout,
         spatial_size: Sequence[int],
         stride: int = 1,
+        source_mm: float = 1.0,
         generation_protocol: str = "synthseg_generation",
         seed: int = 0,
         fixed: bool = False,
     ) -> None:
-        self.ranges, self.layout, self.stride = ranges, layout, stride
+        self.ranges, self.layout, self.stride, self.source_mm = ranges, layout, stride, source_mm
         self.spatial_size = tuple(spatial_size)
         self.protocol = Protocol.load(generation_protocol)
         self.seed, self.fixed = seed, fixed
@@ -54,7 +57,8 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
         """One seed for each sample of a batch."""
         count = len(batch["generation_labels"])
         if self.fixed:
-            return [self.seed + sum(str(name).encode()) for name in batch.get("subject", range(count))]
+            # MONAI's datalist reader makes a path of a subject's name where such a folder exists: its last part is the name.
+            return [self.seed + sum(Path(str(name)).name.encode()) for name in batch.get("subject", range(count))]
         return [int(s) for s in self.R.randint(0, LARGEST_SEED, size=count)]
 
     def __call__(
@@ -73,6 +77,7 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
                 spatial_size=self.spatial_size,
                 protocol=self.protocol,
                 stride=self.stride,
+                source_mm=self.source_mm,
             )
             targets = render(subject, params, self.layout)
         return targets.pop("image"), targets

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "read_state_dict"]
+__all__ = ["load_coarse_weights", "load_weights", "read_state_dict"]
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -58,3 +58,36 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     if unknown:
         raise ValueError(f"{path}: the weights must fit the network, found '{unknown[0]}', which the network does not have")
     network.load_state_dict(state)
+
+
+def load_coarse_weights(network: nn.Module, path: str | Path) -> list[str]:
+    """Start a U-Net from one that was trained with voxels of twice the size and one level less.
+
+    Level l of the coarse encoder sees the voxels that level l + 1 sees here, and both decoders begin at the bottom; what has no
+    counterpart (the finest level, the heads) keeps its initial values.
+
+    Args:
+        network: :class:`~brainfm_monai.networks.MultiTaskNet` over a U-Net.
+        path: plain state dict of the coarse network; empty: nothing is done.
+
+    Returns:
+        Names of the tensors that were taken over.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a state dict, or has no tensor that fits.
+    """
+    if not str(path):
+        return []
+    state, expected = read_state_dict(path), network.state_dict()
+    taken = {}
+    for name, tensor in state.items():
+        stem, _, rest = name.partition("backbone.encoders.")
+        level, _, inner = rest.partition(".")
+        target = name if not rest else f"{stem}backbone.encoders.{int(level) + 1}.{inner}"
+        if target.startswith("backbone.") and target in expected and expected[target].shape == tensor.shape:
+            taken[target] = tensor
+    if not taken:
+        raise ValueError(f"{path}: weights of a U-Net of one level less are needed, found no tensor that fits the network")
+    network.load_state_dict(taken, strict=False)
+    return sorted(taken)

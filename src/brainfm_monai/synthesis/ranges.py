@@ -33,6 +33,7 @@ class SynthesisRanges:
     std: Range = (5.0, 25.0)
     dark_background_prob: float = 0.5
     contrast_prior_prob: float = 0.0
+    contrast_priors: tuple[str, ...] = ("T1w", "T2w", "FLAIR")
     contrast_prior_spread: float = 2.0
     contrast_inversion_prob: float = 0.3
     gamma_log_std: float = 0.1

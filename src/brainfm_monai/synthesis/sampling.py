@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 
 import torch
@@ -48,32 +49,34 @@ def sample(
     spatial_size: Sequence[int],
     protocol: Protocol,
     stride: int = 1,
+    source_mm: float = 1.0,
 ) -> SynthesisParams:
     """Draw everything random of a batch.
 
     Args:
         ranges: the laws.
         generators: one generator for each sample, all on one device, where the result lies too.
-        source_size: (H, W, D) of the subjects, 1 mm voxels.
+        source_size: (H, W, D) of the subjects.
         spatial_size: (H, W, D) of the rendered samples.
         protocol: of the generation labels.
-        stride: size of an output voxel in source voxels (which are 1 mm).
+        stride: size of an output voxel in source voxels.
+        source_mm: size of a source voxel.
 
     Returns:
         The draw, on the device of the generators.
     """
-    draws = _Draws(generators)
+    draws, voxel_mm = _Draws(generators), stride * source_mm
     scaling = draws.uniform(ranges.scaling, 3)
     matrix = spatial.affine_matrix(draws.uniform(ranges.rotation_deg, 3), draws.uniform(ranges.shear, 3, 2), scaling)
-    translation = draws.uniform(ranges.translation_mm, 3)
+    translation = draws.uniform(ranges.translation_mm, 3) / source_mm
     velocity_points = _control_points(draws, ranges.velocity_fraction)
-    velocity_std = draws.uniform(ranges.velocity_std_mm) / stride
+    velocity_std = draws.uniform(ranges.velocity_std_mm) / voxel_mm
     columns = _columns(ranges.velocity_fraction)
     velocity = draws.normal(3, columns, columns, columns) * velocity_std.reshape(-1, 1, 1, 1, 1)
     mean, std = _sample_contrast(ranges, draws, protocol)
     bias_columns = _columns(ranges.bias_fraction)
     bias = draws.normal(1, bias_columns, bias_columns, bias_columns) * draws.uniform(ranges.bias_log_std).reshape(-1, 1, 1, 1, 1)
-    spacing, sigma = _sample_resolution(ranges, draws, stride)
+    spacing, sigma = _sample_resolution(ranges, draws, voxel_mm)
     return SynthesisParams(
         matrix=matrix,
         translation=translation,
@@ -105,12 +108,17 @@ def _control_points(draws: _Draws, fraction: Range) -> Tensor:
     return (draws.uniform(fraction, 1) * CONTROL_POINTS_SIZE).round().clamp(2, _columns(fraction)).expand(-1, 3)
 
 
-def _contrast_prior(protocol: Protocol, device: torch.device) -> tuple[Tensor, Tensor]:
-    text = (resources.files("brainfm_monai") / "contrasts" / "T1w.tsv").read_text(encoding="utf-8")
-    rows = {int(row["freesurfer_id"]): row for row in csv.DictReader(text.splitlines(), delimiter="\t")}
-    known = [rows[s.freesurfer_id] for s in protocol.structures]
-    mean, spread = ([float(row[column]) for row in known] for column in ("mean", "mean_std"))
+def _contrast_priors(names: Sequence[str], protocol: Protocol, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means and their stds, (N, L) each, out of the package's tables of contrasts."""
+    tables = [_read_contrast(name) for name in names]
+    mean, spread = ([[float(t[s.freesurfer_id][c]) for s in protocol.structures] for t in tables] for c in ("mean", "mean_std"))
     return torch.tensor(mean, device=device), torch.tensor(spread, device=device)
+
+
+@cache
+def _read_contrast(name: str) -> dict[int, dict[str, str]]:
+    text = (resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv").read_text(encoding="utf-8")
+    return {int(row["freesurfer_id"]): row for row in csv.DictReader(text.splitlines(), delimiter="\t")}
 
 
 def _sample_contrast(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol) -> tuple[Tensor, Tensor]:
@@ -119,11 +127,12 @@ def _sample_contrast(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol)
     mean, std = draws.uniform(ranges.mean, count), draws.uniform(ranges.std, count)
     jitter, use_prior = draws.normal(count), draws.chance(ranges.contrast_prior_prob)
     invert = draws.chance(ranges.contrast_inversion_prob)
+    chosen = draws.uniform((0.0, float(len(ranges.contrast_priors)))).long()
     if ranges.contrast_prior_prob > 0:
-        prior, spread = _contrast_prior(protocol, draws.device)
-        like_t1w = (prior + ranges.contrast_prior_spread * spread * jitter).clamp(0, ranges.mean[1])
-        like_t1w = torch.where(invert[:, None], ranges.mean[1] - like_t1w, like_t1w)
-        mean = torch.where(use_prior[:, None], like_t1w, mean)
+        prior, spread = _contrast_priors(ranges.contrast_priors, protocol, draws.device)
+        like = (prior[chosen] + ranges.contrast_prior_spread * spread[chosen] * jitter).clamp(0, ranges.mean[1])
+        like = torch.where(invert[:, None], ranges.mean[1] - like, like)
+        mean = torch.where(use_prior[:, None], like, mean)
     one_side = torch.tensor([min(s.label, s.mirror) for s in protocol.structures], device=draws.device)
     mean, std = mean[:, one_side], std[:, one_side]
     dark = draws.chance(ranges.dark_background_prob) | use_prior
@@ -131,12 +140,12 @@ def _sample_contrast(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol)
     return torch.where(dark[:, None] & background, 0.0, mean), torch.where(dark[:, None] & background, std / 5, std)
 
 
-def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, stride: int) -> tuple[Tensor, Tensor]:
+def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float) -> tuple[Tensor, Tensor]:
     """Spacing and profile width in output voxels, out of four families: isotropic, clinical, low-field, coarse."""
     family = draws.uniform((0.0, 1.0), 1)
     axis = torch.floor(draws.uniform((0.0, 3.0), 1))
     through_plane = torch.arange(3, device=draws.device) == axis
-    voxel = torch.full_like(through_plane, float(stride), dtype=torch.float32)
+    voxel = torch.full_like(through_plane, voxel_mm, dtype=torch.float32)
     clinical = torch.where(through_plane, draws.uniform(ranges.clinical_spacing_mm, 1), voxel)
     slab = torch.minimum(clinical, draws.uniform(ranges.clinical_thickness_mm, 1))
     clinical_thickness = torch.where(through_plane, slab, voxel)
@@ -148,8 +157,8 @@ def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, stride: int) -> t
     spacing_mm = torch.where(isotropic, voxel, torch.where(is_clinical, clinical, through))
     thickness_mm = torch.where(isotropic, voxel, torch.where(is_clinical, clinical_thickness, through))
     factor = draws.uniform(ranges.profile_factor, 3)
-    sigma = torch.where(thickness_mm > stride, factor * PROFILE_SIGMA * thickness_mm / stride, 0.0)
-    return (spacing_mm / stride).clamp_min(1), sigma
+    sigma = torch.where(thickness_mm > voxel_mm, factor * PROFILE_SIGMA * thickness_mm / voxel_mm, 0.0)
+    return (spacing_mm / voxel_mm).clamp_min(1), sigma
 
 
 def _sample_kept(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol) -> Tensor:
