@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from brainfm_monai.inferers import WholeVolumeInferer, exit_on_error, fast_bfloat16
+from brainfm_monai.inferers import ForegroundInferer, WholeVolumeInferer, exit_on_error, fast_bfloat16
 
 
 @pytest.fixture
@@ -52,3 +52,25 @@ def test_only_wrong_values_and_missing_files_end_in_one_line() -> None:
             exit_on_error(fail, error)
     with pytest.raises(ZeroDivisionError):
         exit_on_error(fail, ZeroDivisionError())
+
+
+def test_the_air_around_the_head_is_neither_computed_nor_left_undefined() -> None:
+    values = torch.zeros(2, 1, 12, 14, 16)
+    values[0, :, 3:6, 4:9, 5:6] = 1
+    values[1, :, 10:, 12:, 14:] = 1
+    seen: list[tuple[int, ...]] = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return torch.cat([x, x + 1], dim=1)
+
+    inferer = ForegroundInferer(WholeVolumeInferer(bfloat16=False), outside=[7.0, 9.0], margin=1, multiple=4)
+    output = inferer(MetaTensor(values, affine=torch.eye(4)), network)
+    assert seen == [(1, 1, 8, 8, 4), (1, 1, 4, 4, 4)]
+    assert isinstance(output, MetaTensor)
+    box = torch.zeros(2, 1, 12, 14, 16, dtype=torch.bool)
+    box[0, :, 2:7, 3:10, 4:7] = True
+    box[1, :, 9:, 11:, 13:] = True
+    expected = torch.cat([torch.where(box, values, 7.0), torch.where(box, values + 1, 9.0)], dim=1)
+    torch.testing.assert_close(output.as_tensor(), expected)
+    assert float(inferer(torch.zeros(1, 1, 4, 4, 4), network).max()) == 1  # nothing above the threshold: the whole volume

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from brainfm_monai.networks import MultiTaskNet, UNet
+from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet, UNet
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"])
@@ -56,6 +56,20 @@ def test_stride_sees_block_means_and_the_trained_output_between_them() -> None:
     blocks = nnf.avg_pool3d(image, 2)
     expected = nnf.interpolate(coarse(blocks), scale_factor=2, mode="trilinear")
     torch.testing.assert_close(fine(image), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_two_scales_join_the_coarse_features_and_the_detail() -> None:
+    torch.manual_seed(0)
+    net = TwoScaleUNet(features=(8, 16, 32)).eval()
+    image = torch.rand(1, 1, 8, 12, 16)
+    output = net(image)
+    assert output.shape == (1, net.out_channels, 8, 12, 16)
+    context = nnf.interpolate(net.coarse(nnf.avg_pool3d(image, 2)), scale_factor=2, mode="trilinear")
+    torch.testing.assert_close(output[:, 8:], context, atol=1e-5, rtol=1e-5)
+    state = net.state_dict()
+    detail = unit(unit(image, state, "encoder.0"), state, "encoder.1")
+    detail = unit(unit(torch.cat([detail, context], 1), state, "decoder.0"), state, "decoder.1")
+    torch.testing.assert_close(output[:, :8], detail, atol=1e-4, rtol=1e-4)
 
 
 def test_messages() -> None:

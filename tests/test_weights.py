@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool3d, interpolate
 
-from brainfm_monai.networks import MultiTaskNet, UNet
+from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet, UNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights import load_coarse_weights, load_weights, read_state_dict
 
@@ -74,19 +75,19 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_coarse_network_becomes_the_deep_levels_of_a_finer_one(tmp_path: Path) -> None:
+def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: Path) -> None:
     layout = TaskLayout(["segmentation"])
-    coarse, fine = (MultiTaskNet(UNet(features=features), layout) for features in ((16, 32, 64), (8, 16, 32, 64)))
-    finest = fine.state_dict()["backbone.encoders.0.0.1.weight"].clone()
+    coarse = MultiTaskNet(UNet(features=(16, 32, 64)), layout).eval()
+    fine = MultiTaskNet(TwoScaleUNet(features=(8, 16, 32, 64)), layout).eval()
     torch.save(coarse.state_dict(), tmp_path / "coarse.pt")
-    taken = load_coarse_weights(fine, tmp_path / "coarse.pt")
-    # Everything but the unit that read the image, and the heads.
-    assert len(taken) == len(coarse.backbone.state_dict()) - 3
-    now, given = fine.state_dict(), coarse.state_dict()
-    assert torch.equal(now["backbone.encoders.3.1.1.weight"], given["backbone.encoders.2.1.1.weight"])
-    assert torch.equal(now["backbone.decoders.1.0.1.weight"], given["backbone.decoders.1.0.1.weight"])
-    assert torch.equal(now["backbone.encoders.0.0.1.weight"], finest)
-    assert load_coarse_weights(fine, "") == []
+    load_coarse_weights(fine, tmp_path / "coarse.pt")
+    image = torch.rand(1, 1, 16, 16, 16)
+    expected = interpolate(coarse(avg_pool3d(image, 2)), scale_factor=2, mode="trilinear")
+    torch.testing.assert_close(fine(image), expected, atol=1e-4, rtol=1e-4)
+
+    before = {name: tensor.clone() for name, tensor in fine.state_dict().items()}
+    load_coarse_weights(fine, "")
+    assert all(torch.equal(before[name], tensor) for name, tensor in fine.state_dict().items())
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt: weights of a U-Net of one level less are needed, found no tensor"):
+    with pytest.raises(ValueError, match=r"other\.pt: the weights must fit the coarse network, found nothing for 'backbone\."):
         load_coarse_weights(fine, tmp_path / "other.pt")

@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as nnf
 from ignite.engine import Events
 from monai.data import Dataset, MetaTensor, list_data_collate
 from monai.engines import Evaluator, IterationEvents
 from monai.inferers import Inferer
+from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm_monai.transforms import ScanError, scan_stem
 
-__all__ = ["WholeVolumeInferer", "exit_on_error", "fast_bfloat16", "predict_scans"]
+__all__ = ["ForegroundInferer", "WholeVolumeInferer", "exit_on_error", "fast_bfloat16", "predict_scans"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,6 +51,47 @@ class WholeVolumeInferer(Inferer):
         enabled = fast_bfloat16(image.device) if self.bfloat16 is None else self.bfloat16
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=enabled):
             output = network(image.contiguous(), *args, **kwargs)
+        if not isinstance(inputs, MetaTensor):
+            return output
+        tensor = MetaTensor(output).copy_meta_from(inputs)
+        tensor.is_batch = inputs.is_batch
+        return tensor
+
+
+class ForegroundInferer(Inferer):
+    """Run another inferer on the box around the head, and fill in what is known of the air around it.
+
+    Group normalisation averages over the volume: a head in a large box of air would not look like those of the training.
+
+    Args:
+        inferer: runs the network on the box.
+        outside: value of each output channel outside the box.
+        threshold: voxels above it are head or noise; the box holds all of them. Images lie in [0, 1].
+        margin: voxels that the box is larger on each side.
+        multiple: the box is padded with zeros to a multiple of it, which the network's poolings need.
+    """
+
+    def __init__(
+        self, inferer: Inferer, outside: Sequence[float], threshold: float = 0.05, margin: int = 4, multiple: int = 32
+    ) -> None:
+        super().__init__()
+        self.inferer, self.outside = inferer, list(outside)
+        self.threshold, self.margin, self.multiple = threshold, margin, multiple
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map images of shape (B, 1, H, W, D) to (B, channels, H, W, D) in float32; metadata go along."""
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        fill = torch.tensor(self.outside, device=image.device).reshape(1, -1, 1, 1, 1)
+        output = fill.repeat(len(image), 1, *image.shape[2:])
+        for sample in range(len(image)):
+            first, last = generate_spatial_bounding_box(
+                image[sample], lambda x: x > self.threshold, margin=self.margin, allow_smaller=True
+            )
+            box = tuple(slice(a, b or None) for a, b in zip(first, last, strict=True))  # no foreground, (0, 0): the whole volume
+            part = image[sample : sample + 1, :, *box]
+            padding = [n for size in part.shape[:1:-1] for n in (0, -size % self.multiple)]
+            found = self.inferer(nnf.pad(part, padding), network, *args, **kwargs)
+            output[sample : sample + 1, :, *box] = found[:, :, : part.shape[2], : part.shape[3], : part.shape[4]].float()
         if not isinstance(inputs, MetaTensor):
             return output
         tensor = MetaTensor(output).copy_meta_from(inputs)

@@ -13,6 +13,9 @@ from brainfm_monai.anatomy import Protocol
 
 __all__ = ["TASKS", "Task", "TaskLayout"]
 
+FAR_MM = 3.0  # distances are learnt up to here (BrainFM: max_surf_distance)
+CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
+
 
 @dataclass(frozen=True)
 class Task:
@@ -93,6 +96,18 @@ class TaskLayout:
     def channel_names(self) -> list[str]:
         """Name of every channel of the output tensor."""
         return [name for task in self.tasks.values() for name in task.channel_names]
+
+    @property
+    def outside_values(self) -> list[float]:
+        """Value of every channel in the air around a head: background for certain, far from any surface, no bias.
+
+        MNI coordinates are not defined there and are 0.
+        """
+        values = []
+        for task in self.tasks.values():
+            per_channel = {"labels": 0.0, "distance": FAR_MM}.get(task.kind, 0.0)
+            values += [CERTAIN_LOGIT if task.kind == "labels" and i == 0 else per_channel for i in range(task.channels)]
+        return values
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
         """Views of the output tensor by task.

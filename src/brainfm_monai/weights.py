@@ -60,34 +60,29 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     network.load_state_dict(state)
 
 
-def load_coarse_weights(network: nn.Module, path: str | Path) -> list[str]:
-    """Start a U-Net from one that was trained with voxels of twice the size and one level less.
-
-    Level l of the coarse encoder sees the voxels that level l + 1 sees here, and both decoders begin at the bottom; what has no
-    counterpart (the finest level, the heads) keeps its initial values.
+def load_coarse_weights(network: nn.Module, path: str | Path) -> None:
+    """Start a two-scale network from a coarse one, so that its first output is the coarse one's, interpolated.
 
     Args:
-        network: :class:`~brainfm_monai.networks.MultiTaskNet` over a U-Net.
-        path: plain state dict of the coarse network; empty: nothing is done.
-
-    Returns:
-        Names of the tensors that were taken over.
+        network: :class:`~brainfm_monai.networks.MultiTaskNet` over a :class:`~brainfm_monai.networks.TwoScaleUNet`.
+        path: plain state dict of the coarse network, a ``MultiTaskNet`` over a ``UNet``; empty: nothing is done.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a state dict, or has no tensor that fits.
+        ValueError: if the file is not a state dict, or does not hold the coarse part of the network.
     """
     if not str(path):
-        return []
-    state, expected = read_state_dict(path), network.state_dict()
-    taken = {}
-    for name, tensor in state.items():
-        stem, _, rest = name.partition("backbone.encoders.")
-        level, _, inner = rest.partition(".")
-        target = name if not rest else f"{stem}backbone.encoders.{int(level) + 1}.{inner}"
-        if target.startswith("backbone.") and target in expected and expected[target].shape == tensor.shape:
-            taken[target] = tensor
-    if not taken:
-        raise ValueError(f"{path}: weights of a U-Net of one level less are needed, found no tensor that fits the network")
-    network.load_state_dict(taken, strict=False)
-    return sorted(taken)
+        return
+    given, state = read_state_dict(path), network.state_dict()
+    wanted = {name: name.replace("backbone.coarse.", "backbone.") for name in state if name.startswith("backbone.coarse.")}
+    for name, source in wanted.items():
+        if source not in given or given[source].shape != state[name].shape:
+            found = tuple(given[source].shape) if source in given else "nothing"
+            raise ValueError(
+                f"{path}: the weights must fit the coarse network, found {found} for '{source}' of {tuple(state[name].shape)}"
+            )
+        state[name] = given[source]
+    context = given["head.weight"].shape[1]
+    state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"][:, :-context]), given["head.weight"]], dim=1)
+    state["head.bias"] = given["head.bias"]
+    network.load_state_dict(state)
