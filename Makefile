@@ -56,7 +56,8 @@ format: $(VENV)/.all
 train: $(VENV)/.all
 	$(BIN)/brainfm-monai prepare labels "$(MAPS)" "$(PREPARED)" --jobs $(JOBS)
 	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)"
-	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json"
+	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --coarse
+	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --coarse_weights bundle/training_coarse/model.pt
 
 clean:
 	rm -rf $(VENV) demo

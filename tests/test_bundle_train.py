@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from brainfm_monai.anatomy import Protocol
 SIZE = (32, 32, 32)
 TINY: dict[str, Any] = {
     "spatial_size": [16, 16, 16],
-    "features": [8, 16],
+    "features": [8, 16, 32],
     "epoch_length": 2,
     "max_epochs": 1,
     "val_interval": 1,
@@ -54,11 +55,13 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_workflow(repository: Path, dataset_dir: Path, output_dir: Path, **overrides: Any) -> ConfigWorkflow:
+def make_workflow(
+    repository: Path, dataset_dir: Path, output_dir: Path, names: Sequence[str] = ("train.json",), **overrides: Any
+) -> ConfigWorkflow:
     bundle = repository / "bundle"
     return ConfigWorkflow(
         workflow_type="train",
-        config_file=str(bundle / "configs" / "train.json"),
+        config_file=[str(bundle / "configs" / name) for name in names],
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=False,
         bundle_root=str(bundle),
@@ -118,3 +121,22 @@ def test_training_changes_the_network_and_goes_on_from_its_checkpoint(
     assert trainer.state.epoch == 2
     assert trainer.state.iteration == 4
     assert resumed.parser.get_parsed_content("lr_scheduler").last_epoch == 4
+
+
+def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    names = ("train.json", "coarse.json")
+    small = {"network_def#backbone#features": [16, 32], "spatial_size": [8, 8, 8]}
+    coarse = make_workflow(repository, dataset_dir, tmp_path / "coarse", names, **small)
+    coarse.initialize()
+    assert coarse.check_properties() == []
+    coarse.run()
+    weights = torch.load(tmp_path / "coarse" / "model.pt", weights_only=True)
+
+    coarse_weights = str(tmp_path / "coarse" / "model.pt")
+    fine = make_workflow(repository, dataset_dir, tmp_path / "fine", features=[8, 16, 32], coarse_weights=coarse_weights)
+    fine.initialize()
+    state = fine.parser.get_parsed_content("network").state_dict()
+    for name in weights:
+        if name.startswith("backbone."):
+            assert torch.equal(state[name.replace("backbone.", "backbone.coarse.")], weights[name]), name
+    assert torch.equal(state["head.weight"][:, 8:], weights["head.weight"])

@@ -115,6 +115,8 @@ def test_train_hands_on_what_it_does_not_know(
     assert settings["max_epochs"] == 3
     assert settings["synthesis#rotation_deg"] == [-10, 10]
     assert "output_dir" not in settings
+    call(monkeypatch, "train", str(datalist), "--bundle", str(repository / "bundle"), "--coarse")
+    assert [Path(file).name for file in bundle_runs[1]["config_file"]] == ["train.json", "coarse.json"]
 
 
 def test_names_for_validation_may_be_separated_by_commas(

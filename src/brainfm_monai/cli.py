@@ -98,15 +98,17 @@ def evaluate(datalist: str, output: str, bundle: str = "bundle", **overrides: An
     run_bundle(bundle, ["inference.json", "evaluate.json"], datalist=_existing(datalist), output_dir=str(output), **overrides)
 
 
-def train(datalist: str, bundle: str = "bundle", **overrides: Any) -> None:
+def train(datalist: str, bundle: str = "bundle", coarse: bool = False, **overrides: Any) -> None:
     """Train on prepared subjects; a training that was interrupted goes on where it was.
 
     Args:
         datalist: list written by ``brainfm-monai data list``.
         bundle: folder of the bundle.
+        coarse: train the coarse network, whose model.pt the fine training takes as ``--coarse_weights``.
         overrides: any other ``--key value`` replaces that key of configs/train.json, as in ``--max_epochs 10 --output_dir OUT``.
     """
-    run_bundle(bundle, ["train.json"], datalist=_existing(datalist), **overrides)
+    names = ["train.json", "coarse.json"] if coarse else ["train.json"]
+    run_bundle(bundle, names, datalist=_existing(datalist), **overrides)
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:

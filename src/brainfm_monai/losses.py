@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.tasks import MAX_DISTANCE_MM, TaskLayout
 
 __all__ = ["MultiTaskLoss", "compute_centred_mse", "compute_dice_ce", "compute_distance_l1", "compute_masked_l1"]
-
-MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
 
 
 def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 
-__all__ = ["TASKS", "Task", "TaskLayout"]
+__all__ = ["MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout"]
 
-FAR_MM = 3.0  # distances are learnt up to here (BrainFM: max_surf_distance)
+MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
 CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
 
 
@@ -105,7 +105,7 @@ class TaskLayout:
         """
         values = []
         for task in self.tasks.values():
-            per_channel = {"labels": 0.0, "distance": FAR_MM}.get(task.kind, 0.0)
+            per_channel = {"labels": 0.0, "distance": MAX_DISTANCE_MM}.get(task.kind, 0.0)
             values += [CERTAIN_LOGIT if task.kind == "labels" and i == 0 else per_channel for i in range(task.channels)]
         return values
 

@@ -16,7 +16,7 @@ from monai.transforms import LoadImaged, MapTransform, Spacingd
 from torch import Tensor
 
 from brainfm_monai.functional.intensity import normalise_percentiles
-from brainfm_monai.tasks import Task, TaskLayout
+from brainfm_monai.tasks import MAX_DISTANCE_MM, Task, TaskLayout
 
 __all__ = ["LoadScand", "NormalisePercentilesd", "ScanError", "ScanSpacingd", "SplitTasksd", "check_header", "scan_stem"]
 
@@ -179,7 +179,7 @@ class SplitTasksd(MapTransform):
         distance_limit_mm: distances are clipped to this magnitude: beyond it they carry no information.
     """
 
-    def __init__(self, keys: KeysCollection, layout: TaskLayout, distance_limit_mm: float = 3.0) -> None:
+    def __init__(self, keys: KeysCollection, layout: TaskLayout, distance_limit_mm: float = MAX_DISTANCE_MM) -> None:
         super().__init__(keys)
         self.layout = layout
         self.distance_limit_mm = distance_limit_mm
