@@ -12,6 +12,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 
 from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights import load_weights
 
 
 @pytest.fixture
@@ -105,3 +106,13 @@ def _strings(config: Any) -> list[str]:
         return [config]
     children = config.values() if isinstance(config, dict) else config if isinstance(config, list) else []
     return [item for child in children for item in _strings(child)]
+
+
+def test_the_shipped_weights_fit_the_network_and_the_zoo(repository: Path, parser: ConfigParser) -> None:
+    path = repository / "bundle/models/model.pt"
+    assert path.stat().st_size < 25e6  # larger files do not travel with a bundle
+    network = parser.get_parsed_content("network_def")
+    before = network.head.weight.clone()
+    load_weights(network, path)
+    assert not torch.equal(network.head.weight, before)
+    assert all(torch.isfinite(tensor).all() for tensor in network.state_dict().values())

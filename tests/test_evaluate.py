@@ -77,7 +77,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
             "bundle_root": str(repository / "bundle"),
         }
         values |= {"network_def": LevelReader(), "weights": str(tmp_path / "levels.pt"), "device": "$torch.device('cpu')"}
-        values |= {"writers": [], "inferer#inferer#bfloat16": False}
+        values |= {"writers": [], "inferer#inferer#inferer#bfloat16": False}
         workflow = ConfigWorkflow(
             workflow_type="inference",
             config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],

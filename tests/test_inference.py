@@ -58,7 +58,7 @@ def predict(repository: Path, weights: Path) -> Predict:
             "weights": str(weights),
             "device": "$torch.device('cpu')",
             "network_def#backbone#features": FEATURES,
-            "inferer#inferer#bfloat16": False,
+            "inferer#inferer#inferer#bfloat16": False,
         }
         workflow = ConfigWorkflow(
             workflow_type="inference",

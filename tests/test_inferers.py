@@ -8,7 +8,8 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from brainfm_monai.inferers import ForegroundInferer, WholeVolumeInferer, exit_on_error, fast_bfloat16
+from brainfm_monai.inferers import ForegroundInferer, MirrorInferer, WholeVolumeInferer, exit_on_error, fast_bfloat16
+from brainfm_monai.tasks import TaskLayout
 
 
 @pytest.fixture
@@ -74,3 +75,17 @@ def test_the_air_around_the_head_is_neither_computed_nor_left_undefined() -> Non
     expected = torch.cat([torch.where(box, values, 7.0), torch.where(box, values + 1, 9.0)], dim=1)
     torch.testing.assert_close(output.as_tensor(), expected)
     assert float(inferer(torch.zeros(1, 1, 4, 4, 4), network).max()) == 1  # nothing above the threshold: the whole volume
+
+
+def test_a_mirrored_head_gets_the_mirrored_maps() -> None:
+    layout = TaskLayout(["segmentation", "distance", "mni"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Conv3d(1, layout.channels, 3, padding=1)
+    image = torch.rand(1, 1, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+    inferer = MirrorInferer(WholeVolumeInferer(bfloat16=False), layout)
+    with torch.no_grad():
+        found, of_mirror, alone = inferer(image, network), inferer(image.flip(2), network), network(image)
+    torch.testing.assert_close(layout.mirror(of_mirror), found, atol=1e-5, rtol=0)
+    assert float((alone - layout.mirror(network(image.flip(2)).detach())).abs().max()) > 0.1  # the network alone does not do so
+    torch.testing.assert_close(found * 2 - alone, layout.mirror(network(image.flip(2)).detach()), atol=1e-5, rtol=0)

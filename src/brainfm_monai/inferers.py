@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.transforms import ScanError, scan_stem
 
-__all__ = ["ForegroundInferer", "WholeVolumeInferer", "exit_on_error", "fast_bfloat16", "predict_scans"]
+__all__ = ["ForegroundInferer", "MirrorInferer", "WholeVolumeInferer", "exit_on_error", "fast_bfloat16", "predict_scans"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,6 +57,25 @@ class WholeVolumeInferer(Inferer):
         tensor = MetaTensor(output).copy_meta_from(inputs)
         tensor.is_batch = inputs.is_batch
         return tensor
+
+
+class MirrorInferer(Inferer):
+    """Mean of what another inferer finds in a head and in its left-right mirror image, mirrored back by the rules of the tasks.
+
+    Args:
+        inferer: runs the network, twice for each call.
+        layout: knows how each task mirrors.
+    """
+
+    def __init__(self, inferer: Inferer, layout: TaskLayout) -> None:
+        super().__init__()
+        self.inferer, self.layout = inferer, layout
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map images of shape (B, 1, H, W, D) in RAS+ order to (B, layout.channels, H, W, D) in float32."""
+        straight = self.inferer(inputs, network, *args, **kwargs).float()
+        mirrored = self.inferer(inputs.flip(2), network, *args, **kwargs).float()
+        return straight.add_(self.layout.mirror(mirrored)).mul_(0.5)
 
 
 class ForegroundInferer(Inferer):
