@@ -58,10 +58,9 @@ def predict(repository: Path, weights: Path) -> Predict:
             "weights": str(weights),
             "device": "$torch.device('cpu')",
             "network_def#backbone#features": FEATURES,
-            "inferer#inferer#inferer#bfloat16": False,
+            "bfloat16": False,
         }
         if "network_def" in overrides:  # a network that knows sides without seeing them has no use for a mirror image
-            del values["inferer#inferer#inferer#bfloat16"]
             values["inferer#inferer"] = {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}
         workflow = ConfigWorkflow(
             workflow_type="inference",
