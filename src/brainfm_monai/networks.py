@@ -50,7 +50,6 @@ class UNet(nn.Module):
             raise ValueError(f"UNet: 'features' must name at least two levels, got {tuple(features)}")
         self.unit_norm = unit_norm
         self.out_channels = features[0]
-        self.size_multiple = 2 ** (len(features) - 1)
         inputs = [in_channels, *features[:-1]]
         self.encoders = nn.ModuleList(
             nn.Sequential(ConvUnit(i, max(o // 2, i)), ConvUnit(max(o // 2, i), o)) for i, o in zip(inputs, features, strict=True)
@@ -90,7 +89,6 @@ class TwoScaleUNet(nn.Module):
         super().__init__()
         fine = features[0]
         self.out_channels = fine + features[1]
-        self.size_multiple = 2 ** (len(features) - 1)
         self.coarse = UNet(in_channels, features[1:])
         self.encoder = nn.Sequential(
             ConvUnit(in_channels, max(fine // 2, in_channels)), ConvUnit(max(fine // 2, in_channels), fine)
