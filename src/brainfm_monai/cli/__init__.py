@@ -1,0 +1,41 @@
+"""The command ``brainfm-monai``: each command is a few lines that call the package or run a config of the bundle."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import fire
+
+from brainfm_monai import __version__
+from brainfm_monai.cli.bundle import evaluate, predict, train
+from brainfm_monai.cli.subjects import demo_scans, list_subjects, prepare_labels
+
+__all__ = ["COMMANDS", "main"]
+
+
+def version() -> str:
+    """Tell the version."""
+    return __version__
+
+
+COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
+    "predict": predict,
+    "prepare": {"labels": prepare_labels},
+    "data": {"list": list_subjects},
+    "train": train,
+    "evaluate": evaluate,
+    "demo-scans": demo_scans,
+    "version": version,
+}
+
+
+def main() -> None:
+    """Run a command; a wrong value or a missing file is told in one line, with exit status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        fire.Fire(COMMANDS, name="brainfm-monai")
+    except (ValueError, OSError) as error:
+        sys.exit(f"brainfm-monai: {error}")
