@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from brainfm_monai import Protocol, Structure
 
-SHIPPED = ("brainfm", "synthseg_generation", "synthseg_head")
+SHIPPED = ("brainfm", "brainfm_generation", "synthseg_generation", "synthseg_head")
 HEADER = "label\tfreesurfer_id\tname\tside\tmirror\tred\tgreen\tblue\tincludes"
 # FreeSurfer's colour table: the same brain structure has the same id in every protocol
 FREESURFER = {"Left-Thalamus": 10, "Right-Thalamus": 49, "Left-Hippocampus": 17, "Right-Hippocampus": 53, "Brain-Stem": 16}
@@ -29,7 +30,9 @@ def test_shipped_protocols_are_listed() -> None:
     assert Protocol.names() == list(SHIPPED)
 
 
-@pytest.mark.parametrize(("name", "count"), [("brainfm", 56), ("synthseg_head", 44), ("synthseg_generation", 54)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("brainfm", 56), ("brainfm_generation", 256), ("synthseg_head", 44), ("synthseg_generation", 54)]
+)
 def test_number_of_labels(name: str, count: int) -> None:
     assert len(Protocol.load(name)) == count
 
@@ -72,9 +75,11 @@ def test_ids_are_freesurfers(protocol: Protocol) -> None:
 
 
 def test_protocols_agree_on_shared_names() -> None:
-    brain = [{s.name: (s.freesurfer_id, s.side) for s in Protocol.load(n).structures if s.freesurfer_id < 100} for n in SHIPPED]
-    for name in set(brain[0]) & set(brain[1]) & set(brain[2]):
-        assert brain[0][name] == brain[1][name] == brain[2][name]
+    brain = [{s.name: (s.freesurfer_id, s.side) for s in Protocol.load(n).structures if s.freesurfer_id < 99} for n in SHIPPED]
+    shared = set.intersection(*(set(b) for b in brain))
+    assert len(shared) > 20
+    for name in shared:
+        assert len({b[name] for b in brain}) == 1
 
 
 def test_every_generation_id_has_a_target_label() -> None:
@@ -167,3 +172,32 @@ def test_a_table_without_its_columns_is_named(tmp_path: Path) -> None:
 def test_an_empty_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^empty\.tsv: a protocol table needs the columns .*, found no rows$"):
         Protocol.load(write_table(tmp_path / "empty.tsv"))
+
+
+def test_partial_volume_codes_are_those_of_the_reference() -> None:
+    # 100..149 lesion to white, 150..199 white to grey, 200..249 grey to fluid, 2 % a code; 250 is fluid, 77 white matter
+    weights = Protocol.load("brainfm_generation").mixture_weights
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+    for code, parts in {
+        1: {1: 1},
+        100: {1: 1},
+        125: {1: 0.5, 2: 0.5},
+        150: {2: 1},
+        199: {2: 0.02, 3: 0.98},
+        237: {3: 0.26, 4: 0.74},
+    }.items():
+        assert {int(i): pytest.approx(weights[code, i]) for i in weights[code].nonzero()[0]} == parts
+    assert weights[250, 4] == weights[77, 2] == 1
+
+
+def test_a_pure_protocol_mixes_nothing() -> None:
+    np.testing.assert_array_equal(Protocol.load("synthseg_head").mixture_weights, np.eye(44))
+
+
+@pytest.mark.parametrize(("mixture", "found"), [("2:0.5 3:0.4", "((2, 0.5), (3, 0.4))"), ("2:0.5 9:0.5", "((2, 0.5), (9, 0.5))")])
+def test_a_mixture_that_does_not_add_up_is_named(tmp_path: Path, mixture: str, found: str) -> None:
+    rows = ["0\t0\tUnknown\tnone\t0\t0\t0\t0\t\t", "1\t2\tWhite\tnone\t1\t0\t0\t0\t\t", "2\t3\tGrey\tnone\t2\t0\t0\t0\t\t"]
+    table = write_table(tmp_path / "t.tsv", *rows, f"3\t150\tMix\tnone\t3\t0\t0\t0\t\t{mixture}", header=f"{HEADER}\tmixture")
+    message = f"protocol t: Mix must mix pure structures with shares that sum to 1, got {found}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Protocol.load(table)

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = ["Protocol", "Structure"]
 
 SIDES = ("none", "left", "right")
+SHARE_TOLERANCE = 1e-6  # of the sum of a mixture's shares, which are written with two digits
 COLUMNS = ("label", "freesurfer_id", "name", "side", "mirror", "red", "green", "blue", "includes")
 
 
@@ -28,6 +29,7 @@ class Structure:
         mirror: label of the structure on the other side; the own label where there is none.
         colour: red, green and blue in [0, 255].
         includes: further ids in the source maps that become this structure.
+        mixture: for a partial-volume code, (FreeSurfer id, share) of the structures that it mixes; empty for a pure one.
     """
 
     label: int
@@ -37,6 +39,7 @@ class Structure:
     mirror: int
     colour: tuple[int, int, int]
     includes: tuple[int, ...] = ()
+    mixture: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ class Protocol:
     """A named set of structures, background first.
 
     A protocol is one tab-separated table with the columns ``label freesurfer_id name side mirror red green blue
-    includes``; ``includes`` lists, separated by blanks, ids of the source maps that are folded into the structure.
+    includes``; ``includes`` lists, separated by blanks, ids of the source maps that are folded into the structure. A column
+    ``mixture`` may follow: ``2:0.48 3:0.52`` makes a label a partial-volume code of the structures with ids 2 and 3.
 
     Raises:
-        ValueError: if labels are not 0, 1, 2, ... in order, an id stands twice, or the mirror rule is not its own inverse.
+        ValueError: if labels are not 0, 1, 2, ... in order, an id stands twice, the mirror rule is not its own inverse, or the
+            shares of a mixture do not sum to 1 over pure structures of the table.
     """
 
     name: str
@@ -67,6 +72,12 @@ class Protocol:
             if other is None or other.mirror != s.label or other.side != opposite:
                 raise ValueError(
                     f"protocol {self.name}: {s.name} ({s.side}) names mirror {s.mirror}, which does not name it back"
+                )
+        pure = {s.freesurfer_id for s in self.structures if not s.mixture}
+        for s in self.structures:
+            if s.mixture and (not {i for i, _ in s.mixture} <= pure or abs(sum(w for _, w in s.mixture) - 1) > SHARE_TOLERANCE):
+                raise ValueError(
+                    f"protocol {self.name}: {s.name} must mix pure structures with shares that sum to 1, got {s.mixture}"
                 )
 
     def __len__(self) -> int:
@@ -109,6 +120,17 @@ class Protocol:
         """Label on the other side for every label; applied twice it is the identity."""
         return [s.mirror for s in self.structures]
 
+    @cached_property
+    def mixture_weights(self) -> np.ndarray:
+        """Share of every pure structure in every label, shape (L, L), float32: the identity where nothing is mixed."""
+        weights = np.eye(len(self), dtype=np.float32)
+        for s in self.structures:
+            if s.mixture:
+                weights[s.label] = 0
+                for source, share in s.mixture:
+                    weights[s.label, self.label_of_id[source]] += share
+        return weights
+
     def encode(self, ids: np.ndarray, source: str = "label map") -> np.ndarray:
         """Turn a map of source ids into a map of labels.
 
@@ -150,11 +172,10 @@ def _parse(text: str, source: str) -> tuple[Structure, ...]:
         try:
             colour = (int(row["red"]), int(row["green"]), int(row["blue"]))
             includes = tuple(int(i) for i in (row["includes"] or "").split())
-            structures.append(
-                Structure(
-                    int(row["label"]), int(row["freesurfer_id"]), row["name"], row["side"], int(row["mirror"]), colour, includes
-                )
-            )
+            parts = [part.split(":") for part in (row.get("mixture") or "").split()]
+            mixture = tuple((int(source), float(share)) for source, share in parts)
+            label, number_of_id, mirror = int(row["label"]), int(row["freesurfer_id"]), int(row["mirror"])
+            structures.append(Structure(label, number_of_id, row["name"], row["side"], mirror, colour, includes, mixture))
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: numbers are needed, {error}") from error
     return tuple(structures)
