@@ -139,7 +139,8 @@ def test_a_users_table_is_one_file(tmp_path: Path) -> None:
 
 def test_a_missing_table_names_what_there_is() -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"^aparc: not a protocol of this package \(brainfm, synthseg_\w+, synthseg_head\) and not"
+        FileNotFoundError,
+        match=r"^aparc: not a protocol of this package \(brainfm, brainfm_generation, synthseg_generation, synthseg_head\) and not",
     ):
         Protocol.load("aparc")
 
