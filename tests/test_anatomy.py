@@ -140,7 +140,7 @@ def test_a_users_table_is_one_file(tmp_path: Path) -> None:
 def test_a_missing_table_names_what_there_is() -> None:
     with pytest.raises(
         FileNotFoundError,
-        match=r"^aparc: not a protocol of this package \(brainfm, brainfm_generation, synthseg_generation, synthseg_head\) and not",
+        match=r"^aparc: not a protocol of this package \(brainfm, brainfm_generation, synthseg_generation, synthseg_head\)",
     ):
         Protocol.load("aparc")
 
