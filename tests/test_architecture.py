@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inferers": TABLES | {"transforms"},
     "outputs": TABLES | {"functional"},
     "report": TABLES | {"outputs"},
+    "preview": TABLES | {"synthesis", "data"},
     "data": TABLES | {"functional", "transforms"},
     "__init__": set(TABLES),
     "__main__": {"cli"},
@@ -43,7 +44,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
 # what only extras bring: the package itself has to start without
 OPTIONAL = ["matplotlib", "nilearn", "pandas", "edt", "skimage", "scipy", "sklearn", "igl", "tensorboard", "tqdm"]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
-OPTIONAL_ROOMS = {"data", "inferers", "report"}  # the extras prepare and report
+OPTIONAL_ROOMS = {"data", "inferers", "preview", "report"}  # the extras prepare and report
 
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like"}
 DRAWS |= {"randint_like", "random_", "uniform_", "bernoulli_", "exponential_", "log_normal_"}
@@ -150,7 +151,8 @@ def test_numbers_are_drawn_in_one_place(path: Path) -> None:
     assert not drawn, f"{identify(path)}: numbers are drawn in synthesis.sample alone, found {drawn}"
 
 
-PURE = [path for path in MODULES if room_of(path) == "functional" or identify(path) == "synthesis/rendering.py"]
+DRAWING = {"synthesis/sampling.py", "synthesis/synthesizer.py", "synthesis/dictionary.py"}
+PURE = [p for p in MODULES if room_of(p) == "functional" or (room_of(p) == "synthesis" and identify(p) not in DRAWING)]
 
 
 @pytest.mark.parametrize("path", PURE, ids=identify)

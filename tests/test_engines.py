@@ -3,7 +3,7 @@ import dataclasses
 import torch
 
 from brainfm_monai.engines import SynthesisPrepareBatch
-from brainfm_monai.synthesis import SynthesisRanges
+from brainfm_monai.synthesis import SynthesisRanges, Synthesizer
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "log_bias_field"])
@@ -18,7 +18,7 @@ def make_batch(*names: str) -> dict[str, object]:
 
 def test_seeds_make_the_stream_and_ranks_differ() -> None:
     def images(seed: int) -> list[torch.Tensor]:
-        prepare = SynthesisPrepareBatch(RANGES, LAYOUT, (16, 16, 16), seed=seed)
+        prepare = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)), seed=seed)
         return [prepare(make_batch("a"), "cpu")[0] for _ in range(2)]
 
     first, again, other = images(0), images(0), images(1)
@@ -29,7 +29,7 @@ def test_seeds_make_the_stream_and_ranks_differ() -> None:
 
 
 def test_validation_draws_the_same_sample_for_a_subject_whatever_its_company() -> None:
-    prepare = SynthesisPrepareBatch(RANGES, LAYOUT, (16, 16, 16), fixed=True)
+    prepare = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)), fixed=True)
     alone, _ = prepare(make_batch("b"), "cpu")
     pair, targets = prepare(make_batch("a", "b"), "cpu")
     torch.testing.assert_close(pair[1:], alone, atol=1e-4, rtol=1e-4)
@@ -40,7 +40,7 @@ def test_validation_draws_the_same_sample_for_a_subject_whatever_its_company() -
 
 def test_stride_sets_the_voxel_of_the_scan() -> None:
     still = dataclasses.replace(RANGES, rotation_deg=(0, 0), shear=(0, 0), scaling=(1, 1), velocity_std_mm=(0, 0))
-    still = dataclasses.replace(still, mirror_prob=0, skull_strip_prob=0)
-    prepare = SynthesisPrepareBatch(still, LAYOUT, (8, 8, 8), stride=2)
+    still = dataclasses.replace(still, mirror_prob=0, skull_strip_prob=0, head_removal_prob=0)
+    prepare = SynthesisPrepareBatch(Synthesizer(still, LAYOUT, (8, 8, 8), stride=2))
     _, targets = prepare(make_batch("a"), "cpu")
     assert int((targets["segmentation"] > 0).sum()) == 4**3

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 
-from brainfm_monai.functional import intensity, separable, spatial
+from brainfm_monai.functional import intensity, lesion, separable, spatial
 
 
 def volume(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -48,7 +49,8 @@ def test_identity_coordinates_leave_every_voxel_also_the_first_plane() -> None:
 def test_quarter_turn_about_the_third_axis_is_rot90() -> None:
     image = volume(1, 1, 7, 7, 5)
     matrix = spatial.affine_matrix(torch.tensor([[0.0, 0.0, 90.0]]), torch.zeros(1, 3, 2), torch.ones(1, 3))
-    grid = spatial.sampling_coordinates(matrix, torch.zeros(1, 3, 7, 7, 5), torch.zeros(1, 3), (7, 7, 5), 1)
+    points = spatial.identity_grid((7, 7, 5))
+    grid = spatial.sampling_coordinates(matrix, torch.zeros(1, 3), points, (7, 7, 5), (7, 7, 5), 1)
     torch.testing.assert_close(spatial.warp(image, grid), torch.rot90(image, -1, dims=(2, 3)), atol=1e-5, rtol=0)
 
 
@@ -57,14 +59,16 @@ def test_translation_moves_along_its_own_axis(axis: int) -> None:
     image = volume(1, 1, 6, 7, 8)
     translation = torch.zeros(1, 3)
     translation[0, axis] = 2
-    grid = spatial.sampling_coordinates(torch.eye(3)[None], torch.zeros(1, 3, 6, 7, 8), translation, (6, 7, 8), 1)
+    size = (6, 7, 8)
+    grid = spatial.sampling_coordinates(torch.eye(3)[None], translation, spatial.identity_grid(size), size, size, 1)
     moved = spatial.warp(image, grid)
     kept = image.shape[2 + axis] - 2
     torch.testing.assert_close(moved.narrow(2 + axis, 0, kept), image.narrow(2 + axis, 2, kept), atol=1e-5, rtol=0)
 
 
 def test_stride_two_looks_at_the_centre_of_each_block() -> None:
-    grid = spatial.sampling_coordinates(torch.eye(3)[None], torch.zeros(1, 3, 4, 5, 6), torch.zeros(1, 3), (8, 10, 12), 2)
+    points = spatial.identity_grid((4, 5, 6))
+    grid = spatial.sampling_coordinates(torch.eye(3)[None], torch.zeros(1, 3), points, (4, 5, 6), (8, 10, 12), 2)
     assert torch.equal(grid[0, :, 0, 0, 0], torch.full((3,), 0.5))
     assert torch.equal(grid[0, :, 3, 4, 5], torch.tensor([6.5, 8.5, 10.5]))
 
@@ -72,6 +76,31 @@ def test_stride_two_looks_at_the_centre_of_each_block() -> None:
 def test_warp_names_a_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"'coordinates' must have shape \(B, 3, H, W, D\), got \(1, 2, 4, 4, 4\)"):
         spatial.warp(volume(1, 1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_several_sources_are_sampled_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch, padding_mode: str, channels_last: bool
+) -> None:
+    monkeypatch.setattr(spatial, "SLAB", 100)  # so that the slabs of this small volume have seams and a rest
+    sources = [volume(2, channels, 9, 11, 8, seed=channels) for channels in (1, 3)]
+    if channels_last:
+        sources = [source.to(memory_format=torch.channels_last_3d) for source in sources]
+    coordinates = volume(2, 3, 5, 6, 7, seed=5) * 16 - 3  # reaches beyond every border
+    for source, found in zip(sources, spatial.warp_all(sources, coordinates, padding_mode=padding_mode), strict=True):
+        torch.testing.assert_close(found, spatial.warp(source, coordinates, padding_mode=padding_mode), atol=2e-6, rtol=1e-5)
+
+
+def test_sources_of_different_grids_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'sources' must lie on one grid, got \[\(1, 1, 4, 4, 4\), \(1, 1, 4, 4, 5\)\]"):
+        spatial.warp_all([torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 5)], torch.zeros(1, 3, 2, 2, 2))
+
+
+def test_neighbours_are_those_of_the_cube() -> None:
+    image = volume(2, 1, 5, 6, 7)
+    expected = nnf.avg_pool3d(nnf.pad(image, [1] * 6, mode="replicate"), 3, stride=1)
+    torch.testing.assert_close(spatial.average_neighbours(image), expected)
 
 
 def test_gather_nearest_is_nearest_sampling_and_zero_outside() -> None:
@@ -122,15 +151,45 @@ def test_apply_separable_names_an_operator_that_does_not_fit() -> None:
         separable.apply_separable(volume(1, 1, 4, 5, 6), [torch.eye(4)[None], torch.zeros(1, 5, 4), torch.eye(6)[None]])
 
 
-def test_control_points_are_linear_interpolation_for_each_sample_apart() -> None:
-    points = volume(2, 1, 6, 6, 6)
-    counts = torch.tensor([4.0, 6.0])
-    operator = separable.control_point_operator(counts, 11, 6)
-    field = separable.apply_separable(points, [operator] * 3)
-    for sample, count in enumerate((4, 6)):
-        used = points[sample : sample + 1, :, :count, :count, :count]
-        expected = nnf.interpolate(used, size=(11, 11, 11), mode="trilinear", align_corners=True)
-        torch.testing.assert_close(field[sample : sample + 1], expected, atol=1e-5, rtol=0)
+def test_a_lattice_is_linear_interpolation_at_its_own_spacing_for_each_sample() -> None:
+    points = torch.tensor([2.0, -1.0, 4.0, 0.5, 3.0])
+    operator = separable.lattice_operator(torch.tensor([4.0, 2.5]), 11, 5)
+    for row, spacing in zip(operator, (4.0, 2.5), strict=True):
+        expected = np.interp((np.arange(11) - 5) / spacing, np.arange(5) - 2, points.numpy())
+        np.testing.assert_allclose((row @ points).numpy(), expected, atol=1e-6)
+
+
+def test_a_lattice_means_millimetres_whatever_the_volume() -> None:
+    # The same control points in a small and in a large volume: the small one is the middle of the large one.
+    points = volume(1, 9)
+    small, large = (separable.lattice_operator(torch.tensor([6.0]), n, 9)[0] @ points[0] for n in (21, 41))
+    torch.testing.assert_close(large[10:31], small)
+
+
+@pytest.mark.parametrize(("extent", "spacing"), [(19.0, 4.0), (20.0, 4.0), (159.0, 18.0), (9.0, 40.0)])
+def test_control_points_cover_the_axis_at_the_smallest_spacing(extent: float, spacing: float) -> None:
+    count = separable.count_control_points(extent, spacing)
+    assert count % 2 == 1
+    assert (count - 1) / 2 * spacing >= extent / 2 > ((count - 1) / 2 - 1) * spacing
+
+
+def test_spreading_is_exact_for_what_is_linear_and_reaches_both_ends() -> None:
+    operator = separable.spread_operator(23, 6)[0]
+    torch.testing.assert_close(operator @ torch.linspace(-1, 4, 6), torch.linspace(-1, 4, 23), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_ghosts_are_weakened_lines_of_k_space(count: int) -> None:
+    signal, strength = volume(24), 0.4
+    mask = torch.ones(24)
+    mask[::count] -= strength
+    expected = torch.fft.ifft(torch.fft.fft(signal) * mask).real
+    operator = separable.ghost_operator(torch.tensor([float(count)]), torch.tensor([strength]), 24)[0]
+    torch.testing.assert_close(operator @ signal, expected, atol=1e-5, rtol=0)
+
+
+def test_no_ghost_is_the_identity() -> None:
+    assert torch.equal(separable.ghost_operator(torch.ones(1), torch.zeros(1), 7)[0], torch.eye(7))
 
 
 def test_no_resampling_at_spacing_one_and_thin_slices() -> None:
@@ -165,33 +224,61 @@ def test_slice_profile_has_the_width_that_was_asked_for() -> None:
 # -- intensity -------------------------------------------------------------------------------------------------------------
 
 
-def test_painting_gives_each_label_its_mean_and_spread() -> None:
-    labels = torch.tensor([0, 1, 2]).repeat_interleave(4000).reshape(1, 1, 3, 40, 100)
-    noise = torch.randn(1, 1, 3, 40, 100, generator=torch.Generator().manual_seed(0))
-    image = intensity.paint_labels(labels, torch.tensor([[50.0, 100, 200]]), torch.tensor([[1.0, 5, 10]]), noise)
-    for label, (mean, std) in enumerate(((50, 1), (100, 5), (200, 10))):
-        assert float(image[0, 0, label].mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(4000))
-        assert float(image[0, 0, label].std()) == pytest.approx(std, rel=0.1)
+def test_painting_looks_up_each_sample_in_its_own_table() -> None:
+    labels = torch.randint(0, 5, (2, 1, 3, 4, 6), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    values = volume(2, 5, 3)
+    painted = intensity.paint_labels(labels, values)
+    assert painted.shape == (2, 3, 3, 4, 6)
+    for b, h, w, d in ((0, 0, 0, 0), (0, 2, 3, 5), (1, 1, 2, 3), (1, 2, 0, 5)):
+        assert torch.equal(painted[b, :, h, w, d], values[b, int(labels[b, 0, h, w, d])])
 
 
-def test_painting_names_tables_of_different_shape() -> None:
-    with pytest.raises(ValueError, match=r"'std' must have the shape of 'mean' \(1, 3\), got \(1, 2\)"):
-        intensity.paint_labels(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1, 1, 2, 2, 2))
+def test_painting_names_a_batch_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"'values' must be for 1 samples, got \(2, 3, 1\)"):
+        intensity.paint_labels(torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8), torch.zeros(2, 3, 1))
 
 
-def test_gamma_keeps_zero_and_the_maximum_and_follows_the_power() -> None:
-    image = volume(2, 1, 4, 4, 4) * 300
-    image[:, :, 0, 0, 0] = 0
+def test_texture_has_its_mean_and_std_and_is_never_negative() -> None:
+    noise = torch.randn(1, 1, 30, 30, 30, generator=torch.Generator().manual_seed(0))
+    out = intensity.add_texture(torch.full_like(noise, 100.0), torch.full_like(noise, 7.0), noise)
+    assert float(out.mean()) == pytest.approx(100, abs=5 * 7 / 27000**0.5)
+    assert float(out.std()) == pytest.approx(7, rel=0.03)
+    assert float(intensity.add_texture(torch.zeros_like(noise), torch.ones_like(noise), noise).min()) == 0
+
+
+def test_gamma_turns_about_its_top() -> None:
+    image = volume(2, 1, 4, 4, 4) * 400
     out = intensity.apply_gamma(image, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(out[0], image[0])
-    torch.testing.assert_close(out[1], image[1] ** 2 / image[1].max())
+    torch.testing.assert_close(out[1], image[1] ** 2 / 300)
 
 
-def test_noise_has_its_std_for_each_sample_and_never_goes_below_zero() -> None:
-    noise = torch.randn(2, 1, 20, 20, 20, generator=torch.Generator().manual_seed(0))
-    out = intensity.add_noise(torch.full_like(noise, 100.0), noise, torch.tensor([1.0, 8.0]))
-    torch.testing.assert_close(out.std(dim=(1, 2, 3, 4)), torch.tensor([1.0, 8.0]), rtol=0.05, atol=0)
-    assert float(intensity.add_noise(torch.zeros_like(noise), noise, torch.tensor([1.0, 8.0])).min()) == 0
+def test_gaussian_noise_has_its_std_for_each_sample_and_never_goes_below_zero() -> None:
+    noise = torch.randn(2, 2, 20, 20, 20, generator=torch.Generator().manual_seed(0))
+    std, neither = torch.tensor([1.0, 8.0]), torch.tensor([False, False])
+    out = intensity.add_noise(torch.full((2, 1, 20, 20, 20), 100.0), noise, std, neither)
+    torch.testing.assert_close(out.std(dim=(1, 2, 3, 4)), std, rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        intensity.add_noise(out, noise[:, :1], std, neither), intensity.add_noise(out, noise, std, neither)
+    )
+    assert float(intensity.add_noise(torch.zeros(2, 1, 20, 20, 20), noise, std, neither).min()) == 0
+
+
+def test_rician_noise_has_the_moments_of_its_law() -> None:
+    # Gudbjartsson and Patz: E[M^2] = A^2 + 2 sigma^2, and without signal E[M] = sigma sqrt(pi / 2).
+    noise = torch.randn(1, 2, 40, 40, 40, generator=torch.Generator().manual_seed(0))
+    std, rician = torch.tensor([6.0]), torch.tensor([True])
+    signal = intensity.add_noise(torch.full((1, 1, 40, 40, 40), 10.0), noise, std, rician)
+    assert float(signal.square().mean()) == pytest.approx(10**2 + 2 * 6**2, rel=0.02)
+    air = intensity.add_noise(torch.zeros(1, 1, 40, 40, 40), noise, std, rician)
+    assert float(air.mean()) == pytest.approx(6 * math.sqrt(math.pi / 2), rel=0.01)
+
+
+def test_a_window_clamps_and_scales_each_sample_by_its_own() -> None:
+    values = torch.tensor([-1.0, 0.0, 0.02, 0.04, 0.08, 1.0]).reshape(1, 1, 1, 1, 6).expand(2, -1, -1, -1, -1)
+    out = intensity.apply_window(values, torch.tensor([[0.0, 0.08], [0.02, 0.04]]))
+    torch.testing.assert_close(out[0].flatten(), torch.tensor([0.0, 0, 0.25, 0.5, 1, 1]))
+    torch.testing.assert_close(out[1].flatten(), torch.tensor([0.0, 0, 0, 1, 1, 1]))
 
 
 def test_percentiles_do_not_follow_one_extreme_voxel_and_a_constant_is_zero() -> None:
@@ -209,3 +296,50 @@ def test_normalisation_does_not_depend_on_the_unit_or_on_the_batch() -> None:
     image = volume(2, 1, 12, 12, 12)
     both = intensity.normalise_percentiles(image)
     torch.testing.assert_close(intensity.normalise_percentiles(image[1:] * 4095 + 10), both[1:], atol=1e-4, rtol=0)
+
+
+# -- lesion ----------------------------------------------------------------------------------------------------------------
+
+
+def test_curl_of_a_known_potential_and_no_divergence() -> None:
+    grid = spatial.identity_grid((9, 10, 11))
+    x, y = grid[:, 0] - 4, grid[:, 1] - 4.5
+    nothing = torch.zeros_like(x)
+    rotation = lesion.compute_curl(torch.stack([nothing, nothing, -(x**2 + y**2) / 2], 1))
+    inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(rotation[:, 0][inner], -y[inner])
+    torch.testing.assert_close(rotation[:, 1][inner], x[inner])
+    velocity = lesion.compute_curl(volume(1, 3, 9, 10, 11))
+    divergence = torch.stack([torch.gradient(velocity[:, i], dim=i + 1)[0] for i in range(3)]).sum(0)
+    assert float(velocity.abs().max()) > 0.1
+    assert float(divergence[:, 2:-2, 2:-2, 2:-2].abs().max()) < 1e-6
+
+
+def test_a_threshold_leaves_the_share_of_the_region() -> None:
+    field, region = volume(3, 1, 10, 10, 10), volume(3, 1, 10, 10, 10, seed=1) > 0.4
+    level = lesion.threshold_share(field, region, torch.tensor([0.1, 0.5, 0.0]))
+    shares = ((field >= level) & region).flatten(1).sum(1) / region.flatten(1).sum(1)
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.5, 0.0]), atol=2e-3, rtol=0)
+    assert not (field >= lesion.threshold_share(field, torch.zeros_like(region), torch.tensor([0.5] * 3))).any()
+
+
+def test_lesions_keep_their_volume_in_the_flow() -> None:
+    size = (32, 32, 32)
+    grid = spatial.identity_grid(size)
+    ball = ((grid - torch.tensor([14.0, 16, 17]).reshape(1, 3, 1, 1, 1)).square().sum(1, keepdim=True) < 36).float()
+    ball = spatial.average_neighbours(ball)
+    velocity = lesion.compute_curl(torch.sin(grid.flip(1) * 0.3))
+    carried = lesion.carry(ball, velocity, torch.tensor([3.0]))
+    assert float((carried - ball).abs().sum() / ball.sum()) > 0.3
+    assert float(carried.sum()) == pytest.approx(float(ball.sum()), rel=0.03)
+    torch.testing.assert_close(lesion.carry(ball, velocity, torch.zeros(1)), ball, atol=1e-5, rtol=0)
+
+
+def test_lesions_start_in_their_region_with_their_share() -> None:
+    field = volume(2, 1, 16, 16, 16)
+    region = torch.zeros(2, 1, 16, 16, 16, dtype=torch.bool)
+    region[:, :, :8] = True
+    soft = lesion.make_lesions(field, region, torch.tensor([0.2, 0.0]))
+    assert float((soft > 0.5)[0].sum() / region[0].sum()) == pytest.approx(0.2, abs=0.01)
+    assert float(soft[~region].max()) == 0
+    assert float(soft[1].max()) == 0

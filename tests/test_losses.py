@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from brainfm_monai.losses import MultiTaskLoss, compute_centred_mse, compute_dice_ce, compute_distance_l1, compute_masked_l1
+from brainfm_monai.losses import (
+    MultiTaskLoss,
+    compute_centred_mse,
+    compute_dice_ce,
+    compute_distance_l1,
+    compute_mask_loss,
+    compute_masked_l1,
+)
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"])
@@ -100,3 +107,31 @@ def test_weights_weigh() -> None:
     assert float(total) == pytest.approx(float(2 * loss.components["segmentation"] + 3 * loss.components["mni"]), rel=1e-5)
     with pytest.raises(ValueError, match=r"'weights' may name .* got \['T1w'\]"):
         MultiTaskLoss(LAYOUT, {"T1w": 1.0})
+
+
+def test_mask_loss_is_cross_entropy_plus_dice_inside_the_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 4, 5, 6, generator=generator)
+    truth, mask = (torch.rand(2, 1, 4, 5, 6, generator=generator) > 0.6 for _ in range(2))
+    found = compute_mask_loss(logits, truth, mask)
+    for b in range(2):
+        p, t = logits[b][mask[b]].sigmoid(), truth[b][mask[b]].float()
+        entropy = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+        dice = (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+        assert float(found[b]) == pytest.approx(float(entropy + 1 - dice), rel=1e-5)
+
+
+def test_nothing_predicted_where_nothing_is_costs_nothing() -> None:
+    nothing = torch.zeros(1, 1, 4, 4, 4)
+    assert float(compute_mask_loss(nothing - 30, nothing, torch.ones_like(nothing))) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_defaced_part_of_an_image_does_not_count() -> None:
+    layout = TaskLayout(["T1w"])
+    truth, valid = torch.zeros(1, 1, 4, 4, 4), torch.ones(1, 1, 4, 4, 4, dtype=torch.bool)
+    valid[:, :, :2] = False
+    pred = torch.zeros(1, 1, 4, 4, 4)
+    pred[:, :, :2] = 5
+    pred[:, :, 2:] = 0.25
+    target = {"T1w": truth, "visible": torch.ones_like(valid), "valid_T1w": valid}
+    assert float(MultiTaskLoss(layout)(pred, target)) == pytest.approx(0.25)

@@ -13,6 +13,7 @@ import numpy as np
 __all__ = ["Protocol", "Structure"]
 
 SIDES = ("none", "left", "right")
+HEAD_IDS = ((500, 599), (900, 999))  # SynthSeg's and SuperSynth's ids of what is not brain
 SHARE_TOLERANCE = 1e-6  # of the sum of a mixture's shares, which are written with two digits
 COLUMNS = ("label", "freesurfer_id", "name", "side", "mirror", "red", "green", "blue", "includes")
 
@@ -119,6 +120,16 @@ class Protocol:
     def mirror_permutation(self) -> list[int]:
         """Label on the other side for every label; applied twice it is the identity."""
         return [s.mirror for s in self.structures]
+
+    @cached_property
+    def is_head(self) -> np.ndarray:
+        """Which labels lie outside the brain and are not background, shape (L,), bool."""
+        return np.array([any(first <= s.freesurfer_id <= last for first, last in HEAD_IDS) for s in self.structures])
+
+    @cached_property
+    def is_brain(self) -> np.ndarray:
+        """Which labels are brain or fluid in and around it, shape (L,), bool."""
+        return ~self.is_head & (self.freesurfer_ids > 0)
 
     @cached_property
     def mixture_weights(self) -> np.ndarray:

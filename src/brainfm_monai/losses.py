@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TaskLayout
 
-__all__ = ["MultiTaskLoss", "compute_centred_mse", "compute_dice_ce", "compute_distance_l1", "compute_masked_l1"]
+__all__ = [
+    "MultiTaskLoss",
+    "compute_centred_mse",
+    "compute_dice_ce",
+    "compute_distance_l1",
+    "compute_mask_loss",
+    "compute_masked_l1",
+]
 
 
 def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,6 +84,28 @@ def compute_distance_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return _masked_mean(error, mask)
 
 
+def compute_mask_loss(logits: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    """Binary cross entropy plus soft Dice of a map that may be empty.
+
+    Args:
+        logits: shape (B, 1, H, W, D).
+        truth: same shape, 0 or 1.
+        mask: where it counts, same shape.
+
+    Returns:
+        Loss per sample, shape (B,).
+
+    Reference:
+        Milletari et al., V-Net, 3DV 2016 (Dice); 1 is added above and below, so that
+        an empty map is met by an empty one.
+    """
+    logits, truth = logits.float(), truth.float()
+    cross_entropy = _masked_mean(nnf.binary_cross_entropy_with_logits(logits, truth, reduction="none"), mask)
+    pred, truth = (logits.sigmoid() * mask).flatten(1), (truth * mask).flatten(1)
+    dice = (2 * (pred * truth).sum(1) + 1) / (pred.sum(1) + truth.sum(1) + 1)
+    return cross_entropy + 1 - dice
+
+
 def compute_centred_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error of two fields up to a constant, inside a mask: a scan does not tell its overall gain.
 
@@ -118,7 +148,8 @@ class MultiTaskLoss(nn.Module):
         Args:
             pred: shape (B, layout.channels, H, W, D).
             target: one entry for every task that at least one sample has; ``visible``, (B, 1, H, W, D), the field of view;
-                optionally ``available_<task>``, (B,), 1 for samples that have the target.
+                optionally ``available_<task>``, (B,), 1 for samples that have the target, and ``valid_<task>``, (B, 1, H, W, D),
+                1 where an image is not defaced.
 
         Returns:
             Scalar. ``components`` holds the unweighted loss of every task until the next call.
@@ -139,6 +170,9 @@ class MultiTaskLoss(nn.Module):
             return compute_dice_ce(output, truth)
         if kind == "distance":
             return compute_distance_l1(output, truth, visible)
+        if kind == "mask":
+            return compute_mask_loss(output, truth, visible)
+        visible = visible & target[f"valid_{name}"] if f"valid_{name}" in target else visible
         head = visible & (target["segmentation"] > 0) if "segmentation" in target else visible
         if kind == "log_field":
             return compute_centred_mse(output, truth, head)

@@ -24,7 +24,7 @@ class Task:
     Attributes:
         name: name of the task, and key of its target in a batch.
         channels: number of output channels; 0 for the segmentation, whose protocol decides.
-        kind: ``labels``, ``image``, ``log_field``, ``distance`` or ``coordinates``: it decides loss, metric and output.
+        kind: ``labels``, ``mask``, ``image``, ``log_field``, ``distance`` or ``coordinates``: it decides loss, metric and output.
         unit: unit of the network's output.
         scale: factor from the network's output to ``output_unit``.
         output_unit: unit of the files a user gets.
@@ -56,6 +56,7 @@ TASKS: dict[str, Task] = {
         Task("log_bias_field", 1, "log_field", "log of a factor", 1.0, "log of a factor", ("log_bias_field",)),
         Task("distance", 4, "distance", "mm", 1.0, "mm", ("lp", "lw", "rp", "rw"), mirror_order=(2, 3, 0, 1)),
         Task("mni", 3, "coordinates", "100 mm", 100.0, "mm", ("x", "y", "z"), mirror_sign=(-1, 1, 1)),
+        Task("lesion", 1, "mask", "logit", 1.0, "probability", ("lesion",)),
         Task("super_resolution", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("super_resolution",)),
     )
 }
@@ -105,7 +106,7 @@ class TaskLayout:
         """
         values = []
         for task in self.tasks.values():
-            per_channel = {"labels": 0.0, "distance": MAX_DISTANCE_MM}.get(task.kind, 0.0)
+            per_channel = {"labels": 0.0, "mask": -CERTAIN_LOGIT, "distance": MAX_DISTANCE_MM}.get(task.kind, 0.0)
             values += [CERTAIN_LOGIT if task.kind == "labels" and i == 0 else per_channel for i in range(task.channels)]
         return values
 

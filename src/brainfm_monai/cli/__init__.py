@@ -11,6 +11,7 @@ import fire
 
 from brainfm_monai import __version__
 from brainfm_monai.cli.bundle import evaluate, predict, train
+from brainfm_monai.cli.preview import preview
 from brainfm_monai.cli.subjects import demo_scans, list_subjects, prepare_labels
 
 __all__ = ["COMMANDS", "main"]
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "predict": predict,
     "prepare": {"labels": prepare_labels},
     "data": {"list": list_subjects},
+    "preview": preview,
     "train": train,
     "evaluate": evaluate,
     "demo-scans": demo_scans,

@@ -5,50 +5,66 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
-__all__ = ["add_noise", "apply_bias_field", "apply_gamma", "normalise_percentiles", "paint_labels"]
+__all__ = [
+    "add_noise",
+    "add_texture",
+    "apply_bias_field",
+    "apply_gamma",
+    "apply_window",
+    "normalise_percentiles",
+    "paint_labels",
+]
 
+GAMMA_TOP = 300.0  # intensity that a gamma leaves alone (BrainFM)
 QUANTILE_SAMPLES = 2**17  # voxels that are looked at for a percentile: error of the 99.9th below 0.01 % of the voxels
 
 
-def paint_labels(labels: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """Paint a label map with one Gaussian intensity per label.
+def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
+    """Give every label its values.
 
     Args:
         labels: label indices in [0, L), shape (B, 1, H, W, D), integer.
-        mean: mean intensity per label, shape (B, L), arbitrary units.
-        std: standard deviation per label, shape (B, L), same units.
-        noise: standard normal draw, shape (B, 1, H, W, D).
+        values: C values per label, shape (B, L, C).
 
     Returns:
-        Image of shape (B, 1, H, W, D), non-negative.
+        Tensor of shape (B, C, H, W, D), in channels-last memory.
 
     Raises:
-        ValueError: if ``mean`` and ``std`` differ in shape.
+        ValueError: if the batches differ.
+    """
+    if len(labels) != len(values):
+        raise ValueError(f"paint_labels: 'values' must be for {len(labels)} samples, got {tuple(values.shape)}")
+    count = values.shape[1]
+    first = torch.arange(len(labels), device=labels.device, dtype=torch.int32).reshape(-1, 1, 1, 1) * count
+    return nnf.embedding(labels[:, 0].int() + first, values.flatten(0, 1)).movedim(-1, 1)
+
+
+def add_texture(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Gaussian intensities, without negative ones: ``mean + std noise``; all of one shape.
 
     Reference:
         Billot et al., SynthSeg: segmentation of brain MRI scans of any contrast and resolution, Medical Image Analysis 86, 2023.
     """
-    if mean.shape != std.shape:
-        raise ValueError(f"paint_labels: 'std' must have the shape of 'mean' {tuple(mean.shape)}, got {tuple(std.shape)}")
-    index = labels.flatten(1).long()
-    image = torch.gather(std, 1, index).reshape(noise.shape).mul_(noise)
-    return image.add_(torch.gather(mean, 1, index).reshape(noise.shape)).clamp_(min=0)
+    return torch.addcmul(mean, std, noise).clamp_min_(0)
 
 
 def apply_gamma(image: Tensor, gamma: Tensor) -> Tensor:
-    """Raise intensities to a power, keeping 0 and the maximum of every sample.
+    """Raise intensities to a power around a fixed one: ``top (I / top)^gamma``.
 
     Args:
         image: non-negative, shape (B, 1, H, W, D).
         gamma: exponents, shape (B,).
 
     Returns:
-        Image of the same shape and range.
+        Image of the same shape.
+
+    Reference:
+        BrainFM (arXiv 2509.00549), generator; ``top`` is 300 there too.
     """
-    top = image.amax(dim=(1, 2, 3, 4), keepdim=True).clamp_min(torch.finfo(image.dtype).tiny)
-    return top * (image / top) ** gamma.reshape(-1, 1, 1, 1, 1)
+    return GAMMA_TOP * (image / GAMMA_TOP) ** gamma.reshape(-1, 1, 1, 1, 1)
 
 
 def apply_bias_field(image: Tensor, log_bias_field: Tensor) -> Tensor:
@@ -56,18 +72,41 @@ def apply_bias_field(image: Tensor, log_bias_field: Tensor) -> Tensor:
     return image * log_bias_field.exp()
 
 
-def add_noise(image: Tensor, noise: Tensor, std: Tensor) -> Tensor:
-    """Add Gaussian noise and keep intensities non-negative.
+def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tensor:
+    """Add noise: the magnitude of a complex signal (Rician), or Gaussian noise without negative intensities.
 
     Args:
         image: shape (B, 1, H, W, D).
-        noise: standard normal draw of the same shape.
+        noise: standard normal draws for the real and the imaginary part, shape (B, 2, H, W, D), or (B, 1, H, W, D) where no
+            sample is Rician.
         std: standard deviation, shape (B,), units of the image.
+        rician: which samples get Rician noise, shape (B,), bool.
 
     Returns:
-        Image of the same shape.
+        Image of the same shape, non-negative.
+
+    Reference:
+        Gudbjartsson and Patz, The Rician distribution of noisy MRI data, Magnetic Resonance in Medicine 34, 1995.
     """
-    return (image + noise * std.reshape(-1, 1, 1, 1, 1)).clamp_min(0)
+    std = std.reshape(-1, 1, 1, 1, 1)
+    signal = torch.addcmul(image, noise[:, :1], std)
+    if noise.shape[1] == 1:
+        return signal.clamp_min_(0)
+    return torch.where(rician.reshape(-1, 1, 1, 1, 1), torch.hypot(signal, noise[:, 1:] * std), signal.clamp_min(0))
+
+
+def apply_window(values: Tensor, window: Tensor) -> Tensor:
+    """Clamp values to a window and map it to [0, 1].
+
+    Args:
+        values: shape (B, C, H, W, D).
+        window: low and high end, shape (B, 2), the high one above the low one; unit of ``values``.
+
+    Returns:
+        Tensor of the same shape.
+    """
+    low, high = (window[:, i].reshape(-1, 1, 1, 1, 1) for i in range(2))
+    return ((values - low) / (high - low)).clamp_(0, 1)
 
 
 def normalise_percentiles(image: Tensor, lower: float = 0.0, upper: float = 0.999) -> Tensor:
@@ -85,6 +124,7 @@ def normalise_percentiles(image: Tensor, lower: float = 0.0, upper: float = 0.99
     """
     step = max(1, math.ceil((math.prod(image.shape[2:]) / QUANTILE_SAMPLES) ** (1 / 3)))
     seen = image[:, :, ::step, ::step, ::step].flatten(1).float()
-    level = torch.tensor([lower, upper], device=image.device)
-    low, high = torch.quantile(seen, level, dim=1).to(image.dtype).reshape(2, -1, 1, 1, 1, 1)
+    # kthvalue and not quantile: the rank is a number of the host, so that nothing waits for a device
+    ranks = [1 + round(level * (seen.shape[1] - 1)) for level in (lower, upper)]
+    low, high = (seen.kthvalue(rank, dim=1).values.to(image.dtype).reshape(-1, 1, 1, 1, 1) for rank in ranks)
     return ((image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)).clamp(0, 1)

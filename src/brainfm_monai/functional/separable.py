@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["apply_separable", "control_point_operator", "slice_operator", "upsampling_operator"]
+__all__ = [
+    "apply_separable",
+    "count_control_points",
+    "ghost_operator",
+    "lattice_operator",
+    "slice_operator",
+    "spread_operator",
+    "upsampling_operator",
+]
 
 
 def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
@@ -40,19 +49,63 @@ def _hat(position: Tensor, columns: int) -> Tensor:
     return (1 - (position[..., None] - index).abs()).clamp_min(0)
 
 
-def control_point_operator(points: Tensor, size: int, columns: int) -> Tensor:
-    """Linear interpolation of control points that span an axis from its first to its last voxel.
+def spread_operator(size: int, count: int, *, device: torch.device | None = None) -> Tensor:
+    """Linear interpolation of points that span an axis from its first to its last voxel.
 
     Args:
-        points: number of control points in use, shape (B,), between 2 and ``columns``.
         size: number of voxels.
-        columns: number of control points that are stored; those beyond ``points`` get no weight.
+        count: number of points, at least 2.
+        device: device of the result.
 
     Returns:
-        Operator of shape (B, size, columns) whose rows sum to 1.
+        Operator of shape (1, size, count) whose rows sum to 1; exact for what is linear along the axis.
     """
-    place = torch.linspace(0, 1, size, device=points.device, dtype=points.dtype)
-    return _hat(place * (points[:, None] - 1), columns)
+    return _hat(torch.linspace(0, count - 1, size, device=device)[None], count)
+
+
+def count_control_points(extent: float, smallest_spacing: float) -> int:
+    """Control points that cover an axis of length ``extent`` at any spacing of at least ``smallest_spacing``."""
+    return 2 * math.ceil(extent / 2 / smallest_spacing) + 1
+
+
+def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None = None) -> Tensor:
+    """Linear interpolation of control points at a physical distance, centred on an axis.
+
+    Args:
+        spacing: distance of the control points, in voxels, shape (B,).
+        size: number of voxels.
+        columns: number of control points, odd; see :func:`count_control_points`.
+        count: number of places, spread from the first to the last voxel; every voxel if not given.
+
+    Returns:
+        Operator of shape (B, count, columns) whose rows sum to 1.
+    """
+    half = (size - 1) / 2
+    place = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
+    return _hat((place / spacing[:, None] + (columns - 1) / 2).clamp(0, columns - 1), columns)
+
+
+def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
+    """Ghosts along one axis: every ``count``-th line of k-space is weakened.
+
+    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly.
+
+    Args:
+        count: number of copies, shape (B,), at least 1; 1 only scales the image, so a strength of 0 goes with it.
+        strength: share by which those lines are weakened, shape (B,), in [0, 1].
+        size: number of voxels.
+
+    Returns:
+        Operator of shape (B, size, size). Shifts by a part of a voxel are interpolated linearly.
+    """
+    index = torch.arange(size, device=count.device, dtype=strength.dtype)
+    step = size / count.reshape(-1, 1, 1)
+    offset = torch.remainder(index[:, None] - index, size)
+    # Distance to the nearest multiple of the step; the circle closes after `count` of them.
+    away = (offset - (offset / step).round() * step).abs()
+    comb = (1 - away).clamp_min(0)
+    eye = (index[:, None] == index).to(strength.dtype)
+    return eye - (strength / count).reshape(-1, 1, 1) * comb
 
 
 def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:

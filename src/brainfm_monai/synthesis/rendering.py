@@ -2,98 +2,174 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from brainfm_monai.functional import intensity, separable, spatial
-from brainfm_monai.synthesis.ranges import SynthesisParams
-from brainfm_monai.tasks import TASKS, TaskLayout
+from brainfm_monai.functional import intensity, spatial
+from brainfm_monai.synthesis.acquisition import IMAGES, acquire, blend_inputs, cluster_head
+from brainfm_monai.synthesis.deformation import make_coordinates
+from brainfm_monai.synthesis.pathology import make_lesion_maps, paint_lesions
+from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, SynthesisParams
+from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
 
 __all__ = ["render"]
 
-VELOCITY_STEP = 4  # output voxels per voxel of the grid on which the velocity is integrated
+FAR_MM = 2 * MAX_DISTANCE_MM  # signed distance of what is not there
 
 
 def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskLayout) -> dict[str, Tensor]:
     """Make images and targets of a batch: pure, of fixed shape, batch element by batch element the same as alone.
 
     Args:
-        subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; ``distance`` (mm) and ``mni`` (mm) where
-            there are any, on the same grid or on a coarser one that covers the same box.
-        params: the draw.
+        subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``, ``T2w``,
+            ``FLAIR``, ``CT`` and ``distance`` in the unit of the task table and ``mni`` in mm, on the same grid or on a coarser
+            one that covers the same box; non-zero where something was removed or is ill, ``<image>_defacing_mask``, ``lesion``
+            (the subject's own) and ``lesion_shape`` (somebody else's); ``available_<task>``, (B,).
+        params: the draw, with S samples for each subject.
         layout: the tasks whose targets are wanted.
 
     Returns:
-        ``image`` in [0, 1] and one entry for every task with a target, in the unit of the task table, all of the drawn
-        spatial size; ``segmentation`` is a label map (B, 1, H, W, D), int64. ``visible`` marks the field of view.
+        ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every task with a
+        target, in the unit of the task table, repeated for the samples; ``segmentation`` is a label map, int64. ``visible`` marks
+        the field of view without a removed face, ``valid_<image>`` what a given defacing mask leaves of a target;
+        ``available_<task>`` is handed on.
     """
-    labels = subject["generation_labels"]
-    coordinates = _deform(params, labels.shape[2:])
-    painted = nnf.avg_pool3d(intensity.paint_labels(labels, params.mean, params.std, params.paint_noise), params.stride)
-    image = spatial.warp(painted, _coarser(coordinates, labels, painted))
-    image, log_bias_field = _acquire(image, params)
-    visible, stays = _visible(params, spatial.gather_nearest(labels, coordinates).long())
-    image = intensity.normalise_percentiles(image * (visible & stays))
-    segmentation = spatial.gather_nearest(subject["segmentation"], coordinates).long() * (visible & stays)
-    targets = {"segmentation": _mirror_labels(segmentation, layout, params.mirror), "log_bias_field": log_bias_field}
-    shrink = torch.linalg.det(params.matrix).abs().pow(-1 / 3).reshape(-1, 1, 1, 1, 1)
-    for name, factor in (("distance", shrink), ("mni", 1 / TASKS["mni"].scale)):
-        if name in layout.tasks and name in subject:
-            dense = subject[name].to(image.dtype)
-            dense = spatial.warp(dense, _coarser(coordinates, labels, dense), padding_mode="border")
-            targets[name] = _mirror_channels(dense, name, params.mirror) * factor
-    return {"image": image, "visible": visible, **{name: targets[name] for name in layout.tasks if name in targets}}
+    geometry = params.geometry
+    coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])
+    read = _read(subject, params, coordinates)
+    segmentation = _mirror_labels(spatial.gather_nearest(subject["segmentation"], coordinates).long(), geometry)
+    mni = _read_mni(subject, coordinates, geometry)
+    visible, stays = _look(geometry, mni, segmentation)
+    lesions = make_lesion_maps(subject, geometry, coordinates, segmentation)
+    images = {name: read[name] for name in IMAGES if name in read}
+    scans, fields = [], []
+    for i, appearance in enumerate(params.appearances):
+        scan, field = acquire(_paint(read, i, images, lesions, stays, geometry, appearance), appearance)
+        seen = visible & (stays | ~geometry.stripped.reshape(-1, 1, 1, 1, 1))
+        scans.append(intensity.normalise_percentiles(scan * seen))
+        fields.append(field)
+    targets = {"segmentation": segmentation * (visible & stays), "visible": visible}
+    targets |= {name: torch.where(stays, image, IMAGES[name]) for name, image in images.items()}
+    if "distance" in read:
+        targets["distance"] = _keep_hemispheres(read["distance"], geometry)
+    if mni is not None:
+        targets["mni"] = mni / TASKS["mni"].scale
+    if "lesion" in layout.tasks:
+        targets["lesion"] = _unite(lesions, visible & stays)
+    for name in IMAGES:
+        if f"{name}_defacing_mask" in subject:
+            targets[f"valid_{name}"] = spatial.gather_nearest(subject[f"{name}_defacing_mask"], coordinates) == 0
+    targets |= {key: subject[key] for key in (f"available_{name}" for name in layout.tasks) if key in subject}
+    return _collect(targets, scans, fields, layout)
+
+
+def _collect(targets: Mapping[str, Tensor], scans: list[Tensor], fields: list[Tensor], layout: TaskLayout) -> dict[str, Tensor]:
+    wanted = {name: value for name, value in targets.items() if name not in TASKS or name in layout.tasks}
+    out = {name: value.repeat_interleave(len(scans), 0) if len(scans) > 1 else value for name, value in wanted.items()}
+    if "log_bias_field" in layout.tasks:
+        out["log_bias_field"] = torch.stack(fields, 1).flatten(0, 1)
+    return {"image": torch.stack(scans, 1).flatten(0, 1), **out}
 
 
 def _coarser(coordinates: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
     """Coordinates in a map that covers the same box as ``fine`` with fewer, larger voxels."""
-    ratio = coordinates.new_tensor([n / m for n, m in zip(fine.shape[2:], coarse.shape[2:], strict=True)]).reshape(1, 3, 1, 1, 1)
-    return (coordinates - (ratio - 1) / 2) / ratio
+    if fine.shape[2:] == coarse.shape[2:]:
+        return coordinates
+    ratios = [n / m for n, m in zip(fine.shape[2:], coarse.shape[2:], strict=True)]
+    return torch.stack([(coordinates[:, i] - (r - 1) / 2) / r for i, r in enumerate(ratios)], 1)
 
 
-def _deform(params: SynthesisParams, source_size: Sequence[int]) -> Tensor:
-    size = params.noise.shape[2:]
-    coarse = [max(2, math.ceil(n / VELOCITY_STEP)) for n in size]
-    columns = params.velocity.shape[-1]
-    operators = [separable.control_point_operator(params.velocity_points[:, i], coarse[i], columns) for i in range(3)]
-    step = params.velocity.new_tensor([n / c for n, c in zip(size, coarse, strict=True)]).reshape(1, 3, 1, 1, 1)
-    flow = spatial.integrate_velocity(separable.apply_separable(params.velocity, operators) / step) * step
-    displacement = nnf.interpolate(flow, size=tuple(size), mode="trilinear", align_corners=False)
-    coordinates = spatial.sampling_coordinates(params.matrix, displacement, params.translation, source_size, params.stride)
-    return torch.where(params.mirror.reshape(-1, 1, 1, 1, 1), coordinates.flip(2), coordinates)
+def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: Tensor) -> dict[str, Tensor]:
+    """Everything dense at the output's voxels: painted means and stds, real images, distances."""
+    geometry, labels = params.geometry, subject["generation_labels"]
+    columns = [torch.ones_like(a.mean) for a in params.appearances[:1]]
+    columns += [a.is_head.expand_as(a.mean) for a in params.appearances[:1]]
+    columns += [value for a in params.appearances for value in (a.mean, a.std)]
+    painted = intensity.paint_labels(labels, torch.stack(columns, -1))
+    if geometry.stride > 1:  # not for 1: a pooling of one voxel is a slow copy
+        painted = nnf.avg_pool3d(painted, geometry.stride)
+    sources = {"painted": painted}
+    sources |= {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
+    read: dict[str, Tensor] = {}
+    for size in dict.fromkeys(source.shape[2:] for source in sources.values()):
+        together = {name: source for name, source in sources.items() if source.shape[2:] == size}
+        places = _coarser(coordinates, labels, next(iter(together.values())))
+        read |= dict(zip(together, spatial.warp_all(list(together.values()), places, padding_mode="zeros"), strict=True))
+    # The first painted channel is 1 in the subject's box: what lies outside is air, far from everything.
+    outside = 1 - read["painted"][:, :1]
+    for name, air in IMAGES.items():
+        if name in read and air != 0:
+            read[name] = read[name] + air * outside
+    if "distance" in read:
+        shrink = torch.linalg.det(geometry.matrix).abs().pow(-1 / 3).reshape(-1, 1, 1, 1, 1)
+        read["distance"] = _mirror_channels(read["distance"] * shrink + FAR_MM * outside, "distance", geometry)
+    return read
 
 
-def _acquire(image: Tensor, params: SynthesisParams) -> tuple[Tensor, Tensor]:
-    size, columns = image.shape[2:], params.bias.shape[-1]
-    smooth = [separable.control_point_operator(params.bias_points[:, i], size[i], columns) for i in range(3)]
-    log_bias_field = separable.apply_separable(params.bias, smooth)
-    image = intensity.apply_bias_field(intensity.apply_gamma(image, params.gamma), log_bias_field)
-    slices = [separable.slice_operator(params.spacing[:, i], params.sigma[:, i], size[i]) for i in range(3)]
-    back = [separable.upsampling_operator(params.spacing[:, i], size[i]) for i in range(3)]
-    noisy = intensity.add_noise(separable.apply_separable(image, slices), params.noise, params.noise_std)
-    return separable.apply_separable(noisy, back), log_bias_field
+def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: GeometryParams) -> Tensor | None:
+    """MNI coordinates in mm; the subject's box is continued by its border."""
+    if "mni" not in subject:
+        return None
+    source = subject["mni"].float()
+    places = _coarser(coordinates, subject["generation_labels"], source)
+    return _mirror_channels(spatial.warp_all([source], places)[0], "mni", geometry)
 
 
-def _visible(params: SynthesisParams, labels: Tensor) -> tuple[Tensor, Tensor]:
-    grid = spatial.identity_grid(labels.shape[2:], device=labels.device)
-    first, last = (params.field_of_view[..., i].reshape(-1, 3, 1, 1, 1) for i in range(2))
+def _look(geometry: GeometryParams, mni: Tensor | None, segmentation: Tensor) -> tuple[Tensor, Tensor]:
+    """What is in the field of view and not defaced, and what of the anatomy stays, two masks of (B, 1, H, W, D)."""
+    grid = spatial.identity_grid(segmentation.shape[2:], device=segmentation.device)
+    first, last = (geometry.field_of_view[..., i].reshape(-1, 3, 1, 1, 1) for i in range(2))
     visible = ((grid >= first) & (grid <= last)).all(dim=1, keepdim=True)
-    kept = torch.gather(params.kept, 1, labels.flatten(1)).reshape(labels.shape)
-    around = nnf.avg_pool3d(kept, 3, stride=1, padding=1, count_include_pad=False)
-    return visible, around > params.strip_threshold.reshape(-1, 1, 1, 1, 1)
+    if mni is not None:
+        along_y, along_z, offset = geometry.face.reshape(-1, 3, 1, 1, 1, 1).unbind(1)
+        face = mni[:, 1:2] * along_y + mni[:, 2:3] * along_z > offset
+        visible = visible & ~(face & ~geometry.is_brain[segmentation])
+    kept = torch.gather(geometry.kept, 1, segmentation.flatten(1)).reshape(segmentation.shape)
+    return visible, spatial.average_neighbours(kept) > geometry.strip_threshold.reshape(-1, 1, 1, 1, 1)
 
 
-def _mirror_labels(labels: Tensor, layout: TaskLayout, mirror: Tensor) -> Tensor:
-    other = torch.tensor(layout.protocol.mirror_permutation, device=labels.device)[labels]
-    return torch.where(mirror.reshape(-1, 1, 1, 1, 1), other, labels)
+def _paint(
+    read: Mapping[str, Tensor],
+    place: int,
+    images: Mapping[str, Tensor],
+    lesions: tuple[Tensor, Tensor] | None,
+    stays: Tensor,
+    geometry: GeometryParams,
+    appearance: AppearanceParams,
+) -> Tensor:
+    """The undegraded image of one sample, in [0, 255] or a little above."""
+    inside, head = read["painted"][:, :1], read["painted"][:, 1:2]
+    mean, std = (read["painted"][:, 2 + 2 * place + i, None] for i in range(2))
+    air_mean, air_std = (value[:, 0].reshape(-1, 1, 1, 1, 1) for value in (appearance.mean, appearance.std))
+    mean, std = mean + (1 - inside) * air_mean, std + (1 - inside) * air_std
+    if appearance.cluster_offset.shape[1]:
+        mean = cluster_head(mean, head, appearance)
+    removed = ~(stays | geometry.stripped.reshape(-1, 1, 1, 1, 1))
+    mean, std = torch.where(removed, air_mean, mean), torch.where(removed, air_std, std)
+    painted = intensity.add_texture(mean, std, appearance.paint_noise)
+    real = {name: torch.where(removed, IMAGES[name], image) for name, image in images.items()}
+    return paint_lesions(blend_inputs(painted, real, appearance), lesions, appearance)
 
 
-def _mirror_channels(values: Tensor, name: str, mirror: Tensor) -> Tensor:
+def _unite(lesions: tuple[Tensor, Tensor] | None, there: Tensor) -> Tensor:
+    return torch.zeros_like(there) if lesions is None else (torch.maximum(*lesions) > 0.5) & there
+
+
+def _keep_hemispheres(distance: Tensor, geometry: GeometryParams) -> Tensor:
+    """Distances of a removed hemisphere are far: channels are left, left, right, right."""
+    there = geometry.hemispheres.repeat_interleave(2, dim=1).reshape(-1, 4, 1, 1, 1)
+    return torch.where(there, distance, FAR_MM)
+
+
+def _mirror_labels(labels: Tensor, geometry: GeometryParams) -> Tensor:
+    return torch.where(geometry.mirror.reshape(-1, 1, 1, 1, 1), geometry.mirror_labels[labels], labels)
+
+
+def _mirror_channels(values: Tensor, name: str, geometry: GeometryParams) -> Tensor:
     task = TASKS[name]
-    sign = values.new_tensor(task.mirror_sign or (1,) * task.channels).reshape(1, -1, 1, 1, 1)
-    other = values[:, list(task.mirror_order or range(task.channels))] * sign
-    return torch.where(mirror.reshape(-1, 1, 1, 1, 1), other, values)
+    signs = task.mirror_sign or (1,) * task.channels
+    other = [values[:, i] * sign for i, sign in zip(task.mirror_order or range(task.channels), signs, strict=True)]
+    return torch.where(geometry.mirror.reshape(-1, 1, 1, 1, 1), torch.stack(other, 1), values)

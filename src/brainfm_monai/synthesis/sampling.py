@@ -2,175 +2,299 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
-from functools import cache
-from importlib import resources
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.functional import spatial
-from brainfm_monai.synthesis.ranges import Range, SynthesisParams, SynthesisRanges
+from brainfm_monai.functional import separable, spatial
+from brainfm_monai.synthesis.acquisition import IMAGES, INTENSITY_TOP, QUARTILES
+from brainfm_monai.synthesis.contrasts import read_contrasts
+from brainfm_monai.synthesis.pathology import LESION_FLOW_SPACING_MM, LESION_SPACING_MM
+from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisParams, SynthesisRanges
 
 __all__ = ["sample"]
 
-CONTROL_POINTS_SIZE = 160  # voxels at which the published fractions give their 5..10 and 3..6 control points
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
-CSF_ID = 24  # FreeSurfer id; stands for the extracerebral fluid in SynthSeg's maps
-FIRST_HEAD_ID = 500  # SynthSeg's head labels start above
+PHOTO_AXIS = 1  # dissected slices are coronal (BrainFM)
+HU_SCALE = 1000.0  # of the task CT
+DARK_STD_SHARE = 0.2  # of its drawn std, which dark air keeps
+FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72)  # FreeSurfer ids of ventricles, plexus and CSF
+CSF_ID, WHITE_ID, GREY_ID = 24, 2, 3
+CEREBELLUM_IDS = (7, 8, 46, 47)
+LARGEST_SEED = 2**62
 
 
 class _Draws:
-    """Draws for a batch, each sample from its own generator, so that a sample does not depend on its neighbours."""
+    """Draws for a batch, each sample from its own generator, so that a sample does not depend on its neighbours.
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self.generators = generators
-        self.device = generators[0].device
+    Numbers are drawn on the host, where they are the same for every device; volumes on the device, from seeds out of them.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
+        self.generators, self.device, self.batch = generators, device, len(generators)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
     def uniform(self, limits: Range, *shape: int) -> Tensor:
-        unit = torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators])
+        unit = torch.stack([torch.rand(shape, generator=g) for g in self.generators])
         return limits[0] + (limits[1] - limits[0]) * unit
 
     def chance(self, probability: float) -> Tensor:
         return self.uniform((0.0, 1.0)) < probability
 
+    def choose(self, weights: Tensor) -> Tensor:
+        """An index per sample, (B,), by weights of shape (K,) or (B, K)."""
+        cumulative = weights.expand(self.batch, -1).cumsum(1)
+        place = self.uniform((0.0, 1.0), 1) * cumulative[:, -1:]
+        return (place >= cumulative[:, :-1]).sum(1)
+
+    def volume(self, *shape: int) -> Tensor:
+        seeds = [int(torch.randint(LARGEST_SEED, (1,), generator=g)) for g in self.generators]
+        own = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in own])
+
 
 def sample(
-    ranges: SynthesisRanges,
+    ranges: SynthesisRanges | Sequence[SynthesisRanges],
     generators: Sequence[torch.Generator],
     *,
-    source_size: Sequence[int],
     spatial_size: Sequence[int],
     protocol: Protocol,
+    generation_protocol: Protocol,
     stride: int = 1,
     source_mm: float = 1.0,
+    available: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
 ) -> SynthesisParams:
     """Draw everything random of a batch.
 
     Args:
-        ranges: the laws.
-        generators: one generator for each sample, all on one device, where the result lies too.
-        source_size: (H, W, D) of the subjects.
+        ranges: the laws; several for several samples of each subject. The first ones decide what the samples share.
+        generators: one generator for each subject, on the host.
         spatial_size: (H, W, D) of the rendered samples.
-        protocol: of the generation labels.
+        protocol: of the segmentation.
+        generation_protocol: of the generation labels.
         stride: size of an output voxel in source voxels.
         source_mm: size of a source voxel.
+        available: which subjects have ``T1w``, ``T2w``, ``FLAIR``, ``CT``, (B,) bool on the host; none if not given.
+        device: where the draw is wanted.
 
     Returns:
-        The draw, on the device of the generators.
+        The draw.
     """
-    draws, voxel_mm = _Draws(generators), stride * source_mm
-    scaling = draws.uniform(ranges.scaling, 3)
-    matrix = spatial.affine_matrix(draws.uniform(ranges.rotation_deg, 3), draws.uniform(ranges.shear, 3, 2), scaling)
-    translation = draws.uniform(ranges.translation_mm, 3) / source_mm
-    velocity_points = _control_points(draws, ranges.velocity_fraction)
-    velocity_std = draws.uniform(ranges.velocity_std_mm) / voxel_mm
-    columns = _columns(ranges.velocity_fraction)
-    velocity = draws.normal(3, columns, columns, columns) * velocity_std.reshape(-1, 1, 1, 1, 1)
-    mean, std = _sample_contrast(ranges, draws, protocol)
-    bias_columns = _columns(ranges.bias_fraction)
-    bias = draws.normal(1, bias_columns, bias_columns, bias_columns) * draws.uniform(ranges.bias_log_std).reshape(-1, 1, 1, 1, 1)
-    spacing, sigma = _sample_resolution(ranges, draws, voxel_mm)
-    return SynthesisParams(
-        matrix=matrix,
-        translation=translation,
-        velocity=velocity,
-        velocity_points=velocity_points,
-        mirror=draws.chance(ranges.mirror_prob),
-        mean=mean,
-        std=std,
-        paint_noise=draws.normal(1, *source_size),
-        gamma=(ranges.gamma_log_std * draws.normal()).exp(),
-        bias=bias,
-        bias_points=_control_points(draws, ranges.bias_fraction),
-        spacing=spacing,
-        sigma=sigma,
-        noise=draws.normal(1, *spatial_size),
-        noise_std=draws.uniform(ranges.noise_std),
-        kept=_sample_kept(ranges, draws, protocol),
-        strip_threshold=draws.uniform(ranges.strip_threshold),
-        field_of_view=_sample_field_of_view(ranges, draws, spatial_size),
-        stride=stride,
+    laws = [ranges] if isinstance(ranges, SynthesisRanges) else list(ranges)
+    draws, voxel_mm = _Draws(generators, torch.device(device)), stride * source_mm
+    geometry, photo_spacing = _sample_geometry(laws[0], draws, spatial_size, protocol, stride, source_mm)
+    there = [(available or {}).get(name, torch.zeros(draws.batch, dtype=torch.bool)) for name in IMAGES]
+    present = torch.stack([torch.ones(draws.batch, dtype=torch.bool), *there], 1)
+    appearances = tuple(
+        _sample_appearance(law, draws, geometry, generation_protocol, present, photo_spacing, voxel_mm) for law in laws
     )
+    return SynthesisParams(geometry, appearances).to(torch.device(device))
 
 
-def _columns(fraction: Range) -> int:
-    return max(2, math.ceil(fraction[1] * CONTROL_POINTS_SIZE))
+def _ids(protocol: Protocol) -> Tensor:
+    return torch.as_tensor(protocol.freesurfer_ids)
 
 
-def _control_points(draws: _Draws, fraction: Range) -> Tensor:
-    return (draws.uniform(fraction, 1) * CONTROL_POINTS_SIZE).round().clamp(2, _columns(fraction)).expand(-1, 3)
+def _one_of(protocol: Protocol, ids: Sequence[int]) -> Tensor:
+    return torch.isin(_ids(protocol), torch.tensor(ids))
 
 
-def _contrast_priors(names: Sequence[str], protocol: Protocol, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means and their stds, (N, L) each, out of the package's tables of contrasts."""
-    tables = [_read_contrast(name) for name in names]
-    mean, spread = ([[float(t[s.freesurfer_id][c]) for s in protocol.structures] for t in tables] for c in ("mean", "mean_std"))
-    return torch.tensor(mean, device=device), torch.tensor(spread, device=device)
+def _columns(size: Sequence[int], smallest_spacing: float) -> list[int]:
+    return [separable.count_control_points(n - 1, smallest_spacing) for n in size]
 
 
-@cache
-def _read_contrast(name: str) -> dict[int, dict[str, str]]:
-    text = (resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv").read_text(encoding="utf-8")
-    return {int(row["freesurfer_id"]): row for row in csv.DictReader(text.splitlines(), delimiter="\t")}
+def _sample_geometry(
+    ranges: SynthesisRanges, draws: _Draws, size: Sequence[int], protocol: Protocol, stride: int, source_mm: float
+) -> tuple[GeometryParams, Tensor]:
+    """Geometry, and the spacing of dissection photos in mm, (B,), 0 where there are none."""
+    voxel_mm = stride * source_mm
+    photo = draws.chance(ranges.dissection_photo_prob)
+    photo_spacing = draws.uniform(ranges.dissection_photo_spacing_mm)
+    spacing = draws.uniform(ranges.velocity_spacing_mm, 1).expand(-1, 3).clone()
+    std = draws.uniform(ranges.velocity_std_mm, 1).expand(-1, 3).clone()
+    columns = _columns(size, ranges.velocity_spacing_mm[0] / voxel_mm)
+    if ranges.dissection_photo_prob > 0:
+        columns[PHOTO_AXIS] = separable.count_control_points(
+            size[PHOTO_AXIS] - 1, ranges.dissection_photo_spacing_mm[0] / voxel_mm
+        )
+        # Every slab lies in its own photo: it is displaced in its plane alone, whatever its neighbours do.
+        spacing[:, PHOTO_AXIS] = torch.where(photo, photo_spacing, spacing[:, PHOTO_AXIS])
+        std[:, PHOTO_AXIS] = torch.where(photo, 0.0, std[:, PHOTO_AXIS])
+    velocity = draws.normal(3, *columns) * (std / voxel_mm).reshape(-1, 3, 1, 1, 1)
+    mirror = draws.chance(ranges.mirror_prob)
+    kept, stripped, hemispheres = _sample_kept(ranges, draws, protocol, photo)
+    lesion_columns = [_columns(size, mm / voxel_mm) for mm in LESION_SPACING_MM] if ranges.lesion_prob > 0 else []
+    geometry = GeometryParams(
+        matrix=spatial.affine_matrix(
+            draws.uniform(ranges.rotation_deg, 3), draws.uniform(ranges.shear, 3, 2), draws.uniform(ranges.scaling, 3)
+        ),
+        translation=draws.uniform(ranges.translation_mm, 3) / source_mm,
+        velocity=velocity,
+        velocity_spacing=spacing / voxel_mm,
+        mirror=mirror,
+        mirror_labels=torch.tensor(protocol.mirror_permutation),
+        is_brain=torch.as_tensor(protocol.is_brain),
+        hemispheres=hemispheres,
+        kept=kept,
+        strip_threshold=draws.uniform(ranges.strip_threshold),
+        stripped=stripped,
+        field_of_view=_sample_field_of_view(ranges, draws, size),
+        face=_sample_face(ranges, draws),
+        lesion_noise=tuple(draws.normal(1, *c) for c in lesion_columns),
+        lesion_potential=draws.normal(3, *_columns(size, LESION_FLOW_SPACING_MM / voxel_mm)),
+        lesion_flow=draws.uniform(ranges.lesion_flow_mm) / voxel_mm,
+        lesion_region=torch.as_tensor(protocol.is_brain) & ~_one_of(protocol, FLUID_IDS),
+        lesion_coverage=draws.uniform(ranges.lesion_coverage) * draws.chance(ranges.lesion_prob),
+        diffeomorphic=ranges.diffeomorphic,
+        spatial_size=(size[0], size[1], size[2]),
+        stride=stride,
+        voxel_mm=voxel_mm,
+    )
+    return geometry, photo_spacing * photo
 
 
-def _sample_contrast(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Means and stds per label; both sides of a structure share theirs."""
-    count = len(protocol)
-    mean, std = draws.uniform(ranges.mean, count), draws.uniform(ranges.std, count)
-    jitter, use_prior = draws.normal(count), draws.chance(ranges.contrast_prior_prob)
-    invert = draws.chance(ranges.contrast_inversion_prob)
-    chosen = draws.uniform((0.0, float(len(ranges.contrast_priors)))).long()
-    if ranges.contrast_prior_prob > 0:
-        prior, spread = _contrast_priors(ranges.contrast_priors, protocol, draws.device)
-        like = (prior[chosen] + ranges.contrast_prior_spread * spread[chosen] * jitter).clamp(0, ranges.mean[1])
-        like = torch.where(invert[:, None], ranges.mean[1] - like, like)
-        mean = torch.where(use_prior[:, None], like, mean)
-    one_side = torch.tensor([min(s.label, s.mirror) for s in protocol.structures], device=draws.device)
-    mean, std = mean[:, one_side], std[:, one_side]
-    dark = draws.chance(ranges.dark_background_prob) | use_prior
-    background = torch.arange(count, device=draws.device) == 0
-    return torch.where(dark[:, None] & background, 0.0, mean), torch.where(dark[:, None] & background, std / 5, std)
-
-
-def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float) -> tuple[Tensor, Tensor]:
-    """Spacing and profile width in output voxels, out of four families: isotropic, clinical, low-field, coarse."""
-    family = draws.uniform((0.0, 1.0), 1)
-    axis = torch.floor(draws.uniform((0.0, 3.0), 1))
-    through_plane = torch.arange(3, device=draws.device) == axis
-    voxel = torch.full_like(through_plane, voxel_mm, dtype=torch.float32)
-    clinical = torch.where(through_plane, draws.uniform(ranges.clinical_spacing_mm, 1), voxel)
-    slab = torch.minimum(clinical, draws.uniform(ranges.clinical_thickness_mm, 1))
-    clinical_thickness = torch.where(through_plane, slab, voxel)
-    low_field = torch.tensor(ranges.low_field_spacing_mm, device=draws.device) + draws.uniform(ranges.low_field_extra_mm, 3)
-    coarse = draws.uniform(ranges.coarse_spacing_mm, 3)
-    step = (1 - ranges.isotropic_prob) / 3
-    isotropic, is_clinical, is_low_field = (family < ranges.isotropic_prob + n * step for n in range(3))
-    through = torch.where(is_low_field, low_field, coarse)
-    spacing_mm = torch.where(isotropic, voxel, torch.where(is_clinical, clinical, through))
-    thickness_mm = torch.where(isotropic, voxel, torch.where(is_clinical, clinical_thickness, through))
-    factor = draws.uniform(ranges.profile_factor, 3)
-    sigma = torch.where(thickness_mm > voxel_mm, factor * PROFILE_SIGMA * thickness_mm / voxel_mm, 0.0)
-    return (spacing_mm / voxel_mm).clamp_min(1), sigma
-
-
-def _sample_kept(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol) -> Tensor:
-    """Which labels stay in the image: all, or the brain with or without the fluid around it."""
-    ids = torch.as_tensor(protocol.freesurfer_ids, device=draws.device)
-    brain = (ids > 0) & (ids < FIRST_HEAD_ID)
+def _sample_kept(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels that stay, (B, K), whether the rest is cut out of the image, (B,), and the hemispheres that stay, (B, 2)."""
+    brain = torch.as_tensor(protocol.is_brain)
     strip, without_fluid = draws.chance(ranges.skull_strip_prob), draws.chance(0.5)
-    removed = ~brain | (without_fluid[:, None] & (ids == CSF_ID))
-    return (~(strip[:, None] & removed)).float()
+    head_removal = draws.chance(ranges.head_removal_prob) | photo
+    single, right = draws.chance(ranges.hemisphere_prob), draws.chance(0.0 if ranges.left_hemisphere else 0.5)
+    removed = (strip | head_removal | single)[:, None] & ~brain
+    # What was outside the skull's fluid cannot be told from it: half of the extractions lose it, dissected brains always do.
+    removed |= ((strip & without_fluid) | head_removal)[:, None] & _one_of(protocol, (CSF_ID,))
+    sides = torch.tensor([("none", "left", "right").index(s.side) for s in protocol.structures])
+    cerebrum = (sides == torch.where(right, 2, 1)[:, None]) & ~_one_of(protocol, CEREBELLUM_IDS)
+    removed |= single[:, None] & ~cerebrum
+    hemispheres = torch.stack([~(single & right), ~(single & ~right)], 1)
+    return (~removed).float(), strip & ~head_removal, hemispheres
+
+
+def _sample_face(ranges: SynthesisRanges, draws: _Draws) -> Tensor:
+    """Half-space in front of and below an oblique plane, which an MNI-based defacing removes."""
+    angle = draws.uniform(ranges.deface_angle_deg) * (math.pi / 180)
+    plane = torch.stack([angle.cos(), -angle.sin(), draws.uniform(ranges.deface_offset_mm)], 1)
+    return plane * draws.chance(ranges.deface_prob)[:, None]
 
 
 def _sample_field_of_view(ranges: SynthesisRanges, draws: _Draws, spatial_size: Sequence[int]) -> Tensor:
-    size = torch.tensor(spatial_size, device=draws.device, dtype=torch.float32)
+    size = torch.tensor(spatial_size, dtype=torch.float32)
     cut = draws.uniform(ranges.field_of_view_loss, 3, 2) * draws.chance(ranges.field_of_view_prob)[:, None, None]
     return torch.stack([cut[..., 0] * size, (1 - cut[..., 1]) * size - 1], dim=-1)
+
+
+def _sample_appearance(
+    ranges: SynthesisRanges,
+    draws: _Draws,
+    geometry: GeometryParams,
+    protocol: Protocol,
+    present: Tensor,
+    photo_spacing: Tensor,
+    voxel_mm: float,
+) -> AppearanceParams:
+    size = geometry.spatial_size
+    window = torch.stack([draws.uniform(ranges.ct_low_hu), draws.uniform(ranges.ct_high_hu)], 1)
+    mean, std, is_ct, brighter = _sample_contrast(ranges, draws, protocol, window, photo_spacing > 0)
+    blend = _sample_blend(ranges, draws, present)
+    is_ct = torch.where(blend[:, 0] > 0, is_ct, blend[:, -1] == 1)
+    real = blend[:, 0] == 0
+    dark_in_real = (blend[:, 1] > 0) | (blend[:, -1] > 0)  # T1w and CT; lesions are bright in T2w and FLAIR
+    spacing, sigma = _sample_resolution(ranges, draws, voxel_mm, photo_spacing)
+    ghost_axis = torch.arange(3) == torch.floor(draws.uniform((0.0, 3.0), 1))
+    ghosts = ghost_axis & draws.chance(ranges.ghost_prob)[:, None]
+    bias_columns = _columns(size, ranges.bias_spacing_mm[0] / voxel_mm)
+    bias_std = draws.uniform(ranges.bias_log_std) * ~is_ct
+    noise_std = torch.where(real, draws.uniform(ranges.real_noise_std), draws.uniform(ranges.noise_std))
+    clusters = len(QUARTILES) + 1 if ranges.head_cluster_prob > 0 else 0
+    cluster_std = draws.uniform(ranges.head_cluster_std, 1) * draws.chance(ranges.head_cluster_prob)[:, None]
+    return AppearanceParams(
+        mean=mean,
+        # White noise of a voxel is less in a larger one: the law is that of 1 mm.
+        std=std * voxel_mm**-1.5,
+        cluster_field=draws.normal(1, *_columns(size, ranges.head_cluster_spacing_mm[0] / voxel_mm)),
+        cluster_spacing=draws.uniform(ranges.head_cluster_spacing_mm, 1).expand(-1, 3) / voxel_mm,
+        cluster_offset=draws.normal(clusters) * cluster_std,
+        is_head=torch.as_tensor(protocol.is_head).float(),
+        blend=blend,
+        ct_window=window / HU_SCALE,
+        lesion_goal=torch.where(torch.where(real, ~dark_in_real, brighter), INTENSITY_TOP, 0.0),
+        lesion_change=draws.uniform(ranges.lesion_change),
+        gamma=(ranges.gamma_log_std * draws.normal()).exp(),
+        bias=draws.normal(1, *bias_columns) * bias_std.reshape(-1, 1, 1, 1, 1),
+        bias_spacing=draws.uniform(ranges.bias_spacing_mm, 1).expand(-1, 3) / voxel_mm,
+        spacing=spacing,
+        sigma=sigma,
+        ghost_count=torch.where(ghosts, draws.uniform(ranges.ghost_count, 1).round(), 1.0),
+        ghost_strength=ghosts * draws.uniform(ranges.ghost_strength, 1),
+        rician=draws.chance(ranges.rician_prob) & ~is_ct,
+        noise_std=noise_std,
+        paint_noise=draws.volume(1, *size),
+        noise=draws.volume(2 if ranges.rician_prob > 0 else 1, *size),
+    )
+
+
+def _sample_contrast(
+    ranges: SynthesisRanges, draws: _Draws, protocol: Protocol, window: Tensor, photo: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means and stds per label, (B, L), whether they are those of a CT, and whether lesions are bright in them, (B,).
+
+    Both sides of a structure share theirs; partial-volume codes mix those of their parts.
+    """
+    count, top = len(protocol), ranges.mean[1]
+    mean, std = draws.uniform(ranges.mean, count), draws.uniform(ranges.std, count)
+    jitter, use_prior = draws.normal(count), draws.chance(ranges.contrast_prior_prob)
+    invert = draws.chance(ranges.contrast_inversion_prob)
+    chosen = draws.choose(torch.ones(len(ranges.contrast_priors)))
+    is_ct = torch.zeros_like(use_prior)
+    if ranges.contrast_prior_prob > 0:
+        prior, spread = (table[chosen] for table in read_contrasts(ranges.contrast_priors, protocol))
+        is_ct = use_prior & torch.tensor([name == "CT" for name in ranges.contrast_priors])[chosen]
+        like = prior + ranges.contrast_prior_spread * spread * jitter
+        in_window = (like - window[:, :1]) / (window[:, 1:] - window[:, :1]) * top
+        like = torch.where(is_ct[:, None], in_window, like).clamp(0, top)
+        like = torch.where((invert & ~is_ct)[:, None], top - like, like)
+        mean = torch.where(use_prior[:, None] & ~like.isnan(), like, mean)
+    one_side = torch.tensor([min(s.label, s.mirror) for s in protocol.structures])
+    mean, std = mean[:, one_side], std[:, one_side]
+    dark = draws.chance(ranges.dark_background_prob) | use_prior | photo
+    air = dark[:, None] & (torch.arange(count) == 0)
+    mean, std = torch.where(air, 0.0, mean), torch.where(air, std * DARK_STD_SHARE, std)
+    mixture = torch.as_tensor(protocol.mixture_weights)
+    white, grey = (protocol.label_of_id[i] for i in (WHITE_ID, GREY_ID))
+    return mean @ mixture.T, (std.square() @ mixture.T).sqrt(), is_ct, mean[:, grey] > mean[:, white]
+
+
+def _sample_blend(ranges: SynthesisRanges, draws: _Draws, present: Tensor) -> Tensor:
+    """Share of the synthetic image and of each real one: one of those that are there, or a mixture in place of the synthetic."""
+    chosen = draws.choose(torch.tensor(ranges.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
+    alone = torch.nn.functional.one_hot(chosen, len(IMAGES) + 1).float()
+    shares = draws.uniform((0.0, 1.0), len(IMAGES) + 1) * present
+    mixed = shares / shares.sum(1, keepdim=True)
+    return torch.where((draws.chance(ranges.mixup_prob) & (chosen == 0))[:, None], mixed, alone)
+
+
+def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_spacing: Tensor) -> tuple[Tensor, Tensor]:
+    """Spacing and profile width in output voxels, (B, 3), out of the families isotropic, clinical, low-field and coarse."""
+    family = draws.choose(torch.tensor(ranges.resolution_weights))
+    through_plane = torch.arange(3) == torch.floor(draws.uniform((0.0, 3.0), 1))
+    voxel = torch.full((draws.batch, 3), voxel_mm)
+    clinical = torch.where(through_plane, draws.uniform(ranges.clinical_spacing_mm, 1), voxel)
+    slab = torch.minimum(clinical, draws.uniform(ranges.clinical_thickness_mm, 1))
+    low_field = torch.tensor(ranges.low_field_spacing_mm) + draws.uniform(ranges.low_field_extra_mm, 3)
+    coarse = draws.uniform(ranges.coarse_spacing_mm, 3)
+    spacing_mm = torch.stack([voxel, clinical, low_field, coarse], 1)
+    thickness_mm = torch.stack([voxel, torch.where(through_plane, slab, voxel), low_field, coarse], 1)
+    place = family[:, None, None].expand(-1, 1, 3)
+    spacing_mm, thickness_mm = (values.gather(1, place)[:, 0] for values in (spacing_mm, thickness_mm))
+    photo = (photo_spacing > 0)[:, None]
+    across = torch.arange(3) == PHOTO_AXIS
+    spacing_mm = torch.where(photo, torch.where(across, photo_spacing[:, None], voxel), spacing_mm)
+    thickness_mm = torch.where(photo, voxel, thickness_mm)  # a photo shows the face of a slab, not its inside
+    factor = draws.uniform(ranges.profile_factor, 3)
+    sigma = torch.where(thickness_mm > voxel_mm, factor * PROFILE_SIGMA * thickness_mm / voxel_mm, 0.0)
+    return (spacing_mm / voxel_mm).clamp_min(1), sigma

@@ -1,0 +1,47 @@
+"""Tables of contrasts: the mean intensity of every tissue in a kind of scan."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brainfm_monai.anatomy import Protocol
+
+__all__ = ["CONTRASTS", "read_contrasts"]
+
+CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
+
+
+def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Means and the stds of these means out of the package's tables.
+
+    Args:
+        names: of tables, N of them; ``CT`` is in HU, the others are in [0, 255].
+        protocol: of the generation labels, L of them.
+
+    Returns:
+        Two tensors of shape (N, L); NaN for labels that a table does not know, as for partial-volume codes.
+
+    Raises:
+        ValueError: if there is no such table.
+    """
+    unknown = [name for name in names if name not in CONTRASTS]
+    if unknown:
+        raise ValueError(f"contrast_priors: names must be out of {list(CONTRASTS)}, got {unknown}")
+    tables = [_read(name) for name in names]
+    rows = [[table.get(int(i), (np.nan, np.nan)) for i in protocol.freesurfer_ids] for table in tables]
+    values = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2)
+    return values[..., 0], values[..., 1]
+
+
+@cache
+def _read(name: str) -> dict[int, tuple[float, float]]:
+    text = (resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv").read_text(encoding="utf-8")
+    rows = csv.DictReader(text.splitlines(), delimiter="\t")
+    return {int(row["freesurfer_id"]): (float(row["mean"]), float(row["mean_std"])) for row in rows}
