@@ -178,6 +178,12 @@ def test_spreading_is_exact_for_what_is_linear_and_reaches_both_ends() -> None:
     torch.testing.assert_close(operator @ torch.linspace(-1, 4, 6), torch.linspace(-1, 4, 23), atol=1e-5, rtol=0)
 
 
+def test_resizing_is_linear_interpolation_from_the_first_to_the_last_voxel() -> None:
+    image = volume(2, 3, 5, 6, 7)
+    expected = nnf.interpolate(image, size=(9, 4, 7), mode="trilinear", align_corners=True)
+    torch.testing.assert_close(separable.resize(image, (9, 4, 7)), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_ghosts_are_weakened_lines_of_k_space(count: int) -> None:
     signal, strength = volume(24), 0.4

@@ -39,7 +39,7 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
         raise ValueError(f"paint_labels: 'values' must be for {len(labels)} samples, got {tuple(values.shape)}")
     count = values.shape[1]
     first = torch.arange(len(labels), device=labels.device, dtype=torch.int32).reshape(-1, 1, 1, 1) * count
-    return nnf.embedding(labels[:, 0].int() + first, values.flatten(0, 1)).movedim(-1, 1)
+    return nnf.embedding(first + labels[:, 0], values.flatten(0, 1)).movedim(-1, 1)
 
 
 def add_texture(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

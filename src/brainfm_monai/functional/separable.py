@@ -13,6 +13,7 @@ __all__ = [
     "count_control_points",
     "ghost_operator",
     "lattice_operator",
+    "resize",
     "slice_operator",
     "spread_operator",
     "upsampling_operator",
@@ -61,6 +62,21 @@ def spread_operator(size: int, count: int, *, device: torch.device | None = None
         Operator of shape (1, size, count) whose rows sum to 1; exact for what is linear along the axis.
     """
     return _hat(torch.linspace(0, count - 1, size, device=device)[None], count)
+
+
+def resize(volume: Tensor, size: Sequence[int]) -> Tensor:
+    """Linear interpolation at points spread from the first to the last voxel of each axis.
+
+    Args:
+        volume: shape (B, C, h, w, d).
+        size: (H, W, D), each at least 1.
+
+    Returns:
+        Tensor of shape (B, C, H, W, D).
+    """
+    pairs = zip(size, volume.shape[2:], strict=True)
+    operators = [spread_operator(n, m, device=volume.device).expand(len(volume), -1, -1) for n, m in pairs]
+    return apply_separable(volume, operators)
 
 
 def count_control_points(extent: float, smallest_spacing: float) -> int:

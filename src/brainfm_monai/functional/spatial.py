@@ -21,7 +21,7 @@ __all__ = [
     "warp_all",
 ]
 
-SLAB = 2**16  # voxels that are sampled at once on a CPU: corners and weights of a slab stay in its cache
+SLAB = 2**17  # voxels that are sampled at once on a CPU: corners and weights of a slab stay in its cache
 
 
 def identity_grid(size: Sequence[int], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,16 +136,20 @@ def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: st
     if coordinates.device.type != "cpu":
         return [warp(source, coordinates, padding_mode=padding_mode) for source in sources]
     size = sources[0].shape[2:]
-    warped = [source.new_empty(len(coordinates), source.shape[1], coordinates[0, 0].numel()) for source in sources]
+    voxels = coordinates[0, 0].numel()
+    warped = [source.new_empty(len(coordinates), voxels, source.shape[1]) for source in sources]
+    index = torch.empty(min(SLAB, voxels), 8, dtype=torch.int32)
+    weight = torch.empty(min(SLAB, voxels), 8)
     for b, points in enumerate(coordinates.flatten(2)):
         tables = [_tables(source[b]) for source in sources]
-        for start in range(0, points.shape[1], SLAB):
-            stop = min(start + SLAB, points.shape[1])
-            index, weight = _corners(points[:, start:stop], size, padding_mode)
+        for start in range(0, voxels, SLAB):
+            stop = min(start + SLAB, voxels)
+            i, w = index[: stop - start], weight[: stop - start]
+            _fill_corners(points[:, start:stop], size, padding_mode, i, w)
             for out, parts in zip(warped, tables, strict=True):
-                rows = [nnf.embedding_bag(index, part, per_sample_weights=weight, mode="sum") for part in parts]
-                out[b, :, start:stop] = torch.cat(rows, 1).t()
-    return [out.unflatten(2, coordinates.shape[2:]) for out in warped]
+                rows = [nnf.embedding_bag(i, part, per_sample_weights=w, mode="sum") for part in parts]
+                out[b, start:stop] = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    return [out.movedim(-1, 1).contiguous().unflatten(2, coordinates.shape[2:]) for out in warped]
 
 
 def _tables(source: Tensor) -> list[Tensor]:
@@ -156,8 +160,8 @@ def _tables(source: Tensor) -> list[Tensor]:
     return [channel.reshape(-1).reshape(-1, 1) for channel in source]
 
 
-def _corners(points: Tensor, size: Sequence[int], padding_mode: str) -> tuple[Tensor, Tensor]:
-    """Flat index and weight of the eight voxels around points, (3, N) to two tensors of shape (N, 8)."""
+def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index: Tensor, weight: Tensor) -> None:
+    """Write flat index and weight of the eight voxels around points (3, N) into two tensors of shape (N, 8)."""
     places, shares = [], []
     for place, n, stride in zip(points, size, (size[1] * size[2], size[2], 1), strict=True):
         below = place.floor()
@@ -171,7 +175,9 @@ def _corners(points: Tensor, size: Sequence[int], padding_mode: str) -> tuple[Te
     (x, y, z), (u, v, w) = places, shares
     row = torch.stack([a + b for a in x for b in y], 1)
     share = torch.stack([a * b for a in u for b in v], 1)
-    return torch.cat([row + c[:, None] for c in z], 1), torch.cat([share * c[:, None] for c in w], 1)
+    for half in range(2):
+        torch.add(row, z[half][:, None], out=index[:, 4 * half : 4 * half + 4])
+        torch.mul(share, w[half][:, None], out=weight[:, 4 * half : 4 * half + 4])
 
 
 def gather_nearest(source: Tensor, coordinates: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -69,23 +69,18 @@ def _give_lesions(subject: Mapping[str, Tensor], geometry: GeometryParams, coord
     region = geometry.lesion_region[segmentation]
     octaves = zip(geometry.lesion_noise, LESION_SPACING_MM, strict=True)
     noise = [_spread(points, spacing, counts, geometry) * 0.5**i for i, (points, spacing) in enumerate(octaves)]
-    shape = lesion.make_lesions(torch.stack(noise).sum(0), _resize(region.float(), counts) > 0.5, geometry.lesion_coverage)
+    shape = lesion.make_lesions(
+        torch.stack(noise).sum(0), separable.resize(region.float(), counts) > 0.5, geometry.lesion_coverage
+    )
     if "lesion_shape" in subject:
         drawn = (spatial.gather_nearest(subject["lesion_shape"], coordinates) > 0).float()
-        drawn = _resize(spatial.average_neighbours(drawn), counts)  # shares of a voxel keep the edge where it was
+        drawn = separable.resize(spatial.average_neighbours(drawn), counts)  # shares of a voxel keep the edge where it was
         there = drawn.amax((1, 2, 3, 4), keepdim=True) > 0
         wanted = geometry.lesion_coverage.reshape(-1, 1, 1, 1, 1) > 0
         shape = torch.where(there, drawn * wanted, shape)
     velocity = lesion.compute_curl(_spread(geometry.lesion_potential, LESION_FLOW_SPACING_MM, counts, geometry))
     soft = lesion.carry(shape, velocity, geometry.lesion_flow / LESION_STEP)
-    return ((_resize(soft, size) > 0.5) & region).float()
-
-
-def _resize(volume: Tensor, size: Sequence[int]) -> Tensor:
-    """Linear interpolation at points spread from the first to the last voxel."""
-    pairs = zip(size, volume.shape[2:], strict=True)
-    operators = [separable.spread_operator(n, m, device=volume.device).expand(len(volume), -1, -1) for n, m in pairs]
-    return separable.apply_separable(volume, operators)
+    return ((separable.resize(soft, size) > 0.5) & region).float()
 
 
 def _spread(points: Tensor, spacing_mm: float, counts: list[int], geometry: GeometryParams) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from brainfm_monai.functional import intensity, spatial
+from brainfm_monai.functional import intensity, separable, spatial
 from brainfm_monai.synthesis.acquisition import IMAGES, acquire, blend_inputs, cluster_head
 from brainfm_monai.synthesis.deformation import make_coordinates
 from brainfm_monai.synthesis.pathology import make_lesion_maps, paint_lesions
@@ -17,6 +18,7 @@ from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
 
 __all__ = ["render"]
 
+MNI_STEP_MM = 2.0  # distance of the points at which MNI coordinates are read
 FAR_MM = 2 * MAX_DISTANCE_MM  # signed distance of what is not there
 
 
@@ -85,8 +87,8 @@ def _coarser(coordinates: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
 def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: Tensor) -> dict[str, Tensor]:
     """Everything dense at the output's voxels: painted means and stds, real images, distances."""
     geometry, labels = params.geometry, subject["generation_labels"]
-    columns = [torch.ones_like(a.mean) for a in params.appearances[:1]]
-    columns += [a.is_head.expand_as(a.mean) for a in params.appearances[:1]]
+    first = params.appearances[0]
+    columns = [torch.ones_like(first.mean), first.is_head.expand_as(first.mean)]
     columns += [value for a in params.appearances for value in (a.mean, a.std)]
     painted = intensity.paint_labels(labels, torch.stack(columns, -1))
     if geometry.stride > 1:  # not for 1: a pooling of one voxel is a slow copy
@@ -110,12 +112,18 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
 
 
 def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: GeometryParams) -> Tensor | None:
-    """MNI coordinates in mm; the subject's box is continued by its border."""
+    """MNI coordinates in mm; the subject's box is continued by its border.
+
+    They are read every 2 mm and interpolated, for an eighth of the cost at 1 mm: maps and deformation are smooth at that scale
+    (0.02 mm off on average).
+    """
     if "mni" not in subject:
         return None
     source = subject["mni"].float()
-    places = _coarser(coordinates, subject["generation_labels"], source)
-    return _mirror_channels(spatial.warp_all([source], places)[0], "mni", geometry)
+    counts = [max(2, math.ceil(n * min(1.0, geometry.voxel_mm / MNI_STEP_MM))) for n in geometry.spatial_size]
+    places = _coarser(separable.resize(coordinates, counts), subject["generation_labels"], source)
+    read = separable.resize(spatial.warp_all([source], places)[0], geometry.spatial_size)
+    return _mirror_channels(read, "mni", geometry)
 
 
 def _look(geometry: GeometryParams, mni: Tensor | None, segmentation: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,8 +158,10 @@ def _paint(
     removed = ~(stays | geometry.stripped.reshape(-1, 1, 1, 1, 1))
     mean, std = torch.where(removed, air_mean, mean), torch.where(removed, air_std, std)
     painted = intensity.add_texture(mean, std, appearance.paint_noise)
-    real = {name: torch.where(removed, IMAGES[name], image) for name, image in images.items()}
-    return paint_lesions(blend_inputs(painted, real, appearance), lesions, appearance)
+    blended = blend_inputs(painted, images, appearance)
+    if images:  # what is removed shows no real image either
+        blended = torch.where(removed, painted * appearance.blend[:, 0].reshape(-1, 1, 1, 1, 1), blended)
+    return paint_lesions(blended, lesions, appearance)
 
 
 def _unite(lesions: tuple[Tensor, Tensor] | None, there: Tensor) -> Tensor:
