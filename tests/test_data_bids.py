@@ -106,6 +106,9 @@ def test_contrasts_end_up_on_the_labels_with_left_on_the_left(tmp_path: Path) ->
     moved = resample_to_box(render("T2w"), make_motion() @ AFFINE, grid, (72, 72, 52))
     save(root / "sub-01/anat/sub-01_T2w.nii.gz", moved, grid)
     save(root / "derivatives/synthseg/sub-01_T1w_synthseg.nii.gz", make_head(), AFFINE)
+    lesion = np.zeros(SIZE, dtype=np.uint8)
+    lesion[10:14, 20:26, 18:22] = 1
+    save(root / "sub-01/anat/sub-01_label-lesion_roi.nii.gz", lesion[::-1], AFFINE @ np.array([[-1, 0, 0, 47], *np.eye(4)[1:]]))
     (folder,) = prepare_bids(root, tmp_path / "out", spatial_size=SIZE)
     record = read_record(folder)
     assert (record["labels_from"], record["reference"], record["dataset"]) == ("derivatives", "T1w", "study")
@@ -120,6 +123,9 @@ def test_contrasts_end_up_on_the_labels_with_left_on_the_left(tmp_path: Path) ->
         means = {i: values[ids == i].mean() for i in (2, 41, 3, 42, 4)}
         expected = np.array([source[i] for i in means])
         assert np.corrcoef(expected, list(means.values()))[0, 1] > 0.97, contrast
+    found = load(folder / "lesion.nii.gz")
+    where = np.argwhere(np.asarray(found.dataobj)) @ found.affine[:3, :3].T + found.affine[:3, 3]
+    np.testing.assert_allclose(where.mean(axis=0), AFFINE[:3, :3] @ [11.5, 22.5, 19.5] + AFFINE[:3, 3])
     # the head without symmetry: the larger hemisphere is the left one, in the scan as in the labels
     scan = load(folder / "T2w.nii.gz").get_fdata() > 0.2
     assert 2 * (scan & (ids > 0)).sum() / (scan.sum() + (ids > 0).sum()) > 0.9

@@ -104,6 +104,21 @@ def test_folders_of_several_sets_are_counted_apart(root: Path, caplog: pytest.Lo
     assert entries["s1"]["section"] == "training"
 
 
+def test_equal_names_in_two_sets_are_two_persons(tmp_path: Path) -> None:
+    for dataset in ("first", "second"):
+        for name in ("sub-01", "sub-02" if dataset == "first" else "sub-03"):
+            (tmp_path / dataset / name).mkdir(parents=True)
+            record = json.dumps({"dataset": dataset, "person": name})
+            (tmp_path / dataset / name / "subject.json").write_text(record, encoding="utf-8")
+    roots = [tmp_path / "first", tmp_path / "second"]
+    sections = read(write_datalist(roots, validation=["first_sub-01"]))
+    assert sections["validation"] == ["first_sub-01"]
+    assert sections["training"] == ["second_sub-01", "sub-02", "sub-03"]
+    (tmp_path / "second" / "sub-01" / "subject.json").write_text('{"dataset": "first"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="subjects of one set need different names, found twice: first_sub-01"):
+        write_datalist(roots)
+
+
 def test_errors_name_the_rule(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none: a folder of prepared subjects is needed"):
         write_datalist(tmp_path / "none")

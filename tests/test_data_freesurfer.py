@@ -162,7 +162,7 @@ def test_partial_volume_follows_the_surfaces(tmp_path: Path, affine: np.ndarray)
     grey = np.array([dict(s.mixture).get(3, 0.0) for s in protocol.structures])
     np.testing.assert_allclose(grey[codes[at_white]], white[at_white] + 0.5, atol=0.04)
     np.testing.assert_allclose(1 - grey[codes[at_pial]], pial[at_pial] + 0.5, atol=0.04)
-    pure = protocol.freesurfer_ids[codes[(np.abs(white) > 0.6) & (np.abs(pial) > 0.6)]]
+    pure = codes[(np.abs(white) > 0.6) & (np.abs(pial) > 0.6)]
     assert {2, 3, 4, 8, 41, 42, 43} <= set(pure.tolist())
     assert {251, 252, 253, 254, 255} <= set(pure.tolist())  # classes of the scalp
     t1w = load(folder / "T1w.nii.gz").get_fdata()

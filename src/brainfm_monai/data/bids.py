@@ -25,6 +25,7 @@ __all__ = ["Session", "find_sessions", "prepare_bids"]
 SUFFIXES: dict[str, tuple[str, ...]] = {"T1w": ("T1w",), "T2w": ("T2w",), "FLAIR": ("FLAIR",), "CT": ("CT", "ct")}
 # Label maps with FreeSurfer ids in derivatives: fMRIPrep's two, and those of SynthSeg. A bare _dseg may hold any ids.
 LABEL_PATTERNS = ("*_desc-aparcaseg_dseg.nii.gz", "*_desc-aseg_dseg.nii.gz", "*synthseg*.nii.gz", "*synthseg*.mgz")
+LESION_PATTERNS = ("*_label-lesion_mask.nii.gz", "*_label-lesion_roi.nii.gz")
 PREDICTIONS = ".predicted"
 
 
@@ -38,6 +39,7 @@ class Session:
         scans: file of each contrast; the first one is the reference.
         masks: defacing masks that the folder holds, by contrast.
         labels: files of the labels by role, see :func:`brainfm_monai.data.freesurfer.find_files`; empty where there are none.
+        lesion: mask of lesions on the reference scan, if there is one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Session:
     scans: dict[str, Path]
     masks: dict[str, Path] = field(default_factory=dict)
     labels: dict[str, Path] = field(default_factory=dict)
+    lesion: Path | None = None
 
 
 def find_sessions(root: str | Path) -> list[Session]:
@@ -65,7 +68,8 @@ def find_sessions(root: str | Path) -> list[Session]:
             found = {key: path for key, path in scans.items() if path}
             if found:
                 labels = _find_labels(root / "derivatives", name)
-                sessions.append(Session(name, person.name, found, {k: p for k, p in masks.items() if p}, labels))
+                lesion = _first(visit, LESION_PATTERNS) or _derived(root / "derivatives", name, LESION_PATTERNS)
+                sessions.append(Session(name, person.name, found, {k: p for k, p in masks.items() if p}, labels, lesion))
     if not sessions:
         raise FileNotFoundError(f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed, found none")
     return sessions
@@ -124,6 +128,7 @@ def prepare_bids(
         labels = session.labels or {"labels": predicted_file(predictions, session.name)}
         labels = {role: path for role, path in labels.items() if role != "T1w"}  # the raw scan, not FreeSurfer's copy of it
         masks = {f"{key}_mask": path for key, path in session.masks.items()}
+        masks |= {"lesion": session.lesion} if session.lesion else {}
         work.append(Job(session.name, "bids", session.scans | labels | masks, settings, make_from_bids, {"protocol": protocol}))
     return run_jobs(work, output_dir, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
@@ -146,6 +151,9 @@ def make_from_bids(job: Job, target: Path) -> None:
             removed = find_removed(scan, anatomy.affine, seen[key], anatomy.ids, mni_mm)
         if removed.any():
             volumes[f"{key}_defacing_mask"] = (removed.astype(np.uint8), anatomy.affine)
+    if "lesion" in job.files:
+        lesion = resample_to_box(*read_scan(job.files["lesion"]), anatomy.affine, anatomy.ids.shape)
+        volumes["lesion"] = ((lesion > 0.5).astype(np.uint8), anatomy.affine)
     centre_mm = (anatomy.affine @ [*(np.array(anatomy.ids.shape) / 2), 1])[:3]
     moved = {key: measure_motion(matrix, centre_mm) for key, matrix in motion.items() if key != contrasts[0]}
     facts |= {"reference": contrasts[0], "registered": moved}
@@ -195,8 +203,11 @@ def _find_labels(derivatives: Path, name: str) -> dict[str, Path]:
         files = find_files(folder)
         if files["labels"].is_file():
             return files
-    for pattern in LABEL_PATTERNS:
-        found = sorted(f for f in derivatives.glob(f"**/{name}_*") if f.match(pattern) and "_space-" not in f.name)
-        if found:
-            return {"labels": found[0]}
-    return {}
+    found = _derived(derivatives, name, LABEL_PATTERNS)
+    return {"labels": found} if found else {}
+
+
+def _derived(derivatives: Path, name: str, patterns: Sequence[str]) -> Path | None:
+    """First file of a visit in derivatives, in the space of its own scan, that fits a pattern; earlier patterns go first."""
+    files = sorted(f for f in derivatives.glob(f"**/{name}_*") if "_space-" not in f.name)
+    return next((f for pattern in patterns for f in files if f.match(pattern)), None)

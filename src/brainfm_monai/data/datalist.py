@@ -35,7 +35,7 @@ def write_datalist(
     """List subjects for ``monai.data.load_decathlon_datalist``.
 
     Paths in the list are relative to its folder. A target that a subject does not have is left out of its entry. All visits of
-    one person are in one section.
+    one person are in one section. Subjects of different sets that share a name get that of their set before it.
 
     Args:
         root: folder with one folder per prepared subject, or in the layout of the reference; or several of these.
@@ -51,14 +51,15 @@ def write_datalist(
 
     Raises:
         FileNotFoundError: if a ``root`` is no folder.
-        ValueError: if there is no subject, a name is not one of them or stands in two sections, or none is left for training.
+        ValueError: if there is no subject, two of one set share a name, a name is not one of them or stands in two
+            sections, or none is left for training.
     """
     roots = [Path(root)] if isinstance(root, (str, Path)) else [Path(r) for r in root]
-    entries = {entry["subject"]: entry for r in roots for entry in find_subjects(r)}
+    entries = _by_name([entry for r in roots for entry in find_subjects(r)])
     asked = {"validation": split_names(validation), "test": split_names(test)}
     fractions = {"validation": validation_fraction, "test": test_fraction}
     where = ", ".join(map(str, roots))
-    section_of = _draw({name: str(e.get("person", name)) for name, e in entries.items()}, asked, fractions, seed, where)
+    section_of = _draw({name: _person(entry) for name, entry in entries.items()}, asked, fractions, seed, where)
     target = roots[0] / path
     sections: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     for name in sorted(entries):
@@ -155,6 +156,23 @@ def _draw(
     if len(kept) == len(person_of):
         raise ValueError(f"{where}: a subject must be left for training, found all {len(kept)} in 'validation' or 'test'")
     return kept
+
+
+def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
+    count = Counter(entry["subject"] for entry in entries)
+    named = [{**e, "subject": f"{e.get('dataset', '')}_{e['subject']}"} if count[e["subject"]] > 1 else e for e in entries]
+    twice = sorted(name for name, times in Counter(entry["subject"] for entry in named).items() if times > 1)
+    if twice:
+        raise ValueError(
+            f"datalist: subjects of one set need different names, found twice: {', '.join(twice)}: pass --dataset NAME"
+        )
+    return {entry["subject"]: entry for entry in named}
+
+
+def _person(entry: Mapping[str, Any]) -> str:
+    """Who a subject is: the same person of the same set."""
+    return f"{entry.get('dataset', '')}/{entry.get('person', entry['subject'])}"
 
 
 def _entry(folder: Path) -> dict[str, Any]:
