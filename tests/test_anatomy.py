@@ -10,7 +10,7 @@ import pytest
 
 from brainfm_monai import Protocol, Structure
 
-SHIPPED = ("brainfm", "brainfm_generation", "synthseg_generation", "synthseg_head")
+SHIPPED = ("brainfm", "brainfm_generation", "synthseg_brain", "synthseg_generation", "synthseg_head")
 HEADER = "label\tfreesurfer_id\tname\tside\tmirror\tred\tgreen\tblue\tincludes"
 # FreeSurfer's colour table: the same brain structure has the same id in every protocol
 FREESURFER = {"Left-Thalamus": 10, "Right-Thalamus": 49, "Left-Hippocampus": 17, "Right-Hippocampus": 53, "Brain-Stem": 16}
@@ -140,7 +140,7 @@ def test_a_users_table_is_one_file(tmp_path: Path) -> None:
 def test_a_missing_table_names_what_there_is() -> None:
     with pytest.raises(
         FileNotFoundError,
-        match=r"^aparc: not a protocol of this package \(brainfm, brainfm_generation, synthseg_generation, synthseg_head\)",
+        match=rf"^aparc: not a protocol of this package \({', '.join(SHIPPED)}\)",
     ):
         Protocol.load("aparc")
 

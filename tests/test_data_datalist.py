@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from monai.data import load_decathlon_datalist
 
-from brainfm_monai.data.datalist import write_datalist
+from brainfm_monai.data.datalist import count_subjects, read_datalist, write_datalist
 
 KEYS = ("generation_labels", "segmentation", "distance", "mni")
 
@@ -18,7 +18,7 @@ def root(tmp_path: Path) -> Path:
     for name in ("s1", "s2", "s3", "s4", ".s5.part"):
         (tmp_path / "prepared" / name).mkdir(parents=True)
         for file in ("subject.json", *(f"{key}.nii.gz" for key in KEYS)):
-            (tmp_path / "prepared" / name / file).touch()
+            (tmp_path / "prepared" / name / file).write_text("{}", encoding="utf-8")
     (tmp_path / "prepared" / "unfinished").mkdir()
     return tmp_path / "prepared"
 
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, list[str]]:
 def test_named_subjects_are_kept_for_validation(root: Path, validation: list[str] | str) -> None:
     path = write_datalist(root, validation=validation)
     assert path == root / "datalist.json"
-    assert read(path) == {"training": ["s1", "s3"], "validation": ["s2", "s4"]}
+    assert read(path) == {"training": ["s1", "s3"], "validation": ["s2", "s4"], "test": []}
 
 
 def test_monai_reads_it_and_finds_the_files(root: Path) -> None:
@@ -68,6 +68,57 @@ def test_draw_depends_on_the_seed_alone(root: Path) -> None:
     assert "s1" in with_name
 
 
+def test_visits_of_a_person_stay_together(root: Path) -> None:
+    for name in ("s1", "s2", "s3"):
+        (root / name / "subject.json").write_text('{"person": "anna", "dataset": "clinic"}', encoding="utf-8")
+    for seed in range(6):
+        sections = read(write_datalist(root, validation_fraction=0.5, seed=seed))
+        together = [section for section, names in sections.items() if {"s1", "s2", "s3"} & set(names)]
+        assert len(together) == 1, seed
+    assert read(write_datalist(root, test=["s2"]))["test"] == ["s1", "s2", "s3"]
+
+
+def test_three_sections_share_no_subject(root: Path) -> None:
+    sections = read(write_datalist(root, validation="s1", test_fraction=0.34, seed=3))
+    assert sections["validation"] == ["s1"]
+    assert len(sections["test"]) == 1
+    assert sorted(name for names in sections.values() for name in names) == ["s1", "s2", "s3", "s4"]
+
+
+def test_folders_of_several_sets_are_counted_apart(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = root.parent / "other"
+    for name in ("x1", "x2"):
+        (other / name).mkdir(parents=True)
+        facts = {"dataset": "clinic", "generation_protocol": "brainfm_generation", "protocol": "synthseg_brain"}
+        (other / name / "subject.json").write_text(json.dumps(facts), encoding="utf-8")
+        (other / name / "FLAIR.nii.gz").touch()
+    with caplog.at_level("INFO"):
+        path = write_datalist([root, other])
+    items = {item["subject"]: item for item in json.loads(path.read_text(encoding="utf-8"))["training"]}
+    assert items["x1"] == {"subject": "x1", **facts, "FLAIR": "../other/x1/FLAIR.nii.gz"}
+    assert count_subjects(items.values())["clinic"] == {"subjects": 2, "FLAIR": 2}
+    table = [line.split() for line in caplog.text.splitlines()[-3:]]
+    assert table[-1] == ["clinic", "2", "0", "0", "0", "0", "2"]
+    entries = {entry["subject"]: entry for entry in read_datalist(path)}
+    assert Path(entries["x1"]["FLAIR"]).resolve() == other / "x1" / "FLAIR.nii.gz"
+    assert entries["s1"]["section"] == "training"
+
+
+def test_equal_names_in_two_sets_are_two_persons(tmp_path: Path) -> None:
+    for dataset in ("first", "second"):
+        for name in ("sub-01", "sub-02" if dataset == "first" else "sub-03"):
+            (tmp_path / dataset / name).mkdir(parents=True)
+            record = json.dumps({"dataset": dataset, "person": name})
+            (tmp_path / dataset / name / "subject.json").write_text(record, encoding="utf-8")
+    roots = [tmp_path / "first", tmp_path / "second"]
+    sections = read(write_datalist(roots, validation=["first_sub-01"]))
+    assert sections["validation"] == ["first_sub-01"]
+    assert sections["training"] == ["second_sub-01", "sub-02", "sub-03"]
+    (tmp_path / "second" / "sub-01" / "subject.json").write_text('{"dataset": "first"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="subjects of one set need different names, found twice: first_sub-01"):
+        write_datalist(roots)
+
+
 def test_errors_name_the_rule(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none: a folder of prepared subjects is needed"):
         write_datalist(tmp_path / "none")
@@ -75,8 +126,13 @@ def test_errors_name_the_rule(root: Path, tmp_path: Path) -> None:
         write_datalist(root / "s1")
     with pytest.raises(ValueError, match="'validation' must name prepared subjects, found no s9"):
         write_datalist(root, validation=["s1", "s9"])
-    with pytest.raises(ValueError, match="must be left for training, found all 4"):
+    with pytest.raises(ValueError, match="must be left for training, found all 4 in 'validation' or 'test'"):
         write_datalist(root, validation=["s1", "s2", "s3", "s4"])
     with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 1.5"):
         write_datalist(root, validation_fraction=1.5)
+    with pytest.raises(ValueError, match="a person is in one section, found s1"):
+        write_datalist(root, validation=["s1"], test=["s1"])
+    (root / "s1" / "subject.json").write_text("half", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"s1/subject\.json: the record of a prepared subject is needed, found"):
+        write_datalist(root)
     assert not (root / "datalist.json").exists()

@@ -12,12 +12,13 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import prepare
+from brainfm_monai.data import prepare, subjects
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.prepare import PreparationError, prepare_label_map, prepare_label_maps
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 
 SIZE = (32, 40, 36)
+FILES = ("generation_labels.nii.gz", "segmentation.nii.gz", "distance.nii.gz", "mni.nii.gz")
 
 
 def load(path: str | Path) -> Any:
@@ -62,8 +63,8 @@ def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
     folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", spatial_size=SIZE)
     assert folder == tmp_path / "out" / "sub-01"
-    assert sorted(f.name for f in folder.iterdir()) == sorted((*prepare.FILES, "subject.json"))
-    images = {name: load(folder / name) for name in prepare.FILES}
+    assert sorted(f.name for f in folder.iterdir()) == sorted((*FILES, "subject.json"))
+    images = {name: load(folder / name) for name in FILES}
     generation, segmentation, distance, mni = images.values()
     assert generation.shape == segmentation.shape == distance.shape[:3] == SIZE
     assert distance.shape[3] == 4
@@ -74,10 +75,13 @@ def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
         assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
     np.testing.assert_allclose(mni.affine, coarsen_affine(generation.affine, 4))
     record = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
-    assert record["source"] == "sub-01.nii.gz"
+    assert record["sources"]["labels"]["name"] == "sub-01.nii.gz"
+    assert record["kind"] == "labels"
+    assert record["dataset"] == tmp_path.name
+    assert record["generation_protocol"] == "synthseg_generation"
     assert record["spatial_size"] == list(SIZE)
-    assert len(record["sha256"]) == 64
-    assert str(tmp_path) not in json.dumps(record)
+    assert len(record["sources"]["labels"]["sha256"]) == 64
+    assert str(tmp_path.parent) not in json.dumps(record)
 
 
 def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
@@ -122,16 +126,16 @@ def test_many_maps_one_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     maps.mkdir()
     save_head(maps / "a.nii.gz")
     unknown = make_head()
-    unknown[0, 0, 0] = 2035  # far from the brain, and still an error
+    unknown[0, 0, 0] = 999  # far from the brain, and still an error
     save_head(maps / "b.nii.gz", unknown)
     (maps / "c.nii").write_text("no image", encoding="utf-8")
     save_head(maps / "d.nii.gz")
     with pytest.raises(PreparationError) as caught:
         prepare_label_maps(maps, tmp_path / "out", spatial_size=SIZE)
     message = str(caught.value).splitlines()
-    assert message[0] == "2 of 4 label maps were not prepared:"
+    assert message[0] == "2 of 4 subjects were not prepared:"
     assert "b.nii.gz" in message[1]
-    assert "2035" in message[1]
+    assert "999" in message[1]
     assert "c.nii: a readable NIfTI or MGH image is needed" in message[2]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a", "d"]
     assert "preparing subjects" in capsys.readouterr().err
@@ -141,7 +145,7 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(tmp_path: Path, 
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "abc"]
     assert prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE) == [tmp_path / "out" / name for name in "abc"]
     done: list[str] = []
-    monkeypatch.setattr(prepare, "prepare_label_map", lambda source, *_, **__: done.append(source.name))
+    monkeypatch.setattr(prepare, "make_from_labels", lambda job, _: done.append(job.source.name))
     prepare_label_maps(f"{tmp_path}/*.nii.gz", tmp_path / "out", spatial_size=SIZE)
     assert done == []
     (tmp_path / "out" / "a" / "mni.nii.gz").unlink()
@@ -160,7 +164,7 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(tmp_path: Path, 
 
 def test_an_interrupted_subject_leaves_nothing_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_head(tmp_path / "a.nii.gz")
-    save, written = prepare._save, []
+    save, written = subjects._save, []
 
     def stop_at_the_third(path: Path, *parts: object) -> None:
         written.append(path)
@@ -168,16 +172,43 @@ def test_an_interrupted_subject_leaves_nothing_and_is_made_again(tmp_path: Path,
             raise KeyboardInterrupt
         save(path, *parts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare, "_save", stop_at_the_third)
+    monkeypatch.setattr(subjects, "_save", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
     assert not list((tmp_path / "out").iterdir())
-    monkeypatch.setattr(prepare, "_save", save)
+    monkeypatch.setattr(subjects, "_save", save)
     leftover = tmp_path / "out" / ".a.part"  # as a power cut leaves it
     leftover.mkdir()
     (leftover / "mni.nii.gz").write_text("half", encoding="utf-8")
     prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_a_table_translates_ids_of_ones_own(tmp_path: Path) -> None:
+    ids = make_head()
+    own = np.zeros_like(ids)
+    table = ["id\tfreesurfer_id"]
+    for number, i in enumerate(np.unique(ids), start=100):
+        own[ids == i] = number
+        table.append(f"{number}\t{i}")
+    (tmp_path / "ids.tsv").write_text("\n".join(table), encoding="utf-8")
+    source, plain = save_head(tmp_path / "own.nii.gz", own), save_head(tmp_path / "plain.nii.gz")
+    folders = prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE, ids=tmp_path / "ids.tsv")
+    folders += prepare_label_maps(plain, tmp_path / "out", spatial_size=SIZE)
+    for key in ("generation_labels", "segmentation", "distance"):
+        found, expected = (load(folder / f"{key}.nii.gz").get_fdata() for folder in folders)
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(PreparationError, match=r"own\.nii\.gz: every id must be in protocol"):
+        prepare_label_maps(source, tmp_path / "other", spatial_size=SIZE)
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "ab"]
+    prepare_label_maps(sources[:1], tmp_path / "out", spatial_size=SIZE)
+    with caplog.at_level("INFO"):
+        folders = prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE, dry_run=True)
+    assert [folder.is_dir() for folder in folders] == [True, False]
+    assert [record.message.split(" from ")[0] for record in caplog.records] == ["is finished: a", "would prepare b"]
 
 
 @pytest.mark.parametrize(

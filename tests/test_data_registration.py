@@ -12,25 +12,23 @@ from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.registration import (
     T1_OF_ID,
+    TISSUES_OF_ID,
+    Level,
     coarsen_affine,
     compute_jacobian,
     compute_mni_coordinates,
     load_template,
+    load_tissue_maps,
     render_t1,
+    render_tissues,
     unfold_coordinates,
 )
 
 SIZE = (56, 64, 52)
 SPACING = 4.0
-# Few iterations and large steps between control points: the moved template needs no fine deformation.
-QUICK = {
-    "MaximumNumberOfIterations": ["30"],
-    "NumberOfSpatialSamples": ["1000"],
-    "FinalGridSpacingInPhysicalUnits": ["40", "40", "40"],
-    "NumberOfResolutions": ["1"],
-    "GridSpacingSchedule": ["1"],
-    "ImagePyramidSchedule": ["1", "1", "1"],
-}
+SHEAR = np.array([[1.0, 0.06, 0, 3], [0, 0.95, 0.04, -4], [-0.03, 0, 1.04, 2], [0, 0, 0, 1]])
+# Few iterations: the moved template needs no fine deformation.
+QUICK = (Level(2, 4, 10),)
 
 
 def make_motion() -> np.ndarray:
@@ -69,7 +67,7 @@ def make_head() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def register_head() -> tuple[np.ndarray, np.ndarray]:
-    return compute_mni_coordinates(make_head()[0], make_grid(), factor=2, overrides=QUICK)
+    return compute_mni_coordinates(make_head()[0], make_grid(), factor=2, levels=QUICK)
 
 
 def test_known_motion_is_found_back() -> None:
@@ -94,9 +92,50 @@ def test_the_map_does_not_fold_and_goes_on_beyond_the_brain() -> None:
 
 def test_registration_repeats_itself_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    again, _ = compute_mni_coordinates(make_head()[0], make_grid(), factor=2, overrides=QUICK)
+    again, _ = compute_mni_coordinates(make_head()[0], make_grid(), factor=2, levels=QUICK)
     np.testing.assert_array_equal(again, register_head()[0])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rough_start_from_another_place_is_used() -> None:
+    ids, truth = make_head()
+    away = make_grid()
+    away[:3, 3] += (150, -90, 60)  # as a scanner that is not centred on the head would have it
+    back = np.eye(4)
+    back[:3, 3] = (-150, 90, -60)
+    coordinates, _ = compute_mni_coordinates(
+        ids, away, factor=2, levels=QUICK, initial=SHEAR @ np.linalg.inv(make_motion()) @ back
+    )
+    blocks = truth.reshape(28, 2, 32, 2, 26, 2, 3).mean(axis=(1, 3, 5))
+    error = np.linalg.norm(coordinates - blocks, axis=-1)[ids[::2, ::2, ::2] > 0]
+    assert np.median(error) < 2.0
+
+
+def test_the_flow_brings_tissues_closer_than_the_affine_map() -> None:
+    """White matter stretched along one axis in one half, which no affine map can follow."""
+    ids, _ = make_head()
+    bent = ids.copy()
+    bent[:, 32:] = ids[:, 32 + np.rint(np.arange(32) * 0.8).astype(int)]
+    template, affine = load_tissue_maps()
+    dice = []
+    for levels in ((Level(2, 4, 0),), (Level(2, 4, 40),)):
+        coordinates, _ = compute_mni_coordinates(bent, make_grid(), factor=2, levels=levels)
+        voxel = np.rint((coordinates - affine[:3, 3]) / np.diag(affine)[:3]).astype(int)
+        inside = ((voxel >= 0) & (voxel < template.shape[1:])).all(axis=-1)
+        white = template[0][tuple(np.moveaxis(np.where(inside[..., None], voxel, 0), -1, 0))] > 0.5
+        truth = np.isin(bent[::2, ::2, ::2], (2, 41))
+        dice.append(2 * (white & truth).sum() / (white.sum() + truth.sum()))
+    assert dice[1] > dice[0] + 0.05
+
+
+def test_tissues_of_the_two_sides_are_alike() -> None:
+    structures = Protocol.load("synthseg_generation").structures
+    for s in structures:
+        other = structures[s.mirror].freesurfer_id
+        assert TISSUES_OF_ID.get(s.freesurfer_id) == TISSUES_OF_ID.get(other), s.name
+    shares = render_tissues(np.array([[[0, 2, 3, 4, 10, 515]]]))
+    np.testing.assert_allclose(shares[:, 0, 0].T, [(0, 0), (1, 0), (0, 1), (0, 0), (0.35, 0.65), (0, 0)])
+    assert max(sum(shares) for shares in TISSUES_OF_ID.values()) <= 1
 
 
 def test_sizes_that_do_not_divide() -> None:

@@ -12,7 +12,15 @@ import fire
 from brainfm_monai import __version__
 from brainfm_monai.cli.bundle import evaluate, predict, train
 from brainfm_monai.cli.preview import preview
-from brainfm_monai.cli.subjects import demo_scans, list_subjects, prepare_labels
+from brainfm_monai.cli.subjects import (
+    check_data,
+    demo_scans,
+    fetch_data,
+    list_subjects,
+    prepare_bids,
+    prepare_freesurfer,
+    prepare_labels,
+)
 
 __all__ = ["COMMANDS", "main"]
 
@@ -24,8 +32,8 @@ def version() -> str:
 
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "predict": predict,
-    "prepare": {"labels": prepare_labels},
-    "data": {"list": list_subjects},
+    "prepare": {"labels": prepare_labels, "freesurfer": prepare_freesurfer, "bids": prepare_bids},
+    "data": {"fetch": fetch_data, "list": list_subjects, "check": check_data},
     "preview": preview,
     "train": train,
     "evaluate": evaluate,

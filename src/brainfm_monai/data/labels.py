@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,28 @@ from monai.transforms import Orientation, Spacing
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-__all__ = ["crop_to_box", "find_brain_centre", "load_label_map"]
+__all__ = ["crop_to_box", "find_brain_centre", "fold_ids", "load_label_map", "read_id_table"]
 
 SPACING_TOLERANCE_MM = 1e-3
 WHOLE_TOLERANCE = 1e-3
+# FreeSurfer's colour table: parcels of the cortex and of the white matter below it, as (first, last, structure)
+PARCELS = (
+    (1000, 1999, 3), (2000, 2999, 42), (3000, 3999, 2), (4000, 4999, 41), (5001, 5001, 2), (5002, 5002, 41),
+    (11000, 11999, 3), (12000, 12999, 42), (13000, 13999, 2), (14000, 14999, 41),
+)  # fmt: skip
+# ids of both sides, and what they become on the left and on the right: hypointensities, and the parts of the corpus callosum
+UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
+WHITE_MATTER = (2, 41)
 
 
-def load_label_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Read a label map, turn it to RAS+ and resample it to 1 mm isotropic voxels (nearest neighbour) if it is not.
 
     An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the rest.
 
     Args:
         path: NIfTI or MGH file with one volume of integer ids.
+        table: FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
 
     Returns:
         The ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4).
@@ -37,6 +47,8 @@ def load_label_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ValueError: if the file is no image, has no single volume, or holds values that are no ids.
     """
     values, affine = _read_volume(path)
+    if table is not None:
+        values = _translate(values, table, str(path))
     ids: Any = MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(affine))
     ids = Orientation(axcodes="RAS", labels=None)(ids)
     if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:
@@ -66,6 +78,65 @@ def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if fraction > WHOLE_TOLERANCE:
         raise ValueError(f"{path}: ids must be whole numbers from 0 on, found values up to {fraction:.2g} off one")
     return np.rint(values).astype(np.int32), affine
+
+
+def read_id_table(path: str | Path) -> dict[int, int]:
+    """Read a tab-separated table with the columns ``id`` and ``freesurfer_id``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a column is missing, a value is no whole number, or an id stands twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: a table of ids is needed, found no such file")
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+    try:
+        pairs = [(int(row["id"]), int(row["freesurfer_id"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' are needed, found {error}") from error
+    twice = sorted({i for i, _ in pairs if [j for j, _ in pairs].count(i) > 1})
+    if twice or not pairs:
+        raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
+    return dict(pairs)
+
+
+def fold_ids(ids: np.ndarray) -> np.ndarray:
+    """FreeSurfer's parcels as the structures that they are parts of, and ids of both sides as those of their side.
+
+    Cortical parcels become cortex; parcels of white matter and the corpus callosum become white matter; hypointensities become
+    those of their side. The side of a voxel is that of the plane halfway between the centroids of left and right white matter.
+
+    Args:
+        ids: map of FreeSurfer ids, shape (H, W, D), on a grid of isotropic voxels.
+
+    Returns:
+        Map of ids, same shape; the very same array where there is nothing to fold.
+    """
+    present = set(np.unique(ids).tolist())
+    table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
+    unsided = present & set(UNSIDED)
+    if not table and not unsided:
+        return ids
+    folded = ids.copy()
+    for source, target in table.items():
+        folded[ids == source] = target
+    places = np.argwhere(np.isin(ids, list(unsided)))
+    left, right = (np.argwhere(folded == white) for white in WHITE_MATTER)
+    if len(places) and len(left) and len(right):
+        middle, across = (left.mean(axis=0) + right.mean(axis=0)) / 2, right.mean(axis=0) - left.mean(axis=0)
+        on_right = ((places - middle) @ across > 0).astype(int)
+        where = tuple(places.T)
+        folded[where] = [UNSIDED[int(i)][side] for i, side in zip(ids[where], on_right, strict=True)]
+    return folded
+
+
+def _translate(values: np.ndarray, table: Mapping[int, int], source: str) -> np.ndarray:
+    present, inverse = np.unique(values, return_inverse=True)
+    unknown = [int(i) for i in present if int(i) not in table and i]
+    if unknown:
+        raise ValueError(f"{source}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
+    return np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
 
 
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:

@@ -1,0 +1,244 @@
+"""The faults of a set of subjects, found in its files."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.contact_sheet import write_contact_sheet
+from brainfm_monai.data.datalist import find_subjects, read_datalist
+from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
+from brainfm_monai.data.loading import LoadSubjectd
+from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
+from brainfm_monai.data.subjects import CONTRASTS, STORAGE
+
+__all__ = ["RULES", "Finding", "Volumes", "check_set", "check_subject"]
+
+BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains measured, with ventricles
+GRID_TOLERANCE_MM = 0.01
+MINIMUM_AGREEMENT = 0.8  # Dice of the inside of a boundary and of the labels in it; surfaces and labels never agree fully
+MINIMUM_SEPARATION_MM = 5.0  # of the centroids of left and right
+MAXIMUM_MNI_MM = 150.0
+MINIMUM_TARGET_SHARE = 0.001  # of the box
+CHANNELS = (("left", PIAL_IDS), ("left", WHITE_IDS), ("right", PIAL_IDS), ("right", WHITE_IDS))
+
+
+class Finding(NamedTuple):
+    """A fault: the subject, the rule that it breaks, and what was found."""
+
+    subject: str
+    rule: str
+    found: str
+
+
+class Volumes:
+    """The volumes of one subject, read when they are asked for, in this package's units.
+
+    Args:
+        entry: an item of a datalist with whole paths.
+    """
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry = entry
+        self.keys = [key for key in STORAGE if key in entry]
+        self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """Values of a volume, shape (H, W, D) or (H, W, D, C)."""
+        return self._load(key)[0]
+
+    def affine(self, key: str) -> np.ndarray:
+        """Voxels of a volume to RAS mm."""
+        return self._load(key)[1]
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """FreeSurfer ids of the segmentation; labels that the protocol lacks are 0."""
+        table = Protocol.load(str(self.entry.get("protocol", "synthseg_head"))).freesurfer_ids
+        labels = self["segmentation"].astype(np.int64)
+        return np.where(labels < len(table), table[np.minimum(labels, len(table) - 1)], 0)
+
+    def _load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        if key not in self._read:
+            volume = LoadSubjectd(key)(self.entry)[key]
+            values = volume.as_tensor().numpy()
+            self._read[key] = (np.moveaxis(values, 0, -1) if len(values) > 1 else values[0], volume.affine.numpy())
+        return self._read[key]
+
+
+def check_set(
+    source: str | Path, *, jobs: int = 1, picture_dir: str | Path | None = None
+) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Check every subject of a datalist or a folder.
+
+    Args:
+        source: datalist, or a folder that :func:`find_subjects` reads.
+        jobs: number of processes; each needs about 2 GB.
+        picture_dir: folder for one contact sheet per subject; none are drawn without it.
+
+    Returns:
+        The faults, and the entries that were checked.
+
+    Raises:
+        FileNotFoundError: if there is no such list or folder.
+        ValueError: if it holds no subject.
+    """
+    path = Path(source)
+    entries = read_datalist(path) if path.is_file() else find_subjects(path)
+    if not entries:
+        raise ValueError(f"{source}: subjects are needed, found none")
+    work = partial(_check_and_draw, picture_dir=Path(picture_dir) if picture_dir else None)
+    findings = [finding for found in tqdm(_map(work, entries, jobs), total=len(entries), unit="subject") for finding in found]
+    protocols = sorted({str(entry["protocol"]) for entry in entries if "protocol" in entry})
+    if len(protocols) > 1:
+        findings.append(Finding("all", "one protocol", f"segmentations of {', '.join(protocols)}: a training has one protocol"))
+    return findings, entries
+
+
+def _map(
+    work: Callable[[dict[str, Any]], list[Finding]], entries: Sequence[dict[str, Any]], jobs: int
+) -> Iterator[list[Finding]]:
+    if jobs <= 1 or len(entries) <= 1:
+        yield from map(work, entries)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(entries)), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, entries)
+
+
+def _check_and_draw(entry: dict[str, Any], picture_dir: Path | None) -> list[Finding]:
+    volumes = Volumes(entry)
+    findings = check_subject(volumes)
+    if picture_dir is not None:
+        try:
+            write_contact_sheet(volumes, picture_dir / f"{entry['subject']}.png", [f"{f.rule}: {f.found}" for f in findings])
+        except Exception as error:
+            findings.append(Finding(entry["subject"], "picture", " ".join(str(error).split())))
+    return findings
+
+
+def check_subject(volumes: Volumes) -> list[Finding]:
+    """Every rule that the files of a subject break; a rule that cannot be looked at because a file is unreadable is broken."""
+    name = str(volumes.entry["subject"])
+    findings = []
+    for rule, look in RULES.items():
+        try:
+            findings += [Finding(name, rule, found) for found in look(volumes)]
+        except Exception as error:
+            findings.append(Finding(name, rule, " ".join(str(error).split()) or type(error).__name__))
+    return list(dict.fromkeys(findings))
+
+
+def _grids_agree(volumes: Volumes) -> Iterator[str]:
+    keys = [key for key in volumes.keys if key != "mni"]
+    for key in keys[1:]:
+        same = volumes[key].shape[:3] == volumes[keys[0]].shape[:3]
+        if not same or np.abs(volumes.affine(key) - volumes.affine(keys[0])).max() > GRID_TOLERANCE_MM:
+            yield f"{key} {volumes[key].shape[:3]} does not lie on the grid of {keys[0]} {volumes[keys[0]].shape[:3]}"
+    if keys and "mni" in volumes.keys:
+        ratio = np.array(volumes[keys[0]].shape[:3]) / volumes["mni"].shape[:3]
+        expected = coarsen_affine(volumes.affine(keys[0]), int(ratio[0]))
+        if len(set(ratio)) > 1 or ratio[0] % 1 or np.abs(expected - volumes.affine("mni")).max() > GRID_TOLERANCE_MM:
+            yield f"mni {volumes['mni'].shape[:3]} does not divide the box of {keys[0]} {volumes[keys[0]].shape[:3]}"
+
+
+def _ids_are_known(volumes: Volumes) -> Iterator[str]:
+    for key, fact in (("segmentation", "protocol"), ("generation_labels", "generation_protocol")):
+        if key in volumes.keys and fact in volumes.entry:
+            protocol = Protocol.load(str(volumes.entry[fact]))
+            unknown = [int(i) for i in np.unique(volumes[key]) if i >= len(protocol)]
+            if unknown:
+                yield f"{key} holds {unknown[:5]}, and protocol '{protocol.name}' has {len(protocol)} labels"
+
+
+def _targets_hold_something(volumes: Volumes) -> Iterator[str]:
+    for key in ("generation_labels", "segmentation"):
+        if key in volumes.keys and (volumes[key] > 0).mean() < MINIMUM_TARGET_SHARE:
+            yield f"{key} is empty"
+    if "distance" in volumes.keys:
+        for channel, name in enumerate(("lp", "lw", "rp", "rw")):
+            if not (volumes["distance"][..., channel] < 0).any():
+                yield f"distance {name} is negative nowhere"
+    for key in (*CONTRASTS, "mni"):
+        if key in volumes.keys and volumes[key].min() == volumes[key].max():
+            yield f"{key} is {float(volumes[key].min()):g} everywhere"
+
+
+def _values_are_in_range(volumes: Volumes) -> Iterator[str]:
+    for key in CONTRASTS:
+        if key not in volumes.keys:
+            continue
+        low, high = float(volumes[key].min()), float(volumes[key].max())
+        if key == "CT" and low > -500:
+            yield f"CT begins at {low:.0f}: HU are needed, with air at about -1000"
+        if key != "CT" and (low < -0.01 or high > 1.01):
+            yield f"{key} ranges from {low:.3g} to {high:.3g}: [0, 1] is needed"
+
+
+def _sides_are_right(volumes: Volumes) -> Iterator[str]:
+    if "segmentation" not in volumes.keys:
+        return
+    columns = volumes.affine("segmentation")[0]
+    places = [np.argwhere(np.isin(volumes.ids, PIAL_IDS[side])) for side in ("left", "right")]
+    if not all(map(len, places)):
+        return
+    left, right = (float(p.mean(axis=0) @ columns[:3] + columns[3]) for p in places)
+    if right - left < MINIMUM_SEPARATION_MM:
+        yield f"left hemisphere at x = {left:.0f} mm, right one at {right:.0f} mm in the affine's RAS"
+    if "mni" in volumes.keys:
+        ratio = volumes.ids.shape[0] // volumes["mni"].shape[0]
+        means = [float(volumes["mni"][tuple((p // ratio).T)][:, 0].mean()) for p in places]
+        if means[1] - means[0] < MINIMUM_SEPARATION_MM:
+            yield f"left hemisphere at MNI x = {means[0]:.0f} mm, right one at {means[1]:.0f} mm"
+
+
+def _head_is_plausible(volumes: Volumes) -> Iterator[str]:
+    if "segmentation" in volumes.keys:
+        voxel_ml = abs(np.linalg.det(volumes.affine("segmentation")[:3, :3])) / 1000
+        brain_ml = float(((volumes.ids > 0) & (volumes.ids < 500) & (volumes.ids != 24)).sum() * voxel_ml)
+        if not BRAIN_RANGE_ML[0] <= brain_ml <= BRAIN_RANGE_ML[1]:
+            yield f"brain of {brain_ml:.0f} ml, {BRAIN_RANGE_ML[0]:.0f} to {BRAIN_RANGE_ML[1]:.0f} are plausible"
+
+
+def _distances_fit_the_labels(volumes: Volumes) -> Iterator[str]:
+    if not {"distance", "segmentation"} <= set(volumes.keys):
+        return
+    for channel, (side, table) in enumerate(CHANNELS):
+        inside, labelled = volumes["distance"][..., channel] < 0, np.isin(volumes.ids, table[side])
+        dice = 2 * float((inside & labelled).sum()) / max(1, int(inside.sum() + labelled.sum()))
+        if dice < MINIMUM_AGREEMENT:
+            yield f"inside of channel {('lp', 'lw', 'rp', 'rw')[channel]} and the labels in it overlap with Dice {dice:.2f}"
+
+
+def _coordinates_are_plausible(volumes: Volumes) -> Iterator[str]:
+    if not {"mni", "segmentation"} <= set(volumes.keys):
+        return
+    mni = volumes["mni"]
+    step = volumes.ids.shape[0] // mni.shape[0]
+    brain = ((volumes.ids > 0) & (volumes.ids < 500))[step // 2 :: step, step // 2 :: step, step // 2 :: step]
+    folded = int((compute_jacobian(mni, volumes.affine("mni"))[brain] <= 0).sum())
+    if folded:
+        yield f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
+    if brain.any() and np.abs(mni[brain]).max() > MAXIMUM_MNI_MM:
+        yield f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"
+
+
+RULES: dict[str, Callable[[Volumes], Iterator[str]]] = {
+    "one grid": _grids_agree,
+    "known ids": _ids_are_known,
+    "targets": _targets_hold_something,
+    "intensities": _values_are_in_range,
+    "left and right": _sides_are_right,
+    "head size": _head_is_plausible,
+    "distances": _distances_fit_the_labels,
+    "coordinates": _coordinates_are_plausible,
+}

@@ -1,0 +1,179 @@
+"""A prepared subject on disk: its files, their number formats, and the record that tells what they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+__all__ = [
+    "CONTRASTS",
+    "MNI_FACTOR",
+    "SIDECAR",
+    "STORAGE",
+    "Storage",
+    "check_size",
+    "describe_subject",
+    "hash_file",
+    "read_record",
+    "subject_file",
+    "write_subject",
+]
+
+SIDECAR = "subject.json"
+CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
+MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each axis
+PACKAGES = ("brainfm-monai", "numpy", "nibabel", "monai", "itk", "itk-elastix", "edt", "libigl", "nilearn", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the values of a file are kept: ``value = step * stored + offset``; what does not fit saturates.
+
+    Attributes:
+        dtype: type of the stored whole numbers.
+        step: value of one step, in the unit of the file.
+        offset: value of the stored 0.
+    """
+
+    dtype: type[np.integer]
+    step: float = 1.0
+    offset: float = 0.0
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """Values of the file's unit as stored numbers."""
+        if values.dtype == self.dtype and (self.step, self.offset) == (1.0, 0.0):
+            return values
+        limits = np.iinfo(self.dtype)
+        return np.clip(np.rint((values - self.offset) / self.step), limits.min, limits.max).astype(self.dtype)
+
+
+MASK = Storage(np.uint8)
+# 8 bits are what FreeSurfer's conformed scans keep, and a step of 1/255 is below the noise of a scan
+INTENSITY = Storage(np.uint8, 1 / 255)
+STORAGE: dict[str, Storage] = {
+    "generation_labels": MASK,
+    "segmentation": MASK,
+    "distance": Storage(np.uint8, 0.05, -6.4),  # mm, saturating at -6.4 and 6.35
+    "mni": Storage(np.int16, 0.01),  # mm
+    "T1w": INTENSITY,
+    "T2w": INTENSITY,
+    "FLAIR": INTENSITY,
+    "CT": Storage(np.int16),  # HU
+    **{f"{contrast}_defacing_mask": MASK for contrast in CONTRASTS},
+    "lesion": MASK,
+}
+
+
+def subject_file(folder: Path, key: str) -> Path:
+    """Where a subject keeps one of its volumes."""
+    return folder / f"{key}.nii.gz"
+
+
+def write_subject(target: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]) -> None:
+    """Write a subject's folder; it appears whole or not at all, and takes the place of an older one.
+
+    Args:
+        target: the folder.
+        volumes: by key of :data:`STORAGE`, values in the file's unit, shape (H, W, D) or (H, W, D, C), and their affine.
+        record: what ``subject.json`` says.
+    """
+    with _whole_folder(target) as folder:
+        for key, (values, affine) in volumes.items():
+            _save(subject_file(folder, key), values, affine, STORAGE[key])
+        whole = {**record, "keys": sorted(volumes)}
+        (folder / SIDECAR).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a subject's ``subject.json`` says.
+
+    Raises:
+        ValueError: if it is missing or is no JSON object.
+    """
+    path = folder / SIDECAR
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the record of a prepared subject is needed, found {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: a JSON object is needed, found {type(record).__name__}")
+    return record
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_subject(kind: str, files: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a subject: what it is made of, how, and in which units.
+
+    Args:
+        kind: which preparation made it.
+        files: what it was made of, by role; their names and hashes are recorded, their folders are not.
+        settings: what was asked for; everything but paths.
+    """
+    return {
+        "kind": kind,
+        "sources": {role: {"name": path.name, "sha256": hash_file(path)} for role, path in files.items()},
+        **settings,
+        "spacing_mm": 1.0,
+        "axes": "RAS",
+        "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
+        "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def check_size(spatial_size: Sequence[int]) -> tuple[int, int, int]:
+    """The size of a box, checked.
+
+    Raises:
+        ValueError: if it is not three positive multiples of the coordinate grid's factor.
+    """
+    size = tuple(int(n) for n in spatial_size)
+    if len(size) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in size):
+        raise ValueError(f"prepare: 'spatial_size' must be three positive multiples of {MNI_FACTOR}, got {tuple(spatial_size)}")
+    return size[0], size[1], size[2]
+
+
+def _save(path: Path, values: np.ndarray, affine: np.ndarray, storage: Storage) -> None:
+    image = nib.Nifti1Image(storage.encode(values), affine, dtype=storage.dtype)
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(storage.step, storage.offset)
+    nib.save(image, path)
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of ``target`` once everything in it is written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.part"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

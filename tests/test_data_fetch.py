@@ -1,0 +1,160 @@
+"""Downloads from a server on this machine: whole files, resumed ones, wrong ones, and none at all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from brainfm_monai import cli
+from brainfm_monai.data.fetch import DownloadError, NoNetworkError, OpenFile, fetch_dataset, read_open_sets
+
+FILES = {"a.nii.gz": bytes(range(256)) * 40, "sub-01/anat/b.nii.gz": b"scan" * 3000}
+
+
+@dataclass
+class Server:
+    """Address, what is asked of it, and whether it knows ranges."""
+
+    address: str = ""
+    ranges: list[str | None] = field(default_factory=list)
+    resumes: bool = True
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = FILES.get(self.path.lstrip("/"))
+            if content is None:
+                self.send_error(404, "Not Found")
+                return
+            asked = self.headers.get("Range")
+            state.ranges.append(asked)
+            start = int(re.sub(r"\D", "", asked)) if asked and state.resumes else 0
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:])
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep quiet."""
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=listening.serve_forever)
+    thread.start()
+    state.address = f"http://127.0.0.1:{listening.server_address[1]}"
+    yield state
+    listening.shutdown()
+    listening.server_close()
+    thread.join()
+
+
+def write_table(path: Path, address: str, files: dict[str, bytes] = FILES) -> Path:
+    rows = ["\t".join(OpenFile._fields)]
+    for name, content in files.items():
+        row = ("tiny", name, f"{address}/{name}", hashlib.sha256(content).hexdigest(), str(len(content)), "CC0", "test")
+        rows.append("\t".join(row))
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+def test_files_arrive_whole_and_are_not_fetched_twice(server: Server, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table.tsv", server.address)
+    paths = fetch_dataset("tiny", tmp_path / "out", table=table)
+    assert [path.read_bytes() for path in paths] == list(FILES.values())
+    assert sorted(f.name for f in (tmp_path / "out").rglob("*") if f.is_file()) == ["a.nii.gz", "b.nii.gz"]
+    paths[0].write_bytes(b"changed")
+    fetch_dataset("tiny", tmp_path / "out", table=table)
+    assert paths[0].read_bytes() == FILES["a.nii.gz"]
+    assert len(server.ranges) == 3
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interrupted_file_goes_on(server: Server, tmp_path: Path, resumes: bool) -> None:
+    server.resumes = resumes
+    table = write_table(tmp_path / "table.tsv", server.address, {"a.nii.gz": FILES["a.nii.gz"]})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".a.nii.gz.part").write_bytes(FILES["a.nii.gz"][:1000])
+    (path,) = fetch_dataset("tiny", tmp_path / "out", table=table)
+    assert path.read_bytes() == FILES["a.nii.gz"]
+    assert server.ranges == ["bytes=1000-"]
+    assert [f.name for f in path.parent.iterdir()] == ["a.nii.gz"]
+
+
+def test_a_wrong_file_is_refused_and_the_others_come(server: Server, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table.tsv", server.address, {**FILES, "gone.nii.gz": b"none"})
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace(hashlib.sha256(FILES["a.nii.gz"]).hexdigest(), "0" * 64), encoding="utf-8")
+    with pytest.raises(DownloadError) as caught:
+        fetch_dataset("tiny", tmp_path / "out", table=table, jobs=1)
+    message = str(caught.value).splitlines()
+    assert message[0] == "2 of 3 files were not fetched:"
+    assert message[1].startswith("a.nii.gz: SHA-256 000000000000... is needed, found ")
+    assert message[2].endswith("/gone.nii.gz answers 404 Not Found")
+    assert [f.name for f in (tmp_path / "out").rglob("*") if f.is_file()] == ["b.nii.gz"]
+
+
+def test_no_network_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    table = write_table(tmp_path / "table.tsv", address)
+    with pytest.raises(NoNetworkError, match=r"a\.nii\.gz: 127\.0\.0\.1 cannot be reached .* is there a network\?"):
+        fetch_dataset("tiny", tmp_path / "out", table=table)
+    monkeypatch.setattr("sys.argv", ["brainfm-monai", "data", "fetch", "tiny", str(tmp_path / "out"), "--table", str(table)])
+    with pytest.raises(SystemExit, match=r"^brainfm-monai: a\.nii\.gz: 127\.0\.0\.1 cannot be reached"):
+        cli.main()
+
+
+def test_the_package_lists_open_sets() -> None:
+    sets = read_open_sets()
+    assert len(sets["synthseg"]) == 20
+    assert all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for files in sets.values() for file in files)
+    assert all(file.address.startswith("https://") and file.bytes > 1e6 for files in sets.values() for file in files)
+    assert {file.licence for file in sets["synthseg"]} == {"Apache-2.0"}
+    people = [file.file.split("/")[0] for file in sets["open_ms"]]
+    assert all(people.count(person) == 3 for person in people)
+
+
+@pytest.mark.shared_data
+def test_the_hashes_are_those_of_the_real_files(shared_data: Path) -> None:
+    maps = {file.file: file for file in read_open_sets()["synthseg"]}
+    found = sorted((shared_data / "synthseg" / "training_label_maps").glob("*.nii.gz"))
+    assert len(found) == 17
+    for path in found:
+        content = path.read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (maps[path.name].sha256, maps[path.name].bytes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ("a.nii.gz\t", "../a.nii.gz\t", "a relative path and an http address are needed"),
+        ("http:", "file:", "a relative path and an http address are needed"),
+        ("sha256", "hash", "the columns name file address sha256"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path: Path, old: str, new: str, rule: str) -> None:
+    table = write_table(tmp_path / "table.tsv", "http://127.0.0.1:1")
+    table.write_text(table.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=rule):
+        fetch_dataset("tiny", tmp_path, table=table)
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"nothing: an open data set of the table is needed \(open_ms, synthseg\), found no such"
+    ):
+        fetch_dataset("nothing", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none\.tsv: a table of open data sets is needed"):
+        fetch_dataset("synthseg", tmp_path, table=tmp_path / "none.tsv")

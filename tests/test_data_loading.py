@@ -1,0 +1,63 @@
+"""Volumes into memory: as MONAI reads them, whatever the header's scale and the file's axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.transforms import LoadImaged
+
+from brainfm_monai.data.loading import LoadSubjectd, read_volume
+from brainfm_monai.data.subjects import write_subject
+
+SIZE = (5, 7, 6)
+AFFINE = np.array([[0.0, -1, 0, 3], [1.0, 0, 0, -2], [0, 0, 1.0, 5], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def item(tmp_path: Path) -> dict[str, str]:
+    """Every kind of file that a subject has, with different numbers in every voxel."""
+    random = np.random.default_rng(0)
+    volumes: dict[str, np.ndarray] = {
+        "segmentation": random.integers(0, 200, SIZE).astype(np.uint8),
+        "distance": random.uniform(-6, 6, (*SIZE, 4)),
+        "mni": random.uniform(-90, 90, (*SIZE, 3)),
+        "T1w": random.random(SIZE),
+        "CT": random.integers(-1000, 2000, SIZE).astype(np.int16),
+    }
+    write_subject(tmp_path / "s1", {key: (values, AFFINE) for key, values in volumes.items()}, {})
+    return {"subject": "s1", **{key: str(tmp_path / "s1" / f"{key}.nii.gz") for key in volumes}}
+
+
+def test_it_reads_what_monai_reads(item: dict[str, str]) -> None:
+    keys = [key for key in item if key != "subject"]
+    found, expected = LoadSubjectd(keys)(item), LoadImaged(keys, ensure_channel_first=True, dtype=np.float64)(item)
+    for key in keys:
+        assert found[key].shape == expected[key].shape
+        torch.testing.assert_close(found[key].as_tensor().double(), expected[key].as_tensor(), atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(found[key].affine, expected[key].affine)
+    types = {key: found[key].dtype for key in keys}
+    whole = {"segmentation": torch.uint8, "CT": torch.int16}
+    assert types == {**dict.fromkeys(keys, torch.float32), **whole}
+
+
+def test_uncompressed_files_and_missing_keys(item: dict[str, str], tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), AFFINE)
+    nib.save(image, tmp_path / "plain.nii")
+    values, affine = read_volume(tmp_path / "plain.nii")
+    torch.testing.assert_close(values, torch.arange(24.0).reshape(1, 2, 3, 4))
+    torch.testing.assert_close(affine, torch.from_numpy(AFFINE))
+    assert set(LoadSubjectd(["FLAIR", "T1w"])(item)) == set(item)
+    with pytest.raises(KeyError):
+        LoadSubjectd(["FLAIR"], allow_missing_keys=False)(item)
+
+
+def test_what_is_no_volume_is_named(tmp_path: Path) -> None:
+    for name, content in (("half.nii.gz", b"\x1f\x8bhalf"), ("none.nii", b"none"), ("gone.nii.gz", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: a NIfTI volume is needed, found"):
+            read_volume(tmp_path / name)
