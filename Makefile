@@ -41,7 +41,7 @@ demo: $(VENV)/.demo
 	$(BIN)/brainfm-monai demo-scans demo/scans
 	$(BIN)/python -m monai.bundle run --config_file bundle/configs/inference.json --bundle_root bundle \
 		--input demo/scans --output_dir demo/output
-	@echo && echo "The report pages:" && find "$(CURDIR)/demo/output" -name '*_report.png' | sort
+	@echo && echo "The report pages:" && find "$(CURDIR)/demo/output" -name '*_report.html' | sort
 
 test: $(VENV)/.all
 	$(BIN)/ruff format --check .

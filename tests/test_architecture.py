@@ -31,12 +31,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transforms": TABLES | {"functional", "synthesis"},
     "engines": TABLES | {"synthesis", "losses"},
     "handlers": TABLES | {"losses", "metrics"},
-    "inferers": TABLES | {"transforms"},
-    "outputs": TABLES | {"functional"},
+    "inferers": set(TABLES),
+    "outputs": TABLES | {"functional", "transforms"},
     "report": TABLES | {"outputs"},
     "preview": TABLES | {"synthesis", "data"},
+    "prediction": TABLES | {"transforms", "outputs", "report"},
     "data": TABLES | {"functional", "transforms"},
-    "__init__": set(TABLES),
+    "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
@@ -44,7 +45,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
 # what only extras bring: the package itself has to start without
 OPTIONAL = ["matplotlib", "nilearn", "pandas", "edt", "skimage", "scipy", "sklearn", "igl", "tensorboard", "tqdm"]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
-OPTIONAL_ROOMS = {"data", "inferers", "preview", "report"}  # the extras prepare and report
+OPTIONAL_ROOMS = {"data", "prediction", "preview", "report"}  # the extras prepare and report
 
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like"}
 DRAWS |= {"randint_like", "random_", "uniform_", "bernoulli_", "exponential_", "log_normal_"}

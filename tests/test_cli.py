@@ -48,7 +48,7 @@ def test_help_of_a_command_tells_its_arguments(monkeypatch: pytest.MonkeyPatch, 
         call(monkeypatch, "predict", "--help")
     shown = "".join(capsys.readouterr())
     assert "brainfm-monai predict INPUT OUTPUT <flags>" in shown
-    assert "NIfTI or MGH file, or a folder of them." in shown
+    assert "NIfTI, MGH or NRRD file, folder of a DICOM series" in shown
 
 
 def test_a_missing_folder_is_one_line_and_status_1(tmp_path: Path) -> None:
@@ -90,6 +90,29 @@ def test_predict_runs_the_inference_config(
     assert (settings["input"], settings["output_dir"], settings["device"]) == ("scans", "out", "$torch.device('cpu')")
     assert Path(settings["logging_file"]).is_file()
     assert Path(settings["meta_file"]).is_file()
+
+
+def test_predict_hands_on_its_choices(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    bundle = repository / "bundle"
+    options = ["--outputs", "volumes,report", "--participant_label", "01,02", "--precision", "float32", "--mirror", "False"]
+    options += ["--shard", "2/4", "--grid", "1mm", "--frame", "mean", "--mode", "brain"]
+    call(monkeypatch, "predict", "bids", "out", "participant", "--bundle", str(bundle), *options)
+    (settings,) = bundle_runs
+    assert (list(settings["outputs"]), settings["participant_label"]) == (["volumes", "report"], "01,02")
+    assert settings["bfloat16"] is False
+    assert settings["inferer#inferer"]["_target_"].endswith("WholeVolumeInferer")
+    assert [settings[key] for key in ("shard", "grid", "frame", "mode")] == ["2/4", "1mm", "mean", "brain"]
+
+
+def test_predict_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in {
+        ("group",): "analysis_level: 'participant' is the one level there is, found 'group'",
+        ("--precision", "half"): "precision: bfloat16 or float32 is needed, found 'half'",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            call(monkeypatch, "predict", "bids", "out", *options)
 
 
 def test_evaluate_lays_its_config_over_inference(

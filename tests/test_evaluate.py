@@ -79,7 +79,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
         values |= {"network_def": LevelReader(), "weights": str(tmp_path / "levels.pt"), "device": "$torch.device('cpu')"}
         # This network knows sides without seeing them, and so has no use for a mirror image.
         values |= {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}}
-        values |= {"writers": []}
+        values |= {"outputs": "segmentation"}
         workflow = ConfigWorkflow(
             workflow_type="inference",
             config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],

@@ -21,17 +21,32 @@ from brainfm_monai.tasks import TaskLayout
 
 FEATURES = [8, 8, 16]
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
+OUTPUTS = "segmentation,volumes,bias_field,distance,mni"  # those of the network's maps: the others have tests of their own
 FILES = (
+    "biasfield.json",
     "biasfield.nii.gz",
+    "desc-biascorrected_image.json",
+    "desc-biascorrected_image.nii.gz",
+    "desc-freesurfer_dseg.json",
     "desc-freesurfer_dseg.nii.gz",
+    "desc-itksnap_dseg.txt",
+    "desc-lut_dseg.txt",
+    "desc-ribbon_dseg.json",
+    "desc-ribbon_dseg.nii.gz",
+    "distance.json",
     "distance.nii.gz",
+    "dseg.json",
     "dseg.nii.gz",
     "dseg.tsv",
+    "finished.json",
+    "mni.json",
     "mni.nii.gz",
-    "report.png",
+    "thickness.json",
+    "thickness.nii.gz",
+    "volumes.json",
     "volumes.tsv",
 )
-TABLES_ONLY = [{"_target_": "brainfm_monai.outputs.write_volumes", "_mode_": "callable"}]
+RESULTS = ["dataset_description.json", "sub-1_T1w", "sub-2_T1w", "summary.tsv"]
 Predict = Callable[..., None]
 
 
@@ -59,6 +74,7 @@ def predict(repository: Path, weights: Path) -> Predict:
             "device": "$torch.device('cpu')",
             "network_def#backbone#features": FEATURES,
             "bfloat16": False,
+            "outputs": OUTPUTS,
         }
         if "network_def" in overrides:  # a network that knows sides without seeing them has no use for a mirror image
             values["inferer#inferer"] = {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}
@@ -132,15 +148,15 @@ def test_turning_a_scans_axes_changes_nothing_but_the_order_of_the_outputs_array
     for number, (order, flips) in enumerate(ORIENTATIONS):
         turned, matrix = reorder(data, order, flips)
         save(tmp_path / f"in/scan{number:02d}.nii.gz", turned, affine @ matrix)
-    predict(tmp_path / "in", tmp_path / "out", writers=TABLES_ONLY)
+    predict(tmp_path / "in", tmp_path / "out", outputs="segmentation,distance,mni,bias_field")
     reference = {name: load(tmp_path / "out/scan00", name)[0] for name in ("dseg", "distance", "mni", "biasfield")}
     assert len(np.unique(reference["dseg"])) > 3
     for number, (order, flips) in enumerate(ORIENTATIONS):
-        for name, tolerance in (("dseg", 0), ("distance", 1e-4), ("mni", 1e-2), ("biasfield", 1e-4)):
+        for name, step in (("dseg", 0), ("distance", 0.011), ("mni", 0.051), ("biasfield", 1.1e-3)):  # steps of the files
             found, found_affine = load(tmp_path / f"out/scan{number:02d}", name)
             expected, matrix = reorder(reference[name], order, flips)
             np.testing.assert_allclose(found_affine, affine @ matrix, atol=1e-4)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=f"{name} {order} {flips}")
+            np.testing.assert_allclose(found, expected, rtol=0, atol=step, err_msg=f"{name} {order} {flips}")
 
 
 class Threshold(nn.Module):
@@ -199,19 +215,19 @@ def test_dense_maps_have_units_and_follow_the_scans_geometry(phantom: tuple[Path
     distance, found = load(folder, "distance")
     np.testing.assert_allclose(found, affine, atol=1e-5)
     assert distance.shape == (40, 44, 12, 4)
-    assert np.abs(distance).max() <= 3 + 1e-5  # interpolation back to the scan rounds in float32
+    assert np.abs(distance).max() <= 3
     labels, _ = load(folder, "dseg")
     ball = np.argwhere(labels == 11)
     box = tuple(slice(a, b + 1) for a, b in zip(ball.min(0), ball.max(0), strict=True))
     field = load(folder, "biasfield")[0]
-    np.testing.assert_allclose(field[box], 2.0, rtol=1e-5)
-    assert field[0, 0, 0] == 1  # air far from the head is not computed
-    assert tuple(distance[0, 0, 0]) == (3, 3, 3, 3)
+    np.testing.assert_allclose(field[box], 1.0, atol=1e-3)  # its median in the head is 1
+    assert field[0, 0, 0] == pytest.approx(0.5, abs=1e-3)  # the network says 2; air far from the head is not computed
+    np.testing.assert_allclose(distance[0, 0, 0], 3.0, atol=1e-6)
     index_mm, _ = load(folder, "mni")
     # The network wrote its own indices: 1 mm per step along the axes of the scan, turned to RAS, from a common origin.
     inner = index_mm[box]
     for axis, step in enumerate((-1.3, -1.1, 4.5)):
-        np.testing.assert_allclose(np.diff(inner[..., axis], axis=axis), step, atol=1e-3)
+        np.testing.assert_allclose(np.diff(inner[..., axis], axis=axis), step, atol=0.051)  # steps of the file
 
 
 def test_freesurfer_map_and_volumes_agree_with_the_label_map(phantom: tuple[Path, np.ndarray, np.ndarray]) -> None:
@@ -221,9 +237,10 @@ def test_freesurfer_map_and_volumes_agree_with_the_label_map(phantom: tuple[Path
     np.testing.assert_allclose(found, affine, atol=1e-5)
     np.testing.assert_array_equal(ids, np.where(labels == 11, 10, 0))
     rows = [line.split("\t") for line in (folder / "ball_volumes.tsv").read_text().splitlines()]
-    assert rows[0] == ["index", "name", "freesurfer_id", "side", "volume_mm3"]
-    volumes = {row[1]: float(row[4]) for row in rows[1:]}
+    assert rows[0] == ["index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"]
+    volumes = {row[1]: float(row[5]) for row in rows[1:]}
     assert volumes.pop("Left-Thalamus") == pytest.approx((labels == 11).sum() * 1.3 * 1.1 * 4.5, abs=0.1)
+    assert volumes.pop("Total-Brain") == volumes.pop("Intracranial-Volume") > 0
     assert not any(volumes.values())
 
 
@@ -291,28 +308,23 @@ def test_among_many_scans_a_bad_one_is_skipped_and_the_rest_is_done(
         predict(tmp_path / "in", tmp_path / "in/out")
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
         f"{tmp_path / 'in/frames.nii'}: 4-D image of shape (16, 16, 16, 2); "
-        "one 3-D volume is needed: choose one or average them first"
+        "one 3-D volume is needed: pass --frame N (from 0) or --frame mean"
     ]
-    assert sorted(f.name for f in (tmp_path / "in/out").iterdir()) == ["sub-1_T1w", "sub-2_T1w"]
+    assert sorted(f.name for f in (tmp_path / "in/out").iterdir()) == sorted([".failed", *RESULTS])
+    summary = [line.split("\t")[:4] for line in (tmp_path / "in/out/summary.tsv").read_text().splitlines()]
+    assert [row[0] for row in summary] == ["scan", "frames", "sub-1_T1w", "sub-2_T1w"]
+    assert [row[2] for row in summary] == ["status", "failed", "done", "done"]
+    assert summary[1][3].startswith(str(tmp_path / "in/frames.nii"))
     assert (tmp_path / "in/out/sub-2_T1w/sub-2_T1w_dseg.nii.gz").is_file()
     (tmp_path / "in/frames.nii").unlink()
     predict(tmp_path / "in", tmp_path / "in/out")  # results of the first run are no scans, and may be replaced
-    assert sorted(f.name for f in (tmp_path / "in/out").iterdir()) == ["sub-1_T1w", "sub-2_T1w"]
-
-
-def test_a_writer_that_fails_leaves_nothing_half_written(tmp_path: Path, predict: Predict) -> None:
-    scan = save(tmp_path / "scan.v2.nii", blobs((16, 16, 16)))
-    with pytest.raises(SystemExit, match=r"scan\.v2: ZeroDivisionError: division by zero"):
-        predict(scan, tmp_path / "out", writers=[*TABLES_ONLY, "$lambda scan: 1 / 0"])
-    assert list((tmp_path / "out").iterdir()) == []
-    predict(scan, tmp_path / "out", writers=TABLES_ONLY)
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["scan.v2"]
+    assert sorted(f.name for f in (tmp_path / "in/out").iterdir()) == sorted([".failed", *RESULTS])
 
 
 def test_an_mgz_scan_is_read(tmp_path: Path, predict: Predict) -> None:
     affine = oblique_affine((1.0, 1.2, 2.0))
     nib.save(nib.MGHImage(blobs((20, 18, 16)), affine), tmp_path / "norm.mgz")
-    predict(tmp_path / "norm.mgz", tmp_path / "out", writers=TABLES_ONLY)
+    predict(tmp_path / "norm.mgz", tmp_path / "out", outputs="segmentation,volumes")
     labels, found = load(tmp_path / "out/norm", "dseg")
     assert labels.shape == (20, 18, 16)
     np.testing.assert_allclose(found, affine, atol=1e-4)
@@ -323,7 +335,7 @@ def test_the_command_works_from_another_folder_and_fails_in_one_line(repository:
     bundle = repository / "bundle"
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs/inference.json")]
     command += ["--bundle_root", str(bundle), "--output_dir", "OUT", "--weights", str(weights)]
-    command += ["--network_def#backbone#features", str(FEATURES)]
+    command += ["--network_def#backbone#features", str(FEATURES), "--outputs", OUTPUTS]
     done = subprocess.run([*command, "--input", "scan.nii.gz"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1/1" in done.stderr  # the progress bar

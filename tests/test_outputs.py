@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
 from monai.data import MetaTensor
 
 from brainfm_monai.outputs import (
     ScanResult,
     ScanWriter,
+    compute_totals_mm3,
     compute_volumes_mm3,
-    name_by_scan,
-    write_freesurfer_segmentation,
     write_label_table,
+    write_segmentation,
     write_volumes,
 )
+from brainfm_monai.outputs.result import RunSettings
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation"], "synthseg_head")
@@ -33,7 +34,9 @@ def scan(tmp_path: Path) -> ScanResult:
     labels = torch.zeros(1, 4, 5, 6, dtype=torch.uint8)
     labels[0, :2] = 11  # 60 voxels of the left thalamus
     labels[0, 3, 0] = 43  # 6 of the optic nerve
-    return ScanResult("sub-01", tmp_path / "sub-01.nii.gz", tmp_path, LAYOUT, {"pred": labels}, AFFINE)
+    soft = np.arange(44.0)
+    maps = {"segmentation": MetaTensor(labels, affine=torch.from_numpy(AFFINE))}
+    return ScanResult("sub-01", tmp_path / "sub-01.nii.gz", tmp_path, LAYOUT, labels[0].numpy(), AFFINE, maps, soft)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -49,88 +52,150 @@ def test_volumes_count_voxels_of_any_affine() -> None:
 def test_the_volume_table_names_every_structure(scan: ScanResult) -> None:
     write_volumes(scan)
     rows = read_table(scan.folder / "sub-01_volumes.tsv")
-    assert len(rows) == 43
-    volumes = {row["name"]: float(row["volume_mm3"]) for row in rows}
+    assert len(rows) == 43 + 2
+    volumes = {row["name"]: float(row["hard_mm3"]) for row in rows[:43]}
     assert {name: v for name, v in volumes.items() if v} == {"Left-Thalamus": 60 * 12.0, "optic-nerve": 6 * 12.0}
-    assert rows[10] == {"index": "11", "name": "Left-Thalamus", "freesurfer_id": "10", "side": "left", "volume_mm3": "720.0"}
+    thalamus = {
+        "index": "11",
+        "name": "Left-Thalamus",
+        "freesurfer_id": "10",
+        "side": "left",
+        "soft_mm3": "11.0",
+        "hard_mm3": "720.0",
+    }
+    assert rows[10] == thalamus
+    assert (rows[43]["name"], rows[43]["hard_mm3"]) == ("Total-Brain", "720.0")
+    assert rows[44]["name"] == "Intracranial-Volume"
+    definitions = json.loads((scan.folder / "sub-01_volumes.json").read_text())
+    assert "the fluid around" in definitions["Intracranial-Volume"]["Description"]
+    assert scan.summary["Left-Thalamus_mm3"] == 11.0
 
 
-def test_the_label_table_gives_ids_and_colours(scan: ScanResult) -> None:
+def test_totals_are_sums_of_the_stated_structures() -> None:
+    protocol = LAYOUT.protocol
+    each = np.ones(len(protocol))
+    fluid = sum(s.freesurfer_id in (4, 5, 14, 15, 24, 43, 44) for s in protocol.structures)
+    brain = sum(0 < s.freesurfer_id < 500 for s in protocol.structures)
+    assert compute_totals_mm3(each, protocol) == {"Total-Brain": brain - fluid, "Intracranial-Volume": brain}
+
+
+def test_the_label_tables_give_ids_and_colours(scan: ScanResult) -> None:
     write_label_table(scan)
     rows = read_table(scan.folder / "sub-01_dseg.tsv")
     assert [int(row["index"]) for row in rows] == list(range(44))
-    assert rows[11] == {"index": "11", "name": "Left-Thalamus", "freesurfer_id": "10", "side": "left", "color": "#00760e"}
+    assert rows[11] == {"index": "11", "name": "Left-Thalamus", "mapping": "10", "side": "left", "color": "#00760e"}
+    freeview = (scan.folder / "sub-01_desc-lut_dseg.txt").read_text().splitlines()
+    assert freeview[12] == "11 Left-Thalamus 0 118 14 255"
+    snap = (scan.folder / "sub-01_desc-itksnap_dseg.txt").read_text().splitlines()
+    assert snap[12] == '11 0 118 14 1 1 1 "Left-Thalamus"'
 
 
-def test_the_freesurfer_map_keeps_grid_and_structures(scan: ScanResult) -> None:
-    write_freesurfer_segmentation(scan)
+def test_label_maps_keep_grid_and_structures(scan: ScanResult) -> None:
+    write_segmentation(scan)
     image: Any = nib.load(scan.folder / "sub-01_desc-freesurfer_dseg.nii.gz")
     ids = np.asarray(image.dataobj)
     np.testing.assert_array_equal(image.affine, AFFINE)
     assert ids.dtype == np.int16
     np.testing.assert_array_equal(ids, np.where(scan.labels == 11, 10, np.where(scan.labels == 43, 530, 0)))
+    labels: Any = nib.load(scan.folder / "sub-01_dseg.nii.gz")
+    np.testing.assert_array_equal(np.asarray(labels.dataobj), scan.labels)
+    sidecar = json.loads((scan.folder / "sub-01_dseg.json").read_text())
+    assert sidecar["GeneratedBy"]["mode"] == "whole_head"
 
 
-def test_a_dot_in_a_name_is_no_suffix() -> None:
-    assert name_by_scan({"scan_name": "sub-01_1.5T"}, None) == {"subject": "sub-01_1.5T.nii.gz"}
+def test_images_are_stored_in_steps_and_zero_stays_zero(scan: ScanResult) -> None:
+    volume = np.linspace(-2.0, 3.0, 120).reshape(4, 5, 6).astype(np.float32)
+    volume[0, 0, 0] = 0
+    scan.save_image("a", volume, step=0.01)
+    scan.save_image("b", volume)
+    for suffix, step in (("a", 0.01), ("b", 6 / 60000)):
+        image: Any = nib.load(scan.path(f"{suffix}.nii.gz"))
+        stored = image.get_fdata()
+        assert image.get_data_dtype() == np.int16
+        assert np.abs(stored - volume).max() <= step / 2 * 1.01
+        assert stored[0, 0, 0] == 0
 
 
-def item(name: str) -> dict[str, MetaTensor]:
-    image = MetaTensor(torch.zeros(1, 4, 5, 6), affine=torch.eye(4), meta={"scan_name": name, "filename_or_obj": f"{name}.nii"})
-    return {"image": image, "pred": MetaTensor(torch.zeros(1, 4, 5, 6, dtype=torch.uint8), affine=torch.from_numpy(AFFINE))}
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="grid: 'scan' or '1mm' is needed, found '2mm'"):
+        RunSettings(grid="2mm")
+    with pytest.raises(ValueError, match="sharpen: a number from 0 is needed, found -1"):
+        RunSettings(sharpen=-1)
 
 
-def run(output_dir: Path, writers: list[Any], step: Any = None) -> None:
-    """One iteration of an engine with the handler, as the evaluator makes it."""
-
-    def process(engine: Engine, batch: dict[str, Any]) -> list[dict[str, MetaTensor]]:
-        partial = output_dir / ".partial/sub-01"
-        partial.mkdir(parents=True)  # fails if what an earlier run left is still there
-        (partial / "sub-01_dseg.nii.gz").write_text("new")
-        return [item("sub-01")]
-
-    engine = Engine(process)
-    ScanWriter(output_dir, LAYOUT, writers).attach(engine)
-    image = MetaTensor(torch.zeros(1, 1, 4, 5, 6), meta={"scan_name": ["sub-01"]})
-    engine.run([{"image": image}])
+ITEM_AFFINE = torch.from_numpy(AFFINE)
 
 
-def test_the_folder_appears_when_all_writers_are_done(tmp_path: Path) -> None:
+def item() -> dict[str, MetaTensor]:
+    labels = torch.zeros(1, 4, 5, 6, dtype=torch.uint8)
+    image = MetaTensor(torch.zeros(1, 4, 5, 6), affine=ITEM_AFFINE, meta={"filename_or_obj": "sub-01.nii"})
+    pred, segmentation = (MetaTensor(labels, affine=ITEM_AFFINE) for _ in range(2))
+    return {"image": image, "pred": pred, "segmentation": segmentation}
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "sub-01.nii").write_text("a scan")
+    return {"image": str(tmp_path / "sub-01.nii"), "name": "sub-01"}
+
+
+def write_note(scan: ScanResult) -> None:
+    scan.path("note.txt").write_text("new")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def test_the_folder_appears_when_all_writers_are_done(tmp_path: Path, entry: dict[str, str]) -> None:
+    out = tmp_path / "out"
     seen: list[bool] = []
-
-    def write(scan: ScanResult) -> None:
-        seen.append((tmp_path / "sub-01").exists())
-        scan.path("note.txt").write_text(str(scan.source))
-        np.testing.assert_array_equal(scan.affine, AFFINE)
-
-    run(tmp_path, [write])
+    writers = {"look": lambda scan: seen.append((out / "sub-01").exists()), "note": write_note}
+    writer = ScanWriter(out, LAYOUT, writers)
+    assert not writer.is_finished(entry)
+    writer.write(item(), entry)
     assert seen == [False]
-    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*")) == [
-        "sub-01",
-        "sub-01/sub-01_dseg.nii.gz",
-        "sub-01/sub-01_note.txt",
-    ]
+    assert names(out) == ["sub-01/sub-01_finished.json", "sub-01/sub-01_note.txt"]
+    assert writer.is_finished(entry)
+    assert not ScanWriter(out, LAYOUT, {**writers, "more": write_note}).is_finished(entry)
+    assert not ScanWriter(out, LAYOUT, writers, RunSettings(weights="other.pt", protocol="synthseg_head")).is_finished(entry)
+    Path(entry["image"]).write_text("another scan under the same name")
+    assert not writer.is_finished(entry)
 
 
-def test_a_second_run_replaces_its_files_and_leaves_others(tmp_path: Path) -> None:
-    (tmp_path / "sub-01").mkdir()
-    (tmp_path / "sub-01/sub-01_dseg.nii.gz").write_text("old")
-    (tmp_path / "sub-01/mine.txt").write_text("mine")
-    (tmp_path / ".partial/sub-01").mkdir(parents=True)
-    (tmp_path / ".partial/sub-01/stale.txt").write_text("of an interrupted run")
-    run(tmp_path, [])
-    assert {f.name: f.read_text() for f in (tmp_path / "sub-01").iterdir()} == {"sub-01_dseg.nii.gz": "new", "mine.txt": "mine"}
-    assert not (tmp_path / ".partial").exists()
+def test_a_second_run_replaces_its_files_and_leaves_those_of_others(tmp_path: Path, entry: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    ScanWriter(out, LAYOUT, {"old": lambda scan: scan.path("old.txt").write_text("old"), "note": write_note}).write(item(), entry)
+    (out / "sub-01/mine.txt").write_text("mine")
+    (out / ".partial/sub-01").mkdir(parents=True)
+    (out / ".partial/sub-01/stale.txt").write_text("of an interrupted run")
+    ScanWriter(out, LAYOUT, {"note": write_note}).write(item(), entry)
+    assert names(out) == ["sub-01/mine.txt", "sub-01/sub-01_finished.json", "sub-01/sub-01_note.txt"]
 
 
-def test_a_failing_writer_leaves_the_old_results_and_no_new_ones(tmp_path: Path) -> None:
-    (tmp_path / "sub-01").mkdir()
-    (tmp_path / "sub-01/sub-01_dseg.nii.gz").write_text("old")
+def test_a_failing_writer_leaves_the_old_results_and_no_new_ones(tmp_path: Path, entry: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    ScanWriter(out, LAYOUT, {"note": lambda scan: scan.path("note.txt").write_text("old")}).write(item(), entry)
 
     def fail(scan: ScanResult) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        run(tmp_path, [write_volumes, fail])
-    assert {f.name: f.read_text() for f in (tmp_path / "sub-01").iterdir()} == {"sub-01_dseg.nii.gz": "old"}
-    assert not (tmp_path / ".partial").exists()
+        ScanWriter(out, LAYOUT, {"note": write_note, "fail": fail}).write(item(), entry)
+    assert (out / "sub-01/sub-01_note.txt").read_text() == "old"
+    assert not (out / ".partial").exists()
+
+
+def test_files_of_a_bids_scan_lie_in_its_subjects_folder(tmp_path: Path, entry: dict[str, str]) -> None:
+    bids = entry | {"name": "sub-01_space-T1w", "folder": "sub-01/anat"}
+    flair = entry | {"name": "sub-01_space-FLAIR", "folder": "sub-01/anat"}
+    writer = ScanWriter(tmp_path / "out", LAYOUT, {"note": write_note})
+    for one in (bids, flair):
+        writer.write(item(), one)
+    writer.write_summary([bids, flair])
+    assert names(tmp_path / "out") == [
+        "dataset_description.json",
+        *(f"sub-01/anat/sub-01_space-{kind}_{end}" for kind in ("FLAIR", "T1w") for end in ("finished.json", "note.txt")),
+        "summary.tsv",
+    ]
+    assert [row["status"] for row in read_table(tmp_path / "out/summary.tsv")] == ["done", "done"]

@@ -15,12 +15,16 @@ from monai.data import MetaTensor
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.transforms import (
+    MODES,
     LoadScand,
     NormalisePercentilesd,
     ScanError,
     ScanSpacingd,
     SplitTasksd,
+    allowed_labels,
     check_header,
+    is_dicom_series,
+    read_scan,
     scan_stem,
 )
 
@@ -72,9 +76,11 @@ def test_a_file_cut_short_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_headers_that_cannot_be_a_head_scan_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ScanError, match=r"absent\.nii: a NIfTI or MGH file is needed, found no such file"):
+    with pytest.raises(
+        ScanError, match=r"absent\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found no such file"
+    ):
         check_header(tmp_path / "absent.nii")
-    with pytest.raises(ScanError, match="a NIfTI or MGH file is needed, found a folder"):
+    with pytest.raises(ScanError, match="or the folder of a DICOM series is needed, found a folder"):
         check_header(tmp_path)
     with pytest.raises(ScanError, match=r"extends over 10 to 600 mm along each axis, found 0\.012 x 0\.014 x 0\.016 mm"):
         check_header(write(tmp_path / "metres.nii", RAMP, zooms_mm=0.001))
@@ -150,3 +156,168 @@ def test_splitting_a_layout_of_other_tasks() -> None:
     assert set(parts) == {"pred", "T1w", "CT"}
     np.testing.assert_allclose(parts["CT"].numpy(), 40.0, rtol=1e-6)  # HU
     np.testing.assert_allclose(parts["T1w"].numpy(), 0.04, rtol=1e-6)
+
+
+def write_frames(path: Path, frames: int = 3) -> Path:
+    return write(path, np.stack([RAMP + 100 * i for i in range(frames)], axis=-1))
+
+
+def test_one_frame_or_the_mean_of_all_is_taken(tmp_path: Path) -> None:
+    path = str(write_frames(tmp_path / "frames.nii"))
+    np.testing.assert_array_equal(read_scan(path, 2).numpy()[0], RAMP + 200)
+    np.testing.assert_allclose(read_scan(path, "mean").numpy()[0], RAMP + 100)
+    np.testing.assert_array_equal(LoadScand("image", frame=0)({"image": path, "frame": 1})["image"].numpy()[0], RAMP + 100)
+    with pytest.raises(ScanError, match=r"one 3-D volume is needed: pass --frame N \(from 0\) or --frame mean"):
+        read_scan(path)
+    with pytest.raises(ScanError, match="'frame' must be 'mean' or a number from 0 to 2, found 3"):
+        read_scan(path, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_every_number_type_and_slope_is_read(tmp_path: Path, dtype: type[np.generic]) -> None:
+    stored = (np.arange(12 * 14 * 16).reshape(12, 14, 16) % 100).astype(dtype)
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(2.0, -50.0)
+    nib.save(image, tmp_path / "scan.nii")
+    expected = stored.astype(np.float64) * (2.0 if np.issubdtype(dtype, np.integer) else 1.0)
+    found = read_scan(tmp_path / "scan.nii").numpy()[0]
+    scale = np.ptp(found) / np.ptp(expected)
+    np.testing.assert_allclose(found - found.min(), (expected - expected.min()) * scale, atol=1e-3)
+    reference: Any = nib.load(tmp_path / "scan.nii")
+    np.testing.assert_allclose(found, reference.get_fdata(), atol=1e-4)
+
+
+def test_a_ct_is_clipped_to_the_brains_window_and_an_mr_scan_is_not(tmp_path: Path) -> None:
+    hounsfield = RAMP / RAMP.max() * 2000 - 1000
+    hounsfield[:2] = -1000
+    ct = LoadScand("image", window="auto")({"image": str(write(tmp_path / "ct.nii", hounsfield))})["image"]
+    np.testing.assert_allclose(ct.numpy()[0], np.clip(hounsfield, 0, 80), atol=1e-3)
+    assert ct.meta["window"] == "0 to 80"
+    signed = LoadScand("image", window="auto")({"image": str(write(tmp_path / "mr.nii", RAMP - 500))})["image"]
+    np.testing.assert_array_equal(signed.numpy()[0], RAMP - 500)
+    chosen = LoadScand("image", window=[5, 60])({"image": str(write(tmp_path / "mr.nii", RAMP))})["image"]
+    assert (float(chosen.min()), float(chosen.max())) == (5.0, 60.0)
+    with pytest.raises(ValueError, match=r"window: 'auto' or two rising numbers \[low, high\] are needed, found \[3, 1\]"):
+        LoadScand("image", window=[3, 1])
+
+
+LPS_AFFINE = np.array([[-1.5, 0.2, 0.0, 10], [0.1, -1.2, 0.3, 20], [0.0, 0.25, 2.5, -30], [0, 0, 0, 1]])
+
+
+def orthogonal(affine: np.ndarray) -> np.ndarray:
+    """The nearest affine of right angles, which NRRD and DICOM ask for."""
+    zooms = np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:3, :3] / zooms)
+    result = affine.copy()
+    result[:3, :3] = (left @ right) * zooms
+    return result
+
+
+def write_with_itk(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
+    import itk
+
+    flipped = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    image = itk.image_from_array(np.ascontiguousarray(data.transpose(2, 1, 0)))
+    zooms = np.linalg.norm(flipped[:3, :3], axis=0)
+    image.SetSpacing([float(z) for z in zooms])
+    image.SetOrigin([float(v) for v in flipped[:3, 3]])
+    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(flipped[:3, :3] / zooms)))
+    itk.imwrite(image, str(path))
+
+
+def test_an_nrrd_file_is_read_as_the_nifti_file_of_the_same_voxels(tmp_path: Path) -> None:
+    affine = orthogonal(LPS_AFFINE)
+    write_with_itk(tmp_path / "scan.nrrd", RAMP, affine)
+    check_header(tmp_path / "scan.nrrd")
+    found = read_scan(tmp_path / "scan.nrrd")
+    np.testing.assert_array_equal(found.numpy()[0], RAMP)
+    np.testing.assert_allclose(found.affine, affine, atol=1e-5)
+    (tmp_path / "broken.nrrd").write_text("no image")
+    with pytest.raises(ScanError, match=r"broken\.nrrd: a NRRD file or a DICOM series is needed, and it cannot be read"):
+        read_scan(tmp_path / "broken.nrrd")
+
+
+def test_a_dicom_series_is_read_slice_by_slice(tmp_path: Path) -> None:
+    import itk
+
+    affine = orthogonal(LPS_AFFINE)
+    flipped = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    zooms = np.linalg.norm(affine[:3, :3], axis=0)
+    data = RAMP.astype(np.int16)
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for index in range(data.shape[2]):
+        image = itk.image_from_array(np.ascontiguousarray(data[:, :, index : index + 1].transpose(2, 1, 0)))
+        place = flipped @ [0, 0, index, 1]
+        image.SetSpacing([float(z) for z in zooms])
+        image.SetOrigin([float(v) for v in place[:3]])
+        image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(flipped[:3, :3] / zooms)))
+        tags = image.GetMetaDataDictionary()
+        for tag, value in {
+            "0008|0060": "MR",
+            "0020|000e": "1.2.3.4",
+            "0020|000d": "1.2.3",
+            "0008|0021": "20200101",
+            "0020|0013": str(index),
+            "0020|0032": "\\".join(f"{v:.6f}" for v in place[:3]),
+            "0020|0037": "\\".join(f"{v:.8f}" for v in (flipped[:3, :2] / zooms[:2]).T.reshape(-1)),
+            "0018|0050": str(zooms[2]),
+        }.items():
+            tags[tag] = value
+        writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(folder / f"{99 - index}.dcm"))
+        io = itk.GDCMImageIO.New()
+        io.SetKeepOriginalUID(True)
+        writer.SetImageIO(io)
+        writer.Update()
+    assert is_dicom_series(folder)
+    assert not is_dicom_series(tmp_path)
+    check_header(folder)
+    found = read_scan(folder)
+    assert found.shape[1:] == data.shape
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in data.shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    back = np.linalg.inv(np.asarray(found.affine)) @ affine
+    where = np.rint(voxels @ back[:3, :3].T + back[:3, 3]).astype(int)  # whichever end the reader begins from
+    np.testing.assert_array_equal(found.numpy()[0][tuple(where.T)], data[tuple(voxels.T)])
+
+
+def test_modes_leave_labels_out_before_the_decision() -> None:
+    layout = TaskLayout(["segmentation"], "synthseg_head")
+    names = {mode: {layout.protocol.structures[label].name for label in allowed_labels(layout.protocol, mode)} for mode in MODES}
+    assert len(names["whole_head"]) == 44
+    assert "skin" not in names["brain"]
+    assert {"CSF", "Brain-Stem", "Left-Cerebellum-Cortex"} <= names["brain"]
+    assert names["brain"] - names["ex_vivo"] == {"CSF"}
+    assert not {"Brain-Stem", "4th-Ventricle", "Left-Cerebellum-Cortex"} & names["cerebrum"]
+    assert not any(name.startswith("Right") for name in names["left_hemisphere"])
+    assert not any(name.startswith("Left") for name in names["right_hemisphere"])
+    assert "3rd-Ventricle" in names["left_hemisphere"]
+    with pytest.raises(ValueError, match=r"mode: one of whole_head, .* is needed, found 'half'"):
+        SplitTasksd("pred", layout, mode="half")
+    logits = torch.zeros(44, 2, 2, 2)
+    logits[38], logits[6], logits[20] = 9.0, 3.0, 5.0  # skin, left and right cortex
+    for mode, label in (("whole_head", 38), ("brain", 20), ("left_hemisphere", 6), ("right_hemisphere", 20)):
+        found = SplitTasksd("pred", layout, mode=mode, probabilities=True)({"pred": logits})
+        assert set(np.unique(found["pred"])) == {label}
+        assert float(found["soft_volumes"].sum()) == pytest.approx(8)
+
+
+def test_entropy_and_soft_volumes_are_those_of_the_softmax() -> None:
+    layout = TaskLayout(["segmentation"], "synthseg_head")
+    logits = 3 * torch.randn(44, 40, 5, 6, generator=torch.Generator().manual_seed(0))
+    logits[0, :, :, :2] = 60  # air
+    pred = MetaTensor(logits, affine=torch.diag(torch.tensor([2.0, 1.0, 1.5, 1.0])))
+    found = SplitTasksd("pred", layout, probabilities=True)({"pred": pred})
+    probability = logits.double().softmax(dim=0)
+    inside = probability[:, :, :, 2:]
+    entropy = -(inside * inside.log()).sum(0) / np.log(44)
+    np.testing.assert_allclose(found["entropy"].numpy()[0][..., 2:], entropy, atol=1e-5)
+    assert not found["entropy"].numpy()[0][..., :2].any()
+    np.testing.assert_allclose(found["soft_volumes"][1:], probability.sum(dim=(1, 2, 3))[1:] * 3.0, rtol=1e-5)
+    np.testing.assert_array_equal(found["segmentation"].numpy(), found["pred"].numpy())
+
+
+def test_labels_that_were_decided_already_stay() -> None:
+    layout = TaskLayout(["segmentation"], "synthseg_head")
+    decided = torch.tensor([3.0, 7.0]).reshape(1, 2, 1, 1)
+    splitter = SplitTasksd("pred", layout, probabilities=True)
+    assert splitter._decide("pred", decided, decided)["segmentation"].flatten().tolist() == [3, 7]

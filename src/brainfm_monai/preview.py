@@ -15,14 +15,15 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from monai.data import load_decathlon_datalist
-from monai.transforms import LoadImage
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.labels import crop_to_box, find_brain_centre, load_label_map
+from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, render
-from brainfm_monai.tasks import MAX_DISTANCE_MM, TaskLayout
+from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
 
 __all__ = ["load_subjects", "write_preview"]
 
@@ -69,13 +70,11 @@ def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: s
 
 
 def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Volumes of an entry as a batch of one."""
-    reader = LoadImage(dtype=None, ensure_channel_first=True, image_only=True)
-    subject = {}
-    for key in (key for key in SUBJECT_KEYS if key in entry):
-        value = entry[key] if isinstance(entry[key], Tensor) else torch.as_tensor(np.asarray(reader(entry[key])))
-        subject[key] = value[None] if "labels" in key or key == "segmentation" else value[None].float()
-    return subject
+    """Volumes of an entry as a batch of one, in the unit of the task table."""
+    keys = [key for key in SUBJECT_KEYS if key in entry]
+    item = entry if all(isinstance(entry[key], Tensor) for key in keys) else LoadSubjectd(keys)(entry)
+    subject = {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
+    return {key: value / TASKS[key].scale if key == "CT" else value for key, value in subject.items()}
 
 
 def write_preview(

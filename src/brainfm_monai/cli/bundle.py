@@ -8,17 +8,54 @@ from typing import Any
 
 __all__ = ["evaluate", "predict", "run_bundle", "train"]
 
+# what words of the command are in configs/inference.json
+PRECISIONS: dict[str | None, dict[str, Any]] = {None: {}, "bfloat16": {"bfloat16": True}, "float32": {"bfloat16": False}}
+MIRRORS: dict[bool, dict[str, Any]] = {
+    True: {},
+    False: {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": "@bfloat16"}},
+}
 
-def predict(input: str, output: str, bundle: str = "bundle", **overrides: Any) -> None:
-    """Segment and map a scan, or all scans in a folder.
+
+def predict(
+    input: str,
+    output: str,
+    analysis_level: str = "participant",
+    bundle: str = "bundle",
+    outputs: str | Sequence[str] = "all",
+    participant_label: str | int | Sequence[str | int] | None = None,
+    mirror: bool = True,
+    precision: str | None = None,
+    **overrides: Any,
+) -> None:
+    """Segment and map a scan, or many; scans that are finished already are skipped.
 
     Args:
-        input: NIfTI or MGH file, or a folder of them.
-        output: folder for the results, one folder per scan.
+        input: NIfTI, MGH or NRRD file, folder of a DICOM series, folder of scans, pattern in quotes, BIDS dataset, or TSV with
+            the column image (and perhaps name, frame, lesions).
+        output: folder for the results, one folder per scan, and summary.tsv.
+        analysis_level: participant, the one level of this BIDS app.
         bundle: folder of the bundle.
-        overrides: any other ``--key value`` replaces that key of configs/inference.json.
+        outputs: all, or some of segmentation, volumes, contrasts, bias_field, distance, surfaces, mni, transforms, quality, view,
+            report; separated by commas.
+        participant_label: subjects of a BIDS dataset, with or without sub-, separated by commas.
+        mirror: average each scan with its mirror image; False takes half the time.
+        precision: bfloat16 or float32; by default what the processor is fast in.
+        overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
+            left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
+            --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file), --device ("$torch.device('cpu')").
     """
-    run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **overrides)
+    if analysis_level != "participant":
+        raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: bfloat16 or float32 is needed, found '{precision}'")
+    settings = {
+        "outputs": outputs if isinstance(outputs, str) else list(outputs),
+        **PRECISIONS[precision],
+        **MIRRORS[bool(mirror)],
+    }
+    if participant_label is not None:
+        settings["participant_label"] = participant_label
+    run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **{**settings, **overrides})
 
 
 def evaluate(datalist: str, output: str, bundle: str = "bundle", **overrides: Any) -> None:

@@ -244,6 +244,5 @@ def jacobian_determinant(coordinates: Tensor) -> Tensor:
     Returns:
         Determinant per voxel, shape (B, 1, H, W, D).
     """
-    rows = torch.gradient(coordinates, dim=(2, 3, 4))
-    jacobian = torch.stack(rows, dim=-1).movedim(1, -2)
-    return torch.linalg.det(jacobian)[:, None]
+    over_h, over_w, over_d = torch.gradient(coordinates, dim=(2, 3, 4))
+    return (over_h * torch.linalg.cross(over_w, over_d, dim=1)).sum(dim=1, keepdim=True)

@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.outputs import ScanResult
+from brainfm_monai.outputs import ScanResult, fit_scan_to_template, is_brain, resample
+from brainfm_monai.outputs.template import load_template
+from brainfm_monai.outputs.warps import resample_through
 
-__all__ = ["BRAIN_MAXIMUM_ID", "PLANES", "Page", "Plane"]
+__all__ = ["PLANES", "Page", "Plane"]
 
-BRAIN_MAXIMUM_ID = 99  # FreeSurfer's ids of the brain end below; 5xx are head tissues
 WINDOW_PERCENTILES = (0.5, 99.5)  # of the intensities within the brain, so that skin fat or bone does not darken it
 BOX_QUANTILES = (0.002, 0.998)  # of the cerebrum's and cerebellum's voxels along an axis: a stray voxel does not widen the box
 MARGIN_MM = 22.0  # shown around the box: skull and scalp, not the neck
@@ -66,31 +68,32 @@ class Page:
 
     @classmethod
     def of(cls, scan: ScanResult) -> Page:
-        """Read the scan, and turn and cut it and its maps."""
+        """Turn and cut the scan, and bring its maps to that grid."""
         turn = nib.orientations.io_orientation(scan.affine)
-        zooms = nib.affines.voxel_sizes(scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.labels.shape))
+        affine = scan.affine @ nib.orientations.inv_ornt_aff(turn, scan.labels.shape)
+        zooms = nib.affines.voxel_sizes(affine)
         labels = nib.orientations.apply_orientation(scan.labels, turn)
         protocol = scan.layout.protocol
         box = _brain_box(labels, protocol)
         margin = [round(MARGIN_MM / zoom) for zoom in zooms]
         window = tuple(slice(max(first - m, 0), last + 1 + m) for (first, last), m in zip(box, margin, strict=True))
         labels = labels[window]
-
-        def turned(volume: np.ndarray) -> np.ndarray:
-            return np.asarray(nib.orientations.apply_orientation(volume, turn)[window])
-
-        stored = np.asarray(nib.load(scan.source).get_fdata(dtype=np.float32))  # type: ignore[attr-defined]
-        image = np.nan_to_num(turned(stored.reshape(scan.labels.shape)), posinf=0, neginf=0)
-        maps = {name: turned(np.moveaxis(np.asarray(value.cpu()), 0, -1)) for name, value in scan.maps.items() if name != "pred"}
+        image = np.asarray(nib.orientations.apply_orientation(scan.image.cpu().numpy()[0], turn)[window])
+        affine[:3, 3] += affine[:3, :3] @ [cut.start for cut in window]
+        shown = [name for name in scan.maps if name != "segmentation"]
+        maps = {name: np.moveaxis(resample(scan.maps[name], labels.shape, affine).cpu().numpy(), 0, -1) for name in shown}
         if "bias_field" in maps and (head := labels > 0).any():
             maps["bias_field"] = maps["bias_field"] / np.median(maps["bias_field"][head])
         box = [(first - cut.start, last - cut.start) for (first, last), cut in zip(box, window, strict=True)]
-        return cls(image, labels, maps, zooms, protocol, _grey_window(image, labels, protocol), box)
+        page = cls(image, labels, maps, zooms, protocol, _grey_window(image, labels, protocol), box)
+        if "mni" in maps and page.has_brain:
+            maps["template"] = _template_in(scan, labels.shape, affine)[..., None]
+        return page
 
     @property
     def has_brain(self) -> bool:
         """Whether any voxel belongs to a structure of the brain."""
-        return bool(np.isin(self.labels, self.protocol.labels_where(maximum_id=BRAIN_MAXIMUM_ID)).any())
+        return bool(np.isin(self.labels, _brain_labels(self.protocol)).any())
 
     def cut(self, volume: np.ndarray, plane: Plane, index: int) -> np.ndarray:
         """A slice as rows and columns of a picture with origin below, right or anterior on the picture's left."""
@@ -101,9 +104,22 @@ class Page:
         return float(self.zooms_mm[plane.vertical] / self.zooms_mm[plane.horizontal])
 
 
+def _template_in(scan: ScanResult, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """The template laid over a grid of the scan's space."""
+    template, template_affine = load_template()
+    try:
+        return resample_through(torch.from_numpy(template)[None], template_affine, shape, affine, fit_scan_to_template(scan))
+    except ValueError:  # too little brain for a fit
+        return np.zeros(shape, dtype=np.float32)
+
+
+def _brain_labels(protocol: Protocol) -> list[int]:
+    return [s.label for s in protocol.structures if is_brain(s.freesurfer_id)]
+
+
 def _brain_box(labels: np.ndarray, protocol: Protocol) -> list[tuple[int, int]]:
     """First and last index along each axis of cerebrum and cerebellum, which are the brain's structures with a side."""
-    sided = [s.label for s in protocol.structures if s.side != "none" and s.freesurfer_id <= BRAIN_MAXIMUM_ID]
+    sided = [s.label for s in protocol.structures if s.side != "none" and is_brain(s.freesurfer_id)]
     brain = np.isin(labels, sided)
     box = []
     for axis in range(3):
@@ -116,7 +132,7 @@ def _brain_box(labels: np.ndarray, protocol: Protocol) -> list[tuple[int, int]]:
 
 
 def _grey_window(image: np.ndarray, labels: np.ndarray, protocol: Protocol) -> tuple[float, float]:
-    brain = np.isin(labels, protocol.labels_where(maximum_id=BRAIN_MAXIMUM_ID))
+    brain = np.isin(labels, _brain_labels(protocol))
     low, high = np.percentile(image[brain] if brain.any() else image, WINDOW_PERCENTILES)
     margin = 0.1 * (high - low)
     return max(float(low - margin), float(image.min())), float(high + margin)

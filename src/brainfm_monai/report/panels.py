@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from brainfm_monai.anatomy import Structure
-from brainfm_monai.report.page import BRAIN_MAXIMUM_ID, Page, Plane
+from brainfm_monai.outputs import is_brain
+from brainfm_monai.report.page import Page, Plane
 
-__all__ = ["PANELS", "Painter", "paint_scan", "paint_segmentation", "unit_colour"]
+__all__ = ["PANELS", "Painter", "Panel", "paint_scan", "paint_segmentation", "unit_colour"]
 
 OVERLAY_OPACITY = {"brain": 0.55, "white_matter": 0.25, "head": 0.22}
 WHITE_MATTER_IDS = (2, 41)
 GRID_STEP_MM = 20
 PIAL_COLOUR, WHITE_COLOUR = "#ff4040", "#ffe040"
+RIBBON_COLOURS = ((1.0, 0.25, 0.25, 0.55), (1.0, 1.0, 1.0, 0.25))  # red, green, blue, opacity
+TEMPLATE_LEVELS = ((0.35, "#40c0ff"), (0.75, "#ffd040"))  # shares of its maximum: its outline, and its white matter
+ENTROPY_TOP = 0.5
 AXIS_COLOURS = ("#ff6060", "#60e060", "#60a0ff")
 
 
@@ -40,7 +45,7 @@ def _overlay_colour(structure: Structure) -> tuple[float, float, float, float]:
     if structure.label == 0:
         return (0.0, 0.0, 0.0, 0.0)
     kind = "white_matter" if structure.freesurfer_id in WHITE_MATTER_IDS else "brain"
-    kind = kind if structure.freesurfer_id <= BRAIN_MAXIMUM_ID else "head"
+    kind = kind if is_brain(structure.freesurfer_id) else "head"
     return (*unit_colour(structure), OVERLAY_OPACITY[kind])
 
 
@@ -90,10 +95,72 @@ def _contour(axes: Axes, values: np.ndarray, levels: list[float], colour: str, w
         axes.contour(values, levels=inside, colors=colour, linewidths=width, linestyles="solid")
 
 
+def _paint_ribbon(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    paint_scan(axes, page, plane, index)
+    left_pial, left_white, right_pial, right_white = np.moveaxis(page.cut(page.maps["distance"], plane, index), -1, 0)
+    white = (left_white < 0) | (right_white < 0)
+    cortex = ((left_pial < 0) | (right_pial < 0)) & ~white
+    for mask, colour in ((cortex, RIBBON_COLOURS[0]), (white, RIBBON_COLOURS[1])):
+        _show(axes, page, plane, np.where(mask[..., None], colour, 0.0), interpolation="nearest")
+
+
+def _paint_template(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    _show(axes, page, plane, page.cut(page.maps["template"], plane, index)[..., 0], cmap="gray", vmin=0)
+
+
+def _paint_template_outline(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    paint_scan(axes, page, plane, index)
+    template = page.cut(page.maps["template"], plane, index)[..., 0]
+    top = float(page.maps["template"].max())
+    for share, colour in TEMPLATE_LEVELS:
+        _contour(axes, template, [share * top], colour, 0.8)
+
+
+def _paint_entropy(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+    _show(axes, page, plane, page.cut(page.maps["entropy"], plane, index)[..., 0], cmap="magma", vmin=0, vmax=ENTROPY_TOP)
+
+
+def _paint_map(name: str) -> Painter:
+    """The grey picture of a synthetic image, its percentiles black and white."""
+
+    def paint(axes: Axes, page: Page, plane: Plane, index: int) -> None:
+        low, high = np.percentile(page.maps[name], (0.5, 99.5))
+        _show(
+            axes, page, plane, page.cut(page.maps[name], plane, index)[..., 0], cmap="gray", vmin=low, vmax=max(high, low + 1e-6)
+        )
+
+    return paint
+
+
 Painter = Callable[[Axes, Page, Plane, int], None]
-PANELS: tuple[tuple[str, str, Painter], ...] = (
-    ("bias_field", "bias field (red: too bright)", _paint_bias_field),
-    ("bias_field", "scan without the bias field", _paint_corrected),
-    ("distance", "pial (red) and white (yellow) surfaces", _paint_surfaces),
-    ("mni", f"MNI152 coordinates, every {GRID_STEP_MM} mm; 0 thick", _paint_mni),
+
+
+class Panel(NamedTuple):
+    """A picture of the page.
+
+    Attributes:
+        section: heading under which it stands.
+        title: what it shows.
+        map: map without which there is none; empty: always.
+        paint: draws one slice.
+    """
+
+    section: str
+    title: str
+    map: str
+    paint: Painter
+
+
+SYNTHETIC = "The scan in other contrasts"
+BIAS, CORTEX, TEMPLATE, CERTAINTY = "Bias field", "Cortex", "Way to the template", "Certainty"
+PANELS: tuple[Panel, ...] = (
+    *(Panel(SYNTHETIC, name, name, _paint_map(name)) for name in ("T1w", "T2w", "FLAIR", "CT", "super_resolution")),
+    Panel(CORTEX, "pial (red) and white (yellow) surface", "distance", _paint_surfaces),
+    Panel(CORTEX, "ribbon (red) and white matter", "distance", _paint_ribbon),
+    Panel(BIAS, "bias field (red: too bright)", "bias_field", _paint_bias_field),
+    Panel(BIAS, "scan without it", "bias_field", _paint_corrected),
+    Panel(TEMPLATE, "MNI152 laid over the scan", "template", _paint_template),
+    Panel(TEMPLATE, "its outlines on the scan", "template", _paint_template_outline),
+    Panel(TEMPLATE, f"predicted coordinates, every {GRID_STEP_MM} mm; 0 thick", "mni", _paint_mni),
+    Panel(CERTAINTY, f"entropy of the labels: black certain, white {ENTROPY_TOP:g} of the maximum", "entropy", _paint_entropy),
 )

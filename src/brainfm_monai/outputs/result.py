@@ -1,0 +1,175 @@
+"""Everything that is known about one scan after the network, and how its files are named, coded and described."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+from torch import Tensor
+
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.transforms import read_scan
+
+__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "is_brain", "resample", "write_table"]
+
+TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
+INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What was used to compute the files of a run; every sidecar repeats it.
+
+    Attributes:
+        model: name of the model.
+        version: version of the package.
+        weights: file of the weights.
+        weights_sha256: its hash; empty where there is no file.
+        protocol: label protocol.
+        mode: what of a head the scan shows.
+        grid: ``scan`` or ``1mm``.
+        keep_lesions: the scan's own lesions are put into the synthetic images.
+        sharpen: strength of the sharpening of synthetic images, 0: none.
+    """
+
+    model: str = "BrainFM"
+    version: str = ""
+    weights: str = ""
+    weights_sha256: str = ""
+    protocol: str = ""
+    mode: str = "whole_head"
+    grid: str = "scan"
+    keep_lesions: bool = False
+    sharpen: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.grid not in ("scan", "1mm"):
+            raise ValueError(f"grid: 'scan' or '1mm' is needed, found '{self.grid}'")
+        if self.sharpen < 0:
+            raise ValueError(f"sharpen: a number from 0 is needed, found {self.sharpen}")
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """Everything that is known about one scan after the network.
+
+    Attributes:
+        name: name of the scan, with which its files begin.
+        source: path of the scan.
+        folder: where to write.
+        layout: tasks and label protocol.
+        labels: label map in the grid of the files, shape (H, W, D), uint8.
+        affine: its voxel indices to RAS mm, shape (4, 4).
+        maps: map of every task in the network's grid (1 mm, RAS), shape (C, h, w, d); ``segmentation`` is the label map there.
+        soft_volumes_mm3: sum of each label's probability, shape (L,); None where it is not known.
+        frame: volume that was taken of a 4-D file.
+        window: intensities that a CT was clipped to; empty: it was not.
+        lesions: path of a lesion mask that came with the scan; empty: none.
+        settings: what was used.
+        summary: numbers of the scan for the table over all scans; the functions that write files add to it.
+        warnings: what a user should look at.
+        shared: what one output computed and another one needs, too.
+    """
+
+    name: str
+    source: Path
+    folder: Path
+    layout: TaskLayout
+    labels: np.ndarray
+    affine: np.ndarray
+    maps: Mapping[str, MetaTensor]
+    soft_volumes_mm3: np.ndarray | None = None
+    frame: int | str | None = None
+    window: str = ""
+    lesions: str = ""
+    settings: RunSettings = field(default_factory=RunSettings)
+    summary: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, suffix: str) -> Path:
+        """Path of the file that ends in ``suffix``."""
+        return self.folder / f"{self.name}_{suffix}"
+
+    @cached_property
+    def image(self) -> MetaTensor:
+        """The scan itself, shape (1, H, W, D), in its own intensities and in the grid of the files."""
+        return resample(read_scan(self.source, self.frame), self.labels.shape, self.affine)
+
+    @cached_property
+    def network_affine(self) -> np.ndarray:
+        """Voxel indices of :attr:`maps` to RAS mm, shape (4, 4)."""
+        return np.asarray(next(iter(self.maps.values())).affine, dtype=np.float64)
+
+    def in_grid(self, name: str) -> np.ndarray:
+        """A map in the grid of the files, linearly interpolated, shape (C, H, W, D), float32."""
+        return resample(self.maps[name], self.labels.shape, self.affine).cpu().numpy()
+
+    def save_image(
+        self, suffix: str, volume: np.ndarray, affine: np.ndarray | None = None, step: float | None = None, **sidecar: Any
+    ) -> None:
+        """Write a NIfTI file and its sidecar.
+
+        Args:
+            suffix: end of the file's name, without ``.nii.gz``.
+            volume: shape (H, W, D), or (H, W, D, C).
+            affine: voxel indices to RAS mm; that of the grid of the files if None.
+            step: what is not integer is stored as 16-bit integers times this; None: as many steps as these can tell apart.
+            sidecar: what the sidecar tells beside the settings.
+        """
+        place = self.affine if affine is None else affine
+        if np.issubdtype(volume.dtype, np.integer):
+            image = nib.Nifti1Image(volume, place)
+        else:
+            largest = max(float(np.abs(volume).max()), float(np.finfo(np.float32).tiny))
+            # a range of whole steps around 0, so that 0 stays 0
+            slope = step or largest * 2 / INT16_LEVELS
+            limits = np.iinfo(np.int16)
+            image = nib.Nifti1Image(np.clip(np.rint(volume / slope), limits.min, limits.max).astype(np.int16), place)
+            image.header.set_slope_inter(slope, 0)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, self.path(f"{suffix}.nii.gz"))
+        self.write_sidecar(suffix, **sidecar)
+
+    def write_sidecar(self, suffix: str, **entries: Any) -> None:
+        """Write ``<suffix>.json``: the entries, the source and the settings."""
+        content = {**entries, "Sources": [str(self.source)], "GeneratedBy": asdict(self.settings)}
+        text = json.dumps(content, indent=2, default=str)
+        self.path(f"{suffix}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def is_brain(freesurfer_id: int) -> bool:
+    """Whether a FreeSurfer id belongs to brain, ventricles or the fluid around: neither background nor 5xx or 9xx (head)."""
+    return 0 < freesurfer_id < 500 or 800 <= freesurfer_id < 900
+
+
+def resample(
+    volume: Tensor, shape: Sequence[int], affine: np.ndarray, mode: str = "bilinear", padding_mode: str = "border"
+) -> MetaTensor:
+    """Bring a volume of shape (C, h, w, d) to another grid: shape (C, *shape), the same dtype for ``mode="nearest"``."""
+    source = volume if isinstance(volume, MetaTensor) else MetaTensor(volume)
+    if tuple(source.shape[1:]) == tuple(shape) and np.allclose(source.affine, affine, atol=1e-6):
+        return source
+    apply = SpatialResample(mode=mode, padding_mode=padding_mode, dtype=torch.float32)  # type: ignore[arg-type]
+    moved = apply(source, dst_affine=torch.from_numpy(np.array(affine)), spatial_size=tuple(shape))
+    return MetaTensor(moved)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a tab-separated table; the file appears when it is whole."""
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    beside.replace(path)

@@ -1,0 +1,192 @@
+"""From predicted template coordinates to a transform: robust affine fit, smooth residual without folds, and the inverse of both.
+
+All coordinates are RAS mm. A deformation is a :class:`Warp`: for each voxel of a grid the point that it is mapped to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from brainfm_monai.functional.spatial import jacobian_determinant
+from brainfm_monai.functional.spatial import warp as sample
+
+__all__ = ["Warp", "affine_points", "fit_affine", "fit_warp", "fold_fraction", "grid_points", "invert_warp", "load_template"]
+
+ROUNDS = 30  # of reweighting; the weights stand still after about ten
+HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
+SAMPLES = 200_000  # voxels of the brain that the affine is fitted to: a brain has a million of 1 mm
+SMOOTHING_MM = 5.0  # width of the Gaussian that the residual is averaged with: what is finer is noise of the coordinates
+SMOOTHING_GROWTH, SMOOTHING_ROUNDS = 1.5, 8  # until nothing folds: 5 mm become 85 mm
+MINIMUM_JACOBIAN = 0.05  # a voxel of the brain that shrinks to less counts as folded
+DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual goes to 0, and the affine alone is left
+INVERSION_ROUNDS, INVERSION_TOLERANCE_MM = 60, 0.01
+
+
+def affine_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Apply a matrix of shape (4, 4) to points of shape (..., 3)."""
+    return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
+
+
+def grid_points(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """RAS mm of every voxel, shape (*shape, 3), float32."""
+    index = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"), axis=-1)
+    return affine_points(affine, index).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Warp:
+    """A smooth map of space: the point that each voxel of a grid goes to; between voxels linear, beyond the grid affine.
+
+    Attributes:
+        points: RAS mm, shape (H, W, D, 3).
+        affine: voxel indices of the grid to RAS mm, shape (4, 4).
+        matrix: the map far from the brain, shape (4, 4).
+    """
+
+    points: np.ndarray
+    affine: np.ndarray
+    matrix: np.ndarray
+
+    @cached_property
+    def residual(self) -> np.ndarray:
+        """What the map adds to its affine part, mm, shape (H, W, D, 3)."""
+        return np.asarray(self.points - affine_points(self.matrix, grid_points(self.points.shape[:3], self.affine)))
+
+    def residual_at(self, points: np.ndarray) -> np.ndarray:
+        """The residual at points of shape (..., 3), linearly interpolated, 0 beyond the grid."""
+        index = affine_points(np.linalg.inv(self.affine), points.reshape(-1, 3))
+        coordinates = torch.from_numpy(index.T.astype(np.float32)).reshape(1, 3, -1, 1, 1)
+        field = torch.from_numpy(self.residual.astype(np.float32)).movedim(-1, 0)[None]
+        return np.asarray(sample(field, coordinates)[0, :, :, 0, 0].T.numpy()).reshape(points.shape)
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Map points of shape (..., 3)."""
+        return affine_points(self.matrix, points) + self.residual_at(points)
+
+    @property
+    def displacement(self) -> np.ndarray:
+        """How far each voxel goes, mm in RAS, shape (H, W, D, 3)."""
+        return np.asarray(self.points - grid_points(self.points.shape[:3], self.affine))
+
+
+def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Affine map by least squares in which outliers count little (Huber's function, by reweighting).
+
+    Args:
+        source: points, shape (N, 3), N at least 4 and not in a plane.
+        target: where they go, shape (N, 3).
+
+    Returns:
+        Matrix of shape (4, 4) with target = matrix @ source.
+
+    Raises:
+        ValueError: if the points do not determine it.
+    """
+    step = max(1, len(source) // SAMPLES)
+    known = np.column_stack([source[::step], np.ones(len(source[::step]))]).astype(np.float64)
+    goal = target[::step].astype(np.float64)
+    if len(known) < 4 or np.linalg.matrix_rank(known - known.mean(axis=0), tol=1e-3) < 3:
+        raise ValueError(f"affine fit: points that fill a volume are needed, found {len(known)} that do not")
+    weight = np.ones(len(known))
+    matrix = np.eye(4)
+    for _ in range(ROUNDS):
+        weighted = known * weight[:, None]
+        matrix[:3] = np.linalg.solve(weighted.T @ known, weighted.T @ goal).T
+        error = np.linalg.norm(known @ matrix[:3].T - goal, axis=1)
+        weight = HUBER_MM / np.maximum(error, HUBER_MM)
+    return matrix
+
+
+def fit_warp(coordinates: np.ndarray, brain: np.ndarray, affine: np.ndarray, spacing_vox: int = 3) -> Warp:
+    """Smooth map to the template that follows predicted coordinates within the brain, and is affine far from it.
+
+    The residual of the affine fit is averaged with a Gaussian over the brain alone (normalised convolution), and with a wider one
+    as long as the map folds anywhere.
+
+    Args:
+        coordinates: predicted template RAS mm, shape (3, H, W, D).
+        brain: where they are to be believed, bool, shape (H, W, D).
+        affine: voxel indices to RAS mm, shape (4, 4).
+        spacing_vox: voxels per voxel of the result.
+
+    Returns:
+        The map on a coarser grid that covers the given one.
+
+    Raises:
+        ValueError: if there is not enough brain to fit an affine to.
+    """
+    from scipy.ndimage import gaussian_filter  # an optional dependency
+
+    voxels = np.argwhere(brain)
+    matrix = fit_affine(affine_points(affine, voxels), coordinates[:, brain].T)
+    coarse = affine @ np.diag([spacing_vox] * 3 + [1.0])
+    cut = tuple(slice(None, None, spacing_vox) for _ in range(3))
+    mask = brain[cut].astype(np.float32)
+    spread = affine_points(matrix, grid_points(mask.shape, coarse))
+    residual = (np.moveaxis(coordinates[(slice(None), *cut)], 0, -1) - spread) * mask[..., None]
+    # a coordinate that is far off is not smoothed but limited, as in the affine fit
+    length = np.linalg.norm(residual, axis=-1, keepdims=True)
+    limit = 5 * max(float(np.median(length[mask > 0])), HUBER_MM)
+    residual *= np.minimum(1.0, limit / np.maximum(length, 1e-6))
+    zooms = np.linalg.norm(coarse[:3, :3], axis=0)
+    sigma_mm = SMOOTHING_MM
+    for _ in range(SMOOTHING_ROUNDS):
+        sigma = sigma_mm / zooms
+        weight = gaussian_filter(mask, sigma, mode="constant")
+        smooth = np.stack([gaussian_filter(residual[..., i], sigma, mode="constant") for i in range(3)], axis=-1)
+        warp = Warp((spread + smooth / (weight + DECAY)[..., None]).astype(np.float32), coarse, matrix)
+        if fold_fraction(warp, minimum=MINIMUM_JACOBIAN) == 0:
+            break
+        sigma_mm *= SMOOTHING_GROWTH
+    return warp
+
+
+def fold_fraction(warp: Warp, where: np.ndarray | None = None, minimum: float = 0.0) -> float:
+    """Share of voxels whose Jacobian determinant is not above ``minimum`` times that of the affine part.
+
+    Args:
+        warp: the map.
+        where: voxels that count, bool, shape (H, W, D); None: all.
+        minimum: 0 counts what is folded or collapsed.
+    """
+    coordinates = torch.from_numpy(warp.points.astype(np.float32)).movedim(-1, 0)[None]
+    scale = np.linalg.det(warp.affine[:3, :3]) * np.linalg.det(warp.matrix[:3, :3])
+    determinant = jacobian_determinant(coordinates)[0, 0].numpy() / scale
+    counted = determinant if where is None else determinant[where]
+    return float((counted <= minimum).mean()) if counted.size else 0.0
+
+
+def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
+    """The inverse of a map, on a grid of its target space, by fixed-point iteration on the residual.
+
+    With y = A x + r(x), x = A^-1 (y - r(x)) is repeated from x = A^-1 y until no point moves by more than 0.01 mm.
+
+    Args:
+        warp: the map.
+        shape: size of the grid of the inverse.
+        affine: its voxel indices to RAS mm of the target space.
+    """
+    inverse = np.linalg.inv(warp.matrix)
+    goal = grid_points(shape, affine).reshape(-1, 3)
+    points = affine_points(inverse, goal)
+    for _ in range(INVERSION_ROUNDS):
+        better = affine_points(inverse, goal - warp.residual_at(points))
+        step = float(np.abs(better - points).max())
+        points = better
+        if step < INVERSION_TOLERANCE_MM:
+            break
+    return Warp(points.reshape(*shape, 3).astype(np.float32), affine, inverse)
+
+
+@lru_cache(maxsize=1)
+def load_template() -> tuple[np.ndarray, np.ndarray]:
+    """The MNI152 T1 that nilearn ships, brain only, 1 mm: intensities, shape (H, W, D), and affine to RAS mm."""
+    from nilearn.datasets import load_mni152_template  # an optional dependency, and slow to import
+
+    image: Any = load_mni152_template(resolution=1)
+    return np.asarray(image.get_fdata(dtype=np.float32)), np.asarray(image.affine, dtype=np.float64)

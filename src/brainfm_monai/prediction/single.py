@@ -1,0 +1,111 @@
+"""One image in Python: the maps as tensors instead of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import MetaTensor, list_data_collate
+
+from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, compute_volumes_mm3, fit_scan_to_template, resample
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.transforms import ScanError
+
+__all__ = ["predict"]
+
+
+def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict[str, Any]:
+    """Predict every map of one scan.
+
+    Args:
+        image: path of a scan (anything that the command takes as one); or a nibabel image; or a MetaTensor of shape (1, H, W, D).
+        bundle: folder of the bundle.
+        overrides: any value of configs/inference.json by its name, such as ``mode="brain"``, ``weights=path``,
+            ``device=torch.device("cpu")``.
+
+    Returns:
+        In the grid of the scan, as MetaTensors of shape (C, H, W, D): ``segmentation`` (uint8 labels), ``entropy`` and every
+        other task of the network by its name, ``bias_field`` for ``log_bias_field``. Beside them ``volumes_mm3`` (soft) and
+        ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI
+        coordinates or brain), ``warnings`` and ``layout``.
+
+    Raises:
+        ScanError: if the scan cannot be used.
+        FileNotFoundError: if there is no such bundle.
+        ValueError: if a setting or the weights do not fit.
+    """
+    configs = Path(bundle) / "configs"
+    if not (configs / "inference.json").is_file():
+        raise FileNotFoundError(
+            f"{configs / 'inference.json'}: a config of the bundle is needed, found no such file: pass bundle=FOLDER"
+        )
+    with TemporaryDirectory() as folder:
+        path = _as_file(image, Path(folder))
+        workflow = ConfigWorkflow(
+            workflow_type="inference",
+            config_file=str(configs / "inference.json"),
+            meta_file=str(configs / "metadata.json"),
+            logging_file=False,
+            **{"bundle_root": str(bundle), "scans": [{"image": str(path), "name": "scan"}], **overrides},
+        )
+        try:
+            workflow.initialize()
+            item = _run(workflow.parser)
+        except SystemExit as end:  # the config's own way of telling of wrong weights
+            raise ValueError(str(end)) from end
+        except RuntimeError as error:  # MONAI's way of telling that a transform failed
+            raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
+        return _describe(item, workflow.parser.get_parsed_content("layout"), workflow.parser.get_parsed_content("settings"), path)
+
+
+def _as_file(image: Any, folder: Path) -> Path:
+    """The scan as a file; an image in memory is written, so that it takes the same way as any other."""
+    if isinstance(image, str | Path):
+        return Path(image)
+    if isinstance(image, MetaTensor):
+        image = nib.Nifti1Image(np.asarray(image.as_tensor().cpu())[0], np.asarray(image.affine))
+    path = folder / "scan.nii"
+    nib.save(image, path)
+    return path
+
+
+def _run(parser: ConfigParser) -> dict[str, Any]:
+    evaluator = parser.get_parsed_content("evaluator")
+    evaluator.data_loader = [list_data_collate([parser.get_parsed_content("dataset")[0]])]
+    evaluator.state.epoch_length = 1
+    evaluator.logger.disabled = True
+    evaluator.run()
+    item: dict[str, Any] = evaluator.state.output[0]
+    return item
+
+
+def _describe(item: dict[str, Any], layout: TaskLayout, settings: RunSettings, path: Path) -> dict[str, Any]:
+    labels: MetaTensor = item["pred"]
+    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in ("image", "pred")}
+    affine = np.asarray(labels.affine, dtype=np.float64)
+    array = np.asarray(labels[0].cpu(), dtype=np.uint8)
+    soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
+    scan = ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
+    names = [s.name for s in layout.protocol.structures[1:]]
+    hard = compute_volumes_mm3(array, affine, len(layout.protocol))
+    found: dict[str, Any] = {
+        name: resample(value.cpu(), array.shape, affine) for name, value in maps.items() if name != "segmentation"
+    }
+    try:
+        matrix = fit_scan_to_template(scan).matrix if "mni" in maps else None
+    except ValueError:  # no brain
+        matrix = None
+    return {
+        "segmentation": labels.cpu().to(torch.uint8),
+        **found,
+        "volumes_mm3": dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
+        "hard_volumes_mm3": dict(zip(names, hard[1:].tolist(), strict=True)),
+        "affine_to_template": matrix,
+        "warnings": collect_warnings(scan),
+        "layout": layout,
+    }

@@ -1,0 +1,203 @@
+"""What is computed for the files: surfaces, the fit to the template, images, and warnings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from brainfm_monai.outputs import ScanResult, collect_warnings, extract_surface, write_quality, write_synthetic_images
+from brainfm_monai.outputs.images import insert_lesions, sharpen
+from brainfm_monai.outputs.result import RunSettings
+from brainfm_monai.outputs.surfaces import compute_ribbon, compute_thickness_mm
+from brainfm_monai.outputs.template import Warp, affine_points, fit_affine, fit_warp, fold_fraction, grid_points, invert_warp
+from brainfm_monai.tasks import TaskLayout
+
+LAYOUT = TaskLayout(["segmentation", "mni"], "synthseg_head")
+LEFT, RIGHT = 6, 20  # cortex
+
+
+def ball(shape: tuple[int, int, int], centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+    return np.asarray(np.linalg.norm(index - np.array(centre), axis=-1) - radius, dtype=np.float32)
+
+
+def test_a_surface_is_the_largest_piece_closed_and_its_euler_number_counts_handles() -> None:
+    near = np.minimum(ball((30, 30, 30), (10, 14, 14), 8.2), ball((30, 30, 30), (25, 14, 14), 2.3))
+    surface = extract_surface(near, np.eye(4))
+    assert surface is not None
+    assert surface.components == 2
+    assert surface.euler_number == 2
+    assert np.linalg.norm(surface.vertices_mm - [10, 14, 14], axis=1).max() < 8.4
+    assert surface.area_mm2 == pytest.approx(4 * np.pi * 8.2**2, rel=0.02)
+    index = np.stack(np.meshgrid(*(np.arange(30),) * 3, indexing="ij"), axis=-1) - 14.5
+    ring = np.hypot(np.hypot(index[..., 0], index[..., 1]) - 9, index[..., 2]) - 3
+    torus = extract_surface(ring, np.eye(4))
+    assert torus is not None
+    assert torus.euler_number == 0
+    cut = extract_surface(ball((20, 30, 30), (0, 14, 14), 8.2), np.eye(4))  # half of it lies outside the image
+    assert cut is not None
+    assert cut.euler_number == 2
+    assert extract_surface(np.ones((5, 5, 5), dtype=np.float32), np.eye(4)) is None
+
+
+def test_ribbon_and_thickness_of_two_shells() -> None:
+    shape = (40, 20, 20)
+    distance = {"lp": ball(shape, (10, 10, 10), 8), "rp": ball(shape, (29, 10, 10), 8)}
+    distance |= {"lw": distance["lp"] + 2.5, "rw": distance["rp"] + 3.0}
+    ribbon = compute_ribbon(distance)
+    assert (ribbon[10, 10, 10], ribbon[29, 10, 10], ribbon[3, 10, 10], ribbon[36, 10, 10], ribbon[0, 0, 0]) == (2, 41, 3, 42, 0)
+    thickness = compute_thickness_mm(distance, ribbon)
+    np.testing.assert_allclose(thickness[ribbon == 3], 2.5, atol=1e-4)
+    np.testing.assert_allclose(thickness[ribbon == 42], 3.0, atol=1e-4)
+    assert not thickness[(ribbon != 3) & (ribbon != 42)].any()
+
+
+MATRIX = np.array([[1.1, 0.1, 0, 4], [-0.05, 0.9, 0.1, -6], [0.02, -0.1, 1.05, 9], [0, 0, 0, 1]])
+
+
+def test_outliers_do_not_move_the_affine() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-60, 60, (3000, 3))
+    goal = affine_points(MATRIX, points) + rng.normal(0, 0.5, (3000, 3))
+    goal[:500] += rng.uniform(40, 90, (500, 3))
+    found = fit_affine(points, goal)
+    assert np.linalg.norm(affine_points(found, points) - affine_points(MATRIX, points), axis=1).max() < 1.0
+    with pytest.raises(ValueError, match="affine fit: points that fill a volume are needed, found 3"):
+        fit_affine(points[:3], goal[:3])
+
+
+def test_a_warp_without_folds_comes_out_of_coordinates_with_folds_and_has_an_inverse() -> None:
+    shape, affine = (36, 40, 32), np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = (-36, -40, -32)
+    rng = np.random.default_rng(0)
+    brain = ball(shape, (18, 20, 16), 13) < 0
+    noisy = affine_points(MATRIX, grid_points(shape, affine)) + rng.normal(0, 3.0, (*shape, 3))
+    assert fold_fraction(Warp(noisy, affine, MATRIX), brain) > 0.1
+    warp = fit_warp(np.moveaxis(noisy, -1, 0), brain, affine, spacing_vox=1)
+    assert fold_fraction(warp) == 0
+    error = np.linalg.norm(warp.points - affine_points(MATRIX, grid_points(shape, affine)), axis=-1)
+    assert error[brain].mean() < 0.5
+    back = invert_warp(
+        warp, (30, 30, 30), np.diag([2.0, 2.0, 2.0, 1.0]) - np.pad(np.array([[30.0], [30], [30]]), ((0, 1), (3, 0)))
+    )
+    round_trip = warp(back.points) - grid_points((30, 30, 30), back.affine)
+    assert np.abs(round_trip).max() < 0.05
+    mirrored = Warp(warp.points[::-1], affine, MATRIX)
+    assert fold_fraction(mirrored) > 0.99
+
+
+def test_lesions_keep_their_contrast_to_tissue_and_nothing_else_changes() -> None:
+    rng = np.random.default_rng(0)
+    tissue = rng.uniform(0.3, 0.6, (16, 16, 16))
+    lesions = ball((16, 16, 16), (8, 8, 8), 3) < 0
+    scan = np.where(lesions, 0.9, tissue)  # bright lesions
+    synthetic = (1 - tissue).astype(np.float32)  # the other contrast
+    found = insert_lesions(synthetic, scan, lesions, np.ones_like(lesions))
+    np.testing.assert_allclose(found[lesions], 0.1, atol=1e-3)  # dark there
+    np.testing.assert_array_equal(found[~lesions], synthetic[~lesions])
+    np.testing.assert_array_equal(insert_lesions(synthetic, scan, np.zeros_like(lesions), lesions), synthetic)
+
+
+def test_sharpening_raises_edges_and_zero_is_the_identity() -> None:
+    step = np.zeros((12, 12, 12), dtype=np.float32)
+    step[6:] = 1
+    np.testing.assert_array_equal(sharpen(step, 0), step)
+    assert sharpen(step, 0.5).max() > 1.1
+    assert sharpen(step, 0.5).mean() == pytest.approx(step.mean(), abs=1e-6)
+
+
+def make_scan(folder: Path, labels: np.ndarray, affine: np.ndarray, layout: TaskLayout = LAYOUT, **maps: Any) -> ScanResult:
+    """A scan whose maps lie in its own grid."""
+    tensors = {
+        name: MetaTensor(torch.as_tensor(value), affine=torch.from_numpy(affine))
+        for name, value in {"segmentation": labels[None], **maps}.items()
+    }
+    nib.save(nib.Nifti1Image(labels.astype(np.float32) + 1, affine), folder / "scan.nii")
+    return ScanResult("scan", folder / "scan.nii", folder, layout, labels, affine, tensors)
+
+
+def test_synthetic_images_are_written_in_their_units(tmp_path: Path) -> None:
+    layout = TaskLayout(["segmentation", "T1w", "CT"], "synthseg_head")  # no weights predict these yet
+    labels = np.zeros((6, 7, 8), dtype=np.uint8)
+    labels[2:4, 2:4, 2:4] = LEFT
+    t1w, ct = np.full((1, 6, 7, 8), 0.25, np.float32), np.full((1, 6, 7, 8), 37.4, np.float32)
+    write_synthetic_images(make_scan(tmp_path, labels, np.eye(4), layout, T1w=t1w, CT=ct))
+    assert sorted(f.name for f in tmp_path.glob("*.nii.gz")) == [
+        "scan_desc-synthetic_T1w.nii.gz",
+        "scan_desc-synthetic_ct.nii.gz",
+    ]
+    found: Any = nib.load(tmp_path / "scan_desc-synthetic_ct.nii.gz")
+    np.testing.assert_allclose(found.get_fdata(), 37)
+    found = nib.load(tmp_path / "scan_desc-synthetic_T1w.nii.gz")
+    np.testing.assert_allclose(found.get_fdata(), 0.25, atol=1e-4)
+
+
+def head(left_first: bool = False, top: int = 26) -> np.ndarray:
+    """Two blocks of cortex of 1.1 litres in voxels of 4 mm; right at low indices of the first axis, which runs to the right."""
+    labels = np.zeros((40, 46, 34), dtype=np.uint8)
+    labels[6:20, 6:40, 6:top], labels[20:34, 6:40, 6:top] = (LEFT, RIGHT) if left_first else (RIGHT, LEFT)
+    return labels
+
+
+LPS = np.array([[-4.0, 0, 0, 80], [0, -4.0, 0, 92], [0, 0, 4.0, -68], [0, 0, 0, 1]])
+RAS = np.array([[4.0, 0, 0, -80], [0, 4.0, 0, -92], [0, 0, 4.0, -68], [0, 0, 0, 1]])
+
+
+def coordinates(affine: np.ndarray, matrix: np.ndarray | None = None) -> np.ndarray:
+    points = affine_points(np.eye(4) if matrix is None else matrix, grid_points((40, 46, 34), affine))
+    return np.moveaxis(points, -1, 0).astype(np.float32)
+
+
+def test_a_good_scan_is_warned_of_by_nothing(tmp_path: Path) -> None:
+    entropy = np.zeros((1, 40, 46, 34), dtype=np.float32)
+    assert collect_warnings(make_scan(tmp_path, head(), LPS, mni=coordinates(LPS), entropy=entropy)) == []
+
+
+def test_what_is_wrong_is_told(tmp_path: Path) -> None:
+    swapped = collect_warnings(make_scan(tmp_path, head(left_first=True), LPS))
+    assert swapped == ["left and right contradict the affine: structures of the left side lie to the right"]
+    cut = collect_warnings(make_scan(tmp_path, head()[:, :, 12:], LPS))
+    assert any(w.startswith("part of the brain is out of view") and "inferior side" in w for w in cut)
+    small = collect_warnings(make_scan(tmp_path, head(), LPS @ np.diag([0.4, 0.4, 0.4, 1])))
+    assert any(w.startswith("implausible intracranial volume: ") for w in small)
+    one_side = head()
+    one_side[20:30][one_side[20:30] == LEFT] = 0
+    assert any(
+        w.startswith("left and right differ: Cerebral-Cortex") for w in collect_warnings(make_scan(tmp_path, one_side, LPS))
+    )
+    mirrored = coordinates(RAS, np.diag([-1.0, 1, 1, 1]))
+    told = collect_warnings(make_scan(tmp_path, head(left_first=True), RAS, mni=mirrored))
+    assert told == ["left and right contradict the affine: the head is mirrored on its way to the template"]
+    upside_down = coordinates(RAS, np.diag([-1.0, 1, -1, 1]))
+    told = collect_warnings(make_scan(tmp_path, head(left_first=True), RAS, mni=upside_down))
+    assert told == ["the head lies 180 degrees from the axes of the affine: the orientation may be wrong"]
+    vague = np.full((1, 40, 46, 34), 0.4, dtype=np.float32)
+    assert any(
+        "mean entropy within the brain is 0.40" in w for w in collect_warnings(make_scan(tmp_path, head(), LPS, entropy=vague))
+    )
+    assert collect_warnings(make_scan(tmp_path, np.zeros((40, 46, 34), np.uint8), LPS)) == ["no brain was found in this scan"]
+
+
+def test_a_mode_that_leaves_a_side_out_does_not_miss_it(tmp_path: Path) -> None:
+    labels = head()
+    labels[labels == RIGHT] = 0
+    scan = make_scan(tmp_path, labels, LPS)
+    half = ScanResult("s", scan.source, tmp_path, LAYOUT, labels, LPS, scan.maps, settings=RunSettings(mode="left_hemisphere"))
+    assert collect_warnings(half) == []
+
+
+def test_entropy_is_told_for_each_structure(tmp_path: Path) -> None:
+    labels = head()
+    entropy = np.where(labels == LEFT, 0.1, 0.3)[None].astype(np.float32)
+    scan = make_scan(tmp_path, labels, LPS, entropy=entropy)
+    write_quality(scan)
+    rows = [line.split("\t") for line in (tmp_path / "scan_qc.tsv").read_text().splitlines()]
+    mean = {row[1]: row[2] for row in rows[1:]}
+    assert (mean["Left-Cerebral-Cortex"], mean["Right-Cerebral-Cortex"], mean["Left-Thalamus"]) == ("0.1000", "0.3000", "n/a")
+    assert scan.summary["brain_entropy"] == pytest.approx(0.2)

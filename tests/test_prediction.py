@@ -1,0 +1,205 @@
+"""Which outputs, which share of a list, many scans with broken ones among them, an interrupted run, and one image in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+import brainfm_monai
+from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
+from brainfm_monai.prediction import OUTPUTS, local_device, select_outputs, share_of
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.transforms import ScanError
+
+FEATURES = [8, 8, 16]
+LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a tiny network: only whether files are whole matters here."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MultiTaskNet(TwoScaleUNet(1, FEATURES), LAYOUT, stride=2)
+    path = tmp_path_factory.mktemp("weights") / "random.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def write_scan(path: Path, seed: int = 0, size: int = 20) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).random((size, size + 2, size - 3)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.diag([1.5, 1.2, 2.0, 1.0])), path)
+    return path
+
+
+def test_outputs_are_chosen_by_name() -> None:
+    everything = select_outputs("all", LAYOUT)
+    assert list(everything) == [name for name in OUTPUTS if name != "contrasts"]
+    assert list(select_outputs("report, volumes", LAYOUT)) == ["volumes", "report"]  # in the table's order
+    assert list(select_outputs(["contrasts"], TaskLayout(["segmentation", "CT"]))) == ["contrasts"]
+    assert "contrasts" in select_outputs("all", TaskLayout(["segmentation", "T1w"]))
+    with pytest.raises(ValueError, match=r"outputs: 'all' or names out of segmentation, .* are needed, found thickness"):
+        select_outputs("volumes,thickness", LAYOUT)
+    with pytest.raises(
+        ValueError, match=r"outputs: 'contrasts' needs a network that predicts T1w or .*, found one for segmentation, "
+    ):
+        select_outputs("contrasts", LAYOUT)
+
+
+@pytest.mark.parametrize(("count", "shards", "world"), [(20, 3, 1), (7, 4, 2), (2, 4, 3), (0, 2, 2)])
+def test_shares_hold_every_scan_once(count: int, shards: int, world: int) -> None:
+    shares = [
+        share_of(count, f"{shard}/{shards}", {"RANK": str(rank), "WORLD_SIZE": str(world)})
+        for shard in range(1, shards + 1)
+        for rank in range(world)
+    ]
+    assert sorted(number for share in shares for number in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 2
+
+
+def test_a_wrong_shard_is_refused() -> None:
+    for wrong in ("0/4", "5/4", "1", "a/b", "1/0"):
+        with pytest.raises(ValueError, match="shard: i/n with i from 1 to n is needed, found"):
+            share_of(4, wrong, {})
+    assert share_of(3, None, {}) == [0, 1, 2]
+
+
+def test_the_device_is_a_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert local_device() == torch.device("cuda", 2)
+
+
+def command(repository: Path, weights: Path, source: Path, output: Path, *more: str) -> list[str]:
+    bundle = repository / "bundle"
+    start = [sys.executable, "-m", "brainfm_monai", "predict", str(source), str(output), "--bundle", str(bundle)]
+    settings = ["--weights", str(weights), "--network_def#backbone#features", str(FEATURES), "--device", "$torch.device('cpu')"]
+    return [*start, *settings, "--precision", "float32", "--outputs", "segmentation,volumes,distance", *more]
+
+
+def finished(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix("_finished.json") for path in folder.glob("*/*_finished.json"))
+
+
+def rows_of(table: Path) -> dict[str, list[str]]:
+    return {line.split("\t")[0]: line.split("\t") for line in table.read_text().splitlines()[1:]}
+
+
+def test_twenty_scans_with_two_broken_ones_survive_a_kill(repository: Path, weights: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    for number in range(18):
+        write_scan(source / f"scan{number:02d}.nii.gz", number, size=40)
+    (source / "broken_text.nii").write_text("this is not an image\n" * 50)
+    cut = write_scan(source / "broken_cut.nii.gz", 5, size=40)
+    cut.write_bytes(cut.read_bytes()[:9000])
+
+    process = subprocess.Popen(command(repository, weights, source, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while len(finished(output)) < 6 and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    first = finished(output)
+    assert 6 <= len(first) < 18
+    times = {name: (output / name / f"{name}_finished.json").stat().st_mtime_ns for name in first}
+    for name in first:  # what is there is whole
+        marker = json.loads((output / name / f"{name}_finished.json").read_text())
+        assert sorted(marker["files"]) == sorted(
+            f.name for f in (output / name).iterdir() if not f.name.endswith("_finished.json")
+        )
+
+    done = subprocess.run(command(repository, weights, source, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{len(first)} of 20 scans are finished already and are skipped" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("2 of 20 scans failed; the others are done")
+    for name in ("broken_text.nii", "broken_cut.nii.gz"):
+        assert f"{source / name}: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert finished(output) == [f"scan{number:02d}" for number in range(18)]
+    assert all((output / name / f"{name}_finished.json").stat().st_mtime_ns == times[name] for name in first)
+    assert not (output / ".partial").exists()
+    for folder in output.glob("scan*"):
+        assert len(list(folder.iterdir())) == 16
+        for file in folder.glob("*.nii.gz"):
+            image: Any = nib.load(file)
+            assert np.isfinite(image.get_fdata()).all()
+    rows = rows_of(output / "summary.tsv")
+    assert [name for name, row in rows.items() if row[2] == "failed"] == ["broken_cut", "broken_text"]
+    assert sum(row[2] == "done" for row in rows.values()) == 18
+
+
+def test_shards_do_their_share_and_the_summary_tells_of_all(repository: Path, weights: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    for number in range(3):
+        write_scan(source / f"scan{number}.nii.gz", number)
+    subprocess.run(command(repository, weights, source, output, "--shard", "2/2"), check=True, capture_output=True)
+    assert finished(output) == ["scan1"]
+    assert [row[2] for row in rows_of(output / "summary.tsv").values()] == ["missing", "done", "missing"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *command(repository, weights, source, output)[1:],
+    ]
+    subprocess.run([sys.executable, *launch], check=True, capture_output=True)
+    assert finished(output) == ["scan0", "scan1", "scan2"]
+
+
+@pytest.fixture(scope="module")
+def settings(repository: Path, weights: Path) -> dict[str, Any]:
+    return {
+        "bundle": str(repository / "bundle"),
+        "weights": str(weights),
+        "network_def#backbone#features": FEATURES,
+        "device": torch.device("cpu"),
+        "bfloat16": False,
+    }
+
+
+def test_one_image_in_python(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = write_scan(tmp_path / "scan.nii.gz")
+    found = brainfm_monai.predict(path, **settings)
+    stored: Any = nib.load(path)
+    for name, channels in {"segmentation": 1, "entropy": 1, "distance": 4, "bias_field": 1, "mni": 3}.items():
+        assert found[name].shape == (channels, *stored.shape)
+        np.testing.assert_allclose(found[name].affine, stored.affine, atol=1e-5)
+    labels = found["segmentation"].numpy()[0]
+    names = [s.name for s in found["layout"].protocol.structures]
+    for label in np.unique(labels)[1:]:
+        assert found["hard_volumes_mm3"][names[label]] == pytest.approx((labels == label).sum() * 1.5 * 1.2 * 2.0)
+    assert set(found["volumes_mm3"]) == set(names[1:])
+    in_memory = brainfm_monai.predict(stored, **settings)
+    tensor = MetaTensor(torch.from_numpy(np.asarray(stored.dataobj))[None], affine=torch.from_numpy(stored.affine))
+    as_tensor = brainfm_monai.predict(tensor, **settings)
+    for other in (in_memory, as_tensor):
+        np.testing.assert_array_equal(other["segmentation"].numpy(), found["segmentation"].numpy())
+    brain = brainfm_monai.predict(path, mode="brain", **settings)
+    ids = found["layout"].protocol.freesurfer_ids[np.unique(brain["segmentation"].numpy())]
+    assert ids.max() < 500
+
+
+def test_python_tells_what_is_wrong(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"inference\.json: a config of the bundle is needed"):
+        brainfm_monai.predict(tmp_path / "scan.nii", bundle=str(tmp_path))
+    with pytest.raises(ScanError, match=r"none\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed"):
+        brainfm_monai.predict(tmp_path / "none.nii", **settings)
+    with pytest.raises(ValueError, match="the weights must fit the network"):
+        brainfm_monai.predict(write_scan(tmp_path / "scan.nii"), **{**settings, "network_def#backbone#features": [8, 8, 8]})
