@@ -147,12 +147,12 @@ def test_names_for_validation_may_be_separated_by_commas(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def write_datalist(root: str, **settings: Any) -> Path:
-        given.update(settings, root=root)
+    def write_datalist(root: list[str], path: str, **settings: Any) -> Path:
+        given.update(settings, root=root, path=path)
         return tmp_path / "datalist.json"
 
     monkeypatch.setattr(datalist_module, "write_datalist", write_datalist)
     call(monkeypatch, "data", "list", "prepared", "--validation", "training_seg_18,training_seg_19")
-    assert given["root"] == "prepared"
+    assert (given["root"], given["path"]) == (["prepared"], "datalist.json")
     assert list(given["validation"]) == ["training_seg_18", "training_seg_19"]
     assert capsys.readouterr().out.strip() == str(tmp_path / "datalist.json")

@@ -115,6 +115,8 @@ def test_mixtures_follow_the_distance() -> None:
     distance[0, 0, :, 0] = np.array([-4.1, -2.1, -1.6, -0.1, 0.9, 1.9])  # left pial
     labels, _ = make_generation_labels(ids, distance)
     np.testing.assert_array_equal(labels[0, 0], [2, 150 + 10, 150 + 35, 200 + 20, 24, 24])
+    distance[0, 0, 2, :2] = (-0.3, -0.2)  # thin cortex, both surfaces in one voxel: the white one counts
+    assert make_generation_labels(ids, distance)[0][0, 0, 2] == 150 + 15
 
 
 def test_unreadable_scans_are_named(tmp_path: Path) -> None:
