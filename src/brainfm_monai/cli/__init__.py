@@ -13,6 +13,7 @@ from brainfm_monai import __version__
 from brainfm_monai.cli.bundle import evaluate, predict, train
 from brainfm_monai.cli.preview import preview
 from brainfm_monai.cli.subjects import demo_scans, list_subjects, prepare_labels
+from brainfm_monai.cli.weights import export, import_weights
 
 __all__ = ["COMMANDS", "main"]
 
@@ -29,6 +30,8 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "preview": preview,
     "train": train,
     "evaluate": evaluate,
+    "import-weights": import_weights,
+    "export": export,
     "demo-scans": demo_scans,
     "version": version,
 }

@@ -24,6 +24,8 @@ class Head(nn.Conv3d):
         """Map features of shape (B, in_channels, H, W, D) to (B, out_channels, H, W, D) in the precision of the weights."""
         if torch.jit.is_scripting():  # TorchScript has no autocast of a device that is not known beforehand
             return self._conv_forward(x, self.weight, self.bias)
+        if not torch.amp.is_autocast_available(x.device.type):
+            return super().forward(x.to(self.weight.dtype))
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 

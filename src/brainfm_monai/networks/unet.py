@@ -51,11 +51,12 @@ class ResidualBlock(nn.Module):
         self.second = nn.Sequential(
             nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1, bias=False), _group_norm(out_channels)
         )
+        self.activation = nn.LeakyReLU(RESIDUAL_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W, D) to (B, out_channels, H, W, D)."""
         x = self.projection(x)
-        return nnf.leaky_relu(self.second(self.first(x)) + x, RESIDUAL_SLOPE)
+        return self.activation(self.second(self.first(x)) + x)
 
 
 def _check_levels(name: str, features: Sequence[int]) -> None:
