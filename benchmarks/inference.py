@@ -3,9 +3,9 @@
     python benchmarks/inference.py [bundle] [published] [agreement]
 
 Each line is measured in a process of its own, so that its peak memory is its own; CPU seconds beside the time on the wall tell
-whether the machine was otherwise busy. The network of the published size (264,063,138 parameters in its backbone, 160^3 voxels) has
-random weights: time and memory do not depend on their values. The agreement of bfloat16 with float32 does, and is measured with the
-bundle's own weights on the MNI152 T1 that nilearn ships.
+whether the machine was otherwise busy. The network of the published size (264,063,138 parameters in its backbone, 160^3 voxels)
+has random weights: time and memory do not depend on their values. The agreement of bfloat16 with float32 does, and is measured
+with the bundle's own weights on the MNI152 T1 that nilearn ships.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEAD = (192, 224, 192)  # voxels of 1 mm
 CUBE = (160, 160, 160)  # voxels, of the published training
 TASKS = ["segmentation", "T1w", "T2w", "FLAIR", "CT", "log_bias_field", "distance", "mni"]
 # memory mode, mirror averaging, bfloat16; the first line is the reference: the published way
-PUBLISHED = [("whole", False, False), ("whole", False, True), ("low", False, True), ("low", False, False)]
+PUBLISHED = [("whole", False, False), ("low", False, True), ("whole", False, True), ("low", False, False)]
 OWN = [("low", True, True), ("low", False, True), ("slabs", True, True), ("slabs", False, True), ("low", True, False)]
 
 
@@ -111,7 +111,8 @@ def processor() -> str:
 def main(parts: list[str]) -> None:
     """Print a table."""
     print(
-        f"{processor()}, {THREADS} threads; Python {platform.python_version()}, torch {torch.__version__}, monai {monai.__version__}"
+        f"{processor()}, {THREADS} threads; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, monai {monai.__version__}"
     )
     print(f"bfloat16 in hardware: {fast_bfloat16(CPU)}\n")
     if set(parts) & {"bundle", "published"}:
