@@ -26,12 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synthesis": TABLES | {"functional"},
     "networks": set(TABLES),
     "weights": TABLES | {"networks"},
+    "exports": {"weights"},
     "losses": TABLES | {"functional"},
     "metrics": set(TABLES),
     "transforms": TABLES | {"functional", "synthesis"},
     "engines": TABLES | {"synthesis", "losses"},
     "handlers": TABLES | {"losses", "metrics"},
-    "inferers": set(TABLES),
+    "inferers": TABLES | {"networks"},
     "outputs": TABLES | {"functional", "transforms"},
     "report": TABLES | {"outputs"},
     "preview": TABLES | {"synthesis", "data"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
 
 # what only extras bring: the package itself has to start without
-OPTIONAL = ["matplotlib", "nilearn", "pandas", "edt", "skimage", "scipy", "sklearn", "igl", "tensorboard", "tqdm"]
+OPTIONAL = ["matplotlib", "nilearn", "pandas", "edt", "skimage", "scipy", "sklearn", "igl", "tensorboard", "tqdm", "psutil"]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
 OPTIONAL_ROOMS = {"data", "prediction", "preview", "report"}  # the extras prepare and report
 

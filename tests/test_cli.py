@@ -10,9 +10,12 @@ from typing import Any
 
 import monai.bundle
 import pytest
+import torch
 
 from brainfm_monai import __version__, cli
 from brainfm_monai.data import datalist as datalist_module
+from brainfm_monai.networks import MultiTaskNet, UNet
+from brainfm_monai.tasks import TaskLayout
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -97,12 +100,12 @@ def test_predict_hands_on_its_choices(
 ) -> None:
     bundle = repository / "bundle"
     options = ["--outputs", "volumes,report", "--participant_label", "01,02", "--precision", "float32", "--mirror", "False"]
-    options += ["--shard", "2/4", "--grid", "1mm", "--frame", "mean", "--mode", "brain"]
+    options += ["--shard", "2/4", "--grid", "1mm", "--frame", "mean", "--mode", "brain", "--memory", "slabs"]
     call(monkeypatch, "predict", "bids", "out", "participant", "--bundle", str(bundle), *options)
     (settings,) = bundle_runs
     assert (list(settings["outputs"]), settings["participant_label"]) == (["volumes", "report"], "01,02")
     assert settings["bfloat16"] is False
-    assert settings["inferer#inferer"]["_target_"].endswith("WholeVolumeInferer")
+    assert (settings["mirror"], settings["memory"]) == (False, "slabs")
     assert [settings[key] for key in ("shard", "grid", "frame", "mode")] == ["2/4", "1mm", "mean", "brain"]
 
 
@@ -156,3 +159,36 @@ def test_names_for_validation_may_be_separated_by_commas(
     assert (given["root"], given["path"]) == (["prepared"], "datalist.json")
     assert list(given["validation"]) == ["training_seg_18", "training_seg_19"]
     assert capsys.readouterr().out.strip() == str(tmp_path / "datalist.json")
+
+
+def test_import_weights_tells_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"backbone.encoders.0.x": torch.zeros(1)}
+    torch.save({"model": state}, tmp_path / "broken.pth")
+    with pytest.raises(SystemExit, match=r"brainfm-monai: .*broken\.pth: a kernel of 3 dimensions|at least two levels"):
+        call(monkeypatch, "import-weights", str(tmp_path / "broken.pth"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    network = MultiTaskNet(UNet(1, (8, 16), unit_norm=True), TaskLayout(["CT"], "brainfm"))
+    names = {"0.0": "SingleConv1.groupnorm", "0.1": "SingleConv1.conv", "1.0": "SingleConv2.groupnorm", "1.1": "SingleConv2.conv"}
+    published = {}
+    for key, tensor in network.state_dict().items():
+        part, *rest = key.split(".")
+        if part == "backbone":
+            arm, level, unit, layer, kind = rest
+            key = f"backbone.{arm}.{level}.basic_module.{names[f'{unit}.{layer}']}.{kind}"
+        published[key.replace("head.", "head.final_conv_CT.")] = tensor
+    torch.save({"model": published}, tmp_path / "brainfm.pth")
+    call(monkeypatch, "import-weights", str(tmp_path / "brainfm.pth"), str(tmp_path / "out"))
+    assert capsys.readouterr().out.startswith("BrainFM: CT; licence of the authors")
+    written = torch.load(tmp_path / "out/model.pt", weights_only=True)
+    for key, tensor in network.state_dict().items():
+        torch.testing.assert_close(written[key], tensor, rtol=0, atol=0)
+
+
+def test_export_writes_the_bundles_network(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, "export", str(tmp_path / "model.ts"), "--bundle", str(repository / "bundle"))
+    assert capsys.readouterr().out.strip() == str(tmp_path / "model.ts")
+    assert (tmp_path / "model.ts").stat().st_size > 1e6

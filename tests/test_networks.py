@@ -1,10 +1,25 @@
 """All networks here are tiny and random."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as nnf
+from monai.bundle import ConfigParser
 
-from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet, UNet
+from brainfm_monai.networks import (
+    LIBRARY,
+    FeatureMap,
+    MultiTaskNet,
+    ResidualUNet,
+    TwoScaleUNet,
+    UNet,
+    has_slabs,
+    library_backbone,
+    slab_features,
+    slabs,
+)
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"])
@@ -77,3 +92,107 @@ def test_messages() -> None:
         UNet(features=(8,))
     with pytest.raises(ValueError, match="'stride' must be at least 1, got 0"):
         MultiTaskNet(UNet(features=(8, 16)), LAYOUT, stride=0)
+
+
+def test_the_residual_unet_has_supersynths_number_of_parameters_per_block() -> None:
+    with torch.device("meta"):
+        net = ResidualUNet(1, (64, 128))
+    block = 1 * 64 + 64 + 2 * (64 * 64 * 27 + 2 * 64)  # projection with bias, two convolutions, two group normalisations
+    assert sum(p.numel() for p in net.encoders[0].parameters()) == block
+    decoder = (64 + 128) * 64 * 27 + 64 * 64 * 27 + 2 * 2 * 64
+    assert sum(p.numel() for p in net.decoders[0].parameters()) == decoder
+
+
+def test_the_head_computes_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    net = MultiTaskNet(UNet(features=(8, 16)), LAYOUT).eval()
+    image = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output, features = net(image), net.features(image)
+    assert features.dtype == torch.bfloat16
+    assert output.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(output, net.head(features.float()), rtol=0, atol=0)
+
+
+def test_the_feature_map_has_length_one_and_the_direction_of_the_features() -> None:
+    torch.manual_seed(0)
+    net = MultiTaskNet(UNet(features=(8, 16)), LAYOUT, stride=2).eval()
+    image = torch.rand(1, 1, 8, 12, 16)
+    with torch.no_grad():
+        found, features = FeatureMap(net)(image), net.features(image)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(1, 8, 12, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found * features.norm(dim=1, keepdim=True), features, atol=1e-5, rtol=1e-5)
+
+
+BACKBONES = {
+    "UNet": UNet(1, (8, 16, 24)),
+    "UNet of length one": UNet(1, (8, 16, 24), unit_norm=True),
+    "ResidualUNet": ResidualUNet(1, (8, 16, 24)),
+    "TwoScaleUNet": TwoScaleUNet(1, (8, 16, 24)),
+}
+
+
+@pytest.mark.parametrize("limit", [slabs.SLAB_BYTES, 40_000])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_slab_by_slab_gives_the_same_features(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs.plane_ranges, "__defaults__", (limit,))
+    torch.manual_seed(0)
+    backbone = BACKBONES[name].eval()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, 0.1, 0.5)
+    for shape in ((2, 1, 16, 20, 24), (1, 1, 17, 22, 19)):
+        if name == "TwoScaleUNet" and shape[2] % 2:
+            continue
+        image = torch.rand(shape) * 5 - 1
+        with torch.no_grad():
+            exact = copy.deepcopy(backbone).double()(image.double())
+            expected = backbone(image)
+            found = slab_features(backbone, image)
+            rounded = slab_features(backbone, image.bfloat16())
+        rounding = float((expected - exact).abs().max())  # of the network itself in float32
+        assert rounding < 1e-2 * float(exact.abs().max())
+        assert float((found - exact).abs().max()) < 3 * rounding
+        assert rounded.dtype == torch.bfloat16
+        assert float((rounded.float() - expected).abs().mean() / expected.abs().mean()) < 0.05
+    assert has_slabs(backbone)
+
+
+def test_other_backbones_are_called_as_they_are() -> None:
+    backbone = library_backbone("UNet", out_channels=8, channels=(8, 16), strides=(2,)).eval()
+    image = torch.rand(1, 1, 8, 8, 8)
+    assert not has_slabs(backbone)
+    with torch.no_grad():
+        torch.testing.assert_close(slab_features(backbone, image), backbone(image))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SwinUNETR": {"feature_size": 12, "out_channels": 12},
+    "UNet": {"channels": (8, 16), "strides": (2,), "out_channels": 8},
+    "DynUNet": {"filters": (8, 16, 24, 32), "out_channels": 8},
+    "SegResNet": {"init_filters": 8, "out_channels": 8},
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_monais_networks_are_backbones_by_name(name: str) -> None:
+    config = {"_target_": "brainfm_monai.networks.library_backbone", "name": name, **OPTIONS[name]}
+    parser = ConfigParser({"network": {"_target_": "brainfm_monai.networks.MultiTaskNet", "backbone": config, "layout": LAYOUT}})
+    net = parser.get_parsed_content("network").eval()
+    image = torch.rand(1, 1, 32, 32, 64)
+    with torch.no_grad():
+        assert net.features(image).shape == (1, OPTIONS[name]["out_channels"], 32, 32, 64)
+        assert net(image).shape == (1, LAYOUT.channels, 32, 32, 64)
+    with pytest.raises(ValueError, match=r"'name' must be one of \['SwinUNETR', 'UNet', 'DynUNet', 'SegResNet'\], got 'VNet'"):
+        library_backbone("VNet")
+
+
+@pytest.mark.gpu
+def test_slabs_agree_on_the_gpu() -> None:
+    torch.manual_seed(0)
+    backbone = UNet(1, (8, 16, 24)).eval().cuda()
+    image = torch.rand(1, 1, 32, 48, 40, device="cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(slab_features(backbone, image), backbone(image), atol=1e-3, rtol=1e-3)

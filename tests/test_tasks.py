@@ -128,3 +128,18 @@ def test_images_are_flipped_alone() -> None:
 def test_wrong_tasks_are_named(tasks: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^TaskLayout: 'tasks' must be different names out of \['segmentation', .*\], got \["):
         TaskLayout(tasks)
+
+
+def test_labels_in_place_of_logits_are_split_like_them() -> None:
+    layout = TaskLayout(["mni", "segmentation", "CT"])
+    output = torch.rand(2, layout.channels, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    decided = layout.choose_labels(output)
+    assert decided.shape[1] == layout.label_channels == 5
+    parts, whole = layout.split(decided), layout.split(output)
+    assert list(parts) == list(whole)
+    torch.testing.assert_close(parts["segmentation"][:, 0].long(), whole["segmentation"].argmax(1))
+    for task in ("mni", "CT"):
+        torch.testing.assert_close(parts[task], whole[task], rtol=0, atol=0)
+    without = TaskLayout(["CT", "mni"])
+    assert without.label_channels == without.channels == 4
+    assert without.choose_labels(output[:, :4]).shape == (2, 4, 3, 4, 5)

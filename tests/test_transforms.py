@@ -321,3 +321,20 @@ def test_labels_that_were_decided_already_stay() -> None:
     decided = torch.tensor([3.0, 7.0]).reshape(1, 2, 1, 1)
     splitter = SplitTasksd("pred", layout, probabilities=True)
     assert splitter._decide("pred", decided, decided)["segmentation"].flatten().tolist() == [3, 7]
+
+
+def test_labels_that_were_decided_already_cannot_be_restricted() -> None:
+    layout = TaskLayout(["segmentation"])
+    decided: dict[Any, Any] = {"pred": torch.ones(1, 2, 2, 2)}
+
+    class Decided(TaskLayout):
+        """A layout whose segmentation comes as labels, as from an inferer in little memory."""
+
+        def split(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"segmentation": output}
+
+    known = Decided(["segmentation"])
+    assert len(known.protocol) == len(layout.protocol)
+    assert int(SplitTasksd("pred", known)(decided)["pred"].max()) == 1
+    with pytest.raises(ValueError, match="a mode restricts the labels before they are decided"):
+        SplitTasksd("pred", known, mode="brain")(decided)

@@ -114,21 +114,46 @@ class TaskLayout:
         """Views of the output tensor by task.
 
         Args:
-            output: shape (B, C, H, W, D) with C the layout's channels.
+            output: shape (B, C, H, W, D) with C the layout's channels, or ``label_channels`` of them where the segmentation
+                has been decided.
 
         Returns:
-            For each task a view of shape (B, channels of the task, H, W, D).
+            For each task a view of shape (B, channels of the task, H, W, D); a decided segmentation has one channel.
 
         Raises:
             ValueError: if the number of channels differs from the layout's.
         """
-        if output.shape[1] != self.channels:
+        sizes = {name: task.channels for name, task in self.tasks.items()}
+        if output.shape[1] == self.label_channels and "segmentation" in sizes:
+            sizes["segmentation"] = 1
+        if output.shape[1] != sum(sizes.values()):
             raise ValueError(
                 f"TaskLayout.split: 'output' must have {self.channels} channels for {list(self.tasks)}, got {tuple(output.shape)}"
             )
         # One split, not a slice for each task: its gradient is one concatenation instead of a zero-filled volume per task.
-        parts = output.split([task.channels for task in self.tasks.values()], dim=1)
+        parts = output.split(list(sizes.values()), dim=1)
         return dict(zip(self.tasks, parts, strict=True))
+
+    @property
+    def label_channels(self) -> int:
+        """Channels of an output whose segmentation has been decided: one of labels, then the other tasks."""
+        labels = self.tasks.get("segmentation")
+        return self.channels if labels is None else self.channels - labels.channels + 1
+
+    def choose_labels(self, output: Tensor) -> Tensor:
+        """Decide the segmentation of the output tensor: the label of the largest logit in place of all logits.
+
+        Args:
+            output: shape (B, C, H, W, D) with C the layout's channels.
+
+        Returns:
+            Tensor of shape (B, label_channels, H, W, D): labels, then the other tasks as they were.
+        """
+        if "segmentation" not in self.tasks:
+            return output
+        logits = self.slices["segmentation"]
+        labels = output[:, logits].argmax(dim=1, keepdim=True).to(output.dtype)
+        return torch.cat([labels, output[:, logits.stop :]], dim=1)
 
     def mirror(self, output: Tensor) -> Tensor:
         """The output of the mirrored head: left-right flip (axis H) with the mirror rule of every task.

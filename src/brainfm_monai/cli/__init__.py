@@ -21,6 +21,7 @@ from brainfm_monai.cli.subjects import (
     prepare_freesurfer,
     prepare_labels,
 )
+from brainfm_monai.cli.weights import export, import_weights
 
 __all__ = ["COMMANDS", "main"]
 
@@ -37,6 +38,8 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "preview": preview,
     "train": train,
     "evaluate": evaluate,
+    "import-weights": import_weights,
+    "export": export,
     "demo-scans": demo_scans,
     "version": version,
 }

@@ -10,10 +10,6 @@ __all__ = ["evaluate", "predict", "run_bundle", "train"]
 
 # what words of the command are in configs/inference.json
 PRECISIONS: dict[str | None, dict[str, Any]] = {None: {}, "bfloat16": {"bfloat16": True}, "float32": {"bfloat16": False}}
-MIRRORS: dict[bool, dict[str, Any]] = {
-    True: {},
-    False: {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": "@bfloat16"}},
-}
 
 
 def predict(
@@ -25,6 +21,7 @@ def predict(
     participant_label: str | int | Sequence[str | int] | None = None,
     mirror: bool = True,
     precision: str | None = None,
+    memory: str = "auto",
     **overrides: Any,
 ) -> None:
     """Segment and map a scan, or many; scans that are finished already are skipped.
@@ -40,6 +37,7 @@ def predict(
         participant_label: subjects of a BIDS dataset, with or without sub-, separated by commas.
         mirror: average each scan with its mirror image; False takes half the time.
         precision: bfloat16 or float32; by default what the processor is fast in.
+        memory: whole, slabs, low or windows; auto takes the fastest that fits into the free memory.
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
             left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
             --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file), --device ("$torch.device('cpu')").
@@ -48,11 +46,8 @@ def predict(
         raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: bfloat16 or float32 is needed, found '{precision}'")
-    settings = {
-        "outputs": outputs if isinstance(outputs, str) else list(outputs),
-        **PRECISIONS[precision],
-        **MIRRORS[bool(mirror)],
-    }
+    settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs), **PRECISIONS[precision]}
+    settings |= {"mirror": bool(mirror), "memory": memory}
     if participant_label is not None:
         settings["participant_label"] = participant_label
     run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **{**settings, **overrides})

@@ -83,7 +83,7 @@ class SplitTasksd(MapTransform):
             the voxel's volume in mm^3, shape (L,); and ``segmentation``, a second label map, which stays in the network's grid.
 
     Raises:
-        ValueError: if there is no such mode.
+        ValueError: if there is no such mode, or labels that were decided already meet a mode that restricts them.
     """
 
     def __init__(
@@ -119,6 +119,10 @@ class SplitTasksd(MapTransform):
     def _decide(self, key: Hashable, logits: Tensor, output: Any) -> dict[Hashable, Tensor]:
         """Label map, and what is told of the probabilities, slab by slab."""
         if len(logits) == 1:  # decided already, by an inferer in little memory
+            if len(self.allowed) < len(self.layout.protocol):
+                raise ValueError(
+                    "a mode restricts the labels before they are decided, and --memory low decides them: pass --memory slabs"
+                )
             labels_alone = logits.to(torch.uint8)
             return {key: labels_alone, **({"segmentation": labels_alone.clone()} if self.probabilities else {})}
         allowed = torch.tensor(self.allowed, device=logits.device)

@@ -1,4 +1,4 @@
-"""Networks: one backbone, one 1x1x1 convolution for all tasks, one tensor out."""
+"""The U-Nets: BrainFM's, the residual one of SuperSynth, and one of two scales."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from brainfm_monai.tasks import TaskLayout
-
-__all__ = ["MultiTaskNet", "TwoScaleUNet", "UNet"]
+__all__ = ["ConvUnit", "NormedConv", "ResidualBlock", "ResidualUNet", "TwoScaleUNet", "UNet"]
 
 GROUPS = 8  # groups of the group normalisation; 1 where a unit's input has fewer channels (BrainFM)
-NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM
+NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM and SuperSynth
+RESIDUAL_SLOPE = 0.1  # LeakyReLU after SuperSynth's residual sum
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS if channels >= GROUPS else 1, channels)
 
 
 class ConvUnit(nn.Sequential):
@@ -21,10 +24,44 @@ class ConvUnit(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
-            nn.GroupNorm(GROUPS if in_channels >= GROUPS else 1, in_channels),
+            _group_norm(in_channels),
             nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
             nn.LeakyReLU(NEGATIVE_SLOPE),
         )
+
+
+class NormedConv(nn.Sequential):
+    """3x3x3 convolution without bias, GroupNorm, LeakyReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+            _group_norm(out_channels),
+            nn.LeakyReLU(NEGATIVE_SLOPE),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """A 1x1x1 projection, and what two 3x3x3 convolutions add to it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.first = NormedConv(out_channels, out_channels)
+        self.second = nn.Sequential(
+            nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1, bias=False), _group_norm(out_channels)
+        )
+        self.activation = nn.LeakyReLU(RESIDUAL_SLOPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W, D) to (B, out_channels, H, W, D)."""
+        x = self.projection(x)
+        return self.activation(self.second(self.first(x)) + x)
+
+
+def _check_levels(name: str, features: Sequence[int]) -> None:
+    if len(features) < 2:
+        raise ValueError(f"{name}: 'features' must name at least two levels, got {tuple(features)}")
 
 
 class UNet(nn.Module):
@@ -46,9 +83,9 @@ class UNet(nn.Module):
         self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024, 2048), unit_norm: bool = False
     ) -> None:
         super().__init__()
-        if len(features) < 2:
-            raise ValueError(f"UNet: 'features' must name at least two levels, got {tuple(features)}")
+        _check_levels("UNet", features)
         self.unit_norm = unit_norm
+        self.in_channels = in_channels
         self.out_channels = features[0]
         inputs = [in_channels, *features[:-1]]
         self.encoders = nn.ModuleList(
@@ -72,6 +109,46 @@ class UNet(nn.Module):
             skip = skips[len(skips) - 2 - level]
             x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
         return nnf.normalize(x, dim=1) if self.unit_norm else x
+
+
+class ResidualUNet(nn.Module):
+    """The 3-D U-Net of SuperSynth, with a residual encoder: image in, feature map of the same size out.
+
+    Args:
+        in_channels: channels of the image.
+        features: channels of every level, finest first.
+
+    Raises:
+        ValueError: if ``features`` is shorter than two levels.
+
+    Reference:
+        FreeSurfer 8, mri_super_synth, with 5 levels.
+    """
+
+    def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024)) -> None:
+        super().__init__()
+        _check_levels("ResidualUNet", features)
+        self.in_channels = in_channels
+        self.out_channels = features[0]
+        self.encoders = nn.ModuleList(ResidualBlock(i, o) for i, o in zip([in_channels, *features[:-1]], features, strict=True))
+        self.decoders = nn.ModuleList(
+            nn.Sequential(NormedConv(fine + coarse, fine), NormedConv(fine, fine))
+            for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
+        skips: list[Tensor] = []
+        x = image
+        for level, encoder in enumerate(self.encoders):
+            if level > 0:
+                x = nnf.max_pool3d(x, 2)
+            x = encoder(x)
+            skips.append(x)
+        for level, decoder in enumerate(self.decoders):
+            skip = skips[len(skips) - 2 - level]
+            x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
+        return x
 
 
 class TwoScaleUNet(nn.Module):
@@ -101,37 +178,3 @@ class TwoScaleUNet(nn.Module):
         context = nnf.interpolate(context, size=image.shape[2:], mode="trilinear", align_corners=False)
         detail = self.decoder(torch.cat([self.encoder(image), context], dim=1))
         return torch.cat([detail, context], dim=1)
-
-
-class MultiTaskNet(nn.Module):
-    """A backbone and one 1x1x1 convolution whose output channels are named by a task layout.
-
-    Args:
-        backbone: module that maps (B, 1, H, W, D) to (B, ``out_channels``, H, W, D) and has the attribute ``out_channels``.
-        layout: names of the output channels.
-        stride: voxels of the input per voxel of the backbone: the input is averaged over ``stride``^3 voxels, the
-            features are interpolated back. A backbone trained at 2 mm serves 1 mm scans with stride 2.
-
-    Raises:
-        ValueError: if ``stride`` is smaller than 1.
-    """
-
-    def __init__(self, backbone: nn.Module, layout: TaskLayout, stride: int = 1) -> None:
-        super().__init__()
-        if stride < 1:
-            raise ValueError(f"MultiTaskNet: 'stride' must be at least 1, got {stride}")
-        self.backbone = backbone
-        self.stride = stride
-        self.layout = layout
-        self.head = nn.Conv3d(int(backbone.out_channels), layout.channels, kernel_size=1)  # type: ignore[arg-type]
-
-    def features(self, image: Tensor) -> Tensor:
-        """Feature map of an image of shape (B, 1, H, W, D): shape (B, backbone.out_channels, H, W, D)."""
-        if self.stride == 1:
-            return self.backbone(image)
-        coarse = self.backbone(nnf.avg_pool3d(image, self.stride))
-        return nnf.interpolate(coarse, size=image.shape[2:], mode="trilinear", align_corners=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Map an image of shape (B, 1, H, W, D), intensities in [0, 1], to (B, layout.channels, H, W, D)."""
-        return self.head(self.features(image))

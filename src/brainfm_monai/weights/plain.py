@@ -1,4 +1,4 @@
-"""Reading weights safely: tensors only, and only such as fit the network."""
+"""Plain state dicts: tensors only, and only such as fit the network."""
 
 from __future__ import annotations
 

@@ -1,0 +1,140 @@
+"""Time and memory of inference on a CPU: a network of the published size, and the bundle's own on a whole head.
+
+    python benchmarks/inference.py [bundle] [published] [agreement]
+
+Each line is measured in a process of its own, so that its peak memory is its own; CPU seconds beside the time on the wall tell
+whether the machine was otherwise busy. The network of the published size (264,063,138 parameters in its backbone, 160^3 voxels)
+has random weights: time and memory do not depend on their values. The agreement of bfloat16 with float32 does, and is measured
+with the bundle's own weights on the MNI152 T1 that nilearn ships.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+from monai.bundle import ConfigParser
+from monai.transforms import Compose
+
+from brainfm_monai.data.demo import write_demo_scans
+from brainfm_monai.inferers import ForegroundInferer, ScanInferer, fast_bfloat16, prepare_network
+from brainfm_monai.networks import MultiTaskNet, UNet
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights import load_weights
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
+THREADS = 2
+CPU = torch.device("cpu")
+HEAD = (192, 224, 192)  # voxels of 1 mm
+CUBE = (160, 160, 160)  # voxels, of the published training
+TASKS = ["segmentation", "T1w", "T2w", "FLAIR", "CT", "log_bias_field", "distance", "mni"]
+# memory mode, mirror averaging, bfloat16; the first line is the reference: the published way
+PUBLISHED = [("whole", False, False), ("low", False, True), ("whole", False, True), ("low", False, False)]
+OWN = [("low", True, True), ("low", False, True), ("slabs", True, True), ("slabs", False, True), ("low", True, False)]
+
+
+def bundle_parser() -> ConfigParser:
+    """The inference configuration."""
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs/inference.json"))
+    parser["bundle_root"] = str(BUNDLE)
+    return parser
+
+
+def make(which: str) -> tuple[MultiTaskNet, tuple[int, ...]]:
+    """A network and the size that it is measured at."""
+    if which == "published":
+        return MultiTaskNet(UNet(unit_norm=True), TaskLayout(TASKS, "brainfm")), CUBE
+    network = bundle_parser().get_parsed_content("network_def")
+    load_weights(network, BUNDLE / "models/model.pt")
+    return network, HEAD
+
+
+def measure(which: str, memory: str, mirror: bool, bfloat16: bool) -> dict[str, Any]:
+    """Time and peak memory in this process: the median of three runs for the bundle's network, one for the large one."""
+    torch.set_num_threads(THREADS)
+    network, size = make(which)
+    prepare_network(network, CPU)
+    layout = network.layout
+    image = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    inferer = ForegroundInferer(ScanInferer(layout, memory, mirror, bfloat16), layout.outside_values)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(1 if which == "published" else 3):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            inferer(image, network)
+            seconds.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    wall, cpu = sorted(seconds)[len(seconds) // 2]
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"wall": wall, "cpu": cpu, "peak": peak_gb, "size": "x".join(map(str, size))}
+
+
+def agreement(folder: Path) -> dict[str, float]:
+    """Share of voxels of the head with the same label in bfloat16 and float32, and the largest shift of MNI coordinates."""
+    torch.set_num_threads(THREADS)
+    parser = bundle_parser()
+    preprocessing = parser.get_parsed_content("preprocessing")
+    assert isinstance(preprocessing, Compose)
+    scan = next(path for path in write_demo_scans(folder) if "mni152" in path.name)
+    image = preprocessing({"image": str(scan)})["image"].as_tensor()[None]
+    network, _ = make("bundle")
+    prepare_network(network, CPU)
+    layout = network.layout
+    with torch.inference_mode():
+        exact, rounded = (
+            layout.split(ForegroundInferer(ScanInferer(layout, "low", True, b), layout.outside_values)(image, network))
+            for b in (False, True)
+        )
+    inside = image > 0.05  # the inferer's threshold of the head
+    same = (exact["segmentation"] == rounded["segmentation"])[inside].float().mean()
+    shift_mm = 100 * (exact["mni"] - rounded["mni"]).abs().amax(1, keepdim=True)[inside]
+    return {"same label": float(same), "mean shift mm": float(shift_mm.mean()), "largest shift mm": float(shift_mm.max())}
+
+
+def processor() -> str:
+    """Name of the processor and what it has for bfloat16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    found = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags.split()]
+    return f"{name} ({', '.join(found)})"
+
+
+def main(parts: list[str]) -> None:
+    """Print a table."""
+    print(
+        f"{processor()}, {THREADS} threads; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, monai {monai.__version__}"
+    )
+    print(f"bfloat16 in hardware: {fast_bfloat16(CPU)}\n")
+    if set(parts) & {"bundle", "published"}:
+        print("| network | size | memory mode | mirror | precision | seconds | CPU seconds | peak GB |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+    for which, lines in (("bundle", OWN), ("published", PUBLISHED)):
+        for memory, mirror, bfloat16 in lines if which in parts else []:
+            command = [sys.executable, __file__, "--one", json.dumps([which, memory, mirror, bfloat16])]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            cells = [which, found["size"], memory, "yes" if mirror else "no", "bfloat16" if bfloat16 else "float32"]
+            cells += [f"{found['wall']:.1f}", f"{found['cpu']:.1f}", f"{found['peak']:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    if "agreement" in parts:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            found = agreement(Path(folder))
+        print(f"\nbfloat16 against float32, MNI152 T1: {', '.join(f'{k} {v:.5f}' for k, v in found.items())}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(*json.loads(sys.argv[2]))))
+    else:
+        main(sys.argv[1:] or ["bundle", "published", "agreement"])

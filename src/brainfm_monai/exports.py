@@ -1,0 +1,118 @@
+"""Networks as TorchScript and ONNX files, for programs that do not have this package."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from brainfm_monai.weights import load_weights
+
+__all__ = ["ONNX_OPSET", "export_bundle", "export_onnx", "export_torchscript"]
+
+ONNX_OPSET = 20  # group normalisation is of opset 18 to 21; 20 is what current runtimes all read
+ONNX_TOLERANCE = 1e-4  # of the largest output
+DYNAMIC_AXES = (0, 2, 3, 4)  # all but the channel
+
+
+def export_torchscript(network: nn.Module, path: str | Path) -> None:
+    """Write a network as TorchScript, for any batch and any size that the network takes.
+
+    Args:
+        network: a network of this package over one of its own U-Nets, or any that ``torch.jit.script`` takes.
+        path: the file.
+
+    Raises:
+        ValueError: if the network cannot be scripted; the first line of the reason is told.
+    """
+    try:
+        scripted = torch.jit.script(network.eval())
+    except Exception as error:  # torch.jit raises many kinds
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{path}: a network that can be scripted is needed: {first}") from error
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    torch.jit.save(scripted, partial)
+    partial.replace(path)
+
+
+def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance: float = ONNX_TOLERANCE) -> float:
+    """Write a network as ONNX, for any batch and size, and compare it with the network on another size.
+
+    Args:
+        network: a network of this package over one of its own U-Nets.
+        path: the file.
+        size: side of the cube that the graph is traced with, in voxels: an even multiple of what the network needs.
+        tolerance: largest difference that is accepted, relative to the largest output.
+
+    Returns:
+        The largest difference found, relative to the largest output.
+
+    Raises:
+        ValueError: if the difference exceeds the tolerance; then nothing is written.
+    """
+    import onnxruntime
+
+    network, path = network.eval(), Path(path)
+    image = _ramp(1, size, size, size)
+    partial = path.with_name(f".{path.stem}.partial.onnx")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch and onnxscript warn of their own plans
+        torch.onnx.export(
+            network,
+            (image,),
+            partial,
+            opset_version=ONNX_OPSET,
+            input_names=["image"],
+            output_names=["pred"],
+            dynamic_shapes=(dict.fromkeys(DYNAMIC_AXES, torch.export.Dim.DYNAMIC),),
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+        other = _ramp(2, size, size * 3 // 2, size * 2)
+        expected = network(other)
+    session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"image": other.numpy()})[0])
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if difference > tolerance:
+        partial.unlink()
+        raise ValueError(f"{path}: the graph must agree with the network to {tolerance:g}, found a difference of {difference:g}")
+    partial.replace(path)
+    return difference
+
+
+def _ramp(*shape: int) -> Tensor:
+    """A batch of images in [0, 1] without symmetry, shape (B, 1, H, W, D)."""
+    return torch.linspace(0, 1, math.prod(shape)).pow(2).mul(37).remainder(1).reshape(shape[0], 1, *shape[1:])
+
+
+def export_bundle(configs: Sequence[str | Path], bundle_root: str | Path, path: str | Path, size: int = 64) -> Path:
+    """Write the network of a bundle, with its weights, in the format that the file's suffix names.
+
+    Args:
+        configs: configurations with ``network_def`` and ``weights``, later ones over earlier ones.
+        bundle_root: folder of the bundle.
+        path: the file, ``.ts`` for TorchScript or ``.onnx`` for ONNX.
+        size: see :func:`export_onnx`.
+
+    Raises:
+        ValueError: if the suffix is another.
+    """
+    path = Path(path)
+    if path.suffix not in {".ts", ".onnx"}:
+        raise ValueError(f"{path}: the suffix .ts (TorchScript) or .onnx is needed, found '{path.suffix}'")
+    parser = ConfigParser()
+    parser.read_config([str(config) for config in configs])
+    parser["bundle_root"] = str(bundle_root)
+    network = parser.get_parsed_content("network_def")
+    load_weights(network, parser.get_parsed_content("weights"))
+    if path.suffix == ".onnx":
+        export_onnx(network, path, size)
+    else:
+        export_torchscript(network, path)
+    return path

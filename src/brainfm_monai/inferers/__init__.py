@@ -1,0 +1,24 @@
+"""Running the network over whole scans: precision, memory, mirror images."""
+
+from brainfm_monai.inferers.automatic import MEMORY_MODES, ScanInferer
+from brainfm_monai.inferers.errors import exit_on_error
+from brainfm_monai.inferers.memory import free_memory, peak_memory
+from brainfm_monai.inferers.precision import fast_bfloat16, prepare_network, reduced_precision
+from brainfm_monai.inferers.slabs import SlabInferer
+from brainfm_monai.inferers.volume import ForegroundInferer, MirrorInferer, WholeVolumeInferer, WindowInferer
+
+__all__ = [
+    "MEMORY_MODES",
+    "ForegroundInferer",
+    "MirrorInferer",
+    "ScanInferer",
+    "SlabInferer",
+    "WholeVolumeInferer",
+    "WindowInferer",
+    "exit_on_error",
+    "fast_bfloat16",
+    "free_memory",
+    "peak_memory",
+    "prepare_network",
+    "reduced_precision",
+]

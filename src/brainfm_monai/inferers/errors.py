@@ -1,0 +1,22 @@
+"""Errors of a configuration, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["exit_on_error"]
+
+T = TypeVar("T")
+
+
+def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function; a wrong value or a missing file ends the program with the message alone, in one line, and status 1.
+
+    Raises:
+        SystemExit: where the function raises ``ValueError`` or ``OSError``.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error

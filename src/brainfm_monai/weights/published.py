@@ -1,0 +1,137 @@
+"""The two published checkpoints of this family, BrainFM and SuperSynth, as networks of this package."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from brainfm_monai.networks import MultiTaskNet, QualityNet
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights.checkpoint import open_checkpoint
+from brainfm_monai.weights.recognise import recognise
+
+__all__ = ["Published", "WeightsInfo", "load_published"]
+
+logger = logging.getLogger(__name__)
+
+LICENCES = {
+    "BrainFM": "of the authors (github.com/jhuldr/BrainFM): you fetched the file, and its terms hold for what is made of it",
+    "SuperSynth": "FreeSurfer software licence: you fetched the file, and its terms hold for what is made of it",
+}
+TEMPLATES = {
+    "BrainFM": "RAS mm of the atlas gca.mgz of the BrainFM repository (FreeSurfer's GCA mean; not MNI152)",
+    "SuperSynth": "RAS mm of the symmetric MNI atlas of mri_super_synth",
+}
+NORMALISATIONS = {
+    "BrainFM": "minimum and maximum of the scan to 0 and 1",
+    "SuperSynth": "divided by the maximum of the scan",
+}
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where weights come from, and what is to be known when they are used.
+
+    Attributes:
+        format: ``BrainFM`` or ``SuperSynth``.
+        source: name of the file.
+        sha256: SHA-256 of the file.
+        backbone: class of the backbone in this package.
+        features: channels of every level, finest first.
+        unit_norm: whether the features have length 1 at every voxel.
+        tasks: tasks with a head in the file.
+        protocol: label protocol of the segmentation.
+        template_space: space of the coordinates that ``mni`` gives.
+        input: normalisation of the scan that the weights were trained with.
+        licence: licence of the weights.
+        epoch: epoch of the training, if the file tells.
+        ignored: entries of the file that have no place here.
+    """
+
+    format: str
+    source: str
+    sha256: str
+    backbone: str
+    features: tuple[int, ...]
+    unit_norm: bool
+    tasks: tuple[str, ...]
+    protocol: str
+    template_space: str
+    input: str
+    licence: str
+    epoch: int | None = None
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published weights, ready to run.
+
+    Attributes:
+        network: in evaluation mode.
+        layout: names the channels of its output.
+        info: where the weights come from.
+        quality: network that scores the segmentation, in evaluation mode; see
+            :func:`brainfm_monai.networks.score_segmentation`. ``None`` where the file has none.
+    """
+
+    network: MultiTaskNet
+    layout: TaskLayout
+    info: WeightsInfo
+    quality: QualityNet | None = None
+
+
+def load_published(path: str | Path) -> Published:
+    """Load a published checkpoint; its format, width, levels, heads and labels are read from the file.
+
+    Args:
+        path: file of BrainFM (``brainfm_pretrained.pth``) or SuperSynth (``SuperSynth_August_2025.pth``). Tensors may have
+            any floating precision, keys the prefix ``module.``, and heads may be missing.
+
+    Returns:
+        Network in float32 on the CPU. It expects scans of 1 mm in RAS+ order, normalised as ``info.input`` says; the output
+        is that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, of another format, or asks to run anything.
+    """
+    with open_checkpoint(path) as content:
+        try:
+            parts = recognise(content)
+            layout = TaskLayout(list(parts.heads), parts.protocol)
+            with torch.device("meta"):
+                network = MultiTaskNet(parts.make_backbone(), layout)
+            state = {f"backbone.{key}": tensor for key, tensor in parts.backbone.items()}
+            for name in ("weight", "bias"):
+                state[f"head.{name}"] = torch.cat([parts.heads[task][name] for task in layout.tasks])
+            network.load_state_dict(state, assign=True)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    info = WeightsInfo(
+        format=parts.format,
+        source=Path(path).name,
+        sha256=_sha256(path),
+        backbone=type(network.backbone).__name__,
+        features=parts.features,
+        unit_norm=parts.unit_norm,
+        tasks=tuple(layout.tasks),
+        protocol=layout.protocol.name,
+        template_space=TEMPLATES[parts.format],
+        input=NORMALISATIONS[parts.format],
+        licence=LICENCES[parts.format],
+        epoch=parts.epoch,
+        ignored=tuple(parts.ignored),
+    )
+    if info.ignored:
+        logger.warning("%s: left out what has no place here: %s", path, ", ".join(info.ignored))
+    return Published(network.eval().requires_grad_(False), layout, info, parts.quality)
+
+
+def _sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""TorchScript and ONNX files give what the network gives; the networks here are tiny and random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from brainfm_monai.exports import ONNX_OPSET, export_bundle, export_onnx, export_torchscript
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, TwoScaleUNet, UNet, library_backbone
+from brainfm_monai.tasks import TaskLayout
+
+LAYOUT = TaskLayout(["segmentation", "distance", "mni"])
+BACKBONES = {
+    "UNet": (UNet(1, (8, 16), unit_norm=True), 1),
+    "ResidualUNet": (ResidualUNet(1, (8, 16)), 1),
+    "TwoScaleUNet": (TwoScaleUNet(1, (8, 8, 16)), 2),
+}
+
+
+def network(name: str) -> MultiTaskNet:
+    torch.manual_seed(0)
+    net = MultiTaskNet(*BACKBONES[name][:1], LAYOUT, BACKBONES[name][1]).eval()
+    for module in net.modules():
+        if isinstance(
+            module, nn.GroupNorm
+        ):  # as after training: without it, features of a random network can be near 0 in length
+            nn.init.uniform_(module.bias, 0.1, 0.5)
+    return net
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_torchscript_gives_the_same_for_any_size(tmp_path: Path, name: str) -> None:
+    net = network(name)
+    export_torchscript(net, tmp_path / "net.ts")
+    scripted = torch.jit.load(tmp_path / "net.ts")
+    for shape in ((1, 1, 16, 16, 16), (2, 1, 16, 24, 40)):
+        image = torch.rand(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(image), net(image), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(scripted.features(image), net.features(image), atol=1e-5, rtol=1e-5)
+    assert [f.name for f in tmp_path.iterdir()] == ["net.ts"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.onnx and onnxscript warn of their own plans
+@pytest.mark.parametrize("name", BACKBONES)
+def test_onnx_gives_the_same_for_another_size(tmp_path: Path, name: str) -> None:
+    assert export_onnx(network(name), tmp_path / "net.onnx", size=16) < 1e-4  # compared by onnxruntime
+    graph = onnx.load(tmp_path / "net.onnx")
+    assert [s.version for s in graph.opset_import if not s.domain] == [ONNX_OPSET]
+    (image,) = graph.graph.input
+    dimensions = image.type.tensor_type.shape.dim
+    assert [d.dim_value for d in dimensions] == [0, 1, 0, 0, 0]
+    assert [f.name for f in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"net\.onnx: the graph must agree with the network to -1, found a difference of"):
+        export_onnx(network("ResidualUNet"), tmp_path / "net.onnx", size=16, tolerance=-1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bundles_network_is_exported_with_its_weights(repository: Path, tmp_path: Path) -> None:
+    bundle = repository / "bundle"
+    path = export_bundle([bundle / "configs/inference.json"], bundle, tmp_path / "model.ts")
+    state, weights = torch.jit.load(path).state_dict(), torch.load(bundle / "models/model.pt", weights_only=True)
+    for key, tensor in weights.items():
+        torch.testing.assert_close(state[key], tensor.float(), rtol=0, atol=0)
+
+
+def test_messages(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.pt: the suffix \.ts \(TorchScript\) or \.onnx is needed, found '\.pt'"):
+        export_bundle([], repository, tmp_path / "a.pt")
+    swin = MultiTaskNet(library_backbone("SwinUNETR", feature_size=12, out_channels=12), LAYOUT)
+    with pytest.raises(ValueError, match=r"a\.ts: a network that can be scripted is needed: \S+") as caught:
+        export_torchscript(swin, tmp_path / "a.ts")
+    assert "\n" not in str(caught.value)
