@@ -114,6 +114,7 @@ RAW = {
     "NEWOBJ": b"\x80\x02cos\nsystem\nU\x0atouch MARK\x85\x81.",
     "NEWOBJ_EX": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0atouch MARK\x85}\x92.",
     "NEWOBJ of a class": b"\x80\x02csubprocess\nPopen\nU\x0atouch MARK\x85\x81.",
+    "NEWOBJ of another class with arguments": b"\x80\x02ccode\nInteractiveInterpreter\nU\x0atouch MARK\x85\x81.",
     "BUILD": b"cos\nsystem\n(dS'x'\nS'touch MARK'\nsb.",
     "INST without arguments": b"(ios\ngetcwd\n.",
     "INST of another class": b"(S'touch MARK'\nicode\nInteractiveInterpreter\n.",
