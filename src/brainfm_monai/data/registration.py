@@ -76,7 +76,8 @@ class Level(NamedTuple):
 
 
 LEVELS = (Level(4, 8, 60), Level(2, 4, 40))
-# Chosen on label maps of four persons: with a third of it maps fold, with twice of it white matter overlaps less.
+# Chosen on one label map: white matter overlaps with a Dice of 0.803, 0.789 and 0.776 at 0.6, 1 and 1.5, and 223, 133 and 87
+# voxels of the 4 mm grid come below MINIMUM_JACOBIAN.
 STIFFNESS = 1.0
 BENDING = 4.0  # weight of second derivatives relative to first ones
 STEP_VOX = 0.1  # of the optimiser, in voxels of the velocity field
