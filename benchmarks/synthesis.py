@@ -139,10 +139,8 @@ def measure(subject: dict[str, Tensor], size: int, batch: int, repeats: int, dev
         if repeat == 1:
             clock.seconds.clear()  # the first call warms up
             before = reset_peak() if device.type == "cpu" else torch.cuda.memory_allocated()
-        with torch.no_grad(), clock.time("sample"):
-            with clock.time("draw"):
-                params = synthesizer.draw(many, list(seeds))
-            render(many, params, layout)
+        with clock.time("sample"):
+            synthesizer(many, list(seeds))
         if reference is not None and batch == 1:
             with clock.time("reference"):
                 reference()
@@ -152,8 +150,10 @@ def measure(subject: dict[str, Tensor], size: int, batch: int, repeats: int, dev
     parts = Clock(device)
     with stages(parts), torch.no_grad():
         for repeat in range(repeats):
-            render(many, synthesizer.draw(many, [repeat * batch + b for b in range(batch)]), layout)
-    by_stage = ", ".join(f"{name} {parts.median(name) / batch * 1000:.0f}" for name in STAGES.values())
+            with parts.time("draw"):
+                params = synthesizer.draw(subject, [repeat])
+            render({key: value.to(device) for key, value in subject.items()}, params.to(device), layout)
+    by_stage = ", ".join(f"{name} {parts.median(name) * 1000:.0f}" for name in ("draw", *STAGES.values()))
     own = clock.median("sample") / batch
     row = [f"{size}^3", str(batch), f"{own:.3f}", f"{1 / own:.2f}", f"{clock.median('load sample'):.2f}"]
     row += [f"{peak / 2**30 / batch:.2f}" if peak else "-"]
@@ -161,7 +161,7 @@ def measure(subject: dict[str, Tensor], size: int, batch: int, repeats: int, dev
         ratio = statistics.median(r / s for r, s in zip(clock.seconds["reference"], clock.seconds["sample"], strict=True))
         row += [f"{clock.median('reference'):.2f}", f"{clock.median('load reference'):.2f}", f"{ratio:.1f}"]
     sys.stdout.write("| " + " | ".join([*row, *["-"] * (9 - len(row))]) + " |\n")
-    sys.stdout.write(f"    by stage, ms per sample: draw {clock.median('draw') / batch * 1000:.0f}, {by_stage}\n")
+    sys.stdout.write(f"    by stage, ms of a sample alone: {by_stage}\n")
     sys.stdout.flush()
 
 

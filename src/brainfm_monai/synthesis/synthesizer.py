@@ -104,11 +104,22 @@ class Synthesizer:
         Returns:
             See :func:`render`.
         """
-        out = render(subject, self.draw(subject, seeds, generation_protocol), self.layout)
+        if subject["generation_labels"].device.type == "cpu":
+            # One after the other: the same numbers, and a subject's volumes stay in the processor's cache.
+            alone = [
+                self._make({key: value[i : i + 1] for key, value in subject.items()}, [seed], generation_protocol)
+                for i, seed in enumerate(seeds)
+            ]
+            out = {name: torch.cat([one[name] for one in alone]) for name in alone[0]} if len(alone) > 1 else alone[0]
+        else:
+            out = self._make(subject, seeds, generation_protocol)
         if self.image_transform is not None:
             images = self._transform_images(self.image_transform, out["image"], seeds)
             out["image"] = intensity.normalise_percentiles(torch.stack(images))
         return out
+
+    def _make(self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None) -> dict[str, Tensor]:
+        return render(subject, self.draw(subject, seeds, generation_protocol), self.layout)
 
     def _available(self, subject: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         there = [name for name in IMAGES if name in subject]
