@@ -1,6 +1,7 @@
 """All networks here are tiny and random."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -125,11 +126,11 @@ def test_the_feature_map_has_length_one_and_the_direction_of_the_features() -> N
     torch.testing.assert_close(found * features.norm(dim=1, keepdim=True), features, atol=1e-5, rtol=1e-5)
 
 
-BACKBONES = {
-    "UNet": UNet(1, (8, 16, 24)),
-    "UNet of length one": UNet(1, (8, 16, 24), unit_norm=True),
-    "ResidualUNet": ResidualUNet(1, (8, 16, 24)),
-    "TwoScaleUNet": TwoScaleUNet(1, (8, 16, 24)),
+BACKBONES: dict[str, Callable[[], torch.nn.Module]] = {
+    "UNet": lambda: UNet(1, (8, 16, 24)),
+    "UNet of length one": lambda: UNet(1, (8, 16, 24), unit_norm=True),
+    "ResidualUNet": lambda: ResidualUNet(1, (8, 16, 24)),
+    "TwoScaleUNet": lambda: TwoScaleUNet(1, (8, 16, 24)),
 }
 
 
@@ -138,7 +139,7 @@ BACKBONES = {
 def test_slab_by_slab_gives_the_same_features(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slabs.plane_ranges, "__defaults__", (limit,))
     torch.manual_seed(0)
-    backbone = BACKBONES[name].eval()
+    backbone = BACKBONES[name]().eval()
     for module in backbone.modules():
         if isinstance(module, torch.nn.GroupNorm):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -152,9 +153,10 @@ def test_slab_by_slab_gives_the_same_features(name: str, limit: int, monkeypatch
             expected = backbone(image)
             found = slab_features(backbone, image)
             rounded = slab_features(backbone, image.bfloat16())
-        rounding = float((expected - exact).abs().max())  # of the network itself in float32
-        assert rounding < 1e-2 * float(exact.abs().max())
-        assert float((found - exact).abs().max()) < 3 * rounding
+        error, largest = (found - exact).abs(), float(exact.abs().max())
+        assert float(error.mean()) < 1e-5 * float(exact.abs().mean())
+        # A feature vector that is near 0 before it is divided by its length magnifies rounding, in the plain network too.
+        assert float(error.max()) < (1e-2 if "length" in name else 2e-5) * largest
         assert rounded.dtype == torch.bfloat16
         assert float((rounded.float() - expected).abs().mean() / expected.abs().mean()) < 0.05
     assert has_slabs(backbone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -64,7 +64,29 @@ def _check_levels(name: str, features: Sequence[int]) -> None:
         raise ValueError(f"{name}: 'features' must name at least two levels, got {tuple(features)}")
 
 
-class UNet(nn.Module):
+class _Levels(nn.Module):
+    """What the U-Nets share: a method and not a function, because TorchScript hands no list of modules to a function."""
+
+    def __init__(self, encoders: Iterable[nn.Module], decoders: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(decoders)
+
+    def down_and_up(self, image: Tensor) -> Tensor:
+        """Pool by 2 between encoders; interpolate to the skip's size and put behind it for decoders."""
+        skips: list[Tensor] = []
+        x = image
+        for level, encoder in enumerate(self.encoders):
+            if level > 0:
+                x = nnf.max_pool3d(x, 2)
+            x = encoder(x)
+            skips.append(x)
+        for level, decoder in enumerate(self.decoders):
+            skip = skips[len(skips) - 2 - level]
+            x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
+        return x
+
+
+class UNet(_Levels):
     """The 3-D U-Net of BrainFM: image in, feature map of the same size out.
 
     Args:
@@ -82,36 +104,29 @@ class UNet(nn.Module):
     def __init__(
         self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024, 2048), unit_norm: bool = False
     ) -> None:
-        super().__init__()
         _check_levels("UNet", features)
+        inputs = [in_channels, *features[:-1]]
+        super().__init__(
+            (
+                nn.Sequential(ConvUnit(i, max(o // 2, i)), ConvUnit(max(o // 2, i), o))
+                for i, o in zip(inputs, features, strict=True)
+            ),
+            (
+                nn.Sequential(ConvUnit(fine + coarse, fine), ConvUnit(fine, fine))
+                for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
+            ),
+        )
         self.unit_norm = unit_norm
         self.in_channels = in_channels
         self.out_channels = features[0]
-        inputs = [in_channels, *features[:-1]]
-        self.encoders = nn.ModuleList(
-            nn.Sequential(ConvUnit(i, max(o // 2, i)), ConvUnit(max(o // 2, i), o)) for i, o in zip(inputs, features, strict=True)
-        )
-        self.decoders = nn.ModuleList(
-            nn.Sequential(ConvUnit(fine + coarse, fine), ConvUnit(fine, fine))
-            for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
-        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
-        skips: list[Tensor] = []
-        x = image
-        for level, encoder in enumerate(self.encoders):
-            if level > 0:
-                x = nnf.max_pool3d(x, 2)
-            x = encoder(x)
-            skips.append(x)
-        for level, decoder in enumerate(self.decoders):
-            skip = skips[len(skips) - 2 - level]
-            x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
+        x = self.down_and_up(image)
         return nnf.normalize(x, dim=1) if self.unit_norm else x
 
 
-class ResidualUNet(nn.Module):
+class ResidualUNet(_Levels):
     """The 3-D U-Net of SuperSynth, with a residual encoder: image in, feature map of the same size out.
 
     Args:
@@ -126,29 +141,20 @@ class ResidualUNet(nn.Module):
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024)) -> None:
-        super().__init__()
         _check_levels("ResidualUNet", features)
+        super().__init__(
+            (ResidualBlock(i, o) for i, o in zip([in_channels, *features[:-1]], features, strict=True)),
+            (
+                nn.Sequential(NormedConv(fine + coarse, fine), NormedConv(fine, fine))
+                for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
+            ),
+        )
         self.in_channels = in_channels
         self.out_channels = features[0]
-        self.encoders = nn.ModuleList(ResidualBlock(i, o) for i, o in zip([in_channels, *features[:-1]], features, strict=True))
-        self.decoders = nn.ModuleList(
-            nn.Sequential(NormedConv(fine + coarse, fine), NormedConv(fine, fine))
-            for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
-        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
-        skips: list[Tensor] = []
-        x = image
-        for level, encoder in enumerate(self.encoders):
-            if level > 0:
-                x = nnf.max_pool3d(x, 2)
-            x = encoder(x)
-            skips.append(x)
-        for level, decoder in enumerate(self.decoders):
-            skip = skips[len(skips) - 2 - level]
-            x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
-        return x
+        return self.down_and_up(image)
 
 
 class TwoScaleUNet(nn.Module):
