@@ -29,7 +29,7 @@ def save(path: Path, values: np.ndarray) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Two subjects of two sets: one has everything, one the least."""
-    folder = tmp_path / "root"
+    folder = tmp_path / "set"
     folder.mkdir()
     x = np.broadcast_to((np.arange(SIZE[0]) - 19.5)[:, None, None], SIZE)
     prefix = "HCP.100.a"
@@ -64,7 +64,7 @@ def test_monai_reads_them_in_our_units(root: Path, tmp_path: Path) -> None:
     before = sorted(root.iterdir())
     path = write_datalist(root, tmp_path / "lists" / "all.json")
     assert sorted(root.iterdir()) == before  # nothing is copied
-    assert json.loads(path.read_text(encoding="utf-8"))["training"][1]["mni"][2] == "../root/HCP.100.a.mni_reg.z.nii"
+    assert json.loads(path.read_text(encoding="utf-8"))["training"][1]["mni"][2] == "../set/HCP.100.a.mni_reg.z.nii"
     item = load_decathlon_datalist(path, data_list_key="training")[1]
     subject = LoadSubjectd(KEYS)(item)
     x = torch.arange(SIZE[0]) - 19.5
