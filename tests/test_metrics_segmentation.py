@@ -113,7 +113,7 @@ def test_hd95_is_monais_over_a_one_hot_volume() -> None:
 
 
 def to_itk(mask: Tensor) -> Any:
-    image = itk.image_from_array(np.ascontiguousarray(mask.numpy().astype(np.uint8).transpose()))
+    image = itk.image_from_array(np.ascontiguousarray(mask.numpy().astype(np.int16).transpose()))
     image.SetSpacing(SPACING)
     return image
 
