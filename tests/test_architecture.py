@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": TABLES | {"networks"},
     "exports": {"weights"},
     "losses": TABLES | {"functional"},
-    "metrics": set(TABLES),
+    "metrics": TABLES | {"functional"},
     "transforms": TABLES | {"functional", "synthesis"},
     "engines": TABLES | {"synthesis", "losses"},
     "handlers": TABLES | {"losses", "metrics"},

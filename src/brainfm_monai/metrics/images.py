@@ -1,0 +1,208 @@
+"""Agreement of a predicted and a true image inside a mask: mean absolute error, PSNR, SSIM and MS-SSIM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nnf
+from monai.metrics import MAEMetric, PSNRMetric
+from torch import Tensor
+
+from brainfm_monai.functional.separable import apply_separable
+from brainfm_monai.metrics.structures import box_around
+
+__all__ = ["compute_image_metrics", "compute_ms_ssim", "compute_ssim", "fit_intensities", "normalise_to_target"]
+
+LOWER, UPPER = 0.001, 0.999  # quantiles of the target in the mask that become 0 and 1
+RADIUS, SIGMA = 5, 1.5  # window of 11 voxels, Wang et al. 2004
+K1, K2 = 0.01, 0.03  # Wang et al. 2004
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, Wang et al. 2003
+SLAB = 32  # planes that are filtered at once, so that memory does not grow with the image
+SMALLEST_SHARE = 0.5  # of a voxel of a coarser scale that has to lie in the mask
+
+
+def normalise_to_target(
+    pred: Tensor, target: Tensor, mask: Tensor, lower: float = LOWER, upper: float = UPPER
+) -> tuple[Tensor, Tensor]:
+    """Both images in units in which two quantiles of the target inside the mask are 0 and 1; nothing is clipped.
+
+    The prediction gets the target's gain and offset, and none of its own: an error of its scale stays an error.
+
+    Args:
+        pred: shape (B, 1, H, W, D), unit of the target.
+        target: same shape, any unit.
+        mask: same shape, bool.
+        lower: quantile that becomes 0, in [0, 1].
+        upper: quantile that becomes 1, in [0, 1].
+
+    Returns:
+        Prediction and target; NaN where the mask is empty or the target constant in it.
+    """
+    scaled = []
+    for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True):
+        inside = t[m]
+        if not len(inside):
+            scaled.append((torch.full_like(p, torch.nan), torch.full_like(t, torch.nan)))
+            continue
+        ranks = [1 + round(level * (len(inside) - 1)) for level in (lower, upper)]
+        low, high = (inside.kthvalue(rank).values for rank in ranks)
+        width = torch.where(high > low, high - low, torch.nan)
+        scaled.append(((p - low) / width, (t - low) / width))
+    first, second = zip(*scaled, strict=True)
+    return torch.stack(first), torch.stack(second)
+
+
+def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The prediction with the gain and the offset that fit it best to the target, by least squares inside the mask.
+
+    The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure.
+
+    Args:
+        pred: shape (B, 1, H, W, D).
+        target: same shape.
+        mask: same shape, bool.
+
+    Returns:
+        Image of the same shape; the target's mean where the prediction is constant in the mask, NaN where the mask is empty.
+    """
+    fitted = []
+    for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True):
+        x, y = p[m].double(), t[m].double()
+        from_mean = x - x.mean()
+        gain = (from_mean * (y - y.mean())).sum() / from_mean.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        fitted.append(p * gain.float() + (y.mean() - gain * x.mean()).float())
+    return torch.stack(fitted)
+
+
+def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0) -> dict[str, Tensor]:
+    """Mean absolute error, PSNR, SSIM and MS-SSIM of two images inside a mask.
+
+    The images are taken as they are; :func:`normalise_to_target` brings them to a range of 1 first.
+
+    Args:
+        pred: shape (B, 1, H, W, D).
+        target: same shape and unit.
+        mask: where they are compared, same shape, bool.
+        data_range: width of the range of intensities, unit of the images.
+
+    Returns:
+        ``l1`` (unit of the images), ``psnr`` (dB, infinite for equal images), ``ssim`` and ``ms_ssim``, each of shape (B,) and
+        NaN where the mask is empty.
+
+    Raises:
+        ValueError: if the shapes differ or are not (B, 1, H, W, D).
+
+    Reference:
+        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE Transactions on Image
+        Processing 13, 2004; Wang et al., Multiscale structural similarity for image quality assessment, Asilomar 2003.
+    """
+    if pred.ndim != 5 or pred.shape[1] != 1 or not pred.shape == target.shape == mask.shape:
+        found = [tuple(one.shape) for one in (pred, target, mask)]
+        raise ValueError(f"compute_image_metrics: 'pred', 'target' and 'mask' must share one shape (B, 1, H, W, D), got {found}")
+    inside = [(p[m][None], t[m][None]) for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True)]
+    over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(data_range, reduction="none")}
+    return {
+        **{name: torch.cat([torch.as_tensor(metric(p, t)).flatten() for p, t in inside]) for name, metric in over_mask.items()},
+        "ssim": compute_ssim(pred, target, mask, data_range),
+        "ms_ssim": compute_ms_ssim(pred, target, mask, data_range),
+    }
+
+
+def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0) -> Tensor:
+    """Structural similarity with a Gaussian window, averaged over the voxels of a mask whose window lies in the image.
+
+    The same as MONAI's ``SSIMMetric`` over a whole image, and as scikit-image's ``structural_similarity`` with
+    ``gaussian_weights=True, use_sample_covariance=False``. The window is applied axis by axis and slab by slab: MONAI's takes
+    1,331 products for each voxel, and all voxels at once.
+
+    Args:
+        pred: shape (B, 1, H, W, D).
+        target: same shape and unit.
+        mask: same shape, bool.
+        data_range: width of the range of intensities.
+
+    Returns:
+        Shape (B,), NaN where no window lies in mask and image.
+
+    Reference:
+        Wang et al., IEEE Transactions on Image Processing 13, 2004, equation 13.
+    """
+    return _average_similarity(pred.float(), target.float(), mask.bool(), data_range)[0]
+
+
+def compute_ms_ssim(
+    pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0, weights: Sequence[float] = SCALE_WEIGHTS
+) -> Tensor:
+    """Multi-scale structural similarity inside a mask.
+
+    From each scale to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. Axes that are too
+    short for the window of the coarsest scale, 176 voxels for five, are continued by their last voxels, which are not in the
+    mask. Else the same as MONAI's ``MultiScaleSSIMMetric`` over a whole image.
+
+    Args:
+        pred: shape (B, 1, H, W, D).
+        target: same shape and unit.
+        mask: same shape, bool.
+        data_range: width of the range of intensities.
+        weights: exponent of each scale, finest first.
+
+    Returns:
+        Shape (B,), NaN where at some scale no window lies in mask and image.
+
+    Reference:
+        Wang et al., Multiscale structural similarity for image quality assessment, Asilomar 2003, equation 7.
+    """
+    smallest = (2 * RADIUS + 1) * 2 ** (len(weights) - 1)
+    missing = [max(smallest - n, 0) for n in pred.shape[2:]]
+    pads = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
+    x, y = (nnf.pad(one.float(), pads, mode="replicate") for one in (pred, target))
+    inside = nnf.pad(mask.float(), pads)
+    product = torch.ones(len(pred), device=pred.device)
+    for scale, weight in enumerate(weights):
+        if scale:
+            x, y, inside = (nnf.avg_pool3d(one, 2) for one in (x, y, inside))
+            inside = (inside >= SMALLEST_SHARE).float()
+        similarity, contrast = _average_similarity(x, y, inside.bool(), data_range)
+        product = product * (similarity if scale == len(weights) - 1 else contrast).relu() ** weight
+    return product
+
+
+def _average_similarity(x: Tensor, y: Tensor, mask: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+    """Means over a mask of SSIM and of its contrast-structure term, each of shape (B,)."""
+    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    box = box_around(mask.flatten(0, 1).any(0), margin=RADIUS)
+    x, y, mask = (one[..., *box] for one in (x, y, mask))
+    size = x.shape[2:]
+    if min(size) <= 2 * RADIUS:
+        nothing = torch.full((len(x),), torch.nan, device=x.device)
+        return nothing, nothing
+    inside = mask[..., RADIUS:-RADIUS, RADIUS:-RADIUS, RADIUS:-RADIUS]
+    sums = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
+    across = [_window_operator(n, x) for n in size[1:]]
+    for first in range(0, inside.shape[2], SLAB):
+        part = inside[:, :, first : first + SLAB]
+        planes = slice(first, first + part.shape[2] + 2 * RADIUS)
+        a, b = x[:, :, planes], y[:, :, planes]
+        moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)
+        filtered = apply_separable(moments, [_window_operator(a.shape[2], x), *across]).split(1, dim=1)
+        mean_a, mean_b, square_a, square_b, product = filtered
+        covariance = product - mean_a * mean_b
+        variances = square_a - mean_a**2 + square_b - mean_b**2
+        contrast = (2 * covariance + c2) / (variances + c2)
+        similarity = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * contrast
+        sums += torch.stack(
+            [torch.where(part, one, 0.0).sum((1, 2, 3, 4), dtype=torch.float64) for one in (similarity, contrast)]
+        )
+    means = (sums / inside.sum((1, 2, 3, 4))).float()  # 0 / 0 is the NaN of an empty mask
+    return means[0], means[1]
+
+
+def _window_operator(size: int, like: Tensor) -> Tensor:
+    """Gaussian average of the 11 voxels around each voxel that has them, shape (1, size - 10, size)."""
+    offset = torch.arange(-RADIUS, RADIUS + 1, device=like.device, dtype=like.dtype)
+    window = torch.exp(-0.5 * (offset / SIGMA) ** 2)
+    rows = torch.zeros(size - 2 * RADIUS, size, device=like.device, dtype=like.dtype)
+    for i, weight in enumerate(window / window.sum()):
+        rows.diagonal(i).fill_(weight)
+    return rows[None]
