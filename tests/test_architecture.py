@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": TABLES | {"functional"},
     "metrics": TABLES | {"functional"},
     "transforms": TABLES | {"functional", "synthesis"},
-    "engines": TABLES | {"synthesis", "losses"},
+    "engines": TABLES | {"synthesis", "losses", "inferers"},
     "handlers": TABLES | {"losses", "metrics"},
     "inferers": TABLES | {"networks"},
     "outputs": TABLES | {"functional", "transforms"},

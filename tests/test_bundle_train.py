@@ -22,7 +22,8 @@ TINY: dict[str, Any] = {
     "epoch_length": 2,
     "max_epochs": 1,
     "val_interval": 1,
-    "bfloat16": False,
+    "precision": "float32",
+    "mni_size": [8, 8, 8],
 }
 
 
@@ -98,7 +99,7 @@ def test_training_by_the_bundle_command_leaves_weights_logs_and_a_checkpoint(
     assert done.returncode == 0, done.stderr
     assert "mean_dice" in done.stdout + done.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"model.pt", "training_checkpoint_1.pt"} <= names
+    assert {"model.pt", "training_checkpoint_2.pt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     assert {"head.weight", "head.bias"} <= set(weights)

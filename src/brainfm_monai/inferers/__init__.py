@@ -3,12 +3,19 @@
 from brainfm_monai.inferers.automatic import MEMORY_MODES, ScanInferer
 from brainfm_monai.inferers.errors import exit_on_error
 from brainfm_monai.inferers.memory import free_memory, peak_memory
-from brainfm_monai.inferers.precision import fast_bfloat16, prepare_network, reduced_precision
+from brainfm_monai.inferers.precision import (
+    AutocastInferer,
+    fast_bfloat16,
+    parse_precision,
+    prepare_network,
+    reduced_precision,
+)
 from brainfm_monai.inferers.slabs import SlabInferer
 from brainfm_monai.inferers.volume import ForegroundInferer, MirrorInferer, WholeVolumeInferer, WindowInferer
 
 __all__ = [
     "MEMORY_MODES",
+    "AutocastInferer",
     "ForegroundInferer",
     "MirrorInferer",
     "ScanInferer",
@@ -18,6 +25,7 @@ __all__ = [
     "exit_on_error",
     "fast_bfloat16",
     "free_memory",
+    "parse_precision",
     "peak_memory",
     "prepare_network",
     "reduced_precision",

@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function; a wrong value or a missing file ends the program with the message alone, in one line, and status 1.
+    """Call a function; a wrong value, a missing file or a failed computation ends the program with the message alone, in one line, and status 1.
 
     Raises:
-        SystemExit: where the function raises ``ValueError`` or ``OSError``.
+        SystemExit: where the function raises ``ValueError``, ``OSError`` or ``ArithmeticError``.
     """
     try:
         return function(*args, **kwargs)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         raise SystemExit(str(error)) from error

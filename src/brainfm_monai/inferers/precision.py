@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from monai.inferers import SimpleInferer
+from torch import Tensor, nn
 
-__all__ = ["autocast", "choose_precision", "fast_bfloat16", "prepare_network", "reduced_precision"]
+__all__ = [
+    "AutocastInferer",
+    "autocast",
+    "choose_precision",
+    "fast_bfloat16",
+    "parse_precision",
+    "prepare_network",
+    "reduced_precision",
+]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -52,3 +64,41 @@ def prepare_network(network: nn.Module, device: torch.device, compile: bool = Fa
     if compile:
         network.compile()
     return network
+
+
+def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
+    """Element type by its name.
+
+    Args:
+        precision: float32, bfloat16 or float16; ``None``: what :func:`reduced_precision` says.
+        device: where the network runs.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if precision is None:
+        return reduced_precision(device)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: one of {list(PRECISIONS)} or null is needed, found '{precision}'")
+    return PRECISIONS[precision]
+
+
+class AutocastInferer(SimpleInferer):
+    """Give the network the whole batch under autocast, in training and in validation.
+
+    Args:
+        precision: see :func:`parse_precision`.
+
+    Raises:
+        ValueError: if there is no such precision.
+    """
+
+    def __init__(self, precision: str | None = None) -> None:
+        super().__init__()
+        parse_precision(precision, torch.device("cpu"))
+        self.precision = precision
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map images of shape (B, 1, H, W, D) to the network's output."""
+        with autocast(inputs.device, parse_precision(self.precision, inputs.device)):
+            return network(inputs, *args, **kwargs)

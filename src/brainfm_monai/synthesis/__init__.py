@@ -2,6 +2,7 @@
 
 from brainfm_monai.synthesis.acquisition import IMAGES
 from brainfm_monai.synthesis.deformation import make_coordinates, make_inverse_coordinates
+from brainfm_monai.synthesis.description import describe
 from brainfm_monai.synthesis.dictionary import FillMissingd, RandSynthesized
 from brainfm_monai.synthesis.ranges import (
     AppearanceParams,
@@ -26,6 +27,7 @@ __all__ = [
     "SynthesisParams",
     "SynthesisRanges",
     "Synthesizer",
+    "describe",
     "make_coordinates",
     "make_inverse_coordinates",
     "make_mild",

@@ -1,4 +1,4 @@
-"""What MONAI's engines need from us: a batch of subjects becomes images and targets on the device."""
+"""A batch of subjects becomes images and targets on the device."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ __all__ = ["SynthesisPrepareBatch"]
 class SynthesisPrepareBatch(PrepareBatch, Randomizable):
     """Turns a batch of cached subjects into generated scans and their targets, on the engine's device.
 
+    The seed of a subject is its entry ``seed``, which :class:`~brainfm_monai.engines.DrawnSubjects` puts there.
+
     Args:
         synthesizer: makes scans and targets.
-        seed: of the draws; each rank and each subject gets its own stream from it.
+        seed: of a stream of seeds for subjects that bring none.
         fixed: draw the same samples again at every pass, for validation: seeds then follow from the subject's name.
     """
 
@@ -36,6 +38,8 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
         if self.fixed:
             # MONAI's datalist reader makes a path of a subject's name where such a folder exists: its last part is the name.
             return [self.seed + sum(Path(str(name)).name.encode()) for name in batch.get("subject", range(count))]
+        if "seed" in batch:
+            return [int(seed) for seed in batch["seed"]]
         return [int(s) for s in self.R.randint(0, LARGEST_SEED, size=count)]
 
     def __call__(
@@ -47,9 +51,11 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
             ValueError: if the subjects' generation labels follow different protocols.
         """
         present = [key for key in SUBJECT_KEYS if key in batchdata]
-        subject = {key: convert_to_tensor(batchdata[key], device=device, track_meta=False) for key in present}
+        subject = {
+            key: convert_to_tensor(batchdata[key], track_meta=False).to(device, non_blocking=non_blocking) for key in present
+        }
         # What is available decides what is drawn, and numbers are drawn on the host: these few stay there.
-        subject |= {key: torch.as_tensor(value) for key, value in batchdata.items() if key.startswith("available_")}
+        subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith("available_")}
         protocols = sorted(set(batchdata.get("generation_protocol", [])))
         if len(protocols) > 1:
             raise ValueError(f"SynthesisPrepareBatch: a batch needs one 'generation_protocol', got {protocols}")

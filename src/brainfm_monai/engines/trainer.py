@@ -1,0 +1,186 @@
+"""The step of the training: a batch in parts, gradients of all processes, their norm, and no step that is not finite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from brainfm_monai.engines.draws import DrawSampler
+from brainfm_monai.inferers.precision import parse_precision
+
+__all__ = ["MultiTaskTrainer", "make_grad_scaler", "split_batch"]
+
+logger = logging.getLogger(__name__)
+
+
+def make_grad_scaler(precision: str | None, device: torch.device) -> torch.amp.GradScaler:
+    """Scaler of the loss for float16, whose gradients would vanish without; in other precisions it does nothing.
+
+    Args:
+        precision: see :func:`~brainfm_monai.inferers.parse_precision`.
+        device: of the training.
+
+    Reference:
+        Micikevicius et al., Mixed precision training, ICLR 2018.
+    """
+    return torch.amp.GradScaler(device.type, enabled=parse_precision(precision, device) == torch.float16)
+
+
+def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Cut a batch along its first axis.
+
+    Args:
+        batch: tensors and lists of one length B.
+        parts: number of parts, at most B are made; the first ones are larger by one where B is no multiple.
+    """
+    size = len(next(iter(batch.values())))
+    parts = min(parts, size)
+    bounds = [-(-i * size // parts) for i in range(parts + 1)]
+    return [{key: value[a:b] for key, value in batch.items()} for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+class MultiTaskTrainer(SupervisedTrainer):
+    """MONAI's supervised trainer, with one optimizer step for each batch, whatever the parts it is computed in.
+
+    What is not finite takes no step: a loss that is not finite gives gradients that are not either, and as they are summed over
+    processes, all of them leave the step out. After each iteration ``state.output`` has, besides MONAI's keys (image, label and
+    prediction of the last part), ``loss``, the mean of the batch, ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and
+    ``samples``, the number of scans. Nothing here waits for the device, except where the optimizer is not a fused one.
+
+    ``state.draws`` counts the draws of all processes, and is kept in checkpoints: with :class:`DrawSampler` a resumed training
+    goes on at the right one.
+
+    Args:
+        accumulation: parts in which a batch is computed, one after the other, to save memory.
+        max_norm: gradients of a larger norm are scaled down to it.
+        scaler: of the loss, for float16.
+        options: arguments of :class:`monai.engines.SupervisedTrainer`.
+
+    Raises:
+        ValueError: if ``accumulation`` or ``max_norm`` is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        accumulation: int = 1,
+        max_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        **options: Any,
+    ) -> None:
+        for name, value in {"accumulation": accumulation, "max_norm": 1.0 if max_norm is None else max_norm}.items():
+            if value <= 0:
+                raise ValueError(f"MultiTaskTrainer: '{name}' must be positive, got {value}")
+        super().__init__(**options)
+        self.accumulation, self.max_norm = accumulation, max_norm
+        self.grad_scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.state.draws = 0
+        self.state_dict_user_keys.append("draws")
+        sampler = getattr(self.data_loader, "batch_sampler", None)
+        self.sampler = sampler if isinstance(sampler, DrawSampler) else None
+        self.add_event_handler(Events.EPOCH_STARTED, self._place_sampler)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        of_network = set(self.network.parameters())
+        # what is learnt outside the network, such as weights of tasks: DistributedDataParallel does not know of it
+        self.other_parameters = [p for p in self.parameters if p not in of_network]
+        self._warn_of_batch_norm()
+
+    def _warn_of_batch_norm(self) -> None:
+        alone = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+        if alone and idist.get_world_size() > 1:
+            logger.warning("%d batch normalisations see the scans of one process alone", len(alone))
+
+    def _place_sampler(self) -> None:
+        """The iterator that is made after this event, at the start or after a resume, goes on where the training is."""
+        if self.sampler is not None:
+            self.sampler.first = self.state.draws
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        size = len(next(iter(batchdata.values())))
+        parts = split_batch(batchdata, self.accumulation)
+        losses, shares, samples = [], [], 0
+        components: list[dict[str, Tensor]] = []
+        for number, part in enumerate(parts, start=1):
+            share = len(next(iter(part.values()))) / size
+            with self._gradients(reduce=number == len(parts)):
+                losses.append(self._compute_part(part, share))
+            shares.append(share)
+            components.append(dict(getattr(self.loss_function, "components", {})))
+            samples += len(self.state.output[CommonKeys.IMAGE])
+        self.state.output["part_losses"] = torch.stack(losses)
+        self.state.output[CommonKeys.LOSS] = torch.stack([a * loss for a, loss in zip(shares, losses, strict=True)]).sum()
+        self.state.output["task_losses"] = _average(components, shares)
+        self.state.output["gradient_norm"] = self._step()
+        self.state.output["samples"] = samples
+        self.state.draws += self.sampler.step if self.sampler is not None else 0
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return cast(dict[str, Any], self.state.output)
+
+    def _gradients(self, reduce: bool) -> AbstractContextManager[Any]:
+        """Gradients of all processes are summed once for a batch, with those of its last part."""
+        network = self.network
+        return network.no_sync() if isinstance(network, DistributedDataParallel) and not reduce else nullcontext()
+
+    def _compute_part(self, part: dict[str, Any], share: float) -> Tensor:
+        """Loss of a part, its gradients added to those of the parts before."""
+        image, target = self.prepare_batch(part, self.state.device, self.non_blocking, **self.to_kwargs)
+        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target}
+        self.state.output[CommonKeys.PRED] = self.inferer(image, self.network)
+        self.fire_event(IterationEvents.FORWARD_COMPLETED)
+        loss: Tensor = self.loss_function(self.state.output[CommonKeys.PRED], target).mean()
+        self.state.output[CommonKeys.LOSS] = loss
+        self.fire_event(IterationEvents.LOSS_COMPLETED)
+        # Where the loss is not finite its gradient might be: a target that is no number has no slope.
+        weight = torch.where(loss.detach().isfinite(), share, torch.nan).to(loss.dtype)
+        self.grad_scaler.scale(loss).backward(weight)
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        return loss.detach()
+
+    def _step(self) -> Tensor:
+        """Step of the optimizer, unless something is not finite.
+
+        Returns:
+            Norm of all gradients before clipping, the same in all processes.
+        """
+        for p in self.other_parameters if idist.get_world_size() > 1 else []:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = cast(Tensor, idist.all_reduce(grad)) / idist.get_world_size()
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.max_norm is not None:
+            clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+        if self.grad_scaler.is_enabled():
+            self.grad_scaler.step(self.optimizer)  # looks for what is not finite itself
+            self.grad_scaler.update()
+        elif self.optimizer.defaults.get("fused"):
+            # A fused optimizer looks at this number on the device, as it does for a GradScaler.
+            vars(self.optimizer).update(found_inf=(~norm.isfinite()).float(), grad_scale=None)
+            self.optimizer.step()
+        elif bool(norm.isfinite()):
+            self.optimizer.step()
+        return norm
+
+
+def _average(components: list[dict[str, Tensor]], shares: list[float]) -> dict[str, Tensor]:
+    """Mean of each task's loss over the parts that have it."""
+    means = {}
+    for name in dict.fromkeys(name for part in components for name in part):
+        there = [(share, part[name]) for share, part in zip(shares, components, strict=True) if name in part]
+        means[name] = torch.stack([share * value for share, value in there]).sum() / sum(share for share, _ in there)
+    return means
+

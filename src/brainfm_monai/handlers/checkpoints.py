@@ -1,0 +1,171 @@
+"""Checkpoints from which a training goes on as if it had never stopped, and the best weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import Tensor, nn
+
+__all__ = ["BestWeights", "TrainingCheckpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+def _write_whole(path: Path, content: Any) -> None:
+    """Write a file that is there whole or not at all, also after a power failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+class TrainingCheckpoint:
+    """Saves everything at the end of an epoch, whole or not at all, and goes on from the newest file at the start.
+
+    The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which must share
+    the folder, the first one writes and all read.
+
+    Args:
+        save_dir: folder of the checkpoints, ``training_checkpoint_<iteration>.pt``.
+        to_save: objects with ``state_dict`` and ``load_state_dict``, by name; the trainer itself is added.
+        interval: epochs between two checkpoints.
+        iterations: iterations between two further ones, for long epochs; none if not given.
+        n_saved: number of checkpoints to keep.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        to_save: Mapping[str, Any],
+        interval: int = 1,
+        iterations: int | None = None,
+        n_saved: int = 2,
+    ) -> None:
+        self.save_dir = Path(save_dir)
+        self.to_save = dict(to_save)
+        self.interval, self.iterations, self.n_saved = interval, iterations, n_saved
+        self._random: dict[str, Tensor] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer, after the handlers whose work belongs in the checkpoint."""
+        engine.add_event_handler(Events.STARTED, self.resume)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._restore_random)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        if self.iterations is not None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.iterations), self._save_within_epoch)
+
+    def saved(self) -> list[Path]:
+        """The checkpoints of this and of earlier runs, oldest first."""
+        return sorted(self.save_dir.glob("training_checkpoint_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+
+    def save(self, engine: Engine) -> None:
+        """Write a checkpoint, and remove the oldest."""
+        if idist.get_rank() > 0:
+            return
+        content = {name: item.state_dict() for name, item in {"trainer": engine, **self.to_save}.items()}
+        content["random"] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            content["random"]["cuda"] = torch.cuda.get_rng_state()
+        _write_whole(self.save_dir / f"training_checkpoint_{engine.state.iteration}.pt", content)
+        for path in self.saved()[: -self.n_saved]:
+            path.unlink()
+
+    def _save_within_epoch(self, engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length:  # the end of an epoch is saved after its validation
+            self.save(engine)
+
+    def resume(self, engine: Engine) -> None:
+        """Restore the newest whole checkpoint, keeping the number of epochs that was asked for now.
+
+        Raises:
+            ValueError: if there are checkpoints, and none is whole, or the newest is of another training.
+        """
+        path, content = self._read_newest() if idist.get_rank() == 0 else (None, None)
+        if idist.get_world_size() > 1:
+            chosen = str(idist.broadcast(str(path or "nothing"), src=0))
+            path = None if chosen == "nothing" else Path(chosen)
+        if path is None:
+            return
+        content = content or torch.load(path, map_location="cpu", weights_only=True)
+        max_epochs = engine.state.max_epochs
+        self._random = content.pop("random", {})
+        try:
+            Checkpoint.load_objects({"trainer": engine, **self.to_save}, content)
+        except (ValueError, RuntimeError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path}: a checkpoint of this training is needed, found another: {first}") from error
+        engine.state.max_epochs = max_epochs
+        logger.info("goes on at iteration %d from %s", engine.state.iteration, path)
+
+    def _read_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        saved = self.saved()
+        for path in reversed(saved):
+            try:
+                return path, torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, str(error).split("\n")[0])
+        if saved:
+            raise ValueError(f"{self.save_dir}: one whole checkpoint is needed to go on, found none: remove them to begin anew")
+        return None, None
+
+    def _restore_random(self) -> None:
+        """Here, because the data loaders' iterators, which are made after the start, draw a number each."""
+        if "cpu" in self._random:
+            torch.set_rng_state(self._random["cpu"])
+        if "cuda" in self._random and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(self._random["cuda"])
+        self._random = {}
+
+
+class BestWeights:
+    """Writes the weights that did best in validation, also over several sittings of a training.
+
+    Args:
+        network: whose state dict is written, plain.
+        path: of the file.
+    """
+
+    def __init__(self, network: nn.Module, path: str | Path) -> None:
+        self.network, self.path = network, Path(path)
+        self.best_metric, self.best_epoch = 0.0, -1  # no epoch yet, in MONAI's words
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a MONAI evaluator with a key metric."""
+        engine.add_event_handler(Events.STARTED, self.remind)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def remind(self, engine: Engine) -> None:
+        """Tell the evaluator the best that was known before."""
+        if self.best_epoch >= 0:
+            engine.state.best_metric, engine.state.best_metric_epoch = self.best_metric, self.best_epoch
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the weights if this validation was the best; the evaluator has compared."""
+        if engine.state.best_metric_epoch != engine.state.epoch:
+            return
+        self.best_metric, self.best_epoch = float(engine.state.best_metric), int(engine.state.epoch)
+        if idist.get_rank() == 0:
+            _write_whole(self.path, self.network.state_dict())
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The best metric and its epoch."""
+        return {"best_metric": self.best_metric, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.best_metric, self.best_epoch = float(state["best_metric"]), int(state["best_epoch"])
