@@ -69,7 +69,7 @@ def test_split_gives_views(layout: TaskLayout) -> None:
 
 def test_split_names_the_tasks_where_channels_are_missing(layout: TaskLayout) -> None:
     with pytest.raises(
-        ValueError, match=r"^TaskLayout\.split: 'output' must have 70 channels for \['segmentation', .*\], got \(1, 7, 2, 2, 2\)$"
+        ValueError, match=r"^TaskLayout\.split: 'output' must have 87 channels for \['segmentation', .*\], got \(1, 7, 2, 2, 2\)$"
     ):
         layout.split(torch.zeros(1, 7, 2, 2, 2))
 
