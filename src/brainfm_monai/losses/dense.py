@@ -21,7 +21,7 @@ __all__ = [
 
 
 def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the mask's voxels and all channels; 0 where the mask is empty. What is not counted may be NaN.
+    """Mean over the mask's voxels and all channels; 0 where the mask is empty.
 
     Args:
         values: shape (B, C, H, W, D).

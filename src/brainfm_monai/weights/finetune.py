@@ -110,10 +110,10 @@ def _read(path: str | Path, layout: TaskLayout) -> tuple[dict[str, Tensor], Task
 
 
 def _without_residual(state: dict[str, Tensor], layout: TaskLayout) -> tuple[dict[str, Tensor], TaskLayout]:
-    tasks = [name for name in layout.tasks if name != "super_resolution"]
-    parts = [layout.slices[name] for name in tasks]
+    reduced = TaskLayout([name for name in layout.tasks if name != "super_resolution"], layout.protocol)
+    parts = [layout.slices[name] for name in reduced.tasks]
     heads = {key: torch.cat([state[key][part] for part in parts]) for key in ("head.weight", "head.bias")}
-    return {**state, **heads}, TaskLayout(tasks, layout.protocol)
+    return {**state, **heads}, reduced
 
 
 def _match_channels(new: TaskLayout, old: TaskLayout) -> dict[int, int]:
