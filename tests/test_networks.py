@@ -20,6 +20,7 @@ from brainfm_monai.networks import (
     library_backbone,
     slab_features,
     slabs,
+    trainable_parameters,
 )
 from brainfm_monai.tasks import TaskLayout
 
@@ -189,6 +190,35 @@ def test_monais_networks_are_backbones_by_name(name: str) -> None:
         assert net(image).shape == (1, LAYOUT.channels, 32, 32, 64)
     with pytest.raises(ValueError, match=r"'name' must be one of \['SwinUNETR', 'UNet', 'DynUNet', 'SegResNet'\], got 'VNet'"):
         library_backbone("VNet")
+
+
+def test_a_frozen_backbone_stays_as_it_is_in_training() -> None:
+    torch.manual_seed(0)
+    backbone = library_backbone("UNet", 8, channels=(8, 16), strides=(2,), norm="batch", dropout=0.5)
+    net = MultiTaskNet(backbone, LAYOUT, freeze_backbone=True)
+    before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+    optimizer = torch.optim.AdamW(trainable_parameters([net]), lr=0.1, weight_decay=0.1)
+    assert not net.eval().head.training
+    assert net.train().head.training
+    assert not any(module.training for module in net.backbone.modules())
+    head, image = net.head.weight.detach().clone(), torch.rand(1, 1, 8, 8, 8)
+    features = net.features(image)
+    net(image).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in net.backbone.state_dict().items())
+    assert torch.equal(net.features(image), features)
+    assert not torch.equal(head, net.head.weight)
+    free = MultiTaskNet(library_backbone("UNet", 8, channels=(8, 16), strides=(2,)), LAYOUT).eval().train()
+    assert all(module.training for module in free.modules())
+
+
+def test_an_optimizer_gets_what_is_not_frozen_once() -> None:
+    first, second = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)
+    second.bias.requires_grad_(False)
+    found = trainable_parameters([first, second, first])
+    assert [id(p) for p in found] == [id(p) for p in (first.weight, first.bias, second.weight)]
+    with pytest.raises(ValueError, match=r"a parameter that is not frozen is needed in 'modules', found none"):
+        trainable_parameters([first.requires_grad_(False)])
 
 
 @pytest.mark.gpu

@@ -541,6 +541,34 @@ def test_samples_of_a_subject_share_anatomy_and_differ_in_appearance() -> None:
     assert [r.noise_std for r in synthesizer.ranges] == [(0, 5), (0, 5), (10, 15), (10, 15)]
 
 
+def test_super_resolution_is_the_sample_before_slices_and_noise() -> None:
+    layout = TaskLayout(["segmentation", "super_resolution", "log_bias_field"])
+    kinder = change(bias_log_std=(0.3, 0.3), gamma_log_std=0.2, std=(0, 0))
+    thick = dataclasses.replace(kinder, resolution_weights=(0, 0, 0, 1), coarse_spacing_mm=(4, 4), noise_std=(10, 10))
+    sharp, blurred = (Synthesizer(r, layout, SIZE, samples=2)(make_subject(2), [0, 1]) for r in (kinder, thick))
+    assert sharp["super_resolution"].shape == sharp["image"].shape == (4, 1, *SIZE)
+    torch.testing.assert_close(sharp["super_resolution"], sharp["image"], atol=1e-5, rtol=0)
+    # What is drawn apart from slices and noise does not depend on them: only the scan is degraded.
+    torch.testing.assert_close(blurred["super_resolution"], sharp["super_resolution"], atol=1e-5, rtol=0)
+    assert float((blurred["image"] - sharp["image"]).abs().mean()) > 0.02
+    assert "super_resolution" not in render(make_subject(), draw(STILL, 0), LAYOUT)
+
+
+def test_the_age_goes_with_its_samples_in_every_face_of_the_generator() -> None:
+    layout = TaskLayout(["segmentation", "age"])
+    ages = torch.tensor([31.0, 64.5], dtype=torch.float64)  # as a DataLoader makes them of Python's numbers
+    batch = {**make_subject(2), "age": ages, "available_age": torch.tensor([1.0, 0.0])}
+    _, targets = SynthesisPrepareBatch(Synthesizer(STILL, layout, SIZE, samples=2))(batch, "cpu")
+    torch.testing.assert_close(targets["age"], torch.tensor([0.31, 0.31, 0.645, 0.645]))  # unit: 100 years
+    assert targets["available_age"].tolist() == [1, 1, 0, 0]
+    one = {name: value[0] for name, value in make_subject().items()}
+    filled = FillMissingd(["age"])(one)
+    assert (filled["age"].shape, float(filled["available_age"])) == ((), 0)
+    found = seeded(Synthesizer(STILL, layout, SIZE), 0)({**one, "age": 31.0})
+    assert float(found["age"]) == pytest.approx(0.31)
+    assert "age" not in render({**make_subject(), "age": ages[:1]}, draw(STILL, 0), LAYOUT)
+
+
 def test_mild_laws_are_an_instance_and_leave_the_severe_ones_alone() -> None:
     severe = SynthesisRanges()
     mild = make_mild(severe, noise_std=(0, 1))

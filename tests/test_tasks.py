@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai import TASKS, Protocol, TaskLayout
+from brainfm_monai.tasks import bound_log_scale
 
 FIRST_WEIGHTS = ["segmentation", "distance", "log_bias_field", "mni"]
 SHAPE = (6, 5, 4)
@@ -69,7 +70,7 @@ def test_split_gives_views(layout: TaskLayout) -> None:
 
 def test_split_names_the_tasks_where_channels_are_missing(layout: TaskLayout) -> None:
     with pytest.raises(
-        ValueError, match=r"^TaskLayout\.split: 'output' must have 70 channels for \['segmentation', .*\], got \(1, 7, 2, 2, 2\)$"
+        ValueError, match=r"^TaskLayout\.split: 'output' must have 87 channels for \['segmentation', .*\], got \(1, 7, 2, 2, 2\)$"
     ):
         layout.split(torch.zeros(1, 7, 2, 2, 2))
 
@@ -143,3 +144,59 @@ def test_labels_in_place_of_logits_are_split_like_them() -> None:
     without = TaskLayout(["CT", "mni"])
     assert without.label_channels == without.channels == 4
     assert without.choose_labels(output[:, :4]).shape == (2, 4, 3, 4, 5)
+
+
+def test_scales_of_error_come_last_with_a_channel_for_each_channel() -> None:
+    plain = TaskLayout(FIRST_WEIGHTS)
+    layout = TaskLayout(FIRST_WEIGHTS, uncertainty=["mni", "distance"])
+    assert layout.channels == 52 + 3 + 4
+    assert {name: layout.slices[name] for name in plain.slices} == plain.slices
+    assert list(layout.tasks)[-2:] == ["mni_log_scale", "distance_log_scale"]
+    assert layout.channel_names[52:55] == ["x_log_scale", "y_log_scale", "z_log_scale"]
+    assert layout.log_scale_of("mni") == "mni_log_scale"
+    assert layout.log_scale_of("segmentation") is None
+    assert (layout.label_channels, plain.label_channels) == (16, 9)
+    output = make_output(layout)
+    decided = layout.split(layout.choose_labels(output))
+    torch.testing.assert_close(decided["distance_log_scale"], output[:, 55:], rtol=0, atol=0)
+
+
+def test_scales_of_error_mirror_with_their_channels_and_have_no_sign() -> None:
+    layout = TaskLayout(["distance", "mni"], uncertainty=["distance", "mni"])
+    output = make_output(layout)
+    mirrored = layout.mirror(output)
+    assert torch.equal(layout.mirror(mirrored), output)
+    parts, before = layout.split(mirrored), layout.split(output.flip(2))
+    assert torch.equal(parts["distance_log_scale"], before["distance_log_scale"][:, [2, 3, 0, 1]])
+    assert torch.equal(parts["mni_log_scale"], before["mni_log_scale"])
+    assert torch.equal(parts["mni"][:, 0], -before["mni"][:, 0])
+
+
+def test_outside_the_head_the_scale_is_the_least_where_the_value_is_known() -> None:
+    layout = TaskLayout(["segmentation", "mni", "CT", "lesion"], uncertainty=["mni", "CT"])
+    outside = dict(zip(layout.channel_names, layout.outside_values, strict=True))
+    assert outside["CT_log_scale"] == -7
+    assert outside["x_log_scale"] == outside["x"] == outside["CT"] == 0
+    assert outside["lesion"] == -20
+
+
+def test_the_bound_of_a_scale_is_smooth_and_close_to_nothing_near_zero() -> None:
+    values = torch.tensor([-1e9, -30.0, -0.1, 0.0, 0.1, 30.0, 1e9])
+    bounded = bound_log_scale(values)
+    assert bounded.tolist() == pytest.approx([-7, -7, -0.1, 0, 0.1, 7, 7], abs=5e-3)
+    assert bound_log_scale(torch.tensor([1.0], dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("uncertainty", [["segmentation"], ["T1w"], ["mni", "mni"]])
+def test_scales_of_what_has_none_are_named(uncertainty: list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^TaskLayout: 'uncertainty' must be different names out of \['distance', 'mni'\], got \["
+    ):
+        TaskLayout(FIRST_WEIGHTS, uncertainty=uncertainty)
+
+
+def test_the_embedding_has_as_many_channels_as_asked_for() -> None:
+    layout = TaskLayout(["embedding", "segmentation", "age"], embedding_channels=5)
+    assert layout.slices["embedding"] == slice(44, 49)
+    assert layout.channel_names[44:] == [*(f"embedding_{i}" for i in range(5)), "age"]
+    assert len(TaskLayout(["embedding"]).channel_names) == 16

@@ -158,6 +158,16 @@ def test_splitting_a_layout_of_other_tasks() -> None:
     np.testing.assert_allclose(parts["T1w"].numpy(), 0.04, rtol=1e-6)
 
 
+def test_a_scale_of_error_is_in_the_unit_of_its_task() -> None:
+    layout = TaskLayout(["mni", "T1w", "age"], uncertainty=["mni", "T1w"])
+    parts = SplitTasksd("pred", layout)({"pred": torch.full((layout.channels, 2, 2, 2), -2.0)})
+    assert set(parts) == {"mni", "T1w", "age", "mni_scale", "T1w_scale"}
+    scale = float(np.exp(7 * np.tanh(-2 / 7)))
+    np.testing.assert_allclose(parts["mni_scale"].numpy(), np.full((3, 2, 2, 2), 100 * scale), rtol=1e-5)  # mm
+    np.testing.assert_allclose(parts["T1w_scale"].numpy(), np.full((1, 2, 2, 2), scale), rtol=1e-5)
+    np.testing.assert_allclose(parts["age"].numpy(), -200.0)  # years
+
+
 def write_frames(path: Path, frames: int = 3) -> Path:
     return write(path, np.stack([RAMP + 100 * i for i in range(frames)], axis=-1))
 

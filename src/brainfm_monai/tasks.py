@@ -11,10 +11,14 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 
-__all__ = ["MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout"]
+__all__ = ["MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout", "bound_log_scale"]
 
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
 CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
+EMBEDDING_CHANNELS = 16  # of the embedding, unless the layout says otherwise
+LOG_SCALE_SUFFIX = "_log_scale"  # of the task that holds the log of another one's scale of error
+LOG_SCALE_LIMIT = 7.0  # scales lie between e^-7 and e^7 units: 0.1 mm of MNI coordinates, a thousandth of an intensity
+SCALED_KINDS = ("image", "distance", "coordinates")  # whose error is absolute, and can have a scale
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,9 @@ class Task:
     Attributes:
         name: name of the task, and key of its target in a batch.
         channels: number of output channels; 0 for the segmentation, whose protocol decides.
-        kind: ``labels``, ``mask``, ``image``, ``log_field``, ``distance`` or ``coordinates``: it decides loss, metric and output.
+        kind: ``labels``, ``mask``, ``image``, ``log_field``, ``distance``, ``coordinates``, ``scalar``, ``embedding`` or
+            ``log_scale``: it decides loss, metric and output. A scalar is the mean of its channel over the head: a 1x1x1
+            convolution and a mean commute, so that one output tensor serves numbers, too.
         unit: unit of the network's output.
         scale: factor from the network's output to ``output_unit``.
         output_unit: unit of the files a user gets.
@@ -58,8 +64,22 @@ TASKS: dict[str, Task] = {
         Task("mni", 3, "coordinates", "100 mm", 100.0, "mm", ("x", "y", "z"), mirror_sign=(-1, 1, 1)),
         Task("lesion", 1, "mask", "logit", 1.0, "probability", ("lesion",)),
         Task("super_resolution", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("super_resolution",)),
+        Task("age", 1, "scalar", "100 years", 100.0, "years", ("age",)),
+        Task("embedding", 0, "embedding", "direction", 1.0, "direction", ()),
     )
 }
+
+
+def bound_log_scale(value: Tensor) -> Tensor:
+    """Log of a scale of error out of a network's output, within +-7; the bound is smooth, so that no gradient is lost at it.
+
+    Args:
+        value: any shape.
+
+    Returns:
+        Tensor of the same shape, in float32.
+    """
+    return LOG_SCALE_LIMIT * torch.tanh(value.float() / LOG_SCALE_LIMIT)
 
 
 class TaskLayout:
@@ -68,18 +88,33 @@ class TaskLayout:
     Args:
         tasks: names out of :data:`TASKS`, in the order wanted; the segmentation is moved to the front.
         protocol: label protocol of the segmentation: its name, a table file or a :class:`Protocol`.
+        uncertainty: tasks of images, distances or coordinates whose scale of error is predicted, too. Each brings a task
+            ``<task>_log_scale`` after all others, with one channel for each channel of its own; see :func:`bound_log_scale`.
+        embedding_channels: channels of the task ``embedding``.
 
     Raises:
-        ValueError: if a task is unknown or named twice.
+        ValueError: if a task is unknown or named twice, or has no scale of error.
     """
 
-    def __init__(self, tasks: Sequence[str], protocol: str | Path | Protocol = "synthseg_head") -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        protocol: str | Path | Protocol = "synthseg_head",
+        uncertainty: Sequence[str] = (),
+        embedding_channels: int = EMBEDDING_CHANNELS,
+    ) -> None:
         unknown = [name for name in tasks if name not in TASKS]
         if unknown or len(set(tasks)) != len(tasks) or not tasks:
             raise ValueError(f"TaskLayout: 'tasks' must be different names out of {list(TASKS)}, got {list(tasks)}")
         self.protocol = protocol if isinstance(protocol, Protocol) else Protocol.load(protocol)
+        possible = [name for name in tasks if TASKS[name].kind in SCALED_KINDS]
+        if len(set(uncertainty) & set(possible)) != len(uncertainty):
+            raise ValueError(f"TaskLayout: 'uncertainty' must be different names out of {possible}, got {list(uncertainty)}")
+        self.embedding_channels = embedding_channels
         names = sorted(tasks, key=lambda name: name != "segmentation")
         self.tasks: dict[str, Task] = {name: self._resolve(TASKS[name]) for name in names}
+        scales = [_make_log_scale(TASKS[name]) for name in uncertainty]
+        self.tasks |= {task.name: task for task in scales}
         self.slices: dict[str, slice] = {}
         start = 0
         for name, task in self.tasks.items():
@@ -88,10 +123,18 @@ class TaskLayout:
         self.channels = start
 
     def _resolve(self, task: Task) -> Task:
+        if task.kind == "embedding":
+            names = tuple(f"{task.name}_{i}" for i in range(self.embedding_channels))
+            return replace(task, channels=len(names), channel_names=names)
         if task.kind != "labels":
             return task
         names = tuple(s.name for s in self.protocol.structures)
         return replace(task, channels=len(names), channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation))
+
+    def log_scale_of(self, name: str) -> str | None:
+        """Name of the task with the log of a task's scale of error, if there is one."""
+        scale = f"{name}{LOG_SCALE_SUFFIX}"
+        return scale if scale in self.tasks else None
 
     @property
     def channel_names(self) -> list[str]:
@@ -102,11 +145,13 @@ class TaskLayout:
     def outside_values(self) -> list[float]:
         """Value of every channel in the air around a head: background for certain, far from any surface, no bias.
 
-        MNI coordinates are not defined there and are 0.
+        MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the least.
         """
+        constant = {"mask": -CERTAIN_LOGIT, "distance": MAX_DISTANCE_MM, "log_scale": -LOG_SCALE_LIMIT}
         values = []
         for task in self.tasks.values():
-            per_channel = {"labels": 0.0, "mask": -CERTAIN_LOGIT, "distance": MAX_DISTANCE_MM}.get(task.kind, 0.0)
+            undefined = TASKS.get(task.name.removesuffix(LOG_SCALE_SUFFIX), task).kind == "coordinates"
+            per_channel = 0.0 if undefined else constant.get(task.kind, 0.0)
             values += [CERTAIN_LOGIT if task.kind == "labels" and i == 0 else per_channel for i in range(task.channels)]
         return values
 
@@ -171,3 +216,9 @@ class TaskLayout:
             sign += list(task.mirror_sign or (1,) * task.channels)
         factor = torch.tensor(sign, dtype=output.dtype, device=output.device).reshape(1, -1, 1, 1, 1)
         return output[:, order].flip(2) * factor
+
+
+def _make_log_scale(task: Task) -> Task:
+    names = tuple(f"{channel}{LOG_SCALE_SUFFIX}" for channel in task.channel_names)
+    unit = f"log of {task.unit}"
+    return replace(task, name=f"{task.name}{LOG_SCALE_SUFFIX}", kind="log_scale", unit=unit, channel_names=names, mirror_sign=())

@@ -1,7 +1,7 @@
 """Networks: one backbone, one 1x1x1 convolution for all tasks, one tensor out."""
 
 from brainfm_monai.networks.library import LIBRARY, library_backbone
-from brainfm_monai.networks.multitask import FeatureMap, MultiTaskNet
+from brainfm_monai.networks.multitask import FeatureMap, MultiTaskNet, trainable_parameters
 from brainfm_monai.networks.quality import QUALITY_SCORES, QualityNet, score_segmentation
 from brainfm_monai.networks.slabs import has_slabs, slab_features
 from brainfm_monai.networks.unet import ResidualUNet, TwoScaleUNet, UNet
@@ -19,4 +19,5 @@ __all__ = [
     "library_backbone",
     "score_segmentation",
     "slab_features",
+    "trainable_parameters",
 ]

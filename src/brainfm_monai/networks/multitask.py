@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Self
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["FeatureMap", "Head", "MultiTaskNet"]
+__all__ = ["FeatureMap", "Head", "MultiTaskNet", "trainable_parameters"]
 
 
 class Head(nn.Conv3d):
@@ -38,12 +41,14 @@ class MultiTaskNet(nn.Module):
         layout: names of the output channels.
         stride: voxels of the input per voxel of the backbone: the input is averaged over ``stride``^3 voxels, the
             output is interpolated back. A backbone trained at 2 mm serves 1 mm scans with stride 2.
+        freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor running
+            statistics nor dropout change its features; the head alone is trained.
 
     Raises:
         ValueError: if ``stride`` is smaller than 1.
     """
 
-    def __init__(self, backbone: nn.Module, layout: TaskLayout, stride: int = 1) -> None:
+    def __init__(self, backbone: nn.Module, layout: TaskLayout, stride: int = 1, freeze_backbone: bool = False) -> None:
         super().__init__()
         if stride < 1:
             raise ValueError(f"MultiTaskNet: 'stride' must be at least 1, got {stride}")
@@ -51,6 +56,16 @@ class MultiTaskNet(nn.Module):
         self.stride = stride
         self.layout = layout
         self.head = Head(int(backbone.out_channels), layout.channels)  # type: ignore[arg-type]
+        self.freeze_backbone = freeze_backbone
+        if freeze_backbone:
+            backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
 
     @torch.jit.export
     def features(self, image: Tensor) -> Tensor:
@@ -83,3 +98,18 @@ class FeatureMap(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, 1, H, W, D) to (B, backbone.out_channels, H, W, D)."""
         return nnf.normalize(self.network.features(image).float(), dim=1)
+
+
+def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Parameters that an optimizer shall change, each once: those of the modules that are not frozen.
+
+    Args:
+        modules: the network; where weights of tasks are learnt, the loss as well.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("trainable_parameters: a parameter that is not frozen is needed in 'modules', found none")
+    return list(parameters.values())

@@ -62,7 +62,7 @@ def blend_inputs(painted: Tensor, images: Mapping[str, Tensor], appearance: Appe
     return out
 
 
-def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor]:
+def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor, Tensor]:
     """Gamma, bias field, slices with their profile and ghosts, noise, and interpolation back to the voxels.
 
     Args:
@@ -70,7 +70,7 @@ def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor
         appearance: the draw.
 
     Returns:
-        The scan on the same grid, and the log of the bias field.
+        The scan on the same grid, the log of the bias field, and the image before slices and noise.
     """
     size = image.shape[2:]
     log_bias_field = smooth_field(appearance.bias, appearance.bias_spacing, size)
@@ -82,4 +82,4 @@ def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor
         back.append(separable.upsampling_operator(appearance.spacing[:, i], n))
     signal = separable.apply_separable(image, slices).abs()
     noisy = intensity.add_noise(signal, appearance.noise, appearance.noise_std, appearance.rician)
-    return separable.apply_separable(noisy, back), log_bias_field
+    return separable.apply_separable(noisy, back), log_bias_field, image

@@ -11,6 +11,7 @@ from monai.transforms import MapTransform, Randomizable
 from monai.utils import convert_to_tensor
 
 from brainfm_monai.synthesis.synthesizer import LARGEST_SEED, SUBJECT_KEYS, Synthesizer
+from brainfm_monai.tasks import TASKS
 
 __all__ = ["FillMissingd", "RandSynthesized"]
 
@@ -22,7 +23,7 @@ class RandSynthesized(Randomizable, MapTransform):
 
     Args:
         synthesizer: makes scan and targets.
-        keys: of the subject, volumes of shape (C, H, W, D); absent ones are left out.
+        keys: of the subject, volumes of shape (C, H, W, D) and numbers; absent ones are left out.
     """
 
     def __init__(self, synthesizer: Synthesizer, keys: KeysCollection = SUBJECT_KEYS) -> None:
@@ -51,7 +52,7 @@ class FillMissingd(MapTransform):
     """Adds zeros for what a subject lacks, and says so, so that subjects with different targets fit in one batch.
 
     Args:
-        keys: volumes that every item shall have; ``available_<key>`` becomes 1 or 0.
+        keys: volumes, and scalars such as ``age``, that every item shall have; ``available_<key>`` becomes 1 or 0.
         reference: key of a volume (C, H, W, D) of the same grid, which every item has.
         channels: of each key, or of all.
         dtype: of the zeros.
@@ -76,5 +77,7 @@ class FillMissingd(MapTransform):
         for key, channels in zip(self.keys, self.channels, strict=True):
             filled[f"available_{key}"] = torch.tensor(float(key in data))
             if key not in data:
-                filled[key] = torch.zeros(channels, *data[self.reference].shape[1:], dtype=self.dtype)
+                scalar = key in TASKS and TASKS[key].kind == "scalar"
+                shape = () if scalar else (channels, *data[self.reference].shape[1:])
+                filled[key] = torch.zeros(shape, dtype=self.dtype)
         return filled

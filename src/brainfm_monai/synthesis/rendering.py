@@ -29,7 +29,7 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
         subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``, ``T2w``,
             ``FLAIR``, ``CT`` and ``distance`` in the unit of the task table and ``mni`` in mm, on the same grid or on a coarser
             one that covers the same box; non-zero where something was removed or is ill, ``<image>_defacing_mask``, ``lesion``
-            (the subject's own) and ``lesion_shape`` (somebody else's); ``available_<task>``, (B,).
+            (the subject's own) and ``lesion_shape`` (somebody else's); ``age`` in years and ``available_<task>``, (B,).
         params: the draw, with S samples for each subject.
         layout: the tasks whose targets are wanted.
 
@@ -37,7 +37,8 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
         ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every task with a
         target, in the unit of the task table, repeated for the samples; ``segmentation`` is a label map, int64. ``visible`` marks
         the field of view without a removed face, ``valid_<image>`` what a given defacing mask leaves of a target;
-        ``available_<task>`` is handed on.
+        ``available_<task>`` is handed on. ``super_resolution`` is the sample with gamma and bias field, before slices and noise,
+        between its own percentiles. ``age``, (B S,), is no more than handed on: size tells age, so leave scaling and shear out.
     """
     geometry = params.geometry
     coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])
@@ -47,12 +48,14 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     visible, stays = _look(geometry, mni, segmentation)
     lesions = make_lesion_maps(subject, geometry, coordinates, segmentation)
     images = {name: read[name] for name in IMAGES if name in read}
-    scans, fields = [], []
+    scans, fields, sharp = [], [], []
     for i, appearance in enumerate(params.appearances):
-        scan, field = acquire(_paint(read, i, images, lesions, stays, geometry, appearance), appearance)
+        scan, field, undegraded = acquire(_paint(read, i, images, lesions, stays, geometry, appearance), appearance)
         seen = visible & (stays | ~geometry.stripped.reshape(-1, 1, 1, 1, 1))
         scans.append(intensity.normalise_percentiles(scan * seen))
         fields.append(field)
+        if "super_resolution" in layout.tasks:
+            sharp.append(intensity.normalise_percentiles(undegraded * seen))
     targets = {"segmentation": segmentation * (visible & stays), "visible": visible}
     targets |= {name: torch.where(stays, image, IMAGES[name]) for name, image in images.items()}
     if "distance" in read:
@@ -61,18 +64,22 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
         targets["mni"] = mni / TASKS["mni"].scale
     if "lesion" in layout.tasks:
         targets["lesion"] = _unite(lesions, visible & stays)
+    if "age" in subject:
+        targets["age"] = subject["age"].float().reshape(-1) / TASKS["age"].scale
     for name in IMAGES:
         if f"{name}_defacing_mask" in subject:
             targets[f"valid_{name}"] = spatial.gather_nearest(subject[f"{name}_defacing_mask"], coordinates) == 0
     targets |= {key: subject[key] for key in (f"available_{name}" for name in layout.tasks) if key in subject}
-    return _collect(targets, scans, fields, layout)
+    return _collect(targets, scans, {"log_bias_field": fields, "super_resolution": sharp}, layout)
 
 
-def _collect(targets: Mapping[str, Tensor], scans: list[Tensor], fields: list[Tensor], layout: TaskLayout) -> dict[str, Tensor]:
+def _collect(
+    targets: Mapping[str, Tensor], scans: list[Tensor], of_samples: Mapping[str, list[Tensor]], layout: TaskLayout
+) -> dict[str, Tensor]:
+    """What the samples of a subject share is repeated for each; what they have of their own stands in the same order."""
     wanted = {name: value for name, value in targets.items() if name not in TASKS or name in layout.tasks}
     out = {name: value.repeat_interleave(len(scans), 0) if len(scans) > 1 else value for name, value in wanted.items()}
-    if "log_bias_field" in layout.tasks:
-        out["log_bias_field"] = torch.stack(fields, 1).flatten(0, 1)
+    out |= {name: torch.stack(values, 1).flatten(0, 1) for name, values in of_samples.items() if name in layout.tasks}
     return {"image": torch.stack(scans, 1).flatten(0, 1), **out}
 
 

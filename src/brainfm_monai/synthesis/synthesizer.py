@@ -24,7 +24,7 @@ __all__ = ["LARGEST_SEED", "SUBJECT_KEYS", "Synthesizer"]
 LARGEST_SEED = 2**31 - 1
 
 DEFACING_KEYS = tuple(f"{name}_defacing_mask" for name in IMAGES)
-SUBJECT_KEYS = ("generation_labels", "segmentation", *IMAGES, *DEFACING_KEYS, "distance", "mni", "lesion", "lesion_shape")
+SUBJECT_KEYS = ("generation_labels", "segmentation", *IMAGES, *DEFACING_KEYS, "distance", "mni", "lesion", "lesion_shape", "age")
 
 
 @cache

@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.tasks import MAX_DISTANCE_MM, Task, TaskLayout
+from brainfm_monai.tasks import MAX_DISTANCE_MM, Task, TaskLayout, bound_log_scale
 
 __all__ = ["MODES", "Mode", "SplitTasksd", "allowed_labels"]
 
@@ -71,7 +71,9 @@ class SplitTasksd(MapTransform):
 
     The entry itself becomes the label map of the segmentation, uint8, shape (1, H, W, D), so that the volume of logits
     is let go before anything is resampled. The other tasks become entries of their own name, float32, in the unit
-    of their files: ``distance`` in mm, clipped; ``mni`` in mm; ``bias_field`` in place of ``log_bias_field``.
+    of their files: ``distance`` in mm, clipped; ``mni`` in mm; ``bias_field`` in place of ``log_bias_field``; ``<task>_scale``,
+    the scale of a task's error in the task's unit, in place of ``<task>_log_scale``. A scalar stays a map, whose mean over the
+    head is the number.
 
     Args:
         keys: key of the output tensor, shape (C, H, W, D) with C the layout's channels.
@@ -111,7 +113,7 @@ class SplitTasksd(MapTransform):
                 if task.kind == "labels":
                     entries = self._decide(key, part.squeeze(0), output)
                 else:
-                    entry = name.removeprefix("log_") if task.kind == "log_field" else name
+                    entry = {"log_field": name.removeprefix("log_"), "log_scale": name.replace("_log_", "_")}.get(task.kind, name)
                     entries = {entry: self._convert(part.squeeze(0), task)}
                 d |= {name: value if name == "soft_volumes" else _like(value, output) for name, value in entries.items()}
         return d
@@ -140,6 +142,8 @@ class SplitTasksd(MapTransform):
         return {key: labels, "segmentation": labels.clone(), "entropy": entropy, "soft_volumes": volumes * voxel_mm3}
 
     def _convert(self, part: Tensor, task: Task) -> Tensor:
+        if task.kind == "log_scale":
+            return bound_log_scale(part).exp() * task.scale
         scaled = part.float() * task.scale
         if task.kind == "log_field":
             return scaled.exp()

@@ -1,5 +1,6 @@
 """Reading weights safely: nothing in a file is ever run."""
 
+from brainfm_monai.weights.finetune import load_pretrained, make_pretrained
 from brainfm_monai.weights.imported import import_weights
 from brainfm_monai.weights.plain import load_coarse_weights, load_weights, read_state_dict
 from brainfm_monai.weights.published import Published, WeightsInfo, load_published
@@ -9,7 +10,9 @@ __all__ = [
     "WeightsInfo",
     "import_weights",
     "load_coarse_weights",
+    "load_pretrained",
     "load_published",
     "load_weights",
+    "make_pretrained",
     "read_state_dict",
 ]
