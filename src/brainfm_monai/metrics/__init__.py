@@ -1,14 +1,11 @@
 """How well maps agree with what is true: measures of each task, one tidy table of them, and their statistics."""
 
 from brainfm_monai.metrics.fields import (
-    TemplateTissues,
     compute_bias_error,
     compute_distance_error,
     compute_fold_fraction,
     compute_mni_error,
     compute_thickness_error,
-    compute_warped_dice,
-    pull_template,
 )
 from brainfm_monai.metrics.images import (
     compute_image_metrics,
@@ -39,6 +36,7 @@ from brainfm_monai.metrics.statistics import (
 )
 from brainfm_monai.metrics.structures import EvaluatedStructure, parse_structures
 from brainfm_monai.metrics.tables import StructureDiceTable
+from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, load_template_tissues, pull_template
 
 __all__ = [
     "EvaluatedStructure",
@@ -68,6 +66,7 @@ __all__ = [
     "compute_thickness_error",
     "compute_warped_dice",
     "fit_intensities",
+    "load_template_tissues",
     "make_table",
     "measure_scan",
     "normalise_to_target",

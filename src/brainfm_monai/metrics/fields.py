@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from monai.metrics import compute_dice
 from torch import Tensor
 
-from brainfm_monai.functional.spatial import jacobian_determinant, warp
+from brainfm_monai.functional.spatial import jacobian_determinant
+from brainfm_monai.metrics.structures import box_around
 from brainfm_monai.tasks import MAX_DISTANCE_MM
 
 __all__ = [
-    "TemplateTissues",
     "compute_bias_error",
     "compute_distance_error",
     "compute_fold_fraction",
     "compute_mni_error",
     "compute_thickness_error",
-    "compute_warped_dice",
-    "pull_template",
 ]
-
-HEMISPHERES = ("left", "right")
-MINIMUM_SHARE = 0.5  # probability of a tissue above which a voxel counts as it
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -142,73 +134,7 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
     sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
     shares = []
     for coords, inside in zip(coords_mm.float(), mask.bool(), strict=True):
-        box = _box(inside[0], margin=1)
+        box = box_around(inside[0], margin=1)
         folded = jacobian_determinant(coords[:, *box][None]) * sign <= 0
         shares.append(_masked_mean(folded.float(), inside[:, *box][None])[0, 0])
     return torch.stack(shares)
-
-
-def _box(mask: Tensor, margin: int) -> tuple[slice, ...]:
-    """Box around a mask of shape (H, W, D); the whole image where it is empty."""
-    sides = []
-    for axis, size in enumerate(mask.shape):
-        index = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
-        start, stop = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, size)
-        sides.append(slice(max(start - margin, 0), min(stop + margin, size)))
-    return tuple(sides)
-
-
-@dataclass(frozen=True)
-class TemplateTissues:
-    """Tissues of the template, to be laid over a scan.
-
-    Attributes:
-        names: K names.
-        probability: in [0, 1], shape (K, h, w, d).
-        affine: its voxel indices to RAS mm of the template, shape (4, 4).
-        ids: FreeSurfer ids that each tissue has in a label map.
-    """
-
-    names: tuple[str, ...]
-    probability: Tensor
-    affine: Tensor
-    ids: tuple[frozenset[int], ...]
-
-
-def pull_template(coords_mm: Tensor, probability: Tensor, affine: Tensor) -> Tensor:
-    """Tissues of the template where coordinates say that each voxel lies.
-
-    Args:
-        coords_mm: template coordinates, RAS mm, shape (B, 3, H, W, D).
-        probability: of K tissues in the template, shape (K, h, w, d).
-        affine: the template's voxel indices to RAS mm, shape (4, 4).
-
-    Returns:
-        Where the probability, linearly interpolated, is above one half, shape (B, K, H, W, D), bool.
-    """
-    inverse = torch.linalg.inv(affine.double()).to(coords_mm.device, torch.float32)
-    index = torch.einsum("ij,bjhwd->bihwd", inverse[:3, :3], coords_mm.float()) + inverse[:3, 3].reshape(1, 3, 1, 1, 1)
-    source = probability.to(coords_mm.device, torch.float32)
-    maps = [warp(one[None, None].expand(len(index), -1, -1, -1, -1), index) > MINIMUM_SHARE for one in source]
-    return torch.cat(maps, dim=1)
-
-
-def compute_warped_dice(
-    pred_mm: Tensor, reference: Tensor, probability: Tensor, affine: Tensor, mask: Tensor | None = None
-) -> Tensor:
-    """Dice of the template's tissues, pulled through predicted coordinates, and a reference.
-
-    Args:
-        pred_mm: predicted template coordinates, RAS mm, shape (B, 3, H, W, D).
-        reference: bool, shape (B, K, H, W, D): the same tissues pulled through true coordinates (:func:`pull_template`), or those
-            of a segmentation.
-        probability: of K tissues in the template, shape (K, h, w, d).
-        affine: the template's voxel indices to RAS mm, shape (4, 4).
-        mask: where it counts, shape (B, 1, H, W, D), bool; everywhere if None.
-
-    Returns:
-        Shape (B, K); NaN where the reference lacks the tissue.
-    """
-    inside = torch.ones_like(reference[:, :1]) if mask is None else mask.bool()
-    found = pull_template(pred_mm, probability, affine) & inside
-    return compute_dice(found, reference.bool() & inside, include_background=True)

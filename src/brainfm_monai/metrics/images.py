@@ -10,6 +10,7 @@ from monai.metrics import MAEMetric, PSNRMetric
 from torch import Tensor
 
 from brainfm_monai.functional.separable import apply_separable
+from brainfm_monai.metrics.structures import box_around
 
 __all__ = ["compute_image_metrics", "compute_ms_ssim", "compute_ssim", "fit_intensities", "normalise_to_target"]
 
@@ -99,15 +100,10 @@ def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range
     if pred.ndim != 5 or pred.shape[1] != 1 or not pred.shape == target.shape == mask.shape:
         found = [tuple(one.shape) for one in (pred, target, mask)]
         raise ValueError(f"compute_image_metrics: 'pred', 'target' and 'mask' must share one shape (B, 1, H, W, D), got {found}")
-    metrics = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(data_range, reduction="none")}
-    found_in_mask = {
-        name: torch.stack(
-            [metric(p[m][None], t[m][None])[0, 0] for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True)]
-        )
-        for name, metric in metrics.items()
-    }
+    inside = [(p[m][None], t[m][None]) for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True)]
+    over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(data_range, reduction="none")}
     return {
-        **found_in_mask,
+        **{name: torch.cat([torch.as_tensor(metric(p, t)).flatten() for p, t in inside]) for name, metric in over_mask.items()},
         "ssim": compute_ssim(pred, target, mask, data_range),
         "ms_ssim": compute_ms_ssim(pred, target, mask, data_range),
     }
@@ -175,6 +171,8 @@ def compute_ms_ssim(
 def _average_similarity(x: Tensor, y: Tensor, mask: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
     """Means over a mask of SSIM and of its contrast-structure term, each of shape (B,)."""
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    box = box_around(mask.flatten(0, 1).any(0), margin=RADIUS)
+    x, y, mask = (one[..., *box] for one in (x, y, mask))
     size = x.shape[2:]
     if min(size) <= 2 * RADIUS:
         nothing = torch.full((len(x),), torch.nan, device=x.device)

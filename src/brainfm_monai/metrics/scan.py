@@ -14,6 +14,7 @@ from brainfm_monai.metrics.images import compute_image_metrics, fit_intensities,
 from brainfm_monai.metrics.results import MetricRow
 from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure
 from brainfm_monai.metrics.tables import ABSENT
+from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, pull_template
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["measure_scan"]
@@ -36,7 +37,7 @@ class _Scene:
     brain: Tensor
     ids: Tensor | None
     image: Tensor | None
-    template: fields.TemplateTissues | None
+    template: TemplateTissues | None
 
 
 def measure_scan(
@@ -51,7 +52,7 @@ def measure_scan(
     reference: Protocol | None = None,
     mask: Tensor | None = None,
     image: Tensor | None = None,
-    template: fields.TemplateTissues | None = None,
+    template: TemplateTissues | None = None,
 ) -> list[MetricRow]:
     """Measure every task that stands in both dictionaries.
 
@@ -108,7 +109,7 @@ def _set_scene(
     reference: Protocol | None,
     mask: Tensor | None,
     image: Tensor | None,
-    template: fields.TemplateTissues | None,
+    template: TemplateTissues | None,
 ) -> _Scene:
     labels = target["segmentation"][None] if "segmentation" in target else None
     ids = labels if labels is None or reference is None else _to_ids(labels, reference)
@@ -152,14 +153,15 @@ def _measure_labels(found: Tensor, wanted: Tensor, _: Tensor, scene: _Scene) -> 
 
 
 def _measure_image(found: Tensor, wanted: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
-    return _compare_images(*normalise_to_target(found, wanted, mask), mask)
+    found, wanted = normalise_to_target(found, wanted, mask)
+    return _compare_images(found, wanted, mask)
 
 
 def _measure_ct(found: Tensor, wanted: Tensor, mask: Tensor) -> list[Cells]:
     low, high = CT_WINDOW_HU
-    error = _mean_error(found, wanted, mask)
-    windowed = [(one.float().clamp(low, high) - low) / (high - low) for one in (found, wanted)]
-    return [(ABSENT, ABSENT, "mae", error, "HU"), *_compare_images(*windowed, mask)]
+    error = float((found.float() - wanted)[mask].abs().mean())
+    found, wanted = ((one.float().clamp(low, high) - low) / (high - low) for one in (found, wanted))
+    return [(ABSENT, ABSENT, "mae", error, "HU"), *_compare_images(found, wanted, mask)]
 
 
 def _compare_images(found: Tensor, wanted: Tensor, mask: Tensor) -> list[Cells]:
@@ -169,10 +171,6 @@ def _compare_images(found: Tensor, wanted: Tensor, mask: Tensor) -> list[Cells]:
         for suffix, image in compared.items()
         for name, value in compute_image_metrics(image, wanted, mask).items()
     ]
-
-
-def _mean_error(found: Tensor, wanted: Tensor, mask: Tensor) -> float:
-    return float((found.float() - wanted)[mask].abs().mean())
 
 
 def _measure_log_field(found: Tensor, wanted: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
@@ -207,12 +205,12 @@ def _measure_coordinates(found: Tensor, wanted: Tensor, mask: Tensor, scene: _Sc
     if scene.template is None:
         return cells
     tissues, grid = scene.template.probability, scene.template.affine
-    references = {"warped_dice": fields.pull_template(wanted, tissues, grid)}
+    references = {"warped_dice": pull_template(wanted, tissues, grid)}
     if scene.ids is not None:
         of_labels = [torch.isin(scene.ids.long(), torch.tensor(sorted(ids), device=found.device)) for ids in scene.template.ids]
         references["warped_dice_labels"] = torch.cat(of_labels, dim=1)
     for metric, reference in references.items():
-        dice = fields.compute_warped_dice(found, reference, tissues, grid, mask)[0]
+        dice = compute_warped_dice(found, reference, tissues, grid, mask)[0]
         cells += [(name, "both", metric, float(value), "1") for name, value in zip(scene.template.names, dice, strict=True)]
     return cells
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
-from monai.transforms.utils import generate_spatial_bounding_box
 from torch import Tensor
 
-from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, index_structures
+from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around, index_structures
 
 __all__ = [
     "StructureVolumes",
@@ -112,10 +112,15 @@ def compute_structure_hausdorff(
 
 def _measure_hausdorff(found: Tensor, wanted: Tensor, spacing_mm: Sequence[float], percentile: float | None) -> float:
     """Hausdorff distance of two masks of shape (H, W, D), neither empty, in mm."""
-    start, stop = generate_spatial_bounding_box((found | wanted)[None])
-    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
-    cut = [one[box][None, None] for one in (found, wanted)]
-    return float(compute_hausdorff_distance(*cut, include_background=True, percentile=percentile, spacing=list(spacing_mm)))
+    box = box_around(found | wanted)
+    pred, truth = (one[box][None, None].cpu() for one in (found, wanted))  # the search for neighbours runs on the host
+    with warnings.catch_warnings():
+        # MONAI 1.6 calls a function of its own with an argument that it has deprecated
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        distance = compute_hausdorff_distance(
+            pred, truth, include_background=True, percentile=percentile, spacing=list(spacing_mm)
+        )
+    return float(distance)
 
 
 def _is_one_of(index: Tensor, labels: Sequence[int]) -> Tensor:
@@ -189,20 +194,19 @@ def compute_lesion_metrics(
         threshold: probability above which a voxel is predicted as lesion.
 
     Returns:
-        ``dice``, ``sensitivity`` (share of the reference that is found) and ``precision`` (share of the found that is right),
-        each of shape (B,). Dice and sensitivity are NaN where the reference has no lesion, precision where the prediction has
-    none.
+        ``dice``, ``sensitivity`` (share of the reference that is found) and ``precision`` (share of what is found that is right),
+        each of shape (B,). Dice and sensitivity are NaN where the reference has no lesion, precision where nothing is found.
 
     Raises:
         ValueError: if the shapes differ.
     """
     if prediction.shape != reference.shape:
-        found = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
-        raise ValueError(f"compute_lesion_metrics: 'prediction' and 'reference' must share one shape, got {found}")
+        shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
+        raise ValueError(f"compute_lesion_metrics: 'prediction' and 'reference' must share one shape, got {shapes}")
     found, wanted = (prediction > threshold).flatten(1), (reference > 0.5).flatten(1)
     if mask is not None:
         found, wanted = found & mask.bool().flatten(1), wanted & mask.bool().flatten(1)
-    hit, predicted, present = ((one.sum(1).double()) for one in (found & wanted, found, wanted))
+    hit, predicted, present = (one.sum(1).double() for one in (found & wanted, found, wanted))
     return {
         "dice": torch.where(present > 0, 2 * hit / (predicted + present), torch.nan),
         "sensitivity": torch.where(present > 0, hit / present, torch.nan),

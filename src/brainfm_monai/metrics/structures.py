@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SIDES", "EvaluatedStructure", "index_structures", "parse_structures"]
+__all__ = ["SIDES", "EvaluatedStructure", "box_around", "index_structures", "parse_structures"]
 
 SIDES = ("left", "right", "both")
 
@@ -122,3 +122,13 @@ def _centroid(mask: Tensor) -> Tensor:
         count = mask.sum(dim=[a for a in range(3) if a != axis]).double()
         parts.append((count * torch.arange(len(count), device=count.device)).sum() / count.sum())
     return torch.stack(parts)
+
+
+def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
+    """Box around a mask of shape (H, W, D), wider by a margin as far as the image goes; the whole image if the mask is empty."""
+    ends = []
+    for axis, size in enumerate(mask.shape):
+        index = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
+        start, stop = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, size)
+        ends.append(slice(max(start - margin, 0), min(stop + margin, size)))
+    return ends[0], ends[1], ends[2]

@@ -1,0 +1,173 @@
+"""Image measures: against MONAI and scikit-image, and the rules of mask, normalisation and fit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
+from monai.metrics.regression import compute_ssim_and_cs
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+from brainfm_monai.metrics import compute_image_metrics, compute_ms_ssim, compute_ssim, fit_intensities, normalise_to_target
+
+SIZE = (50, 24, 26)  # longer along H than the slab that is filtered at once
+NAMES = ["l1", "psnr", "ssim", "ms_ssim"]
+
+
+def draw_pair(seed: int = 0, size: tuple[int, ...] = SIZE, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """A smooth image with noise, as prediction, and without, in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 1, 6, 6, 6, generator=generator)
+    truth = torch.nn.functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
+    return truth + 0.1 * torch.randn(truth.shape, generator=generator), truth
+
+
+def make_mask(truth: Tensor, margin: int) -> Tensor:
+    mask = torch.zeros_like(truth, dtype=torch.bool)
+    mask[..., margin:-margin, margin:-margin, margin:-margin] = True
+    return mask
+
+
+def test_ssim_over_the_image_is_monais() -> None:
+    pred, truth = draw_pair()
+    expected = SSIMMetric(spatial_dims=3, data_range=2.0, reduction="none")(pred, truth)
+    found = compute_ssim(pred, truth, torch.ones_like(truth, dtype=torch.bool), data_range=2.0)
+    # float32 sums in another order: axis by axis, and the mean in double
+    torch.testing.assert_close(found[:, None], expected, rtol=0, atol=1e-5)
+    assert 0.2 < found.min() < found.max() < 0.95
+
+
+def test_ssim_in_a_mask_is_scikit_images() -> None:
+    pred, truth = draw_pair(1)
+    ragged = make_mask(truth, 6) & (truth > 0.45)
+    found = compute_ssim(pred, truth, ragged)
+    for p, t, m, value in zip(pred.numpy(), truth.numpy(), ragged.numpy(), found.tolist(), strict=True):
+        _, full = structural_similarity(
+            t[0].astype(np.float64), p[0], data_range=1.0, gaussian_weights=True, use_sample_covariance=False, full=True
+        )
+        # scikit-image computes in double; the variances of float32 differ in the sixth digit
+        assert value == pytest.approx(full[m[0]].mean(), abs=1e-5)
+
+
+def test_a_window_that_leaves_the_image_does_not_count() -> None:
+    pred, truth = draw_pair(2)
+    spoiled = pred.clone()
+    mask = torch.ones_like(truth, dtype=torch.bool)
+    everywhere, inner = compute_ssim(pred, truth, mask), compute_ssim(pred, truth, make_mask(truth, 5))
+    torch.testing.assert_close(everywhere, inner)
+    spoiled[..., 0] += 1  # five voxels from the first window's centre
+    assert (compute_ssim(spoiled, truth, mask) < everywhere).all()
+    torch.testing.assert_close(compute_ssim(spoiled, truth, make_mask(truth, 6)), compute_ssim(pred, truth, make_mask(truth, 6)))
+    assert compute_ssim(pred[..., :10], truth[..., :10], mask[..., :10]).isnan().all()
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.4, 0.3), (0.5, 0.5)])
+def test_multi_scale_ssim_over_the_image_is_monais(weights: tuple[float, ...]) -> None:
+    pred, truth = draw_pair(3, (50, 47, 45), batch=1)
+    expected = MultiScaleSSIMMetric(spatial_dims=3, data_range=1.0, weights=weights, reduction="none")(pred, truth)
+    found = compute_ms_ssim(pred, truth, torch.ones_like(truth, dtype=torch.bool), weights=weights)
+    torch.testing.assert_close(found[:, None], expected, rtol=0, atol=1e-5)  # as for one scale
+    assert 0.2 < found < 0.98
+
+
+def test_multi_scale_ssim_in_a_mask_is_that_of_monais_maps() -> None:
+    pred, truth = draw_pair(4, (64, 60, 56), batch=1)
+    mask = make_mask(truth, 22)
+    weights = (0.2, 0.3, 0.5)
+    expected, a, b, inside = 1.0, pred, truth, mask.float()
+    for scale, weight in enumerate(weights):
+        maps = compute_ssim_and_cs(a, b, 3, (11,) * 3, (1.5,) * 3)
+        chosen = maps[0 if scale == 2 else 1][inside[..., 5:-5, 5:-5, 5:-5] > 0]
+        expected *= float(chosen.mean()) ** weight
+        a, b, inside = (torch.nn.functional.avg_pool3d(one, 2) for one in (a, b, inside))
+        inside = (inside >= 0.5).float()
+    # rounding of a variance in float32, 6e-8, against the constant of 9e-4 that is added to it
+    assert compute_ms_ssim(pred, truth, mask, weights=weights).item() == pytest.approx(expected, abs=7e-5)
+
+
+def test_a_short_image_has_all_five_scales() -> None:
+    pred, truth = draw_pair(5, (40, 36, 44), batch=1)
+    mask = make_mask(truth, 4)
+    assert 0.3 < compute_ms_ssim(pred, truth, mask).item() < 0.99
+    assert compute_ms_ssim(truth, truth, mask).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_psnr_and_l1_are_those_of_the_mask() -> None:
+    pred, truth = draw_pair(6, (16, 15, 14))
+    mask = truth > 0.5
+    spoiled = torch.where(mask, pred, 99.0)
+    found = compute_image_metrics(spoiled, truth, mask, data_range=1.5)
+    assert list(found) == NAMES
+    for i in range(2):
+        p, t = pred[i][mask[i]], truth[i][mask[i]]
+        assert found["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1.5), abs=1e-4)
+        assert found["psnr"][i] == PSNRMetric(1.5, reduction="none")(p[None], t[None])
+        assert found["l1"][i].item() == pytest.approx((p - t).abs().mean().item(), rel=1e-6)
+    equal = compute_image_metrics(truth, truth, mask)
+    assert (equal["l1"] == 0).all()
+    assert equal["psnr"].isinf().all()
+
+
+def test_an_empty_mask_has_no_value() -> None:
+    pred, truth = draw_pair(7, (16, 15, 14))
+    mask = make_mask(truth, 2)
+    mask[1] = False
+    found = compute_image_metrics(*normalise_to_target(pred, truth, mask), mask)
+    fitted = fit_intensities(pred, truth, mask)
+    for name in NAMES[:3]:
+        assert not found[name][0].isnan(), name
+        assert found[name][1].isnan(), name
+    assert found["ms_ssim"][1].isnan()
+    assert fitted[1].isnan().all()
+    assert not fitted[0].isnan().any()
+
+
+def test_both_images_take_the_targets_scale() -> None:
+    pred, truth = draw_pair(8, (16, 15, 14))
+    mask = make_mask(truth, 3)
+    scaled_pred, scaled_truth = normalise_to_target(pred, truth, mask)
+    for original, target, inside in zip(truth, scaled_truth, mask, strict=True):
+        low, high = np.quantile(original[inside].numpy(), [0.001, 0.999], method="nearest")
+        assert target[inside].min() <= 0 < 1 <= target[inside].max()
+        torch.testing.assert_close(target, (original - low) / (high - low), rtol=0, atol=1e-5)
+    # a change of unit of both images is no error, one of the prediction is
+    other_pred, other_truth = normalise_to_target(300 * pred + 7, 300 * truth + 7, mask)
+    torch.testing.assert_close(other_pred, scaled_pred, rtol=0, atol=1e-4)
+    torch.testing.assert_close(other_truth, scaled_truth, rtol=0, atol=1e-4)
+    wrong, _ = normalise_to_target(2 * truth, truth, mask)
+    assert ((wrong - scaled_truth).abs()[mask].mean()) > 0.1
+
+
+def test_the_fit_takes_gain_and_offset_away() -> None:
+    pred, truth = draw_pair(9, (16, 15, 14))
+    mask = make_mask(truth, 3)
+    torch.testing.assert_close(fit_intensities(0.2 * truth - 4, truth, mask), truth, rtol=0, atol=1e-4)
+    fitted = fit_intensities(pred, truth, mask)
+    for p, t, f, m in zip(pred, truth, fitted, mask, strict=True):
+        gain, offset = np.polyfit(p[m].numpy(), t[m].numpy(), 1)
+        torch.testing.assert_close(f, (p * gain + offset).float(), rtol=0, atol=1e-5)
+    flat = fit_intensities(torch.full_like(truth, 3.0), truth, mask)
+    assert flat[0].mean().item() == pytest.approx(truth[0][mask[0]].mean().item(), abs=1e-5)
+
+
+def test_each_sample_of_a_batch_is_measured_alone() -> None:
+    pred, truth = draw_pair(10, (20, 21, 22))
+    mask = make_mask(truth, 3)
+    mask[1, :, :8] = False
+    together = compute_image_metrics(pred, truth, mask)
+    for i in range(2):
+        alone = compute_image_metrics(pred[i : i + 1], truth[i : i + 1], mask[i : i + 1])
+        for name in NAMES:
+            torch.testing.assert_close(together[name][i : i + 1], alone[name], equal_nan=True)
+    assert not math.isclose(float(together["ssim"][0]), float(together["ssim"][1]))
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(
+        ValueError, match=r"^compute_image_metrics: .* share one shape \(B, 1, H, W, D\), got \[\(1, 2, 3, 3, 3\)"
+    ):
+        compute_image_metrics(torch.zeros(1, 2, 3, 3, 3), torch.zeros(1, 2, 3, 3, 3), torch.ones(1, 2, 3, 3, 3))
