@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preview": TABLES | {"synthesis", "data"},
     "prediction": TABLES | {"transforms", "outputs", "report"},
     "data": TABLES | {"functional", "transforms"},
+    "evaluation": TABLES | {"functional", "synthesis", "metrics", "outputs", "data"},
     "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},
 }
@@ -46,7 +47,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
 # what only extras bring: the package itself has to start without
 OPTIONAL = ["matplotlib", "nilearn", "pandas", "edt", "skimage", "scipy", "sklearn", "igl", "tensorboard", "tqdm", "psutil"]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
-OPTIONAL_ROOMS = {"data", "prediction", "preview", "report"}  # the extras prepare and report
+OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report"}  # the extras prepare and report
 
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like"}
 DRAWS |= {"randint_like", "random_", "uniform_", "bernoulli_", "exponential_", "log_normal_"}

@@ -157,7 +157,7 @@ def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluat
         with pytest.raises(SystemExit, match=message):
             evaluate(datalist, tmp_path / "out")
     for message, items in {
-        r"every item needs 'image' and 'label', found \['image'\]": [{"image": item["image"]}],
+        r"every item needs 'image' and 'label' or another reference, found \['image'\]": [{"image": item["image"]}],
         r"items with different names are needed, found twice: \['scan'\]": [item, item],
     }.items():
         with pytest.raises(SystemExit, match=message):

@@ -10,7 +10,8 @@ from typing import Any
 import fire
 
 from brainfm_monai import __version__
-from brainfm_monai.cli.bundle import evaluate, predict, train
+from brainfm_monai.cli.bundle import predict, train
+from brainfm_monai.cli.evaluation import compare, evaluate
 from brainfm_monai.cli.preview import preview
 from brainfm_monai.cli.subjects import (
     check_data,
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "preview": preview,
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "import-weights": import_weights,
     "export": export,
     "demo-scans": demo_scans,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["evaluate", "predict", "run_bundle", "train"]
+__all__ = ["predict", "run_bundle", "train"]
 
 # what words of the command are in configs/inference.json
 PRECISIONS: dict[str | None, dict[str, Any]] = {None: {}, "bfloat16": {"bfloat16": True}, "float32": {"bfloat16": False}}
@@ -51,18 +51,6 @@ def predict(
     if participant_label is not None:
         settings["participant_label"] = participant_label
     run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **{**settings, **overrides})
-
-
-def evaluate(datalist: str, output: str, bundle: str = "bundle", **overrides: Any) -> None:
-    """Compare predicted label maps with reference label maps: Dice by structure.
-
-    Args:
-        datalist: JSON file ``{"testing": [{"image": path, "label": path}, ...]}``.
-        output: folder for the results and the tables dice.tsv and dice_summary.tsv.
-        bundle: folder of the bundle.
-        overrides: any other ``--key value`` replaces that key of configs/inference.json or evaluate.json.
-    """
-    run_bundle(bundle, ["inference.json", "evaluate.json"], datalist=_existing(datalist), output_dir=str(output), **overrides)
 
 
 def train(datalist: str, bundle: str = "bundle", coarse: bool = False, **overrides: Any) -> None:

@@ -1,4 +1,4 @@
-"""The list of an evaluation: scans, each with a reference label map."""
+"""The list of an evaluation: scans, each with a reference label map, or with other maps of the same head."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from pathlib import Path
 
 from monai.data import load_decathlon_datalist
 
+from brainfm_monai.tasks import TASKS
 from brainfm_monai.transforms import scan_stem
 
-__all__ = ["read_pairs"]
+__all__ = ["REFERENCES", "read_pairs"]
+
+# what an item may hold beside its scan: entry of the list and task that it is the reference of
+REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in ("segmentation", "super_resolution")}}
 
 
 def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str, str]]:
-    """Read a MONAI datalist of scans and their reference label maps.
+    """Read a MONAI datalist of scans and their references.
 
     Args:
         datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An item may
-            have a ``name``, and a ``label_protocol`` where its reference does not hold FreeSurfer ids.
+            have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the label map
+            or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor), ``distance``
+            (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``. They lie in the same
+            space as the scan, in grids of their own.
         section: section of the list.
 
     Returns:
@@ -35,9 +42,10 @@ def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str,
         raise ValueError(f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}") from error
     pairs = []
     for item in items:
-        for key in ("image", "label"):
-            if key not in item:
-                raise ValueError(f"{datalist}: every item needs 'image' and 'label', found {sorted(item)}")
+        there = [key for key in REFERENCES if key in item]
+        if "image" not in item or not there:
+            raise ValueError(f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}")
+        for key in ("image", *there):
             if not Path(item[key]).is_file():
                 raise FileNotFoundError(f"{item[key]}: named in {datalist}, found no such file")
         pairs.append({"name": scan_stem(item["image"]), **item})

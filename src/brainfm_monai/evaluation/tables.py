@@ -1,0 +1,96 @@
+"""The tables of an evaluation: every measure of every case, and their statistics over the scans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from brainfm_monai.evaluation.definitions import Headline
+from brainfm_monai.metrics import MetricRow, make_table, summarise, write_rows
+from brainfm_monai.metrics.tables import ABSENT, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "ALL",
+    "MEAN_DICE",
+    "MEAN_DICE_MERGED",
+    "METRICS_FILE",
+    "SUMMARY_FILE",
+    "make_headlines",
+    "mean_dice_rows",
+    "write_tables",
+]
+
+METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
+ALL = "all"  # structure of a mean over structures
+MEAN_DICE, MEAN_DICE_MERGED = "mean_dice", "mean_dice_merged"
+
+
+def mean_dice_rows(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """Rows of one case, and those of its mean Dice: left and right parts apart, and both sides merged.
+
+    ``mean_dice`` is the mean over the left and right parts of the structures and over those that have no sides;
+    ``mean_dice_merged`` that over all structures with left and right taken as one. What the reference lacks is in neither.
+    """
+    dice = [row for row in rows if row.metric == "dice" and not math.isnan(row.value)]
+    paired = {row.structure for row in rows if row.side in ("left", "right")}
+    parts = {
+        MEAN_DICE: [row.value for row in dice if (row.side != "both") == (row.structure in paired)],
+        MEAN_DICE_MERGED: [row.value for row in dice if row.side == "both"],
+    }
+    means = [
+        MetricRow(rows[0].scan, rows[0].condition, "segmentation", ALL, "both", name, fmean(values), "1")
+        for name, values in parts.items()
+        if values
+    ]
+    return [*rows, *means]
+
+
+def write_tables(output_dir: Path, rows: Iterable[MetricRow]) -> pd.DataFrame:
+    """Write ``metrics.tsv``, one row for each measure of a case, and ``summary.tsv``, their statistics over the scans.
+
+    Args:
+        output_dir: folder of both.
+        rows: of all cases.
+
+    Returns:
+        The summary; see :func:`~brainfm_monai.metrics.summarise`.
+    """
+    measured = list(rows)
+    write_rows(output_dir / METRICS_FILE, measured)
+    summary = summarise(make_table(measured))
+    write_table(output_dir / SUMMARY_FILE, list(summary.columns), [_cells(row) for row in summary.itertuples(index=False)])
+    return summary
+
+
+def _cells(row: Iterable[object]) -> list[object]:
+    return [(ABSENT if math.isnan(cell) else f"{cell:.6g}") if isinstance(cell, float) else cell for cell in row]
+
+
+def make_headlines(table: pd.DataFrame, headlines: Sequence[Headline]) -> pd.DataFrame:
+    """One value of every case for each headline: the mean of its metric over structures and sides.
+
+    Args:
+        table: see :func:`~brainfm_monai.metrics.make_table`.
+        headlines: those that are wanted; one that no case has is left out.
+
+    Returns:
+        Columns ``scan``, ``condition``, ``title`` and ``value``.
+    """
+    import pandas as pd
+
+    parts = []
+    for headline in headlines:
+        rows = table[(table["task"] == headline.task) & (table["metric"] == headline.metric)]
+        # a structure with sides counts by them, and not once more as both together
+        sided = rows["structure"].isin(rows[rows["side"] == "left"]["structure"])
+        parts_of = rows[~(sided & (rows["side"] == "both"))]
+        means = parts_of.groupby(["scan", "condition"], sort=False)["value"].mean().reset_index()
+        parts.append(means.assign(title=headline.title)[["scan", "condition", "title", "value"]])
+    known = [part for part in parts if len(part) and part["value"].notna().any()]
+    return pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=["scan", "condition", "title", "value"])
