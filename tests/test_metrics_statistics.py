@@ -49,7 +49,7 @@ def test_the_interval_is_scipys(count: int, method: str) -> None:
 
 
 def test_the_interval_leaves_numpys_generator_alone() -> None:
-    before = np.random.get_state()[1].copy()  # type: ignore[index, union-attr] # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # type: ignore[index] # noqa: NPY002
     bootstrap_interval([1.0, 2.0, 4.0], seed=0)
     assert (np.random.get_state()[1] == before).all()  # type: ignore[index] # noqa: NPY002
 
@@ -108,11 +108,11 @@ def test_pairs_are_compared_as_scipy_does() -> None:
 
 def test_the_correction_is_within_a_metric() -> None:
     generator = np.random.default_rng(6)
-    tables = [
+    first, second = (
         pd.concat([make_results({n: list(generator.normal(size=8)) for n in "abc"}, metric) for metric in ("dice", "hd95")])
         for _ in range(2)
-    ]
-    result = compare(*tables, resamples=100)
+    )
+    result = compare(first, second, resamples=100)
     for _, group in result.groupby("metric"):
         assert group["p_holm"].tolist() == pytest.approx(adjust_holm(group["p"]).tolist())
     assert result["p_holm"].tolist() != pytest.approx(adjust_holm(result["p"]).tolist())
