@@ -1,8 +1,6 @@
 """The training configuration, run whole on tiny generated subjects with a tiny random network."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,30 +79,6 @@ def test_every_required_property_is_there(repository: Path, dataset_dir: Path, t
     assert isinstance(config["train"]["handlers"], list)
 
 
-def test_training_by_the_bundle_command_leaves_weights_logs_and_a_checkpoint(
-    repository: Path, dataset_dir: Path, tmp_path: Path
-) -> None:
-    overrides = {**TINY, "dataset_dir": dataset_dir, "output_dir": tmp_path, "bundle_root": repository / "bundle"}
-    options = [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
-    command = [
-        sys.executable,
-        "-m",
-        "monai.bundle",
-        "run",
-        "--config_file",
-        str(repository / "bundle/configs/train.json"),
-        *options,
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "mean_dice" in done.stdout + done.stderr
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"model.pt", "training_checkpoint_2.pt"} <= names
-    assert any(name.startswith("events.out.tfevents") for name in names)
-    weights = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert {"head.weight", "head.bias"} <= set(weights)
-
-
 def test_training_changes_the_network_and_goes_on_from_its_checkpoint(
     repository: Path, dataset_dir: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +96,76 @@ def test_training_changes_the_network_and_goes_on_from_its_checkpoint(
     assert trainer.state.epoch == 2
     assert trainer.state.iteration == 4
     assert resumed.parser.get_parsed_content("lr_scheduler").last_epoch == 4
+
+
+def test_batches_of_subjects_with_different_targets_and_real_scans(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    items = [write_subject(root / f"sub-{i}", 14 + i) for i in range(3)]
+    ct = np.full(SIZE, -1000.0, dtype=np.float32)
+    ct[6:25, 6:20, 8:20] = 40.0
+    nibabel.save(nibabel.Nifti1Image(ct, np.eye(4)), root / "sub-0" / "CT.nii.gz")
+    items[0]["CT"] = "sub-0/CT.nii.gz"
+    items[0]["generation_protocol"] = items[1]["generation_protocol"] = "synthseg_generation"
+    del items[1]["mni"], items[1]["distance"]
+    (root / "datalist.json").write_text(json.dumps({"training": items[:2], "validation": items[2:]}), encoding="utf-8")
+    overrides: dict[str, Any] = {
+        "images": ["CT"],
+        "layout#tasks": ["segmentation", "distance", "log_bias_field", "CT", "mni"],
+        "panels": 1,
+    }
+    overrides |= {"batch_size": 2, "synthesis#translation_mm": [0, 0], "precision": "bfloat16", "activation_checkpointing": True}
+    workflow = make_workflow(repository, root, tmp_path, **overrides)
+    workflow.initialize()
+    (batch,) = [next(iter(workflow.parser.get_parsed_content("train#dataloader")))]
+    place = [Path(name).name for name in batch["subject"]].index("sub-0")
+    expected = {"CT": [0.0, 0.0], "mni": [0.0, 0.0], "distance": [0.0, 0.0]}
+    for values in expected.values():
+        values[place] = 1.0
+    assert {name: batch[f"available_{name}"].tolist() for name in expected} == expected
+    assert batch["CT"][place].min() == -1  # 1000 HU are 1
+    assert float(batch["CT"][place].max()) == pytest.approx(0.04, rel=1e-4)
+    workflow.run()
+    output = workflow.parser.get_parsed_content("train#trainer").state.output
+    assert {"loss", "segmentation", "distance", "CT", "mni", "learning_rate", "memory_gib"} <= set(output["statistics"])
+    metrics = workflow.parser.get_parsed_content("validate#evaluator").state.metrics
+    assert {"mean_dice", "distance_mae_mm", "log_bias_error", "mni_error_mm"} == set(
+        metrics
+    )  # the subject of the validation has no CT
+    assert [path.name for path in (tmp_path / "panels").iterdir()] == ["epoch_0001_sub-2.png"]
+
+
+def test_a_subject_with_a_nan_is_named_left_out_and_ends_the_training(repository: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    items = [write_subject(root / f"sub-{i}", 14 + i) for i in range(3)]
+    broken = nibabel.load(root / "sub-1" / "distance.nii.gz")  # type: ignore[attr-defined]
+    values = np.asarray(broken.dataobj).copy()
+    values[12:20, 12:20, 12:20] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), root / "sub-1" / "distance.nii.gz")
+    (root / "datalist.json").write_text(json.dumps({"training": items[:2], "validation": items[2:]}), encoding="utf-8")
+    middle: dict[str, Any] = {"synthesis#translation_mm": [0, 0], "panels": 0, "log_interval": 2}
+    workflow = make_workflow(repository, root, tmp_path / "one", epoch_length=4, val_interval=9, **middle)
+    workflow.initialize()
+    workflow.run()
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((tmp_path / "one").glob("nonfinite_*.json"))]
+    assert [[s["subject"] for s in report["samples"]] for report in reports] == [["sub-1"], ["sub-1"]]
+    assert all(report["tasks"] == ["distance"] for report in reports)
+    assert all(value.isfinite().all() for value in workflow.parser.get_parsed_content("network").state_dict().values())
+    drawn = reports[0]["samples"][0]
+    assert len(drawn["drawn"]["geometry"]["matrix"][0]) == 3
+
+    number = int(reports[0]["iteration"]) - 1
+    subject = workflow.parser.get_parsed_content("train#draws")[number]
+    assert (Path(subject["subject"]).name, subject["seed"]) == ("sub-1", drawn["seed"])
+    synthesizer = workflow.parser.get_parsed_content("synthesizer")
+    batch = {key: value[None] for key, value in subject.items() if isinstance(value, torch.Tensor) and value.ndim == 4}
+    assert synthesizer(batch, [drawn["seed"]])["distance"].isnan().any()  # the sample again, from what the file says
+
+    only = {"training": items[1:2], "validation": items[2:]}
+    (root / "datalist.json").write_text(json.dumps(only), encoding="utf-8")
+    stopped = make_workflow(repository, root, tmp_path / "two", epoch_length=9, max_nonfinite=3, **{**middle, "log_interval": 1})
+    stopped.initialize()
+    with pytest.raises(SystemExit, match=r"^training: the loss must be finite, found 3 steps in a row up to iteration 3"):
+        stopped.run()
 
 
 def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:

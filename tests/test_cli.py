@@ -145,6 +145,23 @@ def test_train_hands_on_what_it_does_not_know(
     assert [Path(file).name for file in bundle_runs[1]["config_file"]] == ["train.json", "coarse.json"]
 
 
+def test_variants_of_the_training_are_laid_over_it_in_order(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, tmp_path: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    datalist, own = tmp_path / "datalist.json", tmp_path / "own.json"
+    datalist.write_text("{}", encoding="utf-8")
+    own.write_text("{}", encoding="utf-8")
+    bundle = ["--bundle", str(repository / "bundle")]
+    for variant, expected in {
+        "small": ["small.json"],
+        f"small,multi_gpu_train,{own}": ["small.json", "multi_gpu_train.json", "own.json"],
+    }.items():
+        call(monkeypatch, "train", str(datalist), *bundle, "--variant", variant)
+        assert [Path(file).name for file in bundle_runs[-1]["config_file"]] == ["train.json", *expected]
+    with pytest.raises(SystemExit, match=r"tiny.json: a config of the bundle is needed, found no such file; there are .*small"):
+        call(monkeypatch, "train", str(datalist), *bundle, "--variant", "tiny")
+
+
 def test_names_for_validation_may_be_separated_by_commas(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

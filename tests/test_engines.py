@@ -1,8 +1,22 @@
 import dataclasses
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
-from brainfm_monai.engines import SynthesisPrepareBatch
+from brainfm_monai.engines import (
+    DrawnSubjects,
+    DrawSampler,
+    MultiTaskTrainer,
+    SynthesisPrepareBatch,
+    check_shards,
+    make_grad_scaler,
+    split_batch,
+)
+from brainfm_monai.inferers import AutocastInferer, parse_precision
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
+from brainfm_monai.networks.activations import checkpoint_activations
 from brainfm_monai.synthesis import SynthesisRanges, Synthesizer
 from brainfm_monai.tasks import TaskLayout
 
@@ -44,3 +58,157 @@ def test_stride_sets_the_voxel_of_the_scan() -> None:
     prepare = SynthesisPrepareBatch(Synthesizer(still, LAYOUT, (8, 8, 8), stride=2))
     _, targets = prepare(make_batch("a"), "cpu")
     assert int((targets["segmentation"] > 0).sum()) == 4**3
+
+
+def test_every_pass_takes_each_subject_once_and_the_draw_decides_the_seed() -> None:
+    draws = DrawnSubjects([{"subject": name} for name in "abcde"], seed=3)
+    passes = [[draws[5 * p + i]["subject"] for i in range(5)] for p in range(4)]
+    assert all(sorted(names) == list("abcde") for names in passes)
+    assert len({tuple(names) for names in passes}) > 1
+    seeds = [draws[i]["seed"] for i in range(100)]
+    assert len(set(seeds)) == 100
+    again = DrawnSubjects([{"subject": name} for name in "abcde"], seed=3)
+    assert [again[i]["seed"] for i in (99, 7)] == [seeds[99], seeds[7]]  # in any order
+    other = DrawnSubjects([{"subject": name} for name in "abcde"], seed=4)
+    assert not {other[i]["seed"] for i in range(100)} & set(seeds)
+    with pytest.raises(ValueError, match="DrawnSubjects: 'data' must hold at least one subject, got none"):
+        DrawnSubjects([])
+
+
+def test_processes_share_the_draws_and_go_on_where_they_were() -> None:
+    def first(sampler: DrawSampler, count: int) -> list[list[int]]:
+        return [batch for _, batch in zip(range(count), sampler, strict=False)]
+
+    alone = first(DrawSampler(4), 3)
+    shared = [first(DrawSampler(2, rank, 2), 3) for rank in range(2)]
+    assert [a + b for a, b in zip(*shared, strict=True)] == alone == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    later = DrawSampler(2, 1, 2)
+    later.first = 8
+    assert first(later, 1) == [[10, 11]]
+    with pytest.raises(ValueError, match="validation: each of 2 processes needs a subject, found 1"):
+        check_shards([0], 2)
+
+
+def test_batches_are_cut_into_parts_of_nearly_one_size() -> None:
+    batch = {"x": torch.arange(5), "name": list("abcde")}
+    parts = split_batch(batch, 2)
+    assert [part["name"] for part in parts] == [["a", "b", "c"], ["d", "e"]]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert len(split_batch(batch, 9)) == 5
+
+
+class SquaredError(nn.Module):
+    def forward(self, pred: Tensor, target: dict[str, Tensor]) -> Tensor:
+        error = (pred - target["y"]).square().mean(1)
+        self.components = {"line": error.mean().detach()}
+        return error.mean()
+
+
+def make_data(count: int = 12) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(3, generator=generator), "y": torch.randn(1, generator=generator)} for _ in range(count)]
+
+
+def train_line(
+    data: list[dict[str, Any]], steps: int = 3, batch_size: int = 4, precision: str = "float32", **options: Any
+) -> MultiTaskTrainer:
+    network = nn.Linear(3, 1)
+    nn.init.constant_(network.weight, 0.5)
+    nn.init.zeros_(network.bias)
+    fused = options.pop("fused", False)
+    trainer = MultiTaskTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        epoch_length=steps,
+        train_data_loader=torch.utils.data.DataLoader(data, batch_size=batch_size),  # type: ignore[arg-type]
+        network=network,
+        optimizer=torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused),
+        loss_function=SquaredError(),
+        prepare_batch=lambda batch, *_, **__: (batch["x"], {"y": batch["y"]}),
+        inferer=AutocastInferer(precision),
+        decollate=False,
+        **options,
+    )
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_batch_in_parts_is_one_step_of_the_whole_batch(parts: int) -> None:
+    whole, cut = train_line(make_data()), train_line(make_data(), accumulation=parts)
+    assert cut.state.iteration == whole.state.iteration == 3
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(cut.network.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+    for key in ("loss", "gradient_norm"):
+        torch.testing.assert_close(cut.state.output[key], whole.state.output[key])
+    torch.testing.assert_close(cut.state.output["task_losses"]["line"], whole.state.output["task_losses"]["line"])
+    assert len(cut.state.output["part_losses"]) == parts
+
+
+def test_gradients_are_clipped_by_their_norm() -> None:
+    free, clipped = train_line(make_data(), steps=1), train_line(make_data(), steps=1, max_norm=0.1)
+    torch.testing.assert_close(clipped.state.output["gradient_norm"], free.state.output["gradient_norm"])  # before clipping
+    grads = [torch.cat([p.grad.flatten() for p in t.network.parameters()]) for t in (free, clipped)]
+    assert float(grads[1].norm()) == pytest.approx(0.1, rel=1e-4)
+    torch.testing.assert_close(grads[1] / grads[1].norm(), grads[0] / grads[0].norm())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_is_not_finite_is_left_out(fused: bool, parts: int) -> None:
+    data = make_data()
+    broken = [dict(item) for item in data]
+    broken[5]["y"] = torch.tensor([torch.nan])  # in the second of three batches
+    without = train_line(data[:4] + data[8:], steps=2, fused=fused)
+    with_nan = train_line(broken, fused=fused, accumulation=parts)
+    assert with_nan.state.output["loss"].isfinite()
+    for name, value in without.network.state_dict().items():
+        torch.testing.assert_close(with_nan.network.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_reduced_precision_stays_near_and_float16_survives_an_overflow() -> None:
+    exact = train_line(make_data()).network.weight
+    near = train_line(make_data(), precision="bfloat16").network.weight
+    torch.testing.assert_close(near, exact, rtol=0.05, atol=0.02)
+    assert not torch.equal(near, exact)
+    scaler = make_grad_scaler("float16", torch.device("cpu"))
+    assert scaler.is_enabled()
+    half = train_line(make_data(), precision="float16", scaler=torch.amp.GradScaler("cpu", init_scale=8.0), max_norm=100.0)
+    torch.testing.assert_close(half.network.weight, exact, rtol=0.02, atol=0.01)
+    large = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    overflow = train_line(make_data(), precision="float16", scaler=large)
+    assert large.get_scale() < 2.0**127  # the steps were left out and the scale went down
+    assert overflow.network.weight.isfinite().all()
+    assert not make_grad_scaler("bfloat16", torch.device("cpu")).is_enabled()
+    assert parse_precision("float16", torch.device("cpu")) == torch.float16
+    with pytest.raises(ValueError, match=r"precision: one of .* or null is needed, found 'half'"):
+        AutocastInferer("half")
+    with pytest.raises(ValueError, match="MultiTaskTrainer: 'accumulation' must be positive, got 0"):
+        train_line(make_data(), accumulation=0)
+
+
+@pytest.mark.parametrize("backbone", [UNet, ResidualUNet])
+def test_activation_checkpointing_changes_no_gradient_and_no_name(backbone: type[nn.Module]) -> None:
+    network = MultiTaskNet(backbone(features=[8, 16]), LAYOUT)
+    image = torch.linspace(0, 1, 8**3).reshape(1, 1, 8, 8, 8)
+
+    def gradients() -> list[Tensor]:
+        network.zero_grad()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
+            output = network(image)
+        output.square().mean().backward()
+        counts.append(sum(kept))
+        return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    counts: list[int] = []
+    names = list(network.state_dict())
+    plain = gradients()
+    checkpoint_activations(network, enabled=False)
+    checkpoint_activations(network)
+    for a, b in zip(gradients(), plain, strict=True):
+        assert torch.equal(a, b)
+    assert list(network.state_dict()) == names
+    assert counts[1] < counts[0] / 2
+    with pytest.raises(ValueError, match="activation_checkpointing: a network with levels of a U-Net is needed, found Linear"):
+        checkpoint_activations(nn.Linear(1, 1))

@@ -1,10 +1,23 @@
+import logging
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from torch.optim.swa_utils import AveragedModel
 
-from brainfm_monai.handlers import SegmentationDice, TrainingCheckpoint, make_task_loss_transform, make_warmup_stable_decay
+from brainfm_monai.handlers import (
+    BestWeights,
+    SegmentationDice,
+    TaskErrors,
+    TrainingCheckpoint,
+    make_ema_multi_avg_fn,
+    make_task_loss_transform,
+    make_warmup_stable_decay,
+)
+from brainfm_monai.handlers.panels import compose_panel
 from brainfm_monai.losses import MultiTaskLoss
 from brainfm_monai.tasks import TaskLayout
 
@@ -32,9 +45,9 @@ def test_dice_over_structures_that_occur_in_the_reference() -> None:
     assert metric.compute() == pytest.approx((of_three + of_seven) / 2)
 
 
-def make_trainer(folder: Path) -> tuple[Engine, torch.nn.Linear, list[float]]:
+def make_trainer(folder: Path, **options: Any) -> tuple[Engine, torch.nn.Sequential, list[float]]:
     torch.manual_seed(0)
-    net = torch.nn.Linear(3, 1)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5))
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
     losses: list[float] = []
 
@@ -48,22 +61,165 @@ def make_trainer(folder: Path) -> tuple[Engine, torch.nn.Linear, list[float]]:
 
     trainer = Engine(step)
     trainer.state.max_epochs = 6
-    TrainingCheckpoint(folder, {"network": net, "optimizer": optimizer}, n_saved=2).attach(trainer)
+    TrainingCheckpoint(folder, {"network": net, "optimizer": optimizer}, n_saved=2, **options).attach(trainer)
     return trainer, net, losses
 
 
+DATA = list(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
 def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path) -> None:
-    data = list(torch.rand(4, 3, generator=torch.Generator().manual_seed(0)))
     whole, net, expected = make_trainer(tmp_path / "whole")
-    whole.run(data, max_epochs=6)
+    whole.run(DATA, max_epochs=6)
     first, _, losses = make_trainer(tmp_path / "parts")
-    first.run(data, max_epochs=3)
-    (tmp_path / "parts" / "training_checkpoint_9.pt.tmp").write_bytes(b"half")  # what a killed process may leave
+    first.run(DATA, max_epochs=3)
+    (tmp_path / "parts" / ".training_checkpoint_99.pt.part").write_bytes(b"half")  # what a killed process may leave
     second, resumed, more = make_trainer(tmp_path / "parts")
-    second.run(data, max_epochs=6)
-    assert losses + more == pytest.approx(expected, rel=1e-6)
-    torch.testing.assert_close(resumed.weight, net.weight)
-    assert sorted(p.name for p in (tmp_path / "parts").glob("*.pt")) == ["training_checkpoint_5.pt", "training_checkpoint_6.pt"]
+    torch.rand(7)  # the global generator is elsewhere by now: dropout goes on with that of the checkpoint
+    second.run(DATA, max_epochs=6)
+    assert losses + more == expected
+    assert torch.equal(resumed[0].weight, net[0].weight)
+    assert names_of(tmp_path / "parts") == ["training_checkpoint_20.pt", "training_checkpoint_24.pt"]
+
+
+def test_a_checkpoint_that_is_not_whole_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _, expected = make_trainer(tmp_path)
+    trainer.run(DATA, max_epochs=3)
+    newest = tmp_path / "training_checkpoint_12.pt"
+    newest.write_bytes(newest.read_bytes()[:-500])
+    with caplog.at_level(logging.WARNING):
+        resumed, _, losses = make_trainer(tmp_path)
+        resumed.run(DATA, max_epochs=3)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert message.startswith(f"{newest}: not a whole checkpoint, the one before is taken")
+    assert "\n" not in message
+    assert losses == expected[8:]
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="one whole checkpoint is needed to go on, found none"):
+        make_trainer(tmp_path)[0].run(DATA, max_epochs=3)
+
+
+def test_a_checkpoint_within_an_epoch_goes_on_within_it(tmp_path: Path) -> None:
+    def last(trainer: Engine) -> None:
+        if trainer.state.iteration == 7:
+            raise KeyboardInterrupt
+
+    interrupted, _, losses = make_trainer(tmp_path, iterations=3)
+    interrupted.add_event_handler(Events.ITERATION_COMPLETED, last)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(DATA, max_epochs=3)
+    assert names_of(tmp_path) == ["training_checkpoint_4.pt", "training_checkpoint_6.pt"]
+    resumed, _, more = make_trainer(tmp_path, iterations=3)
+    resumed.run(DATA[2:] + DATA[:2], max_epochs=3)  # the sampler's part: data from where the iteration was
+    assert more[0] == losses[6]
+    assert resumed.state.iteration == 12
+    assert names_of(tmp_path) == ["training_checkpoint_12.pt", "training_checkpoint_9.pt"]
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path)[0].run(DATA, max_epochs=1)
+    other = Engine(lambda engine, batch: None)
+    TrainingCheckpoint(tmp_path, {"network": torch.nn.Linear(5, 5)}).attach(other)
+    with pytest.raises(ValueError, match=r"training_checkpoint_4.pt: a checkpoint of this training is needed, found another"):
+        other.run(DATA, max_epochs=2)
+
+
+def make_evaluator(best: BestWeights, scores: list[float]) -> Engine:
+    """What MONAI's evaluator does with its key metric."""
+    evaluator = Engine(lambda engine, batch: None)
+    evaluator.state.best_metric, evaluator.state.best_metric_epoch = -1, -1
+
+    def compare(engine: Engine) -> None:
+        score = scores[engine.state.epoch - 1]
+        if engine.state.best_metric_epoch == -1 or score > engine.state.best_metric:
+            engine.state.best_metric, engine.state.best_metric_epoch = score, engine.state.epoch
+
+    evaluator.add_event_handler(Events.EPOCH_COMPLETED, compare)
+    best.attach(evaluator)
+    return evaluator
+
+
+def test_best_weights_are_not_overwritten_by_worse_ones_after_a_resume(tmp_path: Path) -> None:
+    network, path = torch.nn.Linear(1, 1), tmp_path / "model.pt"
+    best = BestWeights(network, path)
+    make_evaluator(best, [0.2, 0.8, 0.5]).run([0], max_epochs=3)
+    assert best.state_dict() == {"best_metric": 0.8, "best_epoch": 2}
+    written = path.read_bytes()
+
+    later = BestWeights(torch.nn.Linear(1, 1), path)
+    later.load_state_dict(best.state_dict())
+    make_evaluator(later, [0.7]).run([0], max_epochs=1)
+    assert path.read_bytes() == written
+    make_evaluator(later, [0.9]).run([0], max_epochs=1)
+    assert path.read_bytes() != written
+
+
+def test_the_average_forgets_the_random_start() -> None:
+    network = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(network.weight, 0.0)
+    average = AveragedModel(network, multi_avg_fn=make_ema_multi_avg_fn(0.99))
+    average.update_parameters(network)  # the first is copied
+    torch.nn.init.constant_(network.weight, 1.0)
+    left = 1.0
+    for n in range(1, 2000):
+        average.update_parameters(network)
+        left *= min(0.99, (1 + n) / (10 + n))
+        if n in (1, 10, 1999):
+            assert float(average.module.weight.detach()) == pytest.approx(1 - left, abs=1e-5)
+    with pytest.raises(ValueError, match=r"make_ema_multi_avg_fn: 'decay' must be in \[0, 1\], got 2"):
+        make_ema_multi_avg_fn(2)
+
+
+def test_errors_of_tasks_in_their_units() -> None:
+    layout = TaskLayout(["segmentation", "distance", "log_bias_field", "mni", "T1w"])
+    shape = (2, 4, 4, 4)
+    target = {
+        "segmentation": torch.ones(2, 1, 4, 4, 4, dtype=torch.long),
+        "visible": torch.ones(2, 1, 4, 4, 4, dtype=torch.bool),
+        "distance": torch.full((2, 4, 4, 4, 4), 1.0),
+        "log_bias_field": torch.linspace(-1, 1, 64).reshape(1, 1, 4, 4, 4).repeat(2, 1, 1, 1, 1),
+        "mni": torch.zeros(2, 3, 4, 4, 4),
+        "available_mni": torch.tensor([1.0, 0.0]),
+        "available_T1w": torch.zeros(2),
+        "T1w": torch.zeros(2, 1, 4, 4, 4),
+    }
+    target["distance"][:, :, 0] = 5.0  # beyond 3 mm: does not count
+    target["mni"][1] = torch.nan
+    parts = {
+        "segmentation": torch.zeros(2, len(layout.protocol), 4, 4, 4),
+        "distance": torch.full((2, 4, 4, 4, 4), 9.0),  # clipped to 3
+        "log_bias_field": target["log_bias_field"] * 1.5 + 7,  # a constant does not count
+        "mni": torch.tensor([0.03, 0.0, 0.04]).reshape(1, 3, 1, 1, 1).expand(2, 3, *shape[1:]),
+        "T1w": torch.zeros(2, 1, 4, 4, 4),
+    }
+    metric = TaskErrors(layout)
+    metric.update((torch.cat([parts[name] for name in layout.tasks], dim=1), target))
+    expected = {"distance_mae_mm": 2.0, "log_bias_error": 0.5, "mni_error_mm": 5.0}
+    assert metric.compute() == pytest.approx(expected, rel=1e-4)  # no T1w: nobody has it
+
+
+def test_a_panel_shows_the_planes_with_the_left_on_the_left_and_the_top_up() -> None:
+    layout = TaskLayout(["segmentation", "distance"])
+    image = torch.zeros(1, 8, 10, 12)
+    image[0, :4, :, 6] = 1.0  # left half of the middle axial plane
+    image[0, 4, :, 9:] = 0.5  # upper end of the middle sagittal plane
+    pred = torch.zeros(layout.channels, 8, 10, 12)
+    pred[3] = 1.0
+    pred[-4:] = -3.0
+    target = {"segmentation": torch.full((1, 8, 10, 12), 3), "distance": torch.full((4, 8, 10, 12), 3.0)}
+    picture = compose_panel(image, pred, target | {"available_distance": torch.tensor(0.0)}, layout)
+    scale, title = 8, 14
+    body = picture[title:].reshape((10 + 12 + 12), scale, 10 * 4, scale, 3)[:, 0, :, 0]  # four columns of ten voxels
+    assert np.array_equal(body[:10, 1:9, 0], np.repeat([[255] * 4 + [0] * 4], 10, 0))  # eight voxels from left to right
+    assert (body[22:25, :10, 0] == 128).all()  # 12 rows of the sagittal plane, the highest three bright
+    assert (body[5, 15] == layout.protocol.structures[3].colour).all()
+    assert np.array_equal(body[:, 10:20], body[:, 20:30])  # prediction and target of the segmentation
+    assert body[5, 35].tolist() == [255, 0, 0]  # inside: red
 
 
 def test_every_task_is_reported() -> None:

@@ -53,17 +53,30 @@ def predict(
     run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **{**settings, **overrides})
 
 
-def train(datalist: str, bundle: str = "bundle", coarse: bool = False, **overrides: Any) -> None:
+def train(
+    datalist: str, bundle: str = "bundle", coarse: bool = False, variant: str | Sequence[str] = (), **overrides: Any
+) -> None:
     """Train on prepared subjects; a training that was interrupted goes on where it was.
+
+    Start with ``--variant small``, a small network that a laptop trains. With N GPUs:
+    ``torchrun --nproc_per_node=N -m brainfm_monai train datalist.json --variant multi_gpu_train``.
 
     Args:
         datalist: list written by ``brainfm-monai data list``.
         bundle: folder of the bundle.
-        coarse: train the coarse network, whose model.pt the fine training takes as ``--coarse_weights``.
-        overrides: any other ``--key value`` replaces that key of configs/train.json, as in ``--max_epochs 10 --output_dir OUT``.
+        coarse: the same as ``--variant coarse``: train the coarse network, whose model.pt the fine training takes as
+            ``--coarse_weights``.
+        variant: configs beside configs/train.json that are laid over it in this order, separated by commas: small, coarse,
+            multi_gpu_train, and every other that stands there, without ``.json``; a path to a config of your own serves, too.
+        overrides: any other ``--key value`` replaces that key of configs/train.json: --max_epochs 10, --output_dir OUT,
+            --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16, float16),
+            --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']", --log_interval 10,
+            --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
     """
-    names = ["train.json", "coarse.json"] if coarse else ["train.json"]
-    run_bundle(bundle, names, datalist=_existing(datalist), **overrides)
+    asked = variant.split(",") if isinstance(variant, str) else [str(name) for name in variant]
+    names = [*(["coarse"] if coarse else []), *filter(None, asked)]
+    configs = ["train.json", *(name if name.endswith(".json") else f"{name}.json" for name in names)]
+    run_bundle(bundle, configs, datalist=_existing(datalist), **overrides)
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
@@ -75,10 +88,11 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
     from monai.bundle import run
 
     configs = Path(str(bundle)) / "configs"
-    files = [configs / name for name in names]
+    files = [Path(name) if Path(name).name != name else configs / name for name in names]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: a config of the bundle is needed, found no such file: pass --bundle FOLDER")
+            there = ", ".join(sorted(path.stem for path in configs.glob("*.json"))) or "none: pass --bundle FOLDER"
+            raise FileNotFoundError(f"{file}: a config of the bundle is needed, found no such file; there are {there}")
     settings = {
         "bundle_root": str(bundle),
         "meta_file": str(configs / "metadata.json"),

@@ -48,11 +48,13 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 
         Raises:
-            ValueError: if the subjects' generation labels follow different protocols.
+            ValueError: if the subjects' generation labels follow different protocols; ``accumulation`` parts of one subject each
+                may.
         """
         present = [key for key in SUBJECT_KEYS if key in batchdata]
         subject = {
-            key: convert_to_tensor(batchdata[key], track_meta=False).to(device, non_blocking=non_blocking) for key in present
+            key: convert_to_tensor(batchdata[key], track_meta=False).to(device=device, non_blocking=non_blocking)
+            for key in present
         }
         # What is available decides what is drawn, and numbers are drawn on the host: these few stay there.
         subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith("available_")}

@@ -69,7 +69,9 @@ class NonFiniteStop:
             return
         # A scaled loss may overflow in its gradients: the scaler leaves that step out and scales less.
         overflow_is_normal = engine.grad_scaler.is_enabled()
-        for row, (iteration, epoch, facts, _, tasks) in zip(torch.stack([v for _, _, _, v, _ in kept]).tolist(), kept, strict=True):
+        for row, (iteration, epoch, facts, _, tasks) in zip(
+            torch.stack([v for _, _, _, v, _ in kept]).tolist(), kept, strict=True
+        ):
             *losses, norm = row
             bad = not all(math.isfinite(loss) for loss in losses)
             if not bad and (overflow_is_normal or math.isfinite(norm)):
@@ -78,9 +80,9 @@ class NonFiniteStop:
             self.in_row += 1
             self._report(engine, iteration, epoch, facts, losses, norm, tasks)
             if self.in_row >= self.max_in_row:
+                found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
                 raise FloatingPointError(
-                    f"training: the loss must be finite, found {self.in_row} steps in a row up to iteration {iteration} where it is not: "
-                    f"see {self.output_dir}/nonfinite_*.json"
+                    f"training: the loss must be finite, found {found}: see {self.output_dir}/nonfinite_*.json"
                 )
 
     def _report(
@@ -124,7 +126,9 @@ class NonFiniteStop:
         if seed is None:
             return {**known, "summary": "drawn without a seed"}
         # The numbers are drawn on the host, whatever the device of the training.
-        subject = {"generation_labels": torch.zeros(1)} | {k: v.reshape(1) for k, v in facts.items() if k.startswith("available_")}
+        subject = {"generation_labels": torch.zeros(1)} | {
+            k: v.reshape(1) for k, v in facts.items() if k.startswith("available_")
+        }
         subject |= {name: torch.zeros(1) for name in IMAGES if f"has_{name}" in facts}
         params = self.synthesizer.draw({k: v.cpu() for k, v in subject.items()}, [int(seed)], protocol)
         summaries = [", ".join(describe(params, i).splitlines()) for i in range(len(params.appearances))]
@@ -145,4 +149,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= LARGEST_LISTED else f"shape {tuple(value.shape)}"
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
-

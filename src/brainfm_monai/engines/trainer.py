@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, cast
 
 import ignite.distributed as idist
@@ -49,7 +50,7 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     size = len(next(iter(batch.values())))
     parts = min(parts, size)
     bounds = [-(-i * size // parts) for i in range(parts + 1)]
-    return [{key: value[a:b] for key, value in batch.items()} for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [{key: value[a:b] for key, value in batch.items()} for a, b in pairwise(bounds)]
 
 
 class MultiTaskTrainer(SupervisedTrainer):
@@ -171,7 +172,9 @@ class MultiTaskTrainer(SupervisedTrainer):
             # A fused optimizer looks at this number on the device, as it does for a GradScaler.
             vars(self.optimizer).update(found_inf=(~norm.isfinite()).float(), grad_scale=None)
             self.optimizer.step()
-        elif bool(norm.isfinite()):
+        else:
+            if not bool(norm.isfinite()):
+                self.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
             self.optimizer.step()
         return norm
 
@@ -183,4 +186,3 @@ def _average(components: list[dict[str, Tensor]], shares: list[float]) -> dict[s
         there = [(share, part[name]) for share, part in zip(shares, components, strict=True) if name in part]
         means[name] = torch.stack([share * value for share, value in there]).sum() / sum(share for share, _ in there)
     return means
-

@@ -51,7 +51,9 @@ class ValidationPanels:
         from PIL import Image
 
         output = engine.state.output
-        picture = compose_panel(output[CommonKeys.IMAGE][0], output[CommonKeys.PRED][0], _first(output[CommonKeys.LABEL]), self.layout)
+        picture = compose_panel(
+            output[CommonKeys.IMAGE][0], output[CommonKeys.PRED][0], _first(output[CommonKeys.LABEL]), self.layout
+        )
         name = Path(str(engine.state.batch.get("subject", [f"subject_{number}"])[0])).name
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png"

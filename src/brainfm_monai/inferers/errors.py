@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function; a wrong value, a missing file or a failed computation ends the program with the message alone, in one line, and status 1.
+    """Call a function; a wrong value, a missing file or failed arithmetic ends the program with one line, and status 1.
 
     Raises:
         SystemExit: where the function raises ``ValueError``, ``OSError`` or ``ArithmeticError``.
