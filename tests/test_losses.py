@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -40,6 +41,11 @@ SIZE = (5, 6, 4)
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def at(values: Tensor, place: tuple[int, ...], sample: int = 0) -> Tensor:
+    """All channels at a voxel of a sample."""
+    return values[sample].flatten(1)[:, int(np.ravel_multi_index(place, values.shape[2:]))]
 
 
 def gradient_of(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
@@ -107,7 +113,12 @@ def test_the_gradient_written_out_is_that_of_the_formula(spread: float) -> None:
 def test_beside_the_logits_no_volume_of_their_size_waits_for_the_gradient() -> None:
     logits, labels = draw(1, 40, *SIZE).requires_grad_(), torch.zeros(1, 1, *SIZE, dtype=torch.long)
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         compute_dice_ce(logits, labels).sum().backward()
     assert sum(size == logits.numel() for size in kept) == 1
     assert sum(kept) < 1.2 * logits.numel()
@@ -228,9 +239,9 @@ def test_gradient_error_by_loops() -> None:
                 steps = []
                 for place in itertools.product(*map(range, SIZE)):
                     after = tuple(p + (i == axis) for i, p in enumerate(place))
-                    if after[axis] < SIZE[axis] and mask[(b, 0, *place)] and mask[(b, 0, *after)]:
-                        change = x[(b, slice(None), *after)] - x[(b, slice(None), *place)]
-                        wanted = target[(b, slice(None), *after)] - target[(b, slice(None), *place)]
+                    if after[axis] < SIZE[axis] and at(mask, place, b) and at(mask, after, b):
+                        change = at(x, after, b) - at(x, place, b)
+                        wanted = at(target, after, b) - at(target, place, b)
                         steps.append((change - wanted).abs())
                 axes.append(torch.stack(steps).mean())
             losses.append(torch.stack(axes).sum())
@@ -252,6 +263,17 @@ def test_roughness_leaves_affine_maps_alone_and_squares_the_second_difference() 
     mask[..., 2:] = False  # along the last axis no three voxels are left
     assert float(compute_roughness(grid[:, 2:].square(), mask)) == 0
     assert float(compute_roughness(grid[:, 2:].square(), torch.zeros_like(mask))) == 0
+    values, holes = draw(1, 2, *SIZE), draw(1, 1, *SIZE, seed=1) > -0.7
+    expected = 0.0
+    for axis in range(3):
+        bends = []
+        for place in itertools.product(*map(range, SIZE)):
+            row = [tuple(p + step * (i == axis) for i, p in enumerate(place)) for step in range(3)]
+            if row[2][axis] < SIZE[axis] and all(at(holes, p) for p in row):
+                first, middle, last = (at(values, p) for p in row)
+                bends.append((first - 2 * middle + last).square())
+        expected += float(torch.stack(bends).mean())
+    assert float(compute_roughness(values, holes)) == pytest.approx(expected, rel=1e-5)
     flat = torch.zeros(1, 1, 1, 2, 3)
     assert float(compute_roughness(flat, flat == 0)) == 0
 
@@ -294,10 +316,10 @@ def test_contrast_by_loops() -> None:
         losses = []
         for first in range(len(vectors)):
             group = [s for s in range(len(vectors)) if s // samples == first // samples]
-            counted = [p for p in places if all(bool(mask[(s, 0, *p)]) for s in group)]
+            counted = [p for p in places if all(at(mask, p, s) for s in group)]
             parts = []
             for second in [s for s in group if s != first]:
-                a, b = (nnf.normalize(torch.stack([vectors[(s, slice(None), *p)] for p in counted])) for s in (first, second))
+                a, b = (nnf.normalize(torch.stack([at(vectors, p, s) for p in counted])) for s in (first, second))
                 parts.append(nnf.cross_entropy(a @ b.T / 0.5, torch.arange(len(counted))))
             losses.append(torch.stack(parts).mean())
         return torch.stack(losses)

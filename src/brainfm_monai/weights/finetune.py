@@ -118,7 +118,7 @@ def _without_residual(state: dict[str, Tensor], layout: TaskLayout) -> tuple[dic
 
 def _match_channels(new: TaskLayout, old: TaskLayout) -> dict[int, int]:
     """Channel of the old layout for every channel of the new one that is the same."""
-    pairs = {}
+    pairs: dict[int, int] = {}
     for name, task in new.tasks.items():
         if name not in old.tasks:
             continue
