@@ -106,14 +106,14 @@ def test_hd95_is_monais_over_a_one_hot_volume() -> None:
     pred, truth = draw_blobs(1), draw_blobs(2)
     hd95 = compute_structure_hd95(pred, truth, STRUCTURES, make_affine())
     channels = [[17], [53], [17, 53], [16]]
-    hot = [torch.cat([torch.isin(ids, torch.tensor(c)) for c in channels], 1).float() for ids in (pred, truth)]
-    expected = compute_hausdorff_distance(*hot, include_background=True, percentile=95, spacing=list(SPACING))  # type: ignore[arg-type]
+    found, wanted = (torch.cat([torch.isin(ids, torch.tensor(c)) for c in channels], 1).float() for ids in (pred, truth))
+    expected = compute_hausdorff_distance(found, wanted, include_background=True, percentile=95, spacing=list(SPACING))
     # the same function on a box instead of the image: the same numbers
     torch.testing.assert_close(torch.cat([hd95[:, 0], hd95[:, 1, 2:]], 1), expected)
 
 
 def to_itk(mask: Tensor) -> Any:
-    image = itk.image_from_array(np.ascontiguousarray(mask.numpy().astype(np.uint8).transpose()))
+    image = itk.image_from_array(np.ascontiguousarray(mask.numpy().astype(np.int16).transpose()))
     image.SetSpacing(SPACING)
     return image
 

@@ -87,6 +87,8 @@ def measure_scan(
     for name, found in pred.items():
         if name not in target:
             continue
+        if name not in {*layout.tasks, "age"}:
+            raise ValueError(f"measure_scan: 'layout' must have every task but age, got {name!r}")
         kind = name if name == "age" else layout.tasks[name].kind
         if kind not in MEASURES:
             raise ValueError(f"measure_scan: there are measures for {sorted(MEASURES)}, got task {name!r} of kind {kind!r}")

@@ -118,7 +118,8 @@ def compare(
     for key, group in pairs.groupby(KEYS, sort=False, dropna=False):
         both = group.dropna(subset=["value_first", "value_second"])
         left, right = (both[f"value_{name}"].to_numpy(dtype=np.float64) for name in ("first", "second"))
-        difference = np.where(left == right, 0.0, right - left)  # two infinite values are equal, too
+        # two infinite values are equal, too, and not inf - inf
+        difference = np.subtract(right, left, out=np.zeros_like(left), where=left != right)
         interval = bootstrap_interval(difference, seed, resamples, level)
         means = [float(one.mean()) if len(one) else np.nan for one in (left, right, difference)]
         rows.append((*key, len(both), *means, *interval, *compute_signed_rank(difference)))

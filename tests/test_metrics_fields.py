@@ -1,0 +1,187 @@
+"""Measures of dense maps: on fields whose errors are known, and against the package's other definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from brainfm_monai.data.registration import compute_jacobian
+from brainfm_monai.metrics import (
+    compute_bias_error,
+    compute_distance_error,
+    compute_fold_fraction,
+    compute_mni_error,
+    compute_thickness_error,
+    compute_warped_dice,
+    load_template_tissues,
+    pull_template,
+)
+from brainfm_monai.outputs import surfaces
+
+SIZE = (12, 10, 8)
+LAS = torch.diag(torch.tensor([-2.0, 1.0, 3.0, 1.0], dtype=torch.float64))
+
+
+def draw(seed: int, channels: int = 1, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def make_mask(batch: int = 2) -> Tensor:
+    mask = torch.zeros(batch, 1, *SIZE, dtype=torch.bool)
+    mask[..., 2:-2, 2:-2, 2:-2] = True
+    return mask
+
+
+def make_coordinates(affine: Tensor, size: tuple[int, ...] = SIZE) -> Tensor:
+    """RAS mm of each voxel, shape (1, 3, H, W, D), float32."""
+    index = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij"))
+    mm = torch.einsum("ij,jhwd->ihwd", affine[:3, :3], index) + affine[:3, 3].reshape(3, 1, 1, 1)
+    return mm[None].float()
+
+
+def test_the_gain_of_a_bias_field_is_no_error() -> None:
+    truth, mask = 0.3 * draw(1), make_mask()
+    errors = compute_bias_error(truth + math.log(7), truth, mask, image=draw(2).abs() + 1)
+    assert list(errors) == ["normalised_l2", "corrected_l1"]
+    assert errors["normalised_l2"].max() < 1e-6
+    assert errors["corrected_l1"].max() < 1e-6
+
+
+def test_the_error_of_a_bias_field_is_its_formula() -> None:
+    pred, truth, mask, image = 0.3 * draw(3), 0.3 * draw(4), make_mask(), draw(5).abs() + 1
+    errors = compute_bias_error(pred, truth, mask, image)
+    assert list(compute_bias_error(pred, truth, mask)) == ["normalised_l2"]
+    for b in range(2):
+        o, t, i = (one[b][mask[b]].double().numpy() for one in (pred.exp(), truth.exp(), image))
+        gain = (o @ t) / (o @ o)
+        expected = np.linalg.norm(gain * o - t) / np.linalg.norm(t)
+        assert errors["normalised_l2"][b].item() == pytest.approx(expected, rel=1e-5)
+        corrected = np.abs((i / o) / (i / o).mean() - (i / t) / (i / t).mean()).mean()
+        assert errors["corrected_l1"][b].item() == pytest.approx(corrected, rel=1e-5)
+    # what lies outside the mask does not count, and an empty mask has no error
+    assert compute_bias_error(torch.where(mask, pred, 5), truth, mask)["normalised_l2"][0] == errors["normalised_l2"][0]
+    assert compute_bias_error(pred, truth, mask & False, image)["corrected_l1"].isnan().all()
+
+
+def test_distances_count_near_the_surface() -> None:
+    mask = make_mask(1)
+    target = torch.linspace(-4, 4, SIZE[0]).clamp(-3, 3).reshape(1, 1, -1, 1, 1).expand(1, 4, *SIZE).clone()
+    target[:, 3] = 3  # a hemisphere that is not there
+    shift = torch.tensor([0.5, -0.25, 0.0, 1.0]).reshape(1, 4, 1, 1, 1)
+    pred = torch.where(target.abs() < 3, target + shift, -target)
+    error = compute_distance_error(pred, target, mask)
+    assert error.shape == (1, 4)
+    near = target[0, 0, 2:-2, 0, 0]
+    near = near[near.abs() < 3]
+    expected = [((near + s).clamp(-3, 3) - near).abs().mean().item() for s in (0.5, -0.25, 0.0)]
+    assert error[0].tolist() == pytest.approx([*expected, math.nan], abs=1e-6, nan_ok=True)
+    assert compute_distance_error(pred, target, mask, band_mm=1.0)[0, 0].item() == pytest.approx(0.5)
+
+
+def make_cortex(pial_mm: float, white_mm: float) -> Tensor:
+    """Distances of a flat cortex across H on the left, and of one that is 1 mm thinner on the right."""
+    x = torch.arange(SIZE[0], dtype=torch.float32).reshape(-1, 1, 1).expand(SIZE)
+    return torch.stack([x - pial_mm, x - white_mm, x - pial_mm, x - white_mm - 1])[None].clamp(-3, 3)
+
+
+def test_the_thickness_of_a_flat_cortex_is_the_distance_of_its_surfaces() -> None:
+    mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
+    truth, pred = make_cortex(7.5, 4.75), make_cortex(7.5, 5.25)
+    error = compute_thickness_error(pred, truth, mask)
+    assert error["reference"][0].tolist() == pytest.approx([2.75, 1.75])
+    assert error["prediction"][0].tolist() == pytest.approx([2.25, 1.25])
+    assert error["error"][0].tolist() == pytest.approx([-0.5, -0.5])
+    assert error["absolute_error"][0].tolist() == pytest.approx([0.5, 0.5])
+    nothing = compute_thickness_error(truth, truth.abs() + 1, mask)
+    assert nothing["reference"].isnan().all()
+    assert nothing["absolute_error"].isnan().all()
+    assert not nothing["prediction"].isnan().any()
+
+
+def test_thickness_is_that_of_the_outputs() -> None:
+    truth = draw(6, channels=4, batch=1)
+    distance = {name: truth[0, i].numpy() for i, name in enumerate(("lp", "lw"))}
+    thickness = surfaces.compute_thickness_mm(distance, surfaces.compute_ribbon(distance))
+    expected = thickness[surfaces.compute_ribbon(distance) == 3].mean()
+    mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
+    assert compute_thickness_error(truth, truth, mask)["reference"][0, 0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_shift_of_the_coordinates_is_their_error() -> None:
+    truth = make_coordinates(LAS)
+    error = compute_mni_error(truth + torch.tensor([3.0, 0, -4]).reshape(1, 3, 1, 1, 1), truth, make_mask(1))
+    assert error["mean"].item() == pytest.approx(5, abs=1e-5)
+    assert error["p95"].item() == pytest.approx(5, abs=1e-5)
+    pred = truth + draw(7, 3, 1)
+    distance = (pred - truth)[:, :, 2:-2, 2:-2, 2:-2].norm(dim=1).numpy()
+    error = compute_mni_error(pred, truth, make_mask(1))
+    assert error["mean"].item() == pytest.approx(distance.mean(), rel=1e-5)
+    assert error["p95"].item() == pytest.approx(np.quantile(distance, 0.95, method="nearest"), rel=1e-5)
+    assert compute_mni_error(pred, truth, make_mask(1) & False)["p95"].isnan().all()
+
+
+@pytest.mark.parametrize("affine", [torch.eye(4, dtype=torch.float64), LAS], ids=["RAS", "LAS"])
+def test_folds_are_found_whatever_the_axes(affine: Tensor) -> None:
+    straight = make_coordinates(affine)
+    mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
+    assert compute_fold_fraction(straight, mask, affine).item() == 0
+    # From plane 6 on the second axis runs back, over 4 of 10 planes; at the turn the central difference is 0.
+    folded = straight.clone()
+    folded[:, :, :, 6:] = straight[:, :, :, 2:6].flip(3)
+    step = folded[0, 1, 0, :, 0].numpy()
+    expected = (np.gradient(step) <= 0).mean()
+    assert 0.3 < expected < 0.6
+    assert compute_fold_fraction(folded, mask, affine).item() == pytest.approx(expected)
+    assert compute_fold_fraction(straight * torch.tensor([-1.0, 1, 1]).reshape(1, 3, 1, 1, 1), mask, affine).item() == 1
+    half = mask.clone()
+    half[:, :, :, 5:] = False
+    assert compute_fold_fraction(folded, half, affine).item() == 0
+    assert compute_fold_fraction(folded, mask & False, affine).isnan().all()
+
+
+def test_folds_are_where_the_registrations_jacobian_says() -> None:
+    coordinates = make_coordinates(LAS) + 2 * draw(8, 3, 1)
+    mask = make_mask(1)
+    determinant = compute_jacobian(coordinates[0].movedim(0, -1).numpy(), LAS.numpy())
+    expected = (determinant[mask[0, 0].numpy()] <= 0).mean()
+    assert 0.05 < expected < 0.95
+    assert compute_fold_fraction(coordinates, mask, LAS).item() == pytest.approx(expected)
+
+
+def test_a_template_is_laid_over_the_scan() -> None:
+    affine = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
+    affine[:3, 3] = torch.tensor([-10.0, 4.0, 6.0])
+    tissue = torch.zeros(2, 10, 9, 8)
+    tissue[0, 3:7], tissue[1, 7:] = 1, 0.8
+    grid = affine.clone()
+    grid[0, :3] = torch.tensor([-2.0, 0, 0])
+    grid[0, 3] = 8.0  # the same points in axes that run to the left
+    truth = make_coordinates(grid, (10, 9, 8))
+    pulled = pull_template(truth, tissue, affine)
+    assert torch.equal(pulled[0], tissue.flip(1) > 0.5)
+    shifted = truth + torch.tensor([2.0, 0, 0]).reshape(1, 3, 1, 1, 1)
+    dice = compute_warped_dice(shifted, pulled, tissue, affine)
+    # blocks of four and three planes, one plane apart; what is pulled from outside the template is no tissue
+    assert dice[0].tolist() == pytest.approx([2 * 3 / 8, 2 * 2 / 6])
+    assert compute_warped_dice(truth, pulled, tissue, affine)[0].tolist() == [1, 1]
+    mask = torch.zeros(1, 1, 10, 9, 8, dtype=torch.bool)
+    mask[:, :, 4:6] = True
+    dice = compute_warped_dice(shifted, pulled, tissue, affine, mask)
+    assert dice[0].tolist() == pytest.approx([1, math.nan], nan_ok=True)
+
+
+def test_the_templates_tissues_lie_where_they_should() -> None:
+    tissues = load_template_tissues()
+    assert tissues.names == ("white_matter", "grey_matter")
+    assert tissues.probability.shape[0] == 2
+    # centrum semiovale on both sides; the head of the hippocampus; air
+    points = torch.tensor([[26.0, -20, 32], [-26, -20, 32], [28, -16, -20], [0, 0, 110]]).T.reshape(1, 3, 4, 1, 1)
+    pulled = pull_template(points, tissues.probability, tissues.affine)[0, :, :, 0, 0]
+    assert pulled.tolist() == [[True, True, False, False], [False, False, True, False]]
+    assert 2 in tissues.ids[0]
+    assert {3, 17} <= tissues.ids[1]
+    assert not tissues.ids[0] & tissues.ids[1]
