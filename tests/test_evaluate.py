@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from torch import Tensor, nn
 
+from brainfm_monai.metrics import read_rows
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
@@ -22,6 +24,8 @@ LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synt
 LEVELS = {0: 0.0, 3: 0.2, 42: 0.4, 2: 0.6, 41: 0.8, 16: 1.0}
 LIA = np.array([[-1.0, 0, 0, 11], [0, 0, 1, -7], [0, -1, 0, 20], [0, 0, 0, 1]])
 Evaluate = Callable[..., None]
+STRUCTURES = ("cerebral_cortex", "cerebral_white_matter", "lateral_ventricle", "thalamus", "caudate", "putamen", "pallidum")
+STRUCTURES += ("hippocampus", "amygdala", "cerebellum", "brainstem")  # of dice.tsv
 
 
 class LevelReader(nn.Module):
@@ -70,7 +74,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
     configs = repository / "bundle" / "configs"
     torch.save(LevelReader().state_dict(), tmp_path / "levels.pt")
 
-    def run(datalist: Path, output_dir: Path) -> None:
+    def run(datalist: Path, output_dir: Path, **overrides: Any) -> None:
         values: dict[str, Any] = {
             "datalist": str(datalist),
             "output_dir": str(output_dir),
@@ -79,13 +83,14 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
         values |= {"network_def": LevelReader(), "weights": str(tmp_path / "levels.pt"), "device": "$torch.device('cpu')"}
         # This network knows sides without seeing them, and so has no use for a mirror image.
         values |= {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}}
-        values |= {"outputs": "segmentation"}
+        values |= {"outputs": "segmentation", "template#_disabled_": True}
+        names = ["inference.json", "evaluate.json", *overrides.pop("configs", [])]
         workflow = ConfigWorkflow(
             workflow_type="inference",
-            config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],
+            config_file=[str(configs / name) for name in names],
             meta_file=str(configs / "metadata.json"),
             logging_file=False,
-            **values,
+            **values | overrides,
         )
         workflow.initialize()
         assert workflow.check_properties() == []
@@ -98,6 +103,12 @@ def read_dice(path: Path) -> dict[tuple[str, str], tuple[str, str, str]]:
     with path.open(encoding="utf-8") as file:
         rows = csv.DictReader(file, delimiter="\t")
         return {(row["scan"], row["structure"]): (row["left"], row["right"], row["both"]) for row in rows}
+
+
+def read_summary(path: Path) -> dict[tuple[str, str, str, str], dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return {(row["condition"], row["metric"], row["structure"], row["side"]): row for row in rows}
 
 
 def test_dice_of_known_differences(tmp_path: Path, evaluate: Evaluate) -> None:
@@ -144,6 +155,103 @@ def test_a_reference_in_a_named_protocol(tmp_path: Path, evaluate: Evaluate) -> 
     item |= {"label_protocol": "synthseg_head", "name": "someone"}
     evaluate(write_list(tmp_path / "in", item), tmp_path / "out")
     assert read_dice(tmp_path / "out" / "dice.tsv")["someone", "cerebral_cortex"] == ("1.0000", "1.0000", "1.0000")
+
+
+def read_rows_of(folder: Path, metric: str) -> dict[tuple[str, str, str, str], float]:
+    """Values of a metric by scan, condition, structure and side."""
+    rows = read_rows(folder / "metrics.tsv")
+    return {(r.scan, r.condition, r.structure, r.side): r.value for r in rows if r.metric == metric}
+
+
+def test_thirteen_structures_beside_the_eleven(tmp_path: Path, evaluate: Evaluate) -> None:
+    item = write_pair(tmp_path / "in", "scan", make_ids())
+    evaluate(write_list(tmp_path / "in", item), tmp_path / "out")
+    dice = read_rows_of(tmp_path / "out", "dice")
+    structures = list(dict.fromkeys(structure for _, _, structure, _ in dice))
+    assert len(structures) == 13
+    assert {"cerebellar_cortex", "cerebellar_white_matter", "accumbens", "lateral_ventricle"} <= set(structures)
+    assert dice["scan", "native", "cerebral_cortex", "left"] == 1
+    assert math.isnan(dice["scan", "native", "accumbens", "left"])
+    assert read_rows_of(tmp_path / "out", "mean_dice")["scan", "native", "all", "both"] == 1
+    assert read_rows_of(tmp_path / "out", "hd95")["scan", "native", "brainstem", "both"] == 0
+
+
+def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder = tmp_path / "in"
+    item = write_pair(folder, "scan", make_ids())
+    distance = np.full((24, 20, 16, 4), 1.5, dtype=np.float32)  # the network of these tests says 0 everywhere
+    nib.save(nib.Nifti1Image(distance, LIA), folder / "distance.nii.gz")
+    coordinates = np.full((24, 20, 16, 3), 4.0, dtype=np.float32)
+    nib.save(nib.Nifti1Image(coordinates, LIA), folder / "mni.nii.gz")
+    only = {"image": item["image"], "name": "unlabelled", "distance": "distance.nii.gz"}
+    evaluate(write_list(folder, item | {"distance": "distance.nii.gz", "mni": "mni.nii.gz"}, only), tmp_path / "out")
+    errors = read_rows_of(tmp_path / "out", "distance_error")
+    for scan in ("scan", "unlabelled"):
+        assert errors[scan, "native", "pial", "left"] == pytest.approx(1.5, abs=1e-5)
+    error = read_rows_of(tmp_path / "out", "error_mean")["scan", "native", "brain", "n/a"]
+    assert error == pytest.approx(4 * math.sqrt(3), abs=1e-4)
+    assert not {key for key in read_rows_of(tmp_path / "out", "dice") if key[0] == "unlabelled"}
+    assert "normalised_l2" not in {row.metric for row in read_rows(tmp_path / "out" / "metrics.tsv")}
+
+
+def test_conditions_a_bad_scan_and_going_on(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    items = [write_pair(folder, name, make_ids()) for name in ("one", "bad", "two")]
+    (folder / "bad_seg.nii.gz").write_bytes(b"no label map")
+    conditions = {"native": {}, "noise": {"noise_percent": {"sweep": [1, 20]}}, "biased": {"bias_log_std": 0.3}}
+    with pytest.raises(SystemExit, match="4 of 12 scans failed; the others are done"):
+        evaluate(write_list(folder, *items), out, conditions=conditions)
+    page = (out / "evaluation.html").read_text(encoding="utf-8")
+    assert "4 cases not measured" in page
+    assert "bad_noise-20: " in page
+    dice = read_rows_of(out, "mean_dice")
+    assert set(dice) == {(n, c, "all", "both") for n in ("one", "two") for c in ("native", "noise-1", "noise-20", "biased")}
+    assert dice["one", "native", "all", "both"] == 1 > dice["one", "noise-20", "all", "both"]
+    assert set(read_dice(out / "dice.tsv")) == {(n, s) for n in ("one", "two") for s in STRUCTURES}  # scans as they are
+    assert {row.condition for row in read_rows(out / "metrics.tsv") if row.task == "log_bias_field"} == {"biased"}
+    summary = read_summary(out / "summary.tsv")
+    assert summary["noise-20", "mean_dice", "all", "both"]["n"] == "2"
+    for text in ("SHA-256", "What makes it worse", "Look at the worst first", "noise_percent", "Dice, sides merged"):
+        assert text in page
+
+    # Mended, it goes on: what is measured stays, a case that was lost or comes from a file that changed is done again.
+    stored = {path.name: path.stat().st_mtime_ns for path in (out / "cases").glob("*.json")}
+    assert len(stored) == 8
+    write_pair(folder, "bad", make_ids())
+    (out / "cases" / "two_biased.json").unlink()
+    evaluate(write_list(folder, *items), out, conditions=conditions)
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "cases").glob("*.json")}
+    assert len(after) == 12
+    assert {name for name, changed in stored.items() if after[name] != changed} == {"two_biased.json"}
+    assert len(read_rows_of(out, "mean_dice")) == 12
+    assert "not measured" not in (out / "evaluation.html").read_text(encoding="utf-8")
+    assert not list(out.rglob("*.part"))
+
+
+def test_other_weights_are_measured_again(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    datalist = write_list(folder, write_pair(folder, "scan", make_ids()))
+    evaluate(datalist, out)
+    other = LevelReader()
+    other.level[LAYOUT.protocol.label_of_id[16]] = 9.0  # it knows no brainstem any more
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    before = read_rows_of(out, "dice")["scan", "native", "brainstem", "both"]
+    evaluate(datalist, out, weights=str(tmp_path / "other.pt"))
+    assert before == 1
+    assert read_rows_of(out, "dice")["scan", "native", "brainstem", "both"] == 0
+
+
+def test_the_protocol_crops_and_compares_in_the_networks_grid(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder = tmp_path / "in"
+    datalist = write_list(folder, write_pair(folder, "scan", make_ids()))
+    evaluate(datalist, tmp_path / "out", configs=["evaluate_protocol.json"], roi_size=[14, 14, 18])
+    dice = read_rows_of(tmp_path / "out", "dice")
+    names = {"1-1-1", "1-1-1_bias", "1.5-1.5-5", "1.5-1.5-5_bias"}
+    assert {condition for _, condition, _, _ in dice} == names
+    assert dice["scan", "1-1-1", "cerebral_cortex", "left"] == 1  # what lies outside the crop does not count
+    assert dice["scan", "1.5-1.5-5", "cerebral_cortex", "left"] < 1
+    volume = read_rows_of(tmp_path / "out", "reference_volume")["scan", "1-1-1", "cerebral_cortex", "both"]
+    assert volume < np.isin(make_ids(), (3, 42)).sum() / 1000
 
 
 def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluate) -> None:
