@@ -185,3 +185,57 @@ def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: P
         if name.startswith("backbone."):
             assert torch.equal(state[name.replace("backbone.", "backbone.coarse.")], weights[name]), name
     assert torch.equal(state["head.weight"][:, 8:], weights["head.weight"])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {"protocol": "synthseg_head", "epoch_length": 1, "source_size": [32, 32, 32], "features": [8, 16]},
+    "small": {},
+    "low_field": {},
+    "hemisphere": {},
+    "photo": {},
+    "swin_unetr": {"spatial_size": [64, 32, 32], "network_def#backbone#feature_size": 12},
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_variants_train(variant: str, repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    overrides = {"epoch_length": 1, "panels": 0, **VARIANTS[variant]}
+    workflow = make_workflow(repository, dataset_dir, tmp_path, ("train.json", f"{variant}.json"), **overrides)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    before = [p.clone() for p in workflow.parser.get_parsed_content("network").parameters()]
+    workflow.run()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    assert trainer.state.iteration == 1
+    after = workflow.parser.get_parsed_content("network").parameters()
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_variants_draw_what_they_are_for(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    def draw(variant: str) -> tuple[dict[str, torch.Tensor], ConfigWorkflow]:
+        overrides = {"spatial_size": [32, 32, 32], "synthesis#skull_strip_prob": 1.0, **VARIANTS[variant]}
+        workflow = make_workflow(repository, dataset_dir, tmp_path, ("train.json", f"{variant}.json"), **overrides)
+        workflow.initialize()
+        prepare = workflow.parser.get_parsed_content("train#prepare_batch")
+        image, target = prepare(next(iter(workflow.parser.get_parsed_content("train#dataloader"))), "cpu")
+        return {"image": image, **target}, workflow
+
+    whole, workflow = draw("low_field")
+    structures = workflow.parser.get_parsed_content("layout").protocol.structures
+    right = torch.tensor([s.side == "right" for s in structures])
+    assert right[whole["segmentation"].long()].any()
+    left_alone, _ = draw("hemisphere")
+    assert not right[left_alone["segmentation"].long()].any()
+    assert (left_alone["distance"][:, 2:] >= 3).all() and (left_alone["distance"][:, :2] < 0).any()
+
+    paper, workflow = draw("paper")
+    assert paper["image"].shape[0] == 4  # four scans of a subject, two of them mild, with one segmentation
+    assert torch.equal(paper["segmentation"][0], paper["segmentation"][3])
+    bias = paper["log_bias_field"].flatten(1).std(1)
+    assert bias[:2].max() < 0.05 < bias[2:].max()
+    scheduler, optimizer = (workflow.parser.get_parsed_content(key) for key in ("lr_scheduler", "optimizer"))
+    first = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    for _ in range(2):
+        scheduler.step()
+    assert first < optimizer.param_groups[0]["lr"] <= 1e-4
