@@ -2,10 +2,10 @@
 
     python benchmarks/training.py [--size 160 160 160] [--features 64 128 256 512 1024 2048] [--batch 1] [--repeats 20]
 
-A step takes a subject out of a cache, generates its scan and targets, and trains the network on them, as ``train.json`` does. The
-subject is made of random blocks in a box of 192 x 224 x 224 voxels (``--source``). Stages are timed apart, by CUDA events on a GPU, and add
-up: on a GPU the host works ahead in a real step, whose wall-clock time stands beside. ``load`` is what other processes took of the
-cores meanwhile: repeat if it is not near 0.
+A step takes a subject out of a cache, generates its scan and targets, and trains the network on them, as ``train.json`` does.
+The subject is made of random blocks in a box of 192 x 224 x 224 voxels (``--source``). Stages are timed apart, by CUDA events on
+a GPU, where the time that the device waits for the host counts to the stage in which it waits; the wall-clock time of a step
+stands beside. ``load`` is what other processes took of the cores meanwhile: repeat if it is not near 0.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def run(options: argparse.Namespace, device: torch.device) -> tuple[Stages, list
     loader, batches, network, loss_function, inferer = prepare(options, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
     average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=make_ema_multi_avg_fn(0.999))
-    stages, seconds, iterator = Stages(device), [], iter(loader)
+    stages, iterator = Stages(device), iter(loader)
+    seconds: list[float] = []
     for number in range(options.repeats + 2):
         if number == 2:
             stages.finish()

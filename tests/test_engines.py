@@ -93,7 +93,7 @@ def test_batches_are_cut_into_parts_of_nearly_one_size() -> None:
     batch = {"x": torch.arange(5), "name": list("abcde")}
     parts = split_batch(batch, 2)
     assert [part["name"] for part in parts] == [["a", "b", "c"], ["d", "e"]]
-    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert torch.cat([part["x"] for part in parts]).tolist() == list(range(5))
     assert len(split_batch(batch, 9)) == 5
 
 
@@ -133,6 +133,10 @@ def train_line(
     return trainer
 
 
+def weight_of(trainer: MultiTaskTrainer) -> Tensor:
+    return trainer.network.state_dict()["weight"]
+
+
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_a_batch_in_parts_is_one_step_of_the_whole_batch(parts: int) -> None:
     whole, cut = train_line(make_data()), train_line(make_data(), accumulation=parts)
@@ -148,7 +152,7 @@ def test_a_batch_in_parts_is_one_step_of_the_whole_batch(parts: int) -> None:
 def test_gradients_are_clipped_by_their_norm() -> None:
     free, clipped = train_line(make_data(), steps=1), train_line(make_data(), steps=1, max_norm=0.1)
     torch.testing.assert_close(clipped.state.output["gradient_norm"], free.state.output["gradient_norm"])  # before clipping
-    grads = [torch.cat([p.grad.flatten() for p in t.network.parameters()]) for t in (free, clipped)]
+    grads = [torch.cat([p.grad.flatten() for p in t.network.parameters() if p.grad is not None]) for t in (free, clipped)]
     assert float(grads[1].norm()) == pytest.approx(0.1, rel=1e-4)
     torch.testing.assert_close(grads[1] / grads[1].norm(), grads[0] / grads[0].norm())
 
@@ -167,18 +171,18 @@ def test_a_step_that_is_not_finite_is_left_out(fused: bool, parts: int) -> None:
 
 
 def test_reduced_precision_stays_near_and_float16_survives_an_overflow() -> None:
-    exact = train_line(make_data()).network.weight
-    near = train_line(make_data(), precision="bfloat16").network.weight
+    exact = weight_of(train_line(make_data()))
+    near = weight_of(train_line(make_data(), precision="bfloat16"))
     torch.testing.assert_close(near, exact, rtol=0.05, atol=0.02)
     assert not torch.equal(near, exact)
     scaler = make_grad_scaler("float16", torch.device("cpu"))
     assert scaler.is_enabled()
     half = train_line(make_data(), precision="float16", scaler=torch.amp.GradScaler("cpu", init_scale=8.0), max_norm=100.0)
-    torch.testing.assert_close(half.network.weight, exact, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(weight_of(half), exact, rtol=0.02, atol=0.01)
     large = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     overflow = train_line(make_data(), precision="float16", scaler=large)
     assert large.get_scale() < 2.0**127  # the steps were left out and the scale went down
-    assert overflow.network.weight.isfinite().all()
+    assert weight_of(overflow).isfinite().all()
     assert not make_grad_scaler("bfloat16", torch.device("cpu")).is_enabled()
     assert parse_precision("float16", torch.device("cpu")) == torch.float16
     with pytest.raises(ValueError, match=r"precision: one of .* or null is needed, found 'half'"):

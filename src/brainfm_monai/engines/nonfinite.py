@@ -120,7 +120,10 @@ class NonFiniteStop:
     def _describe_sample(self, part: Mapping[str, Any], place: int) -> dict[str, Any]:
         facts = {key: value[place] for key, value in part.items()}
         seed, protocol = facts.get("seed"), facts.get("generation_protocol")
-        known = {"subject": Path(str(facts.get("subject", "a subject"))).name, "seed": None if seed is None else int(seed)}
+        known: dict[str, Any] = {
+            "subject": Path(str(facts.get("subject", "a subject"))).name,
+            "seed": None if seed is None else int(seed),
+        }
         known |= {"generation_protocol": protocol}
         known["available"] = {k: bool(v) for k, v in facts.items() if k.startswith("available_")}
         if seed is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from ignite.engine import Engine, Events
@@ -11,8 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["WeightAverage", "make_ema_multi_avg_fn"]
 
+Weights = tuple[Tensor, ...] | list[Tensor]
 
-def make_ema_multi_avg_fn(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+
+def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
     """Exponential average whose first steps forget faster, so that the random weights of the start do not stay in it.
 
     Step n takes the smaller of ``decay`` and (1 + n) / (10 + n), the law of TensorFlow's ExponentialMovingAverage.
@@ -30,8 +32,8 @@ def make_ema_multi_avg_fn(decay: float) -> Callable[[Sequence[Tensor], Sequence[
         raise ValueError(f"make_ema_multi_avg_fn: 'decay' must be in [0, 1], got {decay}")
 
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], number: Tensor) -> None:
-        share = 1 - ((1 + number) / (10 + number)).clamp(max=decay)
+    def update(averaged: Weights, current: Weights, number: Tensor | int) -> None:
+        share = 1 - torch.as_tensor((1 + number) / (10 + number)).clamp(max=decay)
         for average, value in zip(averaged, current, strict=True):
             average.lerp_(value, share.to(average.dtype))
 

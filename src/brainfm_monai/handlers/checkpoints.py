@@ -73,7 +73,7 @@ class TrainingCheckpoint:
         """The checkpoints of this and of earlier runs, oldest first."""
         return sorted(self.save_dir.glob("training_checkpoint_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
 
-    def save(self, engine: Engine) -> None:
+    def save(self, engine: Any) -> None:
         """Write a checkpoint, and remove the oldest."""
         if idist.get_rank() > 0:
             return
@@ -85,11 +85,11 @@ class TrainingCheckpoint:
         for path in self.saved()[: -self.n_saved]:
             path.unlink()
 
-    def _save_within_epoch(self, engine: Engine) -> None:
+    def _save_within_epoch(self, engine: Any) -> None:
         if engine.state.iteration % engine.state.epoch_length:  # the end of an epoch is saved after its validation
             self.save(engine)
 
-    def resume(self, engine: Engine) -> None:
+    def resume(self, engine: Any) -> None:
         """Restore the newest whole checkpoint, keeping the number of epochs that was asked for now.
 
         Raises:
@@ -149,12 +149,12 @@ class BestWeights:
         engine.add_event_handler(Events.STARTED, self.remind)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def remind(self, engine: Engine) -> None:
+    def remind(self, engine: Any) -> None:
         """Tell the evaluator the best that was known before."""
         if self.best_epoch >= 0:
             engine.state.best_metric, engine.state.best_metric_epoch = self.best_metric, self.best_epoch
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Write the weights if this validation was the best; the evaluator has compared."""
         if engine.state.best_metric_epoch != engine.state.epoch:
             return

@@ -43,7 +43,7 @@ class ValidationPanels:
         """Attach to an evaluator."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Draw the first sample of a batch, if it is one of the first batches."""
         number = engine.state.iteration
         if number > self.count:

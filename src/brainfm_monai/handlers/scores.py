@@ -69,13 +69,11 @@ class TaskErrors(Metric):
         output_transform: from the engine's output to (prediction, targets).
     """
 
-    _metrics_result_mode = "flatten"  # every error is a metric of its own
-
     def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
         self.layout = layout
         names = {name: _ERROR_NAMES.get(task.kind, "").format(name) for name, task in layout.tasks.items()}
         self.names = {task: name for task, name in names.items() if name}
-        super().__init__(output_transform=output_transform)
+        super().__init__(output_transform=output_transform, metrics_result_mode="flatten")  # each error is a metric of its own
 
     @reinit__is_reduced
     def reset(self) -> None:

@@ -59,10 +59,10 @@ class TrainingStatistics:
     def _start(self) -> None:
         self._samples, self._since = 0, time.perf_counter()
 
-    def _count(self, engine: Engine) -> None:
+    def _count(self, engine: Any) -> None:
         self._samples += engine.state.output["samples"]
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Read the numbers of this iteration."""
         output = engine.state.output
         losses, norm, rate = output["task_losses"], output["gradient_norm"], self.optimizer.param_groups[0]["lr"]
@@ -103,14 +103,14 @@ class TrainingProgress:
         engine.add_event_handler(Events.COMPLETED, self._close)
         engine.add_event_handler(Events.TERMINATE, self._close)
 
-    def _open(self, engine: Engine) -> None:
+    def _open(self, engine: Any) -> None:
         if self.bar is None:  # not before: only now is it known where a resumed training goes on
             from tqdm import tqdm
 
             total = engine.state.epoch_length * engine.state.max_epochs
             self.bar = tqdm(total=total, initial=engine.state.iteration - 1, unit="step", mininterval=1.0)
 
-    def _update(self, engine: Engine) -> None:
+    def _update(self, engine: Any) -> None:
         statistics = engine.state.output.get("statistics")
         if statistics is not None:
             hidden = {"gradient_norm", "learning_rate", "samples_per_second", "memory_gib"}
