@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import torch
 from monai.bundle import ConfigWorkflow
 from torch import Tensor, nn
 
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.metrics import read_rows
+from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
@@ -252,6 +256,89 @@ def test_the_protocol_crops_and_compares_in_the_networks_grid(tmp_path: Path, ev
     assert dice["scan", "1.5-1.5-5", "cerebral_cortex", "left"] < 1
     volume = read_rows_of(tmp_path / "out", "reference_volume")["scan", "1-1-1", "cerebral_cortex", "both"]
     assert volume < np.isin(make_ids(), (3, 42)).sum() / 1000
+
+
+def write_subject(folder: Path, name: str) -> dict[str, str]:
+    """A prepared subject: a box of cortex with white matter in it, 2 mm within the pial surface everywhere."""
+    labels = make_ids()[:, ::-1].transpose(0, 2, 1)[::-1]  # RAS
+    volumes: dict[str, np.ndarray] = {
+        "generation_labels": Protocol.load("synthseg_generation").encode(labels),
+        "segmentation": LAYOUT.protocol.encode(labels),
+        "distance": np.full((*labels.shape, 4), -2.0, dtype=np.float32),
+        "mni": np.full((*labels.shape, 3), 30.0, dtype=np.float32),
+    }
+    entry = {"subject": name}
+    for key, volume in volumes.items():
+        entry[key] = f"{name}_{key}.nii.gz"
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / entry[key])
+    return entry
+
+
+def test_generated_scans_with_known_truth(tmp_path: Path, evaluate: Evaluate) -> None:
+    datalist, out = tmp_path / "datalist.json", tmp_path / "out"
+    subjects = [write_subject(tmp_path, name) for name in ("a", "b")]
+    datalist.write_text(json.dumps({"training": subjects[:1], "validation": subjects}), encoding="utf-8")
+    conditions = {"native": {}, "biased": {"bias_log_std": 0.4}}
+    still = {f"synthesis#{key}": [0, 0] for key in ("rotation_deg", "shear", "translation_mm", "velocity_std_mm")}
+    settings = {"spatial_size": [24, 16, 20], "scans_per_subject": 2, "conditions": conditions, "synthesis#scaling": [1, 1]}
+    evaluate(datalist, out, configs=["evaluate_generated.json"], **settings, **still)
+    rows = read_rows(out / "metrics.tsv")
+    assert {(r.scan, r.condition) for r in rows} == {(f"{s}_0{n}", c) for s in "ab" for n in (1, 2) for c in conditions}
+    assert {r.task for r in rows} == {"segmentation", "distance", "log_bias_field", "mni"}
+    # The network says 0 for everything but labels: the truth is the error.
+    for value in read_rows_of(out, "distance_error").values():
+        assert value == pytest.approx(2, abs=1e-3)
+    assert read_rows_of(out, "error_mean")["a_01", "native", "brain", "n/a"] == pytest.approx(30 * math.sqrt(3), rel=1e-3)
+    bias = read_rows_of(out, "normalised_l2")
+    assert bias["a_01", "native", "n/a", "n/a"] < 1e-3 < 0.005 < bias["a_01", "biased", "n/a", "n/a"]
+    volume = read_rows_of(out, "reference_volume")
+    assert volume["a_01", "native", "cerebral_cortex", "both"] == np.isin(make_ids(), (3, 42)).sum() / 1000
+    assert not (out / "dice.tsv").exists()
+    with pytest.raises(SystemExit, match="a JSON datalist with the section 'testing' is needed"):
+        evaluate(datalist, out, configs=["evaluate_generated.json"], section="testing", **settings)
+
+
+def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) -> None:
+    """With a network of a few random weights, which is far too small to predict anything."""
+    items = [write_pair(tmp_path / "in", name, make_ids()) for name in ("one", "two", "three")]
+    datalist = write_list(tmp_path / "in", *items)
+    network = {
+        "_target_": "brainfm_monai.networks.MultiTaskNet",
+        "backbone": {"_target_": "brainfm_monai.networks.TwoScaleUNet", "in_channels": 1, "features": [8, 8, 16]},
+        "layout": "@layout",
+        "stride": 2,
+    }
+    tiny = {"network_def": network, "template": None, "mirror": False, "memory": "whole", "bfloat16": False}
+    tiny |= {"outputs": "segmentation", "conditions": {"native": {}, "noisy": {"noise_percent": 5}}}
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny), encoding="utf-8")
+    torch.manual_seed(0)
+    backbone = TwoScaleUNet(1, [8, 8, 16])
+    torch.save(MultiTaskNet(backbone, LAYOUT, stride=2).state_dict(), tmp_path / "tiny.pt")
+    configs = [repository / "bundle" / "configs" / name for name in ("inference.json", "evaluate.json")]
+    values = {
+        "config_file": [str(path) for path in (*configs, tmp_path / "tiny.json")],
+        "bundle_root": str(repository / "bundle"), "weights": str(tmp_path / "tiny.pt"), "datalist": str(datalist),
+    }  # fmt: skip
+    alone = {**values, "output_dir": str(tmp_path / "alone"), "device": "$torch.device('cpu')"}
+    workflow = ConfigWorkflow(
+        alone.pop("config_file"),
+        str(configs[0].with_name("metadata.json")),
+        workflow_type="inference",
+        logging_file=False,
+        **alone,
+    )
+    workflow.initialize()
+    workflow.run()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "monai.bundle", "run"]
+    options = [f"--{key}={value}" for key, value in {**values, "output_dir": str(tmp_path / "shared")}.items()]
+    command = [*torchrun, *options, "--device=$torch.device('cpu')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("metrics.tsv", "summary.tsv", "dice.tsv", "dice_summary.tsv"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    page = (tmp_path / "shared" / "evaluation.html").read_text(encoding="utf-8")
+    assert "3 scans, 2 conditions, 6 cases measured." in page
+    assert "not measured" not in page
 
 
 def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluate) -> None:

@@ -71,12 +71,12 @@ def test_a_wrong_table_is_told_in_one_line(table: dict[str, Any], message: str) 
 def test_what_needs_the_anatomy_is_refused_on_real_scans() -> None:
     check_for_real_scans(parse_conditions({"a": {"contrast": "inverted", "noise_percent": 3, "gamma": 1.2}}))
     for settings in ({"rotation_deg": 10}, {"contrast": "T2w"}, {"ranges": {"noise_std": [0, 1]}}):
-        with pytest.raises(ValueError, match="condition a: for generated scans alone, found .* on real ones"):
+        with pytest.raises(ValueError, match=r"condition a: for generated scans alone, found .* on real ones"):
             DegradeScand("image", parse_conditions({"a": settings}))
 
 
 def test_unknown_laws_are_told() -> None:
-    with pytest.raises(ValueError, match="SynthesisRanges: .* found no noise"):
+    with pytest.raises(ValueError, match=r"SynthesisRanges: .* found no noise"):
         make_laws(QUIET, {"ranges": {"noise": 3}})
 
 
@@ -152,7 +152,7 @@ def test_conditions_show_the_same_head_with_its_truth(subject: dict[str, Any]) -
     assert white > grey
     assert t2w["image"][ids == 2].mean() < t2w["image"][ids == 3].mean()
     assert not native["target_log_bias_field"].any()
-    assert float(biased["target_log_bias_field"].std()) > 0.05
+    assert float(biased["target_log_bias_field"].std()) > 0.01
     assert native["target_mni"][:, ids[0] > 0].mean() == pytest.approx(7.0)  # mm, not the network's 100 mm
     assert native["target_distance"].shape == (4, *SIZE)
     assert "generation_labels" not in native

@@ -1,4 +1,4 @@
-"""The evaluation: scans under conditions, measures of every task, tables, curves and a page, and the comparison of two of them."""
+"""The evaluation: scans under conditions, measures of every task, tables, curves and a page; two evaluations compared."""
 
 from __future__ import annotations
 

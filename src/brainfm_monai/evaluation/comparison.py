@@ -94,8 +94,8 @@ def _shared_rows(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.Dat
 def _compose(compared: pd.DataFrame, first: str, second: str, scans: int) -> Iterator[str]:
     yield "<h1>Comparison</h1>"
     yield f"<p>A: {escape(first)}<br>B: {escape(second)}<br>{scans} scan{'' if scans == 1 else 's'} in both.</p>"
-    yield '<p class="quiet">Differences are B - A, scan by scan: mean, 95 % confidence interval by bootstrap over the scans, and the P '
-    yield "value of Wilcoxon's signed-rank test after Holm's correction over the structures and sides of a measure.</p>"
+    yield '<p class="quiet">Differences are B - A, scan by scan: mean, 95 % confidence interval by bootstrap over the scans, and '
+    yield "the P value of Wilcoxon's signed-rank test after Holm's correction over the structures and sides of a measure.</p>"
     for condition in dict.fromkeys(compared["condition"]):
         own = compared[compared["condition"] == condition]
         yield f"<h2>Condition {escape(str(condition))}</h2>"

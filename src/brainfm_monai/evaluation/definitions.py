@@ -10,7 +10,7 @@ MASK = "within the head: where the reference label map is not 0 (without one, wh
 FITTED = " after the gain and offset that fit the prediction best to the reference there"
 # metric -> definition; those of images are said once
 DEFINITIONS: dict[str, str] = {
-    "mean_dice": "Dice averaged over the left and right parts of the structures and those without sides; absent ones are left out",
+    "mean_dice": "Dice averaged over left and right parts of the structures and those without sides; absent ones are left out",
     "mean_dice_merged": "Dice averaged over the structures, left and right taken as one",
     "dice": "2 |A and B| / (|A| + |B|) of predicted and reference voxels; not defined where the reference lacks the structure",
     "hd95": "95th percentile of the distances between both surfaces, the larger of the two directions, mm",

@@ -96,6 +96,11 @@ def draw_curves(
         for axes, headline in zip(grid[line], wanted, strict=True):
             rows = headlines[headlines["title"] == headline.title]
             means, lows, highs = _curve(rows, [c.name for c in conditions])
+            axes.set_title(f"{headline.title}{f', {headline.unit}' if headline.unit else ''}", fontsize=9)
+            if np.isnan(means).all():
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, "no reference", ha="center", color="#888888", fontsize=8, transform=axes.transAxes)
+                continue
             if numeric:
                 axes.plot(places, means, "-o", color=CURVE_COLOUR, ms=4)
                 axes.fill_between(places, lows, highs, color=CURVE_COLOUR, alpha=0.18, lw=0)
@@ -108,8 +113,6 @@ def draw_curves(
                 if np.isfinite(own):
                     axes.axhline(own, color="#888888", lw=0.9, ls="--")
             _tidy(axes, conditions[0].axis_label if numeric else "")
-            unit = f", {headline.unit}" if headline.unit else ""
-            axes.set_title(f"{headline.title}{unit}", fontsize=9)
         grid[line][0].set_ylabel(sweep.replace("_", " "), fontsize=9, fontweight="bold")
     return figure
 

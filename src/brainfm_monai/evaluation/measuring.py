@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,16 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.pairs import REFERENCES
 from brainfm_monai.evaluation.degradations import TARGET
+from brainfm_monai.evaluation.pictures import make_picture
 from brainfm_monai.evaluation.tables import mean_dice_rows
 from brainfm_monai.metrics import (
-    EvaluatedStructure,
     MetricRow,
     TemplateTissues,
     compute_structure_dice,
     measure_scan,
     parse_structures,
 )
-from brainfm_monai.metrics.structures import index_structures
+from brainfm_monai.metrics.structures import box_around
 from brainfm_monai.outputs import resample
 from brainfm_monai.tasks import TaskLayout
 
@@ -32,8 +31,6 @@ __all__ = ["GRIDS", "LoadReferences", "MeasureMaps"]
 
 GRIDS = ("scan", "network")
 FOREGROUND = 0.05  # of the scan's range: above it is head, where no reference tells what is
-SLICES = {2: (0.4, 0.6), 1: (0.5,), 0: (0.35,)}  # axial, coronal, sagittal; shares of the reference's box
-OPACITY = 0.5
 
 
 class LoadReferences(Transform):
@@ -95,42 +92,49 @@ class MeasureMaps(Transform):
         d = dict(data)
         names = {"scan": str(d["scan"]), "condition": str(d["condition"])}
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
-        image: MetaTensor = d["image"]
-        found = {name: _map_of(name, d) for name in self.layout.tasks if name != "segmentation"}
-        there = {name: value for name, value in found.items() if value is not None}
+        found = {name: value for name in self.layout.tasks if (value := self._map_of(name, d)) is not None}
+        labels, reference = found.pop("segmentation", None), targets.get("segmentation")
         rows: list[MetricRow] = []
-        reference = targets.get("segmentation")
-        if reference is not None and "segmentation" in self.layout.tasks:
-            labels: MetaTensor = d["pred"] if self.grid == "scan" else d["segmentation"]
-            wanted = _match(reference, labels, "nearest")
-            rows += mean_dice_rows(self._measure({"segmentation": labels}, {"segmentation": wanted}, labels, names))
-            if self.dice_structures is not None:
-                ids = torch.as_tensor(self.layout.protocol.freesurfer_ids, device=labels.device)[labels.as_tensor().long()]
-                arguments = (ids[None], wanted[None], self.dice_structures, labels.affine)
-                d["dice"] = compute_structure_dice(*arguments)[0].cpu()
-        dense = _dense_targets(targets, there, image)
+        if reference is not None and labels is not None:
+            compared: MetaTensor = d["pred"] if self.grid == "scan" else labels
+            rows += self._measure_labels(compared, _match(reference, compared, "nearest"), names, d)
+        image: MetaTensor = d["image"]
+        dense = _dense_targets(targets, found, image)
         foreground = None if reference is not None else image.as_tensor() > FOREGROUND
-        rows += self._measure(there, dense, image, names, mask=foreground, image=image.as_tensor(), template=self.template)
-        d["rows"] = rows
-        shown = d.get("segmentation")
-        d["picture"] = _picture(image, shown, dense.get("segmentation"), self.structures, self.layout.protocol)
+        plain = {name: _plain(value) for name, value in found.items()}
+        arguments = (plain, dense, self.layout, self.structures, image.affine)
+        rows += measure_scan(*arguments, **names, mask=foreground, image=image.as_tensor(), template=self.template)
+        shown = [] if labels is None else [self._to_ids(labels)]
+        shown += [dense["segmentation"]] if reference is not None else []
+        d |= {"rows": rows, "picture": make_picture(image.as_tensor(), shown, self.structures, self.layout.protocol)}
         return d
 
-    def _measure(
-        self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], grid: MetaTensor, names: Mapping[str, str], **more: Any
+    def _measure_labels(
+        self, labels: MetaTensor, wanted: Tensor, names: Mapping[str, str], data: dict[Hashable, Any]
     ) -> list[MetricRow]:
-        plain = {name: _plain(value) for name, value in found.items()}
-        truth = {name: _plain(value) for name, value in wanted.items()}
-        return measure_scan(plain, truth, self.layout, self.structures, grid.affine, **names, **more)
+        """Rows of the structures, those of their mean Dice, and the entry ``dice``."""
+        ids = self._to_ids(labels)
+        known = sorted({i for s in (*self.structures, *(self.dice_structures or ())) for i in s.ids})
+        of_structures = torch.isin(torch.stack([ids, wanted.to(ids.dtype)]), torch.tensor(known, device=ids.device)).any(0)
+        # Overlap, surfaces and volumes are the same in the box around the structures, and sides go by differences of places.
+        box = (slice(None), *box_around(of_structures[0], margin=1))
+        cut, truth = _plain(labels)[box], wanted[box]
+        arguments = ({"segmentation": cut}, {"segmentation": truth}, self.layout, self.structures, labels.affine)
+        if self.dice_structures is not None:
+            dice = compute_structure_dice(ids[box][None], truth[None], self.dice_structures, labels.affine)
+            data["dice"] = dice[0].cpu()
+        return mean_dice_rows(measure_scan(*arguments, **names))
 
+    def _to_ids(self, labels: Tensor) -> Tensor:
+        return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=labels.device)[_plain(labels).long()]
 
-def _map_of(name: str, data: Mapping[Hashable, Any]) -> Tensor | None:
-    """The map of a task in the unit in which it is measured: a field as its logarithm."""
-    if name.startswith("log_") and name.removeprefix("log_") in data:
-        logarithm: Tensor = data[name.removeprefix("log_")].log()
-        return logarithm
-    value: Tensor | None = data.get(name)
-    return value
+    def _map_of(self, name: str, data: Mapping[Hashable, Any]) -> MetaTensor | None:
+        """The map of a task as it is measured: a field as its logarithm, a lesion as its probability."""
+        kind = self.layout.tasks[name].kind
+        value: MetaTensor | None = data.get(name.removeprefix("log_") if kind == "log_field" else name)
+        if value is None or kind not in ("log_field", "mask"):
+            return value
+        return value.log() if kind == "log_field" else value.sigmoid()
 
 
 def _plain(values: Tensor) -> Tensor:
@@ -156,64 +160,3 @@ def _dense_targets(targets: Mapping[str, MetaTensor], found: Mapping[str, Tensor
             given = targets.get(f"valid_{name}")
             dense[f"valid_{name}"] = inside if given is None else inside & (_match(given, grid, "nearest") > 0)
     return dense
-
-
-def _picture(
-    image: MetaTensor,
-    found: MetaTensor | None,
-    wanted: Tensor | None,
-    structures: Sequence[EvaluatedStructure],
-    protocol: Protocol,
-) -> bytes:
-    """The scan, the prediction over it and the reference over it, side by side in rows of planes, as WebP.
-
-    The patient's right is on the left of a picture, anterior or superior above.
-    """
-    from PIL import Image  # an optional dependency
-
-    grey = _plain(image).cpu().numpy()[0].clip(0, 1)
-    indices = [np.zeros(grey.shape, dtype=np.int64)] * 2
-    if found is not None:
-        ids = torch.as_tensor(protocol.freesurfer_ids)[_plain(found)[0].cpu().long()]
-        indices[0] = index_structures(ids, structures, image.affine).numpy()
-    if wanted is not None:
-        indices[1] = index_structures(wanted[0].cpu(), structures, image.affine).numpy()
-    shown = [None, *(index for index, there in zip(indices, (found, wanted), strict=True) if there is not None)]
-    head = indices[1] if indices[1].any() else indices[0]
-    colours = _colours(structures, protocol)
-    planes = []
-    for axis, shares in SLICES.items():
-        occupied = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != axis)))
-        first, last = (occupied[0], occupied[-1]) if len(occupied) else (0, grey.shape[axis] - 1)
-        planes += [
-            [_slice(grey, over, colours, axis, round(first + share * (last - first))) for over in shown] for share in shares
-        ]
-    height = max(plane.shape[0] for row in planes for plane in row)
-    columns = [np.concatenate([_pad(row[i], height) for row in planes], axis=1) for i in range(len(shown))]
-    buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(columns, axis=0)).save(buffer, format="webp", quality=80)
-    return buffer.getvalue()
-
-
-def _colours(structures: Sequence[EvaluatedStructure], protocol: Protocol) -> np.ndarray:
-    """Colour of every index of :func:`index_structures`, shape (2 S + 1, 3)."""
-    table = np.zeros((2 * len(structures) + 1, 3), dtype=np.float32)
-    for number, structure in enumerate(structures):
-        for place, ids in ((2 * number + 1, structure.left | structure.middle), (2 * number + 2, structure.right)):
-            known = [protocol.label_of_id[i] for i in sorted(ids) if i in protocol.label_of_id]
-            table[place] = protocol.structures[known[0]].colour if known else (255, 255, 255)
-    return table
-
-
-def _slice(grey: np.ndarray, over: np.ndarray | None, colours: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice as rows and columns of RGB: right (or anterior) on the left, superior (or anterior) above."""
-    plane = np.repeat(grey.take(index, axis=axis)[..., None] * 255, 3, axis=-1)
-    if over is not None:
-        labels = over.take(index, axis=axis)
-        plane = np.where(labels[..., None] > 0, (1 - OPACITY) * plane + OPACITY * colours[labels], plane)
-    return plane[::-1, ::-1].swapaxes(0, 1).astype(np.uint8)
-
-
-def _pad(plane: np.ndarray, height: int) -> np.ndarray:
-    missing = height - plane.shape[0]
-    return np.pad(plane, ((missing // 2, missing - missing // 2), (0, 0), (0, 0)))

@@ -199,8 +199,8 @@ def _worst(evaluation: Evaluation) -> Iterator[str]:
     ordered = values.dropna(subset=["value"]).sort_values("value", ascending=leading.higher_is_better, kind="stable")
     names = {(case["scan"], case["condition"]): name for name, case in evaluation.cases.items()}
     yield "<h2>Look at the worst first</h2>"
-    yield f'<p class="quiet">By {escape(leading.title)}. Each picture: the scan, the prediction, the reference; two axial slices, a '
-    yield "coronal and a sagittal one. The patient's right is on the left of a picture, and in sagittal slices anterior.</p>"
+    yield f'<p class="quiet">By {escape(leading.title)}. Each picture: the scan, the prediction, the reference; two axial slices, '
+    yield "a coronal and a sagittal one. The patient's right is on the left of a picture, and in sagittal slices anterior.</p>"
     yield '<div class="scans">'
     for row in ordered.head(WORST).itertuples(index=False):
         name = names[row.scan, row.condition]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class EvaluationWriter(ScanWriter):
             "dice": None if dice is None else dice.tolist(),
         }
         _write_whole(stored, json.dumps(content).encode())
-        (self.output_dir / FAILED_FOLDER / f"{scan['name']}.txt").unlink(missing_ok=True)
+        self._forget_failure(scan)
         means = {row.metric: row.value for row in item["rows"] if row.metric == MEAN_DICE}
         logger.info("%s: %s", scan["name"], ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in means.items()) or "measured")
         return folder
@@ -142,6 +143,12 @@ class EvaluationWriter(ScanWriter):
             definition=self.definition,
         )
         write_page(evaluation, self.output_dir / PAGE)
+
+    def _forget_failure(self, scan: Mapping[str, Any]) -> None:
+        note = self.output_dir / FAILED_FOLDER / f"{scan['name']}.txt"
+        note.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or holds other notes
+            note.parent.rmdir()
 
     def _keeps_files(self, scan: Mapping[str, Any]) -> bool:
         """Whether the maps are written, too: of scans that are files, as they are."""

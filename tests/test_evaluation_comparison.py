@@ -1,0 +1,81 @@
+"""Two evaluations of the same scans: paired statistics, and what is told where the scans differ."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from brainfm_monai.evaluation import compare_evaluations
+from brainfm_monai.evaluation.definitions import HEADLINES, define
+from brainfm_monai.evaluation.tables import make_headlines, mean_dice_rows, write_tables
+from brainfm_monai.metrics import MetricRow, make_table
+
+
+def make_rows(shift: float, scans: int = 8, condition: str = "native") -> list[MetricRow]:
+    rows: list[MetricRow] = []
+    for number in range(scans):
+        names = (f"scan{number}", condition, "segmentation")
+        base = 0.6 + 0.02 * number
+        dice = {("thalamus", "left"): base + shift, ("thalamus", "right"): base, ("thalamus", "both"): base + shift / 2}
+        dice |= {("brainstem", "both"): 0.9, ("accumbens", "left"): math.nan, ("accumbens", "right"): 0.5}
+        cells = [MetricRow(*names, *where, "dice", value, "1") for where, value in dice.items()]
+        rows += [*mean_dice_rows(cells), MetricRow(names[0], condition, "mni", "brain", "n/a", "error_mean", 3 - shift, "mm")]
+    return rows
+
+
+def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return {(r["metric"], r["structure"], r["side"]): r for r in csv.DictReader(file, delimiter="\t")}
+
+
+def test_mean_dice_with_sides_apart_and_merged() -> None:
+    means = {row.metric: row.value for row in make_rows(0.1, scans=1) if row.structure == "all"}
+    assert means["mean_dice"] == pytest.approx((0.7 + 0.6 + 0.9 + 0.5) / 4)  # what the reference lacks does not count
+    assert means["mean_dice_merged"] == pytest.approx((0.65 + 0.9) / 2)
+
+
+def test_a_headline_counts_sides_once() -> None:
+    dice = next(h for h in HEADLINES if h.metric == "mean_dice")._replace(metric="dice", title="dice")
+    value = make_headlines(make_table(make_rows(0.1, scans=1)), [dice])["value"].item()
+    assert value == pytest.approx((0.7 + 0.6 + 0.9 + 0.5) / 4)
+
+
+def test_paired_statistics_of_two_evaluations(tmp_path: Path) -> None:
+    for name, shift in {"a": 0.0, "b": 0.1}.items():
+        (tmp_path / name).mkdir()
+        write_tables(tmp_path / name, make_rows(shift))
+    page = compare_evaluations(tmp_path / "a", tmp_path / "b", tmp_path / "out").read_text(encoding="utf-8")
+    table = read_table(tmp_path / "out" / "comparison.tsv")
+    left = table["dice", "thalamus", "left"]
+    assert [float(left[key]) for key in ("n", "difference", "low", "high")] == pytest.approx([8, 0.1, 0.1, 0.1])
+    assert float(left["p"]) == pytest.approx(2 / 2**8)  # all eight signs agree
+    assert float(left["p_holm"]) > float(left["p"])  # of several structures
+    assert float(table["dice", "thalamus", "right"]["p"]) == 1
+    assert table["dice", "accumbens", "left"]["difference"] == "n/a"
+    for text in ("8 scans in both", "Dice, sides apart", "+0.025", ">B<", define("dice").split(";")[1]):
+        assert text in page
+    assert "<td class=number>not certain</td>" in page  # what did not change
+
+
+def test_other_scans_are_told_in_one_line(tmp_path: Path) -> None:
+    for name, rows in {"a": make_rows(0), "b": make_rows(0, scans=7), "c": make_rows(0, condition="noisy")}.items():
+        (tmp_path / name).mkdir()
+        write_tables(tmp_path / name, rows)
+    message = r"^compare: the same scans and conditions are needed in both folders, found only in \S+a: scan7 \(native\)$"
+    with pytest.raises(ValueError, match=message):
+        compare_evaluations(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"only in \S+a: scan0 \(native\), .* and 3 more; only in \S+c: scan0 \(noisy\), "):
+        compare_evaluations(tmp_path / "a", tmp_path / "c", tmp_path / "out")
+    with pytest.raises(
+        FileNotFoundError, match=r"metrics\.tsv: the folder of a finished evaluation is needed, found no such file"
+    ):
+        compare_evaluations(tmp_path / "a", tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_measure_is_defined() -> None:
+    metrics = {row.metric for row in make_rows(0)} | {h.metric for h in HEADLINES} | {"ssim_fitted", "hd95", "fold_fraction"}
+    assert all(define(metric) for metric in metrics)
