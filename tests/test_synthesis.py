@@ -12,8 +12,8 @@ import pytest
 import torch
 from monai.transforms import RandKSpaceSpikeNoise
 from torch import Tensor
-from torch.utils.data import default_collate
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
