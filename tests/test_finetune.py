@@ -249,8 +249,9 @@ def test_lesions_are_painted_and_learnt(repository: Path, dataset_dir: Path, tmp
     network = workflow.parser.get_parsed_content("network")
     before = network.head.weight.detach()[layout.slices["lesion"]].clone()
     batch = next(iter(workflow.parser.get_parsed_content("train#dataloader")))
-    prepare = workflow.parser.get_parsed_content("train#prepare_batch")
-    shares = [float(prepare(batch, "cpu")[1]["lesion"].float().mean()) for _ in range(16)]
+    subject = {key: torch.as_tensor(batch[key]) for key in ("generation_labels", "segmentation", "mni")}
+    synthesizer = workflow.parser.get_parsed_content("synthesizer")
+    shares = [float(synthesizer(subject, [seed])["lesion"].float().mean()) for seed in range(16)]
     assert 3 <= sum(share > 0.01 for share in shares) <= 13  # half of them
     assert sum(share == 0 for share in shares) >= 3
     assert max(shares) < 0.5
@@ -267,6 +268,7 @@ def test_all_the_optional_terms_train_together(repository: Path, dataset_dir: Pa
     weights = {"_target_": "brainfm_monai.networks.trainable_parameters", "modules": ["@loss"]}
     overrides: dict[str, Any] = {
         "layout#tasks": tasks,
+        "scalars": ["age"],
         "layout#uncertainty": ["mni", "super_resolution"],
         "synthesizer#samples": 2,
         "synthesis#scaling": [1, 1],

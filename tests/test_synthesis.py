@@ -13,6 +13,7 @@ import torch
 from monai.transforms import RandKSpaceSpikeNoise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
@@ -564,6 +565,8 @@ def test_the_age_goes_with_its_samples_in_every_face_of_the_generator() -> None:
     one = {name: value[0] for name, value in make_subject().items()}
     filled = FillMissingd(["age"])(one)
     assert (filled["age"].shape, float(filled["available_age"])) == ((), 0)
+    both = default_collate([{"age": filled["age"]}, {"age": FillMissingd(["age"])({**one, "age": 31.5})["age"]}])
+    assert both["age"].tolist() == [0, 31.5]
     found = seeded(Synthesizer(STILL, layout, SIZE), 0)({**one, "age": 31.0})
     assert float(found["age"]) == pytest.approx(0.31)
     assert "age" not in render({**make_subject(), "age": ages[:1]}, draw(STILL, 0), LAYOUT)

@@ -76,8 +76,9 @@ class FillMissingd(MapTransform):
         filled = dict(data)
         for key, channels in zip(self.keys, self.channels, strict=True):
             filled[f"available_{key}"] = torch.tensor(float(key in data))
-            if key not in data:
-                scalar = key in TASKS and TASKS[key].kind == "scalar"
-                shape = () if scalar else (channels, *data[self.reference].shape[1:])
-                filled[key] = torch.zeros(shape, dtype=self.dtype)
+            scalar = key in TASKS and TASKS[key].kind == "scalar"
+            if scalar:  # a batch is made of tensors or of numbers, not of both
+                filled[key] = torch.as_tensor(data.get(key, 0.0), dtype=self.dtype)
+            elif key not in data:
+                filled[key] = torch.zeros(channels, *data[self.reference].shape[1:], dtype=self.dtype)
         return filled
