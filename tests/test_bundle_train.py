@@ -114,6 +114,8 @@ def test_batches_of_subjects_with_different_targets_and_real_scans(repository: P
         "panels": 1,
     }
     overrides |= {"batch_size": 2, "synthesis#translation_mm": [0, 0], "precision": "bfloat16", "activation_checkpointing": True}
+    cosine = {"_target_": "monai.optimizers.WarmupCosineSchedule", "optimizer": "@optimizer", "warmup_steps": 1, "t_total": 2}
+    overrides["lr_scheduler"] = cosine
     workflow = make_workflow(repository, root, tmp_path, **overrides)
     workflow.initialize()
     (batch,) = [next(iter(workflow.parser.get_parsed_content("train#dataloader")))]
@@ -127,6 +129,9 @@ def test_batches_of_subjects_with_different_targets_and_real_scans(repository: P
     workflow.run()
     output = workflow.parser.get_parsed_content("train#trainer").state.output
     assert {"loss", "segmentation", "distance", "CT", "mni", "learning_rate", "memory_gib"} <= set(output["statistics"])
+    saved = torch.load(tmp_path / "training_checkpoint_2.pt", weights_only=True)
+    assert saved["lr_scheduler"]["last_epoch"] == 2
+    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)  # the end of the cosine
     metrics = workflow.parser.get_parsed_content("validate#evaluator").state.metrics
     assert {"mean_dice", "distance_mae_mm", "log_bias_error", "mni_error_mm"} == set(
         metrics

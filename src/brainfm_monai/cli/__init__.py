@@ -52,5 +52,5 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         fire.Fire(COMMANDS, name="brainfm-monai")
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"brainfm-monai: {error}")

@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function; a wrong value, a missing file or failed arithmetic ends the program with one line, and status 1.
+    """Call a function; a wrong value, a missing file or a loss that is no number ends the program with one line, and status 1.
 
     Raises:
-        SystemExit: where the function raises ``ValueError``, ``OSError`` or ``ArithmeticError``.
+        SystemExit: where the function raises ``ValueError``, ``OSError`` or ``FloatingPointError``.
     """
     try:
         return function(*args, **kwargs)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(str(error)) from error
