@@ -12,7 +12,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.images import compute_image_metrics, fit_intensities, normalise_to_target
 from brainfm_monai.metrics.results import MetricRow
-from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure
+from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around
 from brainfm_monai.metrics.tables import ABSENT
 from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, pull_template
 from brainfm_monai.tasks import TaskLayout
@@ -207,9 +207,12 @@ def _measure_coordinates(found: Tensor, wanted: Tensor, mask: Tensor, scene: _Sc
     if scene.template is None:
         return cells
     tissues, grid = scene.template.probability, scene.template.affine
+    box = box_around(mask[0, 0])
+    found, wanted, mask = (one[..., *box] for one in (found, wanted, mask))
     references = {"warped_dice": pull_template(wanted, tissues, grid)}
     if scene.ids is not None:
-        of_labels = [torch.isin(scene.ids.long(), torch.tensor(sorted(ids), device=found.device)) for ids in scene.template.ids]
+        ids = scene.ids[..., *box].long()
+        of_labels = [torch.isin(ids, torch.tensor(sorted(one), device=ids.device)) for one in scene.template.ids]
         references["warped_dice_labels"] = torch.cat(of_labels, dim=1)
     for metric, reference in references.items():
         dice = compute_warped_dice(found, reference, tissues, grid, mask)[0]

@@ -217,12 +217,20 @@ def compute_lesion_metrics(
 def _index_pair(
     name: str, prediction: Tensor, reference: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Both maps as labels of :func:`index_structures`, each of shape (B, 1, H, W, D)."""
+    """Both maps as labels of :func:`index_structures`, cut to the box that holds all structures, (B, 1, h, w, d)."""
     if prediction.shape != reference.shape or prediction.ndim != 5:
         found = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
         raise ValueError(f"{name}: 'prediction' and 'reference' must share one shape (B, 1, H, W, D), got {found}")
     place = torch.eye(4, dtype=torch.float64) if affine is None else affine
+    # first the box of all labels, because the table of structures is read for each voxel
+    box = _box_of_labels(prediction, reference)
     pred, truth = (
-        torch.stack([index_structures(one[0], structures, place)[None] for one in ids]) for ids in (prediction, reference)
+        torch.stack([index_structures(one[0], structures, place)[None] for one in ids[..., *box]]).to(torch.int16)
+        for ids in (prediction, reference)
     )
-    return pred, truth
+    box = _box_of_labels(pred, truth)
+    return pred[..., *box], truth[..., *box]
+
+
+def _box_of_labels(pred: Tensor, truth: Tensor) -> tuple[slice, slice, slice]:
+    return box_around(((pred != 0) | (truth != 0)).flatten(0, 1).any(0))
