@@ -28,7 +28,15 @@ LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synt
 LEVELS = {0: 0.0, 3: 0.2, 42: 0.4, 2: 0.6, 41: 0.8, 16: 1.0}
 LIA = np.array([[-1.0, 0, 0, 11], [0, 0, 1, -7], [0, -1, 0, 20], [0, 0, 0, 1]])
 Evaluate = Callable[..., None]
-STRUCTURES = ("cerebral_cortex", "cerebral_white_matter", "lateral_ventricle", "thalamus", "caudate", "putamen", "pallidum")
+STRUCTURES: tuple[str, ...] = (
+    "cerebral_cortex",
+    "cerebral_white_matter",
+    "lateral_ventricle",
+    "thalamus",
+    "caudate",
+    "putamen",
+    "pallidum",
+)
 STRUCTURES += ("hippocampus", "amygdala", "cerebellum", "brainstem")  # of dice.tsv
 
 
@@ -319,7 +327,7 @@ def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) 
         "config_file": [str(path) for path in (*configs, tmp_path / "tiny.json")],
         "bundle_root": str(repository / "bundle"), "weights": str(tmp_path / "tiny.pt"), "datalist": str(datalist),
     }  # fmt: skip
-    alone = {**values, "output_dir": str(tmp_path / "alone"), "device": "$torch.device('cpu')"}
+    alone: dict[str, Any] = {**values, "output_dir": str(tmp_path / "alone"), "device": "$torch.device('cpu')"}
     workflow = ConfigWorkflow(
         alone.pop("config_file"),
         str(configs[0].with_name("metadata.json")),
