@@ -22,6 +22,7 @@ def make_rows(shift: float, scans: int = 8, condition: str = "native") -> list[M
         dice = {("thalamus", "left"): base + shift, ("thalamus", "right"): base, ("thalamus", "both"): base + shift / 2}
         dice |= {("brainstem", "both"): 0.9, ("accumbens", "left"): math.nan, ("accumbens", "right"): 0.5}
         cells = [MetricRow(*names, *where, "dice", value, "1") for where, value in dice.items()]
+        cells.append(MetricRow(*names, "brainstem", "both", "hd95", 2.0, "mm"))
         rows += [*mean_dice_rows(cells), MetricRow(names[0], condition, "mni", "brain", "n/a", "error_mean", 3 - shift, "mm")]
     return rows
 

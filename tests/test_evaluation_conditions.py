@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -32,14 +33,13 @@ def make_head() -> MetaTensor:
     return MetaTensor(image, affine=torch.eye(4, dtype=torch.float64))
 
 
-def degrade(**settings: Any) -> dict[str, Tensor]:
+def degrade(**settings: Any) -> dict[Hashable, Any]:
     conditions = parse_conditions({"case": settings})
-    out: dict[str, Tensor] = DegradeScand("image", conditions)({"image": make_head(), "condition": "case", "seed": 5})
-    return out
+    return DegradeScand("image", conditions)({"image": make_head(), "condition": "case", "seed": 5})
 
 
-def sharpness(image: Tensor, axis: int) -> float:
-    return float(image.as_tensor().diff(dim=axis).abs().max())  # type: ignore[attr-defined]
+def sharpness(image: MetaTensor, axis: int) -> float:
+    return float(image.as_tensor().diff(dim=axis).abs().max())
 
 
 def test_a_sweep_stands_for_one_condition_for_each_value() -> None:
@@ -97,7 +97,7 @@ def test_slices_are_thick_along_their_axis_alone() -> None:
 
 
 def test_degrading_is_the_same_for_the_same_seed_and_scales_with_the_setting() -> None:
-    little, again, much = (degrade(noise_percent=p)["image"].as_tensor() for p in (2, 2, 8))  # type: ignore[attr-defined]
+    little, again, much = (degrade(noise_percent=p)["image"].as_tensor() for p in (2, 2, 8))
     assert torch.equal(little, again)
     inside = make_head().as_tensor() == 0.4
     assert 2.5 < float(much[inside].std() / little[inside].std()) < 6
@@ -105,8 +105,8 @@ def test_degrading_is_the_same_for_the_same_seed_and_scales_with_the_setting() -
 
 def test_an_added_bias_field_is_the_truth() -> None:
     out = degrade(bias_log_std=0.5)
-    field = out["target_log_bias_field"].as_tensor()  # type: ignore[attr-defined]
-    image, before = out["image"].as_tensor(), make_head().as_tensor()  # type: ignore[attr-defined]
+    field = out["target_log_bias_field"].as_tensor()
+    image, before = out["image"].as_tensor(), make_head().as_tensor()
     corrected = image / field.exp()
     assert float(field.std()) > 0.05
     inside = (before == 0.4) & (image < 1)
@@ -115,13 +115,13 @@ def test_an_added_bias_field_is_the_truth() -> None:
 
 
 def test_an_inverted_scan_keeps_its_air() -> None:
-    image, before = degrade(contrast="inverted")["image"].as_tensor(), make_head().as_tensor()  # type: ignore[attr-defined]
+    image, before = degrade(contrast="inverted")["image"].as_tensor(), make_head().as_tensor()
     assert not image[before == 0].any()
     assert float(image[before == 0.4].mean()) > float(image[before == 0.9].mean())
 
 
 @pytest.fixture(scope="module")
-def subject() -> dict[str, Any]:
+def subject() -> dict[Hashable, Any]:
     maps = []
     for name in ("synthseg_generation", "synthseg_head"):
         label_of_id = Protocol.load(name).label_of_id
@@ -135,12 +135,12 @@ def subject() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def generate(subject: dict[str, Any], table: dict[str, Any], name: str) -> dict[str, Any]:
+def generate(subject: dict[Hashable, Any], table: dict[str, Any], name: str) -> dict[Hashable, Any]:
     layout = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
     return GenerateScan(QUIET, parse_conditions(table), layout, SIZE)({**subject, "condition": name})
 
 
-def test_conditions_show_the_same_head_with_its_truth(subject: dict[str, Any]) -> None:
+def test_conditions_show_the_same_head_with_its_truth(subject: dict[Hashable, Any]) -> None:
     table = {"native": {}, "T2w": {"contrast": "T2w"}, "biased": {"bias_log_std": 0.4}, "turned": {"rotation_deg": 20}}
     native, t2w, biased, turned = (generate(subject, table, name) for name in table)
     ids = native["target_segmentation"].as_tensor()
@@ -159,7 +159,7 @@ def test_conditions_show_the_same_head_with_its_truth(subject: dict[str, Any]) -
     assert torch.equal(generate(subject, table, "native")["image"], native["image"])
 
 
-def test_the_grid_of_a_generated_scan_is_centred(subject: dict[str, Any]) -> None:
+def test_the_grid_of_a_generated_scan_is_centred(subject: dict[Hashable, Any]) -> None:
     image = generate(subject, {"native": {}}, "native")["image"]
     centre = torch.tensor([*((n - 1) / 2 for n in SIZE), 1.0], dtype=torch.float64)
     assert torch.allclose(image.affine @ centre, torch.tensor([0.0, 0, 0, 1], dtype=torch.float64))

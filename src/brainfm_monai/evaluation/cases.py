@@ -69,7 +69,7 @@ def make_generated_cases(
         raise ValueError(f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}") from error
     if not subjects or scans_per_subject < 1:
         raise ValueError(f"{datalist}: subjects in '{section}' and scans of each are needed, found none")
-    cases = []
+    cases: list[Case] = []
     for subject in subjects:
         if "generation_labels" not in subject or "segmentation" not in subject:
             raise ValueError(f"{datalist}: every subject needs 'generation_labels' and 'segmentation', found {sorted(subject)}")

@@ -125,9 +125,9 @@ class GenerateScan(Transform):
         made = render(subject, fix_acquisition(drawn, condition.settings), self.layout)
         affine = torch.diag(torch.tensor([self.voxel_mm] * 3 + [1.0], dtype=torch.float64))
         affine[:3, 3] = -self.voxel_mm * (torch.tensor(made["image"].shape[2:]) - 1) / 2
-        maps = {name: MetaTensor(value[0], affine=affine) for name, value in made.items() if value.ndim == 5}
-        for name in maps.keys() & TASKS.keys():
-            maps[name] = maps[name] * TASKS[name].scale if TASKS[name].scale != 1 else maps[name]
+        scale = {name: TASKS[name].scale for name in made if name in TASKS and TASKS[name].scale != 1}
+        in_files = {name: value * scale.get(name, 1) for name, value in made.items() if value.ndim == 5}
+        maps = {name: MetaTensor(value[0], affine=affine) for name, value in in_files.items()}
         ids = torch.as_tensor(self.layout.protocol.freesurfer_ids, device=self.device)
         maps["segmentation"] = MetaTensor(ids[made["segmentation"][0]], affine=affine)
         image = maps.pop("image")

@@ -26,7 +26,6 @@ SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#5555
 STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}
 ROW_INCHES, PANEL_INCHES = 0.34, 3.6
 CURVE_COLOUR = "#2468b0"
-GRID = {"color": "#dddddd", "linewidth": 0.6}
 
 
 def encode_plot(figure: Figure) -> str:
@@ -163,7 +162,7 @@ def draw_differences(table: pd.DataFrame, labels: Sequence[str], title: str) -> 
 
 
 def _tidy(axes: Axes, label: str) -> None:
-    axes.grid(True, **GRID)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, length=0)
     axes.set_xlabel(label, fontsize=8.5)

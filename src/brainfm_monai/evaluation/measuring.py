@@ -90,28 +90,38 @@ class MeasureMaps(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the measures of one case, whose maps are those of :class:`~brainfm_monai.transforms.SplitTasksd`."""
         d = dict(data)
-        names = {"scan": str(d["scan"]), "condition": str(d["condition"])}
+        scan, condition = str(d["scan"]), str(d["condition"])
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
         found = {name: value for name in self.layout.tasks if (value := self._map_of(name, d)) is not None}
-        labels, reference = found.pop("segmentation", None), targets.get("segmentation")
+        found.pop("segmentation", None)
+        labels: MetaTensor | None = d.get("segmentation")
+        reference = targets.get("segmentation")
         rows: list[MetricRow] = []
         if reference is not None and labels is not None:
             compared: MetaTensor = d["pred"] if self.grid == "scan" else labels
-            rows += self._measure_labels(compared, _match(reference, compared, "nearest"), names, d)
+            rows += self._measure_labels(compared, _match(reference, compared, "nearest"), d)
         image: MetaTensor = d["image"]
         dense = _dense_targets(targets, found, image)
         foreground = None if reference is not None else image.as_tensor() > FOREGROUND
         plain = {name: _plain(value) for name, value in found.items()}
-        arguments = (plain, dense, self.layout, self.structures, image.affine)
-        rows += measure_scan(*arguments, **names, mask=foreground, image=image.as_tensor(), template=self.template)
+        rows += measure_scan(
+            plain,
+            dense,
+            self.layout,
+            self.structures,
+            image.affine,
+            scan=scan,
+            condition=condition,
+            mask=foreground,
+            image=image.as_tensor(),
+            template=self.template,
+        )
         shown = [] if labels is None else [self._to_ids(labels)]
         shown += [dense["segmentation"]] if reference is not None else []
         d |= {"rows": rows, "picture": make_picture(image.as_tensor(), shown, self.structures, self.layout.protocol)}
         return d
 
-    def _measure_labels(
-        self, labels: MetaTensor, wanted: Tensor, names: Mapping[str, str], data: dict[Hashable, Any]
-    ) -> list[MetricRow]:
+    def _measure_labels(self, labels: MetaTensor, wanted: Tensor, data: dict[Hashable, Any]) -> list[MetricRow]:
         """Rows of the structures, those of their mean Dice, and the entry ``dice``."""
         ids = self._to_ids(labels)
         known = sorted({i for s in (*self.structures, *(self.dice_structures or ())) for i in s.ids})
@@ -119,19 +129,20 @@ class MeasureMaps(Transform):
         # Overlap, surfaces and volumes are the same in the box around the structures, and sides go by differences of places.
         box = (slice(None), *box_around(of_structures[0], margin=1))
         cut, truth = _plain(labels)[box], wanted[box]
-        arguments = ({"segmentation": cut}, {"segmentation": truth}, self.layout, self.structures, labels.affine)
+        maps = ({"segmentation": cut}, {"segmentation": truth})
+        scan, condition = str(data["scan"]), str(data["condition"])
         if self.dice_structures is not None:
             dice = compute_structure_dice(ids[box][None], truth[None], self.dice_structures, labels.affine)
             data["dice"] = dice[0].cpu()
-        return mean_dice_rows(measure_scan(*arguments, **names))
+        return mean_dice_rows(measure_scan(*maps, self.layout, self.structures, labels.affine, scan=scan, condition=condition))
 
     def _to_ids(self, labels: Tensor) -> Tensor:
         return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=labels.device)[_plain(labels).long()]
 
-    def _map_of(self, name: str, data: Mapping[Hashable, Any]) -> MetaTensor | None:
+    def _map_of(self, name: str, data: Mapping[Hashable, Any]) -> Tensor | None:
         """The map of a task as it is measured: a field as its logarithm, a lesion as its probability."""
         kind = self.layout.tasks[name].kind
-        value: MetaTensor | None = data.get(name.removeprefix("log_") if kind == "log_field" else name)
+        value: Tensor | None = data.get(name.removeprefix("log_") if kind == "log_field" else name)
         if value is None or kind not in ("log_field", "mask"):
             return value
         return value.log() if kind == "log_field" else value.sigmoid()

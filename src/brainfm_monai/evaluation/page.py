@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "write_page"]
 
 WORST = 8  # scans that are shown
+FEW = 10  # scans, below which resampling them tells too little
 LIBRARIES = ("brainfm-monai", "monai", "torch")
 CURVES = 4  # headlines beside each other
 
@@ -118,7 +119,7 @@ def _failures(evaluation: Evaluation) -> Iterator[str]:
 def _cards(evaluation: Evaluation) -> Iterator[str]:
     rows = evaluation.headlines[evaluation.headlines["condition"] == evaluation.first]
     yield f'<p class="quiet">Condition: {escape(_describe(evaluation.first, evaluation.conditions))}. Mean over the scans; '
-    yield "in brackets its 95 % confidence interval, by bootstrap over the scans.</p>"
+    yield f"in brackets its 95 % confidence interval, by bootstrap over the scans{_few(evaluation)}.</p>"
     yield '<div class="cards">'
     for headline in evaluation.shown:
         values = rows[rows["title"] == headline.title]["value"]
@@ -128,6 +129,11 @@ def _cards(evaluation: Evaluation) -> Iterator[str]:
             text = f"{escape(headline.title)}<br>{below}"
             yield f'<div class="card"><b>{values.mean():.{headline.digits}f}{unit}</b><span>{text}</span></div>'
     yield "</div>"
+
+
+def _few(evaluation: Evaluation) -> str:
+    scans = evaluation.table["scan"].nunique()
+    return f"; of {_count(scans, 'scan')} it is too narrow to trust" if scans < FEW else ""
 
 
 def _interval(values: pd.Series, digits: int) -> str:
@@ -199,8 +205,8 @@ def _worst(evaluation: Evaluation) -> Iterator[str]:
     ordered = values.dropna(subset=["value"]).sort_values("value", ascending=leading.higher_is_better, kind="stable")
     names = {(case["scan"], case["condition"]): name for name, case in evaluation.cases.items()}
     yield "<h2>Look at the worst first</h2>"
-    yield f'<p class="quiet">By {escape(leading.title)}. Each picture: the scan, the prediction, the reference; two axial slices, '
-    yield "a coronal and a sagittal one. The patient's right is on the left of a picture, and in sagittal slices anterior.</p>"
+    yield f'<p class="quiet">By {escape(leading.title)}. Each picture: the scan, the prediction, the reference; two axial '
+    yield "slices, a coronal and a sagittal one. Right of the patient, and in sagittal slices anterior, is on the left.</p>"
     yield '<div class="scans">'
     for row in ordered.head(WORST).itertuples(index=False):
         name = names[row.scan, row.condition]

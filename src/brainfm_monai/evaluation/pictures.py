@@ -54,7 +54,8 @@ def _colours(structures: Sequence[EvaluatedStructure], protocol: Protocol) -> np
 
 def _places(ids: Sequence[np.ndarray], colours: np.ndarray, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Axis and index of every slice."""
-    shown = colours.any(axis=1)[ids[0]] if ids else np.zeros(shape, dtype=bool)
+    known = np.any(colours, axis=1)
+    shown: np.ndarray = np.asarray(known)[ids[0]] if ids else np.zeros(shape, dtype=bool)
     places = []
     for axis, shares in SLICES.items():
         count = shown.sum(axis=tuple(a for a in range(3) if a != axis))
