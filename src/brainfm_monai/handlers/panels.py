@@ -87,7 +87,7 @@ def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], lay
         paint = _painter(task, layout.protocol)
         found = output[0].argmax(0, keepdim=True) if task.kind == "labels" else output[0].float()
         columns[name] = _planes(found.sigmoid() if task.kind == "mask" else found, paint)
-        if name in target and float(target.get(f"available_{name}", 1)) > 0:
+        if name in target and task.kind != "scalar" and float(target.get(f"available_{name}", 1)) > 0:
             columns[f"{name} (true)"] = _planes(target[name].float(), paint)
     scale = max(1, -(-SMALLEST_PANEL // max(max(plane.shape[:2]) for plane in grey)))
     height = [max(c[row].shape[0] for c in columns.values()) for row in range(3)]
