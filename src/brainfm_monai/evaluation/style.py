@@ -22,9 +22,10 @@ table { border-collapse: collapse; font-size: 13.5px; margin: 8px 0; }
 td, th { padding: 3px 14px 3px 2px; border-bottom: 1px solid #e6e9ed; vertical-align: top; }
 th { text-align: left; color: #5f6872; font-weight: 600; vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 .ci { color: #7a828b; font-size: 12px; display: block; }
 .scans { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 22px; }
-.scans img { border-radius: 6px; width: 100%; } td:first-child { white-space: nowrap; } .scans p { margin: 0 0 4px; } a { color: #1d5fa8; } .wide { overflow-x: auto; }
+.scans img { border-radius: 6px; width: 100%; } .scans p { margin: 0 0 4px; } a { color: #1d5fa8; } .wide { overflow-x: auto; }
 details > summary { cursor: pointer; color: #1d5fa8; margin: 8px 0; } pre { font-size: 12px; overflow-x: auto; }
 """
 

@@ -108,7 +108,7 @@ def _run(
         with failures.caught(scan):
             evaluator.data_loader = [list_data_collate([reading.result()])]
             evaluator.state.epoch_length = 1
-            evaluator.run()
+            _run_once(evaluator)
         if len(failures.messages) > before:
             bar.update()
             continue
@@ -116,6 +116,19 @@ def _run(
         items: Any = evaluator.state.output
         behind = (scan, writers.submit(writer.write, items[0], scan))
     _finish(behind, failures, bar)
+
+
+def _run_once(evaluator: Evaluator) -> None:
+    """Run the engine, and raise what it raises.
+
+    An ignite engine out of whose run an exception came does nothing at its next run, and keeps the last output: the next scan
+    would get the maps of this one. One that hands the exception to a handler ends its run, and starts anew.
+    """
+    raised: list[Exception] = []
+    with evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: raised.append(error)):
+        evaluator.run()
+    if raised:
+        raise raised[0]
 
 
 def _read_ahead(
