@@ -244,3 +244,19 @@ def test_the_variants_draw_what_they_are_for(repository: Path, dataset_dir: Path
     for _ in range(2):
         scheduler.step()
     assert first < optimizer.param_groups[0]["lr"] <= 1e-4
+
+
+def test_subjects_may_be_cached_on_disk(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+    own = {
+        "train#dataset": {
+            "_target_": "PersistentDataset",
+            "data": "$monai.data.load_decathlon_datalist(@datalist, True, 'training')",
+            "transform": "@train#preprocessing",
+            "cache_dir": "$@output_dir + '/cache'",
+        }
+    }
+    workflow = make_workflow(repository, dataset_dir, tmp_path, panels=0, **own)
+    workflow.initialize()
+    workflow.run()
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 2
+    assert workflow.parser.get_parsed_content("train#trainer").state.iteration == TINY["epoch_length"]
