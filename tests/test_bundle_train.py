@@ -231,7 +231,8 @@ def test_the_variants_draw_what_they_are_for(repository: Path, dataset_dir: Path
     assert right[whole["segmentation"].long()].any()
     left_alone, _ = draw("hemisphere")
     assert not right[left_alone["segmentation"].long()].any()
-    assert (left_alone["distance"][:, 2:] >= 3).all() and (left_alone["distance"][:, :2] < 0).any()
+    assert (left_alone["distance"][:, 2:] >= 3).all()
+    assert (left_alone["distance"][:, :2] < 0).any()
 
     paper, workflow = draw("paper")
     assert paper["image"].shape[0] == 4  # four scans of a subject, two of them mild, with one segmentation
@@ -247,7 +248,7 @@ def test_the_variants_draw_what_they_are_for(repository: Path, dataset_dir: Path
 
 
 def test_subjects_may_be_cached_on_disk(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
-    own = {
+    own: dict[str, Any] = {
         "train#dataset": {
             "_target_": "PersistentDataset",
             "data": "$monai.data.load_decathlon_datalist(@datalist, True, 'training')",

@@ -75,7 +75,7 @@ class DegradeScand(MapTransform):
             generation_protocol=self.generation_protocol,
             device=values.device,
         )
-        scan, field = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
+        scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
         return normalise_percentiles(scan * seen)[0], field[0]
 
 
