@@ -56,8 +56,9 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
     write_table(output / TABLE, list(compared.columns), cells)
     page = output / PAGE
     beside = page.with_name(f".{PAGE}.part")
-    scans = tables[0]["scan"].nunique()
-    beside.write_text(make_document("Comparison", _compose(compared, str(first), str(second), scans)), encoding="utf-8")
+    in_order = compared.set_index("condition").loc[list(dict.fromkeys(tables[0]["condition"]))].reset_index()
+    parts = _compose(in_order, str(first), str(second), tables[0]["scan"].nunique())
+    beside.write_text(make_document("Comparison", parts), encoding="utf-8")
     beside.replace(page)
     return page
 
@@ -100,17 +101,20 @@ def _compose(compared: pd.DataFrame, first: str, second: str, scans: int) -> Ite
         own = compared[compared["condition"] == condition]
         yield f"<h2>Condition {escape(str(condition))}</h2>"
         titles = {(h.task, h.metric): h for h in HEADLINES}
-        rows = []
+        rows: list[list[str]] = []
+        of_structures: list[list[str]] = []
         for (task, metric), headline in titles.items():
             chosen = own[(own["task"] == task) & (own["metric"] == metric) & (own["n"] > 0)]
             for row in chosen.itertuples(index=False):
                 parts = [row.structure, row.side] if row.structure not in (ALL, ABSENT) else []
                 where = " ".join(part.replace("_", " ") for part in parts if part not in (ABSENT, "both"))
-                rows.append(
-                    _row(f"{headline.title}{f', {where}' if where else ''}", row, headline.digits, headline.higher_is_better)
-                )
+                title = f"{headline.title}{f', {where}' if where else ''}"
+                cells = _row(title, row, headline.digits, headline.higher_is_better)
+                (of_structures if metric == "hd95" else rows).append(cells)
         columns = ["measure", "A", "B", "B - A", "95 % interval", "P (Holm)", "scans", "better"]
         yield make_table_html(columns, rows)
+        if of_structures:
+            yield f"<details><summary>HD95 of every structure</summary>{make_table_html(columns, of_structures)}</details>"
         dice = own[(own["metric"] == "dice") & (own["task"] == "segmentation") & (own["n"] > 0)]
         dice = dice[(dice["side"] != "both") | ~dice["structure"].isin(dice[dice["side"] == "left"]["structure"])]
         if len(dice):
