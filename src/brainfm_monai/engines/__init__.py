@@ -3,6 +3,7 @@
 from brainfm_monai.engines.batches import SynthesisPrepareBatch
 from brainfm_monai.engines.draws import DrawnSubjects, DrawSampler
 from brainfm_monai.engines.nonfinite import NonFiniteStop
+from brainfm_monai.engines.optimizers import MuonAdamW
 from brainfm_monai.engines.processes import check_shards, start_processes
 from brainfm_monai.engines.trainer import MultiTaskTrainer, make_grad_scaler, split_batch
 
@@ -10,6 +11,7 @@ __all__ = [
     "DrawSampler",
     "DrawnSubjects",
     "MultiTaskTrainer",
+    "MuonAdamW",
     "NonFiniteStop",
     "SynthesisPrepareBatch",
     "check_shards",

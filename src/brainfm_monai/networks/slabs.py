@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from brainfm_monai.networks.unet import ConvUnit, NormedConv, ResidualBlock, ResidualUNet, TwoScaleUNet, UNet
+from brainfm_monai.networks.unet import ConvUnit, NormedConv, ResidualBlock, ResidualUNet, UNet
 
 __all__ = ["has_slabs", "plane_ranges", "slab_features"]
 
@@ -71,8 +71,11 @@ def slab_features(backbone: nn.Module, image: Tensor) -> Tensor:
 @singledispatch
 def slab_features_of_one(backbone: nn.Module, image: Tensor) -> Tensor:
     """Features of one sample; the general case calls the backbone."""
-    with torch.autocast(image.device.type, dtype=image.dtype, enabled=image.dtype != torch.float32):
-        features: Tensor = backbone(image)
+    if image.dtype == torch.float32 or not torch.amp.is_autocast_available(image.device.type):  # as on the meta device
+        features: Tensor = backbone(image.float())
+    else:
+        with torch.autocast(image.device.type, dtype=image.dtype):
+            features = backbone(image)
     return features.to(image.dtype)
 
 
@@ -96,15 +99,6 @@ def _(backbone: ResidualUNet, image: Tensor) -> Tensor:
     for decoder in backbone.decoders:
         x = _encode(decoder, _joined(skips.pop(), x))
     return x
-
-
-@slab_features_of_one.register
-def _(backbone: TwoScaleUNet, image: Tensor) -> Tensor:
-    size = image.shape[2:]
-    context = slab_features_of_one(backbone.coarse, nnf.avg_pool3d(image.float(), 2).to(image.dtype))
-    context = nnf.interpolate(context, size=size, mode="trilinear", align_corners=False)
-    fine = _encode(backbone.encoder, _whole(image))
-    return torch.cat([_encode(backbone.decoder, _joined(fine, context)), context], dim=1)
 
 
 def _whole(x: Tensor) -> Source:

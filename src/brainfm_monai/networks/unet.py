@@ -1,4 +1,4 @@
-"""The U-Nets: BrainFM's, the residual one of SuperSynth, and one of two scales."""
+"""The U-Nets of the published checkpoints: BrainFM's and the residual one of SuperSynth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-__all__ = ["ConvUnit", "NormedConv", "ResidualBlock", "ResidualUNet", "TwoScaleUNet", "UNet"]
+__all__ = ["ConvUnit", "NormedConv", "ResidualBlock", "ResidualUNet", "UNet"]
 
 GROUPS = 8  # groups of the group normalisation; 1 where a unit's input has fewer channels (BrainFM)
 NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM and SuperSynth
@@ -155,32 +155,3 @@ class ResidualUNet(_Levels):
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
         return self.down_and_up(image)
-
-
-class TwoScaleUNet(nn.Module):
-    """A U-Net that sees the image at half the resolution, and one finer level that adds detail to it.
-
-    The coarse network meets the same images as when it was trained alone, so that its weights keep their worth from the first
-    step. Its features are interpolated and stand beside those of the fine level in the output.
-
-    Args:
-        in_channels: channels of the image.
-        features: channels of every level, finest first; the first is the fine level, the others are the coarse U-Net.
-    """
-
-    def __init__(self, in_channels: int = 1, features: Sequence[int] = (16, 32, 64, 128, 256)) -> None:
-        super().__init__()
-        fine = features[0]
-        self.out_channels = fine + features[1]
-        self.coarse = UNet(in_channels, features[1:])
-        self.encoder = nn.Sequential(
-            ConvUnit(in_channels, max(fine // 2, in_channels)), ConvUnit(max(fine // 2, in_channels), fine)
-        )
-        self.decoder = nn.Sequential(ConvUnit(fine + features[1], fine), ConvUnit(fine, fine))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0] + features[1], H, W, D)."""
-        context = self.coarse(nnf.avg_pool3d(image, 2))
-        context = nnf.interpolate(context, size=image.shape[2:], mode="trilinear", align_corners=False)
-        detail = self.decoder(torch.cat([self.encoder(image), context], dim=1))
-        return torch.cat([detail, context], dim=1)
