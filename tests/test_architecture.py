@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": TABLES | {"outputs"},
     "preview": TABLES | {"synthesis", "data"},
     "prediction": TABLES | {"transforms", "outputs", "report"},
-    "data": TABLES | {"functional", "transforms"},
+    "data": TABLES | {"functional", "synthesis", "transforms"},
     "evaluation": TABLES | {"functional", "synthesis", "metrics", "outputs", "data"},
     "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},

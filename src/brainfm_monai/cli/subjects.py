@@ -34,6 +34,7 @@ def prepare_labels(
     generation_protocol: str = "synthseg_generation",
     ids: str | None = None,
     size: Sequence[int] = SIZE,
+    contrasts: Sequence[str] | str = (),
     dataset: str = "",
     dry_run: bool = False,
 ) -> None:
@@ -48,13 +49,15 @@ def prepare_labels(
         generation_protocol: label protocol of what the generator paints: a name or a table file.
         ids: table (columns id and freesurfer_id) for maps with ids of their own.
         size: box around the brain, in voxels of 1 mm.
+        contrasts: images to paint on the labels, out of T1w, T2w, FLAIR and CT, separated by commas.
         dataset: name of the set in lists and counts; the folder's name if not given.
         dry_run: tell what would be done, and do nothing.
     """
     from brainfm_monai.data.prepare import prepare_label_maps
 
-    settings = {"protocol": protocol, "generation_protocol": generation_protocol, "ids": ids, "spatial_size": size}
-    _prepare(prepare_label_maps, input, output, **settings, dataset=dataset, jobs=jobs, overwrite=overwrite, dry_run=dry_run)
+    labels = {"protocol": protocol, "generation_protocol": generation_protocol, "ids": ids}
+    settings = {**labels, "spatial_size": size, "contrasts": contrasts, "dataset": dataset}
+    _prepare(prepare_label_maps, input, output, **settings, jobs=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
 def prepare_freesurfer(

@@ -14,6 +14,7 @@ from brainfm_monai.data.distances import PIAL_IDS, compute_hemisphere_distances
 from brainfm_monai.data.jobs import Job, PreparationError, run_jobs
 from brainfm_monai.data.labels import crop_to_box, find_brain_centre, fold_ids, load_label_map, read_id_table
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
+from brainfm_monai.data.simulated import choose_contrasts, simulate_contrasts
 from brainfm_monai.data.subjects import MNI_FACTOR, check_size, write_subject
 from brainfm_monai.transforms import SCAN_SUFFIXES, scan_stem
 
@@ -30,6 +31,7 @@ def prepare_label_map(
     protocol: str = "synthseg_head",
     ids: str | Path | None = None,
     spatial_size: Sequence[int] = (192, 224, 224),
+    contrasts: Sequence[str] | str = (),
 ) -> Path:
     """Prepare one subject: labels, distances and MNI coordinates on a fixed box of 1 mm voxels in RAS+ order.
 
@@ -42,16 +44,19 @@ def prepare_label_map(
         protocol: protocol of the segmentation target: a name or a table file.
         ids: table file with the columns ``id`` and ``freesurfer_id``, for maps with ids of their own.
         spatial_size: size of the box in voxels, multiples of 4.
+        contrasts: out of T1w, T2w, FLAIR and CT, to paint on the generation labels, see :func:`simulate_contrasts`.
 
     Returns:
         The subject's folder, with ``generation_labels.nii.gz``, ``segmentation.nii.gz``, ``distance.nii.gz`` (mm, negative
-        inside; left pial, left white, right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm) and ``subject.json``.
+        inside; left pial, left white, right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm), one file for each
+        contrast ([0, 1]; CT in HU) and ``subject.json``, which names the contrasts as ``simulated``.
 
     Raises:
         FileNotFoundError: if the label map, a protocol or the table is missing.
-        ValueError: if the label map is not one volume of known ids, or ``spatial_size`` does not fit.
+        ValueError: if the label map is not one volume of known ids, ``spatial_size`` does not fit, or a contrast or its table
+            lacks what is asked of it.
     """
-    job = _job(Path(source), "", generation_protocol, protocol, ids, spatial_size)
+    job = _job(Path(source), "", generation_protocol, protocol, ids, spatial_size, contrasts)
     target = Path(output_dir) / job.name
     make_from_labels(job, target)
     return target
@@ -65,6 +70,7 @@ def prepare_label_maps(
     protocol: str = "synthseg_head",
     ids: str | Path | None = None,
     spatial_size: Sequence[int] = (192, 224, 224),
+    contrasts: Sequence[str] | str = (),
     dataset: str = "",
     jobs: int = 1,
     overwrite: bool = False,
@@ -79,6 +85,7 @@ def prepare_label_maps(
         protocol: see :func:`prepare_label_map`.
         ids: see :func:`prepare_label_map`.
         spatial_size: see :func:`prepare_label_map`.
+        contrasts: see :func:`prepare_label_map`; a finished subject keeps its own where none are asked for.
         dataset: name of the set in counts and lists; the folder's name where it is empty.
         jobs: number of processes; each needs about 3 GB.
         overwrite: prepare finished subjects again.
@@ -88,12 +95,12 @@ def prepare_label_maps(
         The subjects' folders, in the order of the inputs.
 
     Raises:
-        ValueError: if there is no label map, or two would have one subject name.
+        ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
         PreparationError: at the end, if some label maps failed: one line for each.
     """
     check_size(spatial_size)
     sources = _find_sources(inputs)
-    work = [_job(s, dataset, generation_protocol, protocol, ids, spatial_size) for s in sources]
+    work = [_job(s, dataset, generation_protocol, protocol, ids, spatial_size, contrasts) for s in sources]
     return run_jobs(work, output_dir, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
@@ -108,11 +115,14 @@ def make_from_labels(job: Job, target: Path) -> None:
         known.encode(np.unique(ids), str(job.source))  # the whole map, not only what the box will keep of it
     box, box_affine = cut_to_brain(ids, affine, settings["spatial_size"], str(job.source))
     generation, segmentation = (known.encode(box) for known in protocols)
+    simulated = settings.get("simulated", [])  # before the slow registration: an id that a table lacks shows at once
+    images = simulate_contrasts(generation, box_affine, protocols[0], simulated, str(job.source))
     volumes = {
         "generation_labels": (generation, box_affine),
         "segmentation": (segmentation, box_affine),
         "distance": (compute_hemisphere_distances(box), box_affine),
         "mni": compute_mni_coordinates(box, box_affine, factor=MNI_FACTOR),
+        **{name: (image, box_affine) for name, image in images.items()},
     }
     write_subject(target, volumes, job.describe())
 
@@ -123,7 +133,13 @@ def cut_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int
 
 
 def _job(
-    source: Path, dataset: str, generation_protocol: str, protocol: str, ids: str | Path | None, spatial_size: Sequence[int]
+    source: Path,
+    dataset: str,
+    generation_protocol: str,
+    protocol: str,
+    ids: str | Path | None,
+    spatial_size: Sequence[int],
+    contrasts: Sequence[str] | str,
 ) -> Job:
     settings: dict[str, Any] = {
         "dataset": dataset or source.resolve().parent.name,
@@ -132,6 +148,8 @@ def _job(
         "spatial_size": list(check_size(spatial_size)),
         "template": TEMPLATE_NAME,
     }
+    simulated = choose_contrasts(contrasts)
+    settings |= {"simulated": simulated} if simulated else {}  # subjects from before there were any stay finished
     files: Mapping[str, Path] = {"labels": source} | ({"ids": Path(ids)} if ids else {})
     options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
     return Job(scan_stem(source), "labels", files, settings, make_from_labels, options)
