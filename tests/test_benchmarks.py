@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: what is written for the published generator, and how a checkout of it is run.
+"""The benchmarks' own parts: what is written for the published generator, how a checkout of it is run, lists of real scans.
 
 The checkout here is a stand-in of a few lines with the reference's module names; timing the real one is the benchmark's job.
 """
@@ -13,8 +13,12 @@ from types import ModuleType
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.affines import apply_affine, from_matvec
+from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.intensities import resample_to_box
+from brainfm_monai.data.pairs import read_pairs
 
 SIZE = (6, 5, 4)
 DATASETS = """
@@ -32,15 +36,23 @@ class Dataset:
 """
 
 
-@pytest.fixture(scope="module")
-def reference_synthesis(repository: Path) -> ModuleType:
-    path = repository / "benchmarks" / "reference_synthesis.py"
-    spec = importlib.util.spec_from_file_location("reference_synthesis", path)
+def load_benchmark(repository: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, repository / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference_synthesis(repository: Path) -> ModuleType:
+    return load_benchmark(repository, "reference_synthesis")
+
+
+@pytest.fixture(scope="module")
+def real_contrasts(repository: Path) -> ModuleType:
+    return load_benchmark(repository, "real_contrasts")
 
 
 @pytest.fixture
@@ -152,3 +164,53 @@ def test_the_folder_goes_with_the_generator(reference_synthesis: ModuleType, che
     assert (folder / "train.txt").is_file()
     del generate
     assert not folder.exists()
+
+
+def write_head(folder: Path) -> np.ndarray:
+    """T1, T2 and FLAIR of one head of 60 mm, the T1 in other voxels and moved; the map from RAS mm of the T2 to the T1's."""
+    grid = np.stack(np.meshgrid(*(np.arange(40),) * 3, indexing="ij"), axis=-1)
+    t1 = np.zeros((40, 40, 40), dtype=np.float32)
+    for centre, radii, value in (((20, 20, 20), (13, 15, 12), 50), ((16, 23, 22), (6, 4, 5), 90), ((26, 14, 17), (4, 6, 3), 20)):
+        t1[(((grid - centre) / radii) ** 2).sum(axis=-1) < 1] = value
+    t1, affine = gaussian_filter(t1, 0.7), from_matvec(np.diag([2.0, 2.0, 2.0]), (-40, -38, -36))
+    angle = np.deg2rad(5)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    motion, other = from_matvec(turn, (2, -3, 1.5)), from_matvec(np.diag([-1.5, 2.0, 3.0]), (42, -40, -42))
+    folder.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(8 * resample_to_box(t1, motion @ affine, other, (56, 40, 28)), other), folder / "T1.nii.gz")
+    for name, top in (("T2", 110), ("FLAIR", 130)):
+        nib.save(nib.Nifti1Image(np.where(t1 > 1, top - t1, 0), affine), folder / f"{name}.nii.gz")
+    return motion
+
+
+def test_every_scan_gets_the_t1w_in_its_own_space(
+    real_contrasts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(real_contrasts, "PEOPLE", {"one": real_contrasts.PEOPLE["stroke"]})
+    motion = write_head(tmp_path / "somewhere" / "stroke")
+    real_contrasts.main(tmp_path, tmp_path / "out")
+    pairs = read_pairs(tmp_path / "out" / "datalist.json")
+    assert [pair["name"] for pair in pairs] == ["one_T2w", "one_FLAIR"]
+    before = nib.Nifti1Image.from_filename(tmp_path / "somewhere" / "stroke" / "T1.nii.gz")
+    head = np.argwhere(before.get_fdata() > 0)
+    truth = apply_affine(np.linalg.inv(motion) @ before.affine, head)
+    for pair, name in zip(pairs, ("T2", "FLAIR"), strict=True):
+        assert Path(pair["image"]).read_bytes() == (tmp_path / "somewhere" / "stroke" / f"{name}.nii.gz").read_bytes()
+        after = nib.Nifti1Image.from_filename(pair["T1w"])
+        np.testing.assert_array_equal(after.get_fdata(), before.get_fdata())  # the header moved, and nothing else
+        assert np.linalg.norm(apply_affine(after.affine, head) - truth, axis=1).mean() < 0.7  # mm; a third of a voxel
+    rotation, shift = (float(cell) for cell in capsys.readouterr().out.splitlines()[2].split("|")[2:4])
+    assert rotation == pytest.approx(5, abs=1)
+    assert shift == pytest.approx(np.linalg.norm([2, -3, 1.5]), abs=1)
+
+
+def test_a_missing_or_doubtful_scan_is_one_clear_line(real_contrasts: ModuleType, tmp_path: Path) -> None:
+    for copy in ("a", "b"):
+        (tmp_path / copy / "raw" / "patient01").mkdir(parents=True)
+        (tmp_path / copy / "raw" / "patient01" / "study1_T1W.nii.gz").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"exactly one file 'raw/patient01/study1_T1W.nii.gz' is needed below it, found 2$"
+    ):
+        real_contrasts.main(tmp_path, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"exactly one file 'stroke/T2.nii.gz' is needed below it, found 0$"):
+        real_contrasts.find(tmp_path, "stroke/T2.nii.gz")

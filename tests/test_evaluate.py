@@ -57,6 +57,27 @@ class LevelReader(nn.Module):
         return output
 
 
+class Copier(nn.Module):
+    """The T1w that it predicts is the scan times a gain."""
+
+    gain: Tensor
+    layout = TaskLayout(["segmentation", "T1w"], "synthseg_head")
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.tensor(gain))
+
+    def forward(self, image: Tensor) -> Tensor:
+        output = torch.zeros(1, self.layout.channels, *image.shape[2:])
+        output[:, self.layout.slices["T1w"]] = self.gain * image
+        return output
+
+    def as_model(self, folder: Path) -> dict[str, Any]:
+        """Values of the configs for this network."""
+        torch.save(self.state_dict(), folder / "copier.pt")
+        return {"network_def": self, "weights": str(folder / "copier.pt"), "layout#tasks": list(self.layout.tasks)}
+
+
 def make_ids() -> np.ndarray:
     """A head of 24 x 20 x 16 voxels in LIA axes: left is at high indices of the first axis."""
     ids = np.zeros((24, 20, 16), dtype=np.int32)
@@ -91,6 +112,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
             "datalist": str(datalist),
             "output_dir": str(output_dir),
             "bundle_root": str(repository / "bundle"),
+            "layout#tasks": list(LAYOUT.tasks),
         }
         values |= {"network_def": LevelReader(), "weights": str(tmp_path / "levels.pt"), "device": "$torch.device('cpu')"}
         # This network knows sides without seeing them, and so has no use for a mirror image.
@@ -210,6 +232,41 @@ def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate
     assert "normalised_l2" not in {row.metric for row in read_rows(tmp_path / "out" / "metrics.tsv")}
 
 
+def test_a_scan_is_a_reference_in_any_unit_and_where_it_reaches(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder = tmp_path / "in"
+    image = write_pair(folder, "scan", make_ids())["image"]
+    values = np.vectorize(LEVELS.get)(make_ids()).astype(np.float32)
+    turned = LIA @ np.array([[-1.0, 0, 0, 23], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    half = LIA @ np.array([[1.0, 0, 0, 9], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    references = {"in_the_unit": (values, LIA), "of_a_scanner": (1664 * values[::-1], turned), "in_part": (7 * values[9:], half)}
+    references["other"] = (values**2, LIA)
+    for name, (reference, affine) in references.items():
+        nib.save(nib.Nifti1Image(reference, affine), folder / f"{name}.nii.gz")
+    items = [{"image": image, "name": name, "T1w": f"{name}.nii.gz"} for name in references]
+    evaluate(write_list(folder, *items), tmp_path / "out", **Copier().as_model(tmp_path))
+    for name in ("in_the_unit", "of_a_scanner", "in_part"):
+        assert read_rows_of(tmp_path / "out", "l1")[name, "native", "n/a", "n/a"] == pytest.approx(0, abs=1e-5), name
+        assert read_rows_of(tmp_path / "out", "psnr")[name, "native", "n/a", "n/a"] > 80, name
+    inside = values[values > 0]
+    assert read_rows_of(tmp_path / "out", "l1")["other", "native", "n/a", "n/a"] == pytest.approx(
+        float((inside - inside**2).mean()) / (1 - 0.04), rel=1e-3
+    )
+
+
+def test_the_head_is_that_of_the_scan_as_it_is(tmp_path: Path, evaluate: Evaluate) -> None:
+    values = np.vectorize(LEVELS.get)(make_ids()).astype(np.float32)
+    values[::2][values[::2] == 0] = 0.01  # air with some noise in it
+    nib.save(nib.Nifti1Image(values, LIA), tmp_path / "scan.nii.gz")
+    datalist = write_list(tmp_path, {"image": "scan.nii.gz", "T1w": "scan.nii.gz"})
+    conditions = {"native": {}, "noisy": {"noise_percent": 40}}
+    evaluate(datalist, tmp_path / "out", conditions=conditions, **Copier(gain=0.0).as_model(tmp_path))
+    l1 = read_rows_of(tmp_path / "out", "l1")
+    # A network that says 0 everywhere is as wrong as the reference is bright within the head: noise does not make it head.
+    inside = values[values > 0.05]
+    assert l1["scan", "native", "n/a", "n/a"] == pytest.approx(float(inside.mean()) / (1 - 0.2), rel=1e-3)
+    assert l1["scan", "noisy", "n/a", "n/a"] == l1["scan", "native", "n/a", "n/a"]
+
+
 def test_conditions_a_bad_scan_and_going_on(tmp_path: Path, evaluate: Evaluate) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     items = [write_pair(folder, name, make_ids()) for name in ("one", "bad", "two")]
@@ -320,7 +377,14 @@ def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) 
         "layout": "@layout",
         "stride": 2,
     }
-    tiny = {"network_def": network, "template": None, "mirror": False, "memory": "whole", "bfloat16": False}
+    tiny: dict[str, Any] = {
+        "network_def": network,
+        "layout#tasks": list(LAYOUT.tasks),
+        "template": None,
+        "mirror": False,
+        "memory": "whole",
+        "bfloat16": False,
+    }
     tiny |= {"outputs": "segmentation", "conditions": {"native": {}, "noisy": {"noise_percent": 5}}}
     (tmp_path / "tiny.json").write_text(json.dumps(tiny), encoding="utf-8")
     torch.manual_seed(0)

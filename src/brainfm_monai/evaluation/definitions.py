@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 __all__ = ["DEFINITIONS", "HEADLINES", "Headline", "define"]
 
-MASK = "within the head: where the reference label map is not 0 (without one, where the scan exceeds 5 % of its range)"
+MASK = "within the head: where the reference label map is not 0 (without one, where the scan as it is exceeds 5 % of its range)"
+RANGE = "0.1 and 99.9 % of the reference there brought to 0 and 1 (CT: 0 to 80 HU)"
+SCALED = "a real T1w, T2w or FLAIR as reference is first scaled as in training: minimum to 0, 99.9 % in its head to 1"
 FITTED = " after the gain and offset that fit the prediction best to the reference there"
 # metric -> definition; those of images are said once
 DEFINITIONS: dict[str, str] = {
@@ -17,7 +19,7 @@ DEFINITIONS: dict[str, str] = {
     "volume_error": "(predicted - reference volume) / reference volume, signed",
     "volume": "predicted volume, mL",
     "reference_volume": "volume in the reference, mL",
-    "l1": f"mean absolute difference {MASK}, 0.1 and 99.9 % of the reference there brought to 0 and 1 (CT: 0 to 80 HU)",
+    "l1": f"mean absolute difference {MASK} and the reference reaches; {RANGE}; {SCALED}",
     "psnr": "10 log10(1 / mean squared difference), same mask and range, dB",
     "ssim": "structural similarity, Gaussian window of 1.5 voxels, same mask and range",
     "ms_ssim": "multi-scale structural similarity, five scales, same mask and range",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from monai.transforms import LoadImage, Transform
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
 from brainfm_monai.data.pairs import REFERENCES
 from brainfm_monai.evaluation.degradations import TARGET
 from brainfm_monai.evaluation.pictures import make_picture
@@ -25,18 +27,24 @@ from brainfm_monai.metrics import (
 )
 from brainfm_monai.metrics.structures import box_around
 from brainfm_monai.outputs import resample
-from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.tasks import TASKS, TaskLayout
 
 __all__ = ["GRIDS", "LoadReferences", "MeasureMaps"]
 
 GRIDS = ("scan", "network")
+HEAD = "head"  # entry of the mask of the head
+MAGNITUDES = [name for name, task in TASKS.items() if task.kind == "image" and name != "CT"]  # scans without a unit
 FOREGROUND = 0.05  # of the scan's range: above it is head, where no reference tells what is
 
 
 class LoadReferences(Transform):
-    """Read the references of a real scan into entries ``target_<task>``, shape (C, H, W, D), each in its own grid.
+    """Read the references of a real scan into entries ``target_<task>``, shape (C, H, W, D).
 
-    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one.
+    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR, of any unit, are made
+    what targets of the training are: resampled once to the grid of the entry ``image`` (RAS axes, 1 mm), and scaled there, the
+    minimum to 0, the 99.9 % quantile in the head to 1, what is brighter clipped; ``target_valid_<task>`` is 1 where they reach.
+    The others stay in their own grid and unit. Without a label map, the entry ``head`` is the mask of the head: it belongs to
+    the scan as it is, and stays the same whatever a condition does to the scan.
     """
 
     def __init__(self) -> None:
@@ -46,8 +54,12 @@ class LoadReferences(Transform):
         """Replace the paths."""
         d = dict(data)
         for key, task in REFERENCES.items():
-            if key in d:
+            if key in d and task in MAGNITUDES:
+                d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(d.pop(key)), d["image"])
+            elif key in d:
                 d[TARGET + task] = self.read(d.pop(key))
+        if f"{TARGET}segmentation" not in d:
+            d[HEAD] = d["image"] > FOREGROUND
         protocol = d.get("label_protocol")
         if protocol and f"{TARGET}segmentation" in d:
             labels: MetaTensor = d[f"{TARGET}segmentation"]
@@ -102,7 +114,7 @@ class MeasureMaps(Transform):
             rows += self._measure_labels(compared, _match(reference, compared, "nearest"), d)
         image: MetaTensor = d["image"]
         dense = _dense_targets(targets, found, image)
-        foreground = None if reference is not None else image.as_tensor() > FOREGROUND
+        foreground = None if reference is not None else _match(d[HEAD], image, "nearest") > 0
         plain = {name: _plain(value) for name, value in found.items()}
         rows += measure_scan(
             plain,
@@ -146,6 +158,17 @@ class MeasureMaps(Transform):
         if value is None or kind not in ("log_field", "mask"):
             return value
         return value.log() if kind == "log_field" else value.sigmoid()
+
+
+def _read_magnitude(path: Path, grid: MetaTensor) -> tuple[MetaTensor, MetaTensor]:
+    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; both (1, H, W, D), float32."""
+    values, affine = read_scan(path)
+    height, width, depth = grid.shape[1:]
+    box = np.asarray(grid.affine, dtype=np.float64)
+    moved = scale_intensities(resample_to_box(values, affine, box, (height, width, depth)))
+    seen = resample_to_box(np.ones_like(values), affine, box, (height, width, depth)) > 0.5
+    image, mask = (MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in (moved, seen))
+    return image, mask
 
 
 def _plain(values: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Write open T2w and FLAIR scans with the T1w of the same person as their reference, as NIfTI files and a datalist.
+
+    python benchmarks/real_contrasts.py FOLDER OUT
+
+FOLDER holds, at any depth, ``raw/patient01`` and ``raw/patient04`` of open_ms_data (CC-BY, Lesjak et al. 2016; T1w, T2w and FLAIR
+of the first visit, whole heads, slices of 3 to 4 mm) and the folder ``stroke`` of volrender (MIT; brain-extracted, 1 mm). OUT
+gets a copy of every T2w and FLAIR scan, the T1w once for each of them, and ``datalist.json``, which ``brainfm-monai evaluate``
+reads.
+
+The head moves between two scans of a session. The T1w is registered to each scan rigidly (elastix, mutual information), and the
+motion goes into the header of its copy: its voxels stay as they were measured. A model that was trained on scans of these people
+must not be measured on them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from brainfm_monai.data.contrasts import align_scan, measure_motion
+from brainfm_monai.data.intensities import read_scan
+from brainfm_monai.data.selftraining import to_one_mm
+
+# person -> T1w, T2w and FLAIR, each as the end of its path
+PEOPLE = {
+    "ms01": [f"raw/patient01/study1_{name}.nii.gz" for name in ("T1W", "T2W", "FLAIR")],
+    "ms04": [f"raw/patient04/study1_{name}.nii.gz" for name in ("T1W", "T2W", "FLAIR")],
+    "stroke": [f"stroke/{name}.nii.gz" for name in ("T1", "T2", "FLAIR")],
+}
+
+
+def find(folder: Path, end: str) -> Path:
+    """The one file under a folder whose path ends so."""
+    found = sorted(folder.rglob(end))
+    if len(found) != 1:
+        raise FileNotFoundError(f"{folder}: exactly one file '{end}' is needed below it, found {len(found)}")
+    return found[0]
+
+
+def align(scan: Path, reference: Path) -> tuple[nib.Nifti1Image, dict[str, float]]:
+    """Bring a reference into the space of another scan of the same head.
+
+    Args:
+        scan: scan that stays where it is.
+        reference: scan that is moved.
+
+    Returns:
+        The reference with its own voxels, float32, and an affine to RAS mm of the other scan; and the motion that was found: the
+        angle in degrees, and in mm how far the middle of the scan goes.
+    """
+    fixed = to_one_mm(scan)  # slices of 4 mm and pixels of 0.5 mm would be smoothed by one number of voxels
+    values, affine = read_scan(reference)
+    matrix = align_scan((np.asarray(fixed.dataobj), fixed.affine), (values, affine))
+    centre_mm = (fixed.affine @ [*((np.array(fixed.shape) - 1) / 2), 1])[:3]
+    return nib.Nifti1Image(values, np.linalg.inv(matrix) @ affine), measure_motion(matrix, centre_mm)
+
+
+def main(folder: Path, out: Path) -> None:
+    """Write every scan with its reference, the datalist, and a line for each on what moved."""
+    out.mkdir(parents=True, exist_ok=True)
+    items = []
+    print("| scan | rotation, degrees | shift, mm |\n|---|---|---|")
+    for person, ends in PEOPLE.items():
+        t1w, t2w, flair = (find(folder, end) for end in ends)
+        for contrast, scan in (("T2w", t2w), ("FLAIR", flair)):
+            name = f"{person}_{contrast}"
+            item = {"name": name, "image": f"{name}.nii.gz", "T1w": f"{name}_reference-T1w.nii.gz"}
+            moved, motion = align(scan, t1w)
+            shutil.copyfile(scan, out / item["image"])
+            nib.save(moved, out / item["T1w"])
+            items.append(item)
+            print(f"| {name} | {motion['rotation_deg']:.2f} | {motion['shift_mm']:.2f} |", flush=True)
+    (out / "datalist.json").write_text(json.dumps({"testing": items}, indent=2) + "\n", encoding="utf-8")
+    print(f"{len(items)} scans with their T1w and datalist.json in {out}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
