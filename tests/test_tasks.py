@@ -176,7 +176,8 @@ def test_outside_the_head_the_scale_is_the_least_where_the_value_is_known() -> N
     layout = TaskLayout(["segmentation", "mni", "CT", "lesion"], uncertainty=["mni", "CT"])
     outside = dict(zip(layout.channel_names, layout.outside_values, strict=True))
     assert outside["CT_log_scale"] == -7
-    assert outside["x_log_scale"] == outside["x"] == outside["CT"] == 0
+    assert outside["x_log_scale"] == outside["x"] == 0
+    assert outside["CT"] == -1
     assert outside["lesion"] == -20
 
 

@@ -14,6 +14,7 @@ from brainfm_monai.anatomy import Protocol
 __all__ = ["MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout", "bound_log_scale"]
 
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
+AIR = {"CT": -1.0}  # value of air in the unit of the task, where it is not 0
 CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
 EMBEDDING_CHANNELS = 16  # of the embedding, unless the layout says otherwise
 LOG_SCALE_SUFFIX = "_log_scale"  # of the task that holds the log of another one's scale of error
@@ -143,7 +144,7 @@ class TaskLayout:
 
     @property
     def outside_values(self) -> list[float]:
-        """Value of every channel in the air around a head: background for certain, far from any surface, no bias.
+        """Value of every channel in the air around a head: background for certain, far from any surface, no bias, -1000 HU.
 
         MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the least.
         """
@@ -151,7 +152,7 @@ class TaskLayout:
         values = []
         for task in self.tasks.values():
             undefined = TASKS.get(task.name.removesuffix(LOG_SCALE_SUFFIX), task).kind == "coordinates"
-            per_channel = 0.0 if undefined else constant.get(task.kind, 0.0)
+            per_channel = 0.0 if undefined else constant.get(task.kind, AIR.get(task.name, 0.0))
             values += [CERTAIN_LOGIT if task.kind == "labels" and i == 0 else per_channel for i in range(task.channels)]
         return values
 

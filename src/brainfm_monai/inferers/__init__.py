@@ -10,6 +10,7 @@ from brainfm_monai.inferers.precision import (
     prepare_network,
     reduced_precision,
 )
+from brainfm_monai.inferers.second_look import SecondLookInferer
 from brainfm_monai.inferers.slabs import SlabInferer
 from brainfm_monai.inferers.volume import ForegroundInferer, MirrorInferer, WholeVolumeInferer, WindowInferer
 
@@ -19,6 +20,7 @@ __all__ = [
     "ForegroundInferer",
     "MirrorInferer",
     "ScanInferer",
+    "SecondLookInferer",
     "SlabInferer",
     "WholeVolumeInferer",
     "WindowInferer",

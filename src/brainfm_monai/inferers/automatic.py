@@ -55,10 +55,12 @@ MEMORY_MODES: dict[str, Callable[[TaskLayout, bool, bool | None], Inferer]] = {
 
 def preferred_modes(network: Callable[..., Tensor]) -> tuple[str, ...]:
     """Modes that suit a network, fastest first: the first that fits is taken, the last one in any case."""
-    if not (isinstance(network, MultiTaskNet) and has_slabs(network.backbone)):
-        return "whole", "windows"
-    # With a stride, slabs save the head's work on the voxels in between; without, they are slower by a quarter.
-    return ("slabs", "low") if network.stride > 1 else ("whole", "slabs", "low")
+    if isinstance(network, MultiTaskNet) and network.stride > 1:
+        # Slabs save the head's work on the voxels in between, whatever the backbone, which sees few voxels.
+        return "slabs", "low"
+    if isinstance(network, MultiTaskNet) and has_slabs(network.backbone):
+        return "whole", "slabs", "low"  # without a stride, slabs are slower by a quarter
+    return "whole", "windows"
 
 
 class ScanInferer(Inferer):
@@ -67,7 +69,8 @@ class ScanInferer(Inferer):
     Args:
         layout: names of the network's output channels.
         memory: name of a mode; ``"auto"``: the fastest that fits into the free memory, of ``whole``, ``slabs`` and ``low`` for
-            the U-Nets of this package, and of ``whole`` and ``windows`` for other networks.
+            the U-Nets of the published checkpoints, of ``slabs`` and ``low`` for networks with a stride, and of ``whole`` and
+            ``windows`` for others.
         mirror: average with the left-right mirror image.
         bfloat16: compute in bfloat16; ``None``: in what :func:`~brainfm_monai.inferers.reduced_precision` says.
 

@@ -70,6 +70,7 @@ def _overrides(published: Published, folder: Path, protocol: str) -> dict[str, A
         "layout#protocol": protocol,
         "network_def#backbone": backbone,
         "network_def#stride": 1,
+        "second_look": False,  # their coordinates were learnt on whole heads
     }
 
 

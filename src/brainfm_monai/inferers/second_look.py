@@ -1,0 +1,81 @@
+"""A second look at the brain, in a field of view like those of the training, for coordinates in the template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor
+
+from brainfm_monai.inferers.volume import as_plain, like_input
+from brainfm_monai.tasks import TaskLayout
+
+__all__ = ["SecondLookInferer"]
+
+MINIMUM_BRAIN = 1000  # voxels that are needed to say where the brain is: a cubic centimetre
+
+
+class SecondLookInferer(Inferer):
+    """Run another inferer on a head, and again on the box around the brain that it finds there: its MNI coordinates are taken.
+
+    Where in the head a voxel lies is learnt on scans that show little more than the brain, and the network normalises over what
+    it sees: a neck and a face in the field of view move the coordinates by several mm. All other maps are those of the first
+    look. Outside the box, coordinates are those of the first look, moved by the affine map that takes them to the second ones
+    within the brain.
+
+    Args:
+        inferer: runs the network.
+        layout: names of the output channels; without segmentation and MNI coordinates there is one look.
+        enabled: whether to look twice.
+        margin: voxels around the brain.
+        multiple: sides and corners of the box are multiples of it, as far as the volume allows.
+    """
+
+    def __init__(self, inferer: Inferer, layout: TaskLayout, enabled: bool = True, margin: int = 12, multiple: int = 8) -> None:
+        super().__init__()
+        self.inferer, self.layout = inferer, layout
+        self.enabled = enabled and {"segmentation", "mni"} <= set(layout.tasks)
+        self.margin, self.multiple = margin, multiple
+        self.is_brain = torch.as_tensor(layout.protocol.is_brain)
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map images of shape (B, 1, H, W, D) in RAS+ order to what the inferer gives; metadata go along."""
+        image = as_plain(inputs)
+        output = as_plain(self.inferer(image, network, *args, **kwargs))
+        if not self.enabled:
+            return like_input(output, inputs)
+        for i in range(len(image)):
+            parts = self.layout.split(output[i : i + 1])
+            labels = parts["segmentation"][0]
+            labels = labels[0].long() if len(labels) == 1 else labels.argmax(0)
+            brain = self.is_brain.to(labels.device)[labels]
+            if int(brain.sum()) < MINIMUM_BRAIN:
+                continue
+            box = self._box(brain)
+            again = self.inferer(image[i : i + 1, :, *box].contiguous(), network, *args, **kwargs)
+            second = self.layout.split(as_plain(again))["mni"][0]
+            first = parts["mni"][0]  # a view of the output
+            first.copy_(_follow(first, second, brain, box))
+            first[:, *box] = second
+        return like_input(output, inputs)
+
+    def _box(self, brain: Tensor) -> tuple[slice, ...]:
+        """The box around the brain with its margin, from multiple to multiple."""
+        sides = []
+        for axis, size in enumerate(brain.shape):
+            others = [a for a in range(3) if a != axis]
+            seen = brain.any(others[1]).any(others[0]).nonzero()
+            first = max(int(seen[0]) - self.margin, 0) // self.multiple * self.multiple
+            last = -(-(int(seen[-1]) + 1 + self.margin) // self.multiple) * self.multiple
+            sides.append(slice(first, min(last, size)))
+        return tuple(sides)
+
+
+def _follow(first: Tensor, second: Tensor, brain: Tensor, box: tuple[slice, ...]) -> Tensor:
+    """Coordinates of the first look, (3, H, W, D), by the affine map to the second ones that fits best in the brain."""
+    known, goal = first[:, *box][:, brain[box]].T.double(), second[:, brain[box]].T.double()
+    known = torch.cat([known, torch.ones_like(known[:, :1])], 1)
+    matrix = torch.linalg.lstsq(known, goal).solution.T.to(first.dtype)
+    return torch.einsum("ij,jhwd->ihwd", matrix[:, :3], first) + matrix[:, 3].reshape(3, 1, 1, 1)

@@ -1,0 +1,73 @@
+"""A second look at the brain."""
+
+from __future__ import annotations
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SimpleInferer
+from torch import Tensor
+
+from brainfm_monai.inferers import SecondLookInferer
+from brainfm_monai.tasks import TaskLayout
+
+LAYOUT = TaskLayout(["segmentation", "distance", "mni"], "synthseg_head")
+BRAIN, SKIN = (LAYOUT.protocol.label_of_id[i] for i in (3, 511))
+
+
+class Guess:
+    """Labels by intensity; coordinates are voxel indices of the head, stretched where more than the brain is seen.
+
+    It knows where a voxel lies from the image itself, which holds a ramp along every axis: a crop does not change that.
+    """
+
+    def __init__(self, low: bool = False) -> None:
+        self.seen: list[tuple[int, ...]] = []
+        self.low = low
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.seen.append(tuple(image.shape[2:]))
+        code = (image[:, 0] * 1e6).round().long()
+        label, x, y, z = code // 10**6 % 10, code // 10**4 % 100, code // 100 % 100, code % 100
+        labels = torch.where(label == 2, BRAIN, torch.where(label == 1, SKIN, 0))[:, None]
+        segmentation = labels.float() if self.low else torch.nn.functional.one_hot(labels[:, 0], 44).movedim(-1, 1).float()
+        stretch = 1.0 if len(self.seen) == 2 else 1.25
+        mni = torch.stack([x, y, z], 1).float() * stretch + (0 if stretch == 1 else 7)
+        distance = torch.full_like(mni[:, :1], float(len(self.seen))).expand(-1, 4, -1, -1, -1)
+        return torch.cat([segmentation, distance, mni], 1)
+
+
+def head() -> Tensor:
+    """A head of 40 x 48 x 64 with a brain that lies to one side of it; double precision holds the ramps."""
+    x, y, z = torch.meshgrid(torch.arange(40), torch.arange(48), torch.arange(64), indexing="ij")
+    label = torch.zeros(40, 48, 64, dtype=torch.int64)
+    label[2:38, 3:45, 1:63] = 1
+    label[20:36, 8:30, 40:60] = 2
+    return ((label * 10**6 + x * 10**4 + y * 100 + z).double() / 1e6)[None, None]
+
+
+def test_coordinates_are_those_of_the_second_look() -> None:
+    for low in (False, True):
+        network = Guess(low)
+        image = MetaTensor(head(), affine=torch.diag(torch.tensor([1.0, 2, 3, 1])))
+        inferer = SecondLookInferer(SimpleInferer(), LAYOUT, margin=3, multiple=4)
+        output = inferer(image, network)
+        assert isinstance(output, MetaTensor)
+        assert torch.equal(output.affine, image.affine)
+        assert network.seen == [(40, 48, 64), (24, 32, 28)]  # 16 to 40, 4 to 36, 36 to 64
+        parts = LAYOUT.split(output.as_tensor())
+        index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (40, 48, 64)), indexing="ij")).float()
+        torch.testing.assert_close(parts["mni"][0].float(), index, atol=1e-3, rtol=0)  # outside, too: the affine map is exact
+        assert (parts["distance"] == 1).all()  # all else is the first look's
+
+
+def test_one_look_where_two_are_of_no_use() -> None:
+    without = TaskLayout(["segmentation", "distance"], "synthseg_head")
+    network = Guess()
+    SecondLookInferer(SimpleInferer(), LAYOUT, enabled=False)(head(), network)
+    assert len(network.seen) == 1
+    network = Guess()
+    SecondLookInferer(SimpleInferer(), without)(head(), lambda x: network(x)[:, : without.channels])
+    assert len(network.seen) == 1
+    network = Guess()
+    SecondLookInferer(SimpleInferer(), LAYOUT)(torch.zeros(1, 1, 16, 16, 16), network)  # no brain
+    assert len(network.seen) == 1
