@@ -54,10 +54,10 @@ format: $(VENV)/.all
 	$(BIN)/ruff check --fix .
 
 train: $(VENV)/.all
-	$(BIN)/brainfm-monai prepare labels "$(MAPS)" "$(PREPARED)" --jobs $(JOBS)
+	$(BIN)/brainfm-monai prepare labels "$(MAPS)" "$(PREPARED)" --jobs $(JOBS) --contrasts T1w,T2w,FLAIR,CT
 	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)"
-	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --coarse
-	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --coarse_weights bundle/training_coarse/model.pt
+	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant coarse,muon
+	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant release,muon --coarse_weights bundle/training_coarse/model.pt
 
 clean:
 	rm -rf $(VENV) demo

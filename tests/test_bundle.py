@@ -68,7 +68,7 @@ def test_the_networks_shape_is_the_one_stated(repository: Path, tmp_path: Path, 
     metadata["network_data_format"]["outputs"]["pred"]["num_channels"] -= 1
     wrong = tmp_path / "metadata.json"
     wrong.write_text(json.dumps(metadata))
-    with pytest.raises(ValueError, match="output channel number `52` doesn't match: `51`"):
+    with pytest.raises(ValueError, match="output channel number `56` doesn't match: `55`"):
         verify_net_in_out("network_def", str(wrong), config, device="cpu")
 
 

@@ -190,6 +190,7 @@ def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: P
         if name.startswith("backbone."):
             assert torch.equal(state[name.replace("backbone.", "backbone.coarse.")], weights[name]), name
     assert torch.equal(state["head.weight"][:, 8:], weights["head.weight"])
+    assert not state["head.weight"][:, :8].any()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -198,6 +199,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low_field": {},
     "hemisphere": {},
     "photo": {},
+    "muon": {},
+    "release": {"source_size": [32, 32, 32], "image_size": [16, 16, 16]},
     "swin_unetr": {"spatial_size": [64, 32, 32], "network_def#backbone#feature_size": 12},
 }
 

@@ -111,6 +111,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
         patch.setattr(warps, "load_template", lambda: template)
         patch.setattr(page, "load_template", lambda: template)
         torch.save({"level": torch.zeros(1)}, folder / "none.pt")
+        tasks: dict[str, Any] = {"layout#tasks": list(LAYOUT.tasks)}
         workflow = ConfigWorkflow(
             workflow_type="inference",
             config_file=str(repository / "bundle/configs/inference.json"),
@@ -125,6 +126,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
             initialize=[],
             weights=str(folder / "none.pt"),
             outputs=OUTPUTS,
+            **tasks,
         )
         workflow.initialize()
         workflow.run()

@@ -73,6 +73,7 @@ def predict(repository: Path, weights: Path) -> Predict:
             "weights": str(weights),
             "device": "$torch.device('cpu')",
             "network_def#backbone#features": FEATURES,
+            "layout#tasks": list(LAYOUT.tasks),
             "bfloat16": False,
             "outputs": OUTPUTS,
         }
@@ -335,7 +336,7 @@ def test_the_command_works_from_another_folder_and_fails_in_one_line(repository:
     bundle = repository / "bundle"
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs/inference.json")]
     command += ["--bundle_root", str(bundle), "--output_dir", "OUT", "--weights", str(weights)]
-    command += ["--network_def#backbone#features", str(FEATURES), "--outputs", OUTPUTS]
+    command += ["--network_def#backbone#features", str(FEATURES), "--layout#tasks", str([*LAYOUT.tasks]), "--outputs", OUTPUTS]
     done = subprocess.run([*command, "--input", "scan.nii.gz"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1/1" in done.stderr  # the progress bar

@@ -90,6 +90,7 @@ def command(repository: Path, weights: Path, source: Path, output: Path, *more: 
     bundle = repository / "bundle"
     start = [sys.executable, "-m", "brainfm_monai", "predict", str(source), str(output), "--bundle", str(bundle)]
     settings = ["--weights", str(weights), "--network_def#backbone#features", str(FEATURES), "--device", "$torch.device('cpu')"]
+    settings += ["--layout#tasks", str([*LAYOUT.tasks])]
     return [*start, *settings, "--precision", "float32", "--outputs", "segmentation,volumes,distance", *more]
 
 
@@ -111,7 +112,7 @@ def test_twenty_scans_with_two_broken_ones_survive_a_kill(repository: Path, weig
 
     process = subprocess.Popen(command(repository, weights, source, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 300
-    while len(finished(output)) < 6 and time.monotonic() < until:
+    while len(finished(output)) < 6 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -169,6 +170,7 @@ def settings(repository: Path, weights: Path) -> dict[str, Any]:
         "bundle": str(repository / "bundle"),
         "weights": str(weights),
         "network_def#backbone#features": FEATURES,
+        "layout#tasks": list(LAYOUT.tasks),
         "device": torch.device("cpu"),
         "bfloat16": False,
     }

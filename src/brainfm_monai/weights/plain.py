@@ -61,11 +61,12 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 
 def load_coarse_weights(network: nn.Module, path: str | Path) -> None:
-    """Start a two-scale network from a coarse one, so that its first output is the coarse one's, interpolated.
+    """Start a two-scale network from a coarse one, so that its first output is the coarse one's, each voxel repeated.
 
     Args:
         network: :class:`~brainfm_monai.networks.MultiTaskNet` over a :class:`~brainfm_monai.networks.TwoScaleUNet`.
-        path: plain state dict of the coarse network, a ``MultiTaskNet`` over a ``UNet``; empty: nothing is done.
+        path: plain state dict of the coarse network, a ``MultiTaskNet`` over an ``AdditiveUNet``, whose tasks are the first ones
+            of this network's layout; empty: nothing is done.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -82,7 +83,8 @@ def load_coarse_weights(network: nn.Module, path: str | Path) -> None:
                 f"{path}: the weights must fit the coarse network, found {found} for '{source}' of {tuple(state[name].shape)}"
             )
         state[name] = given[source]
-    context = given["head.weight"].shape[1]
-    state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"][:, :-context]), given["head.weight"]], dim=1)
-    state["head.bias"] = given["head.bias"]
+    channels, context = given["head.weight"].shape[:2]
+    state["head.weight"][:channels] = 0
+    state["head.weight"][:channels, -context:] = given["head.weight"]
+    state["head.bias"][:channels] = given["head.bias"]
     network.load_state_dict(state)
