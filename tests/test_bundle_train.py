@@ -139,6 +139,16 @@ def test_batches_of_subjects_with_different_targets_and_real_scans(repository: P
     assert [path.name for path in (tmp_path / "panels").iterdir()] == ["epoch_0001_sub-2.png"]
 
 
+def test_images_that_are_not_asked_for_stay_unread(repository: Path, tmp_path: Path) -> None:
+    items = [write_subject(tmp_path / f"sub-{i}", 14 + i) | {"CT": "none.nii.gz", "T1w": "none.nii.gz"} for i in range(2)]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}), encoding="utf-8")
+    workflow = make_workflow(repository, tmp_path, tmp_path / "out", epoch_length=1, panels=0)
+    workflow.initialize()
+    workflow.run()
+    assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 1
+    assert "CT" not in workflow.parser.get_parsed_content("train#dataset")[0]
+
+
 def test_a_subject_with_a_nan_is_named_left_out_and_ends_the_training(repository: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     items = [write_subject(root / f"sub-{i}", 14 + i) for i in range(3)]
