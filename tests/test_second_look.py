@@ -71,3 +71,16 @@ def test_one_look_where_two_are_of_no_use() -> None:
     network = Guess()
     SecondLookInferer(SimpleInferer(), LAYOUT)(torch.zeros(1, 1, 16, 16, 16), network)  # no brain
     assert len(network.seen) == 1
+
+
+def test_coordinates_that_do_not_fill_space_are_taken_as_they_are() -> None:
+    flat = Guess()
+
+    def network(image: Tensor) -> Tensor:
+        output = flat(image)
+        output[:, LAYOUT.slices["mni"]] = 0.25 * len(flat.seen)  # the same everywhere, as of an untrained network
+        return output
+
+    output = SecondLookInferer(SimpleInferer(), LAYOUT)(head(), network)
+    assert len(flat.seen) == 2
+    torch.testing.assert_close(output[:, LAYOUT.slices["mni"]], torch.full((1, 3, 40, 48, 64), 0.5), atol=1e-5, rtol=0)

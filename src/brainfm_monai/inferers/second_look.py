@@ -77,5 +77,6 @@ def _follow(first: Tensor, second: Tensor, brain: Tensor, box: tuple[slice, ...]
     """Coordinates of the first look, (3, H, W, D), by the affine map to the second ones that fits best in the brain."""
     known, goal = first[:, *box][:, brain[box]].T.double(), second[:, brain[box]].T.double()
     known = torch.cat([known, torch.ones_like(known[:, :1])], 1)
-    matrix = torch.linalg.lstsq(known, goal).solution.T.to(first.dtype)
+    # On the host, whose solver takes coordinates that do not fill space; those of a GPU do not.
+    matrix = torch.linalg.lstsq(known.cpu(), goal.cpu()).solution.T.to(first)
     return torch.einsum("ij,jhwd->ihwd", matrix[:, :3], first) + matrix[:, 3].reshape(3, 1, 1, 1)
