@@ -75,6 +75,11 @@ def fold(values: np.ndarray) -> np.ndarray:
     return values
 
 
+def hole(values: np.ndarray) -> np.ndarray:
+    values[9:20, 10:30, 14:26] = np.where(values[9:20, 10:30, 14:26] == 5, 6, values[9:20, 10:30, 14:26])
+    return values
+
+
 FAULTS: dict[str, tuple[Callable[[Volumes], None], str, str]] = {
     "shape": (change("T1w", lambda v: v[:-2]), "one grid", r"T1w \(46, 40, 36\) does not lie on the grid of generation_labels"),
     "place": (
@@ -90,6 +95,7 @@ FAULTS: dict[str, tuple[Callable[[Volumes], None], str, str]] = {
     "units of a CT": (change("CT", lambda v: v + 1000), "intensities", "CT begins at 0: HU are needed"),
     "sides": (swap_sides, "left and right", "left hemisphere at x = 10 mm, right one at -8 mm in the affine's RAS"),
     "sides of the template": (change("mni", lambda v: v * (-1, 1, 1)), "left and right", "left hemisphere at MNI x = 10 mm"),
+    "hole": (change("segmentation", hole), "sides alike", "Left-Cerebral-White-Matter has 0.4 ml and Right-.* 1.6 ml"),
     "small head": (change("segmentation", lambda v: v * (np.indices(SIZE)[1] < 12)), "head size", "brain of . ml"),
     "mirrored distances": (change("distance", lambda v: v[..., [2, 3, 0, 1]]), "distances", "channel lp .* Dice 0.00"),
     "folds": (change("mni", fold), "coordinates", "the map to MNI space folds at"),

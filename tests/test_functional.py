@@ -239,6 +239,28 @@ def test_painting_looks_up_each_sample_in_its_own_table() -> None:
         assert torch.equal(painted[b, :, h, w, d], values[b, int(labels[b, 0, h, w, d])])
 
 
+def test_a_voxel_holds_the_mean_of_the_labels_at_its_places_each_sample_in_its_own_table() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (2, 1, 6, 8, 7), generator=generator).to(torch.uint8)
+    values = volume(2, 5, 3)
+    size = (4, 3, 5)
+    coordinates = torch.rand(2, 3, *size, generator=generator) * torch.tensor([9.0, 9.0, 9.0]).reshape(1, 3, 1, 1, 1) - 1.5
+    offsets = torch.rand(2, 3, 4, generator=generator) * 2 - 1
+    painted = intensity.paint_voxels(labels, values, coordinates, offsets)
+    assert painted.shape == (2, 3, *size)
+    outside = 0
+    for b in range(2):
+        for voxel in np.ndindex(size):
+            expected = torch.zeros(3)
+            for n in range(4):
+                place = [round(float(coordinates[(b, i, *voxel)] + offsets[b, i, n])) for i in range(3)]
+                inside = all(0 <= p < m for p, m in zip(place, labels.shape[2:], strict=True))
+                outside += not inside
+                expected += values[b, int(labels[(b, 0, *place)])] / 4 if inside else 0
+            torch.testing.assert_close(painted[(b, slice(None), *voxel)], expected)
+    assert 50 < outside < 400
+
+
 def test_painting_names_a_batch_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"'values' must be for 1 samples, got \(2, 3, 1\)"):
         intensity.paint_labels(torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8), torch.zeros(2, 3, 1))

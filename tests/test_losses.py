@@ -73,7 +73,7 @@ def test_dice_and_cross_entropy_by_loops() -> None:
             cross_entropy -= math.log(prob[true]) / 24
             for c in range(5):
                 sums[c][0] += prob[c] * (c == true)
-                sums[c][1] += prob[c]
+                sums[c][1] += prob[c] ** 2
                 sums[c][2] += c == true
         present = [c for c in range(1, 5) if sums[c][2] > 0]
         dice = sum(1 - 2 * sums[c][0] / (sums[c][1] + sums[c][2]) for c in present) / len(present)
@@ -82,7 +82,7 @@ def test_dice_and_cross_entropy_by_loops() -> None:
 
 def test_dice_and_cross_entropy_are_those_of_monai_and_torch() -> None:
     logits, labels = draw(2, 5, *SIZE), draw(2, 5, *SIZE, seed=1).argmax(1, keepdim=True)  # every class is there
-    dice = DiceLoss(False, to_onehot_y=True, softmax=True, reduction="none", smooth_nr=0, smooth_dr=0)
+    dice = DiceLoss(False, to_onehot_y=True, softmax=True, squared_pred=True, reduction="none", smooth_nr=0, smooth_dr=0)
 
     def theirs(x: Tensor) -> Tensor:
         entropy = nnf.cross_entropy(x, labels[:, 0], reduction="none").mean((1, 2, 3))
@@ -100,7 +100,7 @@ def test_the_gradient_written_out_is_that_of_the_formula(spread: float) -> None:
 
     def formula(x: Tensor) -> Tensor:
         log_prob, truth = x.log_softmax(1).flatten(2), nnf.one_hot(labels[:, 0], 6).movedim(-1, 1).flatten(2)
-        dice = 1 - 2 * (log_prob.exp() * truth).sum(2) / (log_prob.exp() + truth).sum(2)
+        dice = 1 - 2 * (log_prob.exp() * truth).sum(2) / (log_prob.exp().square() + truth).sum(2)
         present = truth.sum(2) > 0
         present[:, 0] = False
         return -(log_prob * truth).sum(1).mean(1) + (dice * present).sum(1) / present.sum(1).clamp_min(1)

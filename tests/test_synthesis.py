@@ -239,6 +239,18 @@ def test_coarser_targets_and_stride_two_keep_world_positions() -> None:
     torch.testing.assert_close(coarse["distance"][:, :, 1:-1], fine["distance"][:, :, 1:-1], atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_voxels_of_two_millimetres_are_means_of_the_labels_in_them(mirrored: bool) -> None:
+    subject = make_subject()
+    params = draw(change(mirror_prob=float(mirrored)), 0, stride=2)
+    means = params.appearances[0].mean[0, subject["generation_labels"][0, 0].long()]
+    expected = torch.nn.functional.avg_pool3d(means[None, None], 2)
+    expected = (expected.flip(2) if mirrored else expected) / expected.max()
+    image = render(subject, params, LAYOUT)["image"]
+    assert len(expected.unique()) > len(means.unique()) + 3  # partial volumes
+    assert float((image / image.max() - expected).abs().max()) < 0.02
+
+
 def test_millimetres_stay_millimetres_on_a_coarser_source() -> None:
     ranges = dataclasses.replace(
         SynthesisRanges(),

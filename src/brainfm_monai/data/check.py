@@ -27,6 +27,9 @@ BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains
 GRID_TOLERANCE_MM = 0.01
 MINIMUM_AGREEMENT = 0.8  # Dice of the inside of a boundary and of the labels in it; surfaces and labels never agree fully
 MINIMUM_SEPARATION_MM = 5.0  # of the centroids of left and right
+MAXIMUM_SIDE_RATIO = 2.0  # of a structure's two volumes; the label maps of SynthSeg reach 1.6, but for one with a hole (3.4)
+MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
+FLUID_IDS = (4, 5, 31, 43, 44, 63)  # ventricles and choroid plexus, whose sides differ in health as well
 MAXIMUM_MNI_MM = 150.0
 MINIMUM_TARGET_SHARE = 0.001  # of the box
 CHANNELS = (("left", PIAL_IDS), ("left", WHITE_IDS), ("right", PIAL_IDS), ("right", WHITE_IDS))
@@ -201,6 +204,20 @@ def _sides_are_right(volumes: Volumes) -> Iterator[str]:
             yield f"left hemisphere at MNI x = {means[0]:.0f} mm, right one at {means[1]:.0f} mm"
 
 
+def _sides_are_alike(volumes: Volumes) -> Iterator[str]:
+    if "segmentation" not in volumes.keys:
+        return
+    protocol = Protocol.load(str(volumes.entry.get("protocol", "synthseg_head")))
+    labels = np.minimum(volumes["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
+    counts = np.bincount(labels.ravel(), minlength=len(protocol) + 1)[:-1]
+    ml = counts * abs(np.linalg.det(volumes.affine("segmentation")[:3, :3])) / 1000
+    for label, other in enumerate(protocol.mirror_permutation):
+        if label < other and protocol.freesurfer_ids[label] not in FLUID_IDS and ml[label] + ml[other] > MINIMUM_SIDES_ML:
+            if max(ml[label], ml[other]) > MAXIMUM_SIDE_RATIO * min(ml[label], ml[other]):
+                names = protocol.structures[label].name, protocol.structures[other].name
+                yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[other]:.1f} ml"
+
+
 def _head_is_plausible(volumes: Volumes) -> Iterator[str]:
     if "segmentation" in volumes.keys:
         voxel_ml = abs(np.linalg.det(volumes.affine("segmentation")[:3, :3])) / 1000
@@ -238,6 +255,7 @@ RULES: dict[str, Callable[[Volumes], Iterator[str]]] = {
     "targets": _targets_hold_something,
     "intensities": _values_are_in_range,
     "left and right": _sides_are_right,
+    "sides alike": _sides_are_alike,
     "head size": _head_is_plausible,
     "distances": _distances_fit_the_labels,
     "coordinates": _coordinates_are_plausible,

@@ -16,6 +16,7 @@ __all__ = [
     "apply_window",
     "normalise_percentiles",
     "paint_labels",
+    "paint_voxels",
 ]
 
 GAMMA_TOP = 300.0  # intensity that a gamma leaves alone (BrainFM)
@@ -40,6 +41,35 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
     count = values.shape[1]
     first = torch.arange(len(labels), device=labels.device, dtype=torch.int32).reshape(-1, 1, 1, 1) * count
     return nnf.embedding(first + labels[:, 0], values.flatten(0, 1)).movedim(-1, 1)
+
+
+def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: Tensor) -> Tensor:
+    """Give voxels the mean of the values of the labels that they hold: partial volumes, without a painted map of the labels' size.
+
+    Args:
+        labels: label indices in [0, L), shape (B, 1, h, w, d), integer.
+        values: C values per label, shape (B, L, C); outside of the map they are 0.
+        coordinates: centres of the voxels, shape (B, 3, H, W, D), in voxels of ``labels``.
+        offsets: from a voxel's centre to N places in it, whose nearest labels count alike, shape (B, 3, N), same unit.
+
+    Returns:
+        Tensor of shape (B, C, H, W, D), in channels-last memory.
+    """
+    batch, size = len(labels), labels.shape[2:]
+    outside = values.shape[1]
+    table = nnf.pad(values, (0, 0, 0, 1)).flatten(0, 1)
+    first = torch.arange(batch, device=labels.device, dtype=torch.int32)[:, None] * (outside + 1)
+    centres, of_map = coordinates.flatten(2), labels.flatten(1)
+    held = torch.empty(*centres[:, 0].shape, offsets.shape[2], device=labels.device, dtype=torch.int32)
+    for n in range(offsets.shape[2]):
+        index, inside = torch.zeros_like(centres[:, 0], dtype=torch.int32), torch.ones_like(centres[:, 0], dtype=torch.bool)
+        for axis, count in enumerate(size):
+            place = (centres[:, axis] + offsets[:, axis, n, None]).round_().int()
+            inside &= (place >= 0) & (place < count)
+            index = index.mul_(count).add_(place.clamp_(0, count - 1))
+        held[..., n] = torch.where(inside, of_map.gather(1, index.long()), outside) + first
+    means = nnf.embedding_bag(held.flatten(0, 1), table, mode="mean")
+    return means.reshape(batch, *coordinates.shape[2:], -1).movedim(-1, 1)
 
 
 def add_texture(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

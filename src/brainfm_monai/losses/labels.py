@@ -23,7 +23,7 @@ class _DiceCrossEntropy(torch.autograd.Function):
         batch, classes, voxels = logits.shape
         normaliser = logits.logsumexp(1, keepdim=True)
         log_true = logits.gather(1, index) - normaliser
-        predicted = (logits - normaliser).exp_().sum(2)
+        predicted = (logits - normaliser).exp_().square_().sum(2)
         nothing = logits.new_zeros(batch, classes)
         truth = nothing.scatter_add(1, index[:, 0], torch.ones_like(log_true[:, 0]))
         overlap = nothing.scatter_add(1, index[:, 0], log_true[:, 0].exp())
@@ -39,18 +39,24 @@ class _DiceCrossEntropy(torch.autograd.Function):
         """Gradient of the logits, from those of the probabilities p by p (g - sum p g)."""
         logits, normaliser, index, overlap, size, share = ctx.saved_tensors
         share = share * gradient[:, None]
-        of_overlap, of_size = -2 * share / size, 2 * share * overlap / size.square()
+        of_overlap, of_square = -2 * share / size, 2 * share * overlap / size.square()
         entropy = gradient[:, None] / logits.shape[2]
         probability = (logits - normaliser).exp_()
-        at_truth = probability.gather(1, index)[:, 0] * of_overlap.gather(1, index[:, 0])
-        mean = torch.bmm(of_size[:, None], probability)[:, 0] + at_truth
-        for label in range(logits.shape[1]):  # in place: a class at a time needs no second volume
-            probability[:, label].mul_(of_size[:, label, None] + entropy - mean)
+        mean = at_truth = probability.gather(1, index)[:, 0] * of_overlap.gather(1, index[:, 0])
+        for label in range(logits.shape[1]):  # a class at a time, and below in place: no second volume is needed
+            mean = torch.addcmul(mean, probability[:, label].square(), of_square[:, label, None], value=2)
+        for label in range(logits.shape[1]):
+            of_class = torch.addcmul(entropy - mean, probability[:, label], of_square[:, label, None], value=2)
+            probability[:, label].mul_(of_class)
         return probability.scatter_add_(1, index, (at_truth - entropy)[:, None]), None
 
 
 def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy plus soft Dice over the foreground classes that are present, without a one-hot volume.
+
+    The sizes of the Dice are sums of squares, ``2 sum(p t) / (sum(p^2) + sum(t))``. Where a voxel is uncertain, the best p is
+    then near the probability, as it is for the cross entropy; with plain sums it is 0 or 1, the latter already from half the
+    Dice on, so that thin structures come out too large.
 
     Args:
         logits: shape (B, L, H, W, D).
@@ -60,7 +66,7 @@ def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
         Loss per sample, shape (B,), in float32.
 
     Reference:
-        Milletari et al., V-Net, 3DV 2016 (Dice); normalised over present classes, because an absent one adds a constant.
+        Milletari et al., V-Net, 3DV 2016 (Dice, with squares); averaged over present classes, as an absent one adds a constant.
     """
     loss: Tensor = _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
     return loss

@@ -153,7 +153,7 @@ class TwoScaleUNet(nn.Module):
         features: Sequence[int] = (32, 64, 128, 256),
         encoder_blocks: Sequence[int] | None = None,
         decoder_blocks: Sequence[int] | None = None,
-        fine_blocks: int = 1,
+        fine_blocks: int = 2,
     ) -> None:
         super().__init__()
         fine, narrow, coarse = features[0], max(features[0] // 2, 1), features[1]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from brainfm_monai.functional import intensity, separable, spatial
@@ -97,12 +96,12 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
     first = params.appearances[0]
     columns = [torch.ones_like(first.mean), first.is_head.expand_as(first.mean)]
     columns += [value for a in params.appearances for value in (a.mean, a.std)]
-    painted = intensity.paint_labels(labels, torch.stack(columns, -1))
-    if geometry.stride > 1:  # not for 1: a pooling of one voxel is a slow copy
-        painted = nnf.avg_pool3d(painted, geometry.stride)
-    sources = {"painted": painted}
-    sources |= {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
+    sources = {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
     read: dict[str, Tensor] = {}
+    if geometry.stride > 1:
+        read["painted"] = intensity.paint_voxels(labels, torch.stack(columns, -1), coordinates, _places_in_voxel(geometry))
+    else:
+        sources["painted"] = intensity.paint_labels(labels, torch.stack(columns, -1))
     for size in dict.fromkeys(source.shape[2:] for source in sources.values()):
         together = {name: source for name, source in sources.items() if source.shape[2:] == size}
         places = _coarser(coordinates, labels, next(iter(together.values())))
@@ -116,6 +115,12 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
         shrink = torch.linalg.det(geometry.matrix).abs().pow(-1 / 3).reshape(-1, 1, 1, 1, 1)
         read["distance"] = _mirror_channels(read["distance"] * shrink + FAR_MM * outside, "distance", geometry)
     return read
+
+
+def _places_in_voxel(geometry: GeometryParams) -> Tensor:
+    """Where the stride^3 source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source voxels."""
+    along = torch.arange(geometry.stride, device=geometry.matrix.device, dtype=geometry.matrix.dtype)
+    return geometry.matrix @ torch.cartesian_prod(*[along - (geometry.stride - 1) / 2] * 3).T
 
 
 def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: GeometryParams) -> Tensor | None:
