@@ -6,10 +6,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES_OF_INSTALL := setup.cfg pyproject.toml constraints.txt
 
-# for `make train`: a folder of label maps in, weights out
+# for `make train`: a folder of label maps in, weights out; of LEFT_OUT the left hippocampus is labelled as cortex and fluid
 MAPS ?= maps
 PREPARED ?= prepared
 VALIDATION ?= training_seg_18,training_seg_19
+LEFT_OUT ?= training_seg_07
 JOBS ?= 2
 
 .PHONY: help demo test format train clean
@@ -55,7 +56,7 @@ format: $(VENV)/.all
 
 train: $(VENV)/.all
 	$(BIN)/brainfm-monai prepare labels "$(MAPS)" "$(PREPARED)" --jobs $(JOBS) --contrasts T1w,T2w,FLAIR,CT
-	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)"
+	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)" --test "$(LEFT_OUT)"
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant coarse,muon
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant release,muon --coarse_weights bundle/training_coarse/model.pt
 

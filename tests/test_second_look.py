@@ -60,6 +60,30 @@ def test_coordinates_are_those_of_the_second_look() -> None:
         assert (parts["distance"] == 1).all()  # all else is the first look's
 
 
+def test_coordinates_are_smooth_and_keep_their_bend() -> None:
+    clean = Guess()
+    noise = 3 * torch.randn(1, 3, 24, 32, 28, generator=torch.Generator().manual_seed(0))
+
+    def network(image: Tensor, noise: Tensor) -> Tensor:
+        output = clean(image)
+        if len(clean.seen) == 2:
+            mni = output[:, LAYOUT.slices["mni"]]
+            mni[:, 1] += 4 * (mni[:, 2] / 20).sin()  # forward, more or less from slice to slice
+            mni += noise
+        return output
+
+    def look(sigma: float, noise: Tensor) -> Tensor:
+        clean.seen.clear()
+        inferer = SecondLookInferer(SimpleInferer(), LAYOUT, margin=3, multiple=4, sigma=sigma)
+        output = inferer(head(), lambda image: network(image, noise))
+        return output[0, LAYOUT.slices["mni"], 20:36, 8:30, 40:60].float()
+
+    exact, rough, smooth = look(0, noise * 0), look(0, noise), look(4, noise)
+    error, before = ((smooth - exact).abs().mean((1, 2, 3)), (rough - exact).abs().mean((1, 2, 3)))
+    assert (before > 2).all()
+    assert (error < 0.5).all(), error
+
+
 def test_one_look_where_two_are_of_no_use() -> None:
     without = TaskLayout(["segmentation", "distance"], "synthseg_head")
     network = Guess()

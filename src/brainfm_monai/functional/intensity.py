@@ -44,7 +44,7 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
 
 
 def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: Tensor) -> Tensor:
-    """Give voxels the mean of the values of the labels that they hold: partial volumes, without a painted map of the labels' size.
+    """Give voxels the mean of the values of the labels that they hold: partial volumes, without painting the whole map.
 
     Args:
         labels: label indices in [0, L), shape (B, 1, h, w, d), integer.

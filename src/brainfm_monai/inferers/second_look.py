@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from monai.inferers import Inferer
+from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
 from brainfm_monai.inferers.volume import as_plain, like_input
@@ -15,6 +17,8 @@ from brainfm_monai.tasks import TaskLayout
 __all__ = ["SecondLookInferer"]
 
 MINIMUM_BRAIN = 1000  # voxels that are needed to say where the brain is: a cubic centimetre
+STEP = 4  # voxels from point to point of the grid on which coordinates are smoothed
+MINIMUM_WEIGHT = 1e-6  # of the brain around a point, below which nothing is known there
 
 
 class SecondLookInferer(Inferer):
@@ -25,19 +29,31 @@ class SecondLookInferer(Inferer):
     look. Outside the box, coordinates are those of the first look, moved by the affine map that takes them to the second ones
     within the brain.
 
+    The way to the template is smooth, and what a network says of it is not quite: in the box, coordinates are an affine map and
+    what a Gaussian, which counts the brain alone, leaves of the rest.
+
     Args:
         inferer: runs the network.
         layout: names of the output channels; without segmentation and MNI coordinates there is one look.
         enabled: whether to look twice.
         margin: voxels around the brain.
         multiple: sides and corners of the box are multiples of it, as far as the volume allows.
+        sigma: standard deviation of the Gaussian, in voxels; with 0 coordinates stay as they are.
     """
 
-    def __init__(self, inferer: Inferer, layout: TaskLayout, enabled: bool = True, margin: int = 12, multiple: int = 8) -> None:
+    def __init__(
+        self,
+        inferer: Inferer,
+        layout: TaskLayout,
+        enabled: bool = True,
+        margin: int = 12,
+        multiple: int = 8,
+        sigma: float = 8.0,
+    ) -> None:
         super().__init__()
         self.inferer, self.layout = inferer, layout
         self.enabled = enabled and {"segmentation", "mni"} <= set(layout.tasks)
-        self.margin, self.multiple = margin, multiple
+        self.margin, self.multiple, self.sigma = margin, multiple, sigma
         self.is_brain = torch.as_tensor(layout.protocol.is_brain)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -56,6 +72,8 @@ class SecondLookInferer(Inferer):
             box = self._box(brain)
             again = self.inferer(image[i : i + 1, :, *box].contiguous(), network, *args, **kwargs)
             second = self.layout.split(as_plain(again))["mni"][0]
+            if self.sigma:
+                second = _smooth(second, brain[box], self.sigma)
             first = parts["mni"][0]  # a view of the output
             first.copy_(_follow(first, second, brain, box))
             first[:, *box] = second
@@ -75,8 +93,28 @@ class SecondLookInferer(Inferer):
 
 def _follow(first: Tensor, second: Tensor, brain: Tensor, box: tuple[slice, ...]) -> Tensor:
     """Coordinates of the first look, (3, H, W, D), by the affine map to the second ones that fits best in the brain."""
-    known, goal = first[:, *box][:, brain[box]].T.double(), second[:, brain[box]].T.double()
-    known = torch.cat([known, torch.ones_like(known[:, :1])], 1)
+    return _map(_fit(first[:, *box][:, brain[box]], second[:, brain[box]]), first)
+
+
+def _smooth(coordinates: Tensor, brain: Tensor, sigma: float) -> Tensor:
+    """Coordinates (3, H, W, D) with what is not affine in them smoothed in the brain, (H, W, D), and continued around it."""
+    index = torch.stack(torch.meshgrid(*(torch.arange(n, device=brain.device) for n in brain.shape), indexing="ij")).float()
+    straight = _map(_fit(index[:, brain], coordinates[:, brain]), index)
+    weighted = torch.cat([(coordinates.float() - straight) * brain, brain[None].float()])[None]
+    padding = [extra for size in reversed(brain.shape) for extra in (0, -size % STEP)]
+    coarse = GaussianFilter(3, sigma / STEP)(nnf.avg_pool3d(nnf.pad(weighted, padding), STEP))
+    values = coarse[0, :3] / coarse[0, 3:].clamp_min(MINIMUM_WEIGHT)
+    rest = nnf.interpolate(values[None], scale_factor=STEP, mode="trilinear", align_corners=False)[0]
+    return straight + rest[:, *(slice(size) for size in brain.shape)]
+
+
+def _fit(known: Tensor, goal: Tensor) -> Tensor:
+    """Affine map (3, 4) of points (3, N) to others that fits best."""
+    points = torch.cat([known, torch.ones_like(known[:1])]).T.double()
     # On the host, whose solver takes coordinates that do not fill space; those of a GPU do not.
-    matrix = torch.linalg.lstsq(known.cpu(), goal.cpu()).solution.T.to(first)
-    return torch.einsum("ij,jhwd->ihwd", matrix[:, :3], first) + matrix[:, 3].reshape(3, 1, 1, 1)
+    return torch.linalg.lstsq(points.cpu(), goal.T.double().cpu()).solution.T.to(known)
+
+
+def _map(matrix: Tensor, points: Tensor) -> Tensor:
+    """Points (3, H, W, D) by an affine map (3, 4)."""
+    return torch.einsum("ij,jhwd->ihwd", matrix[:, :3], points) + matrix[:, 3].reshape(3, 1, 1, 1)

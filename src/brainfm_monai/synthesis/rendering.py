@@ -118,7 +118,7 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
 
 
 def _places_in_voxel(geometry: GeometryParams) -> Tensor:
-    """Where the stride^3 source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source voxels."""
+    """Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source voxels."""
     along = torch.arange(geometry.stride, device=geometry.matrix.device, dtype=geometry.matrix.dtype)
     return geometry.matrix @ torch.cartesian_prod(*[along - (geometry.stride - 1) / 2] * 3).T
 
