@@ -92,5 +92,5 @@ def test_an_id_that_the_reference_lacks() -> None:
 def test_the_check_reads_them_too(root: Path) -> None:
     findings, entries = check_set(root)
     assert [entry["subject"] for entry in entries] == ["ADNI.7", "HCP.100.a"]
-    # a box of 19 ml is no head, and this T1w is not scaled where the reference's layout is not known
-    assert {(f.subject, f.rule) for f in findings} == {("HCP.100.a", "head size")}
+    # a box of 19 ml, twice as large on one side, is no head, and this T1w is not scaled where the reference's layout is not known
+    assert {(f.subject, f.rule) for f in findings} == {("HCP.100.a", "head size"), ("HCP.100.a", "sides alike")}
