@@ -52,6 +52,16 @@ def test_loading_gives_one_channel_and_the_scans_name(tmp_path: Path) -> None:
     assert named.meta["scan_name"] == "sub-01"
 
 
+def test_a_loader_that_is_asked_for_metadata_loads_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "scan.nii", RAMP)
+    load = LoadScand("image")
+    expected = load({"image": str(path)})["image"]
+    load._loader.image_only = False  # as MONAI Label sets it in every loader of a bundle
+    found = load({"image": str(path)})["image"]
+    assert torch.equal(found.as_tensor(), expected.as_tensor())
+    assert torch.equal(found.affine, expected.affine)
+
+
 def test_loading_sets_what_is_not_finite_to_zero(tmp_path: Path) -> None:
     data = RAMP.copy()
     data[3, 4, 5], data[6, 7, 8], data[1, 1, 1] = np.nan, np.inf, -np.inf

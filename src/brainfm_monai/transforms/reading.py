@@ -92,9 +92,10 @@ class LoadScand(LoadImaged):
     def _read(self, path: str, reader: Any) -> MetaTensor:
         with_nibabel = Path(path).is_file() and path.lower().endswith(NIBABEL_SUFFIXES)
         try:
-            image: MetaTensor = self._loader(path, reader if reader or with_nibabel else ITKReader())
+            loaded = self._loader(path, reader if reader or with_nibabel else ITKReader())
         except Exception as error:  # a damaged file shows as EOFError, BadGzipFile, zlib.error, OSError, ... of the reader
             raise ScanError(f"{path}: the voxels cannot be read, found {first_line(error.__cause__ or error)}") from error
+        image: MetaTensor = loaded[0] if isinstance(loaded, tuple) else loaded  # MONAI Label asks loaders for metadata beside it
         return image
 
 
