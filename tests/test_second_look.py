@@ -49,11 +49,11 @@ def test_coordinates_are_those_of_the_second_look() -> None:
     for low in (False, True):
         network = Guess(low)
         image = MetaTensor(head(), affine=torch.diag(torch.tensor([1.0, 2, 3, 1])))
-        inferer = SecondLookInferer(SimpleInferer(), LAYOUT, margin=3, multiple=4)
+        inferer = SecondLookInferer(SimpleInferer(), LAYOUT, size=(24, 32, 28))
         output = inferer(image, network)
         assert isinstance(output, MetaTensor)
         assert torch.equal(output.affine, image.affine)
-        assert network.seen == [(40, 48, 64), (24, 32, 28)]  # 16 to 40, 4 to 36, 36 to 64
+        assert network.seen == [(40, 48, 64), (24, 32, 28)]  # 16 to 40, 2 to 34, 36 to 64
         parts = LAYOUT.split(output.as_tensor())
         index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (40, 48, 64)), indexing="ij")).float()
         torch.testing.assert_close(parts["mni"][0].float(), index, atol=1e-3, rtol=0)  # outside, too: the affine map is exact
@@ -74,7 +74,7 @@ def test_coordinates_are_smooth_and_keep_their_bend() -> None:
 
     def look(sigma: float, noise: Tensor) -> Tensor:
         clean.seen.clear()
-        inferer = SecondLookInferer(SimpleInferer(), LAYOUT, margin=3, multiple=4, sigma=sigma)
+        inferer = SecondLookInferer(SimpleInferer(), LAYOUT, size=(24, 32, 28), sigma=sigma)
         output = inferer(head(), lambda image: network(image, noise))
         return output[0, LAYOUT.slices["mni"], 20:36, 8:30, 40:60].float()
 
@@ -82,6 +82,14 @@ def test_coordinates_are_smooth_and_keep_their_bend() -> None:
     error, before = ((smooth - exact).abs().mean((1, 2, 3)), (rough - exact).abs().mean((1, 2, 3)))
     assert (before > 2).all()
     assert (error < 0.5).all(), error
+
+
+def test_a_volume_smaller_than_the_box_goes_on_with_zeros() -> None:
+    network = Guess()
+    output = SecondLookInferer(SimpleInferer(), LAYOUT, size=(24, 32, 80))(head(), network)
+    assert network.seen == [(40, 48, 64), (24, 32, 80)]
+    index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (40, 48, 64)), indexing="ij")).float()
+    torch.testing.assert_close(output[0, LAYOUT.slices["mni"]].float(), index, atol=1e-3, rtol=0)
 
 
 def test_one_look_where_two_are_of_no_use() -> None:

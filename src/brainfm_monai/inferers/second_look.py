@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,18 @@ from brainfm_monai.tasks import TaskLayout
 __all__ = ["SecondLookInferer"]
 
 MINIMUM_BRAIN = 1000  # voxels that are needed to say where the brain is: a cubic centimetre
+TRAINING_SIZE = (144, 176, 144)  # voxels: what a scan of train.json shows, 72 x 88 x 72 of 2 mm
 STEP = 4  # voxels from point to point of the grid on which coordinates are smoothed
 MINIMUM_WEIGHT = 1e-6  # of the brain around a point, below which nothing is known there
 
 
 class SecondLookInferer(Inferer):
-    """Run another inferer on a head, and again on the box around the brain that it finds there: its MNI coordinates are taken.
+    """Run another inferer on a head, and again on a box about the brain that it finds there: its MNI coordinates are taken.
 
-    Where in the head a voxel lies is learnt on scans that show little more than the brain, and the network normalises over what
-    it sees: a neck and a face in the field of view move the coordinates by several mm. All other maps are those of the first
-    look. Outside the box, coordinates are those of the first look, moved by the affine map that takes them to the second ones
-    within the brain.
+    Where in the head a voxel lies is learnt on scans of one size that show little more than the brain, the network normalises
+    over what it sees, and it knows its borders: a neck and a face in the field of view move the coordinates by several mm, a box
+    of another size than the training's by half a mm. All other maps are those of the first look. Outside the box, coordinates
+    are those of the first look, moved by the affine map that takes them to the second ones within the brain.
 
     The way to the template is smooth, and what a network says of it is not quite: in the box, coordinates are an affine map and
     what a Gaussian, which counts the brain alone, leaves of the rest.
@@ -36,8 +37,7 @@ class SecondLookInferer(Inferer):
         inferer: runs the network.
         layout: names of the output channels; without segmentation and MNI coordinates there is one look.
         enabled: whether to look twice.
-        margin: voxels around the brain.
-        multiple: sides and corners of the box are multiples of it, as far as the volume allows.
+        size: of the box, in voxels, even numbers; where the volume is smaller, the box goes on with zeros.
         sigma: standard deviation of the Gaussian, in voxels; with 0 coordinates stay as they are.
     """
 
@@ -46,14 +46,13 @@ class SecondLookInferer(Inferer):
         inferer: Inferer,
         layout: TaskLayout,
         enabled: bool = True,
-        margin: int = 12,
-        multiple: int = 8,
+        size: Sequence[int] = TRAINING_SIZE,
         sigma: float = 8.0,
     ) -> None:
         super().__init__()
         self.inferer, self.layout = inferer, layout
         self.enabled = enabled and {"segmentation", "mni"} <= set(layout.tasks)
-        self.margin, self.multiple, self.sigma = margin, multiple, sigma
+        self.size, self.sigma = tuple(size), sigma
         self.is_brain = torch.as_tensor(layout.protocol.is_brain)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -70,8 +69,11 @@ class SecondLookInferer(Inferer):
             if int(brain.sum()) < MINIMUM_BRAIN:
                 continue
             box = self._box(brain)
-            again = self.inferer(image[i : i + 1, :, *box].contiguous(), network, *args, **kwargs)
-            second = self.layout.split(as_plain(again))["mni"][0]
+            seen = image[i : i + 1, :, *box]
+            inside = seen.shape[2:]
+            padding = [extra for n, m in zip(reversed(self.size), reversed(inside), strict=True) for extra in (0, n - m)]
+            again = self.inferer(nnf.pad(seen, padding).contiguous(), network, *args, **kwargs)
+            second = self.layout.split(as_plain(again))["mni"][0][:, *(slice(n) for n in inside)]
             if self.sigma:
                 second = _smooth(second, brain[box], self.sigma)
             first = parts["mni"][0]  # a view of the output
@@ -80,14 +82,14 @@ class SecondLookInferer(Inferer):
         return like_input(output, inputs)
 
     def _box(self, brain: Tensor) -> tuple[slice, ...]:
-        """The box around the brain with its margin, from multiple to multiple."""
+        """A box of the size that is asked for, about the middle of the brain, as far as the volume allows."""
         sides = []
-        for axis, size in enumerate(brain.shape):
+        for axis, (size, whole) in enumerate(zip(self.size, brain.shape, strict=True)):
             others = [a for a in range(3) if a != axis]
             seen = brain.any(others[1]).any(others[0]).nonzero()
-            first = max(int(seen[0]) - self.margin, 0) // self.multiple * self.multiple
-            last = -(-(int(seen[-1]) + 1 + self.margin) // self.multiple) * self.multiple
-            sides.append(slice(first, min(last, size)))
+            first = (int(seen[0]) + int(seen[-1]) + 1 - size) // 2
+            first = min(max(first, 0), max(whole - size, 0)) // 2 * 2  # even: on the grid of a network with stride 2
+            sides.append(slice(first, min(first + size, whole)))
         return tuple(sides)
 
 
