@@ -27,18 +27,18 @@ class SecondLookInferer(Inferer):
 
     Where in the head a voxel lies is learnt on scans of one size that show little more than the brain, the network normalises
     over what it sees, and it knows its borders: a neck and a face in the field of view move the coordinates by several mm, a box
-    of another size than the training's by half a mm. All other maps are those of the first look. Outside the box, coordinates
-    are those of the first look, moved by the affine map that takes them to the second ones within the brain.
+    of another size than the training's by half a mm. All other maps are those of the first look.
 
-    The way to the template is smooth, and what a network says of it is not quite: in the box, coordinates are an affine map and
-    what a Gaussian, which counts the brain alone, leaves of the rest.
+    The way to the template is smooth, and what a network says of it is not quite: coordinates are the affine map that fits best
+    to the second look in the brain, and what a Gaussian, which counts that brain alone, leaves of the rest. Both go on outside
+    the box.
 
     Args:
         inferer: runs the network.
         layout: names of the output channels; without segmentation and MNI coordinates there is one look.
         enabled: whether to look twice.
         size: of the box, in voxels, even numbers; where the volume is smaller, the box goes on with zeros.
-        sigma: standard deviation of the Gaussian, in voxels; with 0 coordinates stay as they are.
+        sigma: standard deviation of the Gaussian, in voxels.
     """
 
     def __init__(
@@ -66,19 +66,21 @@ class SecondLookInferer(Inferer):
             labels = parts["segmentation"][0]
             labels = labels[0].long() if len(labels) == 1 else labels.argmax(0)
             brain = self.is_brain.to(labels.device)[labels]
-            if int(brain.sum()) < MINIMUM_BRAIN:
+            if not brain.any():
                 continue
             box = self._box(brain)
+            known = torch.zeros_like(brain)
+            known[box] = brain[box]
+            if int(known.sum()) < MINIMUM_BRAIN:
+                continue
             seen = image[i : i + 1, :, *box]
             inside = seen.shape[2:]
             padding = [extra for n, m in zip(reversed(self.size), reversed(inside), strict=True) for extra in (0, n - m)]
             again = self.inferer(nnf.pad(seen, padding).contiguous(), network, *args, **kwargs)
             second = self.layout.split(as_plain(again))["mni"][0][:, *(slice(n) for n in inside)]
-            if self.sigma:
-                second = _smooth(second, brain[box], self.sigma)
-            first = parts["mni"][0]  # a view of the output
-            first.copy_(_follow(first, second, brain, box))
-            first[:, *box] = second
+            coordinates = parts["mni"][0]  # a view of the output
+            coordinates[:, *box] = second
+            coordinates.copy_(_smooth(coordinates, known, self.sigma))
         return like_input(output, inputs)
 
     def _box(self, brain: Tensor) -> tuple[slice, ...]:
@@ -93,28 +95,23 @@ class SecondLookInferer(Inferer):
         return tuple(sides)
 
 
-def _follow(first: Tensor, second: Tensor, brain: Tensor, box: tuple[slice, ...]) -> Tensor:
-    """Coordinates of the first look, (3, H, W, D), by the affine map to the second ones that fits best in the brain."""
-    return _map(_fit(first[:, *box][:, brain[box]], second[:, brain[box]]), first)
-
-
-def _smooth(coordinates: Tensor, brain: Tensor, sigma: float) -> Tensor:
-    """Coordinates (3, H, W, D) with what is not affine in them smoothed in the brain, (H, W, D), and continued around it."""
-    index = torch.stack(torch.meshgrid(*(torch.arange(n, device=brain.device) for n in brain.shape), indexing="ij")).float()
-    straight = _map(_fit(index[:, brain], coordinates[:, brain]), index)
-    weighted = torch.cat([(coordinates.float() - straight) * brain, brain[None].float()])[None]
-    padding = [extra for size in reversed(brain.shape) for extra in (0, -size % STEP)]
+def _smooth(coordinates: Tensor, known: Tensor, sigma: float) -> Tensor:
+    """Coordinates (3, H, W, D) with what is not affine in them smoothed where they are known, (H, W, D), and continued around."""
+    index = torch.stack(torch.meshgrid(*(torch.arange(n, device=known.device) for n in known.shape), indexing="ij")).float()
+    straight = _map(_fit(index[:, known], coordinates[:, known]), index)
+    weighted = torch.cat([(coordinates.float() - straight) * known, known[None].float()])[None]
+    padding = [extra for size in reversed(known.shape) for extra in (0, -size % STEP)]
     coarse = GaussianFilter(3, sigma / STEP)(nnf.avg_pool3d(nnf.pad(weighted, padding), STEP))
     values = coarse[0, :3] / coarse[0, 3:].clamp_min(MINIMUM_WEIGHT)
     rest = nnf.interpolate(values[None], scale_factor=STEP, mode="trilinear", align_corners=False)[0]
-    return straight + rest[:, *(slice(size) for size in brain.shape)]
+    return straight + rest[:, *(slice(size) for size in known.shape)]
 
 
-def _fit(known: Tensor, goal: Tensor) -> Tensor:
+def _fit(origin: Tensor, goal: Tensor) -> Tensor:
     """Affine map (3, 4) of points (3, N) to others that fits best."""
-    points = torch.cat([known, torch.ones_like(known[:1])]).T.double()
+    points = torch.cat([origin, torch.ones_like(origin[:1])]).T.double()
     # On the host, whose solver takes coordinates that do not fill space; those of a GPU do not.
-    return torch.linalg.lstsq(points.cpu(), goal.T.double().cpu()).solution.T.to(known)
+    return torch.linalg.lstsq(points.cpu(), goal.T.double().cpu()).solution.T.to(origin)
 
 
 def _map(matrix: Tensor, points: Tensor) -> Tensor:
