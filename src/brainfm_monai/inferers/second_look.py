@@ -98,22 +98,13 @@ class SecondLookInferer(Inferer):
 def _smooth(coordinates: Tensor, known: Tensor, sigma: float) -> Tensor:
     """Coordinates (3, H, W, D) with what is not affine in them smoothed where they are known, (H, W, D), and continued around."""
     index = torch.stack(torch.meshgrid(*(torch.arange(n, device=known.device) for n in known.shape), indexing="ij")).float()
-    straight = _map(_fit(index[:, known], coordinates[:, known]), index)
+    points = torch.cat([index, torch.ones_like(index[:1])])
+    # On the host, whose solver takes coordinates that do not fill space; those of a GPU do not.
+    fit = torch.linalg.lstsq(points[:, known].T.double().cpu(), coordinates[:, known].T.double().cpu()).solution.T.to(points)
+    straight = torch.einsum("ij,jhwd->ihwd", fit, points)
     weighted = torch.cat([(coordinates.float() - straight) * known, known[None].float()])[None]
     padding = [extra for size in reversed(known.shape) for extra in (0, -size % STEP)]
     coarse = GaussianFilter(3, sigma / STEP)(nnf.avg_pool3d(nnf.pad(weighted, padding), STEP))
     values = coarse[0, :3] / coarse[0, 3:].clamp_min(MINIMUM_WEIGHT)
     rest = nnf.interpolate(values[None], scale_factor=STEP, mode="trilinear", align_corners=False)[0]
     return straight + rest[:, *(slice(size) for size in known.shape)]
-
-
-def _fit(origin: Tensor, goal: Tensor) -> Tensor:
-    """Affine map (3, 4) of points (3, N) to others that fits best."""
-    points = torch.cat([origin, torch.ones_like(origin[:1])]).T.double()
-    # On the host, whose solver takes coordinates that do not fill space; those of a GPU do not.
-    return torch.linalg.lstsq(points.cpu(), goal.T.double().cpu()).solution.T.to(origin)
-
-
-def _map(matrix: Tensor, points: Tensor) -> Tensor:
-    """Points (3, H, W, D) by an affine map (3, 4)."""
-    return torch.einsum("ij,jhwd->ihwd", matrix[:, :3], points) + matrix[:, 3].reshape(3, 1, 1, 1)
