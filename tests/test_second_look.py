@@ -68,7 +68,7 @@ def test_coordinates_are_smooth_and_keep_their_bend() -> None:
         output = clean(image)
         if len(clean.seen) == 2:
             mni = output[:, LAYOUT.slices["mni"]]
-            mni[:, 1] += 4 * (mni[:, 2] / 20).sin()  # forward, more or less from slice to slice
+            mni[:, 1] += 0.06 * (mni[:, 2] - 50).square()  # a bend that no affine map has
             mni += noise
         return output
 
@@ -79,9 +79,9 @@ def test_coordinates_are_smooth_and_keep_their_bend() -> None:
         return output[0, LAYOUT.slices["mni"], 20:36, 8:30, 40:60].float()
 
     exact = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (40, 48, 64)), indexing="ij")).float()[:, 20:36, 8:30, 40:60]
-    exact[1] += 4 * (exact[2] / 20).sin()
-    error = (look(4, noise) - exact).abs().mean((1, 2, 3))
-    assert (error < 0.5).all(), error  # the noise alone: 2.4
+    exact[1] += 0.06 * (exact[2] - 50).square()
+    error = (look(2, noise) - exact).abs().mean((1, 2, 3))
+    assert (error < 0.8).all(), error  # the noise alone: 2.4; forward, without the bend: 1.5
 
 
 def test_a_volume_smaller_than_the_box_goes_on_with_zeros() -> None:
