@@ -57,7 +57,29 @@ def test_coordinates_are_those_of_the_second_look() -> None:
         parts = LAYOUT.split(output.as_tensor())
         index = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (40, 48, 64)), indexing="ij")).float()
         torch.testing.assert_close(parts["mni"][0].float(), index, atol=1e-3, rtol=0)  # outside, too: the affine map is exact
-        assert (parts["distance"] == 1).all()  # all else is the first look's
+
+
+def test_other_maps_are_the_mean_of_both_looks_without_a_seam() -> None:
+    for low in (False, True):
+        first = LAYOUT.split(Guess(low)(head()))
+        network = Guess(low)
+
+        def look(image: Tensor, network: Guess = network) -> Tensor:
+            output = network(image)
+            if len(network.seen) == 2:
+                LAYOUT.split(output)["segmentation"].zero_()  # no say in the labels
+            return output
+
+        parts = LAYOUT.split(SecondLookInferer(SimpleInferer(), LAYOUT, size=(24, 32, 28))(head(), look))
+        assert torch.equal(parts["segmentation"], first["segmentation"])
+        distance = parts["distance"][0, 0]  # 1 in the first look, 2 in the second, whose box is 16 to 40, 2 to 34, 36 to 64
+        assert (distance[24:32, 10:26, 44:56] == 1.5).all()
+        assert (distance[:16] == 1).all()
+        assert (distance[:, :2] == 1).all()
+        assert (distance[:, 34:] == 1).all()
+        assert (distance[..., :36] == 1).all()
+        for axis in range(3):  # a ramp of 8 voxels to half of the difference
+            assert distance.diff(dim=axis).abs().max() <= 1 / 16
 
 
 def test_coordinates_are_smooth_and_keep_their_bend() -> None:

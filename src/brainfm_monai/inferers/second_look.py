@@ -1,4 +1,4 @@
-"""A second look at the brain, in a field of view like those of the training, for coordinates in the template."""
+"""A second look at the brain, in a field of view like those of the training."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ __all__ = ["SecondLookInferer"]
 
 MINIMUM_BRAIN = 1000  # voxels that are needed to say where the brain is: a cubic centimetre
 TRAINING_SIZE = (144, 176, 144)  # voxels: what a scan of train.json shows, 72 x 88 x 72 of 2 mm
+RAMP = 8  # voxels in which the second look gains its weight, from the faces of the box on: no seam in the maps
 STEP = 4  # voxels from point to point of the grid on which coordinates are smoothed
 MINIMUM_WEIGHT = 1e-6  # of the brain around a point, below which nothing is known there
 
 
 class SecondLookInferer(Inferer):
-    """Run another inferer on a head, and again on a box about the brain that it finds there: its MNI coordinates are taken.
+    """Run another inferer on a head, and again on a box about the brain that it finds there.
 
     Where in the head a voxel lies is learnt on scans of one size that show little more than the brain, the network normalises
-    over what it sees, and it knows its borders: a neck and a face in the field of view move the coordinates by several mm, a box
-    of another size than the training's by half a mm. All other maps are those of the first look.
+    over what it sees, and it knows its borders: a neck and a face in the field of view move the MNI coordinates by several mm, a
+    box of another size than the training's by half a mm. They are those of the second look. Distances, bias field and images
+    are the mean of both looks, whose errors are not the same. Labels are those of the first look: the mode of memory that
+    decides them slab by slab has no logits to average, and a volume must not depend on the memory that was free.
 
     The way to the template is smooth, and what a network says of it is not quite: coordinates are the affine map that fits best
     to the second look in the brain, and what a Gaussian, which counts that brain alone, leaves of the rest. Both go on outside
@@ -77,10 +80,14 @@ class SecondLookInferer(Inferer):
             inside = seen.shape[2:]
             padding = [extra for n, m in zip(reversed(self.size), reversed(inside), strict=True) for extra in (0, n - m)]
             again = self.inferer(nnf.pad(seen, padding).contiguous(), network, *args, **kwargs)
-            second = self.layout.split(as_plain(again))["mni"][0][:, *(slice(n) for n in inside)]
-            coordinates = parts["mni"][0]  # a view of the output
-            coordinates[:, *box] = second
-            coordinates.copy_(_smooth(coordinates, known, self.sigma))
+            weight = 0.5 * _ramp(inside, RAMP).to(output)
+            for name, second in self.layout.split(as_plain(again)).items():
+                first, second = parts[name][0][:, *box], second[0][:, *(slice(n) for n in inside)]  # the first: of the output
+                if name == "mni":
+                    first.copy_(second)
+                elif name != "segmentation":
+                    first.lerp_(second.to(first), weight)
+            parts["mni"][0].copy_(_smooth(parts["mni"][0], known, self.sigma))
         return like_input(output, inputs)
 
     def _box(self, brain: Tensor) -> tuple[slice, ...]:
@@ -93,6 +100,15 @@ class SecondLookInferer(Inferer):
             first = min(max(first, 0), max(whole - size, 0)) // 2 * 2  # even: on the grid of a network with stride 2
             sides.append(slice(first, min(first + size, whole)))
         return tuple(sides)
+
+
+def _ramp(size: Sequence[int], width: int) -> Tensor:
+    """Weight that rises from near 0 at the faces of a box to 1 in ``width`` voxels, shape ``size``."""
+    weight = torch.ones(())
+    for n in size:
+        place = torch.arange(n) + 0.5
+        weight = weight[..., None] * (torch.minimum(place, n - place) / width).clamp_max(1)
+    return weight
 
 
 def _smooth(coordinates: Tensor, known: Tensor, sigma: float) -> Tensor:
