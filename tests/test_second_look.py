@@ -196,3 +196,16 @@ def test_memory_modes_and_precisions_give_the_same_two_looks() -> None:
     once = run("slabs", enabled=False)
     for name, part in LAYOUT.split(whole).items():
         assert (LAYOUT.split(once)[name] - part).abs().mean() > 3 * (LAYOUT.split(rounded)[name] - part).abs().mean(), name
+
+
+@torch.no_grad()
+def test_coordinates_are_not_rounded_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    network = MultiTaskNet(
+        TwoScaleUNet(features=(8, 8, 16)), LAYOUT
+    ).eval()  # random weights; no stride, so nothing is interpolated
+    image = torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(1))
+    for memory in ("whole", "slabs"):
+        scan = ScanInferer(LAYOUT, memory, bfloat16=True)
+        mni = SecondLookInferer(scan, LAYOUT, size_mm=(16, 16, 16))(image, network)[:, LAYOUT.slices["mni"]]
+        assert (mni.bfloat16().float() != mni).float().mean() > 0.9, memory

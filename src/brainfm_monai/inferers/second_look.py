@@ -112,7 +112,8 @@ class _TwoLooks(nn.Module):
         coordinates.zero_()
         coordinates[:, :, *box] = self.head(second)[:, self.layout.slices["mni"]]
         with torch.autocast(image.device.type, enabled=False):
-            coordinates[0] = _smooth(coordinates[0], known, self.sigma_mm / self.voxel_mm, round(STEP_MM / self.voxel_mm))
+            step = max(round(STEP_MM / self.voxel_mm), 1)
+            coordinates[0] = _smooth(coordinates[0], known, self.sigma_mm / self.voxel_mm, step)
         features[:, :, *box].lerp_(second, 0.5 * _ramp(seen.shape[2:], RAMP_MM / self.voxel_mm).to(second))
         return output
 
