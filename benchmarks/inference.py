@@ -104,7 +104,11 @@ def agreement() -> dict[str, float]:
     inside = image > 0.05  # the inferer's threshold of the head
     same = (exact["segmentation"] == rounded["segmentation"])[inside].float().mean()
     shift_mm = 100 * (exact["mni"] - rounded["mni"]).abs().amax(1, keepdim=True)[inside]
-    return {"same label": float(same), "mean shift mm": float(shift_mm.mean()), "largest shift mm": float(shift_mm.max())}
+    return {
+        "same label": float(same),
+        "mean shift mm": float(shift_mm.mean()),
+        "largest shift mm": float(shift_mm.max()),
+    }
 
 
 def processor() -> str:

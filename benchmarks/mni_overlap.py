@@ -36,7 +36,9 @@ def main(paths: list[Path]) -> None:
         start = time.perf_counter()
         coordinates, grid = compute_mni_coordinates(box, box_affine)
         seconds = time.perf_counter() - start
-        fine = torch.nn.functional.interpolate(torch.from_numpy(coordinates).movedim(-1, 0)[None], size=SIZE, mode="trilinear")
+        fine = torch.nn.functional.interpolate(
+            torch.from_numpy(coordinates).movedim(-1, 0)[None], size=SIZE, mode="trilinear"
+        )
         voxels = apply_affine(np.linalg.inv(template_affine), fine[0].movedim(0, -1).numpy())
         dice = []
         for tissue, probability in zip(TISSUES.values(), maps, strict=True):

@@ -40,7 +40,9 @@ CONFIGS = ("cfgs/generator/default.yaml", "cfgs/generator/train/brain_id.yaml") 
 PREFIX = "Benchmark.subject."  # of every file of a subject: the data set's name up to the first dot, then the subject's
 DATASET = PREFIX.split(".")[0]
 GENERATION_PROTOCOL, PROTOCOL, REFERENCE_PROTOCOL = "synthseg_generation", "synthseg_head", "brainfm"
-SEGMENTATION_IDS = "label_list_segmentation_brainseg_with_extracerebral"  # the reference's id of each of its 56 channels
+SEGMENTATION_IDS = (
+    "label_list_segmentation_brainseg_with_extracerebral"  # the reference's id of each of its 56 channels
+)
 FIRST_CODE = 100  # generation labels from here on are codes of partial volume
 RESERVED_IDS = (1, 77)  # lesion, the first tissue of those codes; white-matter lesion, painted as white matter
 DISTANCE_SCALE, DISTANCE_OFFSET = 20, 128  # stored = mm * 20 + 128, eight bits
@@ -95,7 +97,9 @@ def make_reference_generator(
     """
     missing = [name for name in ("Generator/datasets.py", *CONFIGS) if not (checkout / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{checkout}: a checkout of the published BrainFM repository is needed, it lacks {missing[0]}")
+        raise FileNotFoundError(
+            f"{checkout}: a checkout of the published BrainFM repository is needed, it lacks {missing[0]}"
+        )
     shapes = {name: volume.shape[:3] for name, volume in subject.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"make_reference_generator: the subject's volumes must share one grid, got {shapes}")

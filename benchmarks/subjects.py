@@ -27,7 +27,9 @@ LIMIT_MB, LIMIT_S = 25, 0.5
 def main(folder: Path, repeats: int) -> None:
     """Print one row of a table for each subject, and the medians."""
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, one thread, monai {version('monai')}, nibabel {version('nibabel')}")
+    print(
+        f"{platform.processor() or platform.machine()}, one thread, monai {version('monai')}, nibabel {version('nibabel')}"
+    )
     print("| subject | volumes | MB on disk | CPU s to load | elapsed s |\n|---|---|---|---|---|")
     sizes, medians = [], []
     for entry in find_subjects(folder):
@@ -44,7 +46,9 @@ def main(folder: Path, repeats: int) -> None:
         print(
             f"| {entry['subject']} | {len(keys)} | {sizes[-1]:.1f} | {medians[-1]:.2f} | {statistics.median(elapsed[1:]):.2f} |"
         )
-    print(f"largest {max(sizes):.1f} MB (at most {LIMIT_MB}), slowest to load {max(medians):.2f} CPU s (at most {LIMIT_S})")
+    print(
+        f"largest {max(sizes):.1f} MB (at most {LIMIT_MB}), slowest to load {max(medians):.2f} CPU s (at most {LIMIT_S})"
+    )
 
 
 if __name__ == "__main__":

@@ -49,8 +49,12 @@ SCALES = {"CT": 1000.0}
 
 def load_subject(folder: Path) -> dict[str, Tensor]:
     """A prepared subject as a batch of one, with real images painted from its labels."""
-    volumes = {key: np.asarray(nib.load(folder / f"{key}.nii.gz").dataobj) for key in ("generation_labels", "segmentation")}  # type: ignore[attr-defined]
-    dense = {key: np.asarray(nib.load(folder / f"{key}.nii.gz").dataobj, np.float32) for key in ("distance", "mni")}  # type: ignore[attr-defined]
+
+    def read(key: str, dtype: type | None = None) -> np.ndarray:
+        return np.asarray(nib.load(folder / f"{key}.nii.gz").dataobj, dtype)  # type: ignore[attr-defined]
+
+    volumes = {key: read(key) for key in ("generation_labels", "segmentation")}
+    dense = {key: read(key, np.float32) for key in ("distance", "mni")}
     subject = {key: torch.from_numpy(np.ascontiguousarray(v))[None, None] for key, v in volumes.items()}
     # As a file holds them, with the channels of a voxel side by side: the layout that is sampled fastest.
     subject |= {key: torch.from_numpy(np.ascontiguousarray(v)).movedim(-1, 0)[None] for key, v in dense.items()}
@@ -128,7 +132,9 @@ def read_status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(subject: dict[str, Tensor], size: int, batch: int, repeats: int, device: torch.device, reference: Any) -> None:
+def measure(
+    subject: dict[str, Tensor], size: int, batch: int, repeats: int, device: torch.device, reference: Any
+) -> None:
     """Print the row of one size and batch, and its stages."""
     layout = TaskLayout(TASK_NAMES)
     synthesizer = Synthesizer(SynthesisRanges(), layout, (size, size, size))
@@ -158,7 +164,9 @@ def measure(subject: dict[str, Tensor], size: int, batch: int, repeats: int, dev
     row = [f"{size}^3", str(batch), f"{own:.3f}", f"{1 / own:.2f}", f"{clock.median('load sample'):.2f}"]
     row += [f"{peak / 2**30 / batch:.2f}" if peak else "-"]
     if reference is not None and batch == 1:
-        ratio = statistics.median(r / s for r, s in zip(clock.seconds["reference"], clock.seconds["sample"], strict=True))
+        ratio = statistics.median(
+            r / s for r, s in zip(clock.seconds["reference"], clock.seconds["sample"], strict=True)
+        )
         row += [f"{clock.median('reference'):.2f}", f"{clock.median('load reference'):.2f}", f"{ratio:.1f}"]
     sys.stdout.write("| " + " | ".join([*row, *["-"] * (9 - len(row))]) + " |\n")
     sys.stdout.write(f"    by stage, ms of a sample alone: {by_stage}\n")
@@ -178,9 +186,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"{name}; {platform.processor() or platform.machine()}; torch {torch.__version__}; ")
-    sys.stdout.write(f"python {platform.python_version()}; subject {tuple(subject['segmentation'].shape[2:])}, all targets\n\n")
     sys.stdout.write(
-        "| size | batch | s/sample | samples/s | load | peak GB/sample | reference s | its load | ratio |\n|" + "---|" * 9 + "\n"
+        f"python {platform.python_version()}; subject {tuple(subject['segmentation'].shape[2:])}, all targets\n\n"
+    )
+    sys.stdout.write(
+        "| size | batch | s/sample | samples/s | load | peak GB/sample | reference s | its load | ratio |\n|"
+        + "---|" * 9
+        + "\n"
     )
     for size in arguments.sizes:
         reference = None

@@ -151,18 +151,20 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help="default: what the device is fast in")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16", "float16"], help="default: what the device is fast in"
+    )
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cache_on_device", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    versions = (
-        f"torch {torch.__version__}, monai {monai.__version__}, ignite {ignite.__version__}, python {platform.python_version()}"
-    )
+    versions = f"torch {torch.__version__}, monai {monai.__version__}, ignite {ignite.__version__}, python {platform.python_version()}"
     sys.stdout.write(f"{name}; {platform.processor() or platform.machine()}; {versions}\n")
-    sys.stdout.write(f"size {options.size}, source {options.source}, features {options.features}, batch {options.batch}\n\n")
+    sys.stdout.write(
+        f"size {options.size}, source {options.source}, features {options.features}, batch {options.batch}\n\n"
+    )
     busy, own = other_load()
     start = time.perf_counter()
     stages, seconds = run(options, device)

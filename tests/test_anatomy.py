@@ -13,7 +13,13 @@ from brainfm_monai import Protocol, Structure
 SHIPPED = ("brainfm", "brainfm_generation", "synthseg_brain", "synthseg_generation", "synthseg_head")
 HEADER = "label\tfreesurfer_id\tname\tside\tmirror\tred\tgreen\tblue\tincludes"
 # FreeSurfer's colour table: the same brain structure has the same id in every protocol
-FREESURFER = {"Left-Thalamus": 10, "Right-Thalamus": 49, "Left-Hippocampus": 17, "Right-Hippocampus": 53, "Brain-Stem": 16}
+FREESURFER = {
+    "Left-Thalamus": 10,
+    "Right-Thalamus": 49,
+    "Left-Hippocampus": 17,
+    "Right-Hippocampus": 53,
+    "Brain-Stem": 16,
+}
 
 
 def write_table(path: Path, *rows: str, header: str = HEADER) -> Path:
@@ -31,7 +37,8 @@ def test_shipped_protocols_are_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("brainfm", 56), ("brainfm_generation", 256), ("synthseg_head", 44), ("synthseg_generation", 54)]
+    ("name", "count"),
+    [("brainfm", 56), ("brainfm_generation", 256), ("synthseg_head", 44), ("synthseg_generation", 54)],
 )
 def test_number_of_labels(name: str, count: int) -> None:
     assert len(Protocol.load(name)) == count
@@ -75,7 +82,10 @@ def test_ids_are_freesurfers(protocol: Protocol) -> None:
 
 
 def test_protocols_agree_on_shared_names() -> None:
-    brain = [{s.name: (s.freesurfer_id, s.side) for s in Protocol.load(n).structures if s.freesurfer_id < 99} for n in SHIPPED]
+    brain = [
+        {s.name: (s.freesurfer_id, s.side) for s in Protocol.load(n).structures if s.freesurfer_id < 99}
+        for n in SHIPPED
+    ]
     shared = set.intersection(*(set(b) for b in brain))
     assert len(shared) > 20
     for name in shared:
@@ -111,7 +121,8 @@ def test_encode_folds_included_ids() -> None:
 
 def test_encode_names_unknown_ids_and_the_file() -> None:
     with pytest.raises(
-        ValueError, match=r"^sub-01\.nii\.gz: every id must be in protocol 'synthseg_head', found unknown ids \[999, 1234\]$"
+        ValueError,
+        match=r"^sub-01\.nii\.gz: every id must be in protocol 'synthseg_head', found unknown ids \[999, 1234\]$",
     ):
         Protocol.load("synthseg_head").encode(np.array([0, 999, 2, 1234]), "sub-01.nii.gz")
 
@@ -151,10 +162,22 @@ BACKGROUND = "0\t0\tUnknown\tnone\t0\t0\t0\t0\t"
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([BACKGROUND, "2\t3\tX\tnone\t2\t0\t0\t0\t"], r"protocol mine: labels must be 0, 1, 2, \.\.\. in order, got \[0, 2\]"),
-        ([BACKGROUND, "1\t3\tX\tnone\t1\t0\t0\t0\t3"], r"protocol mine: an id may stand once, found more than once: \[3\]"),
-        ([BACKGROUND, "1\t3\tX\tleft\t1\t0\t0\t0\t"], r"protocol mine: X \(left\) names mirror 1, which does not name it back"),
-        ([BACKGROUND, "1\t3\tX\tnone\t7\t0\t0\t0\t"], r"protocol mine: X \(none\) names mirror 7, which does not name it back"),
+        (
+            [BACKGROUND, "2\t3\tX\tnone\t2\t0\t0\t0\t"],
+            r"protocol mine: labels must be 0, 1, 2, \.\.\. in order, got \[0, 2\]",
+        ),
+        (
+            [BACKGROUND, "1\t3\tX\tnone\t1\t0\t0\t0\t3"],
+            r"protocol mine: an id may stand once, found more than once: \[3\]",
+        ),
+        (
+            [BACKGROUND, "1\t3\tX\tleft\t1\t0\t0\t0\t"],
+            r"protocol mine: X \(left\) names mirror 1, which does not name it back",
+        ),
+        (
+            [BACKGROUND, "1\t3\tX\tnone\t7\t0\t0\t0\t"],
+            r"protocol mine: X \(none\) names mirror 7, which does not name it back",
+        ),
         ([BACKGROUND, "1\t3\tX\tlinks\t1\t0\t0\t0\t"], r"mine\.tsv, line 3: side must be one of .*, found 'links'"),
         ([BACKGROUND, "1\tthree\tX\tnone\t1\t0\t0\t0\t"], r"mine\.tsv, line 3: numbers are needed, .*'three'"),
     ],
@@ -166,7 +189,9 @@ def test_a_broken_table_is_told_in_one_line(tmp_path: Path, rows: list[str], mes
 
 def test_a_table_without_its_columns_is_named(tmp_path: Path) -> None:
     table = write_table(tmp_path / "lut.tsv", "0\tUnknown", header="index\tname")
-    with pytest.raises(ValueError, match=r"^lut\.tsv: a protocol table needs the columns label .* includes, found index name$"):
+    with pytest.raises(
+        ValueError, match=r"^lut\.tsv: a protocol table needs the columns label .* includes, found index name$"
+    ):
         Protocol.load(table)
 
 
@@ -195,10 +220,18 @@ def test_a_pure_protocol_mixes_nothing() -> None:
     np.testing.assert_array_equal(Protocol.load("synthseg_head").mixture_weights, np.eye(44))
 
 
-@pytest.mark.parametrize(("mixture", "found"), [("2:0.5 3:0.4", "((2, 0.5), (3, 0.4))"), ("2:0.5 9:0.5", "((2, 0.5), (9, 0.5))")])
+@pytest.mark.parametrize(
+    ("mixture", "found"), [("2:0.5 3:0.4", "((2, 0.5), (3, 0.4))"), ("2:0.5 9:0.5", "((2, 0.5), (9, 0.5))")]
+)
 def test_a_mixture_that_does_not_add_up_is_named(tmp_path: Path, mixture: str, found: str) -> None:
-    rows = ["0\t0\tUnknown\tnone\t0\t0\t0\t0\t\t", "1\t2\tWhite\tnone\t1\t0\t0\t0\t\t", "2\t3\tGrey\tnone\t2\t0\t0\t0\t\t"]
-    table = write_table(tmp_path / "t.tsv", *rows, f"3\t150\tMix\tnone\t3\t0\t0\t0\t\t{mixture}", header=f"{HEADER}\tmixture")
+    rows = [
+        "0\t0\tUnknown\tnone\t0\t0\t0\t0\t\t",
+        "1\t2\tWhite\tnone\t1\t0\t0\t0\t\t",
+        "2\t3\tGrey\tnone\t2\t0\t0\t0\t\t",
+    ]
+    table = write_table(
+        tmp_path / "t.tsv", *rows, f"3\t150\tMix\tnone\t3\t0\t0\t0\t\t{mixture}", header=f"{HEADER}\tmixture"
+    )
     message = f"protocol t: Mix must mix pure structures with shares that sum to 1, got {found}"
     with pytest.raises(ValueError, match=re.escape(message)):
         Protocol.load(table)

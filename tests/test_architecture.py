@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "anatomy": set(),
     "tasks": {"anatomy"},
     "functional": set(),
+    "io": set(),
     "synthesis": TABLES | {"functional"},
     "networks": set(TABLES),
     "weights": TABLES | {"networks"},
@@ -42,14 +43,39 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},
 }
+for _room in set(MAY_IMPORT) - TABLES - {"functional", "io", "__main__"}:
+    MAY_IMPORT[_room] |= {"io"}  # files and errors: every room but the tables and the formulas
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
 
 # what only extras bring: the package itself has to start without
-OPTIONAL = ["matplotlib", "nilearn", "pandas", "edt", "skimage", "scipy", "sklearn", "igl", "tensorboard", "tqdm", "psutil"]
+OPTIONAL = [
+    "matplotlib",
+    "nilearn",
+    "pandas",
+    "edt",
+    "skimage",
+    "scipy",
+    "sklearn",
+    "igl",
+    "tensorboard",
+    "tqdm",
+    "psutil",
+]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
 OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report"}  # the extras prepare and report
 
-DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like"}
+DRAWS = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "bernoulli",
+    "multinomial",
+    "poisson",
+    "rand_like",
+    "randn_like",
+}
 DRAWS |= {"randint_like", "random_", "uniform_", "bernoulli_", "exponential_", "log_normal_"}
 SEEDED = ("random.Random", "np.random.default_rng")
 HOST_SYNCHRONISATION = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "print"}
@@ -71,7 +97,9 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                raise AssertionError(f"{identify(path)}, line {node.lineno}: imports name the whole module, not a relative one")
+                raise AssertionError(
+                    f"{identify(path)}, line {node.lineno}: imports name the whole module, not a relative one"
+                )
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -160,7 +188,9 @@ PURE = [p for p in MODULES if room_of(p) == "functional" or (room_of(p) == "synt
 
 @pytest.mark.parametrize("path", PURE, ids=identify)
 def test_rendering_does_not_wait_for_the_device(path: Path) -> None:
-    waits = [f"line {line}: {name}" for name, line in called_attributes(path) if name.split(".")[-1] in HOST_SYNCHRONISATION]
+    waits = [
+        f"line {line}: {name}" for name, line in called_attributes(path) if name.split(".")[-1] in HOST_SYNCHRONISATION
+    ]
     assert not waits, f"{identify(path)}: no host synchronisation here, found {waits}"
 
 

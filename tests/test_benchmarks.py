@@ -85,7 +85,9 @@ def subject() -> dict[str, np.ndarray]:
 
 
 def test_a_missing_checkout_is_one_clear_line(reference_synthesis: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"a checkout of the published BrainFM repository is needed, it lacks Gen\S+$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"a checkout of the published BrainFM repository is needed, it lacks Gen\S+$"
+    ):
         reference_synthesis.make_reference_generator(tmp_path, subject(), (8, 8, 8), 0)
 
 
@@ -95,7 +97,9 @@ def test_volumes_of_several_grids_are_refused(reference_synthesis: ModuleType, c
         reference_synthesis.make_reference_generator(checkout, volumes, (8, 8, 8), 0)
 
 
-def test_the_subject_is_written_in_the_encodings_of_the_reference(reference_synthesis: ModuleType, tmp_path: Path) -> None:
+def test_the_subject_is_written_in_the_encodings_of_the_reference(
+    reference_synthesis: ModuleType, tmp_path: Path
+) -> None:
     volumes = subject()
     reference_synthesis.write_subject(tmp_path, volumes, list(range(100, 156)))
     listed = Path((tmp_path / "train.txt").read_text(encoding="utf-8").strip())
@@ -149,7 +153,9 @@ def test_a_checkout_runs_apart_from_the_modules_of_the_same_names(
     assert vars(config.modality_probs.Benchmark)["synth"] == 1
 
 
-def test_reading_is_timed_for_each_call(reference_synthesis: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_is_timed_for_each_call(
+    reference_synthesis: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generate = reference_synthesis.make_reference_generator(checkout, subject(), (8, 8, 8), 0)
     ticks = iter(range(1000))
     monkeypatch.setattr(reference_synthesis.time, "perf_counter", lambda: next(ticks))
@@ -170,14 +176,20 @@ def write_head(folder: Path) -> np.ndarray:
     """T1, T2 and FLAIR of one head of 60 mm, the T1 in other voxels and moved; the map from RAS mm of the T2 to the T1's."""
     grid = np.stack(np.meshgrid(*(np.arange(40),) * 3, indexing="ij"), axis=-1)
     t1 = np.zeros((40, 40, 40), dtype=np.float32)
-    for centre, radii, value in (((20, 20, 20), (13, 15, 12), 50), ((16, 23, 22), (6, 4, 5), 90), ((26, 14, 17), (4, 6, 3), 20)):
+    for centre, radii, value in (
+        ((20, 20, 20), (13, 15, 12), 50),
+        ((16, 23, 22), (6, 4, 5), 90),
+        ((26, 14, 17), (4, 6, 3), 20),
+    ):
         t1[(((grid - centre) / radii) ** 2).sum(axis=-1) < 1] = value
     t1, affine = gaussian_filter(t1, 0.7), from_matvec(np.diag([2.0, 2.0, 2.0]), (-40, -38, -36))
     angle = np.deg2rad(5)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     motion, other = from_matvec(turn, (2, -3, 1.5)), from_matvec(np.diag([-1.5, 2.0, 3.0]), (42, -40, -42))
     folder.mkdir(parents=True)
-    nib.save(nib.Nifti1Image(8 * resample_to_box(t1, motion @ affine, other, (56, 40, 28)), other), folder / "T1.nii.gz")
+    nib.save(
+        nib.Nifti1Image(8 * resample_to_box(t1, motion @ affine, other, (56, 40, 28)), other), folder / "T1.nii.gz"
+    )
     for name, top in (("T2", 110), ("FLAIR", 130)):
         nib.save(nib.Nifti1Image(np.where(t1 > 1, top - t1, 0), affine), folder / f"{name}.nii.gz")
     return motion

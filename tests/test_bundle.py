@@ -58,7 +58,9 @@ def test_inference_has_every_required_property(repository: Path, tmp_path: Path,
     )
     workflow.initialize()
     assert workflow.check_properties() == []
-    with pytest.raises(SystemExit, match="input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER"):
+    with pytest.raises(
+        SystemExit, match="input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER"
+    ):
         workflow.run()
 
 
@@ -72,7 +74,9 @@ def test_the_networks_shape_is_the_one_stated(repository: Path, tmp_path: Path, 
         verify_net_in_out("network_def", str(wrong), config, device="cpu")
 
 
-def test_metadata_name_the_labels_and_maps_of_the_configured_layout(metadata: dict[str, Any], parser: ConfigParser) -> None:
+def test_metadata_name_the_labels_and_maps_of_the_configured_layout(
+    metadata: dict[str, Any], parser: ConfigParser
+) -> None:
     # MONAI Label offers every entry of outputs.pred.channel_def as a segment, so it holds the labels and nothing else.
     layout: TaskLayout = parser.get_parsed_content("layout")
     outputs = metadata["network_data_format"]["outputs"]

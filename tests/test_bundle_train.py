@@ -87,7 +87,9 @@ def test_training_changes_the_network_and_goes_on_from_its_checkpoint(
     network = workflow.parser.get_parsed_content("network")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     workflow.run()
-    assert all(not torch.equal(before[name], value) for name, value in network.state_dict().items() if name.startswith("head"))
+    assert all(
+        not torch.equal(before[name], value) for name, value in network.state_dict().items() if name.startswith("head")
+    )
 
     resumed = make_workflow(repository, dataset_dir, tmp_path, max_epochs=2)
     resumed.initialize()
@@ -98,7 +100,9 @@ def test_training_changes_the_network_and_goes_on_from_its_checkpoint(
     assert resumed.parser.get_parsed_content("lr_scheduler").last_epoch == 4
 
 
-def test_batches_of_subjects_with_different_targets_and_real_scans(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+def test_batches_of_subjects_with_different_targets_and_real_scans(
+    repository: Path, dataset_dir: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "data"
     items = [write_subject(root / f"sub-{i}", 14 + i) for i in range(3)]
     ct = np.full(SIZE, -1000.0, dtype=np.float32)
@@ -113,8 +117,18 @@ def test_batches_of_subjects_with_different_targets_and_real_scans(repository: P
         "layout#tasks": ["segmentation", "distance", "log_bias_field", "CT", "mni"],
         "panels": 1,
     }
-    overrides |= {"batch_size": 2, "synthesis#translation_mm": [0, 0], "precision": "bfloat16", "activation_checkpointing": True}
-    cosine = {"_target_": "monai.optimizers.WarmupCosineSchedule", "optimizer": "@optimizer", "warmup_steps": 1, "t_total": 2}
+    overrides |= {
+        "batch_size": 2,
+        "synthesis#translation_mm": [0, 0],
+        "precision": "bfloat16",
+        "activation_checkpointing": True,
+    }
+    cosine = {
+        "_target_": "monai.optimizers.WarmupCosineSchedule",
+        "optimizer": "@optimizer",
+        "warmup_steps": 1,
+        "t_total": 2,
+    }
     overrides["lr_scheduler"] = cosine
     workflow = make_workflow(repository, root, tmp_path, **overrides)
     workflow.initialize()
@@ -140,8 +154,12 @@ def test_batches_of_subjects_with_different_targets_and_real_scans(repository: P
 
 
 def test_images_that_are_not_asked_for_stay_unread(repository: Path, tmp_path: Path) -> None:
-    items = [write_subject(tmp_path / f"sub-{i}", 14 + i) | {"CT": "none.nii.gz", "T1w": "none.nii.gz"} for i in range(2)]
-    (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}), encoding="utf-8")
+    items = [
+        write_subject(tmp_path / f"sub-{i}", 14 + i) | {"CT": "none.nii.gz", "T1w": "none.nii.gz"} for i in range(2)
+    ]
+    (tmp_path / "datalist.json").write_text(
+        json.dumps({"training": items[:1], "validation": items[1:]}), encoding="utf-8"
+    )
     workflow = make_workflow(repository, tmp_path, tmp_path / "out", epoch_length=1, panels=0)
     workflow.initialize()
     workflow.run()
@@ -161,7 +179,9 @@ def test_a_subject_with_a_nan_is_named_left_out_and_ends_the_training(repository
     workflow = make_workflow(repository, root, tmp_path / "one", epoch_length=4, val_interval=9, **middle)
     workflow.initialize()
     workflow.run()
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((tmp_path / "one").glob("nonfinite_*.json"))]
+    reports = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((tmp_path / "one").glob("nonfinite_*.json"))
+    ]
     assert [[s["subject"] for s in report["samples"]] for report in reports] == [["sub-1"], ["sub-1"]]
     assert all(report["tasks"] == ["distance"] for report in reports)
     assert all(value.isfinite().all() for value in workflow.parser.get_parsed_content("network").state_dict().values())
@@ -177,9 +197,13 @@ def test_a_subject_with_a_nan_is_named_left_out_and_ends_the_training(repository
 
     only = {"training": items[1:2], "validation": items[2:]}
     (root / "datalist.json").write_text(json.dumps(only), encoding="utf-8")
-    stopped = make_workflow(repository, root, tmp_path / "two", epoch_length=9, max_nonfinite=3, **{**middle, "log_interval": 1})
+    stopped = make_workflow(
+        repository, root, tmp_path / "two", epoch_length=9, max_nonfinite=3, **{**middle, "log_interval": 1}
+    )
     stopped.initialize()
-    with pytest.raises(SystemExit, match=r"^training: the loss must be finite, found 3 steps in a row up to iteration 3"):
+    with pytest.raises(
+        SystemExit, match=r"^training: the loss must be finite, found 3 steps in a row up to iteration 3"
+    ):
         stopped.run()
 
 
@@ -193,7 +217,9 @@ def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: P
     weights = torch.load(tmp_path / "coarse" / "model.pt", weights_only=True)
 
     coarse_weights = str(tmp_path / "coarse" / "model.pt")
-    fine = make_workflow(repository, dataset_dir, tmp_path / "fine", features=[8, 16, 32], coarse_weights=coarse_weights)
+    fine = make_workflow(
+        repository, dataset_dir, tmp_path / "fine", features=[8, 16, 32], coarse_weights=coarse_weights
+    )
     fine.initialize()
     state = fine.parser.get_parsed_content("network").state_dict()
     for name in weights:

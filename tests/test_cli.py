@@ -46,7 +46,9 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert re.search(rf"^\s+{name}$", shown, re.MULTILINE), name
 
 
-def test_help_of_a_command_tells_its_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_tells_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         call(monkeypatch, "predict", "--help")
     shown = "".join(capsys.readouterr())
@@ -71,14 +73,17 @@ def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_a_missing_bundle_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(
-        SystemExit, match=r"^brainfm-monai: .*inference\.json: a config of the bundle is needed, .* pass --bundle FOLDER$"
+        SystemExit,
+        match=r"^brainfm-monai: .*inference\.json: a config of the bundle is needed, .* pass --bundle FOLDER$",
     ):
         call(monkeypatch, "predict", "scan.nii", "out", "--bundle", str(tmp_path))
 
 
 @pytest.mark.parametrize("command", [["train", "none.json"], ["evaluate", "none.json", "out"]])
 def test_a_missing_datalist_is_named(monkeypatch: pytest.MonkeyPatch, repository: Path, command: list[str]) -> None:
-    with pytest.raises(SystemExit, match=r"^brainfm-monai: none\.json: a datalist \(JSON\) is needed, found no such file$"):
+    with pytest.raises(
+        SystemExit, match=r"^brainfm-monai: none\.json: a datalist \(JSON\) is needed, found no such file$"
+    ):
         call(monkeypatch, *command, "--bundle", str(repository / "bundle"))
 
 
@@ -99,7 +104,16 @@ def test_predict_hands_on_its_choices(
     monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
 ) -> None:
     bundle = repository / "bundle"
-    options = ["--outputs", "volumes,report", "--participant_label", "01,02", "--precision", "float32", "--mirror", "False"]
+    options = [
+        "--outputs",
+        "volumes,report",
+        "--participant_label",
+        "01,02",
+        "--precision",
+        "float32",
+        "--mirror",
+        "False",
+    ]
     options += ["--shard", "2/4", "--grid", "1mm", "--frame", "mean", "--mode", "brain", "--memory", "slabs"]
     call(monkeypatch, "predict", "bids", "out", "participant", "--bundle", str(bundle), *options)
     (settings,) = bundle_runs
@@ -158,7 +172,9 @@ def test_variants_of_the_training_are_laid_over_it_in_order(
     }.items():
         call(monkeypatch, "train", str(datalist), *bundle, "--variant", variant)
         assert [Path(file).name for file in bundle_runs[-1]["config_file"]] == ["train.json", *expected]
-    with pytest.raises(SystemExit, match=r"tiny.json: a config of the bundle is needed, found no such file; there are .*small"):
+    with pytest.raises(
+        SystemExit, match=r"tiny.json: a config of the bundle is needed, found no such file; there are .*small"
+    ):
         call(monkeypatch, "train", str(datalist), *bundle, "--variant", "tiny")
 
 
@@ -187,7 +203,12 @@ def test_import_weights_tells_what_it_found(
         call(monkeypatch, "import-weights", str(tmp_path / "broken.pth"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     network = MultiTaskNet(UNet(1, (8, 16), unit_norm=True), TaskLayout(["CT"], "brainfm"))
-    names = {"0.0": "SingleConv1.groupnorm", "0.1": "SingleConv1.conv", "1.0": "SingleConv2.groupnorm", "1.1": "SingleConv2.conv"}
+    names = {
+        "0.0": "SingleConv1.groupnorm",
+        "0.1": "SingleConv1.conv",
+        "1.0": "SingleConv2.groupnorm",
+        "1.1": "SingleConv2.conv",
+    }
     published = {}
     for key, tensor in network.state_dict().items():
         part, *rest = key.split(".")

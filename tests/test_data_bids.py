@@ -22,7 +22,10 @@ from brainfm_monai.data.subjects import read_record
 
 SIZE = (48, 44, 40)
 AFFINE = np.array([[1.0, 0, 0, -24], [0, 1, 0, 10], [0, 0, 1, -31], [0, 0, 0, 1]])
-INTENSITY = {"T1w": {2: 110, 41: 108, 3: 75, 42: 73, 4: 25, 24: 20}, "T2w": {2: 60, 41: 62, 3: 85, 42: 87, 4: 150, 24: 140}}
+INTENSITY = {
+    "T1w": {2: 110, 41: 108, 3: 75, 42: 73, 4: 25, 24: 20},
+    "T2w": {2: 60, 41: 62, 3: 85, 42: 87, 4: 150, 24: 140},
+}
 INTENSITY["FLAIR"] = {2: 70, 41: 71, 3: 95, 42: 94, 4: 20, 24: 18}
 
 
@@ -108,7 +111,11 @@ def test_contrasts_end_up_on_the_labels_with_left_on_the_left(tmp_path: Path) ->
     save(root / "derivatives/synthseg/sub-01_T1w_synthseg.nii.gz", make_head(), AFFINE)
     lesion = np.zeros(SIZE, dtype=np.uint8)
     lesion[10:14, 20:26, 18:22] = 1
-    save(root / "sub-01/anat/sub-01_label-lesion_roi.nii.gz", lesion[::-1], AFFINE @ np.array([[-1, 0, 0, 47], *np.eye(4)[1:]]))
+    save(
+        root / "sub-01/anat/sub-01_label-lesion_roi.nii.gz",
+        lesion[::-1],
+        AFFINE @ np.array([[-1, 0, 0, 47], *np.eye(4)[1:]]),
+    )
     (folder,) = prepare_bids(root, tmp_path / "out", spatial_size=SIZE)
     record = read_record(folder)
     assert (record["labels_from"], record["reference"], record["dataset"]) == ("derivatives", "T1w", "study")
@@ -157,7 +164,9 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
         prepare_bids(root, tmp_path / "out", bundle=bundle, spatial_size=SIZE)
     assert read_record(tmp_path / "out" / "sub-01")["labels_from"] == "model"
     assert calls[0]["bundle_root"] == str(bundle)
-    with pytest.raises(FileNotFoundError, match=r"inference\.json: 1 subjects have no labels and need the bundle's model"):
+    with pytest.raises(
+        FileNotFoundError, match=r"inference\.json: 1 subjects have no labels and need the bundle's model"
+    ):
         prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", spatial_size=SIZE)
     prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", spatial_size=SIZE, dry_run=True)
 
@@ -219,4 +228,6 @@ def test_real_contrasts_overlap(shared_data: Path) -> None:
     difference = np.linalg.inv(make_motion()) @ turned - straight
     places = np.argwhere(fixed > fixed.mean()) @ box[:3, :3].T + box[:3, 3]
     assert np.linalg.norm(places @ difference[:3, :3].T + difference[:3, 3], axis=1).mean() < 0.5  # mm
-    assert np.linalg.norm(places @ (straight - np.eye(4))[:3, :3].T + straight[:3, 3], axis=1).mean() < 1.5  # one session
+    assert (
+        np.linalg.norm(places @ (straight - np.eye(4))[:3, :3].T + straight[:3, 3], axis=1).mean() < 1.5
+    )  # one session

@@ -81,20 +81,32 @@ def hole(values: np.ndarray) -> np.ndarray:
 
 
 FAULTS: dict[str, tuple[Callable[[Volumes], None], str, str]] = {
-    "shape": (change("T1w", lambda v: v[:-2]), "one grid", r"T1w \(46, 40, 36\) does not lie on the grid of generation_labels"),
+    "shape": (
+        change("T1w", lambda v: v[:-2]),
+        "one grid",
+        r"T1w \(46, 40, 36\) does not lie on the grid of generation_labels",
+    ),
     "place": (
         lambda volumes: volumes.update(segmentation=(volumes["segmentation"][0], AFFINE + np.eye(4, k=3) * 2)),
         "one grid",
         "segmentation .* does not lie on the grid",
     ),
     "coarse grid": (change("mni", lambda v: v[:-1]), "one grid", "mni .* does not divide the box"),
-    "label": (change("segmentation", unknown_label), "known ids", r"segmentation holds \[200\], and protocol 'synthseg_brain'"),
+    "label": (
+        change("segmentation", unknown_label),
+        "known ids",
+        r"segmentation holds \[200\], and protocol 'synthseg_brain'",
+    ),
     "no labels": (change("segmentation", np.zeros_like), "targets", "segmentation is empty"),
     "no inside": (change("distance", np.abs), "targets", "distance lp is negative nowhere"),
     "no contrast": (change("T1w", np.zeros_like), "targets", "T1w is 0 everywhere"),
     "units of a CT": (change("CT", lambda v: v + 1000), "intensities", "CT begins at 0: HU are needed"),
     "sides": (swap_sides, "left and right", "left hemisphere at x = 10 mm, right one at -8 mm in the affine's RAS"),
-    "sides of the template": (change("mni", lambda v: v * (-1, 1, 1)), "left and right", "left hemisphere at MNI x = 10 mm"),
+    "sides of the template": (
+        change("mni", lambda v: v * (-1, 1, 1)),
+        "left and right",
+        "left hemisphere at MNI x = 10 mm",
+    ),
     "hole": (change("segmentation", hole), "sides alike", "Left-Cerebral-White-Matter has 0.4 ml and Right-.* 1.6 ml"),
     "small head": (change("segmentation", lambda v: v * (np.indices(SIZE)[1] < 12)), "head size", "brain of . ml"),
     "mirrored distances": (change("distance", lambda v: v[..., [2, 3, 0, 1]]), "distances", "channel lp .* Dice 0.00"),
@@ -163,7 +175,9 @@ def test_the_sheet_shows_left_on_the_left(tmp_path: Path) -> None:
     volumes = make_volumes()
     volumes = {key: volumes[key] for key in ("generation_labels", "segmentation")}
     labels = np.zeros(SIZE, dtype=np.uint8)
-    labels[4:20, 10:30, 10:30] = 5  # left white matter alone; the plane through its middle shows it left of the box's middle
+    labels[4:20, 10:30, 10:30] = (
+        5  # left white matter alone; the plane through its middle shows it left of the box's middle
+    )
     labels[44, 20, 18] = 4
     volumes["segmentation"] = (labels, AFFINE)
     volumes["generation_labels"] = (labels, AFFINE)

@@ -59,7 +59,9 @@ def test_missing_targets_are_left_out(root: Path) -> None:
 
 
 def test_draw_depends_on_the_seed_alone(root: Path) -> None:
-    draws = [read(write_datalist(root, validation_fraction=0.5, seed=seed))["validation"] for seed in (0, 0, 1, 2, 3, 4)]
+    draws = [
+        read(write_datalist(root, validation_fraction=0.5, seed=seed))["validation"] for seed in (0, 0, 1, 2, 3, 4)
+    ]
     assert all(len(draw) == 2 for draw in draws)
     assert draws[0] == draws[1]
     assert any(draw != draws[0] for draw in draws[2:])

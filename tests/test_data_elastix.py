@@ -18,7 +18,11 @@ def make_scan() -> tuple[np.ndarray, np.ndarray]:
     """A head-like body without any symmetry, in voxels of 3 mm."""
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in SIZE), indexing="ij"), axis=-1)
     values = np.zeros(SIZE, dtype=np.float32)
-    for centre, radii, value in (((24, 22, 20), (15, 17, 13), 50), ((19, 25, 22), (7, 5, 6), 90), ((31, 16, 17), (4, 6, 3), 20)):
+    for centre, radii, value in (
+        ((24, 22, 20), (15, 17, 13), 50),
+        ((19, 25, 22), (7, 5, 6), 90),
+        ((31, 16, 17), (4, 6, 3), 20),
+    ):
         values[(((grid - centre) / radii) ** 2).sum(axis=-1) < 1] = value
     values = gaussian_filter(values, 0.7)
     affine = np.diag([3.0, 3.0, 3.0, 1.0])

@@ -111,7 +111,9 @@ def test_no_network_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = write_table(tmp_path / "table.tsv", address)
     with pytest.raises(NoNetworkError, match=r"a\.nii\.gz: 127\.0\.0\.1 cannot be reached .* is there a network\?"):
         fetch_dataset("tiny", tmp_path / "out", table=table)
-    monkeypatch.setattr("sys.argv", ["brainfm-monai", "data", "fetch", "tiny", str(tmp_path / "out"), "--table", str(table)])
+    monkeypatch.setattr(
+        "sys.argv", ["brainfm-monai", "data", "fetch", "tiny", str(tmp_path / "out"), "--table", str(table)]
+    )
     with pytest.raises(SystemExit, match=r"^brainfm-monai: a\.nii\.gz: 127\.0\.0\.1 cannot be reached"):
         cli.main()
 

@@ -84,7 +84,9 @@ def make_level(ids: np.ndarray, side: str, table: dict[str, tuple[int, ...]]) ->
     return gaussian_filter((np.isin(ids, table[side]) | unsided).astype(np.float32), 0.8)
 
 
-def fake_coordinates(ids: np.ndarray, affine: np.ndarray, factor: int, initial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fake_coordinates(
+    ids: np.ndarray, affine: np.ndarray, factor: int, initial: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The start that it is given: stands in for the registration, which has tests of its own."""
     grid = coarsen_affine(affine, factor)
     index = np.stack(np.meshgrid(*(np.arange(n // factor) for n in ids.shape), indexing="ij"), axis=-1)
@@ -177,7 +179,9 @@ def test_without_surfaces_the_labels_tell_the_distances(tmp_path: Path, affine: 
     (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", spatial_size=SIZE)
     assert read_record(folder)["distances_from"] == "labels"
     ids = Protocol.load("synthseg_brain").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
-    np.testing.assert_array_equal(load(folder / "distance.nii.gz").get_fdata()[..., 3] < 0, np.isin(ids, WHITE_IDS["right"]))
+    np.testing.assert_array_equal(
+        load(folder / "distance.nii.gz").get_fdata()[..., 3] < 0, np.isin(ids, WHITE_IDS["right"])
+    )
 
 
 def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path, affine: np.ndarray) -> None:

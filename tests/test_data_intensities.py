@@ -10,8 +10,14 @@ import pytest
 from nibabel.affines import apply_affine
 
 from brainfm_monai.data.generation import make_generation_labels
-from brainfm_monai.data.intensities import cluster_extracerebral, find_head, read_scan, resample_to_box, scale_intensities
-from brainfm_monai.transforms import ScanError
+from brainfm_monai.data.intensities import (
+    cluster_extracerebral,
+    find_head,
+    read_scan,
+    resample_to_box,
+    scale_intensities,
+)
+from brainfm_monai.io import ScanError
 
 SIZE = (48, 44, 40)
 
@@ -45,7 +51,9 @@ def test_a_scan_of_any_axes_lands_where_its_affine_says() -> None:
     found = resample_to_box((world @ slope + 500).astype(np.float32), affine, box, (24, 20, 16))
     places = apply_affine(box, np.stack(np.meshgrid(*(np.arange(n) for n in (24, 20, 16)), indexing="ij"), axis=-1))
     inside = apply_affine(np.linalg.inv(affine), places)
-    inner = ((inside > 4) & (inside < (95, 115, 35))).all(axis=-1)  # away from the scan's edge, which the smoothing sees
+    inner = ((inside > 4) & (inside < (95, 115, 35))).all(
+        axis=-1
+    )  # away from the scan's edge, which the smoothing sees
     assert inner.sum() > 2000
     np.testing.assert_allclose(found[inner], (places @ slope + 500)[inner], atol=0.05)
 

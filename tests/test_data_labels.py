@@ -87,7 +87,9 @@ def save_bad(path: Path, kind: str) -> None:
         path.write_text("not an image\n", encoding="utf-8")
     elif kind == "truncated":
         whole = gzip.compress(
-            nib.Nifti1Image(np.random.default_rng(0).integers(0, 99, (20, 20, 20), dtype=np.uint8), np.eye(4)).to_bytes()
+            nib.Nifti1Image(
+                np.random.default_rng(0).integers(0, 99, (20, 20, 20), dtype=np.uint8), np.eye(4)
+            ).to_bytes()
         )
         path.write_bytes(whole[: len(whole) // 2])
     else:

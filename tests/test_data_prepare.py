@@ -107,7 +107,9 @@ def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
     ids = protocol.freesurfer_ids[labels]
     np.testing.assert_array_equal(distance[..., 3] < 0, ids == 41)
     np.testing.assert_array_equal(distance[..., 0] < 0, np.isin(ids, (2, 3, 4)))
-    assert distance[..., 2][ids == 42].max() == pytest.approx(-0.5, abs=0.026)  # half a voxel, and half a step of rounding
+    assert distance[..., 2][ids == 42].max() == pytest.approx(
+        -0.5, abs=0.026
+    )  # half a voxel, and half a step of rounding
     mni = load(folder / "mni.nii.gz")
     shift = mni.get_fdata()[2, 3, 4] - (mni.affine @ (2, 3, 4, 1))[:3]
     np.testing.assert_allclose(shift, (2, 0, 0), atol=0.006)  # half a step of rounding
@@ -141,9 +143,13 @@ def test_many_maps_one_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "preparing subjects" in capsys.readouterr().err
 
 
-def test_finished_subjects_are_skipped_and_changed_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_subjects_are_skipped_and_changed_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "abc"]
-    assert prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE) == [tmp_path / "out" / name for name in "abc"]
+    assert prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE) == [
+        tmp_path / "out" / name for name in "abc"
+    ]
     done: list[str] = []
     monkeypatch.setattr(prepare, "make_from_labels", lambda job, _: done.append(job.source.name))
     prepare_label_maps(f"{tmp_path}/*.nii.gz", tmp_path / "out", spatial_size=SIZE)
@@ -162,7 +168,9 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(tmp_path: Path, 
     assert done == ["a.nii.gz"]
 
 
-def test_an_interrupted_subject_leaves_nothing_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_subject_leaves_nothing_and_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_head(tmp_path / "a.nii.gz")
     save, written = subjects._save, []
 
@@ -212,7 +220,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("inputs", "rule"), [("empty", "are needed, found none"), ("*.mgz", "are needed, found none"), ("", "found twice: \\['a'\\]")]
+    ("inputs", "rule"),
+    [("empty", "are needed, found none"), ("*.mgz", "are needed, found none"), ("", "found twice: \\['a'\\]")],
 )
 def test_inputs_that_cannot_be_prepared(tmp_path: Path, inputs: str, rule: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -38,7 +38,10 @@ def root(tmp_path: Path) -> Path:
     save(folder / f"{prefix}.T1w.defacingmask.nii", (x > 15).astype(np.uint8))
     save(folder / f"{prefix}.generation_labels.nii", np.where(x < 0, 2, 160).astype(np.uint8))
     # 1 and 18 are the reference's own ids of left and right white matter, 56 of the right septal nucleus
-    save(folder / f"{prefix}.brainseg_with_extracerebral.nii", np.where(x < 0, 1, np.where(x < 18, 18, 56)).astype(np.uint8))
+    save(
+        folder / f"{prefix}.brainseg_with_extracerebral.nii",
+        np.where(x < 0, 1, np.where(x < 18, 18, 56)).astype(np.uint8),
+    )
     for side, sign in (("l", 1), ("r", -1)):
         for boundary in "pw":
             stored = np.clip(np.rint(128 + 20 * sign * x), 0, 255).astype(np.uint8)

@@ -23,7 +23,15 @@ def test_a_folder_is_searched_in_order_and_hidden_files_are_passed_over(tmp_path
 
 
 def test_equal_stems_get_different_names(tmp_path: Path) -> None:
-    touch(tmp_path, "s1/anat/T1w.nii.gz", "s2/anat/T1w.nii.gz", "s2/anat/T1w.mgz", "s1/FLAIR.nii", "t1W.nii", "s1_anat/T1w.nii")
+    touch(
+        tmp_path,
+        "s1/anat/T1w.nii.gz",
+        "s2/anat/T1w.nii.gz",
+        "s2/anat/T1w.mgz",
+        "s1/FLAIR.nii",
+        "t1W.nii",
+        "s1_anat/T1w.nii",
+    )
     names = [scan["name"] for scan in find_scans(tmp_path)]
     assert len({name.lower() for name in names}) == len(names)
     assert names == ["FLAIR", "s1_anat_T1w", "s1_anat_T1w-2", "s2_anat_T1w", "s2_anat_T1w-2", "t1W"]
@@ -32,7 +40,9 @@ def test_equal_stems_get_different_names(tmp_path: Path) -> None:
 def test_results_are_not_taken_for_scans(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii", "out/a/a_dseg.nii.gz")
     assert [scan["name"] for scan in find_scans(tmp_path, tmp_path / "out")] == ["a"]
-    with pytest.raises(ValueError, match="results need a folder of their own, found output_dir to be the folder of the scans"):
+    with pytest.raises(
+        ValueError, match="results need a folder of their own, found output_dir to be the folder of the scans"
+    ):
         find_scans(tmp_path, tmp_path / "out/..")
 
 
@@ -57,7 +67,12 @@ def test_a_pattern_and_a_table_list_scans(tmp_path: Path) -> None:
     table.write_text("image\tname\tframe\tlesions\ts\ns1/T1w.nii.gz\tme\t\t\t\ns2/FLAIR.nii\t\t2\ts2/lesions.nii\t\n")
     assert find_scans(table) == [
         {"image": str(tmp_path / "s1/T1w.nii.gz"), "name": "me"},
-        {"image": str(tmp_path / "s2/FLAIR.nii"), "name": "FLAIR", "frame": 2, "lesions": str(tmp_path / "s2/lesions.nii")},
+        {
+            "image": str(tmp_path / "s2/FLAIR.nii"),
+            "name": "FLAIR",
+            "frame": 2,
+            "lesions": str(tmp_path / "s2/lesions.nii"),
+        },
     ]
     table.write_text("path\nx\n")
     with pytest.raises(ValueError, match=r"scans\.tsv: a table of scans needs the column 'image', found path"):

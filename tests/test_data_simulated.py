@@ -158,7 +158,9 @@ def test_mixtures_get_the_weighted_means_of_their_parts() -> None:
     for name, scale in (("T1w", 255), ("CT", 1)):
         expected = sum(share * table_mean(name, i) for i, share in mixed.mixture) / scale
         np.testing.assert_allclose(images[name], expected, rtol=1e-5)
-        assert expected != table_mean(name, mixed.freesurfer_id) / scale, "the code's number is an id of another structure"
+        assert expected != table_mean(name, mixed.freesurfer_id) / scale, (
+            "the code's number is an id of another structure"
+        )
 
 
 def test_an_id_that_a_table_lacks_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -90,5 +90,7 @@ def test_surfaces_that_do_not_fit(tmp_path: Path) -> None:
     info |= {"volume": np.array([32, 32, 32]), "voxelsize": np.ones(3), "xras": np.array([-1.0, 0, 0])}
     info |= {"yras": np.array([0, 0, -1.0]), "zras": np.array([0, 1.0, 0]), "cras": np.array([0.0, 0, 0])}
     nib.freesurfer.write_geometry(tmp_path / "lh.pial", np.eye(3), np.array([[0, 1, 2]]), volume_info=info)
-    with pytest.raises(ValueError, match=r"lh\.pial: a surface of the volume centred on \[ *5\. -12\. +30\. *\] is needed"):
+    with pytest.raises(
+        ValueError, match=r"lh\.pial: a surface of the volume centred on \[ *5\. -12\. +30\. *\] is needed"
+    ):
         read_surface(tmp_path / "lh.pial", volume)

@@ -41,13 +41,17 @@ class RecordSeeds:
 """
 # AdamW divides each gradient by its size, so that the rounding of one near 0 becomes a whole step: SGD shows the gradients.
 SGD = {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": "@learning_rate", "momentum": 0.9}
-RELATIVE_TOLERANCE = 1e-6  # of all weights together, in the L2 norm; ten times that of what the training has changed of them
+RELATIVE_TOLERANCE = (
+    1e-6  # of all weights together, in the L2 norm; ten times that of what the training has changed of them
+)
 
 
 @pytest.fixture(scope="module")
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    items = [write_subject(root / f"sub-{i}", 12 + i) for i in range(5)]  # an odd number for validation: parts of two sizes
+    items = [
+        write_subject(root / f"sub-{i}", 12 + i) for i in range(5)
+    ]  # an odd number for validation: parts of two sizes
     (root / "datalist.json").write_text(json.dumps({"training": items[:2], "validation": items[2:]}), encoding="utf-8")
     return root
 
@@ -59,7 +63,13 @@ def run_two(repository: Path, dataset_dir: Path, folder: Path) -> None:
     record = {"optimizer": SGD, "+train#handlers": [{"_target_": "recorder.RecordSeeds", "folder": str(folder)}]}
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     configs = [str(bundle / "train.json"), str(bundle / "multi_gpu_train.json"), str(folder / "record.json")]
-    overrides = {**SETTINGS, "dataset_dir": dataset_dir, "output_dir": folder, "bundle_root": bundle.parent, "backend": "gloo"}
+    overrides = {
+        **SETTINGS,
+        "dataset_dir": dataset_dir,
+        "output_dir": folder,
+        "bundle_root": bundle.parent,
+        "backend": "gloo",
+    }
     options = [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, "-m", "monai.bundle", "run", "--config_file", str(configs), *options]
@@ -104,7 +114,15 @@ def test_two_processes_are_one_with_the_doubled_batch(repository: Path, dataset_
     after = [flat(state["network"]) for state in states]
     assert (after[0] - after[1]).norm() < RELATIVE_TOLERANCE * after[1].norm()
     assert (after[0] - after[1]).norm() < 10 * RELATIVE_TOLERANCE * (after[1] - before).norm()
-    for curve in ("loss", "distance", "mean_dice", "distance_mae_mm", "mni_error_mm", "log_bias_error", "gradient_norm"):
+    for curve in (
+        "loss",
+        "distance",
+        "mean_dice",
+        "distance_mae_mm",
+        "mni_error_mm",
+        "log_bias_error",
+        "gradient_norm",
+    ):
         assert logged(both, curve) == pytest.approx(logged(alone, curve), rel=1e-5), curve
     assert len(list(both.glob("events.out.tfevents*"))) == 1  # one writer
     assert set(torch.load(both / "model.pt", weights_only=True)) == set(states[1]["network"])

@@ -151,8 +151,12 @@ def test_a_batch_in_parts_is_one_step_of_the_whole_batch(parts: int) -> None:
 
 def test_gradients_are_clipped_by_their_norm() -> None:
     free, clipped = train_line(make_data(), steps=1), train_line(make_data(), steps=1, max_norm=0.1)
-    torch.testing.assert_close(clipped.state.output["gradient_norm"], free.state.output["gradient_norm"])  # before clipping
-    grads = [torch.cat([p.grad.flatten() for p in t.network.parameters() if p.grad is not None]) for t in (free, clipped)]
+    torch.testing.assert_close(
+        clipped.state.output["gradient_norm"], free.state.output["gradient_norm"]
+    )  # before clipping
+    grads = [
+        torch.cat([p.grad.flatten() for p in t.network.parameters() if p.grad is not None]) for t in (free, clipped)
+    ]
     assert float(grads[1].norm()) == pytest.approx(0.1, rel=1e-4)
     torch.testing.assert_close(grads[1] / grads[1].norm(), grads[0] / grads[0].norm())
 
@@ -177,7 +181,9 @@ def test_reduced_precision_stays_near_and_float16_survives_an_overflow() -> None
     assert not torch.equal(near, exact)
     scaler = make_grad_scaler("float16", torch.device("cpu"))
     assert scaler.is_enabled()
-    half = train_line(make_data(), precision="float16", scaler=torch.amp.GradScaler("cpu", init_scale=8.0), max_norm=100.0)
+    half = train_line(
+        make_data(), precision="float16", scaler=torch.amp.GradScaler("cpu", init_scale=8.0), max_norm=100.0
+    )
     torch.testing.assert_close(weight_of(half), exact, rtol=0.02, atol=0.01)
     large = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     overflow = train_line(make_data(), precision="float16", scaler=large)
@@ -214,5 +220,7 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(backbone: type
         assert torch.equal(a, b)
     assert list(network.state_dict()) == names
     assert counts[1] < counts[0] / 2
-    with pytest.raises(ValueError, match="activation_checkpointing: a network with levels of a U-Net is needed, found Linear"):
+    with pytest.raises(
+        ValueError, match="activation_checkpointing: a network with levels of a U-Net is needed, found Linear"
+    ):
         checkpoint_activations(nn.Linear(1, 1))

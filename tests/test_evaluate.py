@@ -114,7 +114,11 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
             "bundle_root": str(repository / "bundle"),
             "layout#tasks": list(LAYOUT.tasks),
         }
-        values |= {"network_def": LevelReader(), "weights": str(tmp_path / "levels.pt"), "device": "$torch.device('cpu')"}
+        values |= {
+            "network_def": LevelReader(),
+            "weights": str(tmp_path / "levels.pt"),
+            "device": "$torch.device('cpu')",
+        }
         # This network knows sides without seeing them, and so has no use for a mirror image.
         values |= {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}}
         values |= {"outputs": "segmentation", "template#_disabled_": True}
@@ -218,11 +222,20 @@ def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate
     coordinates = np.full((24, 20, 16, 3), 4.0, dtype=np.float32)
     nib.save(nib.Nifti1Image(coordinates, LIA), folder / "mni.nii.gz")
     only = {"image": item["image"], "name": "unlabelled", "distance": "distance.nii.gz"}
-    wrong = item | {"name": "wrong", "distance": "mni.nii.gz"}  # three maps in place of four: found only when it is measured
+    wrong = item | {
+        "name": "wrong",
+        "distance": "mni.nii.gz",
+    }  # three maps in place of four: found only when it is measured
     with pytest.raises(SystemExit, match="1 of 3 scans failed; the others are done"):
-        evaluate(write_list(folder, wrong, item | {"distance": "distance.nii.gz", "mni": "mni.nii.gz"}, only), tmp_path / "out")
+        evaluate(
+            write_list(folder, wrong, item | {"distance": "distance.nii.gz", "mni": "mni.nii.gz"}, only),
+            tmp_path / "out",
+        )
     page = (tmp_path / "out" / "evaluation.html").read_text(encoding="utf-8")
-    assert "wrong: measure_scan: distance must have one shape" in page or "wrong: ValueError: measure_scan: distance" in page
+    assert (
+        "wrong: measure_scan: distance must have one shape" in page
+        or "wrong: ValueError: measure_scan: distance" in page
+    )
     errors = read_rows_of(tmp_path / "out", "distance_error")
     for scan in ("scan", "unlabelled"):
         assert errors[scan, "native", "pial", "left"] == pytest.approx(1.5, abs=1e-5)
@@ -238,7 +251,11 @@ def test_a_scan_is_a_reference_in_any_unit_and_where_it_reaches(tmp_path: Path, 
     values = np.vectorize(LEVELS.get)(make_ids()).astype(np.float32)
     turned = LIA @ np.array([[-1.0, 0, 0, 23], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     half = LIA @ np.array([[1.0, 0, 0, 9], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    references = {"in_the_unit": (values, LIA), "of_a_scanner": (1664 * values[::-1], turned), "in_part": (7 * values[9:], half)}
+    references = {
+        "in_the_unit": (values, LIA),
+        "of_a_scanner": (1664 * values[::-1], turned),
+        "in_part": (7 * values[9:], half),
+    }
     references["other"] = (values**2, LIA)
     for name, (reference, affine) in references.items():
         nib.save(nib.Nifti1Image(reference, affine), folder / f"{name}.nii.gz")
@@ -349,7 +366,12 @@ def test_generated_scans_with_known_truth(tmp_path: Path, evaluate: Evaluate) ->
     datalist.write_text(json.dumps({"training": subjects[:1], "validation": subjects}), encoding="utf-8")
     conditions = {"native": {}, "biased": {"bias_log_std": 0.4}}
     still = {f"synthesis#{key}": [0, 0] for key in ("rotation_deg", "shear", "translation_mm", "velocity_std_mm")}
-    settings = {"spatial_size": [24, 16, 20], "scans_per_subject": 1, "conditions": conditions, "synthesis#scaling": [1, 1]}
+    settings = {
+        "spatial_size": [24, 16, 20],
+        "scans_per_subject": 1,
+        "conditions": conditions,
+        "synthesis#scaling": [1, 1],
+    }
     evaluate(datalist, out, configs=["evaluate_generated.json"], **settings, **still)
     rows = read_rows(out / "metrics.tsv")
     assert {(r.scan, r.condition) for r in rows} == {(f"{s}_01", c) for s in "ab" for c in conditions}
@@ -357,7 +379,9 @@ def test_generated_scans_with_known_truth(tmp_path: Path, evaluate: Evaluate) ->
     # The network says 0 for everything but labels: the truth is the error.
     for value in read_rows_of(out, "distance_error").values():
         assert value == pytest.approx(2, abs=1e-3)
-    assert read_rows_of(out, "error_mean")["a_01", "native", "brain", "n/a"] == pytest.approx(30 * math.sqrt(3), rel=1e-3)
+    assert read_rows_of(out, "error_mean")["a_01", "native", "brain", "n/a"] == pytest.approx(
+        30 * math.sqrt(3), rel=1e-3
+    )
     bias = read_rows_of(out, "normalised_l2")
     assert bias["a_01", "native", "n/a", "n/a"] < 1e-3 < 0.005 < bias["a_01", "biased", "n/a", "n/a"]
     volume = read_rows_of(out, "reference_volume")
@@ -405,7 +429,16 @@ def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) 
     )
     workflow.initialize()
     workflow.run()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "monai.bundle", "run"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "monai.bundle",
+        "run",
+    ]
     options = [f"--{key}={value}" for key, value in {**values, "output_dir": str(tmp_path / "shared")}.items()]
     command = [*torchrun, *options, "--device=$torch.device('cpu')"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
@@ -422,7 +455,9 @@ def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluat
     item = write_pair(folder, "scan", make_ids())
     wrong = {
         r"none\.json: a datalist \(JSON\) is needed, found no such file: pass --datalist FILE": folder / "none.json",
-        r"gone\.nii\.gz: named in .*datalist\.json, found no such file": write_list(folder, item | {"image": "gone.nii.gz"}),
+        r"gone\.nii\.gz: named in .*datalist\.json, found no such file": write_list(
+            folder, item | {"image": "gone.nii.gz"}
+        ),
     }
     for message, datalist in wrong.items():
         with pytest.raises(SystemExit, match=message):
@@ -434,6 +469,8 @@ def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluat
         with pytest.raises(SystemExit, match=message):
             evaluate(write_list(folder, *items), tmp_path / "out")
     (folder / "datalist.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"datalist\.json: a JSON datalist with the section 'testing' is needed, found "):
+    with pytest.raises(
+        SystemExit, match=r"datalist\.json: a JSON datalist with the section 'testing' is needed, found "
+    ):
         evaluate(folder / "datalist.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()

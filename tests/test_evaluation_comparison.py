@@ -23,7 +23,10 @@ def make_rows(shift: float, scans: int = 8, condition: str = "native") -> list[M
         dice |= {("brainstem", "both"): 0.9, ("accumbens", "left"): math.nan, ("accumbens", "right"): 0.5}
         cells = [MetricRow(*names, *where, "dice", value, "1") for where, value in dice.items()]
         cells.append(MetricRow(*names, "brainstem", "both", "hd95", 2.0, "mm"))
-        rows += [*mean_dice_rows(cells), MetricRow(names[0], condition, "mni", "brain", "n/a", "error_mean", 3 - shift, "mm")]
+        rows += [
+            *mean_dice_rows(cells),
+            MetricRow(names[0], condition, "mni", "brain", "n/a", "error_mean", 3 - shift, "mm"),
+        ]
     return rows
 
 
@@ -65,10 +68,14 @@ def test_other_scans_are_told_in_one_line(tmp_path: Path) -> None:
     for name, rows in {"a": make_rows(0), "b": make_rows(0, scans=7), "c": make_rows(0, condition="noisy")}.items():
         (tmp_path / name).mkdir()
         write_tables(tmp_path / name, rows)
-    message = r"^compare: the same scans and conditions are needed in both folders, found only in \S+a: scan7 \(native\)$"
+    message = (
+        r"^compare: the same scans and conditions are needed in both folders, found only in \S+a: scan7 \(native\)$"
+    )
     with pytest.raises(ValueError, match=message):
         compare_evaluations(tmp_path / "a", tmp_path / "b", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"only in \S+a: scan0 \(native\), .* and 3 more; only in \S+c: scan0 \(noisy\), "):
+    with pytest.raises(
+        ValueError, match=r"only in \S+a: scan0 \(native\), .* and 3 more; only in \S+c: scan0 \(noisy\), "
+    ):
         compare_evaluations(tmp_path / "a", tmp_path / "c", tmp_path / "out")
     with pytest.raises(
         FileNotFoundError, match=r"metrics\.tsv: the folder of a finished evaluation is needed, found no such file"
@@ -78,5 +85,7 @@ def test_other_scans_are_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_every_measure_is_defined() -> None:
-    metrics = {row.metric for row in make_rows(0)} | {h.metric for h in HEADLINES} | {"ssim_fitted", "hd95", "fold_fraction"}
+    metrics = (
+        {row.metric for row in make_rows(0)} | {h.metric for h in HEADLINES} | {"ssim_fitted", "hd95", "fold_fraction"}
+    )
     assert all(define(metric) for metric in metrics)

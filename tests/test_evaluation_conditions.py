@@ -43,7 +43,9 @@ def sharpness(image: Tensor, axis: int) -> float:
 
 
 def test_a_sweep_stands_for_one_condition_for_each_value() -> None:
-    conditions = parse_conditions({"native": {}, "slices": {"axial_slices_mm": {"sweep": [1, 2.5]}, "noise_percent": 3}})
+    conditions = parse_conditions(
+        {"native": {}, "slices": {"axial_slices_mm": {"sweep": [1, 2.5]}, "noise_percent": 3}}
+    )
     assert [c.name for c in conditions] == ["native", "slices-1", "slices-2.5"]
     assert conditions[2] == Condition("slices-2.5", {"axial_slices_mm": 2.5, "noise_percent": 3}, "slices", 2.5)
     assert conditions[2].axis_label == "axial slices mm"
@@ -56,11 +58,17 @@ def test_a_sweep_stands_for_one_condition_for_each_value() -> None:
         ({"a": {"thick": 3}}, "condition a: .* found the setting thick"),
         ({"a/b": {}}, "condition a/b: .* found this name"),
         ({"a-1": {}, "a": {"gamma": {"sweep": [1]}}}, r"conditions: different ones are needed, found twice: \['a-1'\]"),
-        ({"a": {"gamma": {"sweep": [1]}, "noise_percent": {"sweep": [1]}}}, "condition a: one setting may be swept, found .*"),
+        (
+            {"a": {"gamma": {"sweep": [1]}, "noise_percent": {"sweep": [1]}}},
+            "condition a: one setting may be swept, found .*",
+        ),
         ({"a": {"contrast": "T3w"}}, "condition a: 'contrast' must be one of T1w, T2w, .*, got T3w"),
         ({"a": {"spacing_mm": [1, 5]}}, "condition a: slices and the three spacings must be positive .*"),
         ({"a": {"axial_slices_mm": 0}}, "condition a: slices and the three spacings must be positive .*"),
-        ({"a": {"axial_slices_mm": 2, "spacing_mm": [1, 1, 2]}}, "condition a: either 'spacing_mm' or slices are set, .*"),
+        (
+            {"a": {"axial_slices_mm": 2, "spacing_mm": [1, 1, 2]}},
+            "condition a: either 'spacing_mm' or slices are set, .*",
+        ),
     ],
 )
 def test_a_wrong_table_is_told_in_one_line(table: dict[str, Any], message: str) -> None:

@@ -59,7 +59,9 @@ def test_onnx_gives_the_same_for_another_size(tmp_path: Path, name: str) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"net\.onnx: the graph must agree with the network to -1, found a difference of"):
+    with pytest.raises(
+        ValueError, match=r"net\.onnx: the graph must agree with the network to -1, found a difference of"
+    ):
         export_onnx(network("ResidualUNet"), tmp_path / "net.onnx", size=16, tolerance=-1)
     assert not list(tmp_path.iterdir())
 

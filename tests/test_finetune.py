@@ -121,9 +121,19 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
         (absent, None, FileNotFoundError, "a file of weights is needed, found no such file"),
         (text, None, ValueError, "weights of this package or a published checkpoint are needed: "),
         (other, None, ValueError, r"the head must have the 52 channels of .* in protocol synthseg_head, found no head"),
-        (wide, TaskLayout(["CT"]), ValueError, r"the head must have the 1 channels of \['CT'\] in protocol .*, found 52"),
+        (
+            wide,
+            TaskLayout(["CT"]),
+            ValueError,
+            r"the head must have the 1 channels of \['CT'\] in protocol .*, found 52",
+        ),
         (wide, None, ValueError, r"must fit the network's backbone, found one of \(8, 1, 3, 3, 3\) for 'backbone\.enc"),
-        (tmp_path / "head.pt", None, ValueError, r"must fit the network's backbone, found none for 'backbone\.encoders"),
+        (
+            tmp_path / "head.pt",
+            None,
+            ValueError,
+            r"must fit the network's backbone, found none for 'backbone\.encoders",
+        ),
     ]
     for path, layout, kind, message in cases:
         with pytest.raises(kind, match=f"^{path}: .*{message}") as caught:
@@ -277,7 +287,11 @@ def test_all_the_optional_terms_train_together(repository: Path, dataset_dir: Pa
         "loss#samples": 2,
         "loss#gradient_weights": {"mni": 1.0},
         "loss#smoothness_weights": {"mni": 1.0},
-        "loss#balance": {"_target_": "brainfm_monai.losses.UncertaintyWeights", "layout": "@layout", "device": "@device"},
+        "loss#balance": {
+            "_target_": "brainfm_monai.losses.UncertaintyWeights",
+            "layout": "@layout",
+            "device": "@device",
+        },
         "optimizer#params": [{"params": network}, {"params": weights, "weight_decay": 0.0}],
     }
     config = json.loads((repository / "bundle/configs/train.json").read_text(encoding="utf-8"))

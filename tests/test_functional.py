@@ -89,11 +89,15 @@ def test_several_sources_are_sampled_as_each_alone(
         sources = [source.to(memory_format=torch.channels_last_3d) for source in sources]
     coordinates = volume(2, 3, 5, 6, 7, seed=5) * 16 - 3  # reaches beyond every border
     for source, found in zip(sources, spatial.warp_all(sources, coordinates, padding_mode=padding_mode), strict=True):
-        torch.testing.assert_close(found, spatial.warp(source, coordinates, padding_mode=padding_mode), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            found, spatial.warp(source, coordinates, padding_mode=padding_mode), atol=2e-6, rtol=1e-5
+        )
 
 
 def test_sources_of_different_grids_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'sources' must lie on one grid, got \[\(1, 1, 4, 4, 4\), \(1, 1, 4, 4, 5\)\]"):
+    with pytest.raises(
+        ValueError, match=r"'sources' must lie on one grid, got \[\(1, 1, 4, 4, 4\), \(1, 1, 4, 4, 5\)\]"
+    ):
         spatial.warp_all([torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 5)], torch.zeros(1, 3, 2, 2, 2))
 
 
@@ -142,7 +146,9 @@ def test_jacobian_of_a_scaling_is_its_volume_factor() -> None:
 def test_apply_separable_is_three_matrix_products() -> None:
     image = volume(2, 3, 4, 5, 6)
     operators = [volume(2, 7, 4, seed=1), volume(2, 8, 5, seed=2), volume(2, 9, 6, seed=3)]
-    expected = torch.stack([torch.einsum("chwd,xh,yw,zd->cxyz", image[b], *(o[b] for o in operators)) for b in range(2)])
+    expected = torch.stack(
+        [torch.einsum("chwd,xh,yw,zd->cxyz", image[b], *(o[b] for o in operators)) for b in range(2)]
+    )
     torch.testing.assert_close(separable.apply_separable(image, operators), expected, atol=1e-4, rtol=1e-5)
 
 
@@ -244,7 +250,9 @@ def test_a_voxel_holds_the_mean_of_the_labels_at_its_places_each_sample_in_its_o
     labels = torch.randint(0, 5, (2, 1, 6, 8, 7), generator=generator).to(torch.uint8)
     values = volume(2, 5, 3)
     size = (4, 3, 5)
-    coordinates = torch.rand(2, 3, *size, generator=generator) * torch.tensor([9.0, 9.0, 9.0]).reshape(1, 3, 1, 1, 1) - 1.5
+    coordinates = (
+        torch.rand(2, 3, *size, generator=generator) * torch.tensor([9.0, 9.0, 9.0]).reshape(1, 3, 1, 1, 1) - 1.5
+    )
     offsets = torch.rand(2, 3, 4, generator=generator) * 2 - 1
     painted = intensity.paint_voxels(labels, values, coordinates, offsets)
     assert painted.shape == (2, 3, *size)

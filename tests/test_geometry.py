@@ -86,7 +86,9 @@ def oblique_affine() -> np.ndarray:
     return affine
 
 
-def reorder(shape: tuple[int, ...], order: tuple[int, ...], flips: tuple[bool, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+def reorder(
+    shape: tuple[int, ...], order: tuple[int, ...], flips: tuple[bool, ...]
+) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape after a permutation and flips of the axes, and the matrix from the new indices to the old ones."""
     matrix = np.zeros((4, 4))
     matrix[3, 3] = 1
@@ -224,14 +226,18 @@ def test_itk_reads_the_transforms_as_we_do(results: Path, number: int) -> None:
 
     stored = itk.imread(f"{prefix}{TO_TEMPLATE}_xfm.nii.gz", itk.Vector[itk.F, 3])
     vectors = np.ascontiguousarray(itk.array_from_image(stored), dtype=np.float64)
-    field = itk.image_view_from_array(vectors, ttype=itk.Image[itk.Vector[itk.D, 3], 3])  # what ITK's transform takes in Python
+    field = itk.image_view_from_array(
+        vectors, ttype=itk.Image[itk.Vector[itk.D, 3], 3]
+    )  # what ITK's transform takes in Python
     field.CopyInformation(stored)
     transform = itk.DisplacementFieldTransform[itk.D, 3].New(DisplacementField=field)
     ours = itk.imread(f"{prefix}space-{TEMPLATE_SPACE}_image.nii.gz", itk.F)
     moving = itk.imread(str(results.parent / f"in/{folder.name}.nii"), itk.F)
     moved = itk.resample_image_filter(moving, transform=transform, use_reference_image=True, reference_image=ours)
     theirs, mine = itk.array_from_image(moved), itk.array_from_image(ours)
-    both = (theirs > 0) & (mine > 19.9)  # at the edge of the scan, whose background is 20, the one fades and the other ends
+    both = (theirs > 0) & (
+        mine > 19.9
+    )  # at the edge of the scan, whose background is 20, the one fades and the other ends
     assert both.mean() > 0.05
     assert mine[both].max() > 800
     assert np.abs(theirs - mine)[both].max() < 1  # of 1000
@@ -245,5 +251,9 @@ def test_the_two_directions_undo_each_other(results: Path) -> None:
 
     inside = np.linalg.norm(back - LEFT, axis=-1) < LEFT_RADIUS + 4
     index = np.linalg.solve(affine[:3, :3], (back[inside] - affine[:3, 3]).T)
-    step = np.stack([map_coordinates(field[:, :, :, 0, axis], index, order=1) for axis in range(3)], axis=-1) * [-1, -1, 1]
+    step = np.stack([map_coordinates(field[:, :, :, 0, axis], index, order=1) for axis in range(3)], axis=-1) * [
+        -1,
+        -1,
+        1,
+    ]
     assert np.linalg.norm(back[inside] + step - place[inside], axis=-1).max() < 0.05

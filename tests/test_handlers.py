@@ -86,7 +86,9 @@ def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path) -> None:
     assert names_of(tmp_path / "parts") == ["training_checkpoint_20.pt", "training_checkpoint_24.pt"]
 
 
-def test_a_checkpoint_that_is_not_whole_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_that_is_not_whole_gives_way_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer, _, expected = make_trainer(tmp_path)
     trainer.run(DATA, max_epochs=3)
     newest = tmp_path / "training_checkpoint_12.pt"
@@ -125,7 +127,9 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     make_trainer(tmp_path)[0].run(DATA, max_epochs=1)
     other = Engine(lambda engine, batch: None)
     TrainingCheckpoint(tmp_path, {"network": torch.nn.Linear(5, 5)}).attach(other)
-    with pytest.raises(ValueError, match=r"training_checkpoint_4.pt: a checkpoint of this training is needed, found another"):
+    with pytest.raises(
+        ValueError, match=r"training_checkpoint_4.pt: a checkpoint of this training is needed, found another"
+    ):
         other.run(DATA, max_epochs=2)
 
 
@@ -230,4 +234,7 @@ def test_every_task_is_reported() -> None:
     }
     total = loss(torch.zeros(1, LAYOUT.channels, 2, 2, 2), targets)
     scalars = make_task_loss_transform(loss)({"loss": total})
-    assert scalars == {"loss": pytest.approx(float(total)), "segmentation": pytest.approx(float(loss.components["segmentation"]))}
+    assert scalars == {
+        "loss": pytest.approx(float(total)),
+        "segmentation": pytest.approx(float(loss.components["segmentation"])),
+    }

@@ -21,7 +21,9 @@ from brainfm_monai.tasks import TaskLayout
 
 FEATURES = [8, 8, 16]
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
-OUTPUTS = "segmentation,volumes,bias_field,distance,mni"  # those of the network's maps: the others have tests of their own
+OUTPUTS = (
+    "segmentation,volumes,bias_field,distance,mni"  # those of the network's maps: the others have tests of their own
+)
 FILES = (
     "biasfield.json",
     "biasfield.nii.gz",
@@ -143,7 +145,9 @@ def reorder(data: np.ndarray, order: tuple[int, ...], flips: tuple[bool, ...]) -
     return turned, matrix
 
 
-def test_turning_a_scans_axes_changes_nothing_but_the_order_of_the_outputs_arrays(tmp_path: Path, predict: Predict) -> None:
+def test_turning_a_scans_axes_changes_nothing_but_the_order_of_the_outputs_arrays(
+    tmp_path: Path, predict: Predict
+) -> None:
     # The network is random: any dependence on the order of the axes would show in its outputs.
     data, affine = blobs((21, 26, 17)), oblique_affine((1.1, 0.9, 1.6))
     for number, (order, flips) in enumerate(ORIENTATIONS):
@@ -153,7 +157,12 @@ def test_turning_a_scans_axes_changes_nothing_but_the_order_of_the_outputs_array
     reference = {name: load(tmp_path / "out/scan00", name)[0] for name in ("dseg", "distance", "mni", "biasfield")}
     assert len(np.unique(reference["dseg"])) > 3
     for number, (order, flips) in enumerate(ORIENTATIONS):
-        for name, step in (("dseg", 0), ("distance", 0.011), ("mni", 0.051), ("biasfield", 1.1e-3)):  # steps of the files
+        for name, step in (
+            ("dseg", 0),
+            ("distance", 0.011),
+            ("mni", 0.051),
+            ("biasfield", 1.1e-3),
+        ):  # steps of the files
             found, found_affine = load(tmp_path / f"out/scan{number:02d}", name)
             expected, matrix = reorder(reference[name], order, flips)
             np.testing.assert_allclose(found_affine, affine @ matrix, atol=1e-4)
@@ -283,7 +292,9 @@ def test_a_bad_scan_ends_the_run_with_one_line_and_no_output(kind: str, tmp_path
 
 
 def test_a_missing_file_and_an_empty_folder_end_the_run(tmp_path: Path, predict: Predict) -> None:
-    with pytest.raises(SystemExit, match=r"none\.nii: a scan or a folder of scans is needed, found no such file or folder"):
+    with pytest.raises(
+        SystemExit, match=r"none\.nii: a scan or a folder of scans is needed, found no such file or folder"
+    ):
         predict(tmp_path / "none.nii", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"empty: a folder of scans \(.*\) is needed, found none in it"):
@@ -293,7 +304,9 @@ def test_a_missing_file_and_an_empty_folder_end_the_run(tmp_path: Path, predict:
 
 def test_weights_of_another_network_end_the_run(tmp_path: Path, predict: Predict) -> None:
     scan = save(tmp_path / "scan.nii", blobs((16, 16, 16)))
-    with pytest.raises(SystemExit, match=r"random\.pt: the weights must fit the network, found 'backbone\.\S+' of shape") as end:
+    with pytest.raises(
+        SystemExit, match=r"random\.pt: the weights must fit the network, found 'backbone\.\S+' of shape"
+    ) as end:
         predict(scan, tmp_path / "out", **{"network_def#backbone#features": [8, 8, 8]})
     assert "\n" not in str(end.value.code)
     assert not (tmp_path / "out").exists()
@@ -331,17 +344,33 @@ def test_an_mgz_scan_is_read(tmp_path: Path, predict: Predict) -> None:
     np.testing.assert_allclose(found, affine, atol=1e-4)
 
 
-def test_the_command_works_from_another_folder_and_fails_in_one_line(repository: Path, weights: Path, tmp_path: Path) -> None:
+def test_the_command_works_from_another_folder_and_fails_in_one_line(
+    repository: Path, weights: Path, tmp_path: Path
+) -> None:
     save(tmp_path / "scan.nii.gz", blobs((24, 20, 16)))
     bundle = repository / "bundle"
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(bundle / "configs/inference.json")]
     command += ["--bundle_root", str(bundle), "--output_dir", "OUT", "--weights", str(weights)]
-    command += ["--network_def#backbone#features", str(FEATURES), "--layout#tasks", str([*LAYOUT.tasks]), "--outputs", OUTPUTS]
-    done = subprocess.run([*command, "--input", "scan.nii.gz"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command += [
+        "--network_def#backbone#features",
+        str(FEATURES),
+        "--layout#tasks",
+        str([*LAYOUT.tasks]),
+        "--outputs",
+        OUTPUTS,
+    ]
+    done = subprocess.run(
+        [*command, "--input", "scan.nii.gz"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "1/1" in done.stderr  # the progress bar
     assert sorted(f.name for f in (tmp_path / "OUT/scan").iterdir()) == [f"scan_{suffix}" for suffix in FILES]
-    failed = subprocess.run([*command, "--input", "none.nii"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    failed = subprocess.run(
+        [*command, "--input", "none.nii"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1] == "none.nii: a scan or a folder of scans is needed, found no such file or folder"
+    assert (
+        failed.stderr.splitlines()[-1]
+        == "none.nii: a scan or a folder of scans is needed, found no such file or folder"
+    )
     assert "Traceback" not in failed.stderr

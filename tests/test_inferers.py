@@ -17,13 +17,13 @@ from brainfm_monai.inferers import (
     WholeVolumeInferer,
     WindowInferer,
     automatic,
-    exit_on_error,
     fast_bfloat16,
     free_memory,
     peak_memory,
     prepare_network,
     reduced_precision,
 )
+from brainfm_monai.io import exit_on_error
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, TwoScaleUNet, UNet, library_backbone, slabs
 from brainfm_monai.tasks import TaskLayout
 
@@ -90,7 +90,9 @@ def test_the_air_around_the_head_is_neither_computed_nor_left_undefined() -> Non
     box[1, :, 9:, 11:, 13:] = True
     expected = torch.cat([torch.where(box, values, 7.0), torch.where(box, values + 1, 9.0)], dim=1)
     torch.testing.assert_close(output.as_tensor(), expected)
-    assert float(inferer(torch.zeros(1, 1, 4, 4, 4), network).max()) == 1  # nothing above the threshold: the whole volume
+    assert (
+        float(inferer(torch.zeros(1, 1, 4, 4, 4), network).max()) == 1
+    )  # nothing above the threshold: the whole volume
 
 
 def test_a_mirrored_head_gets_the_mirrored_maps() -> None:
@@ -103,7 +105,9 @@ def test_a_mirrored_head_gets_the_mirrored_maps() -> None:
     with torch.no_grad():
         found, of_mirror, alone = inferer(image, network), inferer(image.flip(2), network), network(image)
     torch.testing.assert_close(layout.mirror(of_mirror), found, atol=1e-5, rtol=0)
-    assert float((alone - layout.mirror(network(image.flip(2)).detach())).abs().max()) > 0.1  # the network alone does not do so
+    assert (
+        float((alone - layout.mirror(network(image.flip(2)).detach())).abs().max()) > 0.1
+    )  # the network alone does not do so
     torch.testing.assert_close(found * 2 - alone, layout.mirror(network(image.flip(2)).detach()), atol=1e-5, rtol=0)
 
 
@@ -141,7 +145,9 @@ def test_every_memory_mode_gives_the_same(name: str, mirror: bool) -> None:
         for mode in MEMORY_MODES:
             found[mode] = ScanInferer(LAYOUT, mode, mirror, bfloat16=False)(image, net)
     whole = found["whole"]
-    scale = 10 * float(whole.abs().max()) if "unit" in name else float(whole.abs().max())  # short features magnify rounding
+    scale = (
+        10 * float(whole.abs().max()) if "unit" in name else float(whole.abs().max())
+    )  # short features magnify rounding
     torch.testing.assert_close(found["slabs"], whole, atol=2e-5 * scale, rtol=0)
     decided, expected = LAYOUT.split(found["low"]), LAYOUT.split(LAYOUT.choose_labels(whole))
     assert float((decided["segmentation"] == expected["segmentation"]).float().mean()) > 0.999  # ties within rounding
@@ -159,11 +165,15 @@ def test_bfloat16_agrees_with_float32_in_every_mode(mode: str) -> None:
     assert rounded.dtype == torch.float32
     mni = LAYOUT.split(rounded)["mni"] - LAYOUT.split(exact)["mni"]
     assert float(mni.abs().mean()) < 0.01
-    assert len(LAYOUT.split(rounded)["mni"].unique()) > 1000  # no steps of bfloat16, which has 128 values between 0.5 and 1
+    assert (
+        len(LAYOUT.split(rounded)["mni"].unique()) > 1000
+    )  # no steps of bfloat16, which has 128 values between 0.5 and 1
 
 
 def test_low_memory_never_holds_all_label_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slabs.plane_ranges, "__defaults__", (2**22,))  # slabs as small as the network, which has 8 features
+    monkeypatch.setattr(
+        slabs.plane_ranges, "__defaults__", (2**22,)
+    )  # slabs as small as the network, which has 8 features
     net = trained_like("U-Net of unit features")
     size = (128, 128, 128)
     inferer = ScanInferer(LAYOUT)
@@ -246,9 +256,9 @@ def test_labels_are_surrounded_by_background() -> None:
     inferer = ForegroundInferer(ScanInferer(LAYOUT, "low", bfloat16=False), LAYOUT.outside_values, margin=2, multiple=4)
     with torch.inference_mode():
         output = inferer(MetaTensor(image), net)
-        logits = ForegroundInferer(ScanInferer(LAYOUT, "whole", bfloat16=False), LAYOUT.outside_values, margin=2, multiple=4)(
-            image, net
-        )
+        logits = ForegroundInferer(
+            ScanInferer(LAYOUT, "whole", bfloat16=False), LAYOUT.outside_values, margin=2, multiple=4
+        )(image, net)
     assert output.shape == (1, LAYOUT.label_channels, 48, 48, 48)
     assert output[0, :, -1, -1, -1].tolist() == [0, 3, 3, 3, 3, 0, 0, 0, 0]
     expected = LAYOUT.choose_labels(logits)
@@ -269,11 +279,15 @@ def test_precision_by_wish_and_by_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_messages() -> None:
-    with pytest.raises(ValueError, match=r"'memory' must be one of \['auto', 'whole', 'slabs', 'low', 'windows'\], got 'tiny'"):
+    with pytest.raises(
+        ValueError, match=r"'memory' must be one of \['auto', 'whole', 'slabs', 'low', 'windows'\], got 'tiny'"
+    ):
         ScanInferer(LAYOUT, "tiny")
     with pytest.raises(ValueError, match="a MultiTaskNet is needed, got Conv3d: use another memory mode"):
         SlabInferer(LAYOUT)(picture(8, 8, 8), nn.Conv3d(1, 1, 1))
-    with pytest.raises(ValueError, match=r"sides that are multiples of the network's stride 2 are needed, got \(8, 9, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"sides that are multiples of the network's stride 2 are needed, got \(8, 9, 8\)"
+    ):
         SlabInferer(LAYOUT)(picture(8, 9, 8), trained_like("two scales at stride 2"))
 
 

@@ -82,7 +82,9 @@ def test_dice_and_cross_entropy_by_loops() -> None:
 
 def test_dice_and_cross_entropy_are_those_of_monai_and_torch() -> None:
     logits, labels = draw(2, 5, *SIZE), draw(2, 5, *SIZE, seed=1).argmax(1, keepdim=True)  # every class is there
-    dice = DiceLoss(False, to_onehot_y=True, softmax=True, squared_pred=True, reduction="none", smooth_nr=0, smooth_dr=0)
+    dice = DiceLoss(
+        False, to_onehot_y=True, softmax=True, squared_pred=True, reduction="none", smooth_nr=0, smooth_dr=0
+    )
 
     def theirs(x: Tensor) -> Tensor:
         entropy = nnf.cross_entropy(x, labels[:, 0], reduction="none").mean((1, 2, 3))
@@ -95,7 +97,10 @@ def test_dice_and_cross_entropy_are_those_of_monai_and_torch() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 60.0])
 def test_the_gradient_written_out_is_that_of_the_formula(spread: float) -> None:
-    logits, labels = spread * draw(3, 6, *SIZE), draw(3, 4, *SIZE, seed=1).argmax(1, keepdim=True)  # classes 4 and 5 are absent
+    logits, labels = (
+        spread * draw(3, 6, *SIZE),
+        draw(3, 4, *SIZE, seed=1).argmax(1, keepdim=True),
+    )  # classes 4 and 5 are absent
     labels[2] = 0  # nothing but background
 
     def formula(x: Tensor) -> Tensor:
@@ -106,7 +111,10 @@ def test_the_gradient_written_out_is_that_of_the_formula(spread: float) -> None:
         return -(log_prob * truth).sum(1).mean(1) + (dice * present).sum(1) / present.sum(1).clamp_min(1)
 
     torch.testing.assert_close(compute_dice_ce(logits, labels), formula(logits), atol=1e-6, rtol=1e-5)
-    found, expected = gradient_of(lambda x: compute_dice_ce(x, labels.to(torch.uint8)), logits), gradient_of(formula, logits)
+    found, expected = (
+        gradient_of(lambda x: compute_dice_ce(x, labels.to(torch.uint8)), logits),
+        gradient_of(formula, logits),
+    )
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -195,7 +203,9 @@ def test_weights_weigh() -> None:
     targets, pred = make_targets(1), torch.randn(1, LAYOUT.channels, 4, 4, 4)
     loss = MultiTaskLoss(LAYOUT, {"segmentation": 2.0, "distance": 0.0, "log_bias_field": 0.0, "mni": 3.0})
     total = loss(pred, targets)
-    assert float(total) == pytest.approx(float(2 * loss.components["segmentation"] + 3 * loss.components["mni"]), rel=1e-5)
+    assert float(total) == pytest.approx(
+        float(2 * loss.components["segmentation"] + 3 * loss.components["mni"]), rel=1e-5
+    )
     with pytest.raises(ValueError, match=r"'weights' may name .* got \['T1w'\]"):
         MultiTaskLoss(LAYOUT, {"T1w": 1.0})
 
@@ -289,7 +299,9 @@ def test_errors_with_a_scale_are_laplaces_likelihood() -> None:
     huge = torch.tensor([1e9, -1e9, 0.0]).reshape(1, 3, 1, 1, 1)
     gradient = gradient_of(lambda x: compute_laplace_nll(torch.full_like(x, 50.0), x, huge[:, :1] > 0), huge)
     assert torch.isfinite(gradient).all()
-    best = torch.zeros(1, 1, 1, 1, 1, requires_grad=True)  # the likelihood is greatest where the scale is the mean error
+    best = torch.zeros(
+        1, 1, 1, 1, 1, requires_grad=True
+    )  # the likelihood is greatest where the scale is the mean error
     optimizer = torch.optim.SGD([best], lr=0.5)
     for _ in range(40):
         optimizer.zero_grad()
@@ -370,7 +382,9 @@ def make_all_targets(batch: int, size: tuple[int, int, int] = SIZE) -> dict[str,
         values = draw(batch, max(task.channels, 1), *size, seed=seed)
         targets[name] = {"mask": values > 0, "scalar": values.mean((1, 2, 3, 4)).abs()}.get(task.kind, values)
     del targets["embedding"]
-    targets["segmentation"] = draw(batch, 56, *size, seed=50).argmax(1, keepdim=True) * (draw(batch, 1, *size, seed=51) > -0.5)
+    targets["segmentation"] = draw(batch, 56, *size, seed=50).argmax(1, keepdim=True) * (
+        draw(batch, 1, *size, seed=51) > -0.5
+    )
     targets["visible"] = draw(batch, 1, *size, seed=52) > -1.5
     targets["valid_T1w"] = draw(batch, 1, *size, seed=53) > -1
     return targets
@@ -407,7 +421,11 @@ def test_absent_labels_do_not_empty_the_head_for_the_other_tasks() -> None:
     layout = TaskLayout(["segmentation", "mni"])
     targets, pred = make_all_targets(1), draw(1, layout.channels, *SIZE, seed=5)
     without = {name: targets[name] for name in ("mni", "visible")}
-    filled = {**without, "segmentation": torch.zeros(1, 1, *SIZE, dtype=torch.long), "available_segmentation": torch.zeros(1)}
+    filled = {
+        **without,
+        "segmentation": torch.zeros(1, 1, *SIZE, dtype=torch.long),
+        "available_segmentation": torch.zeros(1),
+    }
     losses = []
     for batch in (without, filled):
         loss = MultiTaskLoss(layout)
@@ -433,7 +451,9 @@ def test_images_count_in_the_air_and_not_where_they_were_cut_out() -> None:
     loss(pred, targets).backward()
     counted = targets["visible"] & targets["valid_T1w"]
     image = pred.detach()[:, layout.slices["T1w"]]
-    expected = compute_masked_l1(image, targets["T1w"], counted) + 0.5 * compute_gradient_l1(image, targets["T1w"], counted)
+    expected = compute_masked_l1(image, targets["T1w"], counted) + 0.5 * compute_gradient_l1(
+        image, targets["T1w"], counted
+    )
     assert float(loss.components["T1w"]) == pytest.approx(float(expected.mean()), rel=1e-6)
     assert pred.grad is not None
     gradient = pred.grad[:, layout.slices["T1w"]]
@@ -476,7 +496,9 @@ def test_a_weight_of_any_task_weighs_its_gradient() -> None:
 def test_terms_that_a_task_has_not_are_named() -> None:
     with pytest.raises(ValueError, match=r"'gradient_weights' may name \['mni'\], got \['distance'\]"):
         MultiTaskLoss(LAYOUT, gradient_weights={"distance": 1.0})
-    with pytest.raises(ValueError, match=r"'smoothness_weights' may name \['log_bias_field', 'mni'\], got \['distance'\]"):
+    with pytest.raises(
+        ValueError, match=r"'smoothness_weights' may name \['log_bias_field', 'mni'\], got \['distance'\]"
+    ):
         MultiTaskLoss(LAYOUT, smoothness_weights={"distance": 1.0})
     with pytest.raises(ValueError, match=r"'weights' may name .* got \['mni_log_scale'\]"):
         MultiTaskLoss(TaskLayout(["mni"], uncertainty=["mni"]), {"mni_log_scale": 1.0})
@@ -485,7 +507,16 @@ def test_terms_that_a_task_has_not_are_named() -> None:
 class _Watch(TorchDispatchMode):
     """Collects what would make a host wait for a device."""
 
-    WAITS = ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal", "unique", "masked_select", "bincount")
+    WAITS = (
+        "_local_scalar_dense",
+        "lift_fresh",
+        "nonzero",
+        "is_nonzero",
+        "equal",
+        "unique",
+        "masked_select",
+        "bincount",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -525,7 +556,9 @@ def test_learnt_weights_are_the_likelihoods_of_kendall_gal_and_cipolla() -> None
     leaf = balance.log_scale.detach().clone().requires_grad_()
     s, b, d = (7 * torch.tanh(leaf / 7)).unbind()
     expected = (-s).exp() * part["segmentation"] + s / 2  # cross entropy, s = log of a variance
-    expected = expected + 3 * (0.5 * (-b).exp() * part["log_bias_field"] + b / 2)  # squared error, b = log of a variance
+    expected = expected + 3 * (
+        0.5 * (-b).exp() * part["log_bias_field"] + b / 2
+    )  # squared error, b = log of a variance
     expected = expected + (-d).exp() * part["distance"] + d  # absolute error, d = log of a scale
     expected = expected + part["T1w"]
     expected.backward()

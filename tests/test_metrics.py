@@ -120,7 +120,8 @@ def test_the_midplane_follows_the_affine_of_an_oblique_scan() -> None:
 
 def test_shapes_must_agree() -> None:
     with pytest.raises(
-        ValueError, match=r"^compute_structure_dice: .* share one shape \(B, 1, H, W, D\), got \(1, 1, 2, 2, 2\) and \(1, 1, 3"
+        ValueError,
+        match=r"^compute_structure_dice: .* share one shape \(B, 1, H, W, D\), got \(1, 1, 2, 2, 2\) and \(1, 1, 3",
     ):
         compute_structure_dice(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 3, 2, 2), STRUCTURES)
 
@@ -139,7 +140,10 @@ def test_the_mean_is_over_sides_and_what_has_none() -> None:
         ({"a": {"left": [1], "right": [2], "middle": [3]}}, r"structure a: ids are needed either .*"),
         ({"a": {"middle": [3], "unsided": [4]}}, r"structure a: ids are needed either .*"),
         ({"a": {"top": [1]}}, r"structure a: the entries are left, right, unsided and middle, found \['top'\]"),
-        ({"a": {"middle": [5]}, "b": {"middle": [[4, 6]]}}, r"structure b: an id may stand in one structure, found 5 in a, too"),
+        (
+            {"a": {"middle": [5]}, "b": {"middle": [[4, 6]]}},
+            r"structure b: an id may stand in one structure, found 5 in a, too",
+        ),
     ],
 )
 def test_a_wrong_table_is_told_in_one_line(table: dict[str, Any], message: str) -> None:
@@ -164,7 +168,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def run_table(table: StructureDiceTable, name: str, prediction: Tensor, reference: Tensor, **entries: str) -> None:
     """One iteration of an engine with decollated tensors of shape (1, H, W, D)."""
-    item = {"image": SimpleNamespace(meta={"scan_name": name}), "pred": MetaTensor(prediction), "label": MetaTensor(reference)}
+    item = {
+        "image": SimpleNamespace(meta={"scan_name": name}),
+        "pred": MetaTensor(prediction),
+        "label": MetaTensor(reference),
+    }
     engine = Engine(lambda engine, batch: [item])
     engine.state.batch = [entries]  # type: ignore[assignment]
     table.attach(engine)
@@ -183,7 +191,9 @@ def test_the_tables_hold_dice_by_scan_and_structure(tmp_path: Path) -> None:
     table.write()
 
     rows = read_table(tmp_path / "out" / "dice.tsv")
-    assert [(r["scan"], r["structure"]) for r in rows] == [(scan, name) for scan in ("sub-01", "sub-02") for name in NAMES]
+    assert [(r["scan"], r["structure"]) for r in rows] == [
+        (scan, name) for scan in ("sub-01", "sub-02") for name in NAMES
+    ]
     assert rows[0] == {"scan": "sub-01", "structure": "cortex", "left": "n/a", "right": "n/a", "both": "n/a"}
     # one of 80 right voxels is predicted as left white matter
     assert rows[1]["left"] == f"{2 * 80 / 161:.4f}"

@@ -12,7 +12,13 @@ from monai.metrics.regression import compute_ssim_and_cs
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from brainfm_monai.metrics import compute_image_metrics, compute_ms_ssim, compute_ssim, fit_intensities, normalise_to_target
+from brainfm_monai.metrics import (
+    compute_image_metrics,
+    compute_ms_ssim,
+    compute_ssim,
+    fit_intensities,
+    normalise_to_target,
+)
 
 SIZE = (50, 24, 26)  # longer along H than the slab that is filtered at once
 NAMES = ["l1", "psnr", "ssim", "ms_ssim"]
@@ -61,7 +67,9 @@ def test_a_window_that_leaves_the_image_does_not_count() -> None:
     torch.testing.assert_close(everywhere, inner)
     spoiled[..., 0] += 1  # five voxels from the first window's centre
     assert (compute_ssim(spoiled, truth, mask) < everywhere).all()
-    torch.testing.assert_close(compute_ssim(spoiled, truth, make_mask(truth, 6)), compute_ssim(pred, truth, make_mask(truth, 6)))
+    torch.testing.assert_close(
+        compute_ssim(spoiled, truth, make_mask(truth, 6)), compute_ssim(pred, truth, make_mask(truth, 6))
+    )
     assert compute_ssim(pred[..., :10], truth[..., :10], mask[..., :10]).isnan().all()
 
 
@@ -104,7 +112,9 @@ def test_psnr_and_l1_are_those_of_the_mask() -> None:
     assert list(found) == NAMES
     for i in range(2):
         p, t = pred[i][mask[i]], truth[i][mask[i]]
-        assert found["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1.5), abs=1e-4)
+        assert found["psnr"][i].item() == pytest.approx(
+            peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1.5), abs=1e-4
+        )
         assert found["psnr"][i] == PSNRMetric(1.5, reduction="none")(p[None], t[None])
         assert found["l1"][i].item() == pytest.approx((p - t).abs().mean().item(), rel=1e-6)
     equal = compute_image_metrics(truth, truth, mask)

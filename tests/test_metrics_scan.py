@@ -64,7 +64,9 @@ def to_prediction(target: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**{name: value.clone() for name, value in target.items()}, "segmentation": labels}
 
 
-def measure(pred: dict[str, Tensor], target: dict[str, Tensor], **options: Any) -> dict[tuple[str, str, str, str], float]:
+def measure(
+    pred: dict[str, Tensor], target: dict[str, Tensor], **options: Any
+) -> dict[tuple[str, str, str, str], float]:
     """Values by task, structure, side and metric."""
     rows = measure_scan(pred, target, LAYOUT, STRUCTURES, AFFINE, scan="sub-01", **options)
     assert {(row.scan, row.condition) for row in rows} == {("sub-01", options.get("condition", "native"))}
@@ -190,7 +192,10 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     rows = measure_scan(pred, target, LAYOUT, STRUCTURES, AFFINE, scan="sub-01", condition="5 mm")
     path = tmp_path / "out" / "metrics.tsv"
     write_rows(path, rows)
-    assert path.read_text(encoding="utf-8").splitlines()[0] == "scan\tcondition\ttask\tstructure\tside\tmetric\tvalue\tunit"
+    assert (
+        path.read_text(encoding="utf-8").splitlines()[0]
+        == "scan\tcondition\ttask\tstructure\tside\tmetric\tvalue\tunit"
+    )
     back = read_rows(path)
     assert [row[:6] + row[7:] for row in back] == [row[:6] + row[7:] for row in rows]
     assert [row.value for row in back] == pytest.approx([row.value for row in rows], rel=1e-5, abs=1e-9, nan_ok=True)

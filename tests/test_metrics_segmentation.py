@@ -30,7 +30,9 @@ def make_affine(spacing: tuple[float, ...] = SPACING) -> Tensor:
     """An oblique grid: voxels of the given size, turned about two axes."""
     a, b = math.radians(20), math.radians(-35)
     turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]], dtype=torch.float64)
-    turn = turn @ torch.tensor([[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]], dtype=torch.float64)
+    turn = turn @ torch.tensor(
+        [[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]], dtype=torch.float64
+    )
     affine = torch.eye(4, dtype=torch.float64)
     affine[:3, :3] = turn @ torch.diag(torch.tensor(spacing, dtype=torch.float64))
     affine[:3, 3] = torch.tensor([-20.0, 5.0, 3.0])
@@ -106,7 +108,9 @@ def test_hd95_is_monais_over_a_one_hot_volume() -> None:
     pred, truth = draw_blobs(1), draw_blobs(2)
     hd95 = compute_structure_hd95(pred, truth, STRUCTURES, make_affine())
     channels = [[17], [53], [17, 53], [16]]
-    found, wanted = (torch.cat([torch.isin(ids, torch.tensor(c)) for c in channels], 1).float() for ids in (pred, truth))
+    found, wanted = (
+        torch.cat([torch.isin(ids, torch.tensor(c)) for c in channels], 1).float() for ids in (pred, truth)
+    )
     expected = compute_hausdorff_distance(found, wanted, include_background=True, percentile=95, spacing=list(SPACING))
     # the same function on a box instead of the image: the same numbers
     torch.testing.assert_close(torch.cat([hd95[:, 0], hd95[:, 1, 2:]], 1), expected)
@@ -132,7 +136,9 @@ def test_overlap_volume_and_largest_distance_are_itks(ids: tuple[int, ...]) -> N
     # ITK's similarity is 2 (s - t) / (s + t); ours is (s - t) / t
     assert error == pytest.approx(2 * overlap.GetVolumeSimilarity(1) / (2 - overlap.GetVolumeSimilarity(1)), abs=1e-6)
 
-    farthest = itk.HausdorffDistanceImageFilter[type(found), type(found)].New(Input1=found, Input2=wanted, UseImageSpacing=True)
+    farthest = itk.HausdorffDistanceImageFilter[type(found), type(found)].New(
+        Input1=found, Input2=wanted, UseImageSpacing=True
+    )
     farthest.Update()
     distance = compute_structure_hausdorff(moved, still, STRUCTURES, make_affine())[0, 0, side].item()
     # ITK measures between the masks, not their edges: for balls of one size that is the same; its distance map is float32

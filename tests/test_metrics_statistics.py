@@ -79,7 +79,9 @@ def test_conditions_and_metrics_are_summarised_apart() -> None:
     first, second = make_results({"thalamus": [0.8, 0.9]}), make_results({"thalamus": [2.0, 4.0]}, "hd95")
     table = pd.concat([first, second, first.assign(condition="5 mm", value=0.1)])
     summary = summarise(table, resamples=200).set_index(["condition", "metric"])["mean"]
-    assert summary.to_dict() == pytest.approx({("native", "dice"): 0.85, ("native", "hd95"): 3.0, ("5 mm", "dice"): 0.1})
+    assert summary.to_dict() == pytest.approx(
+        {("native", "dice"): 0.85, ("native", "hd95"): 3.0, ("5 mm", "dice"): 0.1}
+    )
 
 
 def test_pairs_are_compared_as_scipy_does() -> None:
@@ -109,7 +111,9 @@ def test_pairs_are_compared_as_scipy_does() -> None:
 def test_the_correction_is_within_a_metric() -> None:
     generator = np.random.default_rng(6)
     first, second = (
-        pd.concat([make_results({n: list(generator.normal(size=8)) for n in "abc"}, metric) for metric in ("dice", "hd95")])
+        pd.concat(
+            [make_results({n: list(generator.normal(size=8)) for n in "abc"}, metric) for metric in ("dice", "hd95")]
+        )
         for _ in range(2)
     )
     result = compare(first, second, resamples=100)
@@ -138,7 +142,14 @@ def test_ranks_with_ties_and_zeros() -> None:
 def test_a_result_compared_with_itself_does_not_differ() -> None:
     table = make_results({"thalamus": [0.8, 0.9, 0.7], "caudate": [math.nan] * 3, "image": [30.0, math.inf, 20.0]})
     result = compare(table, table, resamples=100).set_index("structure")
-    assert result.loc["thalamus", ["difference", "low", "high", "p", "p_holm", "effect_size"]].tolist() == [0, 0, 0, 1, 1, 0]
+    assert result.loc["thalamus", ["difference", "low", "high", "p", "p_holm", "effect_size"]].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        0,
+    ]
     assert result.loc["caudate", ["difference", "low", "p", "p_holm"]].isna().all()
     assert result.loc["image", "difference"] == 0
 
@@ -148,8 +159,11 @@ def test_results_of_other_scans_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match=r"^compare: .* must have the same scans, found in one alone: \['sub-02'\]$"):
         compare(table, table[table["scan"] != "sub-02"])
     with pytest.raises(
-        ValueError, match=r"^compare: .* same rows, found in one alone: sub-01 native segmentation caudate .* \(1 in all\)$"
+        ValueError,
+        match=r"^compare: .* same rows, found in one alone: sub-01 native segmentation caudate .* \(1 in all\)$",
     ):
         compare(table, table.drop(index=4))
-    with pytest.raises(ValueError, match=r"^compare: a row may stand once in a table, found twice in 'second': sub-00 native"):
+    with pytest.raises(
+        ValueError, match=r"^compare: a row may stand once in a table, found twice in 'second': sub-00 native"
+    ):
         compare(table, pd.concat([table, table.iloc[:1]]))

@@ -124,7 +124,9 @@ def test_two_scales_put_the_coarse_features_beside_the_detail() -> None:
     torch.testing.assert_close(other[:, 8:], output[:, 8:], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(other[:, :8], output[:, :8], atol=1e-2)
     torch.nn.init.ones_(net.down.weight)
-    assert not torch.allclose(net(image)[:, 8:], output[:, 8:], atol=1e-2)  # after training the fine level tells it of it
+    assert not torch.allclose(
+        net(image)[:, 8:], output[:, 8:], atol=1e-2
+    )  # after training the fine level tells it of it
     assert net(torch.rand(1, 1, 9, 11, 13)).shape[2:] == (9, 11, 13)
 
 
@@ -142,7 +144,9 @@ def test_messages() -> None:
 def test_the_residual_unet_has_supersynths_number_of_parameters_per_block() -> None:
     with torch.device("meta"):
         net = ResidualUNet(1, (64, 128))
-    block = 1 * 64 + 64 + 2 * (64 * 64 * 27 + 2 * 64)  # projection with bias, two convolutions, two group normalisations
+    block = (
+        1 * 64 + 64 + 2 * (64 * 64 * 27 + 2 * 64)
+    )  # projection with bias, two convolutions, two group normalisations
     assert sum(p.numel() for p in net.encoders[0].parameters()) == block
     decoder = (64 + 128) * 64 * 27 + 64 * 64 * 27 + 2 * 2 * 64
     assert sum(p.numel() for p in net.decoders[0].parameters()) == decoder
@@ -222,13 +226,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LIBRARY)
 def test_monais_networks_are_backbones_by_name(name: str) -> None:
     config = {"_target_": "brainfm_monai.networks.library_backbone", "name": name, **OPTIONS[name]}
-    parser = ConfigParser({"network": {"_target_": "brainfm_monai.networks.MultiTaskNet", "backbone": config, "layout": LAYOUT}})
+    parser = ConfigParser(
+        {"network": {"_target_": "brainfm_monai.networks.MultiTaskNet", "backbone": config, "layout": LAYOUT}}
+    )
     net = parser.get_parsed_content("network").eval()
     image = torch.rand(1, 1, 32, 32, 64)
     with torch.no_grad():
         assert net.features(image).shape == (1, OPTIONS[name]["out_channels"], 32, 32, 64)
         assert net(image).shape == (1, LAYOUT.channels, 32, 32, 64)
-    with pytest.raises(ValueError, match=r"'name' must be one of \['SwinUNETR', 'UNet', 'DynUNet', 'SegResNet'\], got 'VNet'"):
+    with pytest.raises(
+        ValueError, match=r"'name' must be one of \['SwinUNETR', 'UNet', 'DynUNet', 'SegResNet'\], got 'VNet'"
+    ):
         library_backbone("VNet")
 
 

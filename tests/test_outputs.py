@@ -158,14 +158,18 @@ def test_the_folder_appears_when_all_writers_are_done(tmp_path: Path, entry: dic
     assert names(out) == ["sub-01/sub-01_finished.json", "sub-01/sub-01_note.txt"]
     assert writer.is_finished(entry)
     assert not ScanWriter(out, LAYOUT, {**writers, "more": write_note}).is_finished(entry)
-    assert not ScanWriter(out, LAYOUT, writers, RunSettings(weights="other.pt", protocol="synthseg_head")).is_finished(entry)
+    assert not ScanWriter(out, LAYOUT, writers, RunSettings(weights="other.pt", protocol="synthseg_head")).is_finished(
+        entry
+    )
     Path(entry["image"]).write_text("another scan under the same name")
     assert not writer.is_finished(entry)
 
 
 def test_a_second_run_replaces_its_files_and_leaves_those_of_others(tmp_path: Path, entry: dict[str, str]) -> None:
     out = tmp_path / "out"
-    ScanWriter(out, LAYOUT, {"old": lambda scan: scan.path("old.txt").write_text("old"), "note": write_note}).write(item(), entry)
+    ScanWriter(out, LAYOUT, {"old": lambda scan: scan.path("old.txt").write_text("old"), "note": write_note}).write(
+        item(), entry
+    )
     (out / "sub-01/mine.txt").write_text("mine")
     (out / ".partial/sub-01").mkdir(parents=True)
     (out / ".partial/sub-01/stale.txt").write_text("of an interrupted run")
@@ -195,7 +199,11 @@ def test_files_of_a_bids_scan_lie_in_its_subjects_folder(tmp_path: Path, entry: 
     writer.write_summary([bids, flair])
     assert names(tmp_path / "out") == [
         "dataset_description.json",
-        *(f"sub-01/anat/sub-01_space-{kind}_{end}" for kind in ("FLAIR", "T1w") for end in ("finished.json", "note.txt")),
+        *(
+            f"sub-01/anat/sub-01_space-{kind}_{end}"
+            for kind in ("FLAIR", "T1w")
+            for end in ("finished.json", "note.txt")
+        ),
         "summary.tsv",
     ]
     assert [row["status"] for row in read_table(tmp_path / "out/summary.tsv")] == ["done", "done"]

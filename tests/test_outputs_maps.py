@@ -15,7 +15,15 @@ from brainfm_monai.outputs import ScanResult, collect_warnings, extract_surface,
 from brainfm_monai.outputs.images import insert_lesions, sharpen
 from brainfm_monai.outputs.result import RunSettings
 from brainfm_monai.outputs.surfaces import compute_ribbon, compute_thickness_mm
-from brainfm_monai.outputs.template import Warp, affine_points, fit_affine, fit_warp, fold_fraction, grid_points, invert_warp
+from brainfm_monai.outputs.template import (
+    Warp,
+    affine_points,
+    fit_affine,
+    fit_warp,
+    fold_fraction,
+    grid_points,
+    invert_warp,
+)
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "mni"], "synthseg_head")
@@ -51,7 +59,13 @@ def test_ribbon_and_thickness_of_two_shells() -> None:
     distance = {"lp": ball(shape, (10, 10, 10), 8), "rp": ball(shape, (29, 10, 10), 8)}
     distance |= {"lw": distance["lp"] + 2.5, "rw": distance["rp"] + 3.0}
     ribbon = compute_ribbon(distance)
-    assert (ribbon[10, 10, 10], ribbon[29, 10, 10], ribbon[3, 10, 10], ribbon[36, 10, 10], ribbon[0, 0, 0]) == (2, 41, 3, 42, 0)
+    assert (ribbon[10, 10, 10], ribbon[29, 10, 10], ribbon[3, 10, 10], ribbon[36, 10, 10], ribbon[0, 0, 0]) == (
+        2,
+        41,
+        3,
+        42,
+        0,
+    )
     thickness = compute_thickness_mm(distance, ribbon)
     np.testing.assert_allclose(thickness[ribbon == 3], 2.5, atol=1e-4)
     np.testing.assert_allclose(thickness[ribbon == 42], 3.0, atol=1e-4)
@@ -112,7 +126,9 @@ def test_sharpening_raises_edges_and_zero_is_the_identity() -> None:
     assert sharpen(step, 0.5).mean() == pytest.approx(step.mean(), abs=1e-6)
 
 
-def make_scan(folder: Path, labels: np.ndarray, affine: np.ndarray, layout: TaskLayout = LAYOUT, **maps: Any) -> ScanResult:
+def make_scan(
+    folder: Path, labels: np.ndarray, affine: np.ndarray, layout: TaskLayout = LAYOUT, **maps: Any
+) -> ScanResult:
     """A scan whose maps lie in its own grid."""
     tensors = {
         name: MetaTensor(torch.as_tensor(value), affine=torch.from_numpy(affine))
@@ -169,7 +185,8 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     one_side = head()
     one_side[20:30][one_side[20:30] == LEFT] = 0
     assert any(
-        w.startswith("left and right differ: Cerebral-Cortex") for w in collect_warnings(make_scan(tmp_path, one_side, LPS))
+        w.startswith("left and right differ: Cerebral-Cortex")
+        for w in collect_warnings(make_scan(tmp_path, one_side, LPS))
     )
     mirrored = coordinates(RAS, np.diag([-1.0, 1, 1, 1]))
     told = collect_warnings(make_scan(tmp_path, head(left_first=True), RAS, mni=mirrored))
@@ -179,16 +196,21 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     assert told == ["the head lies 180 degrees from the axes of the affine: the orientation may be wrong"]
     vague = np.full((1, 40, 46, 34), 0.4, dtype=np.float32)
     assert any(
-        "mean entropy within the brain is 0.40" in w for w in collect_warnings(make_scan(tmp_path, head(), LPS, entropy=vague))
+        "mean entropy within the brain is 0.40" in w
+        for w in collect_warnings(make_scan(tmp_path, head(), LPS, entropy=vague))
     )
-    assert collect_warnings(make_scan(tmp_path, np.zeros((40, 46, 34), np.uint8), LPS)) == ["no brain was found in this scan"]
+    assert collect_warnings(make_scan(tmp_path, np.zeros((40, 46, 34), np.uint8), LPS)) == [
+        "no brain was found in this scan"
+    ]
 
 
 def test_a_mode_that_leaves_a_side_out_does_not_miss_it(tmp_path: Path) -> None:
     labels = head()
     labels[labels == RIGHT] = 0
     scan = make_scan(tmp_path, labels, LPS)
-    half = ScanResult("s", scan.source, tmp_path, LAYOUT, labels, LPS, scan.maps, settings=RunSettings(mode="left_hemisphere"))
+    half = ScanResult(
+        "s", scan.source, tmp_path, LAYOUT, labels, LPS, scan.maps, settings=RunSettings(mode="left_hemisphere")
+    )
     assert collect_warnings(half) == []
 
 
@@ -199,5 +221,9 @@ def test_entropy_is_told_for_each_structure(tmp_path: Path) -> None:
     write_quality(scan)
     rows = [line.split("\t") for line in (tmp_path / "scan_qc.tsv").read_text().splitlines()]
     mean = {row[1]: row[2] for row in rows[1:]}
-    assert (mean["Left-Cerebral-Cortex"], mean["Right-Cerebral-Cortex"], mean["Left-Thalamus"]) == ("0.1000", "0.3000", "n/a")
+    assert (mean["Left-Cerebral-Cortex"], mean["Right-Cerebral-Cortex"], mean["Left-Thalamus"]) == (
+        "0.1000",
+        "0.3000",
+        "n/a",
+    )
     assert scan.summary["brain_entropy"] == pytest.approx(0.2)

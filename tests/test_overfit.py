@@ -152,6 +152,8 @@ def test_ten_subjects_are_learnt_by_heart(repository: Path, dataset_dir: Path, t
     assert trainer.state.iteration == 160
     assert set(after) == set(LIMITS)
     for name, limit in LIMITS.items():
-        assert after[name] < limit, f"{name}: {before[name]:.3f} at the start, {after[name]:.3f} at the end, {limit} is the limit"
+        assert after[name] < limit, (
+            f"{name}: {before[name]:.3f} at the start, {after[name]:.3f} at the end, {limit} is the limit"
+        )
         assert before[name] > 2 * after[name], name
     assert CommonKeys.LOSS in trainer.state.output

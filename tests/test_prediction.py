@@ -18,10 +18,10 @@ import torch
 from monai.data import MetaTensor
 
 import brainfm_monai
+from brainfm_monai.io import ScanError
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.prediction import OUTPUTS, local_device, select_outputs, share_of
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.transforms import ScanError
 
 FEATURES = [8, 8, 16]
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
@@ -51,7 +51,9 @@ def test_outputs_are_chosen_by_name() -> None:
     assert list(select_outputs("report, volumes", LAYOUT)) == ["volumes", "report"]  # in the table's order
     assert list(select_outputs(["contrasts"], TaskLayout(["segmentation", "CT"]))) == ["contrasts"]
     assert "contrasts" in select_outputs("all", TaskLayout(["segmentation", "T1w"]))
-    with pytest.raises(ValueError, match=r"outputs: 'all' or names out of segmentation, .* are needed, found thickness"):
+    with pytest.raises(
+        ValueError, match=r"outputs: 'all' or names out of segmentation, .* are needed, found thickness"
+    ):
         select_outputs("volumes,thickness", LAYOUT)
     with pytest.raises(
         ValueError, match=r"outputs: 'contrasts' needs a network that predicts T1w or .*, found one for segmentation, "
@@ -89,7 +91,14 @@ def test_the_device_is_a_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 def command(repository: Path, weights: Path, source: Path, output: Path, *more: str) -> list[str]:
     bundle = repository / "bundle"
     start = [sys.executable, "-m", "brainfm_monai", "predict", str(source), str(output), "--bundle", str(bundle)]
-    settings = ["--weights", str(weights), "--network_def#backbone#features", str(FEATURES), "--device", "$torch.device('cpu')"]
+    settings = [
+        "--weights",
+        str(weights),
+        "--network_def#backbone#features",
+        str(FEATURES),
+        "--device",
+        "$torch.device('cpu')",
+    ]
     settings += ["--layout#tasks", str([*LAYOUT.tasks])]
     return [*start, *settings, "--precision", "float32", "--outputs", "segmentation,volumes,distance", *more]
 
@@ -110,7 +119,9 @@ def test_twenty_scans_with_two_broken_ones_survive_a_kill(repository: Path, weig
     cut = write_scan(source / "broken_cut.nii.gz", 5, size=40)
     cut.write_bytes(cut.read_bytes()[:9000])
 
-    process = subprocess.Popen(command(repository, weights, source, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(repository, weights, source, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 300
     while len(finished(output)) < 6 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
@@ -201,7 +212,11 @@ def test_one_image_in_python(tmp_path: Path, settings: dict[str, Any]) -> None:
 def test_python_tells_what_is_wrong(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(FileNotFoundError, match=r"inference\.json: a config of the bundle is needed"):
         brainfm_monai.predict(tmp_path / "scan.nii", bundle=str(tmp_path))
-    with pytest.raises(ScanError, match=r"none\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed"):
+    with pytest.raises(
+        ScanError, match=r"none\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed"
+    ):
         brainfm_monai.predict(tmp_path / "none.nii", **settings)
     with pytest.raises(ValueError, match="the weights must fit the network"):
-        brainfm_monai.predict(write_scan(tmp_path / "scan.nii"), **{**settings, "network_def#backbone#features": [8, 8, 8]})
+        brainfm_monai.predict(
+            write_scan(tmp_path / "scan.nii"), **{**settings, "network_def#backbone#features": [8, 8, 8]}
+        )

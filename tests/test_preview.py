@@ -42,7 +42,9 @@ def write_datalist(folder: Path) -> Path:
     nib.save(nib.Nifti1Image(np.concatenate([x, x[..., :1]], -1), np.eye(4)), folder / "distance.nii.gz")
     entry = {key: f"{key}.nii.gz" for key in ("generation_labels", "segmentation", "distance", "mni")}
     datalist = folder / "datalist.json"
-    datalist.write_text(json.dumps({"training": [{"subject": "one", **entry}], "validation": [{"subject": "two", **entry}]}))
+    datalist.write_text(
+        json.dumps({"training": [{"subject": "one", **entry}], "validation": [{"subject": "two", **entry}]})
+    )
     return datalist
 
 
@@ -60,7 +62,15 @@ def test_the_command_draws_from_a_label_map_with_other_laws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, sheet = write_label_map(tmp_path / "map.nii.gz"), tmp_path / "sheet.png"
-    arguments = ["preview", str(source), str(sheet), "--count=2", "--size=[16,16,16]", "--lesion_prob=1", "--scaling=[0.9,0.9]"]
+    arguments = [
+        "preview",
+        str(source),
+        str(sheet),
+        "--count=2",
+        "--size=[16,16,16]",
+        "--lesion_prob=1",
+        "--scaling=[0.9,0.9]",
+    ]
     monkeypatch.setattr(sys, "argv", ["brainfm-monai", *arguments])
     cli.main()
     assert capsys.readouterr().out.strip() == str(sheet)

@@ -33,7 +33,10 @@ AXIAL, _, SAGITTAL = PLANES
 @pytest.fixture(scope="module", autouse=True)
 def small_template() -> Iterator[None]:
     """A template of 4 mm instead of 1 mm."""
-    template = np.ones((20, 24, 20), dtype=np.float32), np.array([[4.0, 0, 0, -40], [0, 4, 0, -48], [0, 0, 4, -40], [0, 0, 0, 1]])
+    template = (
+        np.ones((20, 24, 20), dtype=np.float32),
+        np.array([[4.0, 0, 0, -40], [0, 4, 0, -48], [0, 0, 4, -40], [0, 0, 0, 1]]),
+    )
     with pytest.MonkeyPatch.context() as patch:
         for module in (page_module, warps):
             patch.setattr(module, "load_template", lambda: template)
@@ -54,7 +57,9 @@ def make_scan(folder: Path, labels: np.ndarray, affine: np.ndarray = AFFINE, map
         "entropy": np.zeros((1, *labels.shape), np.float32),
     }
     kept = maps if maps_wanted else {"segmentation": maps["segmentation"]}
-    tensors = {name: MetaTensor(torch.from_numpy(value), affine=torch.from_numpy(affine)) for name, value in kept.items()}
+    tensors = {
+        name: MetaTensor(torch.from_numpy(value), affine=torch.from_numpy(affine)) for name, value in kept.items()
+    }
     return ScanResult("scan", folder / "scan.nii.gz", folder, LAYOUT, labels, affine, tensors)
 
 
@@ -101,7 +106,8 @@ def test_thick_slices_are_drawn_in_true_proportions(scan: ScanResult) -> None:
     figures = [draw_segmentation(page), *(draw_panels(page, panels) for _, panels in sections(page))]
     panels = [axes for figure in figures for axes in figure.axes]
     aspects = {
-        name: {axes.get_aspect() for axes in panels if axes.get_label() == name} for name in ("axial", "coronal", "sagittal")
+        name: {axes.get_aspect() for axes in panels if axes.get_label() == name}
+        for name in ("axial", "coronal", "sagittal")
     }
     assert aspects == {"axial": {1.0}, "coronal": {5.0}, "sagittal": {5.0}}
     assert len(figures[0].axes) == 2 * 3 * len(SLICES)
@@ -158,7 +164,9 @@ def test_the_bias_field_is_shown_relative_to_its_median_in_the_head(scan: ScanRe
     page = Page.of(scan)
     assert np.median(page.maps["bias_field"][page.labels > 0]) == pytest.approx(1.0)
     ratio = np.asarray(scan.maps["bias_field"]).max() / np.asarray(scan.maps["bias_field"]).min()
-    assert page.maps["bias_field"].max() / page.maps["bias_field"].min() == pytest.approx(ratio, rel=1e-5)  # nothing else changes
+    assert page.maps["bias_field"].max() / page.maps["bias_field"].min() == pytest.approx(
+        ratio, rel=1e-5
+    )  # nothing else changes
 
 
 def test_the_table_gives_millilitres(scan: ScanResult) -> None:
@@ -224,7 +232,11 @@ def test_the_page_in_a_browser(scan: ScanResult, tmp_path: Path) -> None:
     shown = make_scan(tmp_path, scan.labels)
     write_report(shown)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    options += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     options += ["--window-size=1000,3000", "--hide-scrollbars", f"--screenshot={tmp_path / 'page.png'}"]
     address = shown.path("report.html").as_uri()
     subprocess.run([browser, *options, address], check=True, capture_output=True, timeout=180)

@@ -104,9 +104,13 @@ def test_a_killed_training_gives_the_losses_and_weights_of_one_left_alone(
     alone.initialize()
     alone.run()
 
-    assert start(repository, dataset_dir, parts, {"iteration": 5}) == -signal.SIGKILL  # in the middle of the second epoch
+    assert (
+        start(repository, dataset_dir, parts, {"iteration": 5}) == -signal.SIGKILL
+    )  # in the middle of the second epoch
     assert [path.name for path in parts.glob("*.pt")] == ["training_checkpoint_3.pt"]
-    assert start(repository, dataset_dir, parts, {"save": 1}) == -signal.SIGKILL  # while it writes the checkpoint of the second
+    assert (
+        start(repository, dataset_dir, parts, {"save": 1}) == -signal.SIGKILL
+    )  # while it writes the checkpoint of the second
     assert (parts / ".training_checkpoint_6.pt.part").read_bytes() == b"half a checkpoint"
     best_before = torch.load(parts / "model.pt", weights_only=True)
     assert start(repository, dataset_dir, parts, {}) == 0
@@ -125,4 +129,6 @@ def test_a_killed_training_gives_the_losses_and_weights_of_one_left_alone(
     assert math.isfinite(newest[0]["best_weights"]["best_metric"])
     weights = torch.load(parts / "model.pt", weights_only=True)
     assert {"head.weight", "head.bias"} <= set(weights)
-    assert all(torch.equal(value, best_before[key]) for key, value in weights.items())  # of the one validation, done twice
+    assert all(
+        torch.equal(value, best_before[key]) for key, value in weights.items()
+    )  # of the one validation, done twice

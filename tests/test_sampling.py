@@ -67,7 +67,9 @@ def check_uniform(values: torch.Tensor, low: float, high: float) -> None:
     values = values.flatten()
     assert float(values.min()) >= low - 1e-4
     assert float(values.max()) <= high + 1e-4
-    assert float(values.mean()) == pytest.approx((low + high) / 2, abs=SIGMAS * (high - low) / (12 * len(values)) ** 0.5)
+    assert float(values.mean()) == pytest.approx(
+        (low + high) / 2, abs=SIGMAS * (high - low) / (12 * len(values)) ** 0.5
+    )
     # The quarter nearest to the low end holds a quarter of the draws.
     check_chance(values < low + (high - low) / 4, 0.25)
 
@@ -122,7 +124,9 @@ def test_the_linear_map_has_its_rotations_shears_and_scalings(geometry: Geometry
     assert float(volume.mean()) == pytest.approx(1, abs=0.02)
     ranges = dataclasses.replace(SynthesisRanges(), shear=(0, 0), rotation_deg=(0, 0), scaling=(0.8, 1.2))
     generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
-    matrix = sample(ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION).geometry.matrix
+    matrix = sample(
+        ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION
+    ).geometry.matrix
     check_uniform(torch.diagonal(matrix, dim1=1, dim2=2), 0.8, 1.2)
 
 
@@ -143,7 +147,9 @@ def test_velocity_and_bias_have_the_scale_of_their_law(geometry: GeometryParams,
 def test_contrasts_lie_in_their_range_and_air_is_dark_as_often_as_asked(look: AppearanceParams) -> None:
     ranges = dataclasses.replace(RANGES, contrast_prior_prob=0, dissection_photo_prob=0)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
-    plain = sample(ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION).appearances[0]
+    plain = sample(
+        ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION
+    ).appearances[0]
     check_uniform(plain.mean[:, 8], 25, 225)
     check_uniform(plain.std[:, 8], 5, 25)
     check_chance(plain.mean[:, 0] == 0, 0.5)
@@ -154,7 +160,9 @@ def test_contrasts_lie_in_their_range_and_air_is_dark_as_often_as_asked(look: Ap
 def test_resolution_families_come_with_their_weights_and_their_laws() -> None:
     ranges = dataclasses.replace(RANGES, dissection_photo_prob=0)
     generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
-    look = sample(ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION).appearances[0]
+    look = sample(
+        ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION
+    ).appearances[0]
     spacing = look.spacing
     isotropic, clinical = (spacing == 1).all(1), (spacing == 1).sum(1) == 2
     low_field = (spacing[:, :2] >= 1.3).all(1) & (spacing[:, :2] <= 1.7).all(1) & (spacing[:, 2] >= 4.8)
@@ -195,8 +203,16 @@ def test_streams_of_different_seeds_and_ranks_differ(geometry: GeometryParams) -
         ("rotation_deg", (15, -15), "'rotation_deg' must be two ascending numbers, got (15, -15)"),
         ("noise_std", (1, 2, 3), "'noise_std' must be two ascending numbers, got (1, 2, 3)"),
         ("mirror_prob", 1.5, "'mirror_prob' must be in [0, 1], got 1.5"),
-        ("resolution_weights", (1, 2, 3), "'resolution_weights' must be 4 numbers of at least 0, not all 0, got (1, 2, 3)"),
-        ("input_weights", (0, 0, 0, 0, 0), "'input_weights' must be 5 numbers of at least 0, not all 0, got (0, 0, 0, 0, 0)"),
+        (
+            "resolution_weights",
+            (1, 2, 3),
+            "'resolution_weights' must be 4 numbers of at least 0, not all 0, got (1, 2, 3)",
+        ),
+        (
+            "input_weights",
+            (0, 0, 0, 0, 0),
+            "'input_weights' must be 5 numbers of at least 0, not all 0, got (0, 0, 0, 0, 0)",
+        ),
     ],
 )
 def test_ranges_say_what_is_wrong(field: str, value: object, message: str) -> None:

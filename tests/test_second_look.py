@@ -195,7 +195,9 @@ def test_memory_modes_and_precisions_give_the_same_two_looks() -> None:
     rounded = run("slabs", bfloat16=True)
     once = run("slabs", enabled=False)
     for name, part in LAYOUT.split(whole).items():
-        assert (LAYOUT.split(once)[name] - part).abs().mean() > 3 * (LAYOUT.split(rounded)[name] - part).abs().mean(), name
+        assert (LAYOUT.split(once)[name] - part).abs().mean() > 3 * (LAYOUT.split(rounded)[name] - part).abs().mean(), (
+            name
+        )
 
 
 @torch.no_grad()

@@ -108,7 +108,9 @@ def make_subject(batch: int = 1, images: tuple[str, ...] = ()) -> dict[str, Tens
     ids[13:19, 6:15, 4:9] = 42
     labels, segmentation = (torch.as_tensor(p.encode(ids.numpy()))[None, None] for p in (GENERATION, LAYOUT.protocol))
     world = spatial.identity_grid(SIZE) - CENTRE
-    distance = torch.cat([world[:, :1] + 4, world[:, :1] + 3, 4 - world[:, :1], 5 - world[:, :1]], dim=1).clamp(-6.4, 6.35)
+    distance = torch.cat([world[:, :1] + 4, world[:, :1] + 3, 4 - world[:, :1], 5 - world[:, :1]], dim=1).clamp(
+        -6.4, 6.35
+    )
     subject = {"generation_labels": labels, "segmentation": segmentation, "distance": distance, "mni": world}
     for place, name in enumerate(images):
         image = (ids > 0) * (0.2 + 0.02 * spatial.identity_grid(SIZE)[0, place % 3]) + 0.3 * (ids == 3)
@@ -192,7 +194,9 @@ def test_the_inverse_leads_back_from_the_subject_to_the_scan(stride: int) -> Non
     there_, back = make_coordinates(params.geometry, SIZE), make_inverse_coordinates(params.geometry, SIZE)
     size = there_.shape[2:]
     # Where the subject's voxel lies in the scan, the scan looks at the subject's voxel.
-    error = (spatial.warp(there_, back, padding_mode="border") - spatial.identity_grid(SIZE)).abs().amax(1, keepdim=True)
+    error = (
+        (spatial.warp(there_, back, padding_mode="border") - spatial.identity_grid(SIZE)).abs().amax(1, keepdim=True)
+    )
     inside = ((back > 1) & (back < torch.tensor(size).reshape(1, 3, 1, 1, 1) - 2)).all(1, keepdim=True)
     assert float(inside.float().mean()) > 0.3
     assert float(error[inside].max()) < 0.02
@@ -264,7 +268,14 @@ def test_millimetres_stay_millimetres_on_a_coarser_source() -> None:
         seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
         sizes = tuple(int(49 / mm) for _ in range(3))
         draws.append(
-            sample(ranges, seeds, spatial_size=sizes, protocol=LAYOUT.protocol, generation_protocol=GENERATION, source_mm=mm)
+            sample(
+                ranges,
+                seeds,
+                spatial_size=sizes,
+                protocol=LAYOUT.protocol,
+                generation_protocol=GENERATION,
+                source_mm=mm,
+            )
         )
     fine, coarse = (d.geometry for d in draws)
     torch.testing.assert_close(coarse.translation * 2, fine.translation)
@@ -322,7 +333,9 @@ def test_mirror_rules_are_their_own_inverse() -> None:
 
 
 def test_skull_stripping_removes_the_head_from_image_and_segmentation() -> None:
-    out = render(make_subject(images=("T1w", "CT")), draw(change(skull_strip_prob=1, strip_threshold=(0.5, 0.5)), 0), LAYOUT)
+    out = render(
+        make_subject(images=("T1w", "CT")), draw(change(skull_strip_prob=1, strip_threshold=(0.5, 0.5)), 0), LAYOUT
+    )
     assert set(out["segmentation"].unique().tolist()) == {0, LEFT_CORTEX, RIGHT_CORTEX}
     head = (slice(None), slice(None), 2, 3, 2)
     assert float(out["image"][head].max()) == 0
@@ -351,7 +364,9 @@ def test_left_hemispheres_are_left_ones_whatever_the_mirror(mirror_prob: float) 
 
 def test_either_hemisphere_may_stay() -> None:
     found = [
-        render(make_subject(), draw(change(hemisphere_prob=1, strip_threshold=(0.5, 0.5)), seed), LAYOUT)["segmentation"]
+        render(make_subject(), draw(change(hemisphere_prob=1, strip_threshold=(0.5, 0.5)), seed), LAYOUT)[
+            "segmentation"
+        ]
         for seed in range(8)
     ]
     assert {tuple(f.unique().tolist()) for f in found} == {(0, LEFT_CORTEX), (0, RIGHT_CORTEX)}
@@ -409,9 +424,16 @@ def test_partial_volume_codes_are_painted_between_their_tissues() -> None:
     generation = Protocol.load("brainfm_generation")
     appearance = draw(SynthesisRanges(), 0, generation=generation).appearances[0]
     mean, variance = appearance.mean[0], appearance.std[0].square()
-    for code, (first, second, share) in {125: (1, 2, 0.5), 160: (2, 3, 0.2), 230: (3, 4, 0.6), 250: (4, 4, 1.0)}.items():
+    for code, (first, second, share) in {
+        125: (1, 2, 0.5),
+        160: (2, 3, 0.2),
+        230: (3, 4, 0.6),
+        250: (4, 4, 1.0),
+    }.items():
         for values in (mean, variance):
-            torch.testing.assert_close(values[code], (1 - share) * values[first] + share * values[second], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                values[code], (1 - share) * values[first] + share * values[second], rtol=1e-4, atol=1e-4
+            )
     torch.testing.assert_close(mean[77], mean[2])
 
 
@@ -424,7 +446,9 @@ def test_both_sides_of_a_structure_share_their_contrast() -> None:
 
 def test_contrast_priors_follow_their_tables() -> None:
     def means(name: str) -> dict[int, float]:
-        ranges = change(contrast_prior_prob=1, contrast_priors=(name,), contrast_prior_spread=0, contrast_inversion_prob=0)
+        ranges = change(
+            contrast_prior_prob=1, contrast_priors=(name,), contrast_prior_spread=0, contrast_inversion_prob=0
+        )
         mean = draw(ranges, 0).appearances[0].mean[0]
         return {i: float(mean[GENERATION.label_of_id[i]]) for i in (2, 3, 4, 515)}
 
@@ -448,7 +472,11 @@ def test_head_clusters_divide_the_head_alone_into_connected_parts() -> None:
     from scipy import ndimage
 
     ranges = change(
-        head_cluster_prob=1, head_cluster_std=(40, 40), head_cluster_spacing_mm=(12, 12), dark_background_prob=1, mean=(120, 180)
+        head_cluster_prob=1,
+        head_cluster_std=(40, 40),
+        head_cluster_spacing_mm=(12, 12),
+        dark_background_prob=1,
+        mean=(120, 180),
     )
     subject = make_subject()
     out = render(subject, draw(ranges, 2), LAYOUT)["image"]
@@ -479,7 +507,10 @@ def test_a_real_image_is_shown_as_it_is_and_mirrored_once() -> None:
 
 
 def test_only_images_that_are_there_are_drawn() -> None:
-    available = {"T1w": torch.tensor([True, False, True, False] * 100), "CT": torch.tensor([True, True, False, False] * 100)}
+    available = {
+        "T1w": torch.tensor([True, False, True, False] * 100),
+        "CT": torch.tensor([True, True, False, False] * 100),
+    }
     blend = draw(dataclasses.replace(STILL, mixup_prob=0.5), *range(400), available=available).appearances[0].blend
     torch.testing.assert_close(blend.sum(1), torch.ones(400))
     assert float(blend[1::2, 1].max()) == 0
@@ -524,7 +555,8 @@ def test_real_images_get_noise_of_their_own_size() -> None:
     subject = make_subject(images=("T1w",))
     ranges = change(input_weights=only("T1w"), real_noise_std=(5, 5), noise_std=(50, 50))
     noisy, plain = (
-        render(subject, draw(r, 0, available=there("T1w")), LAYOUT)["image"] for r in (ranges, change(input_weights=only("T1w")))
+        render(subject, draw(r, 0, available=there("T1w")), LAYOUT)["image"]
+        for r in (ranges, change(input_weights=only("T1w")))
     )
     inner = subject["segmentation"] == LEFT_CORTEX
     scale = float((plain / subject["T1w"])[inner & (plain < 0.99)].mean())
@@ -648,7 +680,9 @@ def test_a_borrowed_shape_is_carried_by_a_flow_and_stays_in_the_brain() -> None:
     subject["lesion_shape"] = torch.zeros_like(subject["segmentation"])
     subject["lesion_shape"][:, :, 5:10, 8:20, 5:15] = 1
     still, flowing = (
-        render(subject, draw(change(lesion_prob=1, lesion_coverage=(0.1, 0.1), lesion_flow_mm=(mm, mm)), 3), LAYOUT)["lesion"]
+        render(subject, draw(change(lesion_prob=1, lesion_coverage=(0.1, 0.1), lesion_flow_mm=(mm, mm)), 3), LAYOUT)[
+            "lesion"
+        ]
         for mm in (0, 3)
     )
     shape = subject["lesion_shape"] > 0
@@ -768,7 +802,9 @@ def test_a_subject_may_name_its_generation_protocol_but_a_batch_has_one() -> Non
     prepare = SynthesisPrepareBatch(Synthesizer(STILL, LAYOUT, SIZE))
     image, _ = prepare({**subject, "generation_protocol": ["brainfm_generation"] * 2}, "cpu")
     assert float(image.max()) > 0
-    with pytest.raises(ValueError, match=r"one 'generation_protocol', got \['brainfm_generation', 'synthseg_generation'\]"):
+    with pytest.raises(
+        ValueError, match=r"one 'generation_protocol', got \['brainfm_generation', 'synthseg_generation'\]"
+    ):
         prepare({**subject, "generation_protocol": ["brainfm_generation", "synthseg_generation"]}, "cpu")
 
 
@@ -778,7 +814,17 @@ def test_a_subject_may_name_its_generation_protocol_but_a_batch_has_one() -> Non
 class _Watch(TorchDispatchMode):
     """Collects what would make a host wait for a device: reading a number, or making a tensor out of the host's numbers."""
 
-    WAITS = ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal", "unique", "masked_select", "randn", "rand")
+    WAITS = (
+        "_local_scalar_dense",
+        "lift_fresh",
+        "nonzero",
+        "is_nonzero",
+        "equal",
+        "unique",
+        "masked_select",
+        "randn",
+        "rand",
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -70,7 +70,8 @@ def test_split_gives_views(layout: TaskLayout) -> None:
 
 def test_split_names_the_tasks_where_channels_are_missing(layout: TaskLayout) -> None:
     with pytest.raises(
-        ValueError, match=r"^TaskLayout\.split: 'output' must have 87 channels for \['segmentation', .*\], got \(1, 7, 2, 2, 2\)$"
+        ValueError,
+        match=r"^TaskLayout\.split: 'output' must have 87 channels for \['segmentation', .*\], got \(1, 7, 2, 2, 2\)$",
     ):
         layout.split(torch.zeros(1, 7, 2, 2, 2))
 
@@ -127,7 +128,9 @@ def test_images_are_flipped_alone() -> None:
 
 @pytest.mark.parametrize("tasks", [[], ["T1w", "T1w"], ["pathology"]])
 def test_wrong_tasks_are_named(tasks: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^TaskLayout: 'tasks' must be different names out of \['segmentation', .*\], got \["):
+    with pytest.raises(
+        ValueError, match=r"^TaskLayout: 'tasks' must be different names out of \['segmentation', .*\], got \["
+    ):
         TaskLayout(tasks)
 
 

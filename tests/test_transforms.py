@@ -13,12 +13,12 @@ import torch
 from monai.data import MetaTensor
 
 from brainfm_monai.functional.intensity import normalise_percentiles
+from brainfm_monai.io import ScanError
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.transforms import (
     MODES,
     LoadScand,
     NormalisePercentilesd,
-    ScanError,
     ScanSpacingd,
     SplitTasksd,
     allowed_labels,
@@ -37,7 +37,8 @@ def write(path: Path, data: np.ndarray, zooms_mm: float = 1.0) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "stem"), [("a/T1w.nii.gz", "T1w"), ("T1.v2.nii", "T1.v2"), ("norm.mgz", "norm"), ("X.MGH", "X"), ("odd.img", "odd")]
+    ("name", "stem"),
+    [("a/T1w.nii.gz", "T1w"), ("T1.v2.nii", "T1.v2"), ("norm.mgz", "norm"), ("X.MGH", "X"), ("odd.img", "odd")],
 )
 def test_the_stem_is_the_name_without_the_suffix(name: str, stem: str) -> None:
     assert scan_stem(name) == stem
@@ -73,7 +74,9 @@ def test_loading_sets_what_is_not_finite_to_zero(tmp_path: Path) -> None:
 
 def test_a_constant_image_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "flat.nii", np.full_like(RAMP, 7))
-    with pytest.raises(ScanError, match=r"flat\.nii: an image with contrast is needed, found the value 7 in every voxel"):
+    with pytest.raises(
+        ScanError, match=r"flat\.nii: an image with contrast is needed, found the value 7 in every voxel"
+    ):
         LoadScand("image")({"image": str(path)})
 
 
@@ -87,12 +90,15 @@ def test_a_file_cut_short_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_headers_that_cannot_be_a_head_scan_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ScanError, match=r"absent\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found no such file"
+        ScanError,
+        match=r"absent\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found no such file",
     ):
         check_header(tmp_path / "absent.nii")
     with pytest.raises(ScanError, match="or the folder of a DICOM series is needed, found a folder"):
         check_header(tmp_path)
-    with pytest.raises(ScanError, match=r"extends over 10 to 600 mm along each axis, found 0\.012 x 0\.014 x 0\.016 mm"):
+    with pytest.raises(
+        ScanError, match=r"extends over 10 to 600 mm along each axis, found 0\.012 x 0\.014 x 0\.016 mm"
+    ):
         check_header(write(tmp_path / "metres.nii", RAMP, zooms_mm=0.001))
     with pytest.raises(ScanError, match=r"extends over 10 to 600 mm along each axis, found 1\.2e"):
         check_header(write(tmp_path / "micrometres.nii", RAMP, zooms_mm=1000))
@@ -128,7 +134,11 @@ def test_spacing_leaves_entries_that_begin_like_the_key_alone() -> None:
     data: dict[Hashable, Any] = {"image": image, "image_path": "scan.nii.gz", "image_id": 3, "other": "x"}
     spacing = ScanSpacingd("image", pixdim=(1.0, 1.0, 1.0))
     result = spacing(data)
-    assert {k: v for k, v in result.items() if k != "image"} == {"image_path": "scan.nii.gz", "image_id": 3, "other": "x"}
+    assert {k: v for k, v in result.items() if k != "image"} == {
+        "image_path": "scan.nii.gz",
+        "image_id": 3,
+        "other": "x",
+    }
     np.testing.assert_allclose(result["image"].pixdim, 1.0)
     assert spacing.inverse({"image": result["image"]})["image"].shape == image.shape
 
@@ -150,7 +160,9 @@ def test_splitting_names_the_tasks_in_the_units_of_their_files() -> None:
     parts = SplitTasksd("pred", layout)({"pred": pred, "image": 1})
     assert set(parts) == {"pred", "image", "distance", "bias_field", "mni"}
     assert parts["pred"].dtype == torch.uint8
-    labels = np.array([[[int(np.argmax(output[:44, i, j, k].numpy())) for k in range(5)] for j in range(4)] for i in range(3)])
+    labels = np.array(
+        [[[int(np.argmax(output[:44, i, j, k].numpy())) for k in range(5)] for j in range(4)] for i in range(3)]
+    )
     np.testing.assert_array_equal(parts["pred"].numpy()[0], labels)
     np.testing.assert_allclose(parts["distance"].numpy(), np.clip(output[44:48].numpy(), -3, 3))
     np.testing.assert_allclose(parts["bias_field"].numpy(), np.exp(output[48:49].numpy()), rtol=1e-6)
@@ -186,7 +198,9 @@ def test_one_frame_or_the_mean_of_all_is_taken(tmp_path: Path) -> None:
     path = str(write_frames(tmp_path / "frames.nii"))
     np.testing.assert_array_equal(read_scan(path, 2).numpy()[0], RAMP + 200)
     np.testing.assert_allclose(read_scan(path, "mean").numpy()[0], RAMP + 100)
-    np.testing.assert_array_equal(LoadScand("image", frame=0)({"image": path, "frame": 1})["image"].numpy()[0], RAMP + 100)
+    np.testing.assert_array_equal(
+        LoadScand("image", frame=0)({"image": path, "frame": 1})["image"].numpy()[0], RAMP + 100
+    )
     with pytest.raises(ScanError, match=r"one 3-D volume is needed: pass --frame N \(from 0\) or --frame mean"):
         read_scan(path)
     with pytest.raises(ScanError, match="'frame' must be 'mean' or a number from 0 to 2, found 3"):
@@ -217,7 +231,9 @@ def test_a_ct_is_clipped_to_the_brains_window_and_an_mr_scan_is_not(tmp_path: Pa
     np.testing.assert_array_equal(signed.numpy()[0], RAMP - 500)
     chosen = LoadScand("image", window=[5, 60])({"image": str(write(tmp_path / "mr.nii", RAMP))})["image"]
     assert (float(chosen.min()), float(chosen.max())) == (5.0, 60.0)
-    with pytest.raises(ValueError, match=r"window: 'auto' or two rising numbers \[low, high\] are needed, found \[3, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"window: 'auto' or two rising numbers \[low, high\] are needed, found \[3, 1\]"
+    ):
         LoadScand("image", window=[3, 1])
 
 
@@ -253,7 +269,9 @@ def test_an_nrrd_file_is_read_as_the_nifti_file_of_the_same_voxels(tmp_path: Pat
     np.testing.assert_array_equal(found.numpy()[0], RAMP)
     np.testing.assert_allclose(found.affine, affine, atol=1e-5)
     (tmp_path / "broken.nrrd").write_text("no image")
-    with pytest.raises(ScanError, match=r"broken\.nrrd: a NRRD file or a DICOM series is needed, and it cannot be read"):
+    with pytest.raises(
+        ScanError, match=r"broken\.nrrd: a NRRD file or a DICOM series is needed, and it cannot be read"
+    ):
         read_scan(tmp_path / "broken.nrrd")
 
 
@@ -302,7 +320,10 @@ def test_a_dicom_series_is_read_slice_by_slice(tmp_path: Path) -> None:
 
 def test_modes_leave_labels_out_before_the_decision() -> None:
     layout = TaskLayout(["segmentation"], "synthseg_head")
-    names = {mode: {layout.protocol.structures[label].name for label in allowed_labels(layout.protocol, mode)} for mode in MODES}
+    names = {
+        mode: {layout.protocol.structures[label].name for label in allowed_labels(layout.protocol, mode)}
+        for mode in MODES
+    }
     assert len(names["whole_head"]) == 44
     assert "skin" not in names["brain"]
     assert {"CSF", "Brain-Stem", "Left-Cerebellum-Cortex"} <= names["brain"]

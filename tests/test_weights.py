@@ -33,7 +33,8 @@ def test_the_first_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(tmp_p
     before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
     torch.save(network(4).state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"model\.pt: the weights must fit the network, found 'first\.weight' of shape \(4, 1, 1, 1, 1\)"
+        ValueError,
+        match=r"model\.pt: the weights must fit the network, found 'first\.weight' of shape \(4, 1, 1, 1, 1\)",
     ):
         load_weights(target, path)
     state = network().state_dict()
@@ -53,11 +54,15 @@ def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path) -> 
         read_state_dict(path)
     for content in (b"not a checkpoint", b"", b"\x80\x02cos\nsystem\nq\x00."):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="a plain state dict of tensors is needed, and it cannot be read as one") as caught:
+        with pytest.raises(
+            ValueError, match="a plain state dict of tensors is needed, and it cannot be read as one"
+        ) as caught:
             read_state_dict(path)
         assert "\n" not in str(caught.value)
     torch.save({"state_dict": network().state_dict()}, path)
-    with pytest.raises(ValueError, match="a plain state dict of tensors is needed, found 'state_dict' of type OrderedDict"):
+    with pytest.raises(
+        ValueError, match="a plain state dict of tensors is needed, found 'state_dict' of type OrderedDict"
+    ):
         read_state_dict(path)
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match="a plain state dict of tensors is needed, found Tensor"):
@@ -89,5 +94,7 @@ def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: 
     load_coarse_weights(fine, "")
     assert all(torch.equal(before[name], tensor) for name, tensor in fine.state_dict().items())
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt: the weights must fit the coarse network, found nothing for 'backbone\."):
+    with pytest.raises(
+        ValueError, match=r"other\.pt: the weights must fit the coarse network, found nothing for 'backbone\."
+    ):
         load_coarse_weights(fine, tmp_path / "other.pt")

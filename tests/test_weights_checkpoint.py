@@ -96,7 +96,10 @@ def test_tensors_containers_numbers_and_text_come_back_and_the_rest_is_inert(tmp
 )
 def test_a_call_is_refused_by_its_name(tmp_path: Path, call: Callable[[Path], Call], name: str, zipped: bool) -> None:
     mark = tmp_path / "ran"
-    content = {"model": {"backbone.encoders.0.x": torch.rand(2)}, "train_args": {"deep": [argparse.Namespace(x=call(mark))]}}
+    content = {
+        "model": {"backbone.encoders.0.x": torch.rand(2)},
+        "train_args": {"deep": [argparse.Namespace(x=call(mark))]},
+    }
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=rf"evil\.pth: .*; this one asks for '{name}', and was not loaded") as caught:
         load_published(tmp_path / "evil.pth")
@@ -204,5 +207,8 @@ def test_damage_inside_a_whole_archive_is_told(tmp_path: Path) -> None:
             pass
     longer = entries["good/data.pkl"].replace(b"K\x10\x85", b"K\x11\x85")  # a shape beyond the storage
     assert longer != entries["good/data.pkl"]
-    with open_checkpoint(write({"data.pkl": longer})) as content, pytest.raises(ValueError, match="spans 17 elements, found 16"):
+    with (
+        open_checkpoint(write({"data.pkl": longer})) as content,
+        pytest.raises(ValueError, match="spans 17 elements, found 16"),
+    ):
         content["a"].load()

@@ -68,7 +68,11 @@ def make_brainfm(features: Sequence[int], heads: Sequence[str] = tuple(BRAINFM_C
         unit(f"backbone.encoders.{level}.basic_module.SingleConv1", i, middle)
         unit(f"backbone.encoders.{level}.basic_module.SingleConv2", middle, o)
     for number, level in enumerate(range(len(features) - 2, -1, -1)):
-        unit(f"backbone.decoders.{number}.basic_module.SingleConv1", features[level] + features[level + 1], features[level])
+        unit(
+            f"backbone.decoders.{number}.basic_module.SingleConv1",
+            features[level] + features[level + 1],
+            features[level],
+        )
         unit(f"backbone.decoders.{number}.basic_module.SingleConv2", features[level], features[level])
     for head in heads:
         state[f"head.final_conv_{head}.weight"] = torch.randn(BRAINFM_CHANNELS[head], features[0], 1, 1, 1)
@@ -96,7 +100,11 @@ def apply_brainfm(state: State, image: Tensor) -> tuple[Tensor, State]:
         skip = skips.pop()
         x = double(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], 1), f"decoders.{number}")
     features = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    heads = [key.split("_", 2)[2].removesuffix(".weight") for key in state if key.startswith("head.") and key.endswith("weight")]
+    heads = [
+        key.split("_", 2)[2].removesuffix(".weight")
+        for key in state
+        if key.startswith("head.") and key.endswith("weight")
+    ]
     return features, {
         h: nnf.conv3d(features, state[f"head.final_conv_{h}.weight"], state[f"head.final_conv_{h}.bias"]) for h in heads
     }
@@ -150,7 +158,11 @@ def apply_supersynth(content: dict[str, Any], image: Tensor) -> State:
         x = torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], 1)
         for name in ("SingleConv1", "SingleConv2"):
             x = nnf.leaky_relu(normed(x, f"decoders.{number}.basic_module.{name}"), 0.01)
-    heads = [key.removesuffix("_state_dict") for key in content if key.endswith("_state_dict") and not key.startswith("backbone")]
+    heads = [
+        key.removesuffix("_state_dict")
+        for key in content
+        if key.endswith("_state_dict") and not key.startswith("backbone")
+    ]
     return {h: nnf.conv3d(x, content[f"{h}_state_dict"]["weight"], content[f"{h}_state_dict"]["bias"]) for h in heads}
 
 
@@ -205,7 +217,9 @@ def save_brainfm(path: Path, state: State, **values: Any) -> Path:
 
 
 def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max().clamp_min(1)))
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max().clamp_min(1))
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,7 +337,9 @@ def test_labels_without_a_protocol_are_numbered(tmp_path: Path) -> None:
     assert [s.name for s in load_published(path).layout.protocol.structures][:2] == ["Unknown", "label-1"]
     import_weights(path, tmp_path / "out")
     assert len(Protocol.load(tmp_path / "out/protocol.tsv")) == 18
-    assert json.loads((tmp_path / "out/overrides.json").read_text())["layout#protocol"] == str(tmp_path / "out/protocol.tsv")
+    assert json.loads((tmp_path / "out/overrides.json").read_text())["layout#protocol"] == str(
+        tmp_path / "out/protocol.tsv"
+    )
 
 
 def test_the_quality_network_gives_eight_scores_of_a_segmentation(tmp_path: Path) -> None:
@@ -346,11 +362,15 @@ def test_the_quality_network_gives_eight_scores_of_a_segmentation(tmp_path: Path
     }
     nine = {i: c + 1 for i, c in nine.items()}
     nine |= {
-        i: c for c, group in enumerate(([7, 8, 46, 47], [16], [10, 49], [12, 13, 51, 52], [17, 18, 53, 54]), 4) for i in group
+        i: c
+        for c, group in enumerate(([7, 8, 46, 47], [16], [10, 49], [12, 13, 51, 52], [17, 18, 53, 54]), 4)
+        for i in group
     }
     classes = torch.tensor([nine.get(s.freesurfer_id, 0) for s in protocol.structures])[ids.long()]
     box = torch.zeros(32, 32, 32, dtype=torch.long)
-    box[5:26, :, 8:24] = classes[:, 4:36]  # (32 - 21) // 2 = 5 before, 40 - 32 = 8 cut in the middle, (32 - 16) // 2 = 8
+    box[5:26, :, 8:24] = classes[
+        :, 4:36
+    ]  # (32 - 21) // 2 = 5 before, 40 - 32 = 8 cut in the middle, (32 - 16) // 2 = 8
     expected = apply_quality(quality, nnf.one_hot(box, 9).permute(3, 0, 1, 2)[None].float())
     assert tuple(found) == QUALITY_SCORES
     torch.testing.assert_close(torch.tensor(list(found.values())), expected, rtol=1e-5, atol=1e-5)
@@ -360,7 +380,9 @@ def test_the_quality_network_gives_eight_scores_of_a_segmentation(tmp_path: Path
 
 
 @pytest.mark.parametrize("make", ["brainfm", "supersynth"])
-def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(repository: Path, tmp_path: Path, make: str) -> None:
+def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
+    repository: Path, tmp_path: Path, make: str
+) -> None:
     torch.manual_seed(1)
     path = tmp_path / "published.pth"
     if make == "brainfm":
@@ -392,7 +414,10 @@ def test_messages(tmp_path: Path) -> None:
         ({"state_dict": {}}, "a checkpoint of BrainFM .* or SuperSynth .* is needed, found state_dict"),
         ([1, 2], "is needed, found list"),
         ({"model": make_brainfm((8, 16), [])}, "at least one head out of segmentation, T1, .* is needed, found none"),
-        ({"backbone_state_dict": {}}, "a kernel of 3 dimensions|at least two levels of the backbone are needed, found 0"),
+        (
+            {"backbone_state_dict": {}},
+            "a kernel of 3 dimensions|at least two levels of the backbone are needed, found 0",
+        ),
         (
             {"model": make_brainfm((8, 16), ["CT"]) | {"head.final_conv_CT.bias": torch.tensor([torch.nan])}},
             "finite weights are needed",
@@ -400,7 +425,9 @@ def test_messages(tmp_path: Path) -> None:
         (
             {
                 "model": {
-                    k: v for k, v in make_brainfm((8, 16), ["CT"]).items() if "decoders.0.basic_module.SingleConv2.conv" not in k
+                    k: v
+                    for k, v in make_brainfm((8, 16), ["CT"]).items()
+                    if "decoders.0.basic_module.SingleConv2.conv" not in k
                 }
             },
             r"Missing key\(s\) in state_dict: \"backbone\.decoders\.0\.1\.1\.weight\"",
@@ -411,7 +438,10 @@ def test_messages(tmp_path: Path) -> None:
         ),
     ]
     wide = make_brainfm((8, 16), ["distance"])
-    wide |= {"head.final_conv_distance.weight": torch.rand(2, 8, 1, 1, 1), "head.final_conv_distance.bias": torch.rand(2)}
+    wide |= {
+        "head.final_conv_distance.weight": torch.rand(2, 8, 1, 1, 1),
+        "head.final_conv_distance.bias": torch.rand(2),
+    }
     cases.append(({"model": wide}, "the head of distance needs 4 channels, found 2"))
     for content, message in cases:
         torch.save(content, tmp_path / "x.pth")

@@ -76,7 +76,9 @@ class Protocol:
                 )
         pure = {s.freesurfer_id for s in self.structures if not s.mixture}
         for s in self.structures:
-            if s.mixture and (not {i for i, _ in s.mixture} <= pure or abs(sum(w for _, w in s.mixture) - 1) > SHARE_TOLERANCE):
+            if s.mixture and (
+                not {i for i, _ in s.mixture} <= pure or abs(sum(w for _, w in s.mixture) - 1) > SHARE_TOLERANCE
+            ):
                 raise ValueError(
                     f"protocol {self.name}: {s.name} must mix pure structures with shares that sum to 1, got {s.mixture}"
                 )
@@ -97,7 +99,9 @@ class Protocol:
             return cls(str(source), _parse(shipped.read_text(encoding="utf-8"), str(source)))
         path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"{source}: not a protocol of this package ({', '.join(cls.names())}) and not a file")
+            raise FileNotFoundError(
+                f"{source}: not a protocol of this package ({', '.join(cls.names())}) and not a file"
+            )
         return cls(path.stem, _parse(path.read_text(encoding="utf-8"), path.name))
 
     @staticmethod
@@ -186,7 +190,9 @@ def _parse(text: str, source: str) -> tuple[Structure, ...]:
             parts = [part.split(":") for part in (row.get("mixture") or "").split()]
             mixture = tuple((int(source), float(share)) for source, share in parts)
             label, number_of_id, mirror = int(row["label"]), int(row["freesurfer_id"]), int(row["mirror"])
-            structures.append(Structure(label, number_of_id, row["name"], row["side"], mirror, colour, includes, mixture))
+            structures.append(
+                Structure(label, number_of_id, row["name"], row["side"], mirror, colour, includes, mixture)
+            )
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: numbers are needed, {error}") from error
     return tuple(structures)

@@ -81,7 +81,9 @@ def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance:
     difference = float((found - expected).abs().max() / expected.abs().max())
     if difference > tolerance:
         partial.unlink()
-        raise ValueError(f"{path}: the graph must agree with the network to {tolerance:g}, found a difference of {difference:g}")
+        raise ValueError(
+            f"{path}: the graph must agree with the network to {tolerance:g}, found a difference of {difference:g}"
+        )
     partial.replace(path)
     return difference
 

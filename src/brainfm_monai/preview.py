@@ -59,14 +59,18 @@ def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: s
     if not source.is_file():
         raise FileNotFoundError(f"{source}: a datalist (JSON) or a label map is needed, found no such file")
     if source.suffix == ".json":
-        sections = [name for name, value in json.loads(source.read_text(encoding="utf-8")).items() if isinstance(value, list)]
+        sections = [
+            name for name, value in json.loads(source.read_text(encoding="utf-8")).items() if isinstance(value, list)
+        ]
         return [entry for name in sections for entry in load_decathlon_datalist(str(source), True, name)]
     if not source.name.endswith(LABEL_SUFFIXES):
         raise ValueError(f"{source}: a datalist (.json) or a label map ({', '.join(LABEL_SUFFIXES)}) is needed")
     ids, affine = load_label_map(source)
     ids, _ = crop_to_box(ids, affine, find_brain_centre(ids, BRAIN_IDS, str(source)), BOX)
     labels = {"generation_labels": Protocol.load(generation_protocol), "segmentation": protocol}
-    return [{"subject": source.name, **{k: torch.from_numpy(p.encode(ids, str(source)))[None] for k, p in labels.items()}}]
+    return [
+        {"subject": source.name, **{k: torch.from_numpy(p.encode(ids, str(source)))[None] for k, p in labels.items()}}
+    ]
 
 
 def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -189,7 +193,9 @@ def _panels(maps: Mapping[str, np.ndarray], layout: TaskLayout) -> dict[str, Any
 
 
 def _overlay(axes: Axes, grey: np.ndarray, colour: np.ndarray, there: np.ndarray) -> None:
-    axes.imshow(np.where(there[..., None], 0.5 * grey[..., None] + 0.5 * colour, grey[..., None]).clip(0, 1), origin="lower")
+    axes.imshow(
+        np.where(there[..., None], 0.5 * grey[..., None] + 0.5 * colour, grey[..., None]).clip(0, 1), origin="lower"
+    )
 
 
 def _contours(axes: Axes, grey: np.ndarray, distances: Sequence[np.ndarray]) -> None:

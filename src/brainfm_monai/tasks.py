@@ -110,7 +110,9 @@ class TaskLayout:
         self.protocol = protocol if isinstance(protocol, Protocol) else Protocol.load(protocol)
         possible = [name for name in tasks if TASKS[name].kind in SCALED_KINDS]
         if len(set(uncertainty) & set(possible)) != len(uncertainty):
-            raise ValueError(f"TaskLayout: 'uncertainty' must be different names out of {possible}, got {list(uncertainty)}")
+            raise ValueError(
+                f"TaskLayout: 'uncertainty' must be different names out of {possible}, got {list(uncertainty)}"
+            )
         self.embedding_channels = embedding_channels
         names = sorted(tasks, key=lambda name: name != "segmentation")
         self.tasks: dict[str, Task] = {name: self._resolve(TASKS[name]) for name in names}
@@ -130,7 +132,9 @@ class TaskLayout:
         if task.kind != "labels":
             return task
         names = tuple(s.name for s in self.protocol.structures)
-        return replace(task, channels=len(names), channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation))
+        return replace(
+            task, channels=len(names), channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation)
+        )
 
     def log_scale_of(self, name: str) -> str | None:
         """Name of the task with the log of a task's scale of error, if there is one."""
@@ -222,4 +226,6 @@ class TaskLayout:
 def _make_log_scale(task: Task) -> Task:
     names = tuple(f"{channel}{LOG_SCALE_SUFFIX}" for channel in task.channel_names)
     unit = f"log of {task.unit}"
-    return replace(task, name=f"{task.name}{LOG_SCALE_SUFFIX}", kind="log_scale", unit=unit, channel_names=names, mirror_sign=())
+    return replace(
+        task, name=f"{task.name}{LOG_SCALE_SUFFIX}", kind="log_scale", unit=unit, channel_names=names, mirror_sign=()
+    )

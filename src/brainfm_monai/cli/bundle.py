@@ -9,7 +9,11 @@ from typing import Any
 __all__ = ["predict", "run_bundle", "train"]
 
 # what words of the command are in configs/inference.json
-PRECISIONS: dict[str | None, dict[str, Any]] = {None: {}, "bfloat16": {"bfloat16": True}, "float32": {"bfloat16": False}}
+PRECISIONS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "bfloat16": {"bfloat16": True},
+    "float32": {"bfloat16": False},
+}
 
 
 def predict(
@@ -46,7 +50,10 @@ def predict(
         raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: bfloat16 or float32 is needed, found '{precision}'")
-    settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs), **PRECISIONS[precision]}
+    settings: dict[str, Any] = {
+        "outputs": outputs if isinstance(outputs, str) else list(outputs),
+        **PRECISIONS[precision],
+    }
     settings |= {"mirror": bool(mirror), "memory": memory}
     if participant_label is not None:
         settings["participant_label"] = participant_label

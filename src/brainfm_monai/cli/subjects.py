@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_data", "demo_scans", "fetch_data", "list_subjects", "prepare_bids", "prepare_freesurfer", "prepare_labels"]
+__all__ = [
+    "check_data",
+    "demo_scans",
+    "fetch_data",
+    "list_subjects",
+    "prepare_bids",
+    "prepare_freesurfer",
+    "prepare_labels",
+]
 
 logger = logging.getLogger(__name__)
 

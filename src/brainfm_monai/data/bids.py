@@ -69,9 +69,13 @@ def find_sessions(root: str | Path) -> list[Session]:
             if found:
                 labels = _find_labels(root / "derivatives", name)
                 lesion = _first(visit, LESION_PATTERNS) or _derived(root / "derivatives", name, LESION_PATTERNS)
-                sessions.append(Session(name, person.name, found, {k: p for k, p in masks.items() if p}, labels, lesion))
+                sessions.append(
+                    Session(name, person.name, found, {k: p for k, p in masks.items() if p}, labels, lesion)
+                )
     if not sessions:
-        raise FileNotFoundError(f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed, found none")
+        raise FileNotFoundError(
+            f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed, found none"
+        )
     return sessions
 
 
@@ -126,10 +130,14 @@ def prepare_bids(
             "template": TEMPLATE_NAME,
         }
         labels = session.labels or {"labels": predicted_file(predictions, session.name)}
-        labels = {role: path for role, path in labels.items() if role != "T1w"}  # the raw scan, not FreeSurfer's copy of it
+        labels = {
+            role: path for role, path in labels.items() if role != "T1w"
+        }  # the raw scan, not FreeSurfer's copy of it
         masks = {f"{key}_mask": path for key, path in session.masks.items()}
         masks |= {"lesion": session.lesion} if session.lesion else {}
-        work.append(Job(session.name, "bids", session.scans | labels | masks, settings, make_from_bids, {"protocol": protocol}))
+        work.append(
+            Job(session.name, "bids", session.scans | labels | masks, settings, make_from_bids, {"protocol": protocol})
+        )
     return run_jobs(work, output_dir, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
@@ -144,7 +152,9 @@ def make_from_bids(job: Job, target: Path) -> None:
     for key in contrasts:
         volumes[key] = (scale_contrast(key, scans[key]), anatomy.affine)
         if f"{key}_mask" in job.files:
-            given = resample_to_box(*read_scan(job.files[f"{key}_mask"]), motion[key] @ anatomy.affine, anatomy.ids.shape)
+            given = resample_to_box(
+                *read_scan(job.files[f"{key}_mask"]), motion[key] @ anatomy.affine, anatomy.ids.shape
+            )
             removed = ~seen[key] | (given > 0.5)
         else:
             scan = scans[key] - AIR_HU if key == "CT" else scans[key]
@@ -163,7 +173,9 @@ def make_from_bids(job: Job, target: Path) -> None:
 def _read_anatomy(files: Mapping[str, Path], spatial_size: Sequence[int]) -> Anatomy:
     """Anatomy out of FreeSurfer's files, or out of a label map alone."""
     if not files["labels"].is_file():
-        raise FileNotFoundError(f"{files['labels']}: labels are needed, and the model made none of {next(iter(files.values()))}")
+        raise FileNotFoundError(
+            f"{files['labels']}: labels are needed, and the model made none of {next(iter(files.values()))}"
+        )
     if files["labels"].parent.name == "mri":
         return read_anatomy(files, spatial_size)
     ids, affine = load_label_map(files["labels"])
@@ -182,7 +194,9 @@ def _gather_scans(
         values, affine = read_scan(files[key])
         if key == "CT":
             values = check_hounsfield(values, str(files[key]))
-        matrix = align_scan((scans[contrasts[0]], anatomy.affine), (values, affine), key == "CT") if scans else np.eye(4)
+        matrix = (
+            align_scan((scans[contrasts[0]], anatomy.affine), (values, affine), key == "CT") if scans else np.eye(4)
+        )
         grid = (matrix @ anatomy.affine, anatomy.ids.shape)
         scans[key] = resample_to_box(values, affine, *grid, outside=AIR_HU if key == "CT" else 0.0)
         seen[key] = resample_to_box(np.ones_like(values), affine, *grid) > 0.5
@@ -192,7 +206,9 @@ def _gather_scans(
 
 def _first(folder: Path, patterns: Sequence[str]) -> Path | None:
     """First file by path under a folder's data type folders that fits a pattern."""
-    found = sorted(f for pattern in patterns for f in folder.glob(f"*/{pattern}") if f.name.endswith((".nii", ".nii.gz")))
+    found = sorted(
+        f for pattern in patterns for f in folder.glob(f"*/{pattern}") if f.name.endswith((".nii", ".nii.gz"))
+    )
     return found[0] if found else None
 
 

@@ -25,9 +25,13 @@ __all__ = ["RULES", "Finding", "Volumes", "check_set", "check_subject"]
 
 BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains measured, with ventricles
 GRID_TOLERANCE_MM = 0.01
-MINIMUM_AGREEMENT = 0.8  # Dice of the inside of a boundary and of the labels in it; surfaces and labels never agree fully
+MINIMUM_AGREEMENT = (
+    0.8  # Dice of the inside of a boundary and of the labels in it; surfaces and labels never agree fully
+)
 MINIMUM_SEPARATION_MM = 5.0  # of the centroids of left and right
-MAXIMUM_SIDE_RATIO = 2.0  # of a structure's two volumes; the label maps of SynthSeg reach 1.6, but for one with a hole (3.4)
+MAXIMUM_SIDE_RATIO = (
+    2.0  # of a structure's two volumes; the label maps of SynthSeg reach 1.6, but for one with a hole (3.4)
+)
 MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
 FLUID_IDS = (4, 5, 31, 43, 44, 63)  # ventricles and choroid plexus, whose sides differ in health as well
 MAXIMUM_MNI_MM = 150.0
@@ -100,10 +104,14 @@ def check_set(
     if not entries:
         raise ValueError(f"{source}: subjects are needed, found none")
     work = partial(_check_and_draw, picture_dir=Path(picture_dir) if picture_dir else None)
-    findings = [finding for found in tqdm(_map(work, entries, jobs), total=len(entries), unit="subject") for finding in found]
+    findings = [
+        finding for found in tqdm(_map(work, entries, jobs), total=len(entries), unit="subject") for finding in found
+    ]
     protocols = sorted({str(entry["protocol"]) for entry in entries if "protocol" in entry})
     if len(protocols) > 1:
-        findings.append(Finding("all", "one protocol", f"segmentations of {', '.join(protocols)}: a training has one protocol"))
+        findings.append(
+            Finding("all", "one protocol", f"segmentations of {', '.join(protocols)}: a training has one protocol")
+        )
     return findings, entries
 
 
@@ -114,7 +122,9 @@ def _map(
         yield from map(work, entries)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(entries)), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        min(jobs, len(entries)), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         yield from pool.map(work, entries)
 
 
@@ -123,7 +133,9 @@ def _check_and_draw(entry: dict[str, Any], picture_dir: Path | None) -> list[Fin
     findings = check_subject(volumes)
     if picture_dir is not None:
         try:
-            write_contact_sheet(volumes, picture_dir / f"{entry['subject']}.png", [f"{f.rule}: {f.found}" for f in findings])
+            write_contact_sheet(
+                volumes, picture_dir / f"{entry['subject']}.png", [f"{f.rule}: {f.found}" for f in findings]
+            )
         except Exception as error:
             findings.append(Finding(entry["subject"], "picture", " ".join(str(error).split())))
     return findings
@@ -212,7 +224,11 @@ def _sides_are_alike(volumes: Volumes) -> Iterator[str]:
     counts = np.bincount(labels.ravel(), minlength=len(protocol) + 1)[:-1]
     ml = counts * abs(np.linalg.det(volumes.affine("segmentation")[:3, :3])) / 1000
     for label, other in enumerate(protocol.mirror_permutation):
-        if label < other and protocol.freesurfer_ids[label] not in FLUID_IDS and ml[label] + ml[other] > MINIMUM_SIDES_ML:
+        if (
+            label < other
+            and protocol.freesurfer_ids[label] not in FLUID_IDS
+            and ml[label] + ml[other] > MINIMUM_SIDES_ML
+        ):
             if max(ml[label], ml[other]) > MAXIMUM_SIDE_RATIO * min(ml[label], ml[other]):
                 names = protocol.structures[label].name, protocol.structures[other].name
                 yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[other]:.1f} ml"

@@ -17,7 +17,11 @@ from brainfm_monai.data.subjects import CONTRASTS
 __all__ = ["write_contact_sheet"]
 
 PANEL_INCH, DPI = 2.1, 90
-PLANES = (("axial", 2, "LR"), ("coronal", 1, "LR"), ("sagittal", 0, "PA"))  # name, axis across, letters at the picture's edges
+PLANES = (
+    ("axial", 2, "LR"),
+    ("coronal", 1, "LR"),
+    ("sagittal", 0, "PA"),
+)  # name, axis across, letters at the picture's edges
 DISTANCE_RANGE_MM = 5.0
 CONTOURS = ((0, "tab:red"), (1, "gold"), (2, "tab:red"), (3, "gold"))  # channels: pial surfaces red, white ones yellow
 GOLDEN_RATIO = 0.618
@@ -51,12 +55,16 @@ def write_contact_sheet(volumes: SubjectVolumes, path: Path, faults: Sequence[st
     labels = volumes["segmentation"] if "segmentation" in volumes.keys else rows[0][1]
     inside = np.argwhere(labels > 0) if (labels > 0).any() else np.argwhere(labels >= 0)
     centre = np.round((inside.min(axis=0) + inside.max(axis=0)) / 2).astype(int)
-    figure = Figure(figsize=(PANEL_INCH * 3, PANEL_INCH * len(rows) + 0.6 + 0.15 * len(faults)), dpi=DPI, facecolor="black")
+    figure = Figure(
+        figsize=(PANEL_INCH * 3, PANEL_INCH * len(rows) + 0.6 + 0.15 * len(faults)), dpi=DPI, facecolor="black"
+    )
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(rows), len(PLANES), squeeze=False)
     top = 1 - (0.5 + 0.15 * len(faults)) / figure.get_figheight()
     figure.subplots_adjust(left=0.06, right=1, bottom=0, top=top, wspace=0.01, hspace=0.01)
-    figure.text(0.5, 1 - 0.2 / figure.get_figheight(), str(volumes.entry["subject"]), color="white", ha="center", fontsize=10)
+    figure.text(
+        0.5, 1 - 0.2 / figure.get_figheight(), str(volumes.entry["subject"]), color="white", ha="center", fontsize=10
+    )
     for number, fault in enumerate(faults):
         height = 1 - (0.36 + 0.15 * number) / figure.get_figheight()
         figure.text(0.5, height, fault[:110], color="tomato", ha="center", fontsize=6)
@@ -95,11 +103,15 @@ def _rows(volumes: SubjectVolumes) -> list[tuple[str, np.ndarray, np.ndarray | N
         rows.append(("segmentation", _colour(volumes["segmentation"], str(volumes.entry.get("protocol", ""))), None))
     if distance is not None:
         white = np.clip(distance[..., [1, 3]].min(axis=-1) / DISTANCE_RANGE_MM, -1, 1)
-        rows.append(("distance to white", np.stack([np.clip(white, 0, 1), 0 * white, np.clip(-white, 0, 1)], axis=-1), None))
+        rows.append(
+            ("distance to white", np.stack([np.clip(white, 0, 1), 0 * white, np.clip(-white, 0, 1)], axis=-1), None)
+        )
     if "mni" in volumes.keys:
         mni = volumes["mni"]
         ratio = np.array(next(r[1] for r in rows).shape[:3]) // mni.shape[:3] if rows else np.ones(3, dtype=int)
-        stripes = np.abs(np.mod(mni / 40, 2) - 1).astype(np.float32)  # 40 mm of template space from dark to bright or back
+        stripes = np.abs(np.mod(mni / 40, 2) - 1).astype(
+            np.float32
+        )  # 40 mm of template space from dark to bright or back
         rows.append(("MNI x, y, z (40 mm)", np.kron(stripes, np.ones((*ratio, 1), dtype=np.float32)), None))
     return rows
 

@@ -22,7 +22,9 @@ FACE_MNI_MM = ((-35, 55, -65), (35, 85, -30))
 FRONT_MNI_MM = ((-90, 15, -140), (90, 130, 5))
 
 
-def align_scan(fixed: tuple[np.ndarray, np.ndarray], moving: tuple[np.ndarray, np.ndarray], is_ct: bool = False) -> np.ndarray:
+def align_scan(
+    fixed: tuple[np.ndarray, np.ndarray], moving: tuple[np.ndarray, np.ndarray], is_ct: bool = False
+) -> np.ndarray:
     """Rigid map from the reference's points to those of another contrast, by mutual information.
 
     It starts where the headers place the scans, unless the heads then hardly overlap: the scans of one session need little,
@@ -52,7 +54,10 @@ def measure_motion(matrix: np.ndarray, centre_mm: np.ndarray) -> dict[str, float
     """Angle in degrees of a rigid map and how far it takes a point, in mm."""
     cosine = np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)
     moved = matrix[:3, :3] @ centre_mm + matrix[:3, 3] - centre_mm
-    return {"rotation_deg": round(float(np.rad2deg(np.arccos(cosine))), 2), "shift_mm": round(float(np.linalg.norm(moved)), 2)}
+    return {
+        "rotation_deg": round(float(np.rad2deg(np.arccos(cosine))), 2),
+        "shift_mm": round(float(np.linalg.norm(moved)), 2),
+    }
 
 
 def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
@@ -63,7 +68,9 @@ def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
     """
     dark = float((values < AIR_HU / 2).mean())
     if dark < MINIMUM_AIR_SHARE:
-        raise ValueError(f"{source}: a CT in HU with air at about -1000 is needed, found {100 * dark:.2f} % of it below -500")
+        raise ValueError(
+            f"{source}: a CT in HU with air at about -1000 is needed, found {100 * dark:.2f} % of it below -500"
+        )
     return np.maximum(values, LOWEST_HU)
 
 
@@ -72,7 +79,9 @@ def scale_contrast(contrast: str, values: np.ndarray) -> np.ndarray:
     return values if contrast == "CT" else scale_intensities(values)
 
 
-def find_removed(values: np.ndarray, affine: np.ndarray, seen: np.ndarray, ids: np.ndarray, mni_mm: np.ndarray) -> np.ndarray:
+def find_removed(
+    values: np.ndarray, affine: np.ndarray, seen: np.ndarray, ids: np.ndarray, mni_mm: np.ndarray
+) -> np.ndarray:
     """Where a scan on the box of a subject holds no data: outside its field of view, where defaced, or outside the brain.
 
     Defacing and brain extraction set voxels to exactly 0, which the noise of air rarely is. A scan counts as brain-extracted if

@@ -102,7 +102,9 @@ def read_datalist(path: str | Path) -> list[dict[str, Any]]:
         sections = json.loads(path.read_text(encoding="utf-8"))
         entries = [{**entry, "section": section} for section in SECTIONS for entry in sections.get(section, [])]
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: a JSON datalist with the sections {', '.join(SECTIONS)} is needed, found {error}") from error
+        raise ValueError(
+            f"{path}: a JSON datalist with the sections {', '.join(SECTIONS)} is needed, found {error}"
+        ) from error
     folder = path.parent
     return [{k: _absolute(v, folder) if k in STORAGE else v for k, v in entry.items()} for entry in entries]
 
@@ -131,7 +133,11 @@ def split_names(names: Sequence[str] | str) -> list[str]:
 
 
 def _draw(
-    person_of: Mapping[str, str], asked: Mapping[str, Sequence[str]], fractions: Mapping[str, float], seed: int, where: str
+    person_of: Mapping[str, str],
+    asked: Mapping[str, Sequence[str]],
+    fractions: Mapping[str, float],
+    seed: int,
+    where: str,
 ) -> dict[str, str]:
     """The section of every subject that is not for training; a person's subjects stay together."""
     section_of_person: dict[str, str] = {}
@@ -154,14 +160,18 @@ def _draw(
         drawn += count
     kept = {name: section_of_person[person] for name, person in person_of.items() if person in section_of_person}
     if len(kept) == len(person_of):
-        raise ValueError(f"{where}: a subject must be left for training, found all {len(kept)} in 'validation' or 'test'")
+        raise ValueError(
+            f"{where}: a subject must be left for training, found all {len(kept)} in 'validation' or 'test'"
+        )
     return kept
 
 
 def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
     count = Counter(entry["subject"] for entry in entries)
-    named = [{**e, "subject": f"{e.get('dataset', '')}_{e['subject']}"} if count[e["subject"]] > 1 else e for e in entries]
+    named = [
+        {**e, "subject": f"{e.get('dataset', '')}_{e['subject']}"} if count[e["subject"]] > 1 else e for e in entries
+    ]
     twice = sorted(name for name, times in Counter(entry["subject"] for entry in named).items() if times > 1)
     if twice:
         raise ValueError(
@@ -185,7 +195,9 @@ def _relative(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """An entry with the paths of its files relative to a folder."""
 
     def shorten(value: Any) -> Any:
-        return [shorten(v) for v in value] if isinstance(value, list) else Path(os.path.relpath(value, folder)).as_posix()
+        return (
+            [shorten(v) for v in value] if isinstance(value, list) else Path(os.path.relpath(value, folder)).as_posix()
+        )
 
     return {key: shorten(value) if key in STORAGE else value for key, value in entry.items()}
 

@@ -57,7 +57,9 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     scale = float(np.percentile(image[brain], 99.5))
     inverted = np.where(brain, 1.0 - 0.8 * np.clip(image / scale, 0, 1), 0.0).astype(np.float32)
     fine_shape, fine_affine = _oblique_grid(t1w)
-    fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (fine_shape, fine_affine), order=1).get_fdata(dtype=np.float32)
+    fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (fine_shape, fine_affine), order=1).get_fdata(
+        dtype=np.float32
+    )
     slices = fine.reshape(*fine_shape[:2], -1, SLICE_THICKNESS_MM).mean(axis=-1)
     affine = fine_affine @ np.diag([1, 1, SLICE_THICKNESS_MM, 1])
     affine[:3, 3] += fine_affine[:3, 2] * (SLICE_THICKNESS_MM - 1) / 2

@@ -70,10 +70,14 @@ def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]
         try:
             file = OpenFile._make([*(row[key] for key in TEXT), int(row["bytes"]), row["licence"], row["content"]])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{source}: the columns {' '.join(OpenFile._fields)} are needed, found {list(row)}") from error
+            raise ValueError(
+                f"{source}: the columns {' '.join(OpenFile._fields)} are needed, found {list(row)}"
+            ) from error
         path = PurePosixPath(file.file)
         if path.is_absolute() or ".." in path.parts or urlsplit(file.address).scheme not in ("http", "https"):
-            raise ValueError(f"{source}: a relative path and an http address are needed, found {file.file} {file.address}")
+            raise ValueError(
+                f"{source}: a relative path and an http address are needed, found {file.file} {file.address}"
+            )
         sets.setdefault(file.name, []).append(file)
     return sets
 
@@ -97,7 +101,9 @@ def fetch_dataset(name: str, output_dir: str | Path, *, table: str | Path | None
     """
     sets = read_open_sets(table)
     if name not in sets:
-        raise ValueError(f"{name}: an open data set of the table is needed ({', '.join(sorted(sets))}), found no such name")
+        raise ValueError(
+            f"{name}: an open data set of the table is needed ({', '.join(sorted(sets))}), found no such name"
+        )
     files = sets[name]
     targets = [Path(output_dir) / file.file for file in files]
     with tqdm(total=sum(file.bytes for file in files), desc=name, unit="B", unit_scale=True) as bar:
@@ -133,7 +139,9 @@ def _fetch(file: OpenFile, target: Path, bar: tqdm) -> None:
     found = hash_file(part)
     if found != file.sha256:
         part.unlink()
-        raise DownloadError(f"{file.file}: SHA-256 {file.sha256[:12]}... is needed, found {found[:12]}... at {file.address}")
+        raise DownloadError(
+            f"{file.file}: SHA-256 {file.sha256[:12]}... is needed, found {found[:12]}... at {file.address}"
+        )
     part.replace(target)
 
 

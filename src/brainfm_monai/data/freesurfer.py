@@ -26,7 +26,12 @@ __all__ = ["BRAIN_PROTOCOL", "Anatomy", "find_files", "prepare_freesurfer", "rea
 
 BRAIN_PROTOCOL = "synthseg_brain"
 # best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
-SEGMENTATIONS: tuple[str, ...] = ("aparc+aseg", "aparc.DKTatlas+aseg", "aparc.a2009s+aseg", "aparc.DKTatlas+aseg.mapped")
+SEGMENTATIONS: tuple[str, ...] = (
+    "aparc+aseg",
+    "aparc.DKTatlas+aseg",
+    "aparc.a2009s+aseg",
+    "aparc.DKTatlas+aseg.mapped",
+)
 SEGMENTATIONS += ("aparc.DKTatlas+aseg.deep.withCC", "aparc.DKTatlas+aseg.deep", "aseg", "aseg.presurf", "aseg.auto")
 SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where there is one
 SURFACES = ("lh.pial", "lh.white", "rh.pial", "rh.white")  # in the order of the distance's channels
@@ -93,9 +98,13 @@ def prepare_freesurfer(
     """
     root = Path(subjects_dir)
     folders = [root] if (root / "mri").is_dir() else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
-    folders = [f for f in folders if not re.match(r"fsaverage", f.name)]  # templates, which FreeSurfer links into the folder
+    folders = [
+        f for f in folders if not re.match(r"fsaverage", f.name)
+    ]  # templates, which FreeSurfer links into the folder
     if not folders:
-        raise FileNotFoundError(f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed, found none")
+        raise FileNotFoundError(
+            f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed, found none"
+        )
     settings: dict[str, Any] = {
         "dataset": dataset or (root.resolve().parent if folders == [root] else root.resolve()).name,
         "protocol": Path(protocol).name,
@@ -103,7 +112,10 @@ def prepare_freesurfer(
         "template": TEMPLATE_NAME,
     }
     options = {"protocol": protocol}
-    work = [Job(f.name, "freesurfer", find_files(f), settings, make_from_freesurfer, options | {"folder": f}) for f in folders]
+    work = [
+        Job(f.name, "freesurfer", find_files(f), settings, make_from_freesurfer, options | {"folder": f})
+        for f in folders
+    ]
     return run_jobs(work, output_dir, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 

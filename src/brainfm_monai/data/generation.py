@@ -44,7 +44,9 @@ def make_generation_labels(
         return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL
     brain_ids = np.where(np.isin(ids, HYPOINTENSITIES), HYPOINTENSITY_CODE, ids)
     if brain_ids.max() >= 100:  # from there on the codes are mixtures, and no ids of structures
-        raise ValueError(f"generation labels: FreeSurfer ids below 100 are needed, found {np.unique(ids[brain_ids >= 100])[:10]}")
+        raise ValueError(
+            f"generation labels: FreeSurfer ids below 100 are needed, found {np.unique(ids[brain_ids >= 100])[:10]}"
+        )
     labels = Protocol.load(PROTOCOL).encode(brain_ids, "generation labels")
     if clusters is not None:
         outside = (labels == 0) & (clusters > 0)
@@ -55,7 +57,9 @@ def make_generation_labels(
     share_grey, share_fluid = (np.clip(d / TRANSITION_MM + 0.5, 0, 1) for d in (white, pial))
     cerebrum = np.isin(ids, WHITE + GREY)
     at_white = cerebrum & (share_grey > 0) & (share_grey < 1)
-    at_pial = np.isin(ids, GREY + FLUID_OR_NOTHING) & (share_fluid > 0) & (share_fluid < 1) & (white > TRANSITION_MM / 2)
+    at_pial = (
+        np.isin(ids, GREY + FLUID_OR_NOTHING) & (share_fluid > 0) & (share_fluid < 1) & (white > TRANSITION_MM / 2)
+    )
     labels[at_white] = WHITE_TO_GREY + np.rint(share_grey[at_white] * STEPS)
     labels[at_pial] = GREY_TO_FLUID + np.rint(share_fluid[at_pial] * STEPS)
     return labels, PROTOCOL

@@ -13,7 +13,8 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
-from brainfm_monai.transforms import ScanError, check_header
+from brainfm_monai.io import ScanError
+from brainfm_monai.transforms import check_header
 
 __all__ = ["cluster_extracerebral", "find_head", "read_scan", "resample_to_box", "scale_intensities"]
 

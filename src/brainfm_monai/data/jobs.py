@@ -82,13 +82,17 @@ def run_jobs(
     if dry_run:
         for job in jobs:
             verb = "would prepare" if job in waiting else "is finished:"
-            logger.info("%s %s from %s", verb, job.name, ", ".join(f"{role} {path}" for role, path in job.files.items()))
+            logger.info(
+                "%s %s from %s", verb, job.name, ", ".join(f"{role} {path}" for role, path in job.files.items())
+            )
         return [output_dir / name for name in names]
     output_dir.mkdir(parents=True, exist_ok=True)
     bar = tqdm(_run(waiting, output_dir, processes), total=len(waiting), desc="preparing subjects", unit="subject")
     failures = [_one_line(job.source, error) for job, error in bar if error is not None]
     if failures:
-        raise PreparationError(f"{len(failures)} of {len(jobs)} subjects were not prepared:\n" + "\n".join(sorted(failures)))
+        raise PreparationError(
+            f"{len(failures)} of {len(jobs)} subjects were not prepared:\n" + "\n".join(sorted(failures))
+        )
     return [output_dir / name for name in names]
 
 

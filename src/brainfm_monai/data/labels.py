@@ -53,7 +53,9 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[
     ids = Orientation(axcodes="RAS", labels=None)(ids)
     if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:
         # float64 holds every id of 32 bits
-        ids = Spacing(pixdim=1.0, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float64)(ids.double())
+        ids = Spacing(pixdim=1.0, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float64)(
+            ids.double()
+        )
     return ids.as_tensor()[0].round().int().numpy(), ids.affine.numpy().astype(np.float64)
 
 
@@ -66,7 +68,9 @@ def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
         values = np.asarray(image.dataobj)
         affine = np.asarray(image.affine, dtype=np.float64)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, AttributeError, zlib.error) as error:
-        raise ValueError(f"{path}: a readable NIfTI or MGH image is needed, found: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path}: a readable NIfTI or MGH image is needed, found: {' '.join(str(error).split())}"
+        ) from error
     shape = values.shape
     if len(shape) > 3 and all(n == 1 for n in shape[3:]):
         values = values.reshape(shape[:3])
@@ -94,7 +98,9 @@ def read_id_table(path: str | Path) -> dict[int, int]:
     try:
         pairs = [(int(row["id"]), int(row["freesurfer_id"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' are needed, found {error}") from error
+        raise ValueError(
+            f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' are needed, found {error}"
+        ) from error
     twice = sorted({i for i, _ in pairs if [j for j, _ in pairs].count(i) > 1})
     if twice or not pairs:
         raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")

@@ -38,7 +38,9 @@ def read_volume(path: str | Path) -> tuple[Tensor, Tensor]:
     """
     try:
         content = Path(path).read_bytes()
-        image: Any = nib.Nifti1Image.from_bytes(zlib.decompress(content, GZIP) if str(path).endswith(".gz") else content)
+        image: Any = nib.Nifti1Image.from_bytes(
+            zlib.decompress(content, GZIP) if str(path).endswith(".gz") else content
+        )
         stored = torch.from_numpy(image.dataobj.get_unscaled())
     except (ImageFileError, WrapStructError, OSError, zlib.error, ValueError, TypeError) as error:
         raise ValueError(f"{path}: a NIfTI volume is needed, found {' '.join(str(error).split())}") from error
@@ -66,7 +68,9 @@ class LoadSubjectd(MapTransform):
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Replace the paths by MetaTensors of shape (C, H, W, D)."""
         d = dict(data)
-        foreign = Path(str(d.get("layout", ""))).name == LAYOUT  # MONAI makes a whole path of a value that exists as one
+        foreign = (
+            Path(str(d.get("layout", ""))).name == LAYOUT
+        )  # MONAI makes a whole path of a value that exists as one
         for key in self.key_iterator(d):
             paths = d[key] if isinstance(d[key], (list, tuple)) else [d[key]]
             parts = [read_volume(path) for path in paths]

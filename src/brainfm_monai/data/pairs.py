@@ -13,7 +13,10 @@ from brainfm_monai.transforms import scan_stem
 __all__ = ["REFERENCES", "read_pairs"]
 
 # what an item may hold beside its scan: entry of the list and task that it is the reference of
-REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in ("segmentation", "super_resolution")}}
+REFERENCES = {
+    "label": "segmentation",
+    **{name: name for name in TASKS if name not in ("segmentation", "super_resolution")},
+}
 
 
 def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str, str]]:
@@ -39,12 +42,16 @@ def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str,
     try:
         items = load_decathlon_datalist(str(datalist), True, section)
     except (json.JSONDecodeError, ValueError) as error:
-        raise ValueError(f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}") from error
+        raise ValueError(
+            f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}"
+        ) from error
     pairs = []
     for item in items:
         there = [key for key in REFERENCES if key in item]
         if "image" not in item or not there:
-            raise ValueError(f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}")
+            raise ValueError(
+                f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}"
+            )
         for key in ("image", *there):
             if not Path(item[key]).is_file():
                 raise FileNotFoundError(f"{item[key]}: named in {datalist}, found no such file")
@@ -52,5 +59,7 @@ def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str,
     names = [pair["name"] for pair in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not pairs:
-        raise ValueError(f"{datalist}: items with different names are needed, found {f'twice: {twice}' if twice else 'none'}")
+        raise ValueError(
+            f"{datalist}: items with different names are needed, found {f'twice: {twice}' if twice else 'none'}"
+        )
     return pairs

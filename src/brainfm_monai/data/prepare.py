@@ -127,7 +127,9 @@ def make_from_labels(job: Job, target: Path) -> None:
     write_subject(target, volumes, job.describe())
 
 
-def cut_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str) -> tuple[np.ndarray, np.ndarray]:
+def cut_to_brain(
+    ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str
+) -> tuple[np.ndarray, np.ndarray]:
     """The box around cerebrum and cerebellum of a map of FreeSurfer ids, and its affine."""
     return crop_to_box(ids, affine, find_brain_centre(ids, BOX_IDS, source), spatial_size)
 
@@ -160,7 +162,9 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
         path = Path(item)
         if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and not f.name.startswith("."))
+            found = sorted(
+                f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and not f.name.startswith(".")
+            )
         elif path.exists() or not glob.has_magic(str(item)):
             found = [path]
         else:

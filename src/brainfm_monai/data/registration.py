@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from monai.transforms import GaussianSmooth
-from nilearn.datasets import load_mni152_brain_mask, load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+from nilearn import datasets as mni
 from torch import Tensor
 
 from brainfm_monai.data.elastix import AFFINE, register_linear
@@ -35,7 +35,6 @@ __all__ = [
 TEMPLATE_NAME = "MNI152 ICBM 2009a symmetric, T1 and tissue maps as shipped with nilearn"
 SPACING_VOX = 2
 MINIMUM_JACOBIAN, UNFOLDING_ROUNDS = 0.2, 100
-
 # Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110.
 T1_OF_TISSUE: dict[float, tuple[int, ...]] = {
     110.0: (2, 7, 41, 46, 78, 79),
@@ -107,8 +106,8 @@ def render_t1(ids: np.ndarray, fluid_rim_vox: float = 2.0) -> np.ndarray:
 @lru_cache(maxsize=1)
 def load_template() -> tuple[np.ndarray, np.ndarray]:
     """The brain-extracted MNI152 T1 at 2 mm, white matter = 110, and its affine; from nilearn's own files, without a network."""
-    template = load_mni152_template(resolution=SPACING_VOX)
-    mask = load_mni152_brain_mask(resolution=SPACING_VOX).get_fdata() > 0
+    template = mni.load_mni152_template(resolution=SPACING_VOX)
+    mask = mni.load_mni152_brain_mask(resolution=SPACING_VOX).get_fdata() > 0
     picture = np.where(mask, template.get_fdata(), 0) * (110.0 / 0.87)
     return picture.astype(np.float32), np.asarray(template.affine, dtype=np.float64)
 
@@ -116,7 +115,7 @@ def load_template() -> tuple[np.ndarray, np.ndarray]:
 @lru_cache(maxsize=1)
 def load_tissue_maps() -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of white and grey matter in MNI152 at 2 mm, shape (2, H, W, D), and their affine; nilearn ships them."""
-    maps = [load(resolution=SPACING_VOX) for load in (load_mni152_wm_template, load_mni152_gm_template)]
+    maps = [load(resolution=SPACING_VOX) for load in (mni.load_mni152_wm_template, mni.load_mni152_gm_template)]
     return np.stack([m.get_fdata(dtype=np.float32) for m in maps]), np.asarray(maps[0].affine, dtype=np.float64)
 
 
@@ -168,12 +167,17 @@ def compute_mni_coordinates(
         Ashburner, A fast diffeomorphic image registration algorithm, NeuroImage 38, 2007 (velocity fields on tissue maps).
     """
     if any(n % factor or n % SPACING_VOX for n in ids.shape):
-        raise ValueError(f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}, got {ids.shape}")
+        raise ValueError(
+            f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}, got {ids.shape}"
+        )
     fixed_affine = coarsen_affine(affine, SPACING_VOX)
     smooth: Any = GaussianSmooth(sigma=1.0)
     fixed = _block_mean(smooth(render_t1(ids)[None])[0].numpy(), SPACING_VOX)
     start = np.eye(4) if initial is None else initial
-    matrix = register_linear((fixed, start @ fixed_affine), load_template(), AFFINE, from_headers=initial is not None) @ start
+    matrix = (
+        register_linear((fixed, start @ fixed_affine), load_template(), AFFINE, from_headers=initial is not None)
+        @ start
+    )
     soften: Any = GaussianSmooth(sigma=SMOOTHING_MM)
     tissues = soften(render_tissues(ids)).numpy()
     reduced = torch.from_numpy(np.stack([_block_mean(t, SPACING_VOX) for t in tissues]))[None]
@@ -201,7 +205,9 @@ def _flow(
         subject, template = (nnf.avg_pool3d(maps, ratio) for maps in (fixed, moving))
         to_template = np.linalg.inv(coarsen_affine(template_affine, ratio)) @ matrix @ coarsen_affine(affine, ratio)
         velocity = _resize(velocity_mm, [n // level.velocity_mm for n in extent_mm]) / level.velocity_mm
-        velocity_mm = _descend(velocity, subject, template, torch.from_numpy(to_template).float(), level) * level.velocity_mm
+        velocity_mm = (
+            _descend(velocity, subject, template, torch.from_numpy(to_template).float(), level) * level.velocity_mm
+        )
     spacing = levels[-1].velocity_mm
     displacement = _resize(integrate_velocity(velocity_mm / spacing) * spacing, size) / voxel_mm
     return displacement[0].movedim(0, -1).double().numpy()

@@ -24,7 +24,9 @@ TABLE_COLUMNS = {"image", "name", "frame", "lesions"}
 
 
 def find_scans(
-    source: str | Path, output_dir: str | Path | None = None, participant_label: str | int | Sequence[str | int] | None = None
+    source: str | Path,
+    output_dir: str | Path | None = None,
+    participant_label: str | int | Sequence[str | int] | None = None,
 ) -> list[Scan]:
     """List the scans that a user means, in the order of their paths.
 
@@ -58,7 +60,9 @@ def find_scans(
         return _from_table(path) if path.name.lower().endswith(TABLE_SUFFIXES) else [_from_file(path)]
     output = Path(output_dir).resolve() if output_dir else None
     if output == path.resolve():
-        raise ValueError(f"{source}: results need a folder of their own, found output_dir to be the folder of the scans")
+        raise ValueError(
+            f"{source}: results need a folder of their own, found output_dir to be the folder of the scans"
+        )
     if _is_bids(path):
         return _from_bids(path, participant_label)
     if participant_label is not None:
@@ -76,7 +80,9 @@ def _from_file(path: Path) -> Scan:
 def _from_folder(path: Path, output: Path | None) -> list[Scan]:
     if is_dicom_series(path):
         return [{"image": str(path), "name": path.resolve().name}]
-    visible = [f for f in sorted(path.rglob("*")) if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+    visible = [
+        f for f in sorted(path.rglob("*")) if not any(part.startswith(".") for part in f.relative_to(path).parts)
+    ]
     visible = [f for f in visible if output is None or (f.resolve() != output and output not in f.resolve().parents)]
     found = [f for f in visible if _is_scan(f) or is_dicom_series(f)]
     if not found:
@@ -92,7 +98,9 @@ def _from_pattern(pattern: str, output_dir: str | Path | None) -> list[Scan]:
     found = [f for f in matched if _is_scan(f) or is_dicom_series(f)]
     found = [f for f in found if output is None or output not in f.resolve().parents]
     if not found:
-        raise FileNotFoundError(f"{pattern}: a pattern of scans ({', '.join(SCAN_SUFFIXES)}) is needed, found none that it fits")
+        raise FileNotFoundError(
+            f"{pattern}: a pattern of scans ({', '.join(SCAN_SUFFIXES)}) is needed, found none that it fits"
+        )
     return [{"image": str(f), "name": name} for f, name in zip(found, _names(_below_common(found)), strict=True)]
 
 
@@ -108,7 +116,9 @@ def _from_table(path: Path) -> list[Scan]:
         columns = list(reader.fieldnames or ())
         rows = list(reader)
     if "image" not in columns:
-        raise ValueError(f"{path}: a table of scans needs the column 'image', found {' '.join(columns) or 'no columns'}")
+        raise ValueError(
+            f"{path}: a table of scans needs the column 'image', found {' '.join(columns) or 'no columns'}"
+        )
     if not rows:
         raise FileNotFoundError(f"{path}: a table of scans is needed, found no rows in it")
     scans: list[Scan] = []
@@ -121,7 +131,9 @@ def _from_table(path: Path) -> list[Scan]:
     if any("image" not in scan for scan in scans):
         raise ValueError(f"{path}: every row needs an 'image', found an empty one")
     places = _below_common([Path(scan["image"]) for scan in scans])
-    places = [Path(scan["name"] + ".nii") if "name" in scan else place for scan, place in zip(scans, places, strict=True)]
+    places = [
+        Path(scan["name"] + ".nii") if "name" in scan else place for scan, place in zip(scans, places, strict=True)
+    ]
     return [scan | {"name": name} for scan, name in zip(scans, _names(places), strict=True)]
 
 
@@ -168,7 +180,9 @@ def _names(relative: list[Path]) -> list[str]:
     """Different names for scans at these paths, also where file names ignore case."""
     names = [scan_stem(path) for path in relative]
     count = Counter(name.lower() for name in names)
-    names = ["_".join([*p.parent.parts, n]) if count[n.lower()] > 1 else n for p, n in zip(relative, names, strict=True)]
+    names = [
+        "_".join([*p.parent.parts, n]) if count[n.lower()] > 1 else n for p, n in zip(relative, names, strict=True)
+    ]
     taken: set[str] = set()
     for i, name in enumerate(names):
         number = 1

@@ -69,7 +69,9 @@ def simulate_contrasts(
         needed = (protocol.mixture_weights[present] > 0).any(axis=0)
         unknown = protocol.freesurfer_ids[needed & np.isnan(mean)].tolist()
         if unknown:
-            raise ValueError(f"{source}: the table of {name} must know every id that is painted, found no {unknown[:10]}")
+            raise ValueError(
+                f"{source}: the table of {name} must know every id that is painted, found no {unknown[:10]}"
+            )
         air, top = (AIR_HU, 1.0) if name == "CT" else (0.0, INTENSITY_TOP)
         mean = np.where(protocol.freesurfer_ids == 0, air, np.nan_to_num(mean)) / top
         painted = (protocol.mixture_weights @ mean).astype(np.float32)[labels]

@@ -32,7 +32,18 @@ __all__ = [
 SIDECAR = "subject.json"
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
 MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each axis
-PACKAGES = ("brainfm-monai", "numpy", "nibabel", "monai", "itk", "itk-elastix", "edt", "libigl", "nilearn", "scikit-learn")
+PACKAGES = (
+    "brainfm-monai",
+    "numpy",
+    "nibabel",
+    "monai",
+    "itk",
+    "itk-elastix",
+    "edt",
+    "libigl",
+    "nilearn",
+    "scikit-learn",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,9 @@ def subject_file(folder: Path, key: str) -> Path:
     return folder / f"{key}.nii.gz"
 
 
-def write_subject(target: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]) -> None:
+def write_subject(
+    target: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]
+) -> None:
     """Write a subject's folder; it appears whole or not at all, and takes the place of an older one.
 
     Args:
@@ -144,7 +157,9 @@ def check_size(spatial_size: Sequence[int]) -> tuple[int, int, int]:
     """
     size = tuple(int(n) for n in spatial_size)
     if len(size) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in size):
-        raise ValueError(f"prepare: 'spatial_size' must be three positive multiples of {MNI_FACTOR}, got {tuple(spatial_size)}")
+        raise ValueError(
+            f"prepare: 'spatial_size' must be three positive multiples of {MNI_FACTOR}, got {tuple(spatial_size)}"
+        )
     return size[0], size[1], size[2]
 
 

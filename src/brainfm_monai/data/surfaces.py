@@ -53,7 +53,11 @@ def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compute_surface_distance(
-    vertices: np.ndarray, triangles: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int], limit_mm: float = LIMIT_MM
+    vertices: np.ndarray,
+    triangles: np.ndarray,
+    affine: np.ndarray,
+    shape: tuple[int, int, int],
+    limit_mm: float = LIMIT_MM,
 ) -> np.ndarray:
     """Signed distance of voxel centres to a closed triangle surface, negative inside.
 

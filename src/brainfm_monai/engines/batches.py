@@ -43,7 +43,11 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
         return [int(s) for s in self.R.randint(0, LARGEST_SEED, size=count)]
 
     def __call__(
-        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+        self,
+        batchdata: dict[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 
@@ -57,7 +61,9 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
             for key in present
         }
         # What is available decides what is drawn, and numbers are drawn on the host: these few stay there.
-        subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith("available_")}
+        subject |= {
+            key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith("available_")
+        }
         protocols = sorted(set(batchdata.get("generation_protocol", [])))
         if len(protocols) > 1:
             raise ValueError(f"SynthesisPrepareBatch: a batch needs one 'generation_protocol', got {protocols}")

@@ -38,7 +38,9 @@ class NonFiniteStop:
         interval: iterations between two looks, because each look waits for the device.
     """
 
-    def __init__(self, synthesizer: Synthesizer, output_dir: str | Path, max_in_row: int = 10, interval: int = 1) -> None:
+    def __init__(
+        self, synthesizer: Synthesizer, output_dir: str | Path, max_in_row: int = 10, interval: int = 1
+    ) -> None:
         self.synthesizer, self.output_dir = synthesizer, Path(output_dir)
         self.max_in_row, self.interval = max_in_row, interval
         self.in_row = 0

@@ -27,4 +27,6 @@ def check_shards(data: Sized, processes: int, name: str = "validation") -> None:
         ValueError: if there are fewer items than processes.
     """
     if len(data) < processes:
-        raise ValueError(f"{name}: each of {processes} processes needs a subject, found {len(data)}: list more or start fewer")
+        raise ValueError(
+            f"{name}: each of {processes} processes needs a subject, found {len(data)}: list more or start fewer"
+        )

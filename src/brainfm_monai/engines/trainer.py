@@ -124,7 +124,9 @@ class MultiTaskTrainer(SupervisedTrainer):
             components.append(dict(getattr(self.loss_function, "components", {})))
             samples += len(self.state.output[CommonKeys.IMAGE])
         self.state.output["part_losses"] = torch.stack(losses)
-        self.state.output[CommonKeys.LOSS] = torch.stack([a * loss for a, loss in zip(shares, losses, strict=True)]).sum()
+        self.state.output[CommonKeys.LOSS] = torch.stack(
+            [a * loss for a, loss in zip(shares, losses, strict=True)]
+        ).sum()
         self.state.output["task_losses"] = _average(components, shares)
         self.state.output["gradient_norm"] = self._step()
         self.state.output["samples"] = samples

@@ -17,7 +17,9 @@ __all__ = ["make_generated_cases", "make_pair_cases"]
 Case = dict[str, Any]
 
 
-def make_pair_cases(datalist: str | Path, conditions: Sequence[Condition], section: str = "testing", seed: int = 0) -> list[Case]:
+def make_pair_cases(
+    datalist: str | Path, conditions: Sequence[Condition], section: str = "testing", seed: int = 0
+) -> list[Case]:
     """Real scans under every condition.
 
     Args:
@@ -66,13 +68,17 @@ def make_generated_cases(
     try:
         subjects = load_decathlon_datalist(str(datalist), True, section)
     except ValueError as error:
-        raise ValueError(f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}") from error
+        raise ValueError(
+            f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}"
+        ) from error
     if not subjects or scans_per_subject < 1:
         raise ValueError(f"{datalist}: subjects in '{section}' and scans of each are needed, found none")
     cases: list[Case] = []
     for subject in subjects:
         if "generation_labels" not in subject or "segmentation" not in subject:
-            raise ValueError(f"{datalist}: every subject needs 'generation_labels' and 'segmentation', found {sorted(subject)}")
+            raise ValueError(
+                f"{datalist}: every subject needs 'generation_labels' and 'segmentation', found {sorted(subject)}"
+            )
         # MONAI's reader makes a path of a subject's name where such a folder exists: its last part is the name.
         name = Path(str(subject["subject"])).name
         for number in range(1, scans_per_subject + 1):
@@ -83,12 +89,20 @@ def make_generated_cases(
 def _under_conditions(item: Mapping[str, Any], scan: str, conditions: Sequence[Condition], seed: int) -> Iterator[Case]:
     for condition in conditions:
         name = f"{scan}_{condition.name}" if condition.settings else scan
-        yield {**item, "name": name, "scan": scan, "condition": condition.name, "seed": seed + zlib.crc32(scan.encode())}
+        yield {
+            **item,
+            "name": name,
+            "scan": scan,
+            "condition": condition.name,
+            "seed": seed + zlib.crc32(scan.encode()),
+        }
 
 
 def _different(cases: list[Case], datalist: str | Path) -> list[Case]:
     names = [case["name"] for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{datalist}: scans and conditions whose names together differ are needed, found twice: {twice}")
+        raise ValueError(
+            f"{datalist}: scans and conditions whose names together differ are needed, found twice: {twice}"
+        )
     return cases

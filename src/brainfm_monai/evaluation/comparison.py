@@ -13,8 +13,8 @@ from brainfm_monai.evaluation.definitions import HEADLINES, define
 from brainfm_monai.evaluation.figures import draw_differences, encode_plot
 from brainfm_monai.evaluation.style import make_document, make_figure, make_table_html
 from brainfm_monai.evaluation.tables import ALL, METRICS_FILE
+from brainfm_monai.io import ABSENT, write_table
 from brainfm_monai.metrics import compare, read_table
-from brainfm_monai.metrics.tables import ABSENT, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,8 +118,12 @@ def _compose(compared: pd.DataFrame, first: str, second: str, scans: int) -> Ite
         dice = own[(own["metric"] == "dice") & (own["task"] == "segmentation") & (own["n"] > 0)]
         dice = dice[(dice["side"] != "both") | ~dice["structure"].isin(dice[dice["side"] == "left"]["structure"])]
         if len(dice):
-            labels = [f"{r.structure.replace('_', ' ')}{'' if r.side == 'both' else f' {r.side}'}" for r in dice.itertuples()]
-            yield make_figure(encode_plot(draw_differences(dice, labels, "difference of Dice, B - A")), "differences of Dice")
+            labels = [
+                f"{r.structure.replace('_', ' ')}{'' if r.side == 'both' else f' {r.side}'}" for r in dice.itertuples()
+            ]
+            yield make_figure(
+                encode_plot(draw_differences(dice, labels, "difference of Dice, B - A")), "differences of Dice"
+            )
             yield f'<p class="quiet">Full dots: P (Holm) below {LEVEL}.</p>'
     yield "<h2>What the measures are</h2>"
     metrics = dict.fromkeys(compared["metric"])
@@ -128,7 +132,9 @@ def _compose(compared: pd.DataFrame, first: str, second: str, scans: int) -> Ite
 
 
 def _row(title: str, row: object, digits: int, higher_is_better: bool) -> list[str]:
-    values = {name: float(getattr(row, name)) for name in ("mean_first", "mean_second", "difference", "low", "high", "p_holm")}
+    values = {
+        name: float(getattr(row, name)) for name in ("mean_first", "mean_second", "difference", "low", "high", "p_holm")
+    }
     certain = values["p_holm"] < LEVEL
     better = "B" if (values["difference"] > 0) == higher_is_better else "A"
     interval = f"[{values['low']:+.{digits}f}, {values['high']:+.{digits}f}]" if np.isfinite(values["low"]) else ""

@@ -77,7 +77,9 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
         unknown = sorted(set(settings) - set(SETTINGS))
         if unknown or not re.fullmatch(NAME, name):
             found = f"the setting {', '.join(unknown)}" if unknown else "this name"
-            raise ValueError(f"condition {name}: letters and digits name it, and {', '.join(SETTINGS)} set it; found {found}")
+            raise ValueError(
+                f"condition {name}: letters and digits name it, and {', '.join(SETTINGS)} set it; found {found}"
+            )
         swept = [key for key, value in settings.items() if isinstance(value, Mapping) and "sweep" in value]
         if len(swept) > 1:
             raise ValueError(f"condition {name}: one setting may be swept, found {', '.join(swept)}")
@@ -108,12 +110,16 @@ def find_condition(conditions: Sequence[Condition], name: str) -> Condition:
 def _check(name: str, settings: Mapping[str, Any]) -> None:
     contrasts = (*CONTRASTS, "random", INVERTED)
     if settings.get("contrast", INVERTED) not in contrasts:
-        raise ValueError(f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {settings['contrast']}")
+        raise ValueError(
+            f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {settings['contrast']}"
+        )
     if "spacing_mm" in settings and any(key in settings for key in AXES):
         raise ValueError(f"condition {name}: either 'spacing_mm' or slices are set, found both")
     spacing = [settings[key] for key in AXES if key in settings] + list(settings.get("spacing_mm", []))
     if any(not isinstance(mm, int | float) or mm <= 0 for mm in spacing) or len(settings.get("spacing_mm", "xyz")) != 3:
-        raise ValueError(f"condition {name}: slices and the three spacings must be positive numbers of mm, got {spacing}")
+        raise ValueError(
+            f"condition {name}: slices and the three spacings must be positive numbers of mm, got {spacing}"
+        )
 
 
 def check_for_real_scans(conditions: Sequence[Condition]) -> None:
@@ -127,7 +133,9 @@ def check_for_real_scans(conditions: Sequence[Condition]) -> None:
         if condition.settings.get("contrast", INVERTED) != INVERTED:
             impossible.append(f"contrast {condition.settings['contrast']}")
         if impossible:
-            raise ValueError(f"condition {condition.name}: for generated scans alone, found {', '.join(impossible)} on real ones")
+            raise ValueError(
+                f"condition {condition.name}: for generated scans alone, found {', '.join(impossible)} on real ones"
+            )
 
 
 def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRanges:

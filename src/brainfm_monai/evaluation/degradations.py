@@ -13,7 +13,13 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans, find_condition, fix_acquisition, make_laws
+from brainfm_monai.evaluation.conditions import (
+    Condition,
+    check_for_real_scans,
+    find_condition,
+    fix_acquisition,
+    make_laws,
+)
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisRanges, Synthesizer, render, sample
 from brainfm_monai.synthesis.acquisition import IMAGES, INTENSITY_TOP, acquire
@@ -105,7 +111,8 @@ class GenerateScan(Transform):
         self.conditions, self.layout, self.device = tuple(conditions), layout, torch.device(device)
         self.voxel_mm = stride * source_mm
         self.synthesizers = {
-            c.name: Synthesizer(make_laws(ranges, c.settings), layout, spatial_size, stride, source_mm) for c in conditions
+            c.name: Synthesizer(make_laws(ranges, c.settings), layout, spatial_size, stride, source_mm)
+            for c in conditions
         }
 
     @torch.no_grad()

@@ -58,7 +58,9 @@ def draw_structures(table: pd.DataFrame) -> Figure:
     panels[0].invert_yaxis()
     if metrics and metrics[0] == "dice":
         panels[0].set_xlim(right=1.0)
-    handles = [matplotlib.lines.Line2D([], [], marker="o", ls="", color=c, label=side) for side, (c, _) in SIDES.items()]
+    handles = [
+        matplotlib.lines.Line2D([], [], marker="o", ls="", color=c, label=side) for side, (c, _) in SIDES.items()
+    ]
     handles[-1].set_label("no sides")
     figure.legend(handles=handles, loc="upper right", ncols=3, frameon=False, fontsize=8, bbox_to_anchor=(0.98, 1.0))
     return figure
@@ -104,7 +106,9 @@ def draw_curves(
                 axes.plot(places, means, "-o", color=CURVE_COLOUR, ms=4)
                 axes.fill_between(places, lows, highs, color=CURVE_COLOUR, alpha=0.18, lw=0)
             else:
-                axes.errorbar(places, means, yerr=_bars(means, lows, highs), fmt="o", color=CURVE_COLOUR, ms=5, capsize=3)
+                axes.errorbar(
+                    places, means, yerr=_bars(means, lows, highs), fmt="o", color=CURVE_COLOUR, ms=5, capsize=3
+                )
                 axes.set_xticks(places, [str(value) for value in numbers])
                 axes.set_xlim(-0.5, len(numbers) - 0.5)
             if native:

@@ -137,7 +137,9 @@ class MeasureMaps(Transform):
         """Rows of the structures, those of their mean Dice, and the entry ``dice``."""
         ids = self._to_ids(labels)
         known = sorted({i for s in (*self.structures, *(self.dice_structures or ())) for i in s.ids})
-        of_structures = torch.isin(torch.stack([ids, wanted.to(ids.dtype)]), torch.tensor(known, device=ids.device)).any(0)
+        of_structures = torch.isin(
+            torch.stack([ids, wanted.to(ids.dtype)]), torch.tensor(known, device=ids.device)
+        ).any(0)
         # Overlap, surfaces and volumes are the same in the box around the structures, and sides go by differences of places.
         box = (slice(None), *box_around(of_structures[0], margin=1))
         cut, truth = _plain(labels)[box], wanted[box]
@@ -146,7 +148,9 @@ class MeasureMaps(Transform):
         if self.dice_structures is not None:
             dice = compute_structure_dice(ids[box][None], truth[None], self.dice_structures, labels.affine)
             data["dice"] = dice[0].cpu()
-        return mean_dice_rows(measure_scan(*maps, self.layout, self.structures, labels.affine, scan=scan, condition=condition))
+        return mean_dice_rows(
+            measure_scan(*maps, self.layout, self.structures, labels.affine, scan=scan, condition=condition)
+        )
 
     def _to_ids(self, labels: Tensor) -> Tensor:
         return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=labels.device)[_plain(labels).long()]
@@ -180,7 +184,9 @@ def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     return moved.as_tensor()
 
 
-def _dense_targets(targets: Mapping[str, MetaTensor], found: Mapping[str, Tensor], grid: MetaTensor) -> dict[str, Tensor]:
+def _dense_targets(
+    targets: Mapping[str, MetaTensor], found: Mapping[str, Tensor], grid: MetaTensor
+) -> dict[str, Tensor]:
     """References in the network's grid, those that are measured there, each with where it has values."""
     labels_alike = ("segmentation", "visible", "lesion")
     dense: dict[str, Tensor] = {}

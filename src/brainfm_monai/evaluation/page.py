@@ -154,7 +154,9 @@ def _structures(evaluation: Evaluation) -> Iterator[str]:
         return
     yield f"<h2>Structures, condition {escape(evaluation.first)}</h2>"
     yield '<p class="quiet">A dot is a scan, the upright mark the mean, the bar its 95 % confidence interval.</p>'
-    yield make_figure(encode_plot(draw_structures(rows)), "Dice, Hausdorff distance and volume error of every structure")
+    yield make_figure(
+        encode_plot(draw_structures(rows)), "Dice, Hausdorff distance and volume error of every structure"
+    )
 
 
 def _curves(evaluation: Evaluation) -> Iterator[str]:
@@ -234,7 +236,9 @@ def _all_measures(evaluation: Evaluation) -> Iterator[str]:
             where = "mean of all" if row.structure == ALL else str(row.structure).replace("_", " ")
             unit = "" if row.unit == "1" else row.unit
             told = [escape(str(cell)) for cell in (row.metric.replace("_", " "), where, row.side, unit)]
-            rows.append([*told, f"{row.n}", f"{row.mean:.3f}", f'<span class="ci">{interval}</span>', f"{row.median:.3f}"])
+            rows.append(
+                [*told, f"{row.n}", f"{row.mean:.3f}", f'<span class="ci">{interval}</span>', f"{row.median:.3f}"]
+            )
         columns = ["measure", "where", "side", "unit", "scans", "mean", "95 % interval", "median"]
         table = make_table_html(columns, rows, text_columns=4)
         yield f"<details><summary>{escape(str(task))}: {_count(len(rows), 'measure')}</summary>{table}</details>"

@@ -19,7 +19,9 @@ QUALITY = 80  # of WebP
 LEAST_SHARE = 0.002  # of the structures' voxels that a slice must hold to widen the box
 
 
-def make_picture(image: Tensor, maps: Sequence[Tensor], structures: Sequence[EvaluatedStructure], protocol: Protocol) -> bytes:
+def make_picture(
+    image: Tensor, maps: Sequence[Tensor], structures: Sequence[EvaluatedStructure], protocol: Protocol
+) -> bytes:
     """A WebP picture with one row for the scan alone and one for each label map over it.
 
     Args:

@@ -49,4 +49,6 @@ def make_table_html(columns: Sequence[str], rows: Iterable[Sequence[str]], text_
         return "".join(f"<{tag}{' class=number' * (i >= text_columns)}>{cell}</{tag}>" for i, cell in enumerate(cells))
 
     body = "".join(f"<tr>{classed('td', row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{classed("th", [escape(column) for column in columns])}</tr>{body}</table></div>'
+    return (
+        f'<div class="wide"><table><tr>{classed("th", [escape(column) for column in columns])}</tr>{body}</table></div>'
+    )

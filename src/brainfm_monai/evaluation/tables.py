@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from brainfm_monai.evaluation.definitions import Headline
+from brainfm_monai.io import ABSENT, write_table
 from brainfm_monai.metrics import MetricRow, make_table, summarise, write_rows
-from brainfm_monai.metrics.tables import ABSENT, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,9 @@ def write_tables(output_dir: Path, rows: Iterable[MetricRow]) -> pd.DataFrame:
     measured = list(rows)
     write_rows(output_dir / METRICS_FILE, measured)
     summary = summarise(make_table(measured))
-    write_table(output_dir / SUMMARY_FILE, list(summary.columns), [_cells(row) for row in summary.itertuples(index=False)])
+    write_table(
+        output_dir / SUMMARY_FILE, list(summary.columns), [_cells(row) for row in summary.itertuples(index=False)]
+    )
     return summary
 
 
@@ -93,4 +95,6 @@ def make_headlines(table: pd.DataFrame, headlines: Sequence[Headline]) -> pd.Dat
         means = parts_of.groupby(["scan", "condition"], sort=False)["value"].mean().reset_index()
         parts.append(means.assign(title=headline.title)[["scan", "condition", "title", "value"]])
     known = [part for part in parts if len(part) and part["value"].notna().any()]
-    return pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=["scan", "condition", "title", "value"])
+    return (
+        pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=["scan", "condition", "title", "value"])
+    )

@@ -100,7 +100,9 @@ class EvaluationWriter(ScanWriter):
         _write_whole(stored, json.dumps(content).encode())
         self._forget_failure(scan)
         means = {row.metric: row.value for row in item["rows"] if row.metric == MEAN_DICE}
-        logger.info("%s: %s", scan["name"], ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in means.items()) or "measured")
+        logger.info(
+            "%s: %s", scan["name"], ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in means.items()) or "measured"
+        )
         return folder
 
     def write_summary(self, scans: Sequence[Mapping[str, Any]]) -> Path:
@@ -124,7 +126,8 @@ class EvaluationWriter(ScanWriter):
             self.dice.write()
         summary = write_tables(self.output_dir, rows)
         failures = {
-            note.stem: note.read_text(encoding="utf-8").strip() for note in self.output_dir.glob(f"{FAILED_FOLDER}/*.txt")
+            note.stem: note.read_text(encoding="utf-8").strip()
+            for note in self.output_dir.glob(f"{FAILED_FOLDER}/*.txt")
         }
         evaluation = Evaluation(
             output_dir=self.output_dir,
@@ -137,7 +140,9 @@ class EvaluationWriter(ScanWriter):
                 if (name := str(scan["name"])) in measured
             },
             failures={
-                str(s["name"]): failures.get(str(s["name"]), "not measured yet") for s in scans if str(s["name"]) not in measured
+                str(s["name"]): failures.get(str(s["name"]), "not measured yet")
+                for s in scans
+                if str(s["name"]) not in measured
             },
             settings=self.settings,
             definition=self.definition,

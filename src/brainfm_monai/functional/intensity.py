@@ -62,7 +62,10 @@ def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: T
     centres, of_map = coordinates.flatten(2), labels.flatten(1)
     held = torch.empty(*centres[:, 0].shape, offsets.shape[2], device=labels.device, dtype=torch.int32)
     for n in range(offsets.shape[2]):
-        index, inside = torch.zeros_like(centres[:, 0], dtype=torch.int32), torch.ones_like(centres[:, 0], dtype=torch.bool)
+        index, inside = (
+            torch.zeros_like(centres[:, 0], dtype=torch.int32),
+            torch.ones_like(centres[:, 0], dtype=torch.bool),
+        )
         for axis, count in enumerate(size):
             place = (centres[:, axis] + offsets[:, axis, n, None]).round_().int()
             inside &= (place >= 0) & (place < count)

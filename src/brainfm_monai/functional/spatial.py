@@ -24,7 +24,9 @@ __all__ = [
 SLAB = 2**17  # voxels that are sampled at once on a CPU: corners and weights of a slab stay in its cache
 
 
-def identity_grid(size: Sequence[int], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def identity_grid(
+    size: Sequence[int], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Voxel coordinates of a grid.
 
     Args:
@@ -61,7 +63,9 @@ def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tenso
     unit = torch.eye(9, device=scaling.device, dtype=scaling.dtype).reshape(9, 3, 3)
     for i in range(3):
         j, k = (n for n in range(3) if n != i)
-        matrix = matrix @ (eye + shear[:, i, 0, None, None] * unit[3 * i + j] + shear[:, i, 1, None, None] * unit[3 * i + k])
+        matrix = matrix @ (
+            eye + shear[:, i, 0, None, None] * unit[3 * i + j] + shear[:, i, 1, None, None] * unit[3 * i + k]
+        )
     for i in range(3):
         j, k = (i + 1) % 3, (i + 2) % 3
         cos, sin = angle[:, i].cos()[:, None, None], angle[:, i].sin()[:, None, None]
@@ -156,7 +160,9 @@ def _tables(source: Tensor) -> list[Tensor]:
     """A source (C, h, w, d) as tables with a row for each voxel, without a copy: one of C columns, or C of one."""
     last = source.movedim(0, -1)
     if last.is_contiguous():
-        return [last.reshape(-1).reshape(-1, len(source))]  # twice: a single column gets the stride of 1 that the kernel wants
+        return [
+            last.reshape(-1).reshape(-1, len(source))
+        ]  # twice: a single column gets the stride of 1 that the kernel wants
     return [channel.reshape(-1).reshape(-1, 1) for channel in source]
 
 

@@ -118,9 +118,13 @@ class TrainingCheckpoint:
             try:
                 return path, torch.load(path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, str(error).split("\n")[0])
+                logger.warning(
+                    "%s: not a whole checkpoint, the one before is taken: %s", path, str(error).split("\n")[0]
+                )
         if saved:
-            raise ValueError(f"{self.save_dir}: one whole checkpoint is needed to go on, found none: remove them to begin anew")
+            raise ValueError(
+                f"{self.save_dir}: one whole checkpoint is needed to go on, found none: remove them to begin anew"
+            )
         return None, None
 
     def _restore_random(self) -> None:

@@ -73,12 +73,16 @@ class TaskErrors(Metric):
         self.layout = layout
         names = {name: _ERROR_NAMES.get(task.kind, "").format(name) for name, task in layout.tasks.items()}
         self.names = {task: name for task, name in names.items() if name}
-        super().__init__(output_transform=output_transform, metrics_result_mode="flatten")  # each error is a metric of its own
+        super().__init__(
+            output_transform=output_transform, metrics_result_mode="flatten"
+        )  # each error is a metric of its own
 
     @reinit__is_reduced
     def reset(self) -> None:
         """Forget all samples."""
-        self.total = torch.zeros(2, len(self.names), dtype=torch.float64)  # sums of the samples' errors, and their numbers
+        self.total = torch.zeros(
+            2, len(self.names), dtype=torch.float64
+        )  # sums of the samples' errors, and their numbers
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, Mapping[str, Tensor]]) -> None:
@@ -136,4 +140,9 @@ _ERRORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "log_field": _field_error,
     "image": _image_error,
 }
-_ERROR_NAMES = {"distance": "distance_mae_mm", "coordinates": "mni_error_mm", "log_field": "log_bias_error", "image": "{}_mae"}
+_ERROR_NAMES = {
+    "distance": "distance_mae_mm",
+    "coordinates": "mni_error_mm",
+    "log_field": "log_bias_error",
+    "image": "{}_mae",
+}

@@ -116,7 +116,9 @@ class TrainingProgress:
             hidden = {"gradient_norm", "learning_rate", "samples_per_second", "memory_gib"}
             shown = self.names or [name for name in statistics if name not in hidden]
             self.bar.set_description(f"epoch {engine.state.epoch} of {engine.state.max_epochs}", refresh=False)
-            self.bar.set_postfix({name: f"{statistics[name]:.3g}" for name in shown if name in statistics}, refresh=False)
+            self.bar.set_postfix(
+                {name: f"{statistics[name]:.3g}" for name in shown if name in statistics}, refresh=False
+            )
         self.bar.update()
 
     def _close(self) -> None:

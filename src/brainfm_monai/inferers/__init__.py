@@ -1,7 +1,6 @@
 """Running the network over whole scans: precision, memory, mirror images."""
 
 from brainfm_monai.inferers.automatic import MEMORY_MODES, ScanInferer
-from brainfm_monai.inferers.errors import exit_on_error
 from brainfm_monai.inferers.memory import free_memory, peak_memory
 from brainfm_monai.inferers.precision import (
     AutocastInferer,
@@ -24,7 +23,6 @@ __all__ = [
     "SlabInferer",
     "WholeVolumeInferer",
     "WindowInferer",
-    "exit_on_error",
     "fast_bfloat16",
     "free_memory",
     "parse_precision",

@@ -78,7 +78,9 @@ class ScanInferer(Inferer):
         ValueError: if there is no such mode.
     """
 
-    def __init__(self, layout: TaskLayout, memory: str = "auto", mirror: bool = False, bfloat16: bool | None = None) -> None:
+    def __init__(
+        self, layout: TaskLayout, memory: str = "auto", mirror: bool = False, bfloat16: bool | None = None
+    ) -> None:
         super().__init__()
         if memory not in {"auto", *MEMORY_MODES}:
             raise ValueError(f"ScanInferer: 'memory' must be one of {['auto', *MEMORY_MODES]}, got '{memory}'")

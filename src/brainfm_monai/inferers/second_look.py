@@ -69,8 +69,12 @@ class SecondLookInferer(Inferer):
         if not self.enabled:
             return self.inferer(inputs, network, *args, **kwargs)
         if not isinstance(network, MultiTaskNet):
-            raise ValueError(f"second_look: a MultiTaskNet is needed, got {type(network).__name__}: set second_look to false")
-        twice = MultiTaskNet(_TwoLooks(network, self.layout, self.size_mm, self.sigma_mm), network.layout, network.stride)
+            raise ValueError(
+                f"second_look: a MultiTaskNet is needed, got {type(network).__name__}: set second_look to false"
+            )
+        twice = MultiTaskNet(
+            _TwoLooks(network, self.layout, self.size_mm, self.sigma_mm), network.layout, network.stride
+        )
         twice.head = _HeadOfTwoLooks(network.head, self.layout.slices["mni"])  # type: ignore[assignment]
         return like_input(self.inferer(as_plain(inputs), twice.train(network.training), *args, **kwargs), inputs)
 
@@ -107,7 +111,9 @@ class _TwoLooks(nn.Module):
             return output
         seen = image[:, :, *box]
         inside = tuple(slice(n) for n in seen.shape[2:])
-        padding = [extra for n, m in zip(reversed(self.size), reversed(seen.shape[2:]), strict=True) for extra in (0, n - m)]
+        padding = [
+            extra for n, m in zip(reversed(self.size), reversed(seen.shape[2:]), strict=True) for extra in (0, n - m)
+        ]
         second = encode(nnf.pad(seen, padding).contiguous())[:, :, *inside].float()
         coordinates.zero_()
         coordinates[:, :, *box] = self.head(second)[:, self.layout.slices["mni"]]
@@ -172,10 +178,14 @@ def _smooth(coordinates: Tensor, known: Tensor, sigma: float, step: int) -> Tens
         sigma: of the Gaussian, in voxels.
         step: voxels from point to point of the grid on which they are smoothed.
     """
-    index = torch.stack(torch.meshgrid(*(torch.arange(n, device=known.device) for n in known.shape), indexing="ij")).float()
+    index = torch.stack(
+        torch.meshgrid(*(torch.arange(n, device=known.device) for n in known.shape), indexing="ij")
+    ).float()
     points = torch.cat([index, torch.ones_like(index[:1])])
     # On the host, whose solver takes coordinates that do not fill space; those of a GPU do not.
-    fit = torch.linalg.lstsq(points[:, known].T.double().cpu(), coordinates[:, known].T.double().cpu()).solution.T.to(points)
+    fit = torch.linalg.lstsq(points[:, known].T.double().cpu(), coordinates[:, known].T.double().cpu()).solution.T.to(
+        points
+    )
     straight = torch.einsum("ij,jhwd->ihwd", fit, points)
     weighted = torch.cat([(coordinates - straight) * known, known[None].float()])[None]
     padding = [extra for size in reversed(known.shape) for extra in (0, -size % step)]

@@ -33,7 +33,9 @@ class SlabInferer(Inferer):
         bfloat16: compute features in bfloat16; ``None``: in what :func:`~brainfm_monai.inferers.reduced_precision` says.
     """
 
-    def __init__(self, layout: TaskLayout, mirror: bool = False, labels: bool = False, bfloat16: bool | None = None) -> None:
+    def __init__(
+        self, layout: TaskLayout, mirror: bool = False, labels: bool = False, bfloat16: bool | None = None
+    ) -> None:
         super().__init__()
         self.layout, self.mirror, self.labels, self.bfloat16 = layout, mirror, labels, bfloat16
 
@@ -47,7 +49,9 @@ class SlabInferer(Inferer):
             ValueError: if the network is of another kind, or a side is no multiple of its stride.
         """
         if not isinstance(network, MultiTaskNet):
-            raise ValueError(f"SlabInferer: a MultiTaskNet is needed, got {type(network).__name__}: use another memory mode")
+            raise ValueError(
+                f"SlabInferer: a MultiTaskNet is needed, got {type(network).__name__}: use another memory mode"
+            )
         if any(size % network.stride for size in inputs.shape[2:]):
             raise ValueError(
                 f"SlabInferer: sides that are multiples of the network's stride {network.stride} are needed, "
@@ -77,6 +81,8 @@ class SlabInferer(Inferer):
                 back = self.layout.mirror(network.head(mirrored[:, :, size - last : size - first]))
                 slab = slab.add_(back).mul_(0.5)
             if stride > 1:
-                slab = nnf.interpolate(slab, size=((last - first) * stride, *plane), mode="trilinear", align_corners=False)
+                slab = nnf.interpolate(
+                    slab, size=((last - first) * stride, *plane), mode="trilinear", align_corners=False
+                )
                 slab = slab[:, :, (a - first) * stride : (b - first) * stride]
             yield slice(a * stride, b * stride), slab

@@ -146,7 +146,9 @@ class ForegroundInferer(Inferer):
             first, last = generate_spatial_bounding_box(
                 sample, lambda x: x > self.threshold, margin=self.margin, allow_smaller=True
             )
-            box = tuple(slice(a, b or None) for a, b in zip(first, last, strict=True))  # no foreground, (0, 0): the whole volume
+            box = tuple(
+                slice(a, b or None) for a, b in zip(first, last, strict=True)
+            )  # no foreground, (0, 0): the whole volume
             part = sample[None, :, *box]
             found = self.inferer(_pad(part, self.multiple), network, *args, **kwargs)
             found = found[:, :, : part.shape[2], : part.shape[3], : part.shape[4]].float()

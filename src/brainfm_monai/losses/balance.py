@@ -32,7 +32,11 @@ class UncertaintyWeights(nn.Module):
 
     def __init__(self, layout: TaskLayout, device: str | torch.device | None = None) -> None:
         super().__init__()
-        tasks = [task for task in layout.tasks.values() if task.kind != "log_scale" and layout.log_scale_of(task.name) is None]
+        tasks = [
+            task
+            for task in layout.tasks.values()
+            if task.kind != "log_scale" and layout.log_scale_of(task.name) is None
+        ]
         self.factors = {task.name: LIKELIHOODS.get(task.kind, (1.0, 1.0)) for task in tasks}
         self.places = {task.name: i for i, task in enumerate(tasks)}
         self.log_scale = nn.Parameter(torch.zeros(len(tasks), device=device))

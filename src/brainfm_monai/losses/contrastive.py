@@ -38,7 +38,9 @@ def compute_info_nce(
     places = tuple(slice(step // 2, step // 2 + step * (lattice - 1) + 1, step) for step in steps)
     vectors = nnf.normalize(embedding[:, :, *places].float().flatten(2), dim=1).unflatten(0, (-1, samples))
     counted = mask[:, :, *places].bool().flatten(1).unflatten(0, (-1, samples)).all(1)  # (B, P)
-    with torch.autocast(embedding.device.type, enabled=False):  # eight bits of a product would be seen at this temperature
+    with torch.autocast(
+        embedding.device.type, enabled=False
+    ):  # eight bits of a product would be seen at this temperature
         similarity = torch.einsum("bscp,btcq->bstpq", vectors, vectors) / temperature
     similarity = similarity.masked_fill(~counted[:, None, None, None], torch.finfo(torch.float32).min / 2)
     found = similarity.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (B, S, S, P)

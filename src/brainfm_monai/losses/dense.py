@@ -63,9 +63,13 @@ def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Reference:
         BrainFM (arXiv 2509.00549), gradient loss of images and coordinates.
     """
-    error, counted = pred.float() - target, mask.bool()  # differences are linear: that of the error is the error of that
+    error, counted = (
+        pred.float() - target,
+        mask.bool(),
+    )  # differences are linear: that of the error is the error of that
     steps = [
-        compute_masked_mean(error.diff(dim=axis).abs(), _first(counted, axis, 1) & _last(counted, axis, 1)) for axis in (2, 3, 4)
+        compute_masked_mean(error.diff(dim=axis).abs(), _first(counted, axis, 1) & _last(counted, axis, 1))
+        for axis in (2, 3, 4)
     ]
     return torch.stack(steps).sum(0)
 

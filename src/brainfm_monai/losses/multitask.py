@@ -94,7 +94,9 @@ class MultiTaskLoss(nn.Module):
             ValueError: if an embedding is learnt and the batch does not hold ``samples`` scans of each subject.
         """
         if len(pred) % self.samples:
-            raise ValueError(f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject, got {tuple(pred.shape)}")
+            raise ValueError(
+                f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject, got {tuple(pred.shape)}"
+            )
         parts = self.layout.split(pred)
         area = self._look(target)
         sums, counts = {}, {}
@@ -157,8 +159,12 @@ class MultiTaskLoss(nn.Module):
     def _compare(self, name: str, parts: Mapping[str, Tensor], truth: Tensor, counted: Tensor) -> Tensor:
         """Absolute error, with its scale where the layout has one, and of the gradient."""
         output, scale = parts[name], self.layout.log_scale_of(name)
-        error = compute_distance_error(output, truth) if self.kinds[name] == "distance" else (output.float() - truth).abs()
-        loss = compute_masked_mean(error, counted) if scale is None else compute_laplace_nll(error, parts[scale], counted)
+        error = (
+            compute_distance_error(output, truth) if self.kinds[name] == "distance" else (output.float() - truth).abs()
+        )
+        loss = (
+            compute_masked_mean(error, counted) if scale is None else compute_laplace_nll(error, parts[scale], counted)
+        )
         if self.gradient_weights.get(name, 0.0):
             loss = loss + self.gradient_weights[name] * compute_gradient_l1(output, truth, counted)
         return self._smooth(name, loss, output, counted)

@@ -25,7 +25,9 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (total / mask.sum((2, 3, 4))).float()
 
 
-def compute_bias_error(pred_log: Tensor, true_log: Tensor, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
+def compute_bias_error(
+    pred_log: Tensor, true_log: Tensor, mask: Tensor, image: Tensor | None = None
+) -> dict[str, Tensor]:
     """Error of a bias field up to its gain, which no scan tells.
 
     With o and t the predicted and the true factor in the mask: ||w o - t|| / ||t||, w = <o, t> / <o, o>.
@@ -116,7 +118,9 @@ def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[
     for one, m in zip(distance, mask.bool(), strict=True):
         inside = one[m]
         # the nearest rank: torch.quantile takes 16 million values at most
-        p95.append(inside.kthvalue(1 + round(0.95 * (len(inside) - 1))).values if len(inside) else one.new_tensor(torch.nan))
+        p95.append(
+            inside.kthvalue(1 + round(0.95 * (len(inside) - 1))).values if len(inside) else one.new_tensor(torch.nan)
+        )
     return {"mean": _masked_mean(distance, mask.bool())[:, 0], "p95": torch.stack(p95)}
 
 

@@ -99,11 +99,16 @@ def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range
     """
     if pred.ndim != 5 or pred.shape[1] != 1 or not pred.shape == target.shape == mask.shape:
         found = [tuple(one.shape) for one in (pred, target, mask)]
-        raise ValueError(f"compute_image_metrics: 'pred', 'target' and 'mask' must share one shape (B, 1, H, W, D), got {found}")
+        raise ValueError(
+            f"compute_image_metrics: 'pred', 'target' and 'mask' must share one shape (B, 1, H, W, D), got {found}"
+        )
     inside = [(p[m][None], t[m][None]) for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True)]
     over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(data_range, reduction="none")}
     return {
-        **{name: torch.cat([torch.as_tensor(metric(p, t)).flatten() for p, t in inside]) for name, metric in over_mask.items()},
+        **{
+            name: torch.cat([torch.as_tensor(metric(p, t)).flatten() for p, t in inside])
+            for name, metric in over_mask.items()
+        },
         "ssim": compute_ssim(pred, target, mask, data_range),
         "ms_ssim": compute_ms_ssim(pred, target, mask, data_range),
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from brainfm_monai.metrics.tables import ABSENT, write_table
+from brainfm_monai.io import ABSENT, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,9 @@ def _parse(path: str | Path, line: int, cells: dict[str, str]) -> MetricRow:
     try:
         value = math.nan if cells["value"] == ABSENT else float(cells["value"])
     except (TypeError, ValueError):
-        raise ValueError(f"{path}, line {line}: 'value' must be a number or {ABSENT}, found {cells['value']!r}") from None
+        raise ValueError(
+            f"{path}, line {line}: 'value' must be a number or {ABSENT}, found {cells['value']!r}"
+        ) from None
     return MetricRow(**{**cells, "value": value})  # type: ignore[arg-type]
 
 

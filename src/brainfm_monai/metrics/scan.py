@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.io import ABSENT
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.images import compute_image_metrics, fit_intensities, normalise_to_target
 from brainfm_monai.metrics.results import MetricRow
 from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around
-from brainfm_monai.metrics.tables import ABSENT
 from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, pull_template
 from brainfm_monai.tasks import TaskLayout
 
@@ -91,7 +91,9 @@ def measure_scan(
             raise ValueError(f"measure_scan: 'layout' must have every task but age, got {name!r}")
         kind = name if name == "age" else layout.tasks[name].kind
         if kind not in MEASURES:
-            raise ValueError(f"measure_scan: there are measures for {sorted(MEASURES)}, got task {name!r} of kind {kind!r}")
+            raise ValueError(
+                f"measure_scan: there are measures for {sorted(MEASURES)}, got task {name!r} of kind {kind!r}"
+            )
         found, wanted = found[None], target[name][None]
         if kind == "labels":
             found, wanted = _to_ids(found, layout.protocol), scene.ids if scene.ids is not None else wanted
@@ -216,7 +218,9 @@ def _measure_coordinates(found: Tensor, wanted: Tensor, mask: Tensor, scene: _Sc
         references["warped_dice_labels"] = torch.cat(of_labels, dim=1)
     for metric, reference in references.items():
         dice = compute_warped_dice(found, reference, tissues, grid, mask)[0]
-        cells += [(name, "both", metric, float(value), "1") for name, value in zip(scene.template.names, dice, strict=True)]
+        cells += [
+            (name, "both", metric, float(value), "1") for name, value in zip(scene.template.names, dice, strict=True)
+        ]
     return cells
 
 

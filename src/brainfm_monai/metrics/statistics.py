@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["Interval", "SignedRank", "adjust_holm", "bootstrap_interval", "compare", "compute_signed_rank", "summarise"]
 
 KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # what a statistic is taken within, over the scans
-FAMILY = ["condition", "task", "metric", "unit"]  # within it the tests of all structures and sides are corrected together
+FAMILY = [
+    "condition",
+    "task",
+    "metric",
+    "unit",
+]  # within it the tests of all structures and sides are corrected together
 RESAMPLES = 2000  # DiCiccio and Efron, Bootstrap confidence intervals, Statistical Science 11, 1996
 SMALLEST_BCA = 10  # scans; below, the acceleration rests on too few values, and the plain percentiles are taken
 
@@ -60,7 +65,13 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
 
     method = "BCa" if len(known) >= SMALLEST_BCA else "percentile"
     found = bootstrap(
-        (known,), np.mean, n_resamples=resamples, batch=RESAMPLES, confidence_level=level, method=method, random_state=seed
+        (known,),
+        np.mean,
+        n_resamples=resamples,
+        batch=RESAMPLES,
+        confidence_level=level,
+        method=method,
+        random_state=seed,
     )
     return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high))
 
@@ -188,7 +199,9 @@ def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     pairs = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
     alone = pairs[pairs["_merge"] != "both"]
     if len(alone):
-        raise ValueError(f"compare: 'first' and 'second' must have the same rows, found in one alone: {_name(alone, keys)}")
+        raise ValueError(
+            f"compare: 'first' and 'second' must have the same rows, found in one alone: {_name(alone, keys)}"
+        )
     return pairs
 
 

@@ -39,8 +39,14 @@ class EvaluatedStructure:
         return self.left | self.right | self.unsided | self.middle
 
     def __post_init__(self) -> None:
-        if bool(self.left) != bool(self.right) or bool(self.middle) == bool(self.left) or (self.middle and self.unsided):
-            raise ValueError(f"structure {self.name}: ids are needed either on 'left' and 'right' or in the 'middle' alone")
+        if (
+            bool(self.left) != bool(self.right)
+            or bool(self.middle) == bool(self.left)
+            or (self.middle and self.unsided)
+        ):
+            raise ValueError(
+                f"structure {self.name}: ids are needed either on 'left' and 'right' or in the 'middle' alone"
+            )
 
 
 def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedStructure, ...]:
@@ -61,7 +67,9 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
     for name, entry in table.items():
         unknown = set(entry) - {"left", "right", "unsided", "middle"}
         if unknown:
-            raise ValueError(f"structure {name}: the entries are left, right, unsided and middle, found {sorted(unknown)}")
+            raise ValueError(
+                f"structure {name}: the entries are left, right, unsided and middle, found {sorted(unknown)}"
+            )
         structure = EvaluatedStructure(name, **{part: _expand(ids) for part, ids in entry.items()})
         for i in structure.ids:
             if i in owner:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +13,14 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.io import ABSENT, write_table
 from brainfm_monai.metrics.segmentation import compute_mean_dice, compute_structure_dice
 from brainfm_monai.metrics.structures import SIDES, Ids, parse_structures
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["ABSENT", "StructureDiceTable", "write_table"]
+__all__ = ["StructureDiceTable"]
 
 logger = logging.getLogger(__name__)
-
-ABSENT = "n/a"  # BIDS' word for a missing value in a table
 
 
 class StructureDiceTable:
@@ -64,7 +62,11 @@ class StructureDiceTable:
         """Write both tables and log the mean over all scans."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         names = [s.name for s in self.structures]
-        rows = [(scan, name, *_cells(row)) for scan, dice in self.dice.items() for name, row in zip(names, dice, strict=True)]
+        rows = [
+            (scan, name, *_cells(row))
+            for scan, dice in self.dice.items()
+            for name, row in zip(names, dice, strict=True)
+        ]
         write_table(self.output_dir / "dice.tsv", ("scan", "structure", *SIDES), rows)
         stacked = torch.stack(list(self.dice.values()))
         mean = sum(compute_mean_dice(dice, self.structures) for dice in stacked) / len(stacked)
@@ -85,13 +87,3 @@ def _to_ids(labels: Tensor, protocol: Protocol) -> Tensor:
 
 def _cells(values: Tensor) -> list[str]:
     return [ABSENT if value.isnan() else f"{value:.4f}" for value in values]
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write rows of cells as a TSV file, which appears whole or not at all."""
-    beside = path.with_name(f".{path.name}.part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-    beside.replace(path)

@@ -41,7 +41,10 @@ class TemplateTissues:
 
 def load_template_tissues() -> TemplateTissues:
     """White and grey matter of MNI152, as nilearn ships them, 2 mm."""
-    from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template  # an optional dependency, and slow to import
+    from nilearn.datasets import (  # an optional dependency, and slow to import
+        load_mni152_gm_template,
+        load_mni152_wm_template,
+    )
 
     maps = [load(resolution=RESOLUTION_MM) for load in (load_mni152_wm_template, load_mni152_gm_template)]
     probability = torch.from_numpy(np.stack([one.get_fdata(dtype=np.float32) for one in maps]))

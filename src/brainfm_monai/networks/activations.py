@@ -32,7 +32,9 @@ def checkpoint_activations(network: nn.Module, enabled: bool = True) -> None:
         return
     levels = [m for m in network.modules() if _is_level(m)]
     if not levels:
-        raise ValueError(f"activation_checkpointing: a network with levels of a U-Net is needed, found {type(network).__name__}")
+        raise ValueError(
+            f"activation_checkpointing: a network with levels of a U-Net is needed, found {type(network).__name__}"
+        )
     for level in levels:
         level.forward = partial(checkpoint, level.forward, use_reentrant=False)
 

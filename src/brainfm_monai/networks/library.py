@@ -23,7 +23,9 @@ def _swin_unetr(out_channels: int, feature_size: int = 24, **options: Any) -> nn
 def _unet(
     out_channels: int, channels: Sequence[int] = (32, 64, 128, 256), strides: Sequence[int] = (2, 2, 2), **options: Any
 ) -> nn.Module:
-    return MonaiUNet(spatial_dims=3, in_channels=1, out_channels=out_channels, channels=channels, strides=strides, **options)
+    return MonaiUNet(
+        spatial_dims=3, in_channels=1, out_channels=out_channels, channels=channels, strides=strides, **options
+    )
 
 
 def _dyn_unet(

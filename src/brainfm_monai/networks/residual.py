@@ -102,8 +102,12 @@ class AdditiveUNet(nn.Module):
         self.encoders = nn.ModuleList(_blocks(f, n) for f, n in zip(features[:-1], encoder_blocks[:-1], strict=True))
         self.down = nn.ModuleList(nn.Conv3d(fine, coarse, kernel_size=2, stride=2) for fine, coarse in steps)
         self.bottom = _blocks(features[-1], encoder_blocks[-1])
-        self.up = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2) for fine, coarse in steps[::-1])
-        self.decoders = nn.ModuleList(_blocks(f, n) for f, n in zip(features[-2::-1], decoder_blocks[::-1], strict=True))
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2) for fine, coarse in steps[::-1]
+        )
+        self.decoders = nn.ModuleList(
+            _blocks(f, n) for f, n in zip(features[-2::-1], decoder_blocks[::-1], strict=True)
+        )
         self.norm = SampleNorm(features[0])
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
 

@@ -231,7 +231,10 @@ def _convolve(
     if len(ranges) == 1:
         return planes(0, size, (1, 1, 1))
     output = torch.empty(
-        (1, conv.out_channels, *source.size), dtype=source.dtype, device=weight.device, memory_format=torch.channels_last_3d
+        (1, conv.out_channels, *source.size),
+        dtype=source.dtype,
+        device=weight.device,
+        memory_format=torch.channels_last_3d,
     )
     for a, b in ranges:
         output[:, :, a:b] = planes(a, b, (0, 1, 1))

@@ -88,7 +88,10 @@ def _lesion_mask(scan: ScanResult, ids: np.ndarray) -> np.ndarray:
     if scan.lesions:
         given = read_scan(Path(scan.lesions))
         mask |= (
-            resample((given > 0).float(), ids.shape, scan.network_affine, mode="nearest", padding_mode="zeros").numpy()[0] > 0.5
+            resample((given > 0).float(), ids.shape, scan.network_affine, mode="nearest", padding_mode="zeros").numpy()[
+                0
+            ]
+            > 0.5
         )
     return mask
 

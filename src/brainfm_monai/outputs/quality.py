@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from brainfm_monai.outputs.result import ScanResult, is_brain, write_table
+from brainfm_monai.io import write_table
+from brainfm_monai.outputs.result import ScanResult, is_brain
 from brainfm_monai.outputs.segmentation import compute_totals_mm3, compute_volumes_mm3
 from brainfm_monai.outputs.template import affine_points, fit_affine
 from brainfm_monai.transforms import MODES
@@ -118,7 +119,14 @@ def _uncertain(scan: ScanResult) -> Iterator[str]:
         yield f"the segmentation is uncertain: mean entropy within the brain is {mean:.2f} of its maximum"
 
 
-RULES: tuple[Callable[[ScanResult], Iterator[str]], ...] = (_no_brain, _out_of_view, _volumes, _sides, _direction, _uncertain)
+RULES: tuple[Callable[[ScanResult], Iterator[str]], ...] = (
+    _no_brain,
+    _out_of_view,
+    _volumes,
+    _sides,
+    _direction,
+    _uncertain,
+)
 
 
 def collect_warnings(scan: ScanResult) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.transforms import read_scan
 
-__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "is_brain", "resample", "write_table"]
+__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "is_brain", "resample"]
 
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
 INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
@@ -116,7 +115,12 @@ class ScanResult:
         return resample(self.maps[name], self.labels.shape, self.affine).cpu().numpy()
 
     def save_image(
-        self, suffix: str, volume: np.ndarray, affine: np.ndarray | None = None, step: float | None = None, **sidecar: Any
+        self,
+        suffix: str,
+        volume: np.ndarray,
+        affine: np.ndarray | None = None,
+        step: float | None = None,
+        **sidecar: Any,
     ) -> None:
         """Write a NIfTI file and its sidecar.
 
@@ -163,13 +167,3 @@ def resample(
     apply = SpatialResample(mode=mode, padding_mode=padding_mode, dtype=torch.float32)  # type: ignore[arg-type]
     moved = apply(source, dst_affine=torch.from_numpy(np.array(affine)), spatial_size=tuple(shape))
     return MetaTensor(moved)
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a tab-separated table; the file appears when it is whole."""
-    beside = path.with_name(f".{path.name}.part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-    beside.replace(path)

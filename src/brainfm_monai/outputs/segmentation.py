@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.outputs.result import ScanResult, is_brain, write_table
+from brainfm_monai.io import write_table
+from brainfm_monai.outputs.result import ScanResult, is_brain
 
 __all__ = [
     "TOTALS",
@@ -65,8 +66,13 @@ def write_label_table(scan: ScanResult) -> None:
     rows = [(s.label, s.name, s.freesurfer_id, s.side, "#{:02x}{:02x}{:02x}".format(*s.colour)) for s in structures]
     write_table(scan.path("dseg.tsv"), ("index", "name", "mapping", "side", "color"), rows)
     colours = [f"{s.label} {s.name} {' '.join(map(str, s.colour))} {255 if s.label else 0}" for s in structures]
-    scan.path("desc-lut_dseg.txt").write_text("\n".join(["# label name red green blue alpha", *colours, ""]), encoding="utf-8")
-    shown = [f'{s.label} {" ".join(map(str, s.colour))} {int(s.label > 0)} {int(s.label > 0)} 1 "{s.name}"' for s in structures]
+    scan.path("desc-lut_dseg.txt").write_text(
+        "\n".join(["# label name red green blue alpha", *colours, ""]), encoding="utf-8"
+    )
+    shown = [
+        f'{s.label} {" ".join(map(str, s.colour))} {int(s.label > 0)} {int(s.label > 0)} 1 "{s.name}"'
+        for s in structures
+    ]
     heading = "# IDX -R- -G- -B- -A-- VIS MSH LABEL"
     scan.path("desc-itksnap_dseg.txt").write_text("\n".join([heading, *shown, ""]), encoding="utf-8")
 
@@ -81,18 +87,24 @@ def write_volumes(scan: ScanResult) -> None:
     hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
     soft = scan.soft_volumes_mm3
     rows: list[tuple[object, ...]] = [
-        (s.label, s.name, s.freesurfer_id, s.side, _cell(soft, s.label), f"{hard[s.label]:.1f}") for s in protocol.structures[1:]
+        (s.label, s.name, s.freesurfer_id, s.side, _cell(soft, s.label), f"{hard[s.label]:.1f}")
+        for s in protocol.structures[1:]
     ]
     best = hard if soft is None else soft
     totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
     for name, volume in totals.items():
-        rows.append(("n/a", name, "n/a", "none", "n/a" if soft is None else f"{volume:.1f}", f"{hard_totals[name]:.1f}"))
+        rows.append(
+            ("n/a", name, "n/a", "none", "n/a" if soft is None else f"{volume:.1f}", f"{hard_totals[name]:.1f}")
+        )
     columns = ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3")
     write_table(scan.path("volumes.tsv"), columns, rows)
     definitions = {name: {"Units": "mm^3", "Description": text} for name, text in TOTALS.items()}
     scan.write_sidecar(
         "volumes",
-        soft_mm3={"Units": "mm^3", "Description": "sum of the structure's probability over the 1 mm voxels of the network"},
+        soft_mm3={
+            "Units": "mm^3",
+            "Description": "sum of the structure's probability over the 1 mm voxels of the network",
+        },
         hard_mm3={"Units": "mm^3", "Description": "voxels of _dseg times the volume of a voxel"},
         **definitions,
     )

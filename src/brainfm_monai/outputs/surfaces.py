@@ -8,7 +8,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from brainfm_monai.outputs.result import ScanResult, write_table
+from brainfm_monai.io import write_table
+from brainfm_monai.outputs.result import ScanResult
 from brainfm_monai.transforms import MODES
 
 __all__ = ["Surface", "compute_ribbon", "compute_thickness_mm", "extract_surface", "write_distances", "write_surfaces"]
@@ -144,8 +145,12 @@ def write_distances(scan: ScanResult) -> None:
     known = _shown_hemispheres(scan, dict(zip(names, distance, strict=True)))
     ribbon = compute_ribbon(known)
     thickness = compute_thickness_mm(known, ribbon)
-    scan.save_image("desc-ribbon_dseg", ribbon, Description="2, 41: left and right white matter; 3, 42: left and right cortex")
-    scan.save_image("thickness", thickness, step=DISTANCE_STEP_MM, Units="mm", Description="distance to white + to pial surface")
+    scan.save_image(
+        "desc-ribbon_dseg", ribbon, Description="2, 41: left and right white matter; 3, 42: left and right cortex"
+    )
+    scan.save_image(
+        "thickness", thickness, step=DISTANCE_STEP_MM, Units="mm", Description="distance to white + to pial surface"
+    )
     cortex = thickness[thickness > 0]
     scan.summary["cortical_thickness_mm"] = round(float(np.median(cortex)), 3) if cortex.size else "n/a"
 
@@ -160,7 +165,9 @@ def write_surfaces(scan: ScanResult) -> None:
     rows = []
     for letter, channel, _, _ in HEMISPHERES.values():
         for kind, name in SURFACES.items():
-            surface = extract_surface(distance[channel + kind], scan.network_affine) if channel + kind in distance else None
+            surface = (
+                extract_surface(distance[channel + kind], scan.network_affine) if channel + kind in distance else None
+            )
             if surface is None:
                 continue
             thickness = _sample(distance[channel + "w"] - distance[channel + "p"], surface, scan.network_affine)

@@ -15,12 +15,23 @@ import torch
 from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.functional.spatial import warp as sample
 
-__all__ = ["Warp", "affine_points", "fit_affine", "fit_warp", "fold_fraction", "grid_points", "invert_warp", "load_template"]
+__all__ = [
+    "Warp",
+    "affine_points",
+    "fit_affine",
+    "fit_warp",
+    "fold_fraction",
+    "grid_points",
+    "invert_warp",
+    "load_template",
+]
 
 ROUNDS = 30  # of reweighting; the weights stand still after about ten
 HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
 SAMPLES = 200_000  # voxels of the brain that the affine is fitted to: a brain has a million of 1 mm
-SMOOTHING_MM = 5.0  # width of the Gaussian that the residual is averaged with: what is finer is noise of the coordinates
+SMOOTHING_MM = (
+    5.0  # width of the Gaussian that the residual is averaged with: what is finer is noise of the coordinates
+)
 SMOOTHING_GROWTH, SMOOTHING_ROUNDS = 1.5, 8  # until nothing folds: 5 mm become 85 mm
 MINIMUM_JACOBIAN = 0.05  # a voxel of the brain that shrinks to less counts as folded
 DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual goes to 0, and the affine alone is left

@@ -19,7 +19,14 @@ from brainfm_monai.outputs.template import (
     load_template,
 )
 
-__all__ = ["TO_SCAN", "TO_TEMPLATE", "fit_scan_to_template", "resample_through", "write_coordinates", "write_transforms"]
+__all__ = [
+    "TO_SCAN",
+    "TO_TEMPLATE",
+    "fit_scan_to_template",
+    "resample_through",
+    "write_coordinates",
+    "write_transforms",
+]
 
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts to the left and to the back
 TO_TEMPLATE = f"from-scan_to-{TEMPLATE_SPACE}_mode-image"
@@ -71,7 +78,9 @@ def write_transforms(scan: ScanResult) -> None:
         return
     template, template_affine = load_template()
     coarse_affine = template_affine @ np.diag([TEMPLATE_STRIDE] * 3 + [1.0])
-    shape = tuple(-(-n // TEMPLATE_STRIDE) + 1 for n in template.shape)  # one more, so that the whole template is covered
+    shape = tuple(
+        -(-n // TEMPLATE_STRIDE) + 1 for n in template.shape
+    )  # one more, so that the whole template is covered
     backward = invert_warp(forward, shape, coarse_affine)
     write_itk_affine(scan, f"{TO_TEMPLATE}_desc-affine_xfm.tfm", np.linalg.inv(forward.matrix))
     write_itk_affine(scan, f"{TO_SCAN}_desc-affine_xfm.tfm", forward.matrix)
@@ -90,8 +99,12 @@ def write_transforms(scan: ScanResult) -> None:
         AffinePointsScanToTemplateRAS=forward.matrix.tolist(),
     )
     in_template = resample_through(scan.image.cpu(), scan.affine, template.shape, template_affine, backward)
-    scan.save_image(f"space-{TEMPLATE_SPACE}_image", in_template, template_affine, Description="the scan in the template's grid")
-    in_scan = resample_through(torch.from_numpy(template)[None], template_affine, scan.labels.shape, scan.affine, forward)
+    scan.save_image(
+        f"space-{TEMPLATE_SPACE}_image", in_template, template_affine, Description="the scan in the template's grid"
+    )
+    in_scan = resample_through(
+        torch.from_numpy(template)[None], template_affine, scan.labels.shape, scan.affine, forward
+    )
     scan.save_image(f"desc-{TEMPLATE_SPACE}_T1w", in_scan, Description="the template in the grid of the scan's files")
 
 
@@ -109,7 +122,9 @@ def write_itk_affine(scan: ScanResult, suffix: str, matrix: np.ndarray) -> None:
     lps = RAS_LPS @ matrix @ RAS_LPS
     numbers = " ".join(f"{value:.17g}" for value in [*lps[:3, :3].reshape(-1), *lps[:3, 3]])
     lines = ["#Insight Transform File V1.0", "#Transform 0", "Transform: AffineTransform_double_3_3"]
-    scan.path(suffix).write_text("\n".join([*lines, f"Parameters: {numbers}", "FixedParameters: 0 0 0", ""]), encoding="utf-8")
+    scan.path(suffix).write_text(
+        "\n".join([*lines, f"Parameters: {numbers}", "FixedParameters: 0 0 0", ""]), encoding="utf-8"
+    )
 
 
 def write_displacement(scan: ScanResult, suffix: str, warp: Warp) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from monai.data import MetaTensor
 from torch import Tensor
 
+from brainfm_monai.io import write_table
 from brainfm_monai.outputs.quality import collect_warnings
-from brainfm_monai.outputs.result import RunSettings, ScanResult, write_table
+from brainfm_monai.outputs.result import RunSettings, ScanResult
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["FINISHED", "PARTIAL_FOLDER", "ScanWriter", "describe_run"]
@@ -216,7 +217,12 @@ class ScanWriter:
         path = self.output_dir / "dataset_description.json"
         if not path.exists():
             generated = [{"Name": "brainfm-monai", "Version": self.settings.version}]
-            content = {"Name": "BrainFM maps", "BIDSVersion": BIDS_VERSION, "DatasetType": "derivative", "GeneratedBy": generated}
+            content = {
+                "Name": "BrainFM maps",
+                "BIDSVersion": BIDS_VERSION,
+                "DatasetType": "derivative",
+                "GeneratedBy": generated,
+            }
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -70,7 +70,9 @@ def select_outputs(outputs: str | Sequence[str], layout: TaskLayout) -> dict[str
     wanted = possible if names == ["all"] else names
     unknown = [name for name in wanted if name not in OUTPUTS]
     if unknown or not wanted:
-        raise ValueError(f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed, found {', '.join(unknown) or 'none'}")
+        raise ValueError(
+            f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed, found {', '.join(unknown) or 'none'}"
+        )
     for name in wanted:
         if name not in possible:
             needs, has = " or ".join(OUTPUTS[name].tasks), ", ".join(layout.tasks)

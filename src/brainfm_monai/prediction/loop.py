@@ -15,9 +15,10 @@ from monai.engines import Evaluator, IterationEvents
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from brainfm_monai.io import one_line
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.prediction.shards import share_of
-from brainfm_monai.transforms import ScanError, scan_stem
+from brainfm_monai.transforms import scan_stem
 
 __all__ = ["named", "predict_scans"]
 
@@ -53,11 +54,21 @@ def predict_scans(
     waiting = [number for number in mine if overwrite or not writer.is_finished(scans[number])]
     if len(waiting) < len(mine):
         logger.info("%d of %d scans are finished already and are skipped", len(mine) - len(waiting), len(mine))
-    evaluator.logger.setLevel(logging.CRITICAL)  # ignite tells of every run and every exception, which is told here in one line
+    evaluator.logger.setLevel(
+        logging.CRITICAL
+    )  # ignite tells of every run and every exception, which is told here in one line
     failures = _Failures(writer, alone=len(scans) == 1)
     with logging_redirect_tqdm(), tqdm(total=len(waiting), unit="scan") as bar, _stages(evaluator, bar):
         with ThreadPoolExecutor(1, "read") as readers, ThreadPoolExecutor(1, "write") as writers:
-            _run(evaluator, dataset, writer, [(number, scans[number]) for number in waiting], failures, (readers, writers), bar)
+            _run(
+                evaluator,
+                dataset,
+                writer,
+                [(number, scans[number]) for number in waiting],
+                failures,
+                (readers, writers),
+                bar,
+            )
     if len(scans) > 1 or not failures.messages:
         logger.info("all scans: %s", writer.write_summary(scans))
     if failures.messages:
@@ -82,7 +93,7 @@ class _Failures:
         try:
             yield
         except Exception as error:
-            self.messages.append(_one_line(error, str(scan["name"])))
+            self.messages.append(one_line(error, str(scan["name"])))
             logger.debug("%s", self.messages[-1], exc_info=True)
             if not self.alone:
                 logger.error("%s", self.messages[-1])
@@ -160,13 +171,3 @@ def _stages(evaluator: Evaluator, bar: tqdm[Any]) -> Iterator[None]:
     inferred = evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda: bar.set_postfix_str("maps"))
     with begun, inferred:
         yield
-
-
-def _one_line(error: BaseException, name: str) -> str:
-    """The message of the first cause, if it is ours; else the name of the scan and the cause's first line."""
-    while error.__cause__ is not None and not isinstance(error, ScanError):
-        error = error.__cause__
-    if isinstance(error, ScanError):
-        return str(error)
-    lines: Sequence[str] = str(error).strip().splitlines()
-    return f"{name}: {type(error).__name__}{': ' + lines[0] if lines else ''}"

@@ -12,9 +12,16 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor, list_data_collate
 
-from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, compute_volumes_mm3, fit_scan_to_template, resample
+from brainfm_monai.io import ScanError
+from brainfm_monai.outputs import (
+    RunSettings,
+    ScanResult,
+    collect_warnings,
+    compute_volumes_mm3,
+    fit_scan_to_template,
+    resample,
+)
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.transforms import ScanError
 
 __all__ = ["predict"]
 
@@ -60,7 +67,9 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
             raise ValueError(str(end)) from end
         except RuntimeError as error:  # MONAI's way of telling that a transform failed
             raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
-        return _describe(item, workflow.parser.get_parsed_content("layout"), workflow.parser.get_parsed_content("settings"), path)
+        return _describe(
+            item, workflow.parser.get_parsed_content("layout"), workflow.parser.get_parsed_content("settings"), path
+        )
 
 
 def _as_file(image: Any, folder: Path) -> Path:

@@ -44,13 +44,17 @@ def compose_document(scan: ScanResult) -> str:
     page = Page.of(scan)
     parts = [*_heading(scan), *_warnings(scan)]
     parts += _figure(
-        "Scan and segmentation", "colours as in the table of volumes; tissues of the head are faint", draw_segmentation(page)
+        "Scan and segmentation",
+        "colours as in the table of volumes; tissues of the head are faint",
+        draw_segmentation(page),
     )
     for heading, panels in sections(page):
         parts += _figure(heading, "; ".join(panel.title for panel in panels), draw_panels(page, panels))
     parts += _volume_table(scan)
     parts += _settings(scan)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(scan.name)}</title>'
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(scan.name)}</title>'
+    )
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
 
@@ -60,7 +64,9 @@ def _heading(scan: ScanResult) -> Iterator[str]:
     zooms = " x ".join(f"{z:.2f}" for z in nib.affines.voxel_sizes(scan.affine))
     axes = "".join(nib.orientations.aff2axcodes(scan.affine))
     yield f"<h1>{escape(scan.name)}</h1>"
-    taken = [f"volume {scan.frame} of its file"] * (scan.frame is not None) + [f"CT, {scan.window} HU"] * bool(scan.window)
+    taken = [f"volume {scan.frame} of its file"] * (scan.frame is not None) + [f"CT, {scan.window} HU"] * bool(
+        scan.window
+    )
     yield f"<p>{escape('; '.join([f'{size} voxels of {zooms} mm, stored as {axes}', *taken]))}</p>"
     yield f'<p class="quiet">{escape(CONVENTION)} For research; not a medical device.</p>'
     if (view := scan.path("view.html")).is_file():
@@ -109,13 +115,17 @@ def _volume_table(scan: ScanResult) -> Iterator[str]:
     paired = "".join(_sided_row(s, left, right) for s, left, right in rows if right is not None)
     yield f"<table><tr><th>structure</th><th class=number>left</th><th class=number>right</th></tr>{paired}</table>"
     single = "".join(
-        f'<tr><td>{_swatch(s)}</td><td class="number">{volume:.1f}</td></tr>' for s, volume, right in rows if right is None
+        f'<tr><td>{_swatch(s)}</td><td class="number">{volume:.1f}</td></tr>'
+        for s, volume, right in rows
+        if right is None
     )
     yield f"<table><tr><th>structure</th><th class=number>mL</th></tr>{single}</table></div>"
 
 
 def _sided_row(structure: Structure, left: float, right: float) -> str:
-    return f'<tr><td>{_swatch(structure)}</td><td class="number">{left:.1f}</td><td class="number">{right:.1f}</td></tr>'
+    return (
+        f'<tr><td>{_swatch(structure)}</td><td class="number">{left:.1f}</td><td class="number">{right:.1f}</td></tr>'
+    )
 
 
 def _swatch(structure: Structure) -> str:
@@ -127,5 +137,7 @@ def _swatch(structure: Structure) -> str:
 def _settings(scan: ScanResult) -> Iterator[str]:
     used = scan.settings
     weights = f"{used.weights} (SHA-256 {used.weights_sha256[:12]})" if used.weights else "not stated"
-    text = f"{used.model} {used.version}, weights {weights}, protocol {used.protocol}, mode {used.mode}, grid {used.grid}"
+    text = (
+        f"{used.model} {used.version}, weights {weights}, protocol {used.protocol}, mode {used.mode}, grid {used.grid}"
+    )
     yield f'<h2>What was used</h2><p class="quiet">{escape(text)}<br>Source: {escape(str(scan.source))}</p>'

@@ -57,7 +57,11 @@ def sections(page: Page) -> Iterator[tuple[str, list[Panel]]]:
 def encode_figure(figure: Figure) -> str:
     """The figure as a ``data:`` address."""
     buffer = io.BytesIO()
-    settings: dict[str, Any] = {"format": "webp", "facecolor": figure.get_facecolor(), "pil_kwargs": {"quality": QUALITY}}
+    settings: dict[str, Any] = {
+        "format": "webp",
+        "facecolor": figure.get_facecolor(),
+        "pil_kwargs": {"quality": QUALITY},
+    }
     figure.savefig(buffer, **settings)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
@@ -79,7 +83,9 @@ def _black_figure(columns: int, rows: int) -> Figure:
 
 def _cell(figure: Figure, rows: int, columns: int, row: int, column: int, plane: Plane) -> Axes:
     """Empty axes of true proportions with the letters of the two sides."""
-    axes: Axes = figure.add_axes((column / columns, 1 - (row + 1) / rows, 0.995 / columns, 0.99 / rows), label=plane.name)
+    axes: Axes = figure.add_axes(
+        (column / columns, 1 - (row + 1) / rows, 0.995 / columns, 0.99 / rows), label=plane.name
+    )
     axes.set_axis_off()
     style: dict[str, Any] = {"color": "white", "fontsize": 8, "va": "top", "transform": axes.transAxes, "zorder": 5}
     axes.text(0.01, 0.98, plane.marks[0], ha="left", **style)

@@ -17,7 +17,10 @@ from brainfm_monai.outputs.warps import resample_through
 __all__ = ["PLANES", "Page", "Plane"]
 
 WINDOW_PERCENTILES = (0.5, 99.5)  # of the intensities within the brain, so that skin fat or bone does not darken it
-BOX_QUANTILES = (0.002, 0.998)  # of the cerebrum's and cerebellum's voxels along an axis: a stray voxel does not widen the box
+BOX_QUANTILES = (
+    0.002,
+    0.998,
+)  # of the cerebrum's and cerebellum's voxels along an axis: a stray voxel does not widen the box
 MARGIN_MM = 22.0  # shown around the box: skull and scalp, not the neck
 
 
@@ -81,7 +84,9 @@ class Page:
         image = np.asarray(nib.orientations.apply_orientation(scan.image.cpu().numpy()[0], turn)[window])
         affine[:3, 3] += affine[:3, :3] @ [cut.start for cut in window]
         shown = [name for name in scan.maps if name != "segmentation"]
-        maps = {name: np.moveaxis(resample(scan.maps[name], labels.shape, affine).cpu().numpy(), 0, -1) for name in shown}
+        maps = {
+            name: np.moveaxis(resample(scan.maps[name], labels.shape, affine).cpu().numpy(), 0, -1) for name in shown
+        }
         if "bias_field" in maps and (head := labels > 0).any():
             maps["bias_field"] = maps["bias_field"] / np.median(maps["bias_field"][head])
         box = [(first - cut.start, last - cut.start) for (first, last), cut in zip(box, window, strict=True)]
@@ -108,7 +113,9 @@ def _template_in(scan: ScanResult, shape: tuple[int, ...], affine: np.ndarray) -
     """The template laid over a grid of the scan's space."""
     template, template_affine = load_template()
     try:
-        return resample_through(torch.from_numpy(template)[None], template_affine, shape, affine, fit_scan_to_template(scan))
+        return resample_through(
+            torch.from_numpy(template)[None], template_affine, shape, affine, fit_scan_to_template(scan)
+        )
     except ValueError:  # too little brain for a fit
         return np.zeros(shape, dtype=np.float32)
 

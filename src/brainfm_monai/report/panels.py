@@ -57,7 +57,9 @@ def unit_colour(structure: Structure) -> tuple[float, float, float]:
 
 def _paint_bias_field(axes: Axes, page: Page, plane: Plane, index: int) -> None:
     head = page.labels > 0
-    field = np.ma.masked_where(~head, page.maps["bias_field"][..., 0]) if head.any() else page.maps["bias_field"][..., 0]
+    field = (
+        np.ma.masked_where(~head, page.maps["bias_field"][..., 0]) if head.any() else page.maps["bias_field"][..., 0]
+    )
     limit = max(float(np.ma.abs(np.ma.log(field)).max()), 0.05)
     _show(axes, page, plane, page.cut(np.ma.log(field), plane, index), cmap="RdBu_r", vmin=-limit, vmax=limit)
     text = f"x {field.min():.2f} to x {field.max():.2f}"
@@ -117,7 +119,9 @@ def _paint_template_outline(axes: Axes, page: Page, plane: Plane, index: int) ->
 
 
 def _paint_entropy(axes: Axes, page: Page, plane: Plane, index: int) -> None:
-    _show(axes, page, plane, page.cut(page.maps["entropy"], plane, index)[..., 0], cmap="magma", vmin=0, vmax=ENTROPY_TOP)
+    _show(
+        axes, page, plane, page.cut(page.maps["entropy"], plane, index)[..., 0], cmap="magma", vmin=0, vmax=ENTROPY_TOP
+    )
 
 
 def _paint_map(name: str) -> Painter:
@@ -126,7 +130,13 @@ def _paint_map(name: str) -> Painter:
     def paint(axes: Axes, page: Page, plane: Plane, index: int) -> None:
         low, high = np.percentile(page.maps[name], (0.5, 99.5))
         _show(
-            axes, page, plane, page.cut(page.maps[name], plane, index)[..., 0], cmap="gray", vmin=low, vmax=max(high, low + 1e-6)
+            axes,
+            page,
+            plane,
+            page.cut(page.maps[name], plane, index)[..., 0],
+            cmap="gray",
+            vmin=low,
+            vmax=max(high, low + 1e-6),
         )
 
     return paint
@@ -162,5 +172,10 @@ PANELS: tuple[Panel, ...] = (
     Panel(TEMPLATE, "MNI152 laid over the scan", "template", _paint_template),
     Panel(TEMPLATE, "its outlines on the scan", "template", _paint_template_outline),
     Panel(TEMPLATE, f"predicted coordinates, every {GRID_STEP_MM} mm; 0 thick", "mni", _paint_mni),
-    Panel(CERTAINTY, f"entropy of the labels: black certain, white {ENTROPY_TOP:g} of the maximum", "entropy", _paint_entropy),
+    Panel(
+        CERTAINTY,
+        f"entropy of the labels: black certain, white {ENTROPY_TOP:g} of the maximum",
+        "entropy",
+        _paint_entropy,
+    ),
 )

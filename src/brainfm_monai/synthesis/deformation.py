@@ -47,7 +47,9 @@ def make_inverse_coordinates(geometry: GeometryParams, source_size: Sequence[int
         ValueError: if the field was not integrated, and so need not have an inverse.
     """
     if not geometry.diffeomorphic:
-        raise ValueError("make_inverse_coordinates: a 'diffeomorphic' deformation is needed, got one that is not integrated")
+        raise ValueError(
+            "make_inverse_coordinates: a 'diffeomorphic' deformation is needed, got one that is not integrated"
+        )
     size = geometry.spatial_size
     target = spatial.identity_grid(source_size, device=geometry.matrix.device)
     linear = torch.linalg.inv(geometry.matrix) / geometry.stride
@@ -86,7 +88,9 @@ def _displace(geometry: GeometryParams, sign: float) -> tuple[Tensor, Tensor]:
     counts = [max(2, math.ceil(n / VELOCITY_STEP)) for n in size]
     steps = [(n - 1) / (c - 1) for n, c in zip(size, counts, strict=True)]
     columns = geometry.velocity.shape[2:]
-    lattice = [separable.lattice_operator(geometry.velocity_spacing[:, i], size[i], columns[i], counts[i]) for i in range(3)]
+    lattice = [
+        separable.lattice_operator(geometry.velocity_spacing[:, i], size[i], columns[i], counts[i]) for i in range(3)
+    ]
     velocity = sign * separable.apply_separable(geometry.velocity, lattice)
     coarse = spatial.identity_grid(counts, device=velocity.device)
     grid = torch.stack([coarse[:, i] * s for i, s in enumerate(steps)], 1)

@@ -16,7 +16,9 @@ def describe(params: SynthesisParams, place: int) -> str:
     """What was drawn for a sample of the first subject, in a few lines."""
     geometry, look = params.geometry, params.appearances[place]
     names = ("synthetic", "T1w", "T2w", "FLAIR", "CT")
-    blend = " + ".join(f"{float(w):.2f} {n}" if w < 1 else n for n, w in zip(names, look.blend[0], strict=True) if w > 0)
+    blend = " + ".join(
+        f"{float(w):.2f} {n}" if w < 1 else n for n, w in zip(names, look.blend[0], strict=True) if w > 0
+    )
     spacing = " x ".join(f"{float(v) * geometry.voxel_mm:.1f}" for v in look.spacing[0])
     turn = math.degrees(math.acos(max(-1.0, min(1.0, float((_rotation(geometry.matrix[0]).trace() - 1) / 2)))))
     facts = [

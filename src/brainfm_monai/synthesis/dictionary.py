@@ -40,8 +40,12 @@ class RandSynthesized(Randomizable, MapTransform):
         if randomize:
             self.randomize()
         kept = {key: value for key, value in data.items() if key not in self.keys}
-        subject = {str(key): convert_to_tensor(data[key], track_meta=False)[None] for key in self.key_iterator(dict(data))}
-        available = {key: torch.as_tensor(value).reshape(1) for key, value in kept.items() if str(key).startswith("available_")}
+        subject = {
+            str(key): convert_to_tensor(data[key], track_meta=False)[None] for key in self.key_iterator(dict(data))
+        }
+        available = {
+            key: torch.as_tensor(value).reshape(1) for key, value in kept.items() if str(key).startswith("available_")
+        }
         subject |= {str(key): value for key, value in available.items()}
         out = self.synthesizer(subject, [self.sample_seed], kept.get("generation_protocol"))
         one = len(self.synthesizer.ranges) == 1

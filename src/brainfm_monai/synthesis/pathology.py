@@ -14,7 +14,12 @@ from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams
 __all__ = ["LESION_FLOW_SPACING_MM", "LESION_SPACING_MM", "make_lesion_maps", "paint_lesions"]
 
 LESION_STEP = 2  # output voxels per point of the grid on which lesions are made
-LESION_SPACING_MM = (64.0, 32.0, 16.0, 8.0)  # control points of the noise, octave by octave, each with half the amplitude
+LESION_SPACING_MM = (
+    64.0,
+    32.0,
+    16.0,
+    8.0,
+)  # control points of the noise, octave by octave, each with half the amplitude
 LESION_FLOW_SPACING_MM = 24.0  # control points of the flow's potential
 
 
@@ -63,7 +68,9 @@ def paint_lesions(image: Tensor, lesions: tuple[Tensor, Tensor] | None, appearan
     return torch.lerp(image, goal.expand_as(image), amount * change)
 
 
-def _give_lesions(subject: Mapping[str, Tensor], geometry: GeometryParams, coordinates: Tensor, segmentation: Tensor) -> Tensor:
+def _give_lesions(
+    subject: Mapping[str, Tensor], geometry: GeometryParams, coordinates: Tensor, segmentation: Tensor
+) -> Tensor:
     size = geometry.spatial_size
     counts = [max(2, math.ceil(n / LESION_STEP)) for n in size]
     region = geometry.lesion_region[segmentation]
@@ -74,7 +81,9 @@ def _give_lesions(subject: Mapping[str, Tensor], geometry: GeometryParams, coord
     )
     if "lesion_shape" in subject:
         drawn = (spatial.gather_nearest(subject["lesion_shape"], coordinates) > 0).float()
-        drawn = separable.resize(spatial.average_neighbours(drawn), counts)  # shares of a voxel keep the edge where it was
+        drawn = separable.resize(
+            spatial.average_neighbours(drawn), counts
+        )  # shares of a voxel keep the edge where it was
         there = drawn.amax((1, 2, 3, 4), keepdim=True) > 0
         wanted = geometry.lesion_coverage.reshape(-1, 1, 1, 1, 1) > 0
         shape = torch.where(there, drawn * wanted, shape)
@@ -87,6 +96,7 @@ def _spread(points: Tensor, spacing_mm: float, counts: list[int], geometry: Geom
     """Control points of a physical distance at the points of the coarse grid."""
     spacing = torch.full((len(points),), spacing_mm / geometry.voxel_mm, device=points.device)
     operators = [
-        separable.lattice_operator(spacing, size, points.shape[2 + i], counts[i]) for i, size in enumerate(geometry.spatial_size)
+        separable.lattice_operator(spacing, size, points.shape[2 + i], counts[i])
+        for i, size in enumerate(geometry.spatial_size)
     ]
     return separable.apply_separable(points, operators)

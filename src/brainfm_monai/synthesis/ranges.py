@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AppearanceParams", "GeometryParams", "Range", "SynthesisParams", "SynthesisRanges", "make_mild", "parse_ranges"]
+__all__ = [
+    "AppearanceParams",
+    "GeometryParams",
+    "Range",
+    "SynthesisParams",
+    "SynthesisRanges",
+    "make_mild",
+    "parse_ranges",
+]
 
 Range = tuple[float, float]
 
@@ -137,7 +145,9 @@ def _ascending(name: str, value: Sequence[float]) -> Range:
 
 def _weights(name: str, value: Sequence[float], count: int) -> tuple[float, ...]:
     if len(value) != count or min(value) < 0 or sum(value) <= 0:
-        raise ValueError(f"SynthesisRanges: '{name}' must be {count} numbers of at least 0, not all 0, got {tuple(value)}")
+        raise ValueError(
+            f"SynthesisRanges: '{name}' must be {count} numbers of at least 0, not all 0, got {tuple(value)}"
+        )
     return tuple(float(v) for v in value)
 
 

@@ -99,13 +99,17 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
     sources = {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
     read: dict[str, Tensor] = {}
     if geometry.stride > 1:
-        read["painted"] = intensity.paint_voxels(labels, torch.stack(columns, -1), coordinates, _places_in_voxel(geometry))
+        read["painted"] = intensity.paint_voxels(
+            labels, torch.stack(columns, -1), coordinates, _places_in_voxel(geometry)
+        )
     else:
         sources["painted"] = intensity.paint_labels(labels, torch.stack(columns, -1))
     for size in dict.fromkeys(source.shape[2:] for source in sources.values()):
         together = {name: source for name, source in sources.items() if source.shape[2:] == size}
         places = _coarser(coordinates, labels, next(iter(together.values())))
-        read |= dict(zip(together, spatial.warp_all(list(together.values()), places, padding_mode="zeros"), strict=True))
+        read |= dict(
+            zip(together, spatial.warp_all(list(together.values()), places, padding_mode="zeros"), strict=True)
+        )
     # The first painted channel is 1 in the subject's box: what lies outside is air, far from everything.
     outside = 1 - read["painted"][:, :1]
     for name, air in IMAGES.items():

@@ -22,8 +22,8 @@ PHOTO_AXIS = 1  # dissected slices are coronal (BrainFM)
 HU_SCALE = 1000.0  # of the task CT
 DARK_STD_SHARE = 0.2  # of its drawn std, which dark air keeps
 FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72)  # FreeSurfer ids of ventricles, plexus and CSF
-CSF_ID, WHITE_ID, GREY_ID = 24, 2, 3
-CEREBELLUM_IDS = (7, 8, 46, 47)
+CSF_ID, WHITE_ID, GREY_ID, CEREBELLUM_IDS = 24, 2, 3, (7, 8, 46, 47)
+Tensors = tuple[Tensor, ...]
 LARGEST_SEED = 2**62
 
 
@@ -159,7 +159,7 @@ def _sample_geometry(
     return geometry, photo_spacing * photo
 
 
-def _sample_kept(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_kept(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> Tensors:
     """Labels that stay, (B, K), whether the rest is cut out of the image, (B,), and the hemispheres that stay, (B, 2)."""
     brain = torch.as_tensor(protocol.is_brain)
     strip, without_fluid = draws.chance(ranges.skull_strip_prob), draws.chance(0.5)
@@ -278,7 +278,7 @@ def _sample_blend(ranges: SynthesisRanges, draws: _Draws, present: Tensor) -> Te
     return torch.where((draws.chance(ranges.mixup_prob) & (chosen == 0))[:, None], mixed, alone)
 
 
-def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_spacing: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_mm: Tensor) -> Tensors:
     """Spacing and profile width in output voxels, (B, 3), out of the families isotropic, clinical, low-field and coarse."""
     family = draws.choose(torch.tensor(ranges.resolution_weights))
     through_plane = torch.arange(3) == torch.floor(draws.uniform((0.0, 3.0), 1))
@@ -291,9 +291,9 @@ def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float, 
     thickness_mm = torch.stack([voxel, torch.where(through_plane, slab, voxel), low_field, coarse], 1)
     place = family[:, None, None].expand(-1, 1, 3)
     spacing_mm, thickness_mm = (values.gather(1, place)[:, 0] for values in (spacing_mm, thickness_mm))
-    photo = (photo_spacing > 0)[:, None]
+    photo = (photo_mm > 0)[:, None]
     across = torch.arange(3) == PHOTO_AXIS
-    spacing_mm = torch.where(photo, torch.where(across, photo_spacing[:, None], voxel), spacing_mm)
+    spacing_mm = torch.where(photo, torch.where(across, photo_mm[:, None], voxel), spacing_mm)
     thickness_mm = torch.where(photo, voxel, thickness_mm)  # a photo shows the face of a slab, not its inside
     factor = draws.uniform(ranges.profile_factor, 3)
     sigma = torch.where(thickness_mm > voxel_mm, factor * PROFILE_SIGMA * thickness_mm / voxel_mm, 0.0)

@@ -24,7 +24,17 @@ __all__ = ["LARGEST_SEED", "SUBJECT_KEYS", "Synthesizer"]
 LARGEST_SEED = 2**31 - 1
 
 DEFACING_KEYS = tuple(f"{name}_defacing_mask" for name in IMAGES)
-SUBJECT_KEYS = ("generation_labels", "segmentation", *IMAGES, *DEFACING_KEYS, "distance", "mni", "lesion", "lesion_shape", "age")
+SUBJECT_KEYS = (
+    "generation_labels",
+    "segmentation",
+    *IMAGES,
+    *DEFACING_KEYS,
+    "distance",
+    "mni",
+    "lesion",
+    "lesion_shape",
+    "age",
+)
 
 
 @cache
@@ -66,7 +76,9 @@ class Synthesizer:
         image_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if not 0 <= mild_samples <= samples or samples < 1:
-            raise ValueError(f"Synthesizer: 'mild_samples' must be in [0, {samples}] of at least one sample, got {mild_samples}")
+            raise ValueError(
+                f"Synthesizer: 'mild_samples' must be in [0, {samples}] of at least one sample, got {mild_samples}"
+            )
         self.layout, self.spatial_size, self.stride, self.source_mm = layout, tuple(spatial_size), stride, source_mm
         self.generation_protocol = generation_protocol
         # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
@@ -118,7 +130,9 @@ class Synthesizer:
             out["image"] = intensity.normalise_percentiles(torch.stack(images))
         return out
 
-    def _make(self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None) -> dict[str, Tensor]:
+    def _make(
+        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None
+    ) -> dict[str, Tensor]:
         return render(subject, self.draw(subject, seeds, generation_protocol), self.layout)
 
     def _available(self, subject: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

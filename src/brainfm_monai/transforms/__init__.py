@@ -7,7 +7,6 @@ from brainfm_monai.transforms.maps import MODES, Mode, SplitTasksd, allowed_labe
 from brainfm_monai.transforms.reading import (
     SCAN_SUFFIXES,
     LoadScand,
-    ScanError,
     check_header,
     is_dicom_series,
     read_scan,
@@ -20,7 +19,6 @@ __all__ = [
     "LoadScand",
     "Mode",
     "NormalisePercentilesd",
-    "ScanError",
     "ScanSpacingd",
     "SplitTasksd",
     "allowed_labels",

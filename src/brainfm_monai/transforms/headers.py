@@ -11,7 +11,9 @@ import nibabel as nib
 import numpy as np
 from monai.data.utils import orientation_ras_lps
 
-__all__ = ["DICOM_SUFFIXES", "ITK_SUFFIXES", "NIBABEL_SUFFIXES", "ScanError", "check_header", "first_line", "is_dicom_series"]
+from brainfm_monai.io import ScanError, first_line
+
+__all__ = ["DICOM_SUFFIXES", "ITK_SUFFIXES", "NIBABEL_SUFFIXES", "check_header", "is_dicom_series"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +21,12 @@ NIBABEL_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 ITK_SUFFIXES = (".nrrd", ".nhdr")
 DICOM_SUFFIXES = (".dcm", ".ima", "")  # many archives name slices without a suffix
 DICOM_MARK = b"DICM"  # at byte 128 of a DICOM file
-EXTENT_RANGE_MM = (10.0, 600.0)  # a slab of three slices of 4 mm; head and shoulders. Beyond it the voxel size is wrong.
+EXTENT_RANGE_MM = (
+    10.0,
+    600.0,
+)  # a slab of three slices of 4 mm; head and shoulders. Beyond it the voxel size is wrong.
 FORM_TOLERANCE = 0.02  # the two orientations of a NIfTI header differ by rounding, or they contradict each other
 FRAME_ADVICE = "pass --frame N (from 0) or --frame mean"
-
-
-class ScanError(ValueError):
-    """A scan that cannot be used; the message is one line that names the file, the rule and what was found."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def _check_frame(path: str | Path, shape: tuple[int, ...], frame: int | str | No
 
 def _check_geometry(path: str | Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ScanError(f"{path}: an affine of three independent axes is needed, found {np.round(affine[:3], 4).tolist()}")
+        raise ScanError(
+            f"{path}: an affine of three independent axes is needed, found {np.round(affine[:3], 4).tolist()}"
+        )
     extent_mm = np.linalg.norm(affine[:3, :3], axis=0) * np.array(shape[:3])
     low, high = EXTENT_RANGE_MM
     if extent_mm.min() < low or extent_mm.max() > high:
@@ -101,7 +104,9 @@ def _read_nibabel_header(path: str | Path) -> _Header:
     try:
         image: Any = nib.load(path)
     except Exception as error:  # nibabel raises a dozen kinds for a damaged header
-        raise ScanError(f"{path}: a NIfTI or MGH file is needed, and it cannot be read as one: {first_line(error)}") from error
+        raise ScanError(
+            f"{path}: a NIfTI or MGH file is needed, and it cannot be read as one: {first_line(error)}"
+        ) from error
     if not isinstance(image, nib.nifti1.Nifti1Pair | nib.freesurfer.MGHImage):
         raise ScanError(f"{path}: a NIfTI or MGH file is needed, found {type(image).__name__}")
     if isinstance(image, nib.nifti1.Nifti1Pair):
@@ -114,9 +119,13 @@ def _read_nibabel_header(path: str | Path) -> _Header:
 def _warn_of_doubtful_orientation(path: str | Path, image: Any) -> None:
     """Tell where left and right rest on a guess: a header that states no orientation, or two that contradict each other."""
     if not image.header["sform_code"] and not image.header["qform_code"]:
-        logger.warning("%s: the header states no orientation; left and right are taken from the order of the voxels", path)
+        logger.warning(
+            "%s: the header states no orientation; left and right are taken from the order of the voxels", path
+        )
     elif image.header["sform_code"] and image.header["qform_code"]:
-        one, other = (form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0) for form in (image.get_sform(), image.get_qform()))
+        one, other = (
+            form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0) for form in (image.get_sform(), image.get_qform())
+        )
         if np.sign(np.linalg.det(one)) != np.sign(np.linalg.det(other)):
             logger.warning("%s: the header's sform and qform disagree on left and right; the sform is taken", path)
         elif np.abs(one - other).max() > FORM_TOLERANCE:
@@ -138,9 +147,17 @@ def _read_itk_header(path: str | Path) -> _Header:
         shape, affine = _stack_of_slices(path, itk, shape, affine)
     pixel = int(io.GetPixelType())
     colours = {int(getattr(itk.CommonEnums, f"IOPixel_{name}")) for name in ("RGB", "RGBA")}
-    kind = "colours" if pixel in colours else "complex numbers" if pixel == int(itk.CommonEnums.IOPixel_COMPLEX) else "real"
+    kind = (
+        "colours"
+        if pixel in colours
+        else "complex numbers"
+        if pixel == int(itk.CommonEnums.IOPixel_COMPLEX)
+        else "real"
+    )
     components = int(io.GetNumberOfComponents())
-    return _Header((*shape, *([components] if components > 1 and kind == "real" else [])), orientation_ras_lps(affine), kind)
+    return _Header(
+        (*shape, *([components] if components > 1 and kind == "real" else [])), orientation_ras_lps(affine), kind
+    )
 
 
 def _open_with_itk(path: str | Path, itk: Any) -> Any:
@@ -152,7 +169,9 @@ def _open_with_itk(path: str | Path, itk: Any) -> Any:
         io.SetFileName(file)
         io.ReadImageInformation()
     except RuntimeError as error:
-        raise ScanError(f"{path}: a NRRD file or a DICOM series is needed, and it cannot be read: {first_line(error)}") from error
+        raise ScanError(
+            f"{path}: a NRRD file or a DICOM series is needed, and it cannot be read: {first_line(error)}"
+        ) from error
     return io
 
 
@@ -186,9 +205,3 @@ def _stack_of_slices(path: str | Path, itk: Any, shape: list[int], affine: np.nd
         places.append(np.array([io.GetOrigin(i) for i in range(3)]))
     affine[:3, 2] = (places[1] - places[0]) / (len(files) - 1)
     return [*shape[:2], len(files)], affine
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

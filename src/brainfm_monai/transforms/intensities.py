@@ -68,7 +68,9 @@ class ScanSpacingd(Spacingd):
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """See :class:`monai.transforms.Spacingd`."""
         prefixes = tuple(f"{key}_" for key in self.keys)
-        held = {k: v for k, v in data.items() if isinstance(k, str) and k.startswith(prefixes) and not isinstance(v, dict)}
+        held = {
+            k: v for k, v in data.items() if isinstance(k, str) and k.startswith(prefixes) and not isinstance(v, dict)
+        }
         resampled: dict[Hashable, Any] = super().__call__({k: v for k, v in data.items() if k not in held}, lazy)
         return resampled | held
 

@@ -62,7 +62,10 @@ def allowed_labels(protocol: Protocol, mode: str) -> list[int]:
         s.label
         for s in protocol.structures
         if s.label == 0
-        or (not any(first <= s.freesurfer_id <= last for first, last in rule.excluded_ids) and s.side != rule.excluded_side)
+        or (
+            not any(first <= s.freesurfer_id <= last for first, last in rule.excluded_ids)
+            and s.side != rule.excluded_side
+        )
     ]
 
 
@@ -113,9 +116,13 @@ class SplitTasksd(MapTransform):
                 if task.kind == "labels":
                     entries = self._decide(key, part.squeeze(0), output)
                 else:
-                    entry = {"log_field": name.removeprefix("log_"), "log_scale": name.replace("_log_", "_")}.get(task.kind, name)
+                    entry = {"log_field": name.removeprefix("log_"), "log_scale": name.replace("_log_", "_")}.get(
+                        task.kind, name
+                    )
                     entries = {entry: self._convert(part.squeeze(0), task)}
-                d |= {name: value if name == "soft_volumes" else _like(value, output) for name, value in entries.items()}
+                d |= {
+                    name: value if name == "soft_volumes" else _like(value, output) for name, value in entries.items()
+                }
         return d
 
     def _decide(self, key: Hashable, logits: Tensor, output: Any) -> dict[Hashable, Tensor]:
@@ -163,7 +170,10 @@ def _measure(logits: Tensor) -> tuple[Tensor, Tensor]:
     With z the log of the sum of exp(logits), the entropy is z - sum(p logits). One buffer serves all slabs: large new ones
     cost more time than the arithmetic.
     """
-    entropy, total = torch.zeros(1, *logits.shape[1:], device=logits.device), logits.new_zeros(len(logits), dtype=torch.float64)
+    entropy, total = (
+        torch.zeros(1, *logits.shape[1:], device=logits.device),
+        logits.new_zeros(len(logits), dtype=torch.float64),
+    )
     buffer = torch.empty(0, device=logits.device)
     for first in range(0, logits.shape[1], SLAB):
         slab = logits[:, first : first + SLAB].float()

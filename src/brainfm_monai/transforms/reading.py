@@ -11,17 +11,16 @@ from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor
 from monai.transforms import LoadImaged
 
+from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.transforms.headers import (
     ITK_SUFFIXES,
     NIBABEL_SUFFIXES,
-    ScanError,
     check_header,
-    first_line,
     is_dicom_series,
 )
 from brainfm_monai.transforms.intensities import parse_window, window_hounsfield
 
-__all__ = ["SCAN_SUFFIXES", "LoadScand", "ScanError", "check_header", "is_dicom_series", "read_scan", "scan_stem"]
+__all__ = ["SCAN_SUFFIXES", "LoadScand", "check_header", "is_dicom_series", "read_scan", "scan_stem"]
 
 SCAN_SUFFIXES = NIBABEL_SUFFIXES + ITK_SUFFIXES
 
@@ -70,7 +69,9 @@ class LoadScand(LoadImaged):
         ScanError: on reading a file that is not one scalar volume, or has no contrast.
     """
 
-    def __init__(self, keys: KeysCollection, name_key: str = "name", frame: int | str | None = None, window: Any = None) -> None:
+    def __init__(
+        self, keys: KeysCollection, name_key: str = "name", frame: int | str | None = None, window: Any = None
+    ) -> None:
         super().__init__(keys, reader="NibabelReader", ensure_channel_first=True, image_only=True)
         self.name_key = name_key
         self.frame, self.window = frame, parse_window(window)
@@ -93,9 +94,15 @@ class LoadScand(LoadImaged):
         with_nibabel = Path(path).is_file() and path.lower().endswith(NIBABEL_SUFFIXES)
         try:
             loaded = self._loader(path, reader if reader or with_nibabel else ITKReader())
-        except Exception as error:  # a damaged file shows as EOFError, BadGzipFile, zlib.error, OSError, ... of the reader
-            raise ScanError(f"{path}: the voxels cannot be read, found {first_line(error.__cause__ or error)}") from error
-        image: MetaTensor = loaded[0] if isinstance(loaded, tuple) else loaded  # MONAI Label asks loaders for metadata beside it
+        except (
+            Exception
+        ) as error:  # a damaged file shows as EOFError, BadGzipFile, zlib.error, OSError, ... of the reader
+            raise ScanError(
+                f"{path}: the voxels cannot be read, found {first_line(error.__cause__ or error)}"
+            ) from error
+        image: MetaTensor = (
+            loaded[0] if isinstance(loaded, tuple) else loaded
+        )  # MONAI Label asks loaders for metadata beside it
         return image
 
 

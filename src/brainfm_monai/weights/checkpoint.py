@@ -69,7 +69,10 @@ class LazyTensor:
         Raises:
             ValueError: if the file holds fewer elements than the tensor spans.
         """
-        dtype, last = self.storage.dtype, self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        dtype, last = (
+            self.storage.dtype,
+            self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)),
+        )
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=dtype)
         if min(self.offset, *self.stride, *self.shape, 0) < 0 or last >= self.storage.elements:
@@ -242,7 +245,9 @@ def _read_zip(file: IO[bytes]) -> Any:
     def make_storage(dtype: torch.dtype, key: str, elements: int) -> Storage:
         name = f"{root}data/{key}"
         if archive.getinfo(name).file_size != elements * dtype.itemsize:
-            raise ValueError(f"{elements * dtype.itemsize} bytes are needed in {name}, found {archive.getinfo(name).file_size}")
+            raise ValueError(
+                f"{elements * dtype.itemsize} bytes are needed in {name}, found {archive.getinfo(name).file_size}"
+            )
 
         def read(size: int) -> bytearray:
             data = bytearray(size)
@@ -273,7 +278,12 @@ def _read_legacy(file: IO[bytes]) -> Any:
         return Storage(dtype, elements, read)
 
     magic, protocol, system, content, keys = (_Unpickler(file, make_storage).load() for _ in range(5))
-    if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not system["little_endian"] or set(keys) != set(storages):
+    if (
+        magic != LEGACY_MAGIC
+        or protocol != LEGACY_PROTOCOL
+        or not system["little_endian"]
+        or set(keys) != set(storages)
+    ):
         raise ValueError("neither a zip archive nor torch's format before it")
     for key in keys:
         dtype, elements = storages[key]

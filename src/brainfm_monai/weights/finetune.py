@@ -84,7 +84,9 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         new[key] = rows
     network.load_state_dict(new)
     missing = [name for i, name in enumerate(network.layout.channel_names) if i not in pairs]
-    logger.info("%s: the backbone and %d channels of the head; new are: %s", path, len(pairs), ", ".join(missing) or "none")
+    logger.info(
+        "%s: the backbone and %d channels of the head; new are: %s", path, len(pairs), ", ".join(missing) or "none"
+    )
     return missing
 
 
@@ -97,7 +99,9 @@ def _read(path: str | Path, layout: TaskLayout) -> tuple[dict[str, Tensor], Task
             published = load_published(path)
         except ValueError as error:
             reasons = "; ".join(str(e).removeprefix(f"{path}: ") for e in (plain, error))
-            raise ValueError(f"{path}: weights of this package or a published checkpoint are needed: {reasons}") from error
+            raise ValueError(
+                f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
+            ) from error
         return _without_residual(published.network.state_dict(), published.layout)
     weight, bias = state.get("head.weight"), state.get("head.bias")
     if weight is None or bias is None or len(weight) != layout.channels or len(bias) != layout.channels:

@@ -24,10 +24,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: a plain state dict of tensors is needed, and it cannot be read as one: {first}") from error
+        raise ValueError(
+            f"{path}: a plain state dict of tensors is needed, and it cannot be read as one: {first}"
+        ) from error
     strange = None if isinstance(state, dict) else type(state).__name__
     if isinstance(state, dict):
-        strange = next((f"'{k}' of type {type(v).__name__}" for k, v in state.items() if not isinstance(v, Tensor)), None)
+        strange = next(
+            (f"'{k}' of type {type(v).__name__}" for k, v in state.items() if not isinstance(v, Tensor)), None
+        )
     if strange or not state:
         raise ValueError(f"{path}: a plain state dict of tensors is needed, found {strange or 'no entries'}")
     return dict(state)
@@ -48,7 +52,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     expected = network.state_dict()
     for key, tensor in expected.items():
         if key not in state:
-            raise ValueError(f"{path}: the weights must fit the network, found no '{key}' of shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{path}: the weights must fit the network, found no '{key}' of shape {tuple(tensor.shape)}"
+            )
         if state[key].shape != tensor.shape:
             found, wanted = tuple(state[key].shape), tuple(tensor.shape)
             raise ValueError(
@@ -56,7 +62,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             )
     unknown = [key for key in state if key not in expected]
     if unknown:
-        raise ValueError(f"{path}: the weights must fit the network, found '{unknown[0]}', which the network does not have")
+        raise ValueError(
+            f"{path}: the weights must fit the network, found '{unknown[0]}', which the network does not have"
+        )
     network.load_state_dict(state)
 
 
@@ -75,7 +83,9 @@ def load_coarse_weights(network: nn.Module, path: str | Path) -> None:
     if not str(path):
         return
     given, state = read_state_dict(path), network.state_dict()
-    wanted = {name: name.replace("backbone.coarse.", "backbone.") for name in state if name.startswith("backbone.coarse.")}
+    wanted = {
+        name: name.replace("backbone.coarse.", "backbone.") for name in state if name.startswith("backbone.coarse.")
+    }
     for name, source in wanted.items():
         if source not in given or given[source].shape != state[name].shape:
             found = tuple(given[source].shape) if source in given else "nothing"

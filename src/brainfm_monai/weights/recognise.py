@@ -105,7 +105,9 @@ def recognise(content: Any) -> Recognised:
         if any(isinstance(key, str) and _plain(key).startswith("backbone.encoders.") for key in model):
             return _brainfm(content, model)
     found = (
-        ", ".join(str(key) for key in list(content)[:5]) if isinstance(content, Mapping) and content else type(content).__name__
+        ", ".join(str(key) for key in list(content)[:5])
+        if isinstance(content, Mapping) and content
+        else type(content).__name__
     )
     raise ValueError(
         "a checkpoint of BrainFM ('model' with 'backbone.encoders...') or SuperSynth ('backbone_state_dict') is needed, "
@@ -176,7 +178,9 @@ def _plain(key: str) -> str:
     return key
 
 
-def _rename(tensors: Mapping[str, LazyTensor], names: tuple[tuple[str, str], ...]) -> tuple[dict[str, LazyTensor], list[str]]:
+def _rename(
+    tensors: Mapping[str, LazyTensor], names: tuple[tuple[str, str], ...]
+) -> tuple[dict[str, LazyTensor], list[str]]:
     """Tensors under the backbone's names, and the names that have no place in it."""
     renamed, ignored = {}, []
     for key, value in tensors.items():
@@ -215,7 +219,9 @@ def _float(key: str, lazy: LazyTensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _heads(groups: Mapping[str, Mapping[str, LazyTensor]], table: Mapping[str, tuple[str, ...]]) -> tuple[Heads, list[str]]:
+def _heads(
+    groups: Mapping[str, Mapping[str, LazyTensor]], table: Mapping[str, tuple[str, ...]]
+) -> tuple[Heads, list[str]]:
     """Weight and bias of the head of each task, and the heads that make none."""
     heads: Heads = {}
     used: set[str] = set()
@@ -224,7 +230,8 @@ def _heads(groups: Mapping[str, Mapping[str, LazyTensor]], table: Mapping[str, t
             continue
         used.update(names)
         heads[task] = {
-            kind: torch.cat([_float(f"{name}.{kind}", groups[name][kind]) for name in names]) for kind in ("weight", "bias")
+            kind: torch.cat([_float(f"{name}.{kind}", groups[name][kind]) for name in names])
+            for kind in ("weight", "bias")
         }
         channels, wanted = len(heads[task]["bias"]), TASKS[task].channels
         if wanted and channels != wanted:
@@ -241,7 +248,9 @@ def _protocol(heads: Heads) -> Protocol:
     channels = len(heads["segmentation"]["bias"]) if "segmentation" in heads else next(iter(PROTOCOLS))
     if channels in PROTOCOLS:
         return Protocol.load(PROTOCOLS[channels])
-    structures = (Structure(i, i, f"label-{i}" if i else "Unknown", "none", i, (i, 255 - i, i)) for i in range(channels))
+    structures = (
+        Structure(i, i, f"label-{i}" if i else "Unknown", "none", i, (i, 255 - i, i)) for i in range(channels)
+    )
     return Protocol(f"unnamed_{channels}", tuple(structures))
 
 
