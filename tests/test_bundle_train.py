@@ -12,6 +12,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.cli.bundle import find_config
 
 SIZE = (32, 32, 32)
 TINY: dict[str, Any] = {
@@ -60,7 +61,7 @@ def make_workflow(
     bundle = repository / "bundle"
     return ConfigWorkflow(
         workflow_type="train",
-        config_file=[str(bundle / "configs" / name) for name in names],
+        config_file=[str(find_config(bundle, name)) for name in names],
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=False,
         bundle_root=str(bundle),

@@ -16,6 +16,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
 from brainfm_monai.anatomy import COLUMNS, Protocol, Structure
+from brainfm_monai.cli.bundle import find_config
 from brainfm_monai.networks import MultiTaskNet, UNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights import load_pretrained, make_pretrained
@@ -188,7 +189,7 @@ def make_workflow(
         overrides = {"weights_layout#tasks": list(OLD.tasks), **overrides}
     workflow = ConfigWorkflow(
         workflow_type="train",
-        config_file=[str(bundle / "configs" / name) for name in ("train.json", *names)],
+        config_file=[str(find_config(bundle, name)) for name in ("train.json", *names)],
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=False,
         bundle_root=str(bundle),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["predict", "run_bundle", "train"]
+__all__ = ["find_config", "predict", "run_bundle", "train"]
 
 # what words of the command are in configs/inference.json
 PRECISIONS: dict[str | None, dict[str, Any]] = {
@@ -73,8 +73,9 @@ def train(
         bundle: folder of the bundle.
         coarse: the same as ``--variant coarse``: train the coarse network, whose model.pt the fine training takes as
             ``--coarse_weights``.
-        variant: configs beside configs/train.json that are laid over it in this order, separated by commas: small, coarse,
-            multi_gpu_train, and every other that stands there, without ``.json``; a path to a config of your own serves, too.
+        variant: configs that are laid over configs/train.json in this order, separated by commas: the names of files in
+            the bundle's folders variants and configs, without ``.json`` (small, coarse, finetune, multi_gpu_train, ...), or
+            paths of your own configs.
         overrides: any other ``--key value`` replaces that key of configs/train.json: --max_epochs 10, --output_dir OUT,
             --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16, float16),
             --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']", --log_interval 10,
@@ -89,23 +90,40 @@ def train(
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
     """Run configs of a bundle with MONAI, later ones over earlier ones.
 
+    Args:
+        bundle: folder of the bundle.
+        names: files in the folders ``configs`` and ``variants`` of the bundle, or paths of other configs.
+        overrides: values that replace those of the configs.
+
     Raises:
-        FileNotFoundError: if the bundle has no such config.
+        FileNotFoundError: if there is no such config.
     """
     from monai.bundle import run
 
     configs = Path(str(bundle)) / "configs"
-    files = [Path(name) if Path(name).name != name else configs / name for name in names]
-    for file in files:
-        if not file.is_file():
-            there = ", ".join(sorted(path.stem for path in configs.glob("*.json"))) or "none: pass --bundle FOLDER"
-            raise FileNotFoundError(f"{file}: a config of the bundle is needed, found no such file; there are {there}")
+    files = [find_config(bundle, name) for name in names]
     settings = {
         "bundle_root": str(bundle),
         "meta_file": str(configs / "metadata.json"),
         "logging_file": str(configs / "logging.conf"),
     }
     run(config_file=[str(file) for file in files], **settings, **overrides)
+
+
+def find_config(bundle: str | Path, name: str) -> Path:
+    """Path of a config: a file in ``configs`` or ``variants`` of the bundle, or, with a folder in its name, any file.
+
+    Raises:
+        FileNotFoundError: if there is no such config.
+    """
+    folders = [Path(str(bundle)) / folder for folder in ("configs", "variants")]
+    places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]
+    for path in places:
+        if path.is_file():
+            return path
+    names = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
+    listed = ", ".join(names) or "none: pass --bundle FOLDER"
+    raise FileNotFoundError(f"{places[0]}: a config of the bundle is needed, found no such file; there are {listed}")
 
 
 def _existing(path: str) -> str:
