@@ -39,6 +39,7 @@ class RunSettings:
         grid: ``scan`` or ``1mm``.
         keep_lesions: the scan's own lesions are put into the synthetic images.
         sharpen: strength of the sharpening of synthetic images, 0: none.
+        configuration: hash of everything else in the config that results depend on, see :func:`describe_run`.
     """
 
     model: str = "BrainFM"
@@ -50,6 +51,7 @@ class RunSettings:
     grid: str = "scan"
     keep_lesions: bool = False
     sharpen: float = 0.0
+    configuration: str = ""
 
     def __post_init__(self) -> None:
         if self.grid not in ("scan", "1mm"):

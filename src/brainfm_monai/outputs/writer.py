@@ -17,7 +17,7 @@ import numpy as np
 from monai.data import MetaTensor
 from torch import Tensor
 
-from brainfm_monai.io import write_table
+from brainfm_monai.io import fingerprint, write_table
 from brainfm_monai.outputs.quality import collect_warnings
 from brainfm_monai.outputs.result import RunSettings, ScanResult
 from brainfm_monai.tasks import TaskLayout
@@ -33,13 +33,17 @@ NOT_MAPS = ("image", "label", "pred", "soft_volumes")
 BIDS_VERSION = "1.10.0"
 
 
-def describe_run(weights: str | Path, layout: TaskLayout, model: str = "BrainFM", **choices: Any) -> RunSettings:
-    """Settings of a run, with the hash of its weights.
+def describe_run(
+    weights: str | Path, layout: TaskLayout, model: str = "BrainFM", depends: Sequence[Any] = (), **choices: Any
+) -> RunSettings:
+    """Settings of a run, with the hash of its weights and of its configuration.
 
     Args:
         weights: file of the weights.
         layout: tasks and protocol.
         model: name of the model.
+        depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were built from the
+            resolved config; see :func:`~brainfm_monai.io.fingerprint`.
         choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
     """
     path = Path(weights)
@@ -48,7 +52,9 @@ def describe_run(weights: str | Path, layout: TaskLayout, model: str = "BrainFM"
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     version = metadata.version("brainfm-monai")
-    return RunSettings(model, version, path.name, digest, layout.protocol.name, **choices)
+    return RunSettings(
+        model, version, path.name, digest, layout.protocol.name, configuration=fingerprint(layout, *depends), **choices
+    )
 
 
 class ScanWriter:
