@@ -19,7 +19,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor, nn
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.metrics import read_rows
+from brainfm_monai.metrics import MetricRow, read_metrics
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
 
@@ -195,6 +195,10 @@ def test_a_reference_in_a_named_protocol(tmp_path: Path, evaluate: Evaluate) -> 
     assert read_dice(tmp_path / "out" / "dice.tsv")["someone", "cerebral_cortex"] == ("1.0000", "1.0000", "1.0000")
 
 
+def read_rows(path: Path) -> list[MetricRow]:
+    return [MetricRow(*row) for row in read_metrics(path).itertuples(index=False)]
+
+
 def read_rows_of(folder: Path, metric: str) -> dict[tuple[str, str, str, str], float]:
     """Values of a metric by scan, condition, structure and side."""
     rows = read_rows(folder / "metrics.tsv")
@@ -232,10 +236,7 @@ def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate
             tmp_path / "out",
         )
     page = (tmp_path / "out" / "evaluation.html").read_text(encoding="utf-8")
-    assert (
-        "wrong: measure_scan: distance must have one shape" in page
-        or "wrong: ValueError: measure_scan: distance" in page
-    )
+    assert "wrong: distance must have one shape" in page
     errors = read_rows_of(tmp_path / "out", "distance_error")
     for scan in ("scan", "unlabelled"):
         assert errors[scan, "native", "pial", "left"] == pytest.approx(1.5, abs=1e-5)

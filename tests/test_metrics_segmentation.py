@@ -14,10 +14,8 @@ from torch import Tensor
 
 from brainfm_monai.metrics import (
     compute_lesion_metrics,
-    compute_structure_dice,
     compute_structure_hausdorff,
-    compute_structure_hd95,
-    compute_structure_volume_error,
+    compute_structure_overlap,
     parse_structures,
 )
 
@@ -47,22 +45,22 @@ def make_ball(centre: tuple[float, ...], radius_mm: float, size: tuple[int, ...]
 
 
 def make_heads(shift: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Left and right hippocampus as balls, and the same with the left one elsewhere, shape (1, 1, H, W, D)."""
+    """Left and right hippocampus as balls, and the same with the left one elsewhere, shape (1, H, W, D)."""
     heads = []
     for move in ((0, 0, 0), shift):
-        ids = torch.zeros(1, 1, 32, 24, 16, dtype=torch.int64)
-        ids[0, 0, make_ball((24, 11, 8), 6)] = 53
-        ids[0, 0, make_ball((8 + move[0], 11 + move[1], 7 + move[2]), 6)] = 17
+        ids = torch.zeros(1, 32, 24, 16, dtype=torch.int64)
+        ids[0, make_ball((24, 11, 8), 6)] = 53
+        ids[0, make_ball((8 + move[0], 11 + move[1], 7 + move[2]), 6)] = 17
         ids[..., 14:17, 2:5, 2:5] = 16
         heads.append(ids)
     return heads[1], heads[0]
 
 
 def draw_blobs(seed: int) -> Tensor:
-    """Ragged regions of the three ids, shape (2, 1, 14, 12, 10)."""
-    noise = torch.randn(2, 4, 14, 12, 10, generator=torch.Generator().manual_seed(seed))
+    """Ragged regions of the three ids, shape (1, 14, 12, 10)."""
+    noise = torch.randn(4, 14, 12, 10, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.avg_pool3d(noise, 5, stride=1, padding=2)
-    return torch.tensor([0, 17, 53, 16])[smooth.argmax(1, keepdim=True)]
+    return torch.tensor([0, 17, 53, 16])[smooth.argmax(0, keepdim=True)]
 
 
 def edge_voxels_mm(mask: np.ndarray) -> np.ndarray:
@@ -86,34 +84,34 @@ def hd95_by_brute_force(a: Tensor, b: Tensor) -> float:
 def test_a_shifted_ball_is_as_far_as_it_was_shifted(shift: tuple[int, int, int], expected_mm: float) -> None:
     moved, still = make_heads(shift)
     distance = compute_structure_hausdorff(moved, still, STRUCTURES, make_affine())
-    assert distance.shape == (1, 2, 3)
-    assert distance[0, 0, LEFT].item() <= expected_mm + 1e-5
+    assert distance.shape == (2, 3)
+    assert distance[0, LEFT].item() <= expected_mm + 1e-5
     if sum(s > 0 for s in shift) == 1:  # along an axis the foremost voxel has no nearer neighbour
-        assert distance[0, 0, LEFT].item() == pytest.approx(expected_mm, abs=1e-5)
-    assert distance[0, 0, RIGHT] == 0
-    assert distance[0, 0, BOTH] == distance[0, 0, LEFT]
-    assert distance[0, 1, BOTH] == 0
-    assert distance[0, 1, :2].isnan().all()
+        assert distance[0, LEFT].item() == pytest.approx(expected_mm, abs=1e-5)
+    assert distance[0, RIGHT] == 0
+    assert distance[0, BOTH] == distance[0, LEFT]
+    assert distance[1, BOTH] == 0
+    assert distance[1, :2].isnan().all()
 
 
 def test_hd95_is_what_brute_force_gives() -> None:
     moved, still = make_heads((3, 2, 1))
-    hd95 = compute_structure_hd95(moved, still, STRUCTURES, make_affine())
-    assert hd95[0, 0, LEFT].item() == pytest.approx(hd95_by_brute_force(moved[0, 0] == 17, still[0, 0] == 17), abs=1e-4)
-    assert hd95[0, 0, LEFT] < compute_structure_hausdorff(moved, still, STRUCTURES, make_affine())[0, 0, LEFT]
+    hd95 = compute_structure_hausdorff(moved, still, STRUCTURES, make_affine(), 95)
+    assert hd95[0, LEFT].item() == pytest.approx(hd95_by_brute_force(moved[0] == 17, still[0] == 17), abs=1e-4)
+    assert hd95[0, LEFT] < compute_structure_hausdorff(moved, still, STRUCTURES, make_affine())[0, LEFT]
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own call
 def test_hd95_is_monais_over_a_one_hot_volume() -> None:
     pred, truth = draw_blobs(1), draw_blobs(2)
-    hd95 = compute_structure_hd95(pred, truth, STRUCTURES, make_affine())
+    hd95 = compute_structure_hausdorff(pred, truth, STRUCTURES, make_affine(), 95)
     channels = [[17], [53], [17, 53], [16]]
     found, wanted = (
-        torch.cat([torch.isin(ids, torch.tensor(c)) for c in channels], 1).float() for ids in (pred, truth)
+        torch.stack([torch.isin(ids, torch.tensor(c)) for c in channels], 1).float() for ids in (pred, truth)
     )
     expected = compute_hausdorff_distance(found, wanted, include_background=True, percentile=95, spacing=list(SPACING))
     # the same function on a box instead of the image: the same numbers
-    torch.testing.assert_close(torch.cat([hd95[:, 0], hd95[:, 1, 2:]], 1), expected)
+    torch.testing.assert_close(torch.cat([hd95[0], hd95[1, 2:]]), expected[0])
 
 
 def to_itk(mask: Tensor) -> Any:
@@ -126,13 +124,14 @@ def to_itk(mask: Tensor) -> Any:
 def test_overlap_volume_and_largest_distance_are_itks(ids: tuple[int, ...]) -> None:
     side = {(17,): LEFT, (53,): RIGHT, (17, 53): BOTH}[ids]
     moved, still = make_heads((3, 2, 1))
-    found, wanted = (to_itk(torch.isin(one[0, 0], torch.tensor(ids))) for one in (moved, still))
+    found, wanted = (to_itk(torch.isin(one[0], torch.tensor(ids))) for one in (moved, still))
     overlap = itk.LabelOverlapMeasuresImageFilter[type(found)].New(SourceImage=found, TargetImage=wanted)
     overlap.Update()
-    dice = compute_structure_dice(moved, still, STRUCTURES, make_affine())[0, 0, side].item()
+    overlaps = compute_structure_overlap(moved, still, STRUCTURES, make_affine())
+    dice = overlaps["dice"][0, side].item()
     assert dice == pytest.approx(overlap.GetDiceCoefficient(1), abs=1e-6)
 
-    error = compute_structure_volume_error(moved, still, STRUCTURES, make_affine()).error[0, 0, side].item()
+    error = overlaps["volume_error"][0, side].item()
     # ITK's similarity is 2 (s - t) / (s + t); ours is (s - t) / t
     assert error == pytest.approx(2 * overlap.GetVolumeSimilarity(1) / (2 - overlap.GetVolumeSimilarity(1)), abs=1e-6)
 
@@ -140,7 +139,7 @@ def test_overlap_volume_and_largest_distance_are_itks(ids: tuple[int, ...]) -> N
         Input1=found, Input2=wanted, UseImageSpacing=True
     )
     farthest.Update()
-    distance = compute_structure_hausdorff(moved, still, STRUCTURES, make_affine())[0, 0, side].item()
+    distance = compute_structure_hausdorff(moved, still, STRUCTURES, make_affine())[0, side].item()
     # ITK measures between the masks, not their edges: for balls of one size that is the same; its distance map is float32
     assert distance == pytest.approx(farthest.GetHausdorffDistance(), abs=1e-4)
 
@@ -149,22 +148,23 @@ def test_swapped_sides_are_wrong_alone_and_right_together() -> None:
     _, truth = make_heads((0, 0, 0))
     swapped = truth.clone()
     swapped[truth == 17], swapped[truth == 53] = 53, 17
-    assert compute_structure_dice(swapped, truth, STRUCTURES)[0, 0].tolist() == [0, 0, 1]
-    distance = compute_structure_hausdorff(swapped, truth, STRUCTURES, make_affine())[0, 0]
+    measures = compute_structure_overlap(swapped, truth, STRUCTURES, make_affine())
+    assert measures["dice"][0].tolist() == [0, 0, 1]
+    assert measures["volume_error"][0, BOTH] == 0
+    distance = compute_structure_hausdorff(swapped, truth, STRUCTURES, make_affine())[0]
     assert distance[BOTH] == 0
     assert distance[LEFT].item() == distance[RIGHT].item() == pytest.approx(math.hypot(16, 3), rel=0.2)
-    volumes = compute_structure_volume_error(swapped, truth, STRUCTURES, make_affine())
-    assert volumes.error[0, 0, BOTH] == 0
 
 
 def test_an_absent_part_has_no_distance_and_a_volume() -> None:
     pred, truth = make_heads((1, 0, 0))
     pred[pred == 17] = 0
     truth[truth == 53] = 0
-    hd95 = compute_structure_hd95(pred, truth, STRUCTURES)[0, 0]
+    hd95 = compute_structure_hausdorff(pred, truth, STRUCTURES, make_affine(), 95)[0]
     assert hd95[:2].isnan().all()
     assert not hd95[BOTH].isnan()
-    error, found, wanted = (one[0, 0] for one in compute_structure_volume_error(pred, truth, STRUCTURES))
+    measures = compute_structure_overlap(pred, truth, STRUCTURES, make_affine())
+    error, found, wanted = (measures[name][0] for name in ("volume_error", "volume", "reference_volume"))
     assert error[LEFT] == -1
     assert error[RIGHT].isnan()
     assert found[LEFT] == 0
@@ -174,48 +174,35 @@ def test_an_absent_part_has_no_distance_and_a_volume() -> None:
 def test_volumes_are_those_of_the_voxels() -> None:
     pred, truth = make_heads((0, 0, 0))
     pred[..., 14:17, 2:5, 2] = 0
-    volumes = compute_structure_volume_error(pred, truth, STRUCTURES, make_affine())
+    volumes = compute_structure_overlap(pred, truth, STRUCTURES, make_affine())
     voxel_ml = 1.0 * 1.5 * 3.0 / 1000
-    assert volumes.reference_ml[0, 1, BOTH].item() == pytest.approx(27 * voxel_ml)
-    assert volumes.prediction_ml[0, 1, BOTH].item() == pytest.approx(18 * voxel_ml)
-    assert volumes.error[0, 1, BOTH].item() == pytest.approx(-1 / 3)
-    assert volumes.error[0, 1, :2].isnan().all()
-    sides = volumes.reference_ml[0, 0]
+    assert volumes["reference_volume"][1, BOTH].item() == pytest.approx(27 * voxel_ml)
+    assert volumes["volume"][1, BOTH].item() == pytest.approx(18 * voxel_ml)
+    assert volumes["volume_error"][1, BOTH].item() == pytest.approx(-1 / 3)
+    assert volumes["volume_error"][1, :2].isnan().all()
+    sides = volumes["reference_volume"][0]
     assert sides[LEFT].item() == pytest.approx((truth == 17).sum().item() * voxel_ml)
     assert sides[BOTH].item() == pytest.approx((sides[LEFT] + sides[RIGHT]).item())
 
 
-def test_each_sample_of_a_batch_is_measured_alone() -> None:
-    pred, truth = draw_blobs(3), draw_blobs(4)
-    for measure in (compute_structure_hd95, lambda *a: compute_structure_volume_error(*a).error):
-        alone = torch.cat([measure(pred[i : i + 1], truth[i : i + 1], STRUCTURES, make_affine()) for i in range(2)])
-        torch.testing.assert_close(measure(pred, truth, STRUCTURES, make_affine()), alone, equal_nan=True)
-
-
-@pytest.mark.parametrize("measure", [compute_structure_hausdorff, compute_structure_volume_error])
+@pytest.mark.parametrize("measure", [compute_structure_hausdorff, compute_structure_overlap])
 def test_shapes_must_agree(measure: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^{measure.__name__}: .* share one shape \(B, 1, H, W, D\), got \(1, 1, 2, 2, 2\) and"
-    ):
-        measure(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 3, 2, 2), STRUCTURES)
+    with pytest.raises(ValueError, match=r"^structures: .* one shape \(1, H, W, D\), found \(1, 2, 2, 2\) and"):
+        measure(torch.zeros(1, 2, 2, 2), torch.zeros(1, 3, 2, 2), STRUCTURES, make_affine())
 
 
 def test_lesions_overlap_by_voxels() -> None:
-    truth = torch.zeros(3, 1, 4, 4, 4)
-    found = torch.zeros_like(truth)
-    truth[0, 0, :2], found[0, 0, 1:] = 1, 0.9  # 32 voxels, 48 voxels, 16 in common
-    found[1, 0, 0] = 0.51  # found where there is none
-    truth[2, 0, 0] = 1  # there is one and it is not found
+    truth, found = torch.zeros(3, 4, 4, 4), torch.zeros(3, 4, 4, 4)
+    truth[0, :2], found[0, 1:] = 1, 0.9  # 32 voxels, 48 voxels, 16 in common
+    found[1, 0] = 0.51  # found where there is none
+    truth[2, 0] = 1  # there is one and it is not found
     found[2] = 0.5
-    overlap = compute_lesion_metrics(found, truth)
-    assert overlap["dice"].tolist() == pytest.approx([2 * 16 / 80, math.nan, 0], nan_ok=True)
-    assert overlap["sensitivity"].tolist() == pytest.approx([0.5, math.nan, 0], nan_ok=True)
-    assert overlap["precision"].tolist() == pytest.approx([1 / 3, 0, math.nan], nan_ok=True)
-
-    mask = torch.zeros_like(truth)
-    mask[:, :, :2] = 1
-    assert compute_lesion_metrics(found, truth, mask)["precision"][0] == 1
-    with pytest.raises(
-        ValueError, match=r"^compute_lesion_metrics: .* share one shape, got \(3, 1, 4, 4, 4\) and \(2, 1, 4, 4, 4\)"
-    ):
-        compute_lesion_metrics(found, truth[:2])
+    everywhere = torch.ones(4, 4, 4, dtype=torch.bool)
+    expected = [(2 * 16 / 80, 0.5, 1 / 3), (math.nan, math.nan, 0), (0, 0, math.nan)]
+    for one, reference, values in zip(found, truth, expected, strict=True):
+        overlap = compute_lesion_metrics(one, reference, everywhere)
+        assert list(overlap) == ["dice", "sensitivity", "precision"]
+        assert [float(value) for value in overlap.values()] == pytest.approx(values, nan_ok=True)
+    mask = everywhere.clone()
+    mask[2:] = False
+    assert compute_lesion_metrics(found[0], truth[0], mask)["precision"] == 1

@@ -164,6 +164,6 @@ def test_results_of_other_scans_cannot_be_compared() -> None:
     ):
         compare(table, table.drop(index=4))
     with pytest.raises(
-        ValueError, match=r"^compare: a row may stand once in a table, found twice in 'second': sub-00 native"
+        ValueError, match=r"^compare: a row may be once in a table, found twice in 'second': sub-00 native"
     ):
         compare(table, pd.concat([table, table.iloc[:1]]))

@@ -13,8 +13,8 @@ from brainfm_monai.evaluation.definitions import HEADLINES, define
 from brainfm_monai.evaluation.figures import draw_differences, encode_plot
 from brainfm_monai.evaluation.style import make_document, make_figure, make_table_html
 from brainfm_monai.evaluation.tables import ALL, METRICS_FILE
-from brainfm_monai.io import ABSENT, write_table
-from brainfm_monai.metrics import compare, read_table
+from brainfm_monai.io import ABSENT
+from brainfm_monai.metrics import compare, read_metrics, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,11 +49,7 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
     compared = compare(*_shared_rows(*tables))
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    cells = [
-        [(ABSENT if np.isnan(cell) else f"{cell:.6g}") if isinstance(cell, float) else cell for cell in row]
-        for row in compared.itertuples(index=False)
-    ]
-    write_table(output / TABLE, list(compared.columns), cells)
+    write_frame(output / TABLE, compared)
     page = output / PAGE
     beside = page.with_name(f".{PAGE}.part")
     in_order = compared.set_index("condition").loc[list(dict.fromkeys(tables[0]["condition"]))].reset_index()
@@ -67,7 +63,7 @@ def _read(folder: str | Path) -> pd.DataFrame:
     path = Path(folder) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the folder of a finished evaluation is needed, found no such file")
-    return read_table(path)
+    return read_metrics(path)
 
 
 def _check_same_cases(a: pd.DataFrame, b: pd.DataFrame, first: str | Path, second: str | Path) -> None:

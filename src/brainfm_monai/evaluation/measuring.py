@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, Transform
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
@@ -21,11 +22,10 @@ from brainfm_monai.evaluation.tables import mean_dice_rows
 from brainfm_monai.metrics import (
     MetricRow,
     TemplateTissues,
-    compute_structure_dice,
+    compute_structure_overlap,
     measure_scan,
     parse_structures,
 )
-from brainfm_monai.metrics.structures import box_around
 from brainfm_monai.outputs import resample
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -95,73 +95,47 @@ class MeasureMaps(Transform):
     ) -> None:
         if comparison_grid not in GRIDS:
             raise ValueError(f"comparison_grid: one of {', '.join(GRIDS)} is needed, found '{comparison_grid}'")
-        self.layout, self.grid, self.template = layout, comparison_grid, template
+        self.layout, self.template = layout, template
+        self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
         self.structures = parse_structures(structures)
         self.dice_structures = None if dice_structures is None else parse_structures(dice_structures)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the measures of one case, whose maps are those of :class:`~brainfm_monai.transforms.SplitTasksd`."""
         d = dict(data)
-        scan, condition = str(d["scan"]), str(d["condition"])
-        targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
-        found = {name: value for name in self.layout.tasks if (value := self._map_of(name, d)) is not None}
-        found.pop("segmentation", None)
-        labels: MetaTensor | None = d.get("segmentation")
-        reference = targets.get("segmentation")
-        rows: list[MetricRow] = []
-        if reference is not None and labels is not None:
-            compared: MetaTensor = d["pred"] if self.grid == "scan" else labels
-            rows += self._measure_labels(compared, _match(reference, compared, "nearest"), d)
         image: MetaTensor = d["image"]
-        dense = _dense_targets(targets, found, image)
-        foreground = None if reference is not None else _match(d[HEAD], image, "nearest") > 0
-        plain = {name: _plain(value) for name, value in found.items()}
-        rows += measure_scan(
-            plain,
-            dense,
-            self.layout,
-            self.structures,
-            image.affine,
-            scan=scan,
-            condition=condition,
-            mask=foreground,
-            image=image.as_tensor(),
-            template=self.template,
-        )
+        names: dict[str, Any] = {"scan": str(d["scan"]), "condition": str(d["condition"])}
+        targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
+        maps = {name: d[entry].as_tensor() for name in self.layout.tasks if (entry := _entry(name)) in d}
+        if "lesion" in maps:
+            maps["lesion"] = maps["lesion"].sigmoid()
+        labels = maps.pop("segmentation", None)
+        dense = _bring_to_grid(targets, maps, image)
+        rows: list[MetricRow] = []
+        if labels is not None and "segmentation" in targets:
+            compared: MetaTensor = d[self.compared_entry]
+            pair = (self._to_ids(compared), _match(targets["segmentation"], compared, "nearest"))
+            measured = measure_scan(
+                {"segmentation": pair[0]}, {"segmentation": pair[1]}, self.structures, compared.affine, **names
+            )
+            rows += mean_dice_rows(measured)
+            if self.dice_structures is not None:
+                d["dice"] = compute_structure_overlap(*pair, self.dice_structures, compared.affine)["dice"]
+        head = None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0
+        options: dict[str, Any] = {"mask": head, "image": image.as_tensor(), "template": self.template, **names}
+        rows += measure_scan(maps, dense, self.structures, image.affine, **options)
         shown = [] if labels is None else [self._to_ids(labels)]
-        shown += [dense["segmentation"]] if reference is not None else []
+        shown += [dense["segmentation"]] if "segmentation" in dense else []
         d |= {"rows": rows, "picture": make_picture(image.as_tensor(), shown, self.structures, self.layout.protocol)}
         return d
 
-    def _measure_labels(self, labels: MetaTensor, wanted: Tensor, data: dict[Hashable, Any]) -> list[MetricRow]:
-        """Rows of the structures, those of their mean Dice, and the entry ``dice``."""
-        ids = self._to_ids(labels)
-        known = sorted({i for s in (*self.structures, *(self.dice_structures or ())) for i in s.ids})
-        of_structures = torch.isin(
-            torch.stack([ids, wanted.to(ids.dtype)]), torch.tensor(known, device=ids.device)
-        ).any(0)
-        # Overlap, surfaces and volumes are the same in the box around the structures, and sides go by differences of places.
-        box = (slice(None), *box_around(of_structures[0], margin=1))
-        cut, truth = _plain(labels)[box], wanted[box]
-        maps = ({"segmentation": cut}, {"segmentation": truth})
-        scan, condition = str(data["scan"]), str(data["condition"])
-        if self.dice_structures is not None:
-            dice = compute_structure_dice(ids[box][None], truth[None], self.dice_structures, labels.affine)
-            data["dice"] = dice[0].cpu()
-        return mean_dice_rows(
-            measure_scan(*maps, self.layout, self.structures, labels.affine, scan=scan, condition=condition)
-        )
-
     def _to_ids(self, labels: Tensor) -> Tensor:
-        return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=labels.device)[_plain(labels).long()]
+        plain = convert_to_tensor(labels, dtype=torch.long, track_meta=False)
+        return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=plain.device)[plain]
 
-    def _map_of(self, name: str, data: Mapping[Hashable, Any]) -> Tensor | None:
-        """The map of a task as it is measured: a field as its logarithm, a lesion as its probability."""
-        kind = self.layout.tasks[name].kind
-        value: Tensor | None = data.get(name.removeprefix("log_") if kind == "log_field" else name)
-        if value is None or kind not in ("log_field", "mask"):
-            return value
-        return value.log() if kind == "log_field" else value.sigmoid()
+
+def _entry(task: str) -> str:
+    return task.removeprefix("log_") if TASKS.get(task) and TASKS[task].kind == "log_field" else task
 
 
 def _read_magnitude(path: Path, grid: MetaTensor) -> tuple[MetaTensor, MetaTensor]:
@@ -175,28 +149,20 @@ def _read_magnitude(path: Path, grid: MetaTensor) -> tuple[MetaTensor, MetaTenso
     return image, mask
 
 
-def _plain(values: Tensor) -> Tensor:
-    return values.as_tensor() if isinstance(values, MetaTensor) else values
-
-
 def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     moved = resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros")
     return moved.as_tensor()
 
 
-def _dense_targets(
-    targets: Mapping[str, MetaTensor], found: Mapping[str, Tensor], grid: MetaTensor
+def _bring_to_grid(
+    targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor
 ) -> dict[str, Tensor]:
-    """References in the network's grid, those that are measured there, each with where it has values."""
-    labels_alike = ("segmentation", "visible", "lesion")
-    dense: dict[str, Tensor] = {}
-    for name, value in targets.items():
-        if name not in found and name not in ("segmentation", "visible") and not name.startswith("valid_"):
-            continue
-        mode = "nearest" if name in labels_alike or name.startswith("valid_") else "bilinear"
-        dense[name] = _match(value, grid, mode)
-        if name in found:
-            inside = _match(MetaTensor(torch.ones_like(_plain(value)[:1]), affine=value.affine), grid, "nearest") > 0
-            given = targets.get(f"valid_{name}")
-            dense[f"valid_{name}"] = inside if given is None else inside & (_match(given, grid, "nearest") > 0)
+    """References in the network's grid, in the units of the maps, each with where it is known."""
+    dense = {name: _match(targets[name], grid, "nearest") for name in ("segmentation", "visible") if name in targets}
+    for name in [name for name in maps if name in targets]:
+        target = targets[name]
+        moved = _match(target, grid, "nearest" if TASKS[name].kind == "mask" else "bilinear")
+        dense[name] = moved.exp() if TASKS[name].kind == "log_field" else moved
+        everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
+        dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
     return dense

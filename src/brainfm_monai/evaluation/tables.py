@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from numpy.typing import ArrayLike
+
 from brainfm_monai.evaluation.definitions import Headline
-from brainfm_monai.io import ABSENT, write_table
-from brainfm_monai.metrics import MetricRow, make_table, summarise, write_rows
+from brainfm_monai.metrics import MetricRow, make_table, summarise, write_frame
+from brainfm_monai.metrics.structures import SIDES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +25,7 @@ __all__ = [
     "SUMMARY_FILE",
     "make_headlines",
     "mean_dice_rows",
+    "write_dice_tables",
     "write_tables",
 ]
 
@@ -61,17 +64,33 @@ def write_tables(output_dir: Path, rows: Iterable[MetricRow]) -> pd.DataFrame:
     Returns:
         The summary; see :func:`~brainfm_monai.metrics.summarise`.
     """
-    measured = list(rows)
-    write_rows(output_dir / METRICS_FILE, measured)
-    summary = summarise(make_table(measured))
-    write_table(
-        output_dir / SUMMARY_FILE, list(summary.columns), [_cells(row) for row in summary.itertuples(index=False)]
-    )
+    table = make_table(rows)
+    write_frame(output_dir / METRICS_FILE, table)
+    summary = summarise(table)
+    write_frame(output_dir / SUMMARY_FILE, summary)
     return summary
 
 
-def _cells(row: Iterable[object]) -> list[object]:
-    return [(ABSENT if math.isnan(cell) else f"{cell:.6g}") if isinstance(cell, float) else cell for cell in row]
+def write_dice_tables(output_dir: Path, dice: Mapping[str, ArrayLike], structures: Sequence[str]) -> None:
+    """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
+
+    Args:
+        output_dir: folder of both.
+        dice: of each scan, shape (S, 3): left, right, both; NaN where a structure is absent or has no sides.
+        structures: S names.
+    """
+    import pandas as pd
+
+    scans = {scan: pd.DataFrame(values, index=structures, columns=SIDES) for scan, values in dice.items()}
+    table = pd.concat(scans, names=["scan", "structure"])
+    write_frame(output_dir / "dice.tsv", table.reset_index(), "%.4f")
+    by_structure = table.groupby("structure", sort=False)
+    summary = by_structure.mean().assign(scans=by_structure["both"].count())
+    # the mean is that over left and right parts, and structures without sides; first of each scan, then over the scans
+    without_sides = table[["left", "right"]].isna().all(axis=1)
+    parts = table.assign(both=table["both"].where(without_sides)).stack().groupby("scan")
+    summary.loc["mean"] = [math.nan, math.nan, parts.mean().mean(), len(dice)]
+    write_frame(output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), "%.4f")
 
 
 def make_headlines(table: pd.DataFrame, headlines: Sequence[Headline]) -> pd.DataFrame:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from brainfm_monai.evaluation.conditions import Condition, find_condition
 from brainfm_monai.evaluation.page import Evaluation, write_page
 from brainfm_monai.evaluation.processes import is_first_process, wait_for_others
-from brainfm_monai.evaluation.tables import MEAN_DICE, write_tables
-from brainfm_monai.metrics import MetricRow, StructureDiceTable
+from brainfm_monai.evaluation.tables import MEAN_DICE, write_dice_tables, write_tables
+from brainfm_monai.metrics import MetricRow
 from brainfm_monai.outputs import RunSettings, ScanResult, ScanWriter
 from brainfm_monai.outputs.writer import FAILED_FOLDER
 from brainfm_monai.tasks import TaskLayout
@@ -43,7 +42,7 @@ class EvaluationWriter(ScanWriter):
         layout: tasks and label protocol.
         writers: see :class:`~brainfm_monai.outputs.ScanWriter`; none: measures alone.
         conditions: of the cases.
-        dice: the tables ``dice.tsv`` and ``dice_summary.tsv``; None: without them.
+        dice_structures: structures of the tables ``dice.tsv`` and ``dice_summary.tsv``, by name.
         settings: what is used.
         definition: whatever else the measures depend on, by name: structures, laws of the generator.
     """
@@ -54,12 +53,12 @@ class EvaluationWriter(ScanWriter):
         layout: TaskLayout,
         writers: Mapping[str, Callable[[ScanResult], object]],
         conditions: Sequence[Condition],
-        dice: StructureDiceTable | None = None,
+        dice_structures: Iterable[str] = (),
         settings: RunSettings | None = None,
         definition: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(output_dir, layout, writers, settings)
-        self.conditions, self.dice = tuple(conditions), dice
+        self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
         self.definition = dict(definition or {})
 
     def is_finished(self, scan: Mapping[str, Any]) -> bool:
@@ -118,12 +117,10 @@ class EvaluationWriter(ScanWriter):
         measured = {name: content for name, content in stored.items() if content is not None}
         rows = [MetricRow(*row) for content in measured.values() for row in content["rows"]]
         plain = {c.name for c in self.conditions if not c.settings}
-        for scan in scans:
-            content = measured.get(str(scan["name"]))
-            if self.dice is not None and scan["condition"] in plain and content and content["dice"] is not None:
-                self.dice.dice[str(scan["name"])] = torch.tensor(content["dice"])
-        if self.dice is not None and self.dice.dice:
-            self.dice.write()
+        native = [str(scan["name"]) for scan in scans if scan["condition"] in plain]
+        dice = {name: found for name in native if (found := measured.get(name, {}).get("dice")) is not None}
+        if dice:
+            write_dice_tables(self.output_dir, dice, self.dice_structures)
         summary = write_tables(self.output_dir, rows)
         failures = {
             note.stem: note.read_text(encoding="utf-8").strip()

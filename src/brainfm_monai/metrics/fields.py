@@ -11,30 +11,37 @@ from brainfm_monai.tasks import MAX_DISTANCE_MM
 
 __all__ = [
     "compute_bias_error",
-    "compute_distance_error",
+    "compute_distance_mae",
     "compute_fold_fraction",
+    "compute_mean_inside",
     "compute_mni_error",
     "compute_thickness_error",
 ]
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over a mask, for each sample and channel: (B, C, H, W, D) and (B, C or 1, H, W, D) to (B, C); NaN if it is empty."""
+def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each sample and channel over a mask.
+
+    Args:
+        values: shape (B, C, H, W, D).
+        mask: shape (B, C or 1, H, W, D), bool.
+
+    Returns:
+        Shape (B, C); NaN where the mask is empty.
+    """
     mask = mask.expand_as(values)
     total = torch.where(mask, values, 0.0).sum((2, 3, 4), dtype=torch.float64)
     return (total / mask.sum((2, 3, 4))).float()
 
 
-def compute_bias_error(
-    pred_log: Tensor, true_log: Tensor, mask: Tensor, image: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Error of a bias field up to its gain, which no scan tells.
+def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
+    """Error of a bias field up to its gain, which no scan determines.
 
     With o and t the predicted and the true factor in the mask: ||w o - t|| / ||t||, w = <o, t> / <o, o>.
 
     Args:
-        pred_log: logarithm of the predicted factor, shape (B, 1, H, W, D).
-        true_log: logarithm of the true factor, same shape.
+        pred: predicted factor, shape (B, 1, H, W, D).
+        true: true factor, same shape.
         mask: the head, same shape, bool.
         image: image with the bias, same shape, any unit; None where there is none.
 
@@ -46,40 +53,38 @@ def compute_bias_error(
         Chua et al., Evaluation of performance metrics for bias field correction in MR brain images, Journal of Magnetic Resonance
         Imaging 29, 2009 (normalised error); BrainFM (arXiv 2509.00549), evaluation, for w.
     """
-    mask = mask.bool()
-    logs = (pred_log.float(), true_log.float())
-    # the gain is free: taking the mean of each log away first keeps the exponentials small and changes nothing
-    found, truth = ((one - _masked_mean(one, mask)[..., None, None, None]).exp() for one in logs)
-    gain = (_masked_mean(found * truth, mask) / _masked_mean(found * found, mask))[..., None, None, None]
-    error = _masked_mean((gain * found - truth).square(), mask) / _masked_mean(truth.square(), mask)
-    errors = {"normalised_l2": error.sqrt()[:, 0]}
+
+    def mean(values: Tensor) -> Tensor:
+        return compute_mean_inside(values, mask.bool())[..., None, None, None]
+
+    pred, true = (field.float() / mean(field.float()) for field in (pred, true))
+    gain = mean(pred * true) / mean(pred * pred)
+    errors = {"normalised_l2": (mean((gain * pred - true).square()) / mean(true.square())).sqrt().flatten()}
     if image is not None:
-        corrected = [image.float() / field for field in (found, truth)]
-        level = [one / _masked_mean(one, mask)[..., None, None, None] for one in corrected]
-        errors["corrected_l1"] = _masked_mean((level[0] - level[1]).abs(), mask)[:, 0]
+        by_pred, by_true = (image.float() / field for field in (pred, true))
+        errors["corrected_l1"] = mean((by_pred / mean(by_pred) - by_true / mean(by_true)).abs()).flatten()
     return errors
 
 
-def compute_distance_error(pred: Tensor, target: Tensor, mask: Tensor, band_mm: float = MAX_DISTANCE_MM) -> Tensor:
-    """Mean absolute error of signed distances near the surface, where |target| < band.
+def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute error of signed distances where the true one is within +-3 mm.
 
-    Targets and files are clipped at the band, so what stands at it is not known and left out; the prediction is clipped, too.
+    Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too.
 
     Args:
         pred: shape (B, C, H, W, D), mm; channels lp, lw, rp, rw.
         target: same shape, mm.
         mask: shape (B, 1, H, W, D), bool.
-        band_mm: half the width of the band.
 
     Returns:
-        Shape (B, C), mm; NaN where the band is empty.
+        Shape (B, C), mm; NaN where there is no such voxel.
     """
-    near = (target.abs() < band_mm) & mask.bool()
-    return _masked_mean((pred.float().clamp(-band_mm, band_mm) - target).abs(), near)
+    near = (target.abs() < MAX_DISTANCE_MM) & mask.bool()
+    return compute_mean_inside((pred.float().clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
 
 
 def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Error of the thickness of the cortex, as the distances tell it.
+    """Error of the thickness of the cortex, as the distances give it.
 
     A voxel is cortex of a hemisphere where it lies inside its pial and not inside its white surface; the thickness there is the
     distance to the one plus the distance to the other, as in the thickness map of the outputs.
@@ -90,16 +95,19 @@ def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[
         mask: shape (B, 1, H, W, D), bool.
 
     Returns:
-        For left and right, each of shape (B, 2), mm, NaN where there is no cortex: ``prediction`` and ``reference``, the mean
-        thickness of either's own cortex; ``error``, their signed difference; ``absolute_error``, the mean over the voxels of the
-        reference's cortex, whatever the prediction has there.
+        For left and right, each of shape (B, 2), mm, NaN where there is no cortex: ``thickness`` and ``reference_thickness``, the
+        mean over either's own cortex; ``thickness_error``, their signed difference; ``thickness_absolute_error``, the mean over
+        the voxels of the reference's cortex, whatever the prediction has there.
     """
-    shown, wanted = pred.float(), target.float()
-    thickness = [(one[:, 1::2] - one[:, 0::2]).clamp_min(0) for one in (shown, wanted)]
-    cortex = [(one[:, 0::2] < 0) & (one[:, 1::2] >= 0) & mask.bool() for one in (shown, wanted)]
-    found, truth = (_masked_mean(t, c) for t, c in zip(thickness, cortex, strict=True))
-    absolute = _masked_mean((thickness[0] - thickness[1]).abs(), cortex[1])
-    return {"prediction": found, "reference": truth, "error": found - truth, "absolute_error": absolute}
+    thickness = [(one[:, 1::2].float() - one[:, 0::2]).clamp_min(0) for one in (pred, target)]
+    cortex = [(one[:, 0::2] < 0) & (one[:, 1::2] >= 0) & mask.bool() for one in (pred, target)]
+    predicted, true = (compute_mean_inside(t, c) for t, c in zip(thickness, cortex, strict=True))
+    return {
+        "thickness": predicted,
+        "reference_thickness": true,
+        "thickness_error": predicted - true,
+        "thickness_absolute_error": compute_mean_inside((thickness[0] - thickness[1]).abs(), cortex[1]),
+    }
 
 
 def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -111,17 +119,13 @@ def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[
         mask: shape (B, 1, H, W, D), bool.
 
     Returns:
-        ``mean`` and ``p95`` (95th percentile), each of shape (B,), mm; NaN where the mask is empty.
+        ``error_mean`` and ``error_p95`` (95th percentile), each of shape (B,), mm; NaN where the mask is empty.
     """
     distance = (pred_mm.float() - target_mm).norm(dim=1, keepdim=True)
-    p95 = []
-    for one, m in zip(distance, mask.bool(), strict=True):
-        inside = one[m]
-        # the nearest rank: torch.quantile takes 16 million values at most
-        p95.append(
-            inside.kthvalue(1 + round(0.95 * (len(inside) - 1))).values if len(inside) else one.new_tensor(torch.nan)
-        )
-    return {"mean": _masked_mean(distance, mask.bool())[:, 0], "p95": torch.stack(p95)}
+    inside = [one[m] for one, m in zip(distance, mask.bool(), strict=True)]
+    # the nearest rank: torch.quantile takes 16 million values at most
+    p95 = [x.kthvalue(1 + round(0.95 * (len(x) - 1))).values if len(x) else x.new_tensor(torch.nan) for x in inside]
+    return {"error_mean": compute_mean_inside(distance, mask.bool())[:, 0], "error_p95": torch.stack(p95)}
 
 
 def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Tensor:
@@ -136,9 +140,6 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
         Shape (B,), in [0, 1]; NaN where the mask is empty. Derivatives are central differences, one-sided at the image's edge.
     """
     sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
-    shares = []
-    for coords, inside in zip(coords_mm.float(), mask.bool(), strict=True):
-        box = box_around(inside[0], margin=1)
-        folded = jacobian_determinant(coords[:, *box][None]) * sign <= 0
-        shares.append(_masked_mean(folded.float(), inside[:, *box][None])[0, 0])
-    return torch.stack(shares)
+    box = box_around(mask.flatten(0, 1).any(0), margin=1)
+    folded = jacobian_determinant(coords_mm[..., *box].float()) * sign <= 0
+    return compute_mean_inside(folded.float(), mask[..., *box].bool())[:, 0]

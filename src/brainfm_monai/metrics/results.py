@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from brainfm_monai.io import ABSENT, write_table
+from brainfm_monai.io import ABSENT, read_table, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MetricRow", "make_table", "read_rows", "read_table", "write_rows"]
+__all__ = ["MetricRow", "make_table", "read_metrics", "write_frame"]
 
 
 class MetricRow(NamedTuple):
@@ -40,36 +38,6 @@ class MetricRow(NamedTuple):
     unit: str
 
 
-def write_rows(path: str | Path, rows: Iterable[MetricRow]) -> None:
-    """Write rows as a TSV file with one column for each field; an undefined value is ``n/a``."""
-    cells = ((*row[:-2], ABSENT if math.isnan(row.value) else f"{row.value:.6g}", row.unit) for row in rows)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_table(Path(path), MetricRow._fields, cells)
-
-
-def read_rows(path: str | Path) -> list[MetricRow]:
-    """Read the rows of :func:`write_rows`.
-
-    Raises:
-        ValueError: if the columns are others, or a value is not a number.
-    """
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        if tuple(reader.fieldnames or ()) != MetricRow._fields:
-            raise ValueError(f"{path}: the columns must be {list(MetricRow._fields)}, found {reader.fieldnames}")
-        return [_parse(path, reader.line_num, cells) for cells in reader]
-
-
-def _parse(path: str | Path, line: int, cells: dict[str, str]) -> MetricRow:
-    try:
-        value = math.nan if cells["value"] == ABSENT else float(cells["value"])
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{path}, line {line}: 'value' must be a number or {ABSENT}, found {cells['value']!r}"
-        ) from None
-    return MetricRow(**{**cells, "value": value})  # type: ignore[arg-type]
-
-
 def make_table(rows: Iterable[MetricRow]) -> pd.DataFrame:
     """Rows as a pandas table with one column for each field."""
     import pandas as pd  # an optional dependency
@@ -77,6 +45,25 @@ def make_table(rows: Iterable[MetricRow]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(MetricRow._fields))
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """The file of :func:`write_rows` as a pandas table; raises as :func:`read_rows` does."""
-    return make_table(read_rows(path))
+def write_frame(path: str | Path, table: pd.DataFrame, float_format: str = "%.6g") -> None:
+    """Write a pandas table as a TSV file, whole or not at all; an undefined number is ``n/a``."""
+    with write_whole(path) as partial:
+        table.to_csv(partial, sep="\t", index=False, na_rep=ABSENT, float_format=float_format)
+
+
+def read_metrics(path: str | Path) -> pd.DataFrame:
+    """Read a table of :class:`MetricRow` from a TSV file.
+
+    Raises:
+        ValueError: if the columns are others, or a value is not a number.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(read_table(path))
+    if tuple(table.columns) != MetricRow._fields:
+        raise ValueError(f"{path}: the columns must be {list(MetricRow._fields)}, found {list(table.columns)}")
+    value = pd.to_numeric(table["value"], errors="coerce")
+    wrong = table["value"][value.isna() & (table["value"] != ABSENT)]
+    if len(wrong):
+        raise ValueError(f"{path}: 'value' must be a number or {ABSENT}, found {wrong.iloc[0]!r}")
+    return table.assign(value=value.astype(float))

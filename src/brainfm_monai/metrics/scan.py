@@ -8,32 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brainfm_monai.anatomy import Protocol
-from brainfm_monai.io import ABSENT
+from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.images import compute_image_metrics, fit_intensities, normalise_to_target
 from brainfm_monai.metrics.results import MetricRow
 from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around
 from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, pull_template
-from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.tasks import TASKS
 
 __all__ = ["measure_scan"]
 
 CT_WINDOW_HU = (0.0, 80.0)  # window of the brain, in which BrainFM reads CT, too
 HEMISPHERES = ("left", "right")
-SURFACES = ("pial", "white")
-IMAGE_UNITS = {"l1": "1", "psnr": "dB", "ssim": "1", "ms_ssim": "1"}
+UNITS = {"hd95": "mm", "volume": "mL", "reference_volume": "mL", "psnr": "dB"}  # of the others: a pure number
 
 Cells = tuple[str, str, str, float, str]  # structure, side, metric, value, unit
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """What the measures of one scan share; tensors of one sample, (1, C, H, W, D)."""
+    """What the measures of one scan share; tensors have the shape (1, C, H, W, D)."""
 
     structures: Sequence[EvaluatedStructure]
     affine: Tensor
-    head: Tensor
     brain: Tensor
     ids: Tensor | None
     image: Tensor | None
@@ -43,31 +40,26 @@ class _Scene:
 def measure_scan(
     pred: Mapping[str, Tensor],
     target: Mapping[str, Tensor],
-    layout: TaskLayout,
     structures: Sequence[EvaluatedStructure],
     affine: Tensor,
     *,
     scan: str,
     condition: str = "native",
-    reference: Protocol | None = None,
     mask: Tensor | None = None,
     image: Tensor | None = None,
     template: TemplateTissues | None = None,
 ) -> list[MetricRow]:
-    """Measure every task that stands in both dictionaries.
+    """Measure every task that is in both dictionaries.
 
     Args:
-        pred: for each task a map of shape (C, H, W, D) in the unit of the files (``Task.output_unit``), but the logarithm of a
-            bias field; ``segmentation`` holds labels of the layout's protocol, shape (1, H, W, D), ``lesion`` probabilities,
-            ``age`` one number of years.
-        target: same shapes and units; optionally ``visible``, the field of view, and ``valid_<task>``, where an image is not
-            defaced, both of shape (1, H, W, D).
-        layout: tells the kind of each task, and the protocol of the predicted labels.
+        pred: for each task a map of shape (C, H, W, D) in the unit of the files: FreeSurfer ids for ``segmentation``, a factor
+            for ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``.
+        target: same shapes and units; optionally ``visible``, the field of view, and ``valid_<task>``, where a target is known,
+            both of shape (1, H, W, D).
         structures: structures of the segmentation, see :func:`~brainfm_monai.metrics.parse_structures`.
         affine: voxel indices to RAS mm, shape (4, 4).
         scan: name for the rows.
         condition: name for the rows: how the scan was changed.
-        reference: protocol of the labels in ``target["segmentation"]``; None: they are FreeSurfer ids.
         mask: the head, shape (1, H, W, D): where maps are compared; None: where the target's segmentation is not 0, and
             everywhere if there is none.
         image: what the network saw, shape (1, H, W, D), any unit: for the error of the corrected image.
@@ -80,166 +72,123 @@ def measure_scan(
         are after the best gain and offset.
 
     Raises:
-        ValueError: if a task has no measure, or shapes differ.
+        ScanError: if a task has no measure, or shapes differ.
     """
-    scene = _set_scene(target, structures, affine, reference, mask, image, template)
+    ids = target["segmentation"][None] if "segmentation" in target else None
+    if mask is not None:
+        head = mask[None].bool()
+    elif ids is not None:
+        head = ids > 0
+    else:
+        maps = [one for one in target.values() if one.ndim == 4] or [torch.ones(1, 1, 1, 1)]
+        head = torch.ones_like(maps[0][None, :1], dtype=torch.bool)
+    if "visible" in target:
+        head = head & target["visible"][None].bool()
+    known = torch.tensor(sorted({i for s in structures for i in s.ids}), device=affine.device)
+    brain = head if ids is None else head & torch.isin(ids.long(), known.to(ids.device))
+    scene = _Scene(structures, affine, brain, ids, None if image is None else image[None], template)
     rows: list[MetricRow] = []
-    for name, found in pred.items():
-        if name not in target:
-            continue
-        if name not in {*layout.tasks, "age"}:
-            raise ValueError(f"measure_scan: 'layout' must have every task but age, got {name!r}")
-        kind = name if name == "age" else layout.tasks[name].kind
+    for name in [name for name in pred if name in target]:
+        kind = TASKS[name].kind
         if kind not in MEASURES:
-            raise ValueError(
-                f"measure_scan: there are measures for {sorted(MEASURES)}, got task {name!r} of kind {kind!r}"
-            )
-        found, wanted = found[None], target[name][None]
-        if kind == "labels":
-            found, wanted = _to_ids(found, layout.protocol), scene.ids if scene.ids is not None else wanted
-        if kind != "age" and found.shape != wanted.shape:
-            shapes = f"{tuple(found.shape[1:])} and {tuple(wanted.shape[1:])}"
-            raise ValueError(f"measure_scan: {name} must have one shape in 'pred' and 'target', got {shapes}")
-        valid = scene.head & target[f"valid_{name}"][None].bool() if f"valid_{name}" in target else scene.head
-        cells = _measure_ct(found, wanted, valid) if name == "CT" else MEASURES[kind](found, wanted, valid, scene)
+            raise ScanError(f"{scan}: there are measures for {sorted(MEASURES)}, found task {name!r} of kind {kind!r}")
+        if pred[name].shape != target[name].shape:
+            shapes = f"{tuple(pred[name].shape)} and {tuple(target[name].shape)}"
+            raise ScanError(f"{scan}: {name} must have one shape in prediction and reference, found {shapes}")
+        valid = head & target[f"valid_{name}"][None].bool() if f"valid_{name}" in target else head
+        measure = _measure_ct if name == "CT" else MEASURES[kind]
+        cells = measure(pred[name][None], target[name][None], valid, scene)
         rows += [MetricRow(scan, condition, name, *cell) for cell in cells]
     return rows
 
 
-def _set_scene(
-    target: Mapping[str, Tensor],
-    structures: Sequence[EvaluatedStructure],
-    affine: Tensor,
-    reference: Protocol | None,
-    mask: Tensor | None,
-    image: Tensor | None,
-    template: TemplateTissues | None,
-) -> _Scene:
-    labels = target["segmentation"][None] if "segmentation" in target else None
-    ids = labels if labels is None or reference is None else _to_ids(labels, reference)
-    if mask is not None:
-        head = mask[None].bool()
-    elif labels is not None:
-        head = labels > 0
-    else:
-        dense = next((one for one in target.values() if one.ndim == 4), torch.ones(1, 1, 1, 1))
-        head = torch.ones_like(dense[:1], dtype=torch.bool)[None]
-    if "visible" in target:
-        head = head & target["visible"][None].bool()
-    brain = head
-    if ids is not None:
-        known = sorted({i for s in structures for i in s.ids})
-        brain = head & torch.isin(ids.long(), torch.tensor(known, device=ids.device))
-    return _Scene(structures, affine, head, brain, ids, None if image is None else image[None], template)
-
-
-def _to_ids(labels: Tensor, protocol: Protocol) -> Tensor:
-    return torch.as_tensor(protocol.freesurfer_ids, device=labels.device)[labels.long()]
-
-
-def _measure_labels(found: Tensor, wanted: Tensor, _: Tensor, scene: _Scene) -> list[Cells]:
-    arguments = (found, wanted, scene.structures, scene.affine)
-    volumes = segmentation.compute_structure_volume_error(*arguments)
-    measured = {
-        ("dice", "1"): segmentation.compute_structure_dice(*arguments),
-        ("hd95", "mm"): segmentation.compute_structure_hd95(*arguments),
-        ("volume_error", "1"): volumes.error,
-        ("volume", "mL"): volumes.prediction_ml,
-        ("reference_volume", "mL"): volumes.reference_ml,
-    }
+def _plain_cells(values: Mapping[str, Tensor], unit: str | None = None, structure: str = ABSENT) -> list[Cells]:
+    """One row without a side for each named number."""
     return [
-        (structure.name, side, metric, float(values[0, s, i]), unit)
-        for s, structure in enumerate(scene.structures)
-        for i, side in enumerate(SIDES)
+        (structure, ABSENT, name, float(x), UNITS.get(name, "1") if unit is None else unit)
+        for name, x in values.items()
+    ]
+
+
+def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> list[Cells]:
+    arguments = (pred[0], target[0], scene.structures, scene.affine)
+    measures = segmentation.compute_structure_overlap(*arguments)
+    measures["hd95"] = segmentation.compute_structure_hausdorff(*arguments, percentile=95.0)
+    return [
+        (structure.name, side, metric, float(values[row, column]), UNITS.get(metric, "1"))
+        for row, structure in enumerate(scene.structures)
+        for column, side in enumerate(SIDES)
         if not structure.middle or side == "both"
-        for (metric, unit), values in measured.items()
+        for metric, values in measures.items()
     ]
 
 
-def _measure_image(found: Tensor, wanted: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
-    found, wanted = normalise_to_target(found, wanted, mask)
-    return _compare_images(found, wanted, mask)
+def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
+    return _compare_images(*normalise_to_target(pred, target, mask), mask)
 
 
-def _measure_ct(found: Tensor, wanted: Tensor, mask: Tensor) -> list[Cells]:
+def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
     low, high = CT_WINDOW_HU
-    error = float((found.float() - wanted)[mask].abs().mean())
-    found, wanted = ((one.float().clamp(low, high) - low) / (high - low) for one in (found, wanted))
-    return [(ABSENT, ABSENT, "mae", error, "HU"), *_compare_images(found, wanted, mask)]
+    error = {"mae": (pred.float() - target)[mask].abs().mean()}
+    pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
+    return _plain_cells(error, "HU") + _compare_images(pred, target, mask)
 
 
-def _compare_images(found: Tensor, wanted: Tensor, mask: Tensor) -> list[Cells]:
-    compared = {"": found, "_fitted": fit_intensities(found, wanted, mask)}
-    return [
-        (ABSENT, ABSENT, name + suffix, float(value), IMAGE_UNITS[name])
-        for suffix, image in compared.items()
-        for name, value in compute_image_metrics(image, wanted, mask).items()
-    ]
+def _compare_images(pred: Tensor, target: Tensor, mask: Tensor) -> list[Cells]:
+    plain = compute_image_metrics(pred, target, mask)
+    fitted = compute_image_metrics(fit_intensities(pred, target, mask), target, mask)
+    return _plain_cells(plain) + [(*row[:2], f"{row[2]}_fitted", *row[3:]) for row in _plain_cells(fitted)]
 
 
-def _measure_log_field(found: Tensor, wanted: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
-    errors = fields.compute_bias_error(found, wanted, mask, scene.image)
-    return [(ABSENT, ABSENT, name, float(value), "1") for name, value in errors.items()]
+def _measure_bias_field(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
+    return _plain_cells(fields.compute_bias_error(pred, target, mask, scene.image))
 
 
-def _measure_distance(found: Tensor, wanted: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
-    errors = fields.compute_distance_error(found, wanted, mask)[0].reshape(len(HEMISPHERES), len(SURFACES))
-    cells: list[Cells] = [
-        (surface, side, "distance_error", float(errors[h, s]), "mm")
-        for h, side in enumerate(HEMISPHERES)
-        for s, surface in enumerate(SURFACES)
-    ]
-    thickness = fields.compute_thickness_error(found, wanted, mask)
-    names = {
-        "prediction": "thickness",
-        "reference": "reference_thickness",
-        "error": "thickness_error",
-        "absolute_error": "thickness_absolute_error",
-    }
-    for name, metric in names.items():
-        cells += [("cortex", side, metric, float(thickness[name][0, h]), "mm") for h, side in enumerate(HEMISPHERES)]
+def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
+    error = fields.compute_distance_mae(pred, target, mask)[0].tolist()
+    channels = [(surface, side) for side in HEMISPHERES for surface in ("pial", "white")]  # lp, lw, rp, rw
+    cells: list[Cells] = [(*channel, "distance_error", x, "mm") for channel, x in zip(channels, error, strict=True)]
+    for metric, values in fields.compute_thickness_error(pred, target, mask).items():
+        cells += [("cortex", side, metric, x, "mm") for side, x in zip(HEMISPHERES, values[0].tolist(), strict=True)]
     return cells
 
 
-def _measure_coordinates(found: Tensor, wanted: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
-    errors = fields.compute_mni_error(found, wanted, scene.brain)
-    folds = fields.compute_fold_fraction(found, scene.brain, scene.affine)
-    cells: list[Cells] = [("brain", ABSENT, f"error_{name}", float(value), "mm") for name, value in errors.items()]
-    cells.append(("brain", ABSENT, "fold_fraction", float(folds), "1"))
+def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
+    cells = _plain_cells(fields.compute_mni_error(pred, target, scene.brain), "mm", "brain")
+    folds = fields.compute_fold_fraction(pred, scene.brain, scene.affine)
+    cells += _plain_cells({"fold_fraction": folds}, structure="brain")
     if scene.template is None:
         return cells
-    tissues, grid = scene.template.probability, scene.template.affine
     box = box_around(mask[0, 0])
-    found, wanted, mask = (one[..., *box] for one in (found, wanted, mask))
-    references = {"warped_dice": pull_template(wanted, tissues, grid)}
+    pred, target, mask = (one[..., *box] for one in (pred, target, mask))
+    references = {"warped_dice": pull_template(target, scene.template)}
     if scene.ids is not None:
         ids = scene.ids[..., *box].long()
-        of_labels = [torch.isin(ids, torch.tensor(sorted(one), device=ids.device)) for one in scene.template.ids]
-        references["warped_dice_labels"] = torch.cat(of_labels, dim=1)
-    for metric, reference in references.items():
-        dice = compute_warped_dice(found, reference, tissues, grid, mask)[0]
-        cells += [
-            (name, "both", metric, float(value), "1") for name, value in zip(scene.template.names, dice, strict=True)
+        tissues = [
+            torch.isin(ids, torch.tensor(sorted(of_tissue), device=ids.device)) for of_tissue in scene.template.ids
         ]
+        references["warped_dice_labels"] = torch.cat(tissues, dim=1)
+    for metric, reference in references.items():
+        dice = compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()
+        cells += [(name, "both", metric, x, "1") for name, x in zip(scene.template.names, dice, strict=True)]
     return cells
 
 
-def _measure_mask(found: Tensor, wanted: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
-    overlap = segmentation.compute_lesion_metrics(found, wanted, mask)
-    return [("lesion", ABSENT, name, float(value), "1") for name, value in overlap.items()]
+def _measure_lesion(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
+    return _plain_cells(segmentation.compute_lesion_metrics(pred, target, mask), structure="lesion")
 
 
-def _measure_age(found: Tensor, wanted: Tensor, _: Tensor, __: _Scene) -> list[Cells]:
-    error = float(found) - float(wanted)
-    return [(ABSENT, ABSENT, "error", error, "years"), (ABSENT, ABSENT, "absolute_error", abs(error), "years")]
+def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: _Scene) -> list[Cells]:
+    error = pred.float().mean() - target.float().mean()
+    return _plain_cells({"error": error, "absolute_error": error.abs()}, "years")
 
 
 MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, _Scene], list[Cells]]] = {
     "labels": _measure_labels,
     "image": _measure_image,
-    "log_field": _measure_log_field,
+    "log_field": _measure_bias_field,
     "distance": _measure_distance,
     "coordinates": _measure_coordinates,
-    "mask": _measure_mask,
-    "age": _measure_age,
+    "mask": _measure_lesion,
+    "scalar": _measure_number,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Interval", "SignedRank", "adjust_holm", "bootstrap_interval", "compare", "compute_signed_rank", "summarise"]
 
-KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # what a statistic is taken within, over the scans
+KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # a statistic is taken within them, over the scans
 FAMILY = [
     "condition",
     "task",
     "metric",
     "unit",
-]  # within it the tests of all structures and sides are corrected together
+]  # the tests of all structures and sides within it are corrected together
 RESAMPLES = 2000  # DiCiccio and Efron, Bootstrap confidence intervals, Statistical Science 11, 1996
 SMALLEST_BCA = 10  # scans; below, the acceleration rests on too few values, and the plain percentiles are taken
 
@@ -47,7 +47,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
         values: one for each scan; NaN are left out.
         seed: of the resampling: the same values and seed give the same interval.
         resamples: how often the scans are drawn again.
-        level: share of intervals that should hold the true mean, in (0, 1).
+        level: share of intervals that should contain the true mean, in (0, 1).
 
     Returns:
         The interval; NaN for fewer than two values or an infinite one, and a point where all values are equal.
@@ -55,25 +55,18 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
     Reference:
         Efron, Better bootstrap confidence intervals, Journal of the American Statistical Association 82, 1987.
     """
-    known = np.asarray(values, dtype=np.float64).ravel()
-    known = known[~np.isnan(known)]
-    if len(known) < 2 or np.isinf(known).any():
+    sample = np.asarray(values, dtype=np.float64).ravel()
+    sample = sample[~np.isnan(sample)]
+    if len(sample) < 2 or np.isinf(sample).any():
         return Interval(np.nan, np.nan)
-    if np.ptp(known) == 0:
-        return Interval(float(known[0]), float(known[0]))
+    if np.ptp(sample) == 0:
+        return Interval(float(sample[0]), float(sample[0]))
     from scipy.stats import bootstrap  # an optional dependency
 
-    method = "BCa" if len(known) >= SMALLEST_BCA else "percentile"
-    found = bootstrap(
-        (known,),
-        np.mean,
-        n_resamples=resamples,
-        batch=RESAMPLES,
-        confidence_level=level,
-        method=method,
-        random_state=seed,
-    )
-    return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high))
+    method = "BCa" if len(sample) >= SMALLEST_BCA else "percentile"
+    options = {"n_resamples": resamples, "batch": RESAMPLES, "confidence_level": level, "random_state": seed}
+    interval = bootstrap((sample,), np.mean, method=method, **options).confidence_interval
+    return Interval(float(interval.low), float(interval.high))
 
 
 def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95) -> pd.DataFrame:
@@ -89,16 +82,11 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES, le
         One row for each group, in the order in which they appear: the keys, ``n`` (scans with a value), ``mean``, ``sd`` (n - 1),
         ``median``, ``low`` and ``high``. What is undefined is left out of n and of every statistic.
     """
-    import pandas as pd
-
-    rows = []
-    for key, values in _group(table):
-        known = values.dropna().to_numpy(dtype=np.float64)
-        interval = bootstrap_interval(known, seed, resamples, level)
-        moments = [float(f(known)) if len(known) else np.nan for f in (np.mean, np.median)]
-        sd = float(np.std(known, ddof=1)) if len(known) > 1 and np.isfinite(known).all() else np.nan
-        rows.append((*key, len(known), moments[0], sd, moments[1], *interval))
-    return pd.DataFrame(rows, columns=[*KEYS, "n", "mean", "sd", "median", "low", "high"])
+    groups = table.groupby(KEYS, sort=False, dropna=False)["value"]
+    with np.errstate(invalid="ignore"):  # the deviation of infinite values is undefined
+        summary = groups.agg(n="count", mean="mean", sd="std", median="median").reset_index()
+    intervals = [bootstrap_interval(values, seed, resamples, level) for _, values in groups]
+    return summary.assign(low=[i.low for i in intervals], high=[i.high for i in intervals])
 
 
 def compare(
@@ -124,16 +112,15 @@ def compare(
     """
     import pandas as pd
 
-    pairs = _pair(first, second)
     rows = []
-    for key, group in pairs.groupby(KEYS, sort=False, dropna=False):
-        both = group.dropna(subset=["value_first", "value_second"])
-        left, right = (both[f"value_{name}"].to_numpy(dtype=np.float64) for name in ("first", "second"))
-        # two infinite values are equal, too, and not inf - inf
+    for key, group in _pair(first, second).groupby(KEYS, sort=False, dropna=False):
+        pairs = group.dropna(subset=["value_first", "value_second"])
+        left, right = (pairs[f"value_{name}"].to_numpy(dtype=np.float64) for name in ("first", "second"))
+        # two infinite values are equal, and not inf - inf
         difference = np.subtract(right, left, out=np.zeros_like(left), where=left != right)
         interval = bootstrap_interval(difference, seed, resamples, level)
         means = [float(one.mean()) if len(one) else np.nan for one in (left, right, difference)]
-        rows.append((*key, len(both), *means, *interval, *compute_signed_rank(difference)))
+        rows.append((*key, len(pairs), *means, *interval, *compute_signed_rank(difference)))
     columns = [*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p", "effect_size"]
     result = pd.DataFrame(rows, columns=columns)
     corrected = result.groupby(FAMILY, sort=False)["p"].transform(lambda p: adjust_holm(p.to_numpy()))
@@ -155,7 +142,7 @@ def compute_signed_rank(differences: ArrayLike) -> SignedRank:
         Wilcoxon, Individual comparisons by ranking methods, Biometrics Bulletin 1, 1945; Kerby, The simple difference formula,
         Comprehensive Psychology 3, 2014.
     """
-    from scipy.stats import rankdata, wilcoxon
+    from scipy.stats import wilcoxon
 
     values = np.asarray(differences, dtype=np.float64).ravel()
     if not len(values):
@@ -163,8 +150,8 @@ def compute_signed_rank(differences: ArrayLike) -> SignedRank:
     values = values[values != 0]
     if not len(values):
         return SignedRank(1.0, 0.0)
-    ranks = rankdata(np.abs(values))
-    return SignedRank(float(wilcoxon(values).pvalue), float((np.sign(values) * ranks).sum() / ranks.sum()))
+    positive = wilcoxon(values, alternative="greater").statistic  # sum of the ranks of positive differences
+    return SignedRank(float(wilcoxon(values).pvalue), float(4 * positive / (len(values) * (len(values) + 1)) - 1))
 
 
 def adjust_holm(p: ArrayLike) -> np.ndarray:
@@ -175,33 +162,26 @@ def adjust_holm(p: ArrayLike) -> np.ndarray:
     """
     values = np.asarray(p, dtype=np.float64)
     adjusted = np.full(values.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(values))
-    order = known[np.argsort(values[known], kind="stable")]
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]  # NaN are last
     steps = values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
-
-
-def _group(table: pd.DataFrame) -> list[tuple[tuple[Hashable, ...], pd.Series]]:
-    return [(key, group["value"]) for key, group in table.groupby(KEYS, sort=False, dropna=False)]
 
 
 def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """Rows of both tables side by side."""
     keys = ["scan", *KEYS]
     for name, table in (("first", first), ("second", second)):
-        twice = table[table.duplicated(keys)]
-        if len(twice):
-            raise ValueError(f"compare: a row may stand once in a table, found twice in '{name}': {_name(twice, keys)}")
+        repeated = table[table.duplicated(keys)]
+        if len(repeated):
+            raise ValueError(f"compare: a row may be once in a table, found twice in '{name}': {_name(repeated, keys)}")
     scans = set(first["scan"]) ^ set(second["scan"])
     if scans:
-        raise ValueError(f"compare: 'first' and 'second' must have the same scans, found in one alone: {sorted(scans)}")
+        raise ValueError(f"compare: both tables must have the same scans, found in one alone: {sorted(scans)}")
     pairs = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
     alone = pairs[pairs["_merge"] != "both"]
     if len(alone):
-        raise ValueError(
-            f"compare: 'first' and 'second' must have the same rows, found in one alone: {_name(alone, keys)}"
-        )
+        raise ValueError(f"compare: both tables must have the same rows, found in one alone: {_name(alone, keys)}")
     return pairs
 
 

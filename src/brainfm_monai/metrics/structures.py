@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
 __all__ = ["SIDES", "EvaluatedStructure", "box_around", "index_structures", "parse_structures"]
@@ -87,56 +88,43 @@ def _expand(ids: Ids) -> frozenset[int]:
 def index_structures(ids: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor) -> Tensor:
     """Label map of the sides of structures: 2 s + 1 for the left (or the middle) and 2 s + 2 for the right of structure s.
 
+    An unsided voxel belongs to the side of the plane on which it lies: the plane halfway between the centroids of everything
+    left and everything right, normal to their line.
+
     Args:
         ids: FreeSurfer ids, shape (H, W, D).
         structures: S structures.
         affine: voxel indices to mm, shape (4, 4).
 
     Returns:
-        int64 tensor of shape (H, W, D), 0 where there is none of the structures.
+        int16 tensor of shape (H, W, D), 0 where there is none of the structures.
     """
-    largest = max(i for s in structures for i in s.ids)
-    table = torch.zeros(largest + 2, dtype=torch.int64)
-    unsided_table = torch.zeros_like(table)
+    tables = torch.zeros(3, max(i for s in structures for i in s.ids) + 2, dtype=torch.int16, device=ids.device)
     for number, structure in enumerate(structures):
-        table[sorted(structure.left | structure.middle)] = 2 * number + 1
-        table[sorted(structure.right)] = 2 * number + 2
-        unsided_table[sorted(structure.unsided)] = 2 * number + 1
-    known = torch.where(ids < 0, 0, ids.round().long().clamp(max=largest + 1))
-    index = table.to(ids.device)[known]
-    unsided = unsided_table.to(ids.device)[known]
-    paired = index.new_tensor([0, *(bool(s.left) for s in structures for _ in "lr")], dtype=torch.bool)[index]
-    is_left = (index % 2 == 1) & paired
-    is_right = (index % 2 == 0) & paired
-    places = unsided.nonzero()
-    if len(places) and is_left.any() and is_right.any():
-        on_right = ~_lies_left(places, is_left, is_right, affine)
-        index[places.unbind(1)] = unsided[places.unbind(1)] + on_right
+        tables[0, sorted(structure.left | structure.middle)] = 2 * number + 1
+        tables[0, sorted(structure.right)] = 2 * number + 2
+        tables[1, sorted(structure.unsided)] = 2 * number + 1
+        tables[2, sorted(structure.left)], tables[2, sorted(structure.right)] = 1, 2
+    in_table = torch.where(ids < 0, 0, ids.round().long().clamp(max=tables.shape[1] - 1))
+    index, unsided, side = (table[in_table] for table in tables)
+    voxels = unsided.nonzero()
+    if len(voxels) and all((side == number).any() for number in (1, 2)):
+        left, right = (_centroid(side == number) for number in (1, 2))
+        axes = affine[:3, :3].to(left)
+        normal = axes.T @ axes @ (left - right)  # in voxel indices
+        on_right = (voxels.to(left) - (left + right) / 2) @ normal <= 0
+        index[voxels.unbind(1)] = unsided[voxels.unbind(1)] + on_right
     return index
-
-
-def _lies_left(places: Tensor, is_left: Tensor, is_right: Tensor, affine: Tensor) -> Tensor:
-    """Whether voxels, shape (N, 3), lie left of the plane halfway between both sides' centroids, normal to their line."""
-    left, right = _centroid(is_left), _centroid(is_right)
-    axes = affine[:3, :3].to(left)
-    normal = axes.T @ axes @ (left - right)
-    return (places.to(left) - (left + right) / 2) @ normal > 0
 
 
 def _centroid(mask: Tensor) -> Tensor:
     """Mean voxel index of a mask of shape (H, W, D), shape (3,), float64."""
-    parts = []
-    for axis in range(3):
-        count = mask.sum(dim=[a for a in range(3) if a != axis]).double()
-        parts.append((count * torch.arange(len(count), device=count.device)).sum() / count.sum())
-    return torch.stack(parts)
+    counts = [mask.sum(dim=[a for a in range(3) if a != axis]).double() for axis in range(3)]
+    return torch.stack([(n * torch.arange(len(n), device=n.device)).sum() / n.sum() for n in counts])
 
 
 def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
-    """Box around a mask of shape (H, W, D), wider by a margin as far as the image goes; the whole image if the mask is empty."""
-    ends = []
-    for axis, size in enumerate(mask.shape):
-        index = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
-        start, stop = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, size)
-        ends.append(slice(max(start - margin, 0), min(stop + margin, size)))
-    return ends[0], ends[1], ends[2]
+    """Box around a mask of shape (H, W, D), wider by a margin within the image; the whole image if the mask is empty."""
+    start, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
+    height, width, depth = (slice(a, b or None) for a, b in zip(start, stop, strict=True))
+    return height, width, depth

@@ -53,40 +53,34 @@ def load_template_tissues() -> TemplateTissues:
     )
 
 
-def pull_template(coords_mm: Tensor, probability: Tensor, affine: Tensor) -> Tensor:
-    """Tissues of the template where coordinates say that each voxel lies.
+def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
+    """Tissues of the template at the template coordinates of each voxel.
 
     Args:
         coords_mm: template coordinates, RAS mm, shape (B, 3, H, W, D).
-        probability: of K tissues in the template, shape (K, h, w, d).
-        affine: the template's voxel indices to RAS mm, shape (4, 4).
+        template: K tissues.
 
     Returns:
         Where the probability, linearly interpolated, is above one half, shape (B, K, H, W, D), bool.
     """
-    inverse = torch.linalg.inv(affine.double()).to(coords_mm.device, torch.float32)
+    inverse = torch.linalg.inv(template.affine.double()).to(coords_mm.device, torch.float32)
     index = torch.einsum("ij,bjhwd->bihwd", inverse[:3, :3], coords_mm.float()) + inverse[:3, 3].reshape(1, 3, 1, 1, 1)
-    source = probability.to(coords_mm.device, torch.float32)
-    maps = [warp(one[None, None].expand(len(index), -1, -1, -1, -1), index) > MINIMUM_SHARE for one in source]
-    return torch.cat(maps, dim=1)
+    source = template.probability.to(coords_mm.device, torch.float32)[None].expand(len(index), -1, -1, -1, -1)
+    return warp(source, index) > MINIMUM_SHARE
 
 
-def compute_warped_dice(
-    pred_mm: Tensor, reference: Tensor, probability: Tensor, affine: Tensor, mask: Tensor | None = None
-) -> Tensor:
+def compute_warped_dice(pred_mm: Tensor, reference: Tensor, template: TemplateTissues, mask: Tensor) -> Tensor:
     """Dice of the template's tissues, pulled through predicted coordinates, and a reference.
 
     Args:
         pred_mm: predicted template coordinates, RAS mm, shape (B, 3, H, W, D).
         reference: bool, shape (B, K, H, W, D): the same tissues pulled through true coordinates (:func:`pull_template`), or those
             of a segmentation.
-        probability: of K tissues in the template, shape (K, h, w, d).
-        affine: the template's voxel indices to RAS mm, shape (4, 4).
-        mask: where it counts, shape (B, 1, H, W, D), bool; everywhere if None.
+        template: K tissues.
+        mask: where it counts, shape (B, 1, H, W, D), bool.
 
     Returns:
         Shape (B, K); NaN where the reference lacks the tissue.
     """
-    inside = torch.ones_like(reference[:, :1]) if mask is None else mask.bool()
-    found = pull_template(pred_mm, probability, affine) & inside
-    return compute_dice(found, reference.bool() & inside, include_background=True)
+    inside = mask.bool()
+    return compute_dice(pull_template(pred_mm, template) & inside, reference & inside, include_background=True)
