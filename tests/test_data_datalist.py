@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from monai.data import load_decathlon_datalist
 
-from brainfm_monai.data.datalist import count_subjects, read_datalist, write_datalist
+from brainfm_monai.data.datalist import count_subjects, find_persons, read_datalist, write_datalist
 
 KEYS = ("generation_labels", "segmentation", "distance", "mni")
 
@@ -78,6 +78,52 @@ def test_visits_of_a_person_stay_together(root: Path) -> None:
         together = [section for section, names in sections.items() if {"s1", "s2", "s3"} & set(names)]
         assert len(together) == 1, seed
     assert read(write_datalist(root, test=["s2"]))["test"] == ["s1", "s2", "s3"]
+
+
+def test_visits_and_templates_are_one_person_by_their_names(tmp_path: Path) -> None:
+    people = {
+        "a": ["sub-01", "sub-01_ses-1", "sub-01_ses-10_run-2", "sub-01_ses-1.long.sub-01"],
+        "b": ["sub-011_ses-1"],
+        "c": ["ann1", "ann2", "ann_base", "ann1.long.ann_base", "ann2.long.ann_base"],
+        "d": ["bob_tp1", "bob_tp2", "bob_20240131", "bob-baseline"],
+        "e": ["OAS30001_MR_d0129", "OAS30001_MR_d2430"],
+        "f": ["training_seg_01"],
+        "g": ["training_seg_02"],
+    }
+    entries = {name: {"subject": name, "dataset": "x"} for names in people.values() for name in names}
+    found = find_persons(entries)
+    groups = [{found[name] for name in names} for names in people.values()]
+    assert [len(group) for group in groups] == [1] * len(people)
+    assert len(set.union(*groups)) == len(people)
+    recorded = find_persons({n: {"subject": n, "person": n} for n in ("case_v1", "case_v2")})
+    assert len(set(recorded.values())) == 2, "a record of the person goes before the name"
+
+
+def test_one_training_has_one_protocol(root: Path) -> None:
+    for name, protocol in (("s1", "brainfm"), ("s2", "synthseg_head")):
+        (root / name / "subject.json").write_text(json.dumps({"protocol": protocol}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"of one protocol are needed, found brainfm: s1; synthseg_head: s2"):
+        write_datalist(root)
+    (root / "s1" / "subject.json").write_text('{"protocol": "synthseg_head"}', encoding="utf-8")
+    path = write_datalist(root, validation="s1")
+    assert [item["subject"] for item in read_datalist(path, "training", "synthseg_head")] == ["s2", "s3", "s4"]
+    for section, name in (("training", "s2"), ("validation", "s1")):
+        with pytest.raises(ValueError, match=rf"json: .* protocol 'brainfm' are needed, found synthseg_head: {name}"):
+            read_datalist(path, section, "brainfm")
+    with pytest.raises(
+        ValueError, match="with the sections testing is needed, found the sections training, validation"
+    ):
+        read_datalist(path, "testing")
+
+
+def test_paths_are_whole_and_names_stay_names(root: Path) -> None:
+    (root / "extra").mkdir()
+    items = [{"subject": "extra", "dataset": "extra", "T1w": "extra/x", "lesion_shape": "extra/l.nii.gz", "age": 3}]
+    items[0] |= {"distance": ["a.nii", "b.nii"], "simulated": ["CT"]}
+    (root / "list.json").write_text(json.dumps({"training": items}), encoding="utf-8")
+    (item,) = read_datalist(root / "list.json", "training")
+    files = {"T1w": f"{root}/extra/x", "lesion_shape": f"{root}/extra/l.nii.gz"}
+    assert item == items[0] | files | {"distance": [f"{root}/a.nii", f"{root}/b.nii"]}
 
 
 def test_three_sections_share_no_subject(root: Path) -> None:

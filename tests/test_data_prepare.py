@@ -16,6 +16,7 @@ from brainfm_monai.data import prepare, subjects
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.prepare import PreparationError, prepare_label_map, prepare_label_maps
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
+from brainfm_monai.io import write_folder
 
 SIZE = (32, 40, 36)
 FILES = ("generation_labels.nii.gz", "segmentation.nii.gz", "distance.nii.gz", "mni.nii.gz")
@@ -185,11 +186,22 @@ def test_an_interrupted_subject_leaves_nothing_and_is_made_again(
         prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(subjects, "_save", save)
-    leftover = tmp_path / "out" / ".a.part"  # as a power cut leaves it
+    leftover = tmp_path / "out" / ".0123abcd.partial.a"  # as a power cut leaves it
     leftover.mkdir()
     (leftover / "mni.nii.gz").write_text("half", encoding="utf-8")
     prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_a_folder_that_another_process_fills_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    with write_folder(target) as first:
+        (first / "one").touch()
+        with write_folder(target) as second:
+            (second / "two").touch()
+        assert first.is_dir()
+        assert [f.name for f in target.iterdir()] == ["two"]
+    assert [f.name for f in tmp_path.rglob("*")] == ["a", "one"]
 
 
 def test_a_table_translates_ids_of_ones_own(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Volumes:
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
         self.entry = entry
-        self.keys = [key for key in STORAGE if key in entry]
+        self.keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
         self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, key: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,18 +14,34 @@ from typing import Any
 
 from brainfm_monai.data.reference_layout import find_reference_subjects
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, subject_file
+from brainfm_monai.io import write_text
+from brainfm_monai.transforms import SCAN_SUFFIXES
 
-__all__ = ["SECTIONS", "count_subjects", "find_subjects", "read_datalist", "split_names", "write_datalist"]
+__all__ = [
+    "SECTIONS",
+    "count_subjects",
+    "find_persons",
+    "find_subjects",
+    "read_datalist",
+    "split_names",
+    "write_datalist",
+]
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("training", "validation", "test")
-FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from")
+FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from", "simulated")
+NAMES = {"subject", "name", "layout", "dataset", "person", "labels_from", "simulated"}  # never paths
+VISIT = re.compile(  # what studies append to the name of a person: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _20240131
+    r"(?i)[._-](?:(?:ses|session|visit|tp|timepoint|time|scan|run|base|baseline|template|followup|fu|bl|mr)[._-]?\d*"
+    r"|[vtmy][._-]?\d\d?|d\d{3,}|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d)$"
+)
+LONGITUDINAL = ".long."  # FreeSurfer names a visit of its longitudinal stream VISIT.long.TEMPLATE
 
 
 def write_datalist(
     root: str | Path | Sequence[str | Path],
-    path: str | Path = "datalist.json",
+    output: str | Path = "datalist.json",
     *,
     validation: Sequence[str] | str = (),
     validation_fraction: float = 0.0,
@@ -32,18 +49,19 @@ def write_datalist(
     test_fraction: float = 0.0,
     seed: int = 0,
 ) -> Path:
-    """List subjects for ``monai.data.load_decathlon_datalist``.
+    """Write the datalist of folders of subjects, and count what the subjects have.
 
-    Paths in the list are relative to its folder. A target that a subject does not have is left out of its entry. All visits of
-    one person are in one section. Subjects of different sets that share a name get that of their set before it.
+    Paths in the list are relative to its folder. A target that a subject does not have is absent from its item. All visits of
+    one person are in one section, see :func:`find_persons`. Subjects of different sets that share a name get the name of their
+    set as a prefix.
 
     Args:
-        root: folder with one folder per prepared subject, or in the layout of the reference; or several of these.
-        path: the list to write; a relative path is taken from the (first) ``root``.
-        validation: subjects kept for validation, by name; they may be separated by commas.
-        validation_fraction: share of the other persons that is drawn for validation, at random.
-        test: subjects kept for testing, by name.
-        test_fraction: share of the other persons that is drawn for testing, at random.
+        root: folder of prepared subjects or in BrainFM's own layout; several are separated by commas.
+        output: the list; a relative path is taken from the first folder.
+        validation: names of subjects that are kept out of training, separated by commas.
+        validation_fraction: share of the other persons that is drawn for validation.
+        test: names of subjects that are kept for testing, separated by commas.
+        test_fraction: share of the other persons that is drawn for testing.
         seed: seed of the draws.
 
     Returns:
@@ -51,23 +69,21 @@ def write_datalist(
 
     Raises:
         FileNotFoundError: if a ``root`` is no folder.
-        ValueError: if there is no subject, two of one set share a name, a name is not one of them or stands in two
-            sections, or none is left for training.
+        ValueError: if there is no subject, the segmentations have several protocols, two subjects of one set share a name, a
+            name is not one of the subjects or stands in two sections, or no subject is left for training.
     """
-    roots = [Path(root)] if isinstance(root, (str, Path)) else [Path(r) for r in root]
+    roots = [Path(r) for r in split_names(str(root) if isinstance(root, Path) else root)]
+    where = ", ".join(map(str, roots))
     entries = _by_name([entry for r in roots for entry in find_subjects(r)])
+    check_protocols(entries.values(), where)
     asked = {"validation": split_names(validation), "test": split_names(test)}
     fractions = {"validation": validation_fraction, "test": test_fraction}
-    where = ", ".join(map(str, roots))
-    section_of = _draw({name: _person(entry) for name, entry in entries.items()}, asked, fractions, seed, where)
-    target = roots[0] / path
+    section_of = _draw(find_persons(entries), asked, fractions, seed, where)
+    target = roots[0] / output
     sections: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     for name in sorted(entries):
         sections[section_of.get(name, "training")].append(_relative(entries[name], target.parent))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.part")
-    beside.write_text(json.dumps(sections, indent=2) + "\n", encoding="utf-8")
-    beside.replace(target)
+    write_text(target, json.dumps(sections, indent=2) + "\n")
     logger.info("%s", format_counts(count_subjects(entries.values())))
     return target
 
@@ -83,7 +99,7 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: a folder of prepared subjects is needed, no such folder")
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
-    entries = [_entry(folder) for folder in folders] or find_reference_subjects(root)
+    entries = [make_entry(folder) for folder in folders] or find_reference_subjects(root)
     if not entries:
         raise ValueError(
             f"{root}: prepared subjects (folders with {SIDECAR}) or <dataset>.<subject>.T1w.nii are needed, found none"
@@ -91,30 +107,68 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-def read_datalist(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of all sections of a datalist, with whole paths and the section's name in ``section``.
+def make_entry(folder: Path) -> dict[str, Any]:
+    """The item of a prepared subject, with whole paths."""
+    record = read_record(folder)
+    files = {key: str(subject_file(folder, key)) for key in STORAGE if subject_file(folder, key).is_file()}
+    return {"subject": folder.name, **{key: record[key] for key in FACTS if record.get(key)}, **files}
+
+
+def read_datalist(path: str | Path, section: str | None = None, protocol: str | None = None) -> list[dict[str, Any]]:
+    """Read the items of a datalist with whole paths.
+
+    A value is a path if its key is that of a volume or if it ends like an image file. (``load_decathlon_datalist`` makes a path
+    of every value that happens to exist as a file or folder, names of subjects included.)
+
+    Args:
+        path: JSON file of sections; paths are relative to its folder.
+        section: section to read; without it, all of :data:`SECTIONS` are read, and each item names its own in ``section``.
+        protocol: protocol of the segmentations of the training that reads the list: a name or a table file.
 
     Raises:
-        ValueError: if it is no datalist of subjects.
+        ValueError: if it is no such list, or an item has another protocol than ``protocol``.
     """
     path = Path(path)
+    sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"
     try:
         sections = json.loads(path.read_text(encoding="utf-8"))
-        entries = [{**entry, "section": section} for section in SECTIONS for entry in sections.get(section, [])]
+        if section is None:
+            items = [{**item, "section": name} for name in SECTIONS for item in sections.get(name, [])]
+        else:
+            items = [dict(item) for item in sections[section]]
+    except KeyError:
+        raise ValueError(f"{sections_needed}, found the sections {', '.join(sections) or 'none'}") from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path}: a JSON datalist with the sections {', '.join(SECTIONS)} is needed, found {error}"
-        ) from error
-    folder = path.parent
-    return [{k: _absolute(v, folder) if k in STORAGE else v for k, v in entry.items()} for entry in entries]
+        raise ValueError(f"{sections_needed}, found {error}") from error
+    if protocol is not None:
+        check_protocols(items, str(path), protocol)
+    return [{key: _absolute(key, value, path.parent) for key, value in item.items()} for item in items]
+
+
+def check_protocols(entries: Iterable[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:
+    """Check that the segmentations have one protocol; items that do not name theirs are not checked.
+
+    Raises:
+        ValueError: if they have several, or another one than ``protocol``.
+    """
+    subjects_of: dict[str, list[str]] = {}
+    for entry in entries:
+        if "protocol" in entry:
+            subjects_of.setdefault(Path(str(entry["protocol"])).name, []).append(str(entry.get("subject", "")))
+    wrong = set(subjects_of) - {Path(protocol).name} if protocol is not None else subjects_of
+    if len(wrong) > (protocol is None):
+        needed = f"protocol '{protocol}'" if protocol is not None else "one protocol"
+        found = "; ".join(f"{name}: {', '.join(subjects_of[name][:5])}" for name in sorted(wrong))
+        raise ValueError(f"{where}: segmentations of {needed} are needed, found {found}")
 
 
 def count_subjects(entries: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:
-    """How many subjects of each data set have what: by data set, ``subjects`` and every key of a file."""
+    """How many subjects of each data set have what: by data set, ``subjects`` and every key of a volume."""
     counts: dict[str, Counter[str]] = {}
     for entry in entries:
         counter = counts.setdefault(str(entry.get("dataset", "")), Counter())
-        counter.update(["subjects", *(key for key in STORAGE if key in entry)])
+        keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
+        counter.update(["subjects", *keys])
     return counts
 
 
@@ -126,10 +180,49 @@ def format_counts(counts: Mapping[str, Counter[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def split_names(names: Sequence[str] | str) -> list[str]:
+def split_names(names: Sequence[str | Path] | str) -> list[str]:
     """Names out of a list, or out of a text in which commas separate them."""
     parts = names.split(",") if isinstance(names, str) else names
     return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Which subjects are one person.
+
+    Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names differ
+    in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's longitudinal
+    stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
+
+    Args:
+        entries: items of a datalist by name.
+
+    Returns:
+        A key of the person by name.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for entry in entries.values():
+        subject, parts = str(entry["subject"]), str(entry["subject"]).split(LONGITUDINAL)
+        persons = [str(entry["person"])] if "person" in entry else [_strip_visit(part) for part in parts]
+        keys = [f"{entry.get('dataset', '')}/{name}" for name in (subject, *parts, *persons)]
+        for key in keys[1:]:
+            parent[root(key)] = root(keys[0])
+    return {name: root(f"{entry.get('dataset', '')}/{entry['subject']}") for name, entry in entries.items()}
+
+
+def _strip_visit(name: str) -> str:
+    """Name of a person out of the name of a visit."""
+    bids = re.search(r"sub-[A-Za-z0-9]+", name)
+    if bids:
+        return bids[0]
+    while (shorter := VISIT.sub("", name)) not in ("", name):
+        name = shorter
+    return name
 
 
 def _draw(
@@ -170,7 +263,10 @@ def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
     count = Counter(entry["subject"] for entry in entries)
     named = [
-        {**e, "subject": f"{e.get('dataset', '')}_{e['subject']}"} if count[e["subject"]] > 1 else e for e in entries
+        {**e, "person": e.get("person", e["subject"]), "subject": f"{e.get('dataset', '')}_{e['subject']}"}
+        if count[e["subject"]] > 1
+        else e
+        for e in entries
     ]
     twice = sorted(name for name, times in Counter(entry["subject"] for entry in named).items() if times > 1)
     if twice:
@@ -178,17 +274,6 @@ def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             f"datalist: subjects of one set need different names, found twice: {', '.join(twice)}: pass --dataset NAME"
         )
     return {entry["subject"]: entry for entry in named}
-
-
-def _person(entry: Mapping[str, Any]) -> str:
-    """Who a subject is: the same person of the same set."""
-    return f"{entry.get('dataset', '')}/{entry.get('person', entry['subject'])}"
-
-
-def _entry(folder: Path) -> dict[str, Any]:
-    record = read_record(folder)
-    files = {key: str(subject_file(folder, key)) for key in STORAGE if subject_file(folder, key).is_file()}
-    return {"subject": folder.name, **{key: record[key] for key in FACTS if record.get(key)}, **files}
 
 
 def _relative(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -202,5 +287,12 @@ def _relative(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {key: shorten(value) if key in STORAGE else value for key, value in entry.items()}
 
 
-def _absolute(value: Any, folder: Path) -> Any:
-    return [_absolute(v, folder) for v in value] if isinstance(value, list) else str(folder / value)
+def _absolute(key: str, value: Any, folder: Path) -> Any:
+    """A value of an item, with a path made whole."""
+    if isinstance(value, list) and key not in NAMES:
+        return [_absolute(key, v, folder) for v in value]
+    if not isinstance(value, str) or key in NAMES:
+        return value
+    is_file = key in (*STORAGE, "image", "label") or value.lower().endswith(SCAN_SUFFIXES)
+    is_table = key.endswith("protocol") and (folder / value).is_file()
+    return str(folder / value) if is_file or is_table else value

@@ -16,7 +16,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.wrapstruct import WrapStructError
 from torch import Tensor
 
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.reference_layout import LAYOUT, decode_reference
+from brainfm_monai.data.simulated import simulate_contrasts
 
 __all__ = ["LoadSubjectd", "read_volume"]
 
@@ -54,7 +56,8 @@ class LoadSubjectd(MapTransform):
     """Read the volumes of a datalist's item, channel first, in this package's units.
 
     It takes the place of ``LoadImaged`` and ``EnsureChannelFirstd`` for subjects: labels and masks keep their whole numbers,
-    distances and coordinates become mm, scans [0, 1], CT HU. An item of the reference's layout (``"layout": "brainfm"``), whose
+    distances and coordinates become mm, scans [0, 1], CT HU. A contrast that the item names in ``simulated`` is painted on the
+    generation labels, see :func:`simulate_contrasts`. An item of the reference's layout (``"layout": "brainfm"``), whose
     distances and coordinates are several files, is decoded, see :func:`decode_reference`.
 
     Args:
@@ -68,14 +71,28 @@ class LoadSubjectd(MapTransform):
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Replace the paths by MetaTensors of shape (C, H, W, D)."""
         d = dict(data)
-        foreign = (
-            Path(str(d.get("layout", ""))).name == LAYOUT
-        )  # MONAI makes a whole path of a value that exists as one
-        for key in self.key_iterator(d):
-            paths = d[key] if isinstance(d[key], (list, tuple)) else [d[key]]
-            parts = [read_volume(path) for path in paths]
-            values = parts[0][0] if len(parts) == 1 else torch.cat([values for values, _ in parts])
-            if foreign:
-                values = decode_reference(str(key), values)
-            d[key] = MetaTensor(values, affine=parts[0][1], meta={"filename_or_obj": str(paths[0])})
+        foreign = Path(str(d.get("layout", ""))).name == LAYOUT
+        painted = [str(key) for key in self.keys if key not in d and key in d.get("simulated", ())]
+        for key in self.keys:
+            if key in d:
+                d[key] = _load(str(key), d[key], foreign)
+            elif key not in painted and not self.allow_missing_keys:
+                raise KeyError(f"{d.get('subject')}: the item has no '{key}'")
+        if painted:
+            labels = d["generation_labels"]
+            if not isinstance(labels, MetaTensor):
+                labels = _load("generation_labels", labels, foreign)
+            protocol = Protocol.load(str(d["generation_protocol"]))
+            values, affine = labels.as_tensor()[0].numpy(), labels.affine.numpy()
+            for key, image in simulate_contrasts(values, affine, protocol, painted, str(d.get("subject"))).items():
+                d[key] = MetaTensor(torch.from_numpy(image)[None], meta=dict(labels.meta))
         return d
+
+
+def _load(key: str, value: Any, foreign: bool) -> MetaTensor:
+    """One volume of an item, out of one file or of one file per channel."""
+    paths = value if isinstance(value, (list, tuple)) else [value]
+    parts = [read_volume(path) for path in paths]
+    values = parts[0][0] if len(parts) == 1 else torch.cat([values for values, _ in parts])
+    values = decode_reference(key, values) if foreign else values
+    return MetaTensor(values, affine=parts[0][1], meta={"filename_or_obj": str(paths[0])})

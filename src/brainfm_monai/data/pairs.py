@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from monai.data import load_decathlon_datalist
-
+from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.tasks import TASKS
 from brainfm_monai.transforms import scan_stem
 
@@ -39,12 +37,7 @@ def read_pairs(datalist: str | Path, section: str = "testing") -> list[dict[str,
     """
     if not Path(datalist).is_file():
         raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file: pass --datalist FILE")
-    try:
-        items = load_decathlon_datalist(str(datalist), True, section)
-    except (json.JSONDecodeError, ValueError) as error:
-        raise ValueError(
-            f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}"
-        ) from error
+    items = read_datalist(datalist, section)
     pairs = []
     for item in items:
         there = [key for key in REFERENCES if key in item]

@@ -14,7 +14,7 @@ from brainfm_monai.data.distances import PIAL_IDS, compute_hemisphere_distances
 from brainfm_monai.data.jobs import Job, PreparationError, run_jobs
 from brainfm_monai.data.labels import crop_to_box, find_brain_centre, fold_ids, load_label_map, read_id_table
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
-from brainfm_monai.data.simulated import choose_contrasts, simulate_contrasts
+from brainfm_monai.data.simulated import choose_contrasts, read_means
 from brainfm_monai.data.subjects import MNI_FACTOR, check_size, write_subject
 from brainfm_monai.transforms import SCAN_SUFFIXES, scan_stem
 
@@ -115,14 +115,13 @@ def make_from_labels(job: Job, target: Path) -> None:
         known.encode(np.unique(ids), str(job.source))  # the whole map, not only what the box will keep of it
     box, box_affine = cut_to_brain(ids, affine, settings["spatial_size"], str(job.source))
     generation, segmentation = (known.encode(box) for known in protocols)
-    simulated = settings.get("simulated", [])  # before the slow registration: an id that a table lacks shows at once
-    images = simulate_contrasts(generation, box_affine, protocols[0], simulated, str(job.source))
+    # contrasts are painted when a training reads the subject; an id that a table lacks is reported here
+    read_means(generation, protocols[0], settings.get("simulated", []), str(job.source))
     volumes = {
         "generation_labels": (generation, box_affine),
         "segmentation": (segmentation, box_affine),
         "distance": (compute_hemisphere_distances(box), box_affine),
         "mni": compute_mni_coordinates(box, box_affine, factor=MNI_FACTOR),
-        **{name: (image, box_affine) for name, image in images.items()},
     }
     write_subject(target, volumes, job.describe())
 

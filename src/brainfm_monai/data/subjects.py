@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+
+from brainfm_monai.io import write_folder
 
 __all__ = [
     "CONTRASTS",
@@ -100,7 +100,7 @@ def write_subject(
         volumes: by key of :data:`STORAGE`, values in the file's unit, shape (H, W, D) or (H, W, D, C), and their affine.
         record: what ``subject.json`` says.
     """
-    with _whole_folder(target) as folder:
+    with write_folder(target) as folder:
         for key, (values, affine) in volumes.items():
             _save(subject_file(folder, key), values, affine, STORAGE[key])
         whole = {**record, "keys": sorted(volumes)}
@@ -168,23 +168,6 @@ def _save(path: Path, values: np.ndarray, affine: np.ndarray, storage: Storage) 
     image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(storage.step, storage.offset)
     nib.save(image, path)
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of ``target`` once everything in it is written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.part"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _version(name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from brainfm_monai.io.configs import fingerprint, literal
 from brainfm_monai.io.errors import ScanError, exit_on_error, first_line, one_line
-from brainfm_monai.io.files import write_text, write_whole
+from brainfm_monai.io.files import write_folder, write_text, write_whole
 from brainfm_monai.io.tables import ABSENT, read_table, write_table
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "literal",
     "one_line",
     "read_table",
+    "write_folder",
     "write_table",
     "write_text",
     "write_whole",
