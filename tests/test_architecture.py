@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prediction": TABLES | {"transforms", "outputs", "report"},
     "data": TABLES | {"functional", "synthesis", "transforms"},
     "evaluation": TABLES | {"functional", "synthesis", "metrics", "outputs", "data"},
+    "annotation": TABLES | {"networks", "weights", "transforms", "data"},
     "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,1 @@
+"""Tasks of the app, one module for each kind."""
