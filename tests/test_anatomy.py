@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from brainfm_monai import Protocol, Structure
+from brainfm_monai.anatomy import is_brain, is_fluid, is_head
 
 SHIPPED = ("brainfm", "brainfm_generation", "synthseg_brain", "synthseg_generation", "synthseg_head")
 HEADER = "label\tfreesurfer_id\tname\tside\tmirror\tred\tgreen\tblue\tincludes"
@@ -127,12 +128,24 @@ def test_encode_names_unknown_ids_and_the_file() -> None:
         Protocol.load("synthseg_head").encode(np.array([0, 999, 2, 1234]), "sub-01.nii.gz")
 
 
-def test_labels_where_selects_by_id() -> None:
+def test_brain_fluid_and_head_are_told_apart_by_one_law() -> None:
+    ids = np.array([0, 2, 24, 43, 250, 507, 819, 901, 930, 1001, 2035, 12101])
+    np.testing.assert_array_equal(
+        ids[is_brain(ids)], [2, 24, 43, 250, 819, 1001, 2035, 12101]
+    )  # parcels are brain, too
+    np.testing.assert_array_equal(ids[is_head(ids)], [507, 901, 930])
+    np.testing.assert_array_equal(ids[is_fluid(ids)], [24, 43])
     head = Protocol.load("synthseg_head")
-    brain = head.labels_where(maximum_id=499)
-    assert len(brain) == 32
-    assert all(0 < head.structures[i].freesurfer_id < 500 for i in brain)
-    assert len(head.labels_where(minimum_id=500, maximum_id=600)) == 11
+    assert (int(head.is_brain.sum()), int(head.is_head.sum()), int(head.is_fluid.sum())) == (32, 11, 7)
+    assert not head.is_hemisphere[[0, head.label_of_id[16], head.label_of_id[24]]].any()
+    assert head.is_hemisphere[[head.label_of_id[2], head.label_of_id[47]]].all()
+
+
+def test_more_labels_than_a_byte_holds_are_refused() -> None:
+    rows = [Structure(i, i, f"S{i}", "none", i, (0, 0, 0)) for i in range(257)]
+    assert len(Protocol("most", tuple(rows[:256]))) == 256
+    with pytest.raises(ValueError, match=r"^protocol parcels: at most 256 labels are possible, found 257$"):
+        Protocol("parcels", tuple(rows))
 
 
 def test_a_users_table_is_one_file(tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from brainfm_monai.outputs import ScanResult, collect_warnings, extract_surface, write_quality, write_synthetic_images
+from brainfm_monai.io import read_table
+from brainfm_monai.outputs import (
+    ScanResult,
+    collect_warnings,
+    extract_surface,
+    resample,
+    write_lesions,
+    write_quality,
+    write_synthetic_images,
+)
 from brainfm_monai.outputs.images import insert_lesions, sharpen
 from brainfm_monai.outputs.result import RunSettings
 from brainfm_monai.outputs.surfaces import compute_ribbon, compute_thickness_mm
@@ -24,6 +33,7 @@ from brainfm_monai.outputs.template import (
     grid_points,
     invert_warp,
 )
+from brainfm_monai.prediction import OUTPUTS, select_outputs
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "mni"], "synthseg_head")
@@ -152,6 +162,54 @@ def test_synthetic_images_are_written_in_their_units(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.get_fdata(), 37)
     found = nib.load(tmp_path / "scan_desc-synthetic_T1w.nii.gz")
     np.testing.assert_allclose(found.get_fdata(), 0.25, atol=1e-4)
+
+
+def test_lesions_are_written_as_probability_mask_and_table(tmp_path: Path) -> None:
+    layout = TaskLayout(["segmentation", "lesion"], "synthseg_head")
+    affine = np.array([[-1.0, 0, 0, 4], [0, 0, 2.0, -6], [0, -1.0, 0, 5], [0, 0, 0, 1]])  # axes exchanged, x mirrored
+    probability = np.full((1, 6, 7, 8), 0.1, np.float32)
+    probability[0, 1, 2, 3:5], probability[0, 4, 5, 6] = 0.9, 0.7
+    scan = make_scan(tmp_path, np.full((6, 7, 8), LEFT, np.uint8), affine, layout, lesion=probability)
+    write_lesions(scan)
+    mask: Any = nib.load(tmp_path / "scan_label-lesion_mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), probability[0] > 0.5)
+    written: Any = nib.load(tmp_path / "scan_label-lesion_probseg.nii.gz")
+    np.testing.assert_allclose(written.get_fdata(), probability[0], atol=1e-3)
+    rows = read_table(tmp_path / "scan_lesions.tsv")
+    assert [tuple(row.values()) for row in rows] == [
+        ("1", "4.0", "3.0", "1.0", "3.0"),  # the middle of voxels (1, 2, 3) and (1, 2, 4)
+        ("2", "2.0", "0.0", "6.0", "0.0"),
+    ]
+    assert scan.summary == {"lesion_count": 2, "lesion_volume_mm3": 6.0}
+    empty = make_scan(tmp_path, np.zeros((6, 7, 8), np.uint8), affine, layout, lesion=probability * 0)
+    write_lesions(empty)
+    assert empty.summary == {"lesion_count": 0, "lesion_volume_mm3": 0.0}
+    assert read_table(tmp_path / "scan_lesions.tsv") == []
+
+
+def test_age_embedding_and_scales_of_error_are_written(tmp_path: Path) -> None:
+    layout = TaskLayout(["segmentation", "mni", "age", "embedding"], uncertainty=["mni"], embedding_channels=2)
+    labels = np.zeros((6, 7, 8), dtype=np.uint8)
+    labels[2:4] = LEFT
+    age = np.where(labels > 0, 40.0, 90.0)[None].astype(np.float32)
+    vectors = np.stack([np.full(labels.shape, 0.6), np.full(labels.shape, -0.8)]).astype(np.float32)
+    scales = np.stack([np.full(labels.shape, value) for value in (1.0, 2.0, 4.0)]).astype(np.float32)
+    scan = make_scan(tmp_path, labels, np.eye(4), layout, age=age, embedding=vectors, mni_scale=scales)
+    for name, write in select_outputs("age,embedding,uncertainty", layout).items():
+        assert name in OUTPUTS
+        write(scan)
+    assert scan.summary == {"age_years": 40.0}
+    embedding: Any = nib.load(tmp_path / "scan_desc-embedding_features.nii.gz")
+    np.testing.assert_allclose(embedding.get_fdata()[1, 1, 1], [0.6, -0.8], atol=1e-3)
+    scale: Any = nib.load(tmp_path / "scan_mniscale.nii.gz")
+    np.testing.assert_allclose(scale.get_fdata()[1, 2, 3], [1, 2, 4], atol=1e-3)
+
+
+def test_nearest_keeps_the_type(tmp_path: Path) -> None:
+    labels = MetaTensor(torch.arange(24, dtype=torch.uint8).reshape(1, 2, 3, 4), affine=torch.eye(4))
+    moved = resample(labels, (4, 6, 8), np.diag([0.5, 0.5, 0.5, 1.0]), mode="nearest")
+    assert moved.dtype == torch.uint8
+    assert set(moved.unique().tolist()) == set(range(24))
 
 
 def head(left_first: bool = False, top: int = 26) -> np.ndarray:

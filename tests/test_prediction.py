@@ -47,7 +47,10 @@ def write_scan(path: Path, seed: int = 0, size: int = 20) -> Path:
 
 def test_outputs_are_chosen_by_name() -> None:
     everything = select_outputs("all", LAYOUT)
-    assert list(everything) == [name for name in OUTPUTS if name != "contrasts"]
+    absent = {"contrasts", "lesion", "age", "embedding", "uncertainty"}
+    assert list(everything) == [name for name in OUTPUTS if name not in absent]
+    rest = TaskLayout(["segmentation", "CT", "lesion", "age", "embedding"], uncertainty=["CT"])
+    assert absent <= set(select_outputs("all", rest))
     assert list(select_outputs("report, volumes", LAYOUT)) == ["volumes", "report"]  # in the table's order
     assert list(select_outputs(["contrasts"], TaskLayout(["segmentation", "CT"]))) == ["contrasts"]
     assert "contrasts" in select_outputs("all", TaskLayout(["segmentation", "T1w"]))

@@ -204,3 +204,27 @@ def test_the_embedding_has_as_many_channels_as_asked_for() -> None:
     assert layout.slices["embedding"] == slice(44, 49)
     assert layout.channel_names[44:] == [*(f"embedding_{i}" for i in range(5)), "age"]
     assert len(TaskLayout(["embedding"]).channel_names) == 16
+
+
+def test_every_map_that_is_trained_can_be_written_and_has_a_name_of_its_own() -> None:
+    layout = TaskLayout(list(TASKS), uncertainty=["mni", "CT", "super_resolution"])
+    for task in layout.tasks.values():
+        assert task.outputs, task.name
+        assert layout.maps[task.entry] is task
+        assert task.stem or task.kind == "scalar"
+    stems = [task.stem for task in layout.tasks.values() if task.stem]
+    assert len(set(stems)) == len(stems)
+    assert (layout.maps["CT_scale"].stem, layout.maps["mni_scale"].output_unit) == ("desc-synthetic_ctscale", "mm")
+
+
+def test_maps_are_in_the_unit_of_their_files() -> None:
+    values = torch.tensor([[-4.0, 0.0, 0.5]])
+    found = {
+        name: TASKS[name].to_map(values)[0].tolist() for name in ("lesion", "log_bias_field", "CT", "mni", "distance")
+    }
+    assert found["lesion"] == pytest.approx([0.01799, 0.5, 0.62246], abs=1e-5)  # a probability, not a logit
+    assert found["log_bias_field"] == pytest.approx([0.01832, 1.0, 1.64872], abs=1e-5)
+    assert found["CT"] == pytest.approx([-4000, 0, 500])
+    assert found["mni"] == pytest.approx([-400, 0, 50])
+    assert found["distance"] == pytest.approx([-3, 0, 0.5])
+    torch.testing.assert_close(TASKS["embedding"].to_map(torch.full((4, 2), -3.0)), torch.full((4, 2), -0.5))

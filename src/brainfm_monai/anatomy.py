@@ -10,12 +10,30 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Protocol", "Structure"]
+__all__ = ["MAXIMUM_LABELS", "Protocol", "Structure", "is_brain", "is_fluid", "is_head"]
 
 SIDES = ("none", "left", "right")
+MAXIMUM_LABELS = 256  # label maps have one byte for each voxel
 HEAD_IDS = ((500, 599), (900, 999))  # SynthSeg's and SuperSynth's ids of what is not brain
+# FreeSurfer ids of ventricles, their choroid plexus and patches of them (SynthSeg), and the fluid around the brain
+FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72, 136, 137, 163, 164)
 SHARE_TOLERANCE = 1e-6  # of the sum of a mixture's shares, which are written with two digits
 COLUMNS = ("label", "freesurfer_id", "name", "side", "mirror", "red", "green", "blue", "includes")
+
+
+def is_head(freesurfer_ids: np.ndarray) -> np.ndarray:
+    """Which FreeSurfer ids are tissues of the head outside the brain, any shape, bool."""
+    return np.any([(first <= freesurfer_ids) & (freesurfer_ids <= last) for first, last in HEAD_IDS], axis=0)
+
+
+def is_brain(freesurfer_ids: np.ndarray) -> np.ndarray:
+    """Which FreeSurfer ids are brain or fluid in and around the brain, any shape, bool: neither background nor head."""
+    return ~is_head(freesurfer_ids) & (freesurfer_ids > 0)
+
+
+def is_fluid(freesurfer_ids: np.ndarray) -> np.ndarray:
+    """Which FreeSurfer ids are ventricles, choroid plexus or the fluid around the brain, any shape, bool."""
+    return np.isin(freesurfer_ids, FLUID_IDS)
 
 
 @dataclass(frozen=True)
@@ -52,8 +70,8 @@ class Protocol:
     ``mixture`` may follow: ``2:0.48 3:0.52`` makes a label a partial-volume code of the structures with ids 2 and 3.
 
     Raises:
-        ValueError: if labels are not 0, 1, 2, ... in order, an id stands twice, the mirror rule is not its own inverse, or the
-            shares of a mixture do not sum to 1 over pure structures of the table.
+        ValueError: if labels are not 0, 1, 2, ... in order, or more than 256; if an id stands twice, the mirror rule is not its
+            own inverse, or the shares of a mixture do not sum to 1 over pure structures of the table.
     """
 
     name: str
@@ -61,6 +79,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         labels = [s.label for s in self.structures]
+        if len(labels) > MAXIMUM_LABELS:
+            raise ValueError(f"protocol {self.name}: at most {MAXIMUM_LABELS} labels are possible, found {len(labels)}")
         if labels != list(range(len(labels))):
             raise ValueError(f"protocol {self.name}: labels must be 0, 1, 2, ... in order, got {labels}")
         ids = [i for s in self.structures for i in (s.freesurfer_id, *s.includes)]
@@ -128,12 +148,22 @@ class Protocol:
     @cached_property
     def is_head(self) -> np.ndarray:
         """Which labels lie outside the brain and are not background, shape (L,), bool."""
-        return np.array([any(first <= s.freesurfer_id <= last for first, last in HEAD_IDS) for s in self.structures])
+        return is_head(self.freesurfer_ids)
 
     @cached_property
     def is_brain(self) -> np.ndarray:
         """Which labels are brain or fluid in and around it, shape (L,), bool."""
-        return ~self.is_head & (self.freesurfer_ids > 0)
+        return is_brain(self.freesurfer_ids)
+
+    @cached_property
+    def is_fluid(self) -> np.ndarray:
+        """Which labels are fluid in or around the brain, shape (L,), bool."""
+        return is_fluid(self.freesurfer_ids)
+
+    @cached_property
+    def is_hemisphere(self) -> np.ndarray:
+        """Which labels are parts of the brain with a side, shape (L,), bool: cerebrum and cerebellum."""
+        return self.is_brain & np.array([s.side != "none" for s in self.structures])
 
     @cached_property
     def mixture_weights(self) -> np.ndarray:
@@ -165,13 +195,8 @@ class Protocol:
         if unknown:
             raise ValueError(f"{source}: every id must be in protocol '{self.name}', found unknown ids {unknown[:10]}")
         table = np.zeros(int(present.max()) + 1, dtype=np.uint8)
-        for i in present:
-            table[int(i)] = self.label_of_id[int(i)]
+        table[present] = [self.label_of_id[int(i)] for i in present]
         return table[whole]
-
-    def labels_where(self, *, maximum_id: int, minimum_id: int = 1) -> list[int]:
-        """Labels whose FreeSurfer id lies in [minimum_id, maximum_id]."""
-        return [s.label for s in self.structures if minimum_id <= s.freesurfer_id <= maximum_id]
 
 
 def _parse(text: str, source: str) -> tuple[Structure, ...]:

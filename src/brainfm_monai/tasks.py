@@ -1,8 +1,8 @@
-"""The task table, and the layout of all tasks in one output tensor."""
+"""The table of maps: every task of the network, its channels, its units and its files; and the layout of one output tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,64 +11,12 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 
-__all__ = ["MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout", "bound_log_scale"]
+__all__ = ["ACTIVATIONS", "MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout", "bound_log_scale"]
 
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
-AIR = {"CT": -1.0}  # value of air in the unit of the task, where it is not 0
 CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
 EMBEDDING_CHANNELS = 16  # of the embedding, unless the layout says otherwise
-LOG_SCALE_SUFFIX = "_log_scale"  # of the task that holds the log of another one's scale of error
 LOG_SCALE_LIMIT = 7.0  # scales lie between e^-7 and e^7 units: 0.1 mm of MNI coordinates, a thousandth of an intensity
-SCALED_KINDS = ("image", "distance", "coordinates")  # whose error is absolute, and can have a scale
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing the network predicts.
-
-    Attributes:
-        name: name of the task, and key of its target in a batch.
-        channels: number of output channels; 0 for the segmentation, whose protocol decides.
-        kind: ``labels``, ``mask``, ``image``, ``log_field``, ``distance``, ``coordinates``, ``scalar``, ``embedding`` or
-            ``log_scale``: it decides loss, metric and output. A scalar is the mean of its channel over the head: a 1x1x1
-            convolution and a mean commute, so that one output tensor serves numbers, too.
-        unit: unit of the network's output.
-        scale: factor from the network's output to ``output_unit``.
-        output_unit: unit of the files a user gets.
-        channel_names: names of the channels, empty where the protocol gives them.
-        mirror_order: channel order after a left-right mirror, empty for the identity.
-        mirror_sign: sign of each channel after a left-right mirror, empty for +1.
-    """
-
-    name: str
-    channels: int
-    kind: str
-    unit: str
-    scale: float
-    output_unit: str
-    channel_names: tuple[str, ...]
-    mirror_order: tuple[int, ...] = ()
-    mirror_sign: tuple[int, ...] = ()
-
-
-# Units, channel orders and mirror rules: BrainFM (arXiv 2509.00549); distances are lp, lw, rp, rw there.
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("segmentation", 0, "labels", "logit", 1.0, "label", ()),
-        Task("T1w", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("T1w",)),
-        Task("T2w", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("T2w",)),
-        Task("FLAIR", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("FLAIR",)),
-        Task("CT", 1, "image", "1000 HU", 1000.0, "HU", ("CT",)),
-        Task("log_bias_field", 1, "log_field", "log of a factor", 1.0, "log of a factor", ("log_bias_field",)),
-        Task("distance", 4, "distance", "mm", 1.0, "mm", ("lp", "lw", "rp", "rw"), mirror_order=(2, 3, 0, 1)),
-        Task("mni", 3, "coordinates", "100 mm", 100.0, "mm", ("x", "y", "z"), mirror_sign=(-1, 1, 1)),
-        Task("lesion", 1, "mask", "logit", 1.0, "probability", ("lesion",)),
-        Task("super_resolution", 1, "image", "intensity in [0, 1]", 1.0, "intensity in [0, 1]", ("super_resolution",)),
-        Task("age", 1, "scalar", "100 years", 100.0, "years", ("age",)),
-        Task("embedding", 0, "embedding", "direction", 1.0, "direction", ()),
-    )
-}
 
 
 def bound_log_scale(value: Tensor) -> Tensor:
@@ -81,6 +29,130 @@ def bound_log_scale(value: Tensor) -> Tensor:
         Tensor of the same shape, in float32.
     """
     return LOG_SCALE_LIMIT * torch.tanh(value.float() / LOG_SCALE_LIMIT)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "clip_distance": lambda x: x.clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM),
+    "exp_of_bounded": lambda x: bound_log_scale(x).exp(),
+    "unit_vector": lambda x: torch.nn.functional.normalize(x, dim=0),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that the network predicts, and everything about the map that is made of it.
+
+    Attributes:
+        name: name of the task, and key of its target in a batch.
+        kind: ``labels``, ``mask``, ``image``, ``log_field``, ``distance``, ``coordinates``, ``scalar``, ``embedding`` or
+            ``log_scale``: it decides the loss and the metric. A scalar is the mean of its channel over the head: a 1x1x1
+            convolution and a mean commute, so that one output tensor serves numbers, too.
+        channel_names: names of the channels; empty for the segmentation and the embedding, where the layout gives them.
+        unit: unit of the network's output and of the target.
+        output_unit: unit of the map in memory and in files; the unit of the network if empty.
+        activation: name out of :data:`ACTIVATIONS`: what is done to the network's output first.
+        scale: factor after the activation, from the network's unit to ``output_unit``.
+        entry: key of the map in the items of the inference; the name if empty.
+        mirror_order: channel order after a left-right mirror, empty for the identity.
+        mirror_sign: sign of each channel after a left-right mirror, empty for +1.
+        outside: network's output in the air around the head (of a segmentation: of its background).
+        interpolation: how the map is brought to another grid.
+        stem: end of the name of the map's file; empty where the map has no file of its own.
+        step: quantisation step of the file in ``output_unit``; None: as fine as 16 bits allow.
+        outputs: groups of files (``--outputs``) that are made of the map.
+        picture: how the map is drawn: a key of the painters of page, training pictures and previews; empty: not drawn.
+    """
+
+    name: str
+    kind: str
+    channel_names: tuple[str, ...] = ()
+    unit: str = "intensity in [0, 1]"
+    output_unit: str = ""
+    activation: str = "identity"
+    scale: float = 1.0
+    entry: str = ""
+    mirror_order: tuple[int, ...] = ()
+    mirror_sign: tuple[int, ...] = ()
+    outside: float = 0.0
+    interpolation: str = "bilinear"
+    stem: str = ""
+    step: float | None = None
+    outputs: tuple[str, ...] = ()
+    picture: str = ""
+
+    def __post_init__(self) -> None:
+        for field, default in (("output_unit", self.unit), ("entry", self.name)):
+            object.__setattr__(self, field, getattr(self, field) or default)
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels; 0 where the layout decides."""
+        return len(self.channel_names)
+
+    def to_map(self, output: Tensor) -> Tensor:
+        """The map in ``output_unit`` out of the network's output, shape (C, ...), float32."""
+        return ACTIVATIONS[self.activation](output.float()) * self.scale
+
+
+def _image(name: str, stem: str, **columns: object) -> Task:
+    row = Task(name, "image", (name,), stem=stem, outputs=("contrasts",), picture="image")
+    return replace(row, **columns)  # type: ignore[arg-type]
+
+
+# Units, channel orders and mirror rules: BrainFM (arXiv 2509.00549); distances are lp, lw, rp, rw there.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "segmentation", "labels", unit="logit", output_unit="label", outside=CERTAIN_LOGIT, interpolation="nearest",
+            stem="dseg", outputs=("segmentation", "volumes", "quality", "view", "report"), picture="labels",
+        ),
+        _image("T1w", "desc-synthetic_T1w"),
+        _image("T2w", "desc-synthetic_T2w"),
+        _image("FLAIR", "desc-synthetic_FLAIR"),
+        _image("CT", "desc-synthetic_ct", unit="1000 HU", output_unit="HU", scale=1000.0, outside=-1.0, step=1.0),
+        Task(
+            "log_bias_field", "log_field", ("log_bias_field",), "log of a factor", "factor", "exp", entry="bias_field",
+            stem="biasfield", step=1e-3, outputs=("bias_field",), picture="bias_field",
+        ),
+        Task(
+            "distance", "distance", ("lp", "lw", "rp", "rw"), "mm", activation="clip_distance",
+            mirror_order=(2, 3, 0, 1), outside=MAX_DISTANCE_MM, stem="distance", step=0.01,
+            outputs=("distance", "surfaces"), picture="distance",
+        ),
+        Task(
+            "mni", "coordinates", ("x", "y", "z"), "100 mm", "mm", scale=100.0, mirror_sign=(-1, 1, 1), stem="mni",
+            step=0.05, outputs=("mni", "transforms"), picture="coordinates",
+        ),
+        Task(
+            "lesion", "mask", ("lesion",), "logit", "probability", "sigmoid", outside=-CERTAIN_LOGIT,
+            stem="label-lesion_probseg", step=1e-3, outputs=("lesion",), picture="probability",
+        ),
+        _image("super_resolution", "desc-superres_image"),
+        Task("age", "scalar", ("age",), "100 years", "years", scale=100.0, outputs=("age",)),
+        Task(
+            "embedding", "embedding", unit="direction", activation="unit_vector", stem="desc-embedding_features",
+            step=1e-3, outputs=("embedding",),
+        ),
+    )
+}  # fmt: skip
+SCALED_KINDS = ("image", "distance", "coordinates")  # whose error is absolute, and can have a scale
+
+
+def _make_log_scale(task: Task) -> Task:
+    """The row of the scale of a task's error: it has the channels and the unit of the task, and no sign."""
+    return Task(
+        f"{task.name}_log_scale", "log_scale", tuple(f"{channel}_log_scale" for channel in task.channel_names),
+        f"log of {task.unit}", task.output_unit, "exp_of_bounded", task.scale, f"{task.entry}_scale",
+        task.mirror_order, outside=0.0 if task.kind == "coordinates" else -LOG_SCALE_LIMIT, stem=f"{task.stem}scale",
+        outputs=("uncertainty",), picture="scale",
+    )  # fmt: skip
+
+
+LOG_SCALES: dict[str, Task] = {name: _make_log_scale(task) for name, task in TASKS.items() if task.kind in SCALED_KINDS}
 
 
 class TaskLayout:
@@ -108,16 +180,16 @@ class TaskLayout:
         if unknown or len(set(tasks)) != len(tasks) or not tasks:
             raise ValueError(f"TaskLayout: 'tasks' must be different names out of {list(TASKS)}, got {list(tasks)}")
         self.protocol = protocol if isinstance(protocol, Protocol) else Protocol.load(protocol)
-        possible = [name for name in tasks if TASKS[name].kind in SCALED_KINDS]
+        possible = [name for name in tasks if name in LOG_SCALES]
         if len(set(uncertainty) & set(possible)) != len(uncertainty):
             raise ValueError(
                 f"TaskLayout: 'uncertainty' must be different names out of {possible}, got {list(uncertainty)}"
             )
-        self.embedding_channels = embedding_channels
         names = sorted(tasks, key=lambda name: name != "segmentation")
-        self.tasks: dict[str, Task] = {name: self._resolve(TASKS[name]) for name in names}
-        scales = [_make_log_scale(TASKS[name]) for name in uncertainty]
-        self.tasks |= {task.name: task for task in scales}
+        self.embedding_channels = embedding_channels
+        rows = [*(self._resolve(TASKS[name]) for name in names), *(LOG_SCALES[name] for name in uncertainty)]
+        self.tasks: dict[str, Task] = {task.name: task for task in rows}
+        self.maps: dict[str, Task] = {task.entry: task for task in rows}
         self.slices: dict[str, slice] = {}
         start = 0
         for name, task in self.tasks.items():
@@ -126,20 +198,18 @@ class TaskLayout:
         self.channels = start
 
     def _resolve(self, task: Task) -> Task:
+        """The row of a task with its channels."""
         if task.kind == "embedding":
-            names = tuple(f"{task.name}_{i}" for i in range(self.embedding_channels))
-            return replace(task, channels=len(names), channel_names=names)
+            return replace(task, channel_names=tuple(f"{task.name}_{i}" for i in range(self.embedding_channels)))
         if task.kind != "labels":
             return task
         names = tuple(s.name for s in self.protocol.structures)
-        return replace(
-            task, channels=len(names), channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation)
-        )
+        return replace(task, channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation))
 
     def log_scale_of(self, name: str) -> str | None:
         """Name of the task with the log of a task's scale of error, if there is one."""
-        scale = f"{name}{LOG_SCALE_SUFFIX}"
-        return scale if scale in self.tasks else None
+        scale = LOG_SCALES.get(name)
+        return scale.name if scale is not None and scale.name in self.tasks else None
 
     @property
     def channel_names(self) -> list[str]:
@@ -152,12 +222,9 @@ class TaskLayout:
 
         MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the least.
         """
-        constant = {"mask": -CERTAIN_LOGIT, "distance": MAX_DISTANCE_MM, "log_scale": -LOG_SCALE_LIMIT}
         values = []
         for task in self.tasks.values():
-            undefined = TASKS.get(task.name.removesuffix(LOG_SCALE_SUFFIX), task).kind == "coordinates"
-            per_channel = 0.0 if undefined else constant.get(task.kind, AIR.get(task.name, 0.0))
-            values += [CERTAIN_LOGIT if task.kind == "labels" and i == 0 else per_channel for i in range(task.channels)]
+            values += [task.outside if task.kind != "labels" or i == 0 else 0.0 for i in range(task.channels)]
         return values
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
@@ -221,11 +288,3 @@ class TaskLayout:
             sign += list(task.mirror_sign or (1,) * task.channels)
         factor = torch.tensor(sign, dtype=output.dtype, device=output.device).reshape(1, -1, 1, 1, 1)
         return output[:, order].flip(2) * factor
-
-
-def _make_log_scale(task: Task) -> Task:
-    names = tuple(f"{channel}{LOG_SCALE_SUFFIX}" for channel in task.channel_names)
-    unit = f"log of {task.unit}"
-    return replace(
-        task, name=f"{task.name}{LOG_SCALE_SUFFIX}", kind="log_scale", unit=unit, channel_names=names, mirror_sign=()
-    )

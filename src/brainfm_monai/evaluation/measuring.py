@@ -106,9 +106,7 @@ class MeasureMaps(Transform):
         image: MetaTensor = d["image"]
         names: dict[str, Any] = {"scan": str(d["scan"]), "condition": str(d["condition"])}
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
-        maps = {name: d[entry].as_tensor() for name in self.layout.tasks if (entry := _entry(name)) in d}
-        if "lesion" in maps:
-            maps["lesion"] = maps["lesion"].sigmoid()
+        maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
         labels = maps.pop("segmentation", None)
         dense = _bring_to_grid(targets, maps, image)
         rows: list[MetricRow] = []
@@ -132,10 +130,6 @@ class MeasureMaps(Transform):
     def _to_ids(self, labels: Tensor) -> Tensor:
         plain = convert_to_tensor(labels, dtype=torch.long, track_meta=False)
         return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=plain.device)[plain]
-
-
-def _entry(task: str) -> str:
-    return task.removeprefix("log_") if TASKS.get(task) and TASKS[task].kind == "log_field" else task
 
 
 def _read_magnitude(path: Path, grid: MetaTensor) -> tuple[MetaTensor, MetaTensor]:

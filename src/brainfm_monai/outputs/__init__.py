@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from brainfm_monai.outputs.images import write_bias_field, write_synthetic_images
+from brainfm_monai.outputs.images import (
+    write_age,
+    write_bias_field,
+    write_embedding,
+    write_lesions,
+    write_synthetic_images,
+    write_uncertainty,
+)
 from brainfm_monai.outputs.quality import collect_warnings, write_quality
-from brainfm_monai.outputs.result import TEMPLATE_SPACE, RunSettings, ScanResult, is_brain, resample
+from brainfm_monai.outputs.result import TEMPLATE_SPACE, RunSettings, ScanResult, resample
 from brainfm_monai.outputs.segmentation import (
     compute_totals_mm3,
     compute_volumes_mm3,
@@ -28,16 +35,19 @@ __all__ = [
     "describe_run",
     "extract_surface",
     "fit_scan_to_template",
-    "is_brain",
     "resample",
+    "write_age",
     "write_bias_field",
     "write_coordinates",
     "write_distances",
+    "write_embedding",
     "write_label_table",
+    "write_lesions",
     "write_quality",
     "write_segmentation",
     "write_surfaces",
     "write_synthetic_images",
     "write_transforms",
+    "write_uncertainty",
     "write_volumes",
 ]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 
 from brainfm_monai.io import write_table
-from brainfm_monai.outputs.result import ScanResult, is_brain
+from brainfm_monai.outputs.result import ScanResult
 from brainfm_monai.outputs.segmentation import compute_totals_mm3, compute_volumes_mm3
 from brainfm_monai.outputs.template import affine_points, fit_affine
 from brainfm_monai.transforms import MODES
@@ -36,14 +36,13 @@ def structure_entropy(scan: ScanResult) -> np.ndarray:
 
 
 def _no_brain(scan: ScanResult) -> Iterator[str]:
-    if not _brain_labels(scan)[scan.labels].any():
+    if not scan.layout.protocol.is_brain[scan.labels].any():
         yield "no brain was found in this scan"
 
 
 def _out_of_view(scan: ScanResult) -> Iterator[str]:
     """Brain tissue on the sides of the scan; the brainstem may leave it below, as the spinal cord does."""
-    sided = np.array([is_brain(s.freesurfer_id) and s.side != "none" for s in scan.layout.protocol.structures])
-    brain = sided[scan.labels]
+    brain = scan.layout.protocol.is_hemisphere[scan.labels]
     axes = scan.affine[:3, :3]
     for axis in range(3):
         others = [i for i in range(3) if i != axis]
@@ -68,7 +67,7 @@ def _volumes(scan: ScanResult) -> Iterator[str]:
     if MODES[scan.settings.mode].excluded_side:
         return
     for structure in protocol.structures:
-        if structure.side == "left" and is_brain(structure.freesurfer_id):
+        if structure.side == "left" and protocol.is_brain[structure.label]:
             left, right = volumes[structure.label], volumes[structure.mirror]
             if max(left, right) > max(ASYMMETRY * min(left, right), COMPARED_ML):
                 name = structure.name.removeprefix("Left-")
@@ -79,10 +78,10 @@ def _sides(scan: ScanResult) -> Iterator[str]:
     """Left structures to the left of right ones, in the coordinates of the affine."""
     if MODES[scan.settings.mode].excluded_side:
         return
-    structures = scan.layout.protocol.structures
+    protocol = scan.layout.protocol
     centre = {}
     for side in ("left", "right"):
-        members = np.array([s.side == side and is_brain(s.freesurfer_id) for s in structures])
+        members = protocol.is_brain & np.array([s.side == side for s in protocol.structures])
         voxels = np.argwhere(members[scan.labels])
         if not len(voxels):
             return
@@ -95,7 +94,7 @@ def _direction(scan: ScanResult) -> Iterator[str]:
     """The head's axes by the template coordinates against those of the affine."""
     if "mni" not in scan.maps:
         return
-    brain = _brain_labels(scan)[scan.maps["segmentation"].cpu().numpy()[0]]
+    brain = scan.layout.protocol.is_brain[scan.maps["segmentation"].cpu().numpy()[0]]
     try:
         place = affine_points(scan.network_affine, np.argwhere(brain))
         matrix = fit_affine(place, scan.maps["mni"].cpu().numpy()[:, brain].T)
@@ -113,7 +112,7 @@ def _direction(scan: ScanResult) -> Iterator[str]:
 def _uncertain(scan: ScanResult) -> Iterator[str]:
     if "entropy" not in scan.maps:
         return
-    brain = _brain_labels(scan)[scan.maps["segmentation"].cpu().numpy()[0]]
+    brain = scan.layout.protocol.is_brain[scan.maps["segmentation"].cpu().numpy()[0]]
     mean = float(scan.maps["entropy"].cpu().numpy()[0][brain].mean()) if brain.any() else 0.0
     if mean > ENTROPY_LIMIT:
         yield f"the segmentation is uncertain: mean entropy within the brain is {mean:.2f} of its maximum"
@@ -136,10 +135,6 @@ def collect_warnings(scan: ScanResult) -> list[str]:
     return [found for rule in RULES for found in rule(scan)]
 
 
-def _brain_labels(scan: ScanResult) -> np.ndarray:
-    return np.array([is_brain(s.freesurfer_id) for s in scan.layout.protocol.structures])
-
-
 def write_quality(scan: ScanResult) -> None:
     """Write the entropy map, its mean for each structure (``_qc.tsv``), and the warnings (``_qc.json``)."""
     structures = scan.layout.protocol.structures
@@ -156,7 +151,7 @@ def write_quality(scan: ScanResult) -> None:
             Units="share of the maximum",
             Description="entropy of the label probabilities over the logarithm of the number of labels: 0 certain, 1 unknown",
         )
-        brain = _brain_labels(scan)
+        brain = scan.layout.protocol.is_brain
         voxels = np.bincount(scan.maps["segmentation"].cpu().numpy().reshape(-1), minlength=len(structures))
         known = brain & (voxels > 0)
         overall = float((mean[known] * voxels[known]).sum() / voxels[known].sum()) if known.any() else float("nan")

@@ -19,7 +19,7 @@ from torch import Tensor
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.transforms import read_scan
 
-__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "is_brain", "resample"]
+__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "resample"]
 
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
 INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
@@ -154,18 +154,13 @@ class ScanResult:
         self.path(f"{suffix}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def is_brain(freesurfer_id: int) -> bool:
-    """Whether a FreeSurfer id belongs to brain, ventricles or the fluid around: neither background nor 5xx or 9xx (head)."""
-    return 0 < freesurfer_id < 500 or 800 <= freesurfer_id < 900
-
-
 def resample(
     volume: Tensor, shape: Sequence[int], affine: np.ndarray, mode: str = "bilinear", padding_mode: str = "border"
 ) -> MetaTensor:
-    """Bring a volume of shape (C, h, w, d) to another grid: shape (C, *shape), the same dtype for ``mode="nearest"``."""
+    """Bring a volume of shape (C, h, w, d) to another grid: shape (C, *shape), float32; ``mode="nearest"`` keeps the dtype."""
     source = volume if isinstance(volume, MetaTensor) else MetaTensor(volume)
     if tuple(source.shape[1:]) == tuple(shape) and np.allclose(source.affine, affine, atol=1e-6):
         return source
     apply = SpatialResample(mode=mode, padding_mode=padding_mode, dtype=torch.float32)  # type: ignore[arg-type]
     moved = apply(source, dst_affine=torch.from_numpy(np.array(affine)), spatial_size=tuple(shape))
-    return MetaTensor(moved)
+    return MetaTensor(moved.to(source.dtype) if mode == "nearest" else moved)

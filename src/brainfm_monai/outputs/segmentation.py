@@ -6,7 +6,7 @@ import numpy as np
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import write_table
-from brainfm_monai.outputs.result import ScanResult, is_brain
+from brainfm_monai.outputs.result import ScanResult
 
 __all__ = [
     "TOTALS",
@@ -17,8 +17,6 @@ __all__ = [
     "write_volumes",
 ]
 
-# FreeSurfer ids of fluid: ventricles with their choroid plexus, and the fluid around the brain
-FLUID_IDS = frozenset({4, 5, 14, 15, 24, 31, 43, 44, 63, 72})
 TOTALS = {
     "Total-Brain": "all structures of the brain without the ventricles and the fluid around it",
     "Intracranial-Volume": "all structures of the brain, the ventricles and the fluid around it",
@@ -42,9 +40,8 @@ def compute_volumes_mm3(labels: np.ndarray, affine: np.ndarray, count: int) -> n
 
 def compute_totals_mm3(volumes: np.ndarray, protocol: Protocol) -> dict[str, float]:
     """Sums of volumes, shape (L,): :data:`TOTALS` says of which structures."""
-    inside = np.array([is_brain(s.freesurfer_id) for s in protocol.structures])
-    solid = inside & np.array([s.freesurfer_id not in FLUID_IDS for s in protocol.structures])
-    return {"Total-Brain": float(volumes[solid].sum()), "Intracranial-Volume": float(volumes[inside].sum())}
+    tissue = protocol.is_brain & ~protocol.is_fluid
+    return {"Total-Brain": float(volumes[tissue].sum()), "Intracranial-Volume": float(volumes[protocol.is_brain].sum())}
 
 
 def write_segmentation(scan: ScanResult) -> None:

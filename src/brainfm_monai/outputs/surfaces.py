@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from brainfm_monai.io import write_table
+from brainfm_monai.outputs.images import save_map
 from brainfm_monai.outputs.result import ScanResult
 from brainfm_monai.transforms import MODES
 
@@ -134,14 +135,8 @@ def write_distances(scan: ScanResult) -> None:
     """Write the distance maps, the cortical ribbon and the thickness map, in the grid of the files."""
     distance = scan.in_grid("distance")
     names = scan.layout.tasks["distance"].channel_names
-    scan.save_image(
-        "distance",
-        np.moveaxis(distance, 0, -1),
-        step=DISTANCE_STEP_MM,
-        Units="mm",
-        Channels=list(names),
-        Description="signed distance to the surfaces, negative inside, clipped at 3 mm; l, r: hemisphere, p, w: pial, white",
-    )
+    text = "signed distance to the surfaces, negative inside, clipped at 3 mm; l, r: hemisphere, p, w: pial, white"
+    save_map(scan, "distance", np.moveaxis(distance, 0, -1), text)
     known = _shown_hemispheres(scan, dict(zip(names, distance, strict=True)))
     ribbon = compute_ribbon(known)
     thickness = compute_thickness_mm(known, ribbon)

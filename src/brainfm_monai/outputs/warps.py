@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.functional.spatial import warp as sample
-from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult, is_brain
+from brainfm_monai.outputs.images import save_map
+from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
 from brainfm_monai.outputs.template import (
     Warp,
     fit_warp,
@@ -28,10 +29,10 @@ __all__ = [
     "write_transforms",
 ]
 
+OUTER_FLUID_ID = 24  # around the brain
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts to the left and to the back
 TO_TEMPLATE = f"from-scan_to-{TEMPLATE_SPACE}_mode-image"
 TO_SCAN = f"from-{TEMPLATE_SPACE}_to-scan_mode-image"
-COORDINATE_STEP_MM = 0.05
 DISPLACEMENT_STEP_MM = 2.0**-8  # a power of 2, so that float32 holds the rounded numbers exactly and they compress well
 TEMPLATE_STRIDE = 3  # the warps are smooth: stored every 3 mm
 SLAB = 32  # slices that are resampled at once
@@ -39,15 +40,8 @@ SLAB = 32  # slices that are resampled at once
 
 def write_coordinates(scan: ScanResult) -> None:
     """Write the template coordinates of every voxel, as the network sees them: ``_mni``, x, y, z in steps of 0.05 mm."""
-    coordinates = np.moveaxis(scan.in_grid("mni"), 0, -1)
-    scan.save_image(
-        "mni",
-        coordinates,
-        step=COORDINATE_STEP_MM,
-        Units="mm",
-        Space=TEMPLATE_SPACE,
-        Description="right, anterior and superior coordinate of each voxel in the template; 0 outside the computed box",
-    )
+    text = "right, anterior and superior coordinate of each voxel in the template; 0 outside the computed box"
+    save_map(scan, "mni", np.moveaxis(scan.in_grid("mni"), 0, -1), text, Space=TEMPLATE_SPACE)
 
 
 def fit_scan_to_template(scan: ScanResult) -> Warp:
@@ -58,8 +52,8 @@ def fit_scan_to_template(scan: ScanResult) -> Warp:
     """
     if "warp" in scan.shared:
         return cast(Warp, scan.shared["warp"])
-    ids = scan.layout.protocol.freesurfer_ids
-    tissue = np.array([is_brain(int(i)) and i != 24 for i in ids])  # not the fluid around
+    protocol = scan.layout.protocol
+    tissue = protocol.is_brain & (protocol.freesurfer_ids != OUTER_FLUID_ID)
     labels = scan.maps["segmentation"].cpu().numpy()[0]
     scan.shared["warp"] = found = fit_warp(scan.maps["mni"].cpu().numpy(), tissue[labels], scan.network_affine)
     return found
@@ -110,8 +104,7 @@ def write_transforms(scan: ScanResult) -> None:
 
 def _folds_of_prediction(scan: ScanResult) -> float:
     """Share of the brain in which the coordinates, as the network gives them, fold space."""
-    structures = scan.layout.protocol.structures
-    brain = np.array([is_brain(s.freesurfer_id) for s in structures])[scan.maps["segmentation"].cpu().numpy()[0]]
+    brain = scan.layout.protocol.is_brain[scan.maps["segmentation"].cpu().numpy()[0]]
     box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))
     coordinates = np.moveaxis(scan.maps["mni"].cpu().numpy()[:, *box], 0, -1)
     return fold_fraction(Warp(coordinates, scan.network_affine, np.eye(4)), brain[box])

@@ -3,54 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from brainfm_monai.outputs import (
     ScanResult,
+    write_age,
     write_bias_field,
     write_coordinates,
     write_distances,
+    write_embedding,
+    write_lesions,
     write_quality,
     write_segmentation,
     write_surfaces,
     write_synthetic_images,
     write_transforms,
+    write_uncertainty,
     write_volumes,
 )
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-__all__ = ["OUTPUTS", "Output", "select_outputs"]
+__all__ = ["OUTPUTS", "select_outputs"]
 
-IMAGE_TASKS = tuple(task.name for task in TASKS.values() if task.kind == "image")
-
-
-@dataclass(frozen=True)
-class Output:
-    """A group of files.
-
-    Attributes:
-        write: writes them.
-        tasks: the network has to predict one of these at least.
-    """
-
-    write: Callable[[ScanResult], None]
-    tasks: tuple[str, ...] = ("segmentation",)
-
-
-# In the order in which they are written: the report tells what the others found.
-OUTPUTS: dict[str, Output] = {
-    "segmentation": Output(write_segmentation),
-    "volumes": Output(write_volumes),
-    "contrasts": Output(write_synthetic_images, IMAGE_TASKS),
-    "bias_field": Output(write_bias_field, ("log_bias_field",)),
-    "distance": Output(write_distances, ("distance",)),
-    "surfaces": Output(write_surfaces, ("distance",)),
-    "mni": Output(write_coordinates, ("mni",)),
-    "transforms": Output(write_transforms, ("mni",)),
-    "quality": Output(write_quality),
-    "view": Output(write_view),
-    "report": Output(write_report),
+# In the order in which they are written: the report shows what the others found. Which tasks an output needs stands in the
+# table of tasks (``Task.outputs``).
+OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
+    "segmentation": write_segmentation,
+    "volumes": write_volumes,
+    "contrasts": write_synthetic_images,
+    "bias_field": write_bias_field,
+    "distance": write_distances,
+    "surfaces": write_surfaces,
+    "mni": write_coordinates,
+    "transforms": write_transforms,
+    "lesion": write_lesions,
+    "age": write_age,
+    "embedding": write_embedding,
+    "uncertainty": write_uncertainty,
+    "quality": write_quality,
+    "view": write_view,
+    "report": write_report,
 }
 
 
@@ -66,7 +58,7 @@ def select_outputs(outputs: str | Sequence[str], layout: TaskLayout) -> dict[str
         ValueError: if there is no such output, or the network does not predict what it is made of.
     """
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
-    possible = [name for name, output in OUTPUTS.items() if any(task in layout.tasks for task in output.tasks)]
+    possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]
     wanted = possible if names == ["all"] else names
     unknown = [name for name in wanted if name not in OUTPUTS]
     if unknown or not wanted:
@@ -75,6 +67,7 @@ def select_outputs(outputs: str | Sequence[str], layout: TaskLayout) -> dict[str
         )
     for name in wanted:
         if name not in possible:
-            needs, has = " or ".join(OUTPUTS[name].tasks), ", ".join(layout.tasks)
+            needs = " or ".join(task.name for task in TASKS.values() if name in task.outputs) or "scales of error"
+            has = ", ".join(layout.tasks)
             raise ValueError(f"outputs: '{name}' needs a network that predicts {needs}, found one for {has}")
-    return {name: output.write for name, output in OUTPUTS.items() if name in wanted}
+    return {name: write for name, write in OUTPUTS.items() if name in wanted}

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from brainfm_monai.anatomy import Structure
-from brainfm_monai.outputs import ScanResult, compute_totals_mm3, compute_volumes_mm3, is_brain
+from brainfm_monai.outputs import ScanResult, compute_totals_mm3, compute_volumes_mm3
 from brainfm_monai.report.figures import draw_panels, draw_segmentation, encode_figure, sections
 from brainfm_monai.report.page import Page
 
@@ -94,7 +94,7 @@ def volume_rows(scan: ScanResult) -> list[tuple[Structure, float, float | None]]
     volumes = (hard if scan.soft_volumes_mm3 is None else scan.soft_volumes_mm3) / 1000
     rows: list[tuple[Structure, float, float | None]] = []
     for s in protocol.structures:
-        if is_brain(s.freesurfer_id) and s.side != "right":
+        if protocol.is_brain[s.label] and s.side != "right":
             rows.append((s, float(volumes[s.label]), float(volumes[s.mirror]) if s.side == "left" else None))
     return rows
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.outputs import ScanResult, fit_scan_to_template, is_brain, resample
+from brainfm_monai.outputs import ScanResult, fit_scan_to_template, resample
 from brainfm_monai.outputs.template import load_template
 from brainfm_monai.outputs.warps import resample_through
 
@@ -121,13 +121,12 @@ def _template_in(scan: ScanResult, shape: tuple[int, ...], affine: np.ndarray) -
 
 
 def _brain_labels(protocol: Protocol) -> list[int]:
-    return [s.label for s in protocol.structures if is_brain(s.freesurfer_id)]
+    return [int(label) for label in np.flatnonzero(protocol.is_brain)]
 
 
 def _brain_box(labels: np.ndarray, protocol: Protocol) -> list[tuple[int, int]]:
     """First and last index along each axis of cerebrum and cerebellum, which are the brain's structures with a side."""
-    sided = [s.label for s in protocol.structures if s.side != "none" and is_brain(s.freesurfer_id)]
-    brain = np.isin(labels, sided)
+    brain = protocol.is_hemisphere[labels]
     box = []
     for axis in range(3):
         count = np.cumsum(brain.sum(axis=tuple(a for a in range(3) if a != axis)))

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from brainfm_monai.anatomy import Structure
-from brainfm_monai.outputs import is_brain
 from brainfm_monai.report.page import Page, Plane
 
 __all__ = ["PANELS", "Painter", "Panel", "paint_scan", "paint_segmentation", "unit_colour"]
@@ -37,15 +36,16 @@ def paint_scan(axes: Axes, page: Page, plane: Plane, index: int) -> None:
 def paint_segmentation(axes: Axes, page: Page, plane: Plane, index: int) -> None:
     """The scan, and the structures over it in the colours of the protocol."""
     paint_scan(axes, page, plane, index)
-    table = np.array([_overlay_colour(s) for s in page.protocol.structures], dtype=np.float32)
+    protocol = page.protocol
+    table = np.array([_overlay_colour(s, protocol.is_brain[s.label]) for s in protocol.structures], dtype=np.float32)
     _show(axes, page, plane, table[page.cut(page.labels, plane, index)], interpolation="nearest")
 
 
-def _overlay_colour(structure: Structure) -> tuple[float, float, float, float]:
+def _overlay_colour(structure: Structure, brain: bool) -> tuple[float, float, float, float]:
     if structure.label == 0:
         return (0.0, 0.0, 0.0, 0.0)
     kind = "white_matter" if structure.freesurfer_id in WHITE_MATTER_IDS else "brain"
-    kind = kind if is_brain(structure.freesurfer_id) else "head"
+    kind = kind if brain else "head"
     return (*unit_colour(structure), OVERLAY_OPACITY[kind])
 
 

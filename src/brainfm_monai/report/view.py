@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from brainfm_monai.outputs import ScanResult, is_brain
+from brainfm_monai.outputs import ScanResult
 
 __all__ = ["compose_view", "find_niivue", "write_view"]
 
@@ -91,12 +91,13 @@ def compose_view(scan: ScanResult, script: str) -> str:
     image = scan.image.cpu().numpy()[0]
     low, high = np.percentile(image[scan.labels > 0] if (scan.labels > 0).any() else image, WINDOW_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-    structures = scan.layout.protocol.structures
+    protocol = scan.layout.protocol
+    structures = protocol.structures
     colours = {
         "R": [s.colour[0] for s in structures],
         "G": [s.colour[1] for s in structures],
         "B": [s.colour[2] for s in structures],
-        "A": [255 if is_brain(s.freesurfer_id) else 90 * (s.label > 0) for s in structures],
+        "A": [255 if protocol.is_brain[s.label] else 90 * (s.label > 0) for s in structures],
         "I": [s.label for s in structures],
         "labels": [s.name for s in structures],
     }

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from brainfm_monai.functional import intensity, separable
 from brainfm_monai.synthesis.ranges import AppearanceParams
-from brainfm_monai.tasks import AIR
+from brainfm_monai.tasks import TASKS
 
 __all__ = ["IMAGES", "INTENSITY_TOP", "acquire", "blend_inputs", "cluster_head", "smooth_field"]
 
 # Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the task table.
-IMAGES = {name: AIR.get(name, 0.0) for name in ("T1w", "T2w", "FLAIR", "CT")}
+IMAGES = {name: TASKS[name].outside for name in ("T1w", "T2w", "FLAIR", "CT")}
 INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
 QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 
