@@ -129,7 +129,7 @@ def test_mixtures_follow_the_distance() -> None:
 
 def test_unreadable_scans_are_named(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 3), dtype=np.float32), np.eye(4)), tmp_path / "four.nii")
-    with pytest.raises(ScanError, match=r"four\.nii: 4-D image"):
+    with pytest.raises(ScanError, match=r"four\.nii: one 3-D volume is needed, found 4-D data"):
         read_scan(tmp_path / "four.nii")
     values = np.ones((16, 16, 16), dtype=np.float32)
     values[0, 0, 0] = np.nan

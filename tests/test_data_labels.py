@@ -12,6 +12,7 @@ import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from brainfm_monai.data.labels import crop_to_box, find_brain_centre, load_label_map
+from brainfm_monai.io import ScanError
 
 
 def load(path: str | Path) -> Any:
@@ -106,13 +107,13 @@ def save_bad(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "rule"),
     [
-        ("text", "a readable NIfTI or MGH image is needed"),
-        ("truncated", "a readable NIfTI or MGH image is needed"),
-        ("4-D", r"one 3-D volume of labels is needed, found data of shape \(4, 4, 4, 3\)"),
-        ("2-D", "one 3-D volume of labels is needed"),
-        ("fractions", "ids must be whole numbers from 0 on, found values up to 0.5 off one"),
-        ("negative", "negative or not finite"),
-        ("nan", "negative or not finite"),
+        ("text", "a NIfTI header is needed"),
+        ("truncated", "the voxels cannot be read, found"),
+        ("4-D", r"one 3-D volume is needed, found 4-D data of shape \(4, 4, 4, 3\)"),
+        ("2-D", "a 3-D volume of at least 2 voxels along each axis is needed"),
+        ("fractions", "ids must be whole numbers from 0 to 2147483647, found values up to 0.5 off one"),
+        ("negative", "negative, larger or not finite"),
+        ("nan", "negative, larger or not finite"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path: Path, kind: str, rule: str) -> None:
@@ -127,7 +128,7 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, kind: str, rule: str) -
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.nii\.gz: a label map is needed"):
+    with pytest.raises(ScanError, match=r"none\.nii\.gz: .* found no such file"):
         load_label_map(tmp_path / "none.nii.gz")
 
 

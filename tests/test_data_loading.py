@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from brainfm_monai.data.loading import LoadSubjectd, read_volume
+from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.subjects import write_subject
+from brainfm_monai.io import ScanError
 
 SIZE = (5, 7, 6)
 AFFINE = np.array([[0.0, -1, 0, 3], [1.0, 0, 0, -2], [0, 0, 1.0, 5], [0, 0, 0, 1]])
@@ -48,9 +49,9 @@ def test_it_reads_what_nibabel_reads(item: dict[str, str]) -> None:
 def test_uncompressed_files_and_missing_keys(item: dict[str, str], tmp_path: Path) -> None:
     image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), AFFINE)
     nib.save(image, tmp_path / "plain.nii")
-    values, affine = read_volume(tmp_path / "plain.nii")
-    torch.testing.assert_close(values, torch.arange(24.0).reshape(1, 2, 3, 4))
-    torch.testing.assert_close(affine, torch.from_numpy(AFFINE))
+    found = LoadSubjectd(["T1w"])({"T1w": str(tmp_path / "plain.nii")})["T1w"]
+    torch.testing.assert_close(found.as_tensor(), torch.arange(24.0).reshape(1, 2, 3, 4))
+    torch.testing.assert_close(found.affine, torch.from_numpy(AFFINE))
     assert set(LoadSubjectd(["FLAIR", "T1w"])(item)) == set(item)
     with pytest.raises(KeyError):
         LoadSubjectd(["FLAIR"], allow_missing_keys=False)(item)
@@ -60,5 +61,5 @@ def test_what_is_no_volume_is_named(tmp_path: Path) -> None:
     for name, content in (("half.nii.gz", b"\x1f\x8bhalf"), ("none.nii", b"none"), ("gone.nii.gz", None)):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}: a NIfTI volume is needed, found"):
-            read_volume(tmp_path / name)
+        with pytest.raises(ScanError, match=rf"{name}: .*, found"):
+            LoadSubjectd(["T1w"])({"T1w": str(tmp_path / name)})

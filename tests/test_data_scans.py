@@ -51,7 +51,7 @@ def test_a_file_is_one_scan_and_must_look_like_one(tmp_path: Path) -> None:
     assert find_scans(tmp_path / "a.nii.gz") == [{"image": str(tmp_path / "a.nii.gz"), "name": "a"}]
     with pytest.raises(
         ValueError,
-        match=r"b\.dcm: a scan is a file of the kind \.nii\.gz, \.nii, \.mgz, \.mgh, \.nrrd, \.nhdr, found another suffix",
+        match=r"b\.dcm: a scan is a file of the kind \.nii\.gz, \.nii, \.hdr, \.mgz, \.mgh, \.nrrd, \.nhdr, found another suffix",
     ):
         find_scans(tmp_path / "b.dcm")
     assert find_scans("") == []

@@ -22,10 +22,6 @@ from brainfm_monai.transforms import (
     ScanSpacingd,
     SplitTasksd,
     allowed_labels,
-    check_header,
-    is_dicom_series,
-    read_scan,
-    scan_stem,
 )
 
 RAMP = np.arange(12 * 14 * 16, dtype=np.float32).reshape(12, 14, 16)
@@ -34,14 +30,6 @@ RAMP = np.arange(12 * 14 * 16, dtype=np.float32).reshape(12, 14, 16)
 def write(path: Path, data: np.ndarray, zooms_mm: float = 1.0) -> Path:
     nib.save(nib.Nifti1Image(data, np.diag([zooms_mm] * 3 + [1.0])), path)
     return path
-
-
-@pytest.mark.parametrize(
-    ("name", "stem"),
-    [("a/T1w.nii.gz", "T1w"), ("T1.v2.nii", "T1.v2"), ("norm.mgz", "norm"), ("X.MGH", "X"), ("odd.img", "odd")],
-)
-def test_the_stem_is_the_name_without_the_suffix(name: str, stem: str) -> None:
-    assert scan_stem(name) == stem
 
 
 def test_loading_gives_one_channel_and_the_scans_name(tmp_path: Path) -> None:
@@ -86,45 +74,6 @@ def test_a_file_cut_short_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ScanError, match=r"cut\.nii\.gz: the voxels cannot be read, found \S+") as caught:
         LoadScand("image")({"image": str(path)})
     assert "\n" not in str(caught.value)
-
-
-def test_headers_that_cannot_be_a_head_scan_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ScanError,
-        match=r"absent\.nii: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found no such file",
-    ):
-        check_header(tmp_path / "absent.nii")
-    with pytest.raises(ScanError, match="or the folder of a DICOM series is needed, found a folder"):
-        check_header(tmp_path)
-    with pytest.raises(
-        ScanError, match=r"extends over 10 to 600 mm along each axis, found 0\.012 x 0\.014 x 0\.016 mm"
-    ):
-        check_header(write(tmp_path / "metres.nii", RAMP, zooms_mm=0.001))
-    with pytest.raises(ScanError, match=r"extends over 10 to 600 mm along each axis, found 1\.2e"):
-        check_header(write(tmp_path / "micrometres.nii", RAMP, zooms_mm=1000))
-    colours = np.zeros((12, 14, 16), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    with pytest.raises(ScanError, match="one real number per voxel is needed, found colours"):
-        check_header(write(tmp_path / "rgb.nii", colours))
-    with pytest.raises(ScanError, match="one real number per voxel is needed, found complex numbers"):
-        check_header(write(tmp_path / "kspace.nii", RAMP.astype(np.complex64)))
-    flat: Any = nib.Nifti1Image(RAMP, np.eye(4))
-    flat.header["srow_z"] = 0
-    flat.header["sform_code"] = 1
-    nib.save(nib.Nifti1Image(RAMP, None, flat.header), tmp_path / "flat.nii")
-    with pytest.raises(ScanError, match="an affine of three independent axes is needed, found"):
-        check_header(tmp_path / "flat.nii")
-
-
-def test_a_header_without_orientation_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    image: Any = nib.Nifti1Image(RAMP, np.eye(4))
-    image.set_sform(None, 0)
-    image.set_qform(None, 0)
-    nib.save(image, tmp_path / "unknown.nii")
-    check_header(tmp_path / "unknown.nii")
-    assert "the header states no orientation; left and right are taken from the order of the voxels" in caplog.text
-    caplog.clear()
-    check_header(write(tmp_path / "known.nii", RAMP))
-    assert not caplog.text
 
 
 def test_spacing_leaves_entries_that_begin_like_the_key_alone() -> None:
@@ -190,37 +139,6 @@ def test_a_scale_of_error_is_in_the_unit_of_its_task() -> None:
     np.testing.assert_allclose(parts["age"].numpy(), -200.0)  # years
 
 
-def write_frames(path: Path, frames: int = 3) -> Path:
-    return write(path, np.stack([RAMP + 100 * i for i in range(frames)], axis=-1))
-
-
-def test_one_frame_or_the_mean_of_all_is_taken(tmp_path: Path) -> None:
-    path = str(write_frames(tmp_path / "frames.nii"))
-    np.testing.assert_array_equal(read_scan(path, 2).numpy()[0], RAMP + 200)
-    np.testing.assert_allclose(read_scan(path, "mean").numpy()[0], RAMP + 100)
-    np.testing.assert_array_equal(
-        LoadScand("image", frame=0)({"image": path, "frame": 1})["image"].numpy()[0], RAMP + 100
-    )
-    with pytest.raises(ScanError, match=r"one 3-D volume is needed: pass --frame N \(from 0\) or --frame mean"):
-        read_scan(path)
-    with pytest.raises(ScanError, match="'frame' must be 'mean' or a number from 0 to 2, found 3"):
-        read_scan(path, 3)
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
-def test_every_number_type_and_slope_is_read(tmp_path: Path, dtype: type[np.generic]) -> None:
-    stored = (np.arange(12 * 14 * 16).reshape(12, 14, 16) % 100).astype(dtype)
-    image = nib.Nifti1Image(stored, np.eye(4))
-    image.header.set_slope_inter(2.0, -50.0)
-    nib.save(image, tmp_path / "scan.nii")
-    expected = stored.astype(np.float64) * (2.0 if np.issubdtype(dtype, np.integer) else 1.0)
-    found = read_scan(tmp_path / "scan.nii").numpy()[0]
-    scale = np.ptp(found) / np.ptp(expected)
-    np.testing.assert_allclose(found - found.min(), (expected - expected.min()) * scale, atol=1e-3)
-    reference: Any = nib.load(tmp_path / "scan.nii")
-    np.testing.assert_allclose(found, reference.get_fdata(), atol=1e-4)
-
-
 def test_a_ct_is_clipped_to_the_brains_window_and_an_mr_scan_is_not(tmp_path: Path) -> None:
     hounsfield = RAMP / RAMP.max() * 2000 - 1000
     hounsfield[:2] = -1000
@@ -235,87 +153,6 @@ def test_a_ct_is_clipped_to_the_brains_window_and_an_mr_scan_is_not(tmp_path: Pa
         ValueError, match=r"window: 'auto' or two rising numbers \[low, high\] are needed, found \[3, 1\]"
     ):
         LoadScand("image", window=[3, 1])
-
-
-LPS_AFFINE = np.array([[-1.5, 0.2, 0.0, 10], [0.1, -1.2, 0.3, 20], [0.0, 0.25, 2.5, -30], [0, 0, 0, 1]])
-
-
-def orthogonal(affine: np.ndarray) -> np.ndarray:
-    """The nearest affine of right angles, which NRRD and DICOM ask for."""
-    zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    left, _, right = np.linalg.svd(affine[:3, :3] / zooms)
-    result = affine.copy()
-    result[:3, :3] = (left @ right) * zooms
-    return result
-
-
-def write_with_itk(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    import itk
-
-    flipped = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    image = itk.image_from_array(np.ascontiguousarray(data.transpose(2, 1, 0)))
-    zooms = np.linalg.norm(flipped[:3, :3], axis=0)
-    image.SetSpacing([float(z) for z in zooms])
-    image.SetOrigin([float(v) for v in flipped[:3, 3]])
-    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(flipped[:3, :3] / zooms)))
-    itk.imwrite(image, str(path))
-
-
-def test_an_nrrd_file_is_read_as_the_nifti_file_of_the_same_voxels(tmp_path: Path) -> None:
-    affine = orthogonal(LPS_AFFINE)
-    write_with_itk(tmp_path / "scan.nrrd", RAMP, affine)
-    check_header(tmp_path / "scan.nrrd")
-    found = read_scan(tmp_path / "scan.nrrd")
-    np.testing.assert_array_equal(found.numpy()[0], RAMP)
-    np.testing.assert_allclose(found.affine, affine, atol=1e-5)
-    (tmp_path / "broken.nrrd").write_text("no image")
-    with pytest.raises(
-        ScanError, match=r"broken\.nrrd: a NRRD file or a DICOM series is needed, and it cannot be read"
-    ):
-        read_scan(tmp_path / "broken.nrrd")
-
-
-def test_a_dicom_series_is_read_slice_by_slice(tmp_path: Path) -> None:
-    import itk
-
-    affine = orthogonal(LPS_AFFINE)
-    flipped = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    data = RAMP.astype(np.int16)
-    folder = tmp_path / "series"
-    folder.mkdir()
-    for index in range(data.shape[2]):
-        image = itk.image_from_array(np.ascontiguousarray(data[:, :, index : index + 1].transpose(2, 1, 0)))
-        place = flipped @ [0, 0, index, 1]
-        image.SetSpacing([float(z) for z in zooms])
-        image.SetOrigin([float(v) for v in place[:3]])
-        image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(flipped[:3, :3] / zooms)))
-        tags = image.GetMetaDataDictionary()
-        for tag, value in {
-            "0008|0060": "MR",
-            "0020|000e": "1.2.3.4",
-            "0020|000d": "1.2.3",
-            "0008|0021": "20200101",
-            "0020|0013": str(index),
-            "0020|0032": "\\".join(f"{v:.6f}" for v in place[:3]),
-            "0020|0037": "\\".join(f"{v:.8f}" for v in (flipped[:3, :2] / zooms[:2]).T.reshape(-1)),
-            "0018|0050": str(zooms[2]),
-        }.items():
-            tags[tag] = value
-        writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(folder / f"{99 - index}.dcm"))
-        io = itk.GDCMImageIO.New()
-        io.SetKeepOriginalUID(True)
-        writer.SetImageIO(io)
-        writer.Update()
-    assert is_dicom_series(folder)
-    assert not is_dicom_series(tmp_path)
-    check_header(folder)
-    found = read_scan(folder)
-    assert found.shape[1:] == data.shape
-    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in data.shape), indexing="ij"), axis=-1).reshape(-1, 3)
-    back = np.linalg.inv(np.asarray(found.affine)) @ affine
-    where = np.rint(voxels @ back[:3, :3].T + back[:3, 3]).astype(int)  # whichever end the reader begins from
-    np.testing.assert_array_equal(found.numpy()[0][tuple(where.T)], data[tuple(voxels.T)])
 
 
 def test_modes_leave_labels_out_before_the_decision() -> None:

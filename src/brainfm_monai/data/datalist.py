@@ -14,8 +14,7 @@ from typing import Any
 
 from brainfm_monai.data.reference_layout import find_reference_subjects
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, subject_file
-from brainfm_monai.io import write_text
-from brainfm_monai.transforms import SCAN_SUFFIXES
+from brainfm_monai.io import SCAN_SUFFIXES, write_text
 
 __all__ = [
     "SECTIONS",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,10 +13,11 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
-from brainfm_monai.io import ScanError
-from brainfm_monai.transforms import check_header
+from brainfm_monai.io import read_volume
 
 __all__ = ["cluster_extracerebral", "find_head", "read_scan", "resample_to_box", "scale_intensities"]
+
+logger = logging.getLogger(__name__)
 
 AIR_HU = -1000.0
 UPPER_QUANTILE = 0.999
@@ -26,7 +27,7 @@ CLOSING_VOX = 4
 
 
 def read_scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read one volume of real numbers, with NaN and infinite voxels as 0.
+    """Read one volume of real numbers, with NaN and infinite voxels as 0; warnings of the reader are logged.
 
     Returns:
         Values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm.
@@ -34,13 +35,10 @@ def read_scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ScanError: if the file holds no such volume.
     """
-    check_header(path)
-    image: Any = nib.load(path)
-    try:
-        values = np.asarray(image.get_fdata(dtype=np.float32)).reshape(image.shape[:3])
-    except Exception as error:  # a damaged file shows as EOFError, BadGzipFile, zlib.error, OSError, ... of the reader
-        raise ScanError(f"{path}: the voxels cannot be read, found {' '.join(str(error).split())}") from error
-    return np.nan_to_num(values, posinf=0, neginf=0), np.asarray(image.affine, dtype=np.float64)
+    volume = read_volume(path)
+    for warning in volume.warnings:
+        logger.warning("%s: %s", path, warning)
+    return np.nan_to_num(volume.values.astype(np.float32), posinf=0, neginf=0), volume.affine
 
 
 def resample_to_box(

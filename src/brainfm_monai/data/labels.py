@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import csv
-import zlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+
+from brainfm_monai.io import ScanError, read_labels
 
 __all__ = ["crop_to_box", "find_brain_centre", "fold_ids", "load_label_map", "read_id_table"]
 
+logger = logging.getLogger(__name__)
+
 SPACING_TOLERANCE_MM = 1e-3
-WHOLE_TOLERANCE = 1e-3
 # FreeSurfer's colour table: parcels of the cortex and of the white matter below it, as (first, last, structure)
 PARCELS = (
     (1000, 1999, 3), (2000, 2999, 42), (3000, 3999, 2), (4000, 4999, 41), (5001, 5001, 2), (5002, 5002, 41),
@@ -43,13 +43,17 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[
         The ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4).
 
     Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if the file is no image, has no single volume, or holds values that are no ids.
+        ScanError: if the file has no single volume or states no orientation, or a value is no id.
     """
-    values, affine = _read_volume(path)
-    if table is not None:
-        values = _translate(values, table, str(path))
-    ids: Any = MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(affine))
+    volume = read_labels(path)
+    if not volume.is_oriented:
+        raise ScanError(
+            f"{path}: a label map that states which side is left is needed, found no orientation in its header"
+        )
+    for warning in volume.warnings:
+        logger.warning("%s: %s", path, warning)
+    values = volume.values if table is None else _translate(volume.values, table, str(path))
+    ids: Any = MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(volume.affine))
     ids = Orientation(axcodes="RAS", labels=None)(ids)
     if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:
         # float64 holds every id of 32 bits
@@ -57,31 +61,6 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[
             ids.double()
         )
     return ids.as_tensor()[0].round().int().numpy(), ids.affine.numpy().astype(np.float64)
-
-
-def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The one volume of a file as int32, in the file's own axes, and its affine."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: a label map is needed, no such file")
-    try:
-        image: Any = nib.load(path)
-        values = np.asarray(image.dataobj)
-        affine = np.asarray(image.affine, dtype=np.float64)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, AttributeError, zlib.error) as error:
-        raise ValueError(
-            f"{path}: a readable NIfTI or MGH image is needed, found: {' '.join(str(error).split())}"
-        ) from error
-    shape = values.shape
-    if len(shape) > 3 and all(n == 1 for n in shape[3:]):
-        values = values.reshape(shape[:3])
-    if values.ndim != 3 or values.size == 0:
-        raise ValueError(f"{path}: one 3-D volume of labels is needed, found data of shape {shape}")
-    if not np.isfinite(values).all() or values.min() < 0:
-        raise ValueError(f"{path}: ids must be whole numbers from 0 on, found values that are negative or not finite")
-    fraction = np.abs(values - np.rint(values)).max()
-    if fraction > WHOLE_TOLERANCE:
-        raise ValueError(f"{path}: ids must be whole numbers from 0 on, found values up to {fraction:.2g} off one")
-    return np.rint(values).astype(np.int32), affine
 
 
 def read_id_table(path: str | Path) -> dict[int, int]:

@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from nibabel.filebasedimages import ImageFileError
-from nibabel.wrapstruct import WrapStructError
-from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.reference_layout import LAYOUT, decode_reference
 from brainfm_monai.data.simulated import simulate_contrasts
+from brainfm_monai.io import read_maps
 
-__all__ = ["LoadSubjectd", "read_volume"]
-
-GZIP = 31  # zlib's way to say that there is a gzip header
-
-
-def read_volume(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Read a NIfTI volume, unpacked at once and left in the file's order of memory, which saves most of the time.
-
-    Args:
-        path: ``.nii`` or ``.nii.gz``.
-
-    Returns:
-        Values, shape (C, H, W, D), of the stored type, or float32 where the header scales them, with the strides of the file (H
-        runs fastest), so that a crop copies only itself; and the affine to RAS mm, shape (4, 4), float64.
-
-    Raises:
-        ValueError: if the file is no such volume.
-    """
-    try:
-        content = Path(path).read_bytes()
-        image: Any = nib.Nifti1Image.from_bytes(
-            zlib.decompress(content, GZIP) if str(path).endswith(".gz") else content
-        )
-        stored = torch.from_numpy(image.dataobj.get_unscaled())
-    except (ImageFileError, WrapStructError, OSError, zlib.error, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: a NIfTI volume is needed, found {' '.join(str(error).split())}") from error
-    channel_first = stored.movedim(-1, 0) if stored.ndim == 4 else stored[None]
-    slope, offset = float(image.dataobj.slope), float(image.dataobj.inter)
-    values = channel_first if (slope, offset) == (1.0, 0.0) else channel_first.float().mul_(slope).add_(offset)
-    return values, torch.from_numpy(image.affine)
+__all__ = ["LoadSubjectd"]
 
 
 class LoadSubjectd(MapTransform):
@@ -92,7 +59,10 @@ class LoadSubjectd(MapTransform):
 def _load(key: str, value: Any, foreign: bool) -> MetaTensor:
     """One volume of an item, out of one file or of one file per channel."""
     paths = value if isinstance(value, (list, tuple)) else [value]
-    parts = [read_volume(path) for path in paths]
-    values = parts[0][0] if len(parts) == 1 else torch.cat([values for values, _ in parts])
+    parts = [read_maps(path) for path in paths]
+    maps = [
+        torch.from_numpy(part.values) for part in parts
+    ]  # in the file's order of memory: a crop copies itself alone
+    values = maps[0] if len(maps) == 1 else torch.cat(maps)
     values = decode_reference(key, values) if foreign else values
-    return MetaTensor(values, affine=parts[0][1], meta={"filename_or_obj": str(paths[0])})
+    return MetaTensor(values, affine=torch.from_numpy(parts[0].affine), meta={"filename_or_obj": str(paths[0])})

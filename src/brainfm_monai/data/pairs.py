@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from brainfm_monai.data.datalist import read_datalist
+from brainfm_monai.io import scan_stem
 from brainfm_monai.tasks import TASKS
-from brainfm_monai.transforms import scan_stem
 
 __all__ = ["REFERENCES", "read_pairs"]
 

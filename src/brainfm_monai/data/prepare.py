@@ -16,7 +16,7 @@ from brainfm_monai.data.labels import crop_to_box, find_brain_centre, fold_ids, 
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
 from brainfm_monai.data.simulated import choose_contrasts, read_means
 from brainfm_monai.data.subjects import MNI_FACTOR, check_size, write_subject
-from brainfm_monai.transforms import SCAN_SUFFIXES, scan_stem
+from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
 
 __all__ = ["PreparationError", "cut_to_brain", "prepare_label_map", "prepare_label_maps"]
 

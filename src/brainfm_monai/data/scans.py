@@ -11,7 +11,8 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.transforms import SCAN_SUFFIXES, is_dicom_series, scan_stem
+from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
+from brainfm_monai.transforms import is_dicom_series
 
 __all__ = ["find_scans"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, Transform
+from monai.transforms import Transform
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from brainfm_monai.data.pairs import REFERENCES
 from brainfm_monai.evaluation.degradations import TARGET
 from brainfm_monai.evaluation.pictures import make_picture
 from brainfm_monai.evaluation.tables import mean_dice_rows
+from brainfm_monai.io import read_maps
 from brainfm_monai.metrics import (
     MetricRow,
     TemplateTissues,
@@ -47,9 +48,6 @@ class LoadReferences(Transform):
     the scan as it is, and stays the same whatever a condition does to the scan.
     """
 
-    def __init__(self) -> None:
-        self.read = LoadImage(reader="NibabelReader", ensure_channel_first=True, image_only=True)
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the paths."""
         d = dict(data)
@@ -57,7 +55,7 @@ class LoadReferences(Transform):
             if key in d and task in MAGNITUDES:
                 d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(d.pop(key)), d["image"])
             elif key in d:
-                d[TARGET + task] = self.read(d.pop(key))
+                d[TARGET + task] = _read_reference(d.pop(key))
         if f"{TARGET}segmentation" not in d:
             d[HEAD] = d["image"] > FOREGROUND
         protocol = d.get("label_protocol")
@@ -130,6 +128,12 @@ class MeasureMaps(Transform):
     def _to_ids(self, labels: Tensor) -> Tensor:
         plain = convert_to_tensor(labels, dtype=torch.long, track_meta=False)
         return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=plain.device)[plain]
+
+
+def _read_reference(path: str) -> MetaTensor:
+    """A reference map in its own grid, shape (C, H, W, D), float32."""
+    volume = read_maps(path)
+    return MetaTensor(torch.from_numpy(volume.values.astype(np.float32)), affine=torch.from_numpy(volume.affine))
 
 
 def _read_magnitude(path: Path, grid: MetaTensor) -> tuple[MetaTensor, MetaTensor]:

@@ -4,16 +4,24 @@ from brainfm_monai.io.configs import fingerprint, literal
 from brainfm_monai.io.errors import ScanError, exit_on_error, first_line, one_line
 from brainfm_monai.io.files import write_folder, write_text, write_whole
 from brainfm_monai.io.tables import ABSENT, read_table, write_table
+from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
 
 __all__ = [
     "ABSENT",
+    "SCAN_SUFFIXES",
     "ScanError",
+    "Volume",
     "exit_on_error",
     "fingerprint",
     "first_line",
     "literal",
     "one_line",
+    "read_labels",
+    "read_maps",
+    "read_scan",
     "read_table",
+    "read_volume",
+    "scan_stem",
     "write_folder",
     "write_table",
     "write_text",

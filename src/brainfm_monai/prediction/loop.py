@@ -15,10 +15,9 @@ from monai.engines import Evaluator, IterationEvents
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainfm_monai.io import one_line
+from brainfm_monai.io import one_line, scan_stem
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.prediction.shards import share_of
-from brainfm_monai.transforms import scan_stem
 
 __all__ = ["named", "predict_scans"]
 

@@ -1,0 +1,180 @@
+"""The one reader of volumes: NIfTI, Analyze, MGH, NRRD and DICOM, with every refusal in one line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfm_monai.io.errors import ScanError, first_line
+from brainfm_monai.io.formats import read_mgh_header, read_nrrd
+from brainfm_monai.io.nifti import read_nifti_header
+from brainfm_monai.io.stored import LARGEST_VOXELS, Stored, open_packed, read_frame
+
+__all__ = ["SCAN_SUFFIXES", "Volume", "read_labels", "read_maps", "read_scan", "read_volume", "scan_stem"]
+
+NIFTI_SUFFIXES, MGH_SUFFIXES, NRRD_SUFFIXES = (".nii.gz", ".nii", ".hdr"), (".mgz", ".mgh"), (".nrrd", ".nhdr")
+SCAN_SUFFIXES = NIFTI_SUFFIXES + MGH_SUFFIXES + NRRD_SUFFIXES
+# a slab of three slices of 4 mm; head and shoulders. Beyond it the voxel size is wrong.
+EXTENT_RANGE_MM = (10.0, 600.0)
+HEADER_BYTES = 540  # of the longest header, NIfTI-2
+SMALLEST_DETERMINANT = 1e-9
+WHOLE_TOLERANCE = 1e-3
+FRAME_ADVICE = "pass --frame N (from 0) or --frame mean"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume of a file, in the order in which the file stores it.
+
+    Attributes:
+        values: shape (H, W, D).
+        affine: voxel indices to RAS mm, shape (4, 4), float64, as the file states it.
+        warnings: what a user should look at, one sentence each.
+        is_oriented: whether the file states which side is left.
+        modality: ``"ct"`` or ``"mr"`` where the file says so (DICOM does), else empty.
+    """
+
+    values: np.ndarray
+    affine: np.ndarray
+    warnings: tuple[str, ...] = ()
+    is_oriented: bool = True
+    modality: str = ""
+
+
+def scan_stem(path: str | Path) -> str:
+    """Name of a scan's file without the suffix: ``T1w`` for ``sub-01/T1w.nii.gz``."""
+    name = Path(path).name
+    for suffix in SCAN_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name if Path(path).is_dir() else Path(path).stem
+
+
+def read_volume(path: str | Path, frame: int | str | None = None) -> Volume:
+    """Read one volume of real numbers, as it is stored.
+
+    Args:
+        path: NIfTI, Analyze (``.hdr``), MGH or NRRD file, or the folder of a DICOM series.
+        frame: which volume of a 4-D file: its number, from 0; ``"mean"``; or ``"all"``, see :func:`read_maps`; None
+            refuses such a file.
+
+    Returns:
+        The volume; integers stay integers where the header does not scale them.
+
+    Raises:
+        ScanError: if the file is missing, damaged, or holds no such volume; one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file" if not path.exists() else "no regular file"
+        raise ScanError(f"{path}: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found {found}")
+    try:
+        stored = _read_header(path)
+        _check_header(stored, frame)
+        values = read_frame(stored, frame)
+    except Exception as error:  # damaged files show as a dozen kinds of errors of the libraries
+        known = isinstance(error, ValueError) and str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise ScanError(f"{path}: {reason if known else f'the voxels cannot be read, found {reason}'}") from error
+    return Volume(values, stored.affine, stored.warnings, stored.is_oriented)
+
+
+def read_maps(path: str | Path) -> Volume:
+    """Read all volumes of a file, channel first.
+
+    Returns:
+        The volumes, of shape (C, H, W, D), as :func:`read_volume` reads one.
+
+    Raises:
+        ScanError: see :func:`read_volume`.
+    """
+    volume = read_volume(path, "all")
+    return replace(volume, values=np.moveaxis(volume.values, 3, 0))
+
+
+def _read_header(path: Path) -> Stored:
+    name = path.name.lower()
+    if name.endswith(NRRD_SUFFIXES):
+        return read_nrrd(path)
+    if not name.endswith(NIFTI_SUFFIXES + MGH_SUFFIXES):
+        raise ValueError(f"a file of the kind {', '.join(SCAN_SUFFIXES)} is needed, found another suffix")
+    with open_packed(path) as stream:
+        block = stream.read(HEADER_BYTES)
+    return (read_mgh_header if name.endswith(MGH_SUFFIXES) else read_nifti_header)(path, block)
+
+
+def _check_header(stored: Stored, frame: int | str | None) -> None:
+    shape, count = stored.shape, math.prod(stored.shape[3:])
+    if stored.dtype.fields or stored.dtype.kind not in "iuf":
+        kinds = {"c": "complex numbers", "V": "colours"}
+        raise ValueError(f"one real number per voxel is needed, found {kinds.get(stored.dtype.kind, stored.dtype)}")
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise ValueError(f"a 3-D volume of at least 2 voxels along each axis is needed, found shape {shape}")
+    if math.prod(shape[:3]) > LARGEST_VOXELS:
+        raise ValueError(f"a volume of at most {LARGEST_VOXELS} voxels is needed, found shape {shape}")
+    if count > 1 and frame is None:
+        raise ValueError(f"one 3-D volume is needed, found {len(shape)}-D data of shape {shape}: {FRAME_ADVICE}")
+    if frame is not None and frame not in ("mean", "all") and not (isinstance(frame, int) and 0 <= frame < count):
+        raise ValueError(f"'frame' must be 'mean' or a number from 0 to {count - 1}, found {frame!r}")
+    affine = stored.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < SMALLEST_DETERMINANT:
+        raise ValueError(f"an affine of three independent axes is needed, found {np.round(affine[:3], 4).tolist()}")
+
+
+def read_scan(path: str | Path, frame: int | str | None = None) -> Volume:
+    """Read one scan of a head: see :func:`read_volume`; voxels that are not finite become 0, with a warning.
+
+    Returns:
+        The volume, float32.
+
+    Raises:
+        ScanError: if the file holds no such volume, no head can have its size, or it has no contrast; one line.
+    """
+    volume = read_volume(path, frame)
+    extent_mm = np.linalg.norm(volume.affine[:3, :3], axis=0) * np.array(volume.values.shape)
+    low, high = EXTENT_RANGE_MM
+    if extent_mm.min() < low or extent_mm.max() > high:
+        found = " x ".join(f"{e:.4g}" for e in extent_mm)
+        raise ScanError(
+            f"{path}: a head scan extends over {low:.0f} to {high:.0f} mm along each axis, found {found} mm: check the voxel size"
+        )
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(volume.values, dtype=np.float32)
+    finite = np.isfinite(values)
+    warnings = volume.warnings
+    if not finite.all():
+        if not finite.any():
+            raise ScanError(f"{path}: finite voxels are needed, found none (NaN or infinite everywhere)")
+        if np.isfinite(volume.values).sum() > finite.sum():
+            raise ScanError(f"{path}: values up to {np.finfo(np.float32).max:.2g} are needed, found larger ones")
+        warnings = (*warnings, f"{(~finite).sum()} voxels are NaN or infinite and become 0")
+        values = np.where(finite, values, np.float32(0))
+    if values.min() == values.max():
+        raise ScanError(f"{path}: an image with contrast is needed, found the value {values.min():g} in every voxel")
+    return replace(volume, values=values, warnings=warnings)
+
+
+def read_labels(path: str | Path) -> Volume:
+    """Read one label map: see :func:`read_volume`.
+
+    Returns:
+        The volume of ids, int32.
+
+    Raises:
+        ScanError: if the file holds no such volume, or a value is not a whole number from 0 on; one line.
+    """
+    volume = read_volume(path)
+    values: Any = volume.values
+    rule = f"{path}: ids must be whole numbers from 0 to {np.iinfo(np.int32).max}"
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > np.iinfo(np.int32).max:
+        raise ScanError(f"{rule}, found values that are negative, larger or not finite")
+    if values.dtype.kind == "f":
+        fraction = np.abs(values - np.rint(values)).max()
+        if fraction > WHOLE_TOLERANCE:
+            raise ScanError(f"{rule}, found values up to {fraction:.2g} off one")
+        values = np.rint(values)
+    return replace(volume, values=values.astype(np.int32))
