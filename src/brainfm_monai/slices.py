@@ -1,0 +1,298 @@
+"""Slices of volumes as pictures: the one renderer of pages, training pictures, previews, contact sheets and evaluations.
+
+A slice is a plane of points in RAS mm, in which every volume is read by its own affine: no volume is resampled as a whole.
+Pictures follow the radiological convention: the patient's right is on the left of a picture, and in sagittal slices anterior is.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.functional.spatial import gather_nearest, warp
+from brainfm_monai.tasks import Task
+
+__all__ = ["BONE_WINDOW_HU", "BRAIN_WINDOW_HU", "Cell", "Slice", "blend", "compose", "cut_slices", "encode"]
+__all__ += ["find_box", "heat", "label_colours", "outline", "paint", "shade", "signed"]
+
+BRAIN_WINDOW_HU, BONE_WINDOW_HU = (0.0, 80.0), (-450.0, 1050.0)
+BOX_QUANTILES = (0.002, 0.998)  # of a mask's voxels along an axis: a stray voxel does not widen the box
+BRAIN_OPACITY, WHITE_MATTER_OPACITY, HEAD_OPACITY = 0.55, 0.25, 0.22
+WHITE_MATTER_IDS = (2, 41)
+PIAL_COLOUR, WHITE_COLOUR = (1.0, 0.25, 0.25), (1.0, 0.88, 0.25)
+AXIS_COLOURS = ((1.0, 0.38, 0.38), (0.38, 0.88, 0.38), (0.38, 0.63, 1.0))  # of lines of equal x, y and z
+GRID_STEP_MM, GRID_END_MM = 20, 200
+LARGEST_LOG_BIAS = 0.7  # a factor of 2, shown in full colour
+HEAT = np.array([[0, 0, 0], [0.45, 0.1, 0.5], [0.93, 0.35, 0.35], [1, 0.85, 0.45], [1, 1, 1]])  # black to white
+LARGEST_OPACITY = 0.8  # of a probability over the scan
+QUALITY = 88  # of WebP
+TEXT_PIXELS = 13
+
+
+class Plane(NamedTuple):
+    """A plane of slices: the RAS axes across it and along the rows and columns of a picture, and the letters of its sides."""
+
+    axis: int
+    horizontal: int
+    vertical: int
+    marks: str
+
+
+PLANES = {"axial": Plane(2, 0, 1, "RL"), "coronal": Plane(1, 0, 2, "RL"), "sagittal": Plane(0, 1, 2, "AP")}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A plane through the head, pixel by pixel.
+
+    Attributes:
+        plane: which axes it shows.
+        points_mm: RAS mm of every pixel, shape (rows, columns, 3).
+    """
+
+    plane: Plane
+    points_mm: np.ndarray
+
+    def read(self, volume: Tensor | np.ndarray, affine: np.ndarray, nearest: bool = False) -> np.ndarray:
+        """Values of a volume in the slice.
+
+        Args:
+            volume: shape (C, H, W, D).
+            affine: its voxel indices to RAS mm, shape (4, 4).
+            nearest: take the nearest voxel (labels); else linear interpolation. Beyond the volume its border goes on
+                linearly, and labels are 0.
+
+        Returns:
+            Shape (rows, columns, C), of the volume's type for ``nearest``, else float32.
+        """
+        index = nib.affines.apply_affine(np.linalg.inv(np.asarray(affine, dtype=np.float64)), self.points_mm)
+        coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
+        source = torch.as_tensor(volume)[None].detach().cpu()
+        if nearest:
+            return gather_nearest(source, coordinates)[0, ..., 0].movedim(0, -1).numpy()
+        return warp(source.float(), coordinates, padding_mode="border")[0, ..., 0].movedim(0, -1).numpy()
+
+
+def find_box(mask: np.ndarray) -> list[tuple[int, int]]:
+    """First and last index of a mask, (H, W, D), along each axis, without stray voxels; the whole grid if the mask is empty."""
+    box = []
+    for axis in range(3):
+        count = np.cumsum(np.asarray(mask, dtype=bool).sum(axis=tuple(a for a in range(3) if a != axis)))
+        if not count[-1]:
+            return [(0, n - 1) for n in mask.shape]
+        first, last = np.searchsorted(count, np.array(BOX_QUANTILES) * count[-1])
+        box.append((int(first), int(last)))
+    return box
+
+
+def cut_slices(
+    mask: np.ndarray,
+    affine: np.ndarray,
+    positions: Mapping[str, Sequence[float]],
+    margin_mm: float | None = None,
+    pixel_mm: float = 1.0,
+) -> list[Slice]:
+    """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
+
+    Args:
+        mask: what decides where the slices lie, bool, shape (H, W, D).
+        affine: its voxel indices to RAS mm, shape (4, 4); any order and direction of axes, sheared ones, too.
+        positions: for each of ``axial``, ``coronal`` and ``sagittal`` shares of the box, from inferior, posterior, left;
+            a slice lies in the middle of a voxel.
+        margin_mm: what is shown around the box; None: the whole grid.
+        pixel_mm: size of a pixel.
+
+    Returns:
+        The slices in the order of the positions.
+    """
+    turn = nib.orientations.io_orientation(affine)
+    ras = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)  # the grid with its axes closest to R, A, S
+    turned = nib.orientations.apply_orientation(np.asarray(mask), turn)
+    zooms, box = nib.affines.voxel_sizes(ras), find_box(turned)
+    extent = [
+        (0, n - 1) if margin_mm is None else (max(first - round(margin_mm / z), 0), min(last + round(margin_mm / z), n - 1))
+        for (first, last), z, n in zip(box, zooms, turned.shape, strict=True)
+    ]  # fmt: skip
+
+    def pixels(axis: int) -> np.ndarray:
+        first, last = extent[axis]
+        count = max(round((last - first + 1) * zooms[axis] / pixel_mm), 1)
+        return last + 0.5 - (np.arange(count) + 0.5) * (last - first + 1) / count
+
+    slices = []
+    for name, shares in positions.items():
+        plane = PLANES[name]
+        first, last = box[plane.axis]
+        for share in shares:
+            rows, columns = np.meshgrid(pixels(plane.vertical), pixels(plane.horizontal), indexing="ij")
+            index = np.empty((*rows.shape, 3))
+            index[..., plane.vertical], index[..., plane.horizontal] = rows, columns
+            index[..., plane.axis] = round(first + share * (last - first))
+            slices.append(Slice(plane, nib.affines.apply_affine(ras, index)))
+    return slices
+
+
+def shade(values: np.ndarray, window: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+    """Grey values: shape (rows, columns) to (rows, columns, 3), in [0, 1]; the window's limits are black and white."""
+    low, high = window
+    return np.repeat(np.clip((values - low) / max(high - low, 1e-6), 0, 1)[..., None], 3, axis=-1)
+
+
+def signed(values: np.ndarray, limit: float) -> np.ndarray:
+    """White for 0, red for positive and blue for negative values, (rows, columns) to (rows, columns, 3), in [0, 1]."""
+    x = np.clip(values / limit, -1, 1)
+    return np.stack([1 + x.clip(max=0), 1 - np.abs(x), 1 - x.clip(min=0)], axis=-1)
+
+
+def heat(values: np.ndarray, top: float = 1.0) -> np.ndarray:
+    """Black for 0 over purple, red and yellow to white for ``top``, (rows, columns) to (rows, columns, 3), in [0, 1]."""
+    place = np.clip(values / top, 0, 1) * (len(HEAT) - 1)
+    return np.stack([np.interp(place, np.arange(len(HEAT)), HEAT[:, i]) for i in range(3)], axis=-1)
+
+
+def blend(base: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Lay colours with opacity, (rows, columns, 4), over a picture, (rows, columns, 3); all in [0, 1]."""
+    return np.asarray(base * (1 - colours[..., 3:]) + colours[..., :3] * colours[..., 3:])
+
+
+def outline(
+    base: np.ndarray, values: np.ndarray, level: float, colour: Sequence[float], where: np.ndarray | None = None
+) -> np.ndarray:
+    """Draw the line on which values are ``level`` into a picture, one pixel wide; ``where`` limits it to a mask."""
+    above = values > level
+    line = np.zeros(above.shape, dtype=bool)
+    line[:, :-1] |= above[:, :-1] ^ above[:, 1:]
+    line[:-1] |= above[:-1] ^ above[1:]
+    if where is not None:
+        line &= where
+    return np.where(line[..., None], np.asarray(colour), base)
+
+
+@lru_cache(maxsize=8)
+def label_colours(protocol: Protocol) -> np.ndarray:
+    """Red, green, blue and opacity of every label, shape (L, 4), in [0, 1]: tissues of the head and white matter are faint."""
+    table = np.ones((len(protocol), 4), dtype=np.float32) * BRAIN_OPACITY
+    table[:, :3] = np.array([s.colour for s in protocol.structures]) / 255
+    table[np.isin(protocol.freesurfer_ids, WHITE_MATTER_IDS), 3] = WHITE_MATTER_OPACITY
+    table[protocol.is_head, 3] = HEAD_OPACITY
+    table[0, 3] = 0
+    return table
+
+
+def paint(
+    task: Task,
+    values: np.ndarray,
+    base: np.ndarray,
+    protocol: Protocol,
+    plane: Plane,
+    window: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Draw a slice of a task's map by the column ``picture`` of the table of tasks.
+
+    Args:
+        task: the row.
+        values: the map in its ``output_unit``, shape (rows, columns, C).
+        base: the scan there, shape (rows, columns, 3), in [0, 1].
+        protocol: colours of labels.
+        plane: of the slice.
+        window: values that are black and white in an image.
+
+    Returns:
+        Shape (rows, columns, 3), in [0, 1].
+
+    Raises:
+        ValueError: if the task is not drawn.
+    """
+    first = values[..., 0]
+    painters: dict[str, Callable[[], np.ndarray]] = {
+        "labels": lambda: blend(base, label_colours(protocol)[first.astype(int)]),
+        "image": lambda: shade(first, window or (BRAIN_WINDOW_HU if task.output_unit == "HU" else (0.0, 1.0))),
+        "bias_field": lambda: signed(np.log(first.clip(min=1e-6)), LARGEST_LOG_BIAS),
+        "probability": lambda: blend(base, np.dstack([heat(first), first.clip(0, LARGEST_OPACITY)])),
+        "scale": lambda: heat(values.max(axis=-1), max(float(values.max()), 1e-6)),
+        "distance": lambda: _draw_surfaces(values, base),
+        "coordinates": lambda: _draw_grid(values, base, plane),
+    }
+    if task.picture not in painters:
+        raise ValueError(f"paint: a task with a picture is needed, found '{task.name}'")
+    return painters[task.picture]()
+
+
+def _draw_surfaces(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
+    for channel, colour in enumerate((PIAL_COLOUR, WHITE_COLOUR) * 2):  # lp, lw, rp, rw
+        base = outline(base, distance[..., channel], 0.0, colour)
+    return base
+
+
+def _draw_grid(coordinates: np.ndarray, base: np.ndarray, plane: Plane) -> np.ndarray:
+    """Lines of equal coordinates; the outermost is where there are none (0 in the air around)."""
+    known = np.any(coordinates != 0, axis=-1)
+    for axis in (plane.horizontal, plane.vertical):
+        for level in range(-GRID_END_MM, GRID_END_MM + 1, GRID_STEP_MM):
+            base = outline(base, coordinates[..., axis], level, AXIS_COLOURS[axis], known)
+    return base
+
+
+class Cell(NamedTuple):
+    """A picture on a sheet.
+
+    Attributes:
+        picture: shape (rows, columns, 3), in [0, 1].
+        marks: letters of the sides on its left and right; empty: none.
+        caption: lines of text on it.
+    """
+
+    picture: np.ndarray
+    marks: str = ""
+    caption: str = ""
+
+
+def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] = ()) -> np.ndarray:
+    """Rows of cells as one picture: every cell in the middle of a field of the largest cell's size, on black.
+
+    Args:
+        rows: the cells; rows may differ in length.
+        heading: lines of text above, each with its colour.
+
+    Returns:
+        Shape (rows, columns, 3), uint8.
+    """
+    from PIL import Image, ImageDraw, ImageFont  # of the extras train and report
+
+    height, width = (max(cell.picture.shape[i] for row in rows for cell in row) + 2 for i in (0, 1))
+    top = len(heading) * (TEXT_PIXELS + 4)
+    sheet = np.zeros((top + height * len(rows), width * max(map(len, rows)), 3), dtype=np.uint8)
+    image = Image.fromarray(sheet)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT_PIXELS)
+    for number, (text, colour) in enumerate(heading):
+        draw.text((4, number * (TEXT_PIXELS + 4)), text, fill=colour, font=font)
+    style: dict[str, Any] = {"fill": "white", "font": font, "stroke_width": 2, "stroke_fill": "black"}
+    for y, row in enumerate(rows):
+        for x, (picture, marks, caption) in enumerate(row):
+            pixels = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+            left, upper = x * width, top + y * height
+            image.paste(pixels, (left + (width - pixels.width) // 2, upper + (height - pixels.height) // 2))
+            for letter, place, anchor in zip(marks, (left + 3, left + width - 4), ("la", "ra"), strict=False):
+                draw.text((place, upper + 2), letter, anchor=anchor, **style)
+            if caption:
+                lines = caption.count("\n") + 1
+                draw.text((left + 4, upper + height - lines * (TEXT_PIXELS + 4) - 4), caption, **style)
+    return np.asarray(image)
+
+
+def encode(picture: np.ndarray, kind: str = "webp") -> bytes:
+    """A picture, (rows, columns, 3) uint8, as the bytes of a ``webp`` or ``png`` file."""
+    from PIL import Image  # of the extras train and report
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format=kind, quality=QUALITY)
+    return buffer.getvalue()
