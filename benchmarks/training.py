@@ -30,12 +30,16 @@ from monai.data import DataLoader
 from torch import Tensor, nn
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.engines import DrawnSubjects, DrawSampler, SynthesisPrepareBatch
-from brainfm_monai.handlers import make_ema_multi_avg_fn
+from brainfm_monai.engines import (
+    DrawnSubjects,
+    DrawSampler,
+    SynthesisPrepareBatch,
+    make_ema_multi_avg_fn,
+    prepare_for_training,
+)
 from brainfm_monai.inferers import AutocastInferer
 from brainfm_monai.losses import MultiTaskLoss
 from brainfm_monai.networks import MultiTaskNet, UNet
-from brainfm_monai.networks.activations import checkpoint_activations
 from brainfm_monai.synthesis import SynthesisRanges, Synthesizer
 from brainfm_monai.tasks import TaskLayout
 
@@ -103,10 +107,8 @@ def prepare(options: argparse.Namespace, device: torch.device) -> tuple[Any, ...
         subject = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in subject.items()}
     loader = DataLoader(DrawnSubjects([subject] * 4), batch_sampler=DrawSampler(options.batch), num_workers=0)
     batches = SynthesisPrepareBatch(Synthesizer(SynthesisRanges(), layout, options.size))
-    network = MultiTaskNet(UNet(features=options.features), layout).to(device)
-    checkpoint_activations(network, options.activation_checkpointing)
-    if options.compile:
-        network.compile()
+    network = MultiTaskNet(UNet(features=options.features), layout)
+    network = prepare_for_training(network, device, options.activation_checkpointing, options.compile)
     return loader, batches, network, MultiTaskLoss(layout), AutocastInferer(options.precision)
 
 

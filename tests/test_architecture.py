@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": TABLES | {"functional"},
     "metrics": TABLES | {"functional"},
     "transforms": TABLES | {"functional", "synthesis"},
-    "engines": TABLES | {"synthesis", "losses", "inferers"},
+    "engines": TABLES | {"synthesis", "losses", "inferers", "networks"},
     "handlers": TABLES | {"slices", "losses", "metrics"},
     "inferers": TABLES | {"networks"},
     "outputs": TABLES | {"functional", "transforms"},

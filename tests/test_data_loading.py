@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfm_monai.data.loading import LoadSubjectd
+from brainfm_monai.data.loading import HoldSubjectd, LoadSubjectd
 from brainfm_monai.data.subjects import write_subject
 from brainfm_monai.io import ScanError
 
@@ -63,3 +63,54 @@ def test_what_is_no_volume_is_named(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ScanError, match=rf"{name}: .*, found"):
             LoadSubjectd(["T1w"])({"T1w": str(tmp_path / name)})
+
+
+def write_head(folder: Path) -> dict[str, str]:
+    """A subject of 8 x 12 x 8 mm without symmetry: labels of 1 mm, coordinates of 4 mm."""
+    x, y, z = np.indices((8, 12, 8)) + 0.5  # mm from the corner of the box
+    labels = ((x < 2) + 2 * (y < 4) + 4 * (z > 6)).astype(np.uint8)
+    coarse = 4 * np.indices((2, 3, 2)) + 2.0
+    volumes = {
+        "generation_labels": labels,
+        "segmentation": labels,
+        "distance": np.stack([x - 4, y - 4, z - 4, x - y], axis=-1).clip(-6.4, 6.35),
+        "mni": np.moveaxis(coarse, 0, -1),
+        "CT": np.where(x < 4, -1000, 40).astype(np.int16),
+    }
+    affines = {key: np.diag([4.0, 4, 4, 1]) if key == "mni" else np.eye(4) for key in volumes}
+    write_subject(folder, {key: (values, affines[key]) for key, values in volumes.items()}, {})
+    return {"subject": folder.name, **{key: str(folder / f"{key}.nii.gz") for key in volumes}}
+
+
+def test_a_subject_is_held_at_the_resolution_of_the_training_in_the_box_of_its_files(tmp_path: Path) -> None:
+    item = write_head(tmp_path / "sub-1") | {"age": 31.5, "generation_protocol": "synthseg_generation"}
+    held = HoldSubjectd(1.0, 2.0, images=["CT", "FLAIR"], masks=["lesion"], scalars=["age"])(item)
+    labels = LoadSubjectd(["segmentation"])(item)["segmentation"].as_tensor()
+    assert torch.equal(held["segmentation"], labels)
+    assert {key: tuple(held[key].shape) for key in ("distance", "CT", "FLAIR", "mni", "lesion")} == {
+        "distance": (4, 4, 6, 4),
+        "CT": (1, 4, 6, 4),
+        "FLAIR": (1, 4, 6, 4),
+        "mni": (3, 2, 3, 2),
+        "lesion": (1, 8, 12, 8),
+    }
+    centre = torch.arange(4) * 2 + 1.0  # mm of the middle of a voxel of 2 mm, whose mean is that of its eight
+    torch.testing.assert_close(held["distance"][0, :, 0, 0], centre - 4, atol=0.05, rtol=0)
+    torch.testing.assert_close(held["distance"][2, 0, 0, :], centre - 4, atol=0.05, rtol=0)
+    assert held["CT"][0, :, 3, 1].tolist() == [-1000, -1000, 40, 40]  # HU, as in the file
+    torch.testing.assert_close(held["mni"][1, 0, :, 0], torch.tensor([2.0, 6.0, 10.0]))
+    flags = {key: float(value) for key, value in held.items() if key.startswith(("available_", "real_"))}
+    assert flags == {
+        **{f"available_{key}": 1.0 for key in ("distance", "mni", "CT", "age")},
+        **{f"available_{key}": 0.0 for key in ("FLAIR", "lesion")},
+        **{"real_CT": 1.0, "real_FLAIR": 0.0},
+    }
+    assert not held["FLAIR"].any()
+    assert (float(held["age"]), held["subject"]) == (31.5, "sub-1")
+    coarse = HoldSubjectd(2.0, 4.0)(item)
+    assert torch.equal(coarse["segmentation"][0], labels[0, 1::2, 1::2, 1::2])  # of eight labels one at the middle
+    assert torch.equal(HoldSubjectd()(item)["segmentation"], labels)
+    with pytest.raises(
+        ValueError, match="sub-1: a box that divides into voxels of 3 mm is needed, found 8 x 12 x 8 mm"
+    ):
+        HoldSubjectd(3.0)(item)

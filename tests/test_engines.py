@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from brainfm_monai.engines import (
@@ -10,14 +11,16 @@ from brainfm_monai.engines import (
     DrawSampler,
     MultiTaskTrainer,
     SynthesisPrepareBatch,
+    TimeBudget,
     check_shards,
     make_grad_scaler,
+    make_warmup_stable_decay,
     split_batch,
 )
 from brainfm_monai.inferers import AutocastInferer, parse_precision
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
 from brainfm_monai.networks.activations import checkpoint_activations
-from brainfm_monai.synthesis import SynthesisRanges, Synthesizer
+from brainfm_monai.synthesis import LARGEST_SEED, SynthesisRanges, Synthesizer
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "log_bias_field"])
@@ -30,16 +33,21 @@ def make_batch(*names: str) -> dict[str, object]:
     return {"subject": list(names), "generation_labels": labels, "segmentation": labels}
 
 
-def test_seeds_make_the_stream_and_ranks_differ() -> None:
-    def images(seed: int) -> list[torch.Tensor]:
-        prepare = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)), seed=seed)
-        return [prepare(make_batch("a"), "cpu")[0] for _ in range(2)]
+def test_seeds_decide_the_sample_and_names_do_where_seeds_are_missing() -> None:
+    synthesizer = Synthesizer(RANGES, LAYOUT, (16, 16, 16))
+    prepare = SynthesisPrepareBatch(synthesizer)
+    batch = make_batch("a") | {"seed": torch.tensor([7])}
+    assert torch.equal(prepare(batch, "cpu")[0], prepare(batch, "cpu")[0])
+    assert not torch.equal(prepare(batch, "cpu")[0], prepare(batch | {"seed": torch.tensor([8])}, "cpu")[0])
+    by_name = prepare(make_batch("a"), "cpu")[0]
+    assert torch.equal(SynthesisPrepareBatch(synthesizer, fixed=True)(batch, "cpu")[0], by_name)
 
-    first, again, other = images(0), images(0), images(1)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], other[0])
+
+def test_no_two_subjects_of_a_validation_share_their_seed() -> None:
+    names = [f"sub-{i:03}" for i in range(1, 101)] + ["training_seg_18", "training_seg_81"]
+    seeds = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)), fixed=True).seeds({"subject": names})
+    assert len(set(seeds)) == len(names)
+    assert all(0 <= seed < LARGEST_SEED for seed in seeds)
 
 
 def test_validation_draws_the_same_sample_for_a_subject_whatever_its_company() -> None:
@@ -55,9 +63,11 @@ def test_validation_draws_the_same_sample_for_a_subject_whatever_its_company() -
 def test_stride_sets_the_voxel_of_the_scan() -> None:
     still = dataclasses.replace(RANGES, rotation_deg=(0, 0), shear=(0, 0), scaling=(1, 1), velocity_std_mm=(0, 0))
     still = dataclasses.replace(still, mirror_prob=0, skull_strip_prob=0, head_removal_prob=0)
-    prepare = SynthesisPrepareBatch(Synthesizer(still, LAYOUT, (8, 8, 8), stride=2))
+    prepare = SynthesisPrepareBatch(Synthesizer(still, LAYOUT, (8, 8, 8), scan_mm=2.0, label_mm=1.0))
     _, targets = prepare(make_batch("a"), "cpu")
     assert int((targets["segmentation"] > 0).sum()) == 4**3
+    with pytest.raises(ValueError, match=r"Synthesizer: 'label_mm' must divide 'scan_mm' 2.0, got 1.5"):
+        Synthesizer(still, LAYOUT, (8, 8, 8), scan_mm=2.0, label_mm=1.5)
 
 
 def test_every_pass_takes_each_subject_once_and_the_draw_decides_the_seed() -> None:
@@ -224,3 +234,52 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(backbone: type
         ValueError, match="activation_checkpointing: a network with levels of a U-Net is needed, found Linear"
     ):
         checkpoint_activations(nn.Linear(1, 1))
+
+
+def test_rate_rises_stays_and_falls() -> None:
+    factor = make_warmup_stable_decay(10, 100, 0.2)
+    assert [factor(i) for i in (0, 4, 9, 50, 80)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    assert factor(90) == pytest.approx(0.5)
+    assert factor(100) == 0
+
+
+def test_a_budget_of_time_ends_the_training_with_the_rate_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr("brainfm_monai.engines.schedules.time.monotonic", lambda: seconds[0])
+
+    def run(state: dict[str, float] | None, stop: int | None = None) -> tuple[TimeBudget, list[float], int]:
+        budget = TimeBudget(2.0)
+        if state is not None:
+            budget.load_state_dict(state)
+        factor, rates = make_warmup_stable_decay(2, 10**6, 0.5, budget), []
+
+        def step(engine: Engine, batch: int) -> None:
+            rates.append(factor(engine.state.iteration - 1))
+            seconds[0] += 1
+
+        engine = Engine(step)
+        budget.attach(engine)
+        ends: list[int] = []
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: ends.append(e.state.iteration))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: seconds.__setitem__(0, seconds[0] + 9))  # validation
+        if stop is not None:
+            engine.add_event_handler(Events.EPOCH_COMPLETED(once=stop), lambda: engine.terminate())
+        start = seconds[0]
+        engine.run(range(20), max_epochs=1)
+        assert seconds[0] - start <= 120  # with the last validation
+        return budget, rates, ends[-1]
+
+    budget, rates, last = run(None)
+    assert 80 <= last <= 100
+    assert rates[:3] == pytest.approx([0.5, 1, 1])
+    assert rates[40] == 1
+    assert rates[-1] < 0.1
+    assert budget.share is not None
+    assert budget.share > 0.95
+
+    half, _, _ = run(None, stop=2)
+    seconds[0] += 10**4  # the time between two sittings does not count
+    _, later, _ = run(half.state_dict())
+    assert 30 <= len(later) <= 60
+    assert later[-1] < 0.1
+    assert TimeBudget().share is None

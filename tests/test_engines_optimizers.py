@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
-from brainfm_monai.engines import MuonAdamW
+from brainfm_monai.engines import MuonAdamW, make_ema_multi_avg_fn
 from brainfm_monai.engines.optimizers import orthogonalise
 from brainfm_monai.networks import AdditiveUNet, MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
@@ -82,9 +83,9 @@ def test_a_kernel_steps_along_the_orthogonal_matrix_of_its_averaged_gradient() -
     kernel = net.get_parameter("backbone.decoders.0.0.conv1.weight")
     before = kernel.detach().clone()
     set_gradients(net, 0)
-    optimizer.step()
     assert kernel.grad is not None
     direction = orthogonalise((kernel.grad * (0.1 + 0.9 * 0.1)).flatten(1)).reshape(kernel.shape)
+    optimizer.step()
     torch.testing.assert_close(kernel.detach(), before * (1 - 0.05) - 0.5 * direction, atol=1e-5, rtol=1e-5)
 
 
@@ -108,6 +109,50 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     before = copy.deepcopy(net.state_dict())
     MuonAdamW(net).step()
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_on_the_device() -> None:
+    net = network()
+    optimizer = MuonAdamW(net, fused=True, weight_decay=0.1)
+    set_gradients(net, 0)
+    optimizer.step()
+    before, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    set_gradients(net, 1)
+    for p in net.parameters():
+        assert p.grad is not None
+        p.grad.fill_(torch.nan)
+    vars(optimizer).update(found_inf=torch.ones(()), grad_scale=None)
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    for number, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[number][key]) for key, value in values.items())
+
+
+def test_the_layout_of_kernels_in_memory_does_not_matter() -> None:
+    plain, last = network(), network().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    for net in (plain, last):
+        optimizer = MuonAdamW(net)
+        for step in range(2):
+            set_gradients(net, step)
+            optimizer.step()
+    for p, q in zip(plain.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_the_average_forgets_the_random_start() -> None:
+    net = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(net.weight, 0.0)
+    average = AveragedModel(net, multi_avg_fn=make_ema_multi_avg_fn(0.99))
+    average.update_parameters(net)  # the first is copied
+    torch.nn.init.constant_(net.weight, 1.0)
+    left = 1.0
+    for n in range(1, 2000):
+        average.update_parameters(net)
+        left *= min(0.99, (1 + n) / (10 + n))
+        if n in (1, 10, 1999):
+            assert float(average.module.state_dict()["weight"]) == pytest.approx(1 - left, abs=1e-5)
+    with pytest.raises(ValueError, match=r"make_ema_multi_avg_fn: 'decay' must be in \[0, 1\], got 2"):
+        make_ema_multi_avg_fn(2)
 
 
 def test_messages() -> None:

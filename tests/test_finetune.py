@@ -148,13 +148,13 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
 SIDE = 32
 TINY: dict[str, Any] = {
     "spatial_size": [16, 16, 16],
-    "source_size": [SIDE] * 3,
+    "scan_mm": 1.0,
     "network_def#backbone": {"_target_": "brainfm_monai.networks.UNet", "features": list(FEATURES)},
     "epoch_length": 2,
     "max_epochs": 1,
     "warmup_iterations": 1,
     "val_interval": 1,
-    "bfloat16": False,
+    "precision": "float32",
 }
 
 
@@ -186,7 +186,7 @@ def make_workflow(
 ) -> ConfigWorkflow:
     bundle = repository / "bundle"
     if "finetune.json" in names and "weights_layout" not in overrides:  # the tests' weights are of OLD
-        overrides = {"weights_layout#tasks": list(OLD.tasks), **overrides}
+        overrides = {"weights_layout#tasks": list(OLD.tasks), "layout#tasks": list(OLD.tasks), **overrides}
     workflow = ConfigWorkflow(
         workflow_type="train",
         config_file=[str(find_config(bundle, name)) for name in ("train.json", *names)],

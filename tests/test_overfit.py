@@ -91,9 +91,7 @@ def test_ten_subjects_are_learnt_by_heart(repository: Path, dataset_dir: Path, t
         **{
             "layout#tasks": list(LIMITS),
             "images": list(IMAGES),
-            "source_size": [SIZE] * 3,
-            "mni_size": [SIZE] * 3,
-            "source_mm": 1.0,
+            "scan_mm": 1.0,
             "spatial_size": [SIZE] * 3,
             "network_def#backbone": {"_target_": "brainfm_monai.networks.UNet", "features": [16, 32]},
             "precision": "float32",

@@ -40,15 +40,14 @@ class KillAt:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step)
         write = torch.save
 
-        def save(content, file):
+        def save(content, path):
             if self.saves is None or "optimizer" not in content:
-                return write(content, file)
+                return write(content, path)
             self.saves -= 1
             if self.saves == 0:
-                file.write(b"half a checkpoint")
-                file.flush()
+                path.write_bytes(b"half a checkpoint")
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(content, file)
+            return write(content, path)
 
         torch.save = save
 
@@ -111,7 +110,8 @@ def test_a_killed_training_gives_the_losses_and_weights_of_one_left_alone(
     assert (
         start(repository, dataset_dir, parts, {"save": 1}) == -signal.SIGKILL
     )  # while it writes the checkpoint of the second
-    assert (parts / ".training_checkpoint_6.pt.part").read_bytes() == b"half a checkpoint"
+    (half,) = parts.glob(".*.partial.training_checkpoint_6.pt")
+    assert half.read_bytes() == b"half a checkpoint"
     best_before = torch.load(parts / "model.pt", weights_only=True)
     assert start(repository, dataset_dir, parts, {}) == 0
 

@@ -74,12 +74,11 @@ def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: s
 
 
 def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Volumes of an entry as a batch of one, in the unit of the task table."""
+    """Volumes of an entry as a batch of one, in the unit of the files."""
     has = [*entry, *entry.get("simulated", ())]
     keys = [key for key in SUBJECT_KEYS if key in has and (key not in TASKS or TASKS[key].kind != "scalar")]
     item = entry if all(isinstance(entry.get(key), Tensor) for key in keys) else LoadSubjectd(keys)(entry)
-    subject = {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
-    return {key: value / TASKS[key].scale if key == "CT" else value for key, value in subject.items()}
+    return {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
 
 
 def write_preview(

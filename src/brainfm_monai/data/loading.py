@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Transform
+from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.reference_layout import LAYOUT, decode_reference
 from brainfm_monai.data.simulated import simulate_contrasts
 from brainfm_monai.io import read_maps
+from brainfm_monai.tasks import TASKS
 
-__all__ = ["LoadSubjectd"]
+__all__ = ["HoldSubjectd", "LoadSubjectd"]
+
+MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
+BOX_TOLERANCE_MM = 0.01
 
 
 class LoadSubjectd(MapTransform):
@@ -66,3 +72,85 @@ def _load(key: str, value: Any, foreign: bool) -> MetaTensor:
     values = maps[0] if len(maps) == 1 else torch.cat(maps)
     values = decode_reference(key, values) if foreign else values
     return MetaTensor(values, affine=torch.from_numpy(parts[0].affine), meta={"filename_or_obj": str(paths[0])})
+
+
+class HoldSubjectd(Transform):
+    """Load a prepared subject and hold it in memory as a training needs it, in the unit of its files.
+
+    Labels and masks are whole numbers of one byte in voxels of ``label_mm``, distances and images floats in voxels of
+    ``image_mm``, and coordinates in voxels of 4 mm, because they change slowly; all grids cover the box of the subject. What a
+    subject lacks becomes zeros, so that subjects with different targets fit in one batch; ``available_<key>`` is 1 or 0, and
+    ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input.
+
+    Args:
+        label_mm: voxel of labels and masks; the voxel of the files if not given.
+        image_mm: voxel of distances and images; the voxel of the files if not given.
+        images: real or painted scans of subjects that have them: T1w, T2w, FLAIR, CT.
+        masks: masks of subjects that have them: lesion, lesion_shape, T1w_defacing_mask, ...
+        scalars: numbers of subjects that have them: age.
+        device: where the subject is held; the host if not given.
+
+    Raises:
+        ValueError: if the box of a subject does not divide into such voxels, or a file is not a volume.
+    """
+
+    def __init__(
+        self,
+        label_mm: float | None = None,
+        image_mm: float | None = None,
+        images: Sequence[str] = (),
+        masks: Sequence[str] = (),
+        scalars: Sequence[str] = (),
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.images, self.scalars, self.device = tuple(images), tuple(scalars), device
+        self.grids: dict[str, tuple[float | None, bool]] = {"generation_labels": (label_mm, True)}
+        self.grids |= dict.fromkeys(("segmentation", *masks), (label_mm, True))
+        self.grids |= dict.fromkeys(("distance", *images), (image_mm, False)) | {"mni": (MNI_MM, False)}
+        self.load = LoadSubjectd(list(self.grids))
+
+    def __call__(self, data: Mapping[Any, Any]) -> dict[str, Any]:
+        """Replace the paths by tensors of shape (C, h, w, d); other entries but the name and the protocol are left out."""
+        loaded = self.load(data)
+        subject = Path(str(data.get("subject", ""))).name  # load_decathlon_datalist makes a path of a name
+        box_mm = [n * mm for n, mm in zip(*_grid(loaded["generation_labels"]), strict=True)]
+        held: dict[str, Any] = {"subject": subject}
+        held |= {key: data[key] for key in ("generation_protocol",) if key in data}
+        for key, (voxel_mm, whole) in self.grids.items():
+            volume = loaded.get(key)
+            size = _divide(box_mm, voxel_mm or _grid(loaded["generation_labels"])[1][0], subject)
+            if key not in ("generation_labels", "segmentation"):
+                held[f"available_{key}"] = torch.tensor(float(volume is not None))
+            if key in self.images:
+                held[f"real_{key}"] = torch.tensor(float(volume is not None and key not in data.get("simulated", ())))
+            channels = TASKS[key].channels if key in TASKS and TASKS[key].channels else 1
+            values = (
+                torch.zeros(()).expand(channels, *size) if volume is None else _resize(volume.as_tensor(), size, whole)
+            )
+            held[key] = values.to(device=self.device, dtype=torch.uint8 if whole else torch.float32)
+        for key in self.scalars:
+            held[f"available_{key}"] = torch.tensor(float(key in data))
+            held[key] = torch.as_tensor(data.get(key, 0.0), dtype=torch.float32)
+        return held
+
+
+def _grid(volume: MetaTensor) -> tuple[list[int], list[float]]:
+    """Size of a volume (C, H, W, D) in voxels, and its voxel along each axis in mm."""
+    return list(volume.shape[1:]), volume.affine[:3, :3].norm(dim=0).tolist()
+
+
+def _divide(box_mm: Sequence[float], voxel_mm: float, subject: str) -> list[int]:
+    size = [max(1, round(mm / voxel_mm)) for mm in box_mm]
+    if any(abs(n * voxel_mm - mm) > BOX_TOLERANCE_MM for n, mm in zip(size, box_mm, strict=True)):
+        box = " x ".join(f"{mm:g}" for mm in box_mm)
+        raise ValueError(f"{subject}: a box that divides into voxels of {voxel_mm:g} mm is needed, found {box} mm")
+    return size
+
+
+def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
+    """A volume on another grid of the same box: the nearest label, the mean in larger voxels, or linear interpolation."""
+    if list(values.shape[1:]) == list(size):
+        return values
+    coarser = all(n <= m for n, m in zip(size, values.shape[1:], strict=True))
+    mode = "nearest-exact" if whole else "area" if coarser else "trilinear"
+    return nnf.interpolate(values[None] if whole else values[None].float(), size=list(size), mode=mode)[0]

@@ -3,9 +3,16 @@
 from brainfm_monai.engines.batches import SynthesisPrepareBatch
 from brainfm_monai.engines.draws import DrawnSubjects, DrawSampler
 from brainfm_monai.engines.nonfinite import NonFiniteStop
-from brainfm_monai.engines.optimizers import MuonAdamW
-from brainfm_monai.engines.processes import check_shards, start_processes
-from brainfm_monai.engines.trainer import MultiTaskTrainer, make_grad_scaler, split_batch
+from brainfm_monai.engines.optimizers import MuonAdamW, make_ema_multi_avg_fn
+from brainfm_monai.engines.schedules import TimeBudget, make_warmup_stable_decay
+from brainfm_monai.engines.trainer import (
+    MultiTaskTrainer,
+    check_shards,
+    make_grad_scaler,
+    prepare_for_training,
+    split_batch,
+    start_processes,
+)
 
 __all__ = [
     "DrawSampler",
@@ -14,8 +21,12 @@ __all__ = [
     "MuonAdamW",
     "NonFiniteStop",
     "SynthesisPrepareBatch",
+    "TimeBudget",
     "check_shards",
+    "make_ema_multi_avg_fn",
     "make_grad_scaler",
+    "make_warmup_stable_decay",
+    "prepare_for_training",
     "split_batch",
     "start_processes",
 ]

@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from monai.engines import PrepareBatch
-from monai.transforms import Randomizable
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from brainfm_monai.synthesis import LARGEST_SEED, SUBJECT_KEYS, Synthesizer
+from brainfm_monai.engines.draws import hash_key
+from brainfm_monai.synthesis import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer
 
 __all__ = ["SynthesisPrepareBatch"]
 
 
-class SynthesisPrepareBatch(PrepareBatch, Randomizable):
+class SynthesisPrepareBatch(PrepareBatch):
     """Turns a batch of cached subjects into generated scans and their targets, on the engine's device.
 
-    The seed of a subject is its entry ``seed``, which :class:`~brainfm_monai.engines.DrawnSubjects` puts there.
+    The seed of a subject is its entry ``seed``, which :class:`~brainfm_monai.engines.DrawnSubjects` adds. Without the entry the
+    seed is a hash of the subject's name.
 
     Args:
         synthesizer: makes scans and targets.
-        seed: of a stream of seeds for subjects that bring none.
-        fixed: draw the same samples again at every pass, for validation: seeds then follow from the subject's name.
+        fixed: take the hash of the name in any case: every pass draws the same sample of a subject.
     """
 
-    def __init__(self, synthesizer: Synthesizer, seed: int = 0, fixed: bool = False) -> None:
-        self.synthesizer, self.seed, self.fixed = synthesizer, seed, fixed
-        self.set_random_state(seed)
+    def __init__(self, synthesizer: Synthesizer, fixed: bool = False) -> None:
+        self.synthesizer, self.fixed = synthesizer, fixed
 
-    def draw_seeds(self, batch: Mapping[str, Any]) -> list[int]:
+    def seeds(self, batch: Mapping[str, Any]) -> list[int]:
         """One seed for each subject of a batch."""
-        count = len(batch["generation_labels"])
-        if self.fixed:
-            # MONAI's datalist reader makes a path of a subject's name where such a folder exists: its last part is the name.
-            return [self.seed + sum(Path(str(name)).name.encode()) for name in batch.get("subject", range(count))]
-        if "seed" in batch:
+        if "seed" in batch and not self.fixed:
             return [int(seed) for seed in batch["seed"]]
-        return [int(s) for s in self.R.randint(0, LARGEST_SEED, size=count)]
+        return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
 
     def __call__(
         self,
@@ -55,18 +49,16 @@ class SynthesisPrepareBatch(PrepareBatch, Randomizable):
             ValueError: if the subjects' generation labels follow different protocols; ``accumulation`` parts of one subject each
                 may.
         """
-        present = [key for key in SUBJECT_KEYS if key in batchdata]
         subject = {
             key: convert_to_tensor(batchdata[key], track_meta=False).to(device=device, non_blocking=non_blocking)
-            for key in present
+            for key in SUBJECT_KEYS
+            if key in batchdata
         }
-        # What is available decides what is drawn, and numbers are drawn on the host: these few stay there.
-        subject |= {
-            key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith("available_")
-        }
+        # Flags decide what is drawn, and numbers are drawn on the host: flags stay there.
+        subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith(FLAGS)}
         protocols = sorted(set(batchdata.get("generation_protocol", [])))
         if len(protocols) > 1:
             raise ValueError(f"SynthesisPrepareBatch: a batch needs one 'generation_protocol', got {protocols}")
-        targets = self.synthesizer(subject, self.draw_seeds(batchdata), *protocols)
+        targets = self.synthesizer(subject, self.seeds(batchdata), *protocols)
         image = targets.pop("image")
         return image, {key: value.to(image.device, non_blocking=True) for key, value in targets.items()}

@@ -1,7 +1,7 @@
 """A training is a sequence of draws 0, 1, 2, ...: the number of a draw decides its subject and its seed.
 
-So there is no stream of random numbers to store: a training that goes on at draw n meets what an uninterrupted one would, and
-two processes with one subject each meet what one process with two does.
+So there is no stream of random numbers to store: a training that resumes at draw n sees what an uninterrupted training would see,
+and two processes with one subject each see what one process with two subjects would see.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.utils.data import Dataset, Sampler
 
 from brainfm_monai.synthesis import LARGEST_SEED
 
-__all__ = ["DrawSampler", "DrawnSubjects"]
+__all__ = ["DrawSampler", "DrawnSubjects", "hash_key"]
 
 
-def _hash(*key: int) -> int:
-    """A number in [0, 2^64) that depends on the key alone, and looks as if it did not."""
+def hash_key(*key: int | str) -> int:
+    """Deterministic 64-bit hash of a key, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
 
@@ -39,23 +39,23 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
         self.data, self.seed = data, seed
         self._pass: tuple[int, list[int]] = (-1, [])
 
-    def place(self, draw: int) -> int:
-        """Which subject a draw takes: every pass over the subjects takes each of them once."""
-        number, place = divmod(draw, len(self.data))
+    def subject_index(self, draw: int) -> int:
+        """Index of the subject of a draw: every pass over the subjects takes each of them once."""
+        number, position = divmod(draw, len(self.data))
         if self._pass[0] != number:
-            self._pass = (number, sorted(range(len(self.data)), key=lambda i: _hash(self.seed, number, i)))
-        return self._pass[1][place]
+            order = sorted(range(len(self.data)), key=lambda i: hash_key(self.seed, number, i))
+            self._pass = (number, order)
+        return self._pass[1][position]
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """The subject of a draw, and ``seed``, in [0, LARGEST_SEED)."""
-        return {**self.data[self.place(draw)], "seed": _hash(self.seed, draw) % LARGEST_SEED}
+        return {**self.data[self.subject_index(draw)], "seed": hash_key(self.seed, draw) % LARGEST_SEED}
 
 
 class DrawSampler(Sampler[list[int]]):
     """Numbers of the draws of this process, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
 
-    Batch i of all processes together is made of the draws from ``i * processes * batch_size`` on, and process r has the r-th
-    part of them.
+    Batch i of all processes together consists of the draws from ``i * processes * batch_size`` on; process r takes the r-th part.
 
     Args:
         batch_size: subjects of one process in one step.

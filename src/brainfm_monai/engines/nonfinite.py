@@ -1,14 +1,13 @@
-"""A loss that is no number: which subject, which seed, what was drawn; and the end of a training that has lost its way."""
+"""A loss that is not finite: which subject, which seed, what was drawn; and the end of a training that diverges."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
@@ -16,20 +15,23 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from brainfm_monai.engines.trainer import MultiTaskTrainer, split_batch
-from brainfm_monai.synthesis import IMAGES, Synthesizer, describe
+from brainfm_monai.io import write_text
+from brainfm_monai.synthesis import Synthesizer, describe
 
 __all__ = ["NonFiniteStop"]
 
 logger = logging.getLogger(__name__)
 
-LARGEST_LISTED = 512  # numbers of one drawn quantity in the JSON file; of larger ones, such as noise, the shape is told
+LARGEST_LISTED = (
+    512  # numbers of one drawn quantity in the JSON file; of larger ones, such as noise, the shape is written
+)
 
 
 class NonFiniteStop:
-    """Names the samples of steps that were left out because they were not finite, and stops after several in a row.
+    """Reports the samples of steps that were left out because they were not finite, and stops after several in a row.
 
     For each such step one line is logged and ``nonfinite_<iteration>_rank<rank>.json`` written, which has all that was drawn;
-    ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again.
+    ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again. Processes count alike and stop together.
 
     Args:
         synthesizer: of the training.
@@ -44,7 +46,7 @@ class NonFiniteStop:
         self.synthesizer, self.output_dir = synthesizer, Path(output_dir)
         self.max_in_row, self.interval = max_in_row, interval
         self.in_row = 0
-        self._kept: list[tuple[int, int, dict[str, Any], Tensor, dict[str, Tensor]]] = []
+        self._steps: list[tuple[int, dict[str, Any], Tensor, dict[str, Tensor]]] = []
 
     def attach(self, engine: Engine) -> None:
         """Attach to a :class:`MultiTaskTrainer`."""
@@ -53,34 +55,33 @@ class NonFiniteStop:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.look)
 
     def remember(self, engine: MultiTaskTrainer) -> None:
-        """Keep the facts of a step, without its volumes, until somebody looks."""
+        """Keep losses and norm of a step, and its batch without the volumes, until the next look."""
         output, batch = engine.state.output, engine.state.batch
         facts = {k: v for k, v in batch.items() if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim == 1)}
-        facts |= {f"has_{name}": [True] * len(batch[name]) for name in IMAGES if name in batch}
         values = torch.cat([output["part_losses"].float(), output["gradient_norm"].reshape(1).float()])
-        self._kept.append((engine.state.iteration, engine.state.epoch, facts, values, output["task_losses"]))
+        self._steps.append((engine.state.iteration, facts, values, output["task_losses"]))
 
     def look(self, engine: MultiTaskTrainer) -> None:
-        """Read what the steps since the last look have come to.
+        """Read losses and norms of the steps since the last look.
 
         Raises:
             FloatingPointError: after ``max_in_row`` steps in a row that were not finite.
         """
-        kept, self._kept = self._kept, []
-        if not kept:
+        steps, self._steps = self._steps, []
+        if not steps:
             return
+        values = torch.stack([values for _, _, values, _ in steps])
         # A scaled loss may overflow in its gradients: the scaler leaves that step out and scales less.
-        overflow_is_normal = engine.grad_scaler.is_enabled()
-        for row, (iteration, epoch, facts, _, tasks) in zip(
-            torch.stack([v for _, _, _, v, _ in kept]).tolist(), kept, strict=True
-        ):
-            *losses, norm = row
-            bad = not all(math.isfinite(loss) for loss in losses)
-            if not bad and (overflow_is_normal or math.isfinite(norm)):
-                self.in_row = 0
-                continue
-            self.in_row += 1
-            self._report(engine, iteration, epoch, facts, losses, norm, tasks)
+        judged = values[:, :-1] if engine.grad_scaler.is_enabled() else values
+        bad = (~judged.isfinite()).any(1).float()
+        if (
+            idist.get_world_size() > 1
+        ):  # a loss of one process is enough for all, or the others would wait for it for ever
+            bad = cast(Tensor, idist.all_reduce(bad))
+        for (iteration, facts, _, tasks), row, is_bad in zip(steps, values.tolist(), (bad > 0).tolist(), strict=True):
+            self.in_row = self.in_row + 1 if is_bad else 0
+            if is_bad:
+                self._report(engine, iteration, facts, row, tasks)
             if self.in_row >= self.max_in_row:
                 found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
                 raise FloatingPointError(
@@ -91,66 +92,38 @@ class NonFiniteStop:
         self,
         engine: MultiTaskTrainer,
         iteration: int,
-        epoch: int,
         facts: Mapping[str, Any],
-        losses: list[float],
-        norm: float,
+        row: list[float],
         tasks: Mapping[str, Tensor],
     ) -> None:
+        *losses, norm = row
         parts = split_batch(facts, engine.accumulation) if facts else []
-        here = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        samples = [self._describe_sample(parts[i], place) for i in here for place in range(_length(parts[i]))]
+        bad_parts = [part for part, loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]
+        samples = [self._describe(part, i) for part in bad_parts for i in range(len(next(iter(part.values()))))]
         named = [name for name, value in tasks.items() if not math.isfinite(float(value))]
-        content = {
-            "iteration": iteration,
-            "epoch": epoch,
-            "rank": idist.get_rank(),
-            "losses_of_parts": [str(loss) for loss in losses],
-            "gradient_norm": str(norm),
-            "tasks": named,
-            "samples": samples,
-        }
+        content = {"iteration": iteration, "rank": idist.get_rank(), "losses_of_parts": [str(loss) for loss in losses]}
+        content |= {"gradient_norm": str(norm), "tasks": named, "samples": samples}
         path = self.output_dir / f"nonfinite_{iteration:08d}_rank{idist.get_rank()}.json"
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps(content, indent=1, default=_plain))
         who = "; ".join(f"{s['subject']}, seed {s['seed']} ({s['summary']})" for s in samples) or "another process"
         what = f"loss of {', '.join(named)}" if named else "gradient"
         logger.warning("iteration %d: the %s is not finite: %s; step left out, see %s", iteration, what, who, path)
 
-    def _describe_sample(self, part: Mapping[str, Any], place: int) -> dict[str, Any]:
-        facts = {key: value[place] for key, value in part.items()}
-        seed, protocol = facts.get("seed"), facts.get("generation_protocol")
-        known: dict[str, Any] = {
-            "subject": Path(str(facts.get("subject", "a subject"))).name,
-            "seed": None if seed is None else int(seed),
+    def _describe(self, part: Mapping[str, Any], index: int) -> dict[str, Any]:
+        facts = {key: value[index] for key, value in part.items()}
+        flags = {key: value.reshape(1).cpu() for key, value in facts.items() if isinstance(value, Tensor)}
+        seed, protocol = int(flags.pop("seed")), facts.get("generation_protocol")
+        params = self.synthesizer.draw(flags, [seed], protocol, device="cpu")
+        return {
+            "subject": facts["subject"],
+            "seed": seed,
+            "generation_protocol": protocol,
+            "flags": {key: float(value) for key, value in flags.items()},
+            "summary": " | ".join(", ".join(describe(params, i).splitlines()) for i in range(len(params.appearances))),
+            "drawn": {"geometry": vars(params.geometry), "appearances": [vars(a) for a in params.appearances]},
         }
-        known |= {"generation_protocol": protocol}
-        known["available"] = {k: bool(v) for k, v in facts.items() if k.startswith("available_")}
-        if seed is None:
-            return {**known, "summary": "drawn without a seed"}
-        # The numbers are drawn on the host, whatever the device of the training.
-        subject = {"generation_labels": torch.zeros(1)} | {
-            k: v.reshape(1) for k, v in facts.items() if k.startswith("available_")
-        }
-        subject |= {name: torch.zeros(1) for name in IMAGES if f"has_{name}" in facts}
-        params = self.synthesizer.draw({k: v.cpu() for k, v in subject.items()}, [int(seed)], protocol)
-        summaries = [", ".join(describe(params, i).splitlines()) for i in range(len(params.appearances))]
-        drawn = {"geometry": _list(params.geometry), "appearances": [_list(a) for a in params.appearances]}
-        return {**known, "summary": " | ".join(summaries), "drawn": drawn}
 
 
-def _length(part: Mapping[str, Any]) -> int:
-    return len(next(iter(part.values())))
-
-
-def _list(params: Any) -> dict[str, Any]:
-    """Fields of a draw as JSON; of large ones the shape."""
-    return {field.name: _plain(getattr(params, field.name)) for field in dataclasses.fields(params)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist() if value.numel() <= LARGEST_LISTED else f"shape {tuple(value.shape)}"
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+def _plain(value: Tensor) -> Any:
+    """A drawn tensor as JSON; of a large one the shape."""
+    return value.tolist() if value.numel() <= LARGEST_LISTED else f"shape {tuple(value.shape)}"

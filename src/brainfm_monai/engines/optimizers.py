@@ -1,15 +1,15 @@
-"""Muon for the kernels of convolutions, AdamW for everything else, in one optimizer."""
+"""Muon for the kernels of convolutions and AdamW for everything else, in one optimizer; the law of the weight average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
-__all__ = ["MuonAdamW", "orthogonalise"]
+__all__ = ["MuonAdamW", "make_ema_multi_avg_fn", "orthogonalise"]
 
 # Of the quintic iteration, chosen by its author so that singular values come near 1 fast, and not to 1 exactly.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -17,14 +17,14 @@ NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a matrix near 1, by five steps of a Newton-Schulz iteration.
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices near 1, by five steps of a Newton-Schulz iteration.
 
-    The steps multiply the matrix by polynomials of its Gram matrix, which commute: they are taken on the (small) Gram matrix, and
-    the matrix is multiplied once.
+    The steps multiply a matrix by polynomials of its Gram matrix, which commute: they are computed on the (small) Gram matrix,
+    and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the matrix, in bfloat16, which most CPUs emulate.
 
     Args:
-        matrix: shape (N, M).
+        matrices: shape (..., N, M).
 
     Returns:
         Same shape, float32; singular values that were not negligible lie between 0.6 and 1.3.
@@ -33,24 +33,23 @@ def orthogonalise(matrix: Tensor) -> Tensor:
         Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + EPS)
-    gram = x @ x.T
-    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    product = identity
+    x = matrices.float()
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalise(x.mT).mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + EPS)
+    gram = x @ x.mT
+    product = identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
     for _ in range(NEWTON_SCHULZ_STEPS):
         factor = a * identity + b * gram + c * gram @ gram
         product, gram = factor @ product, factor @ gram @ factor
-    x = product @ x
-    return x.T if tall else x
+    return product @ x
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Steps of orthogonal matrices for hidden convolutions, those of AdamW for biases, norms, the head and what sees the image.
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW whose steps are orthogonal matrices for hidden convolutions: not for biases, norms, the head and the first kernel.
 
-    torch's own Muon takes matrices alone; a kernel (O, I, h, w, d) is one of shape (O, I h w d) here.
+    ``torch.optim.Muon`` takes two-dimensional parameters alone, and the view (O, I h w d) of a kernel (O, I, h, w, d) does not
+    exist where the channels of a voxel lie side by side in memory.
 
     Args:
         network: its parameters are optimised; kernels of ``network.backbone`` with more than one input channel by Muon.
@@ -59,6 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: of Muon.
         betas: of AdamW.
         weight_decay: of both, decoupled from the gradient.
+        fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without waiting for the device.
 
     Raises:
         ValueError: if a rate is negative.
@@ -76,71 +76,86 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
+        fused: bool = False,
     ) -> None:
         for name, rate in (("lr", lr), ("kernel_lr", kernel_lr)):
             if rate < 0:
                 raise ValueError(f"MuonAdamW: '{name}' must not be negative, got {rate}")
-        kernels, others = _divide(network.named_parameters())
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        kernels = {n: p for n, p in trained.items() if n.startswith("backbone.") and p.ndim > 2 and p.shape[1] > 1}
+        rest = [p for name, p in trained.items() if name not in kernels]
         groups: list[dict[str, Any]] = [
-            {"params": kernels, "lr": kernel_lr, "muon": True},
-            {"params": others, "lr": lr, "muon": False},
+            {"params": list(kernels.values()), "lr": kernel_lr, "momentum": momentum},
+            {"params": rest, "lr": lr, "momentum": None},
         ]
-        defaults = {"momentum": momentum, "betas": tuple(betas), "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        super().__init__(
+            [group for group in groups if group["params"]],
+            betas=(betas[0], betas[1]),
+            weight_decay=weight_decay,
+            fused=fused or None,
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; parameters without a gradient stay."""
+        """One step; parameters without a gradient stay, and kernels have no gradient afterwards."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            (self._step_kernels if group["muon"] else self._step_others)(parameters, group)
+            if group["momentum"] is not None:
+                self._step_kernels(group)
+        super().step()
         return loss
 
-    def _step_kernels(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for p in parameters:
-            assert p.grad is not None
-            if not self.state[p]:
-                self.state[p]["average"] = torch.zeros_like(p)
+    def _step_kernels(self, group: dict[str, Any]) -> None:
+        device = group["params"][0].device
+        finite = torch.as_tensor(1.0 - getattr(self, "found_inf", 0.0), device=device)  # 0: the step changes nothing
+        of_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not self.state[p]:  # AdamW asks every state for its step when it is loaded
+                self.state[p] |= {"step": torch.zeros(()), "average": torch.zeros_like(p)}
             average = self.state[p]["average"]
-            average.lerp_(p.grad, 1 - group["momentum"])
-            ahead = p.grad.lerp(average, group["momentum"]).flatten(1)
+            gradient = torch.where(finite > 0, p.grad, average)
+            average.lerp_(gradient, 1 - group["momentum"])
+            ahead = gradient.lerp(average, group["momentum"]).flatten(1)
+            of_shape[ahead.shape].append((p, ahead))
+            p.grad = None  # AdamW skips the kernel
+        for (outputs, inputs), kernels in of_shape.items():
             # A step of a kernel with more outputs than inputs is as large for each output as one with as many.
-            size = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(orthogonalise(ahead).reshape(p.shape), alpha=-group["lr"] * size)
-
-    def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p] |= {"step": torch.zeros(()), "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-        states = [self.state[p] for p in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [s["mean"] for s in states],
-            [s["square"] for s in states],
-            [],
-            [s["step"] for s in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=1e-8,
-            maximize=False,
-        )
+            size = max(1.0, outputs / inputs) ** 0.5
+            steps = orthogonalise(torch.stack([ahead for _, ahead in kernels])) * (finite * size)
+            for (p, _), step in zip(kernels, steps, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"] * finite)
+                p.add_(step.reshape(p.shape), alpha=-group["lr"])
 
 
-def _divide(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Kernels inside the backbone, and the rest; what is frozen is neither."""
-    kernels: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, p in parameters:
-        if p.requires_grad:
-            inside = name.startswith("backbone.") and p.ndim > 2 and p.shape[1] > 1
-            (kernels if inside else others).append(p)
-    return kernels, others
+Weights = tuple[Tensor, ...] | list[Tensor]
+
+
+def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
+    """Exponential average whose first steps forget faster: neither random nor given weights of the start remain in it.
+
+    Step n takes the smaller of ``decay`` and (1 + n) / (10 + n), the law of TensorFlow's ExponentialMovingAverage.
+
+    Args:
+        decay: share of the average that stays, in [0, 1].
+
+    Returns:
+        ``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel`.
+
+    Raises:
+        ValueError: if ``decay`` is not in [0, 1].
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"make_ema_multi_avg_fn: 'decay' must be in [0, 1], got {decay}")
+
+    @torch.no_grad()
+    def update(averaged: Weights, current: Weights, number: Tensor | int) -> None:
+        weight = 1 - torch.as_tensor((1 + number) / (10 + number)).clamp(max=decay)
+        for average, value in zip(averaged, current, strict=True):
+            average.lerp_(value, weight.to(average.dtype))
+
+    return update

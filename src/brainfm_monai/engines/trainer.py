@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, cast
@@ -18,25 +19,81 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel
 
 from brainfm_monai.engines.draws import DrawSampler
+from brainfm_monai.engines.schedules import TimeBudget
 from brainfm_monai.inferers.precision import parse_precision
+from brainfm_monai.networks import MultiTaskNet
+from brainfm_monai.networks.activations import checkpoint_activations
 
-__all__ = ["MultiTaskTrainer", "make_grad_scaler", "split_batch"]
+__all__ = [
+    "MultiTaskTrainer",
+    "check_shards",
+    "make_grad_scaler",
+    "prepare_for_training",
+    "split_batch",
+    "start_processes",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def make_grad_scaler(precision: str | None, device: torch.device) -> torch.amp.GradScaler:
+def start_processes(backend: str | None = None) -> None:
+    """Join the group of processes that torchrun started; nothing is done if this process has joined.
+
+    Args:
+        backend: of torch.distributed; nccl where there are GPUs and gloo elsewhere, if not given.
+    """
+    if idist.backend() is None:
+        idist.initialize(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+
+
+def check_shards(data: Sized, processes: int, name: str = "validation") -> None:
+    """Check that each process gets a part of the data.
+
+    Raises:
+        ValueError: if there are fewer items than processes.
+    """
+    if len(data) < processes:
+        raise ValueError(
+            f"{name}: each of {processes} processes needs a subject, found {len(data)}: list more or start fewer"
+        )
+
+
+def prepare_for_training(
+    network: MultiTaskNet, device: str | torch.device, activation_checkpointing: bool = False, compile: bool = False
+) -> MultiTaskNet:
+    """A copy of a network for scans in the voxels of its backbone, on a device.
+
+    Scans of the training have the voxels of the backbone, so that the copy has stride 1. The channels of a voxel lie side by side
+    in memory: convolutions and normalisations of CPUs and of GPUs with tensor cores are faster so.
+
+    Args:
+        network: stays as it is.
+        device: of the training.
+        activation_checkpointing: see :func:`~brainfm_monai.networks.activations.checkpoint_activations`.
+        compile: compile it with ``torch.compile``.
+    """
+    trained = copy.deepcopy(network).to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    trained.stride = 1
+    checkpoint_activations(trained, activation_checkpointing)
+    if compile:
+        trained.compile()
+    return cast(MultiTaskNet, trained)
+
+
+def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch.amp.GradScaler:
     """Scaler of the loss for float16, whose gradients would vanish without; in other precisions it does nothing.
 
     Args:
-        precision: see :func:`~brainfm_monai.inferers.parse_precision`.
+        precision: float32, bfloat16 or float16; ``None``: what the device is fast in.
         device: of the training.
 
     Reference:
         Micikevicius et al., Mixed precision training, ICLR 2018.
     """
+    device = torch.device(device)
     return torch.amp.GradScaler(device.type, enabled=parse_precision(precision, device) == torch.float16)
 
 
@@ -56,18 +113,20 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
 class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's supervised trainer, with one optimizer step for each batch, whatever the parts it is computed in.
 
-    What is not finite takes no step: a loss that is not finite gives gradients that are not either, and as they are summed over
-    processes, all of them leave the step out. After each iteration ``state.output`` has, besides MONAI's keys (image, label and
-    prediction of the last part), ``loss``, the mean of the batch, ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and
-    ``samples``, the number of scans. Nothing here waits for the device, except where the optimizer is not a fused one.
+    A step that is not finite is left out: a loss that is not finite gives gradients that are not finite either, and as gradients
+    are summed over processes, all processes leave the step out. After each iteration ``state.output`` has, besides MONAI's keys
+    (image, label and prediction of the last part), ``loss``, the mean of the batch, ``task_losses``, ``part_losses`` (P,),
+    ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device, unless the optimizer is not fused.
 
     ``state.draws`` counts the draws of all processes, and is kept in checkpoints: with :class:`DrawSampler` a resumed training
-    goes on at the right one.
+    continues with the right one.
 
     Args:
         accumulation: parts in which a batch is computed, one after the other, to save memory.
         max_norm: gradients of a larger norm are scaled down to it.
         scaler: of the loss, for float16.
+        average: average of the network's weights, updated after every step.
+        budget: ends the training after its minutes.
         options: arguments of :class:`monai.engines.SupervisedTrainer`.
 
     Raises:
@@ -80,32 +139,33 @@ class MultiTaskTrainer(SupervisedTrainer):
         accumulation: int = 1,
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        average: AveragedModel | None = None,
+        budget: TimeBudget | None = None,
         **options: Any,
     ) -> None:
         for name, value in {"accumulation": accumulation, "max_norm": 1.0 if max_norm is None else max_norm}.items():
             if value <= 0:
                 raise ValueError(f"MultiTaskTrainer: '{name}' must be positive, got {value}")
         super().__init__(**options)
-        self.accumulation, self.max_norm = accumulation, max_norm
+        self.accumulation, self.max_norm, self.average = accumulation, max_norm, average
         self.grad_scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.state.draws = 0
         self.state_dict_user_keys.append("draws")
         sampler = getattr(self.data_loader, "batch_sampler", None)
         self.sampler = sampler if isinstance(sampler, DrawSampler) else None
         self.add_event_handler(Events.EPOCH_STARTED, self._place_sampler)
+        if budget is not None:
+            budget.attach(self)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         of_network = set(self.network.parameters())
         # what is learnt outside the network, such as weights of tasks: DistributedDataParallel does not know of it
         self.other_parameters = [p for p in self.parameters if p not in of_network]
-        self._warn_of_batch_norm()
-
-    def _warn_of_batch_norm(self) -> None:
-        alone = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
-        if alone and idist.get_world_size() > 1:
-            logger.warning("%d batch normalisations see the scans of one process alone", len(alone))
+        norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+        if norms and idist.get_world_size() > 1:
+            logger.warning("%d batch normalisations see the scans of one process alone", len(norms))
 
     def _place_sampler(self) -> None:
-        """The iterator that is made after this event, at the start or after a resume, goes on where the training is."""
+        """The iterator that is made after this event, at the start or after a resume, starts where the training is."""
         if self.sampler is not None:
             self.sampler.first = self.state.draws
 
@@ -114,22 +174,21 @@ class MultiTaskTrainer(SupervisedTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         size = len(next(iter(batchdata.values())))
         parts = split_batch(batchdata, self.accumulation)
-        losses, shares, samples = [], [], 0
+        losses, weights, samples = [], [], 0
         components: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
-            share = len(next(iter(part.values()))) / size
+            weights.append(len(next(iter(part.values()))) / size)
             with self._gradients(reduce=number == len(parts)):
-                losses.append(self._compute_part(part, share))
-            shares.append(share)
+                losses.append(self._compute_part(part, weights[-1]))
             components.append(dict(getattr(self.loss_function, "components", {})))
             samples += len(self.state.output[CommonKeys.IMAGE])
         self.state.output["part_losses"] = torch.stack(losses)
-        self.state.output[CommonKeys.LOSS] = torch.stack(
-            [a * loss for a, loss in zip(shares, losses, strict=True)]
-        ).sum()
-        self.state.output["task_losses"] = _average(components, shares)
+        self.state.output[CommonKeys.LOSS] = torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
+        self.state.output["task_losses"] = _average(components, weights)
         self.state.output["gradient_norm"] = self._step()
         self.state.output["samples"] = samples
+        if self.average is not None:
+            self.average.update_parameters(getattr(self.network, "module", self.network))
         self.state.draws += self.sampler.step if self.sampler is not None else 0
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return cast(dict[str, Any], self.state.output)
@@ -139,7 +198,7 @@ class MultiTaskTrainer(SupervisedTrainer):
         network = self.network
         return network.no_sync() if isinstance(network, DistributedDataParallel) and not reduce else nullcontext()
 
-    def _compute_part(self, part: dict[str, Any], share: float) -> Tensor:
+    def _compute_part(self, part: dict[str, Any], weight: float) -> Tensor:
         """Loss of a part, its gradients added to those of the parts before."""
         image, target = self.prepare_batch(part, self.state.device, self.non_blocking, **self.to_kwargs)
         self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target}
@@ -148,9 +207,9 @@ class MultiTaskTrainer(SupervisedTrainer):
         loss: Tensor = self.loss_function(self.state.output[CommonKeys.PRED], target).mean()
         self.state.output[CommonKeys.LOSS] = loss
         self.fire_event(IterationEvents.LOSS_COMPLETED)
-        # Where the loss is not finite its gradient might be: a target that is no number has no slope.
-        weight = torch.where(loss.detach().isfinite(), share, torch.nan).to(loss.dtype)
-        self.grad_scaler.scale(loss).backward(weight)
+        # Where the loss is not finite its gradient might be: a target that is NaN has no slope.
+        gradient = torch.where(loss.detach().isfinite(), weight, torch.nan).to(loss.dtype)
+        self.grad_scaler.scale(loss).backward(gradient)
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         return loss.detach()
 
@@ -168,10 +227,10 @@ class MultiTaskTrainer(SupervisedTrainer):
         if self.max_norm is not None:
             clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         if self.grad_scaler.is_enabled():
-            self.grad_scaler.step(self.optimizer)  # looks for what is not finite itself
+            self.grad_scaler.step(self.optimizer)  # checks the gradients itself
             self.grad_scaler.update()
         elif self.optimizer.defaults.get("fused"):
-            # A fused optimizer looks at this number on the device, as it does for a GradScaler.
+            # A fused optimizer reads this number on the device, as a GradScaler sets it.
             vars(self.optimizer).update(found_inf=(~norm.isfinite()).float(), grad_scale=None)
             self.optimizer.step()
         else:
@@ -181,10 +240,10 @@ class MultiTaskTrainer(SupervisedTrainer):
         return norm
 
 
-def _average(components: list[dict[str, Tensor]], shares: list[float]) -> dict[str, Tensor]:
+def _average(components: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
     """Mean of each task's loss over the parts that have it."""
     means = {}
     for name in dict.fromkeys(name for part in components for name in part):
-        there = [(share, part[name]) for share, part in zip(shares, components, strict=True) if name in part]
-        means[name] = torch.stack([share * value for share, value in there]).sum() / sum(share for share, _ in there)
+        pairs = [(weight, part[name]) for weight, part in zip(weights, components, strict=True) if name in part]
+        means[name] = torch.stack([weight * value for weight, value in pairs]).sum() / sum(w for w, _ in pairs)
     return means

@@ -22,7 +22,7 @@ from brainfm_monai.evaluation.conditions import (
 )
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisRanges, Synthesizer, render, sample
-from brainfm_monai.synthesis.acquisition import IMAGES, INTENSITY_TOP, acquire
+from brainfm_monai.synthesis.acquisition import INTENSITY_TOP, acquire
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 __all__ = ["TARGET", "DegradeScand", "GenerateScan"]
@@ -111,7 +111,7 @@ class GenerateScan(Transform):
         self.conditions, self.layout, self.device = tuple(conditions), layout, torch.device(device)
         self.voxel_mm = stride * source_mm
         self.synthesizers = {
-            c.name: Synthesizer(make_laws(ranges, c.settings), layout, spatial_size, stride, source_mm)
+            c.name: Synthesizer(make_laws(ranges, c.settings), layout, spatial_size, self.voxel_mm, source_mm)
             for c in conditions
         }
 
@@ -125,7 +125,6 @@ class GenerateScan(Transform):
         kept = {key: value for key, value in data.items() if key not in SUBJECT_KEYS}
         present = [key for key in SUBJECT_KEYS if key in data]
         subject = {key: convert_to_tensor(data[key], device=self.device, track_meta=False)[None] for key in present}
-        subject |= {name: subject[name] / TASKS[name].scale for name in IMAGES if name in subject}
         condition = find_condition(self.conditions, str(data["condition"]))
         synthesizer = self.synthesizers[condition.name]
         drawn = synthesizer.draw(subject, [int(data["seed"])], data.get("generation_protocol"))

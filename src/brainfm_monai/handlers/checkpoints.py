@@ -1,9 +1,8 @@
-"""Checkpoints from which a training goes on as if it had never stopped, and the best weights."""
+"""Checkpoints from which a training resumes as if it had never stopped, and the best weights."""
 
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,27 +14,15 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import Tensor, nn
 
+from brainfm_monai.io import first_line, write_whole
+
 __all__ = ["BestWeights", "TrainingCheckpoint"]
 
 logger = logging.getLogger(__name__)
 
 
-def _write_whole(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all, also after a power failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    with beside.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
 class TrainingCheckpoint:
-    """Saves everything at the end of an epoch, whole or not at all, and goes on from the newest file at the start.
+    """Saves everything at the end of an epoch, whole or not at all, and resumes from the newest whole file at the start.
 
     The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which must share
     the folder, the first one writes and all read.
@@ -81,8 +68,10 @@ class TrainingCheckpoint:
         content["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             content["random"]["cuda"] = torch.cuda.get_rng_state()
-        _write_whole(self.save_dir / f"training_checkpoint_{engine.state.iteration}.pt", content)
-        for path in self.saved()[: -self.n_saved]:
+        with write_whole(self.save_dir / f"training_checkpoint_{engine.state.iteration}.pt") as partial:
+            torch.save(content, partial)
+        killed = list(self.save_dir.glob(".*.partial.training_checkpoint_*.pt"))  # left by a process that was killed
+        for path in [*self.saved()[: -self.n_saved], *killed]:
             path.unlink()
 
     def _save_within_epoch(self, engine: Any) -> None:
@@ -97,8 +86,8 @@ class TrainingCheckpoint:
         """
         path, content = self._read_newest() if idist.get_rank() == 0 else (None, None)
         if idist.get_world_size() > 1:
-            chosen = str(idist.broadcast(str(path or "nothing"), src=0))
-            path = None if chosen == "nothing" else Path(chosen)
+            chosen = str(idist.broadcast(str(path or ""), src=0))
+            path = Path(chosen) if chosen else None
         if path is None:
             return
         content = content or torch.load(path, map_location="cpu", weights_only=True)
@@ -107,10 +96,11 @@ class TrainingCheckpoint:
         try:
             Checkpoint.load_objects({"trainer": engine, **self.to_save}, content)
         except (ValueError, RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path}: a checkpoint of this training is needed, found another: {first}") from error
+            raise ValueError(
+                f"{path}: a checkpoint of this training is needed, found another: {first_line(error)}"
+            ) from error
         engine.state.max_epochs = max_epochs
-        logger.info("goes on at iteration %d from %s", engine.state.iteration, path)
+        logger.info("resumes at iteration %d from %s", engine.state.iteration, path)
 
     def _read_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
         saved = self.saved()
@@ -118,12 +108,10 @@ class TrainingCheckpoint:
             try:
                 return path, torch.load(path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                logger.warning(
-                    "%s: not a whole checkpoint, the one before is taken: %s", path, str(error).split("\n")[0]
-                )
+                logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, first_line(error))
         if saved:
             raise ValueError(
-                f"{self.save_dir}: one whole checkpoint is needed to go on, found none: remove them to begin anew"
+                f"{self.save_dir}: one whole checkpoint is needed to resume, found none: remove them to begin anew"
             )
         return None, None
 
@@ -154,7 +142,7 @@ class BestWeights:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def remind(self, engine: Any) -> None:
-        """Tell the evaluator the best that was known before."""
+        """Set the evaluator's best metric to the best of earlier sittings."""
         if self.best_epoch >= 0:
             engine.state.best_metric, engine.state.best_metric_epoch = self.best_metric, self.best_epoch
 
@@ -164,12 +152,13 @@ class BestWeights:
             return
         self.best_metric, self.best_epoch = float(engine.state.best_metric), int(engine.state.epoch)
         if idist.get_rank() == 0:
-            _write_whole(self.path, self.network.state_dict())
+            with write_whole(self.path) as partial:
+                torch.save(self.network.state_dict(), partial)
 
     def state_dict(self) -> dict[str, float | int]:
         """The best metric and its epoch."""
         return {"best_metric": self.best_metric, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Continue from what :meth:`state_dict` gave."""
         self.best_metric, self.best_epoch = float(state["best_metric"]), int(state["best_epoch"])

@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from monai.metrics import compute_dice
 from torch import Tensor
 
-from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
+from brainfm_monai.metrics.fields import (
+    compute_bias_error,
+    compute_distance_mae,
+    compute_mean_inside,
+    compute_mni_error,
+)
+from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["SegmentationDice", "TaskErrors"]
 
 
-class SegmentationDice(Metric):
+class _SampleMeans(Metric):
+    """Means of scores over the samples of all processes; samples without a score do not count."""
+
+    def __init__(
+        self,
+        layout: TaskLayout,
+        output_transform: Callable[[Any], Any],
+        names: Mapping[str, str],
+        mode: Literal["flatten", "both"],
+    ) -> None:
+        self.layout, self.names = layout, dict(names)
+        super().__init__(output_transform=output_transform, metrics_result_mode=mode)
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Forget all samples."""
+        self.total = torch.zeros(2, len(self.names), dtype=torch.float64)  # sums of the scores, and their numbers
+
+    def _add(self, task: str, scores: Tensor, available: Tensor | None = None) -> None:
+        """Add the scores of a task, (B,); those that are not finite or not available are left out."""
+        counted = scores.isfinite() if available is None else scores.isfinite() & (available.to(scores.device) > 0)
+        sums = torch.stack([torch.where(counted, scores, 0.0).sum(), counted.sum()])
+        self.total[:, list(self.names).index(task)] += sums.cpu()
+
+    @sync_all_reduce("total")
+    def _means(self) -> dict[str, float]:
+        sums, counts = self.total.tolist()
+        return {name: s / n for name, s, n in zip(self.names.values(), sums, counts, strict=True) if n}
+
+
+class SegmentationDice(_SampleMeans):
     """Mean hard Dice over the foreground structures that occur in the reference, over all samples of all processes.
 
     A sample that shows no structure does not count.
@@ -26,43 +63,27 @@ class SegmentationDice(Metric):
     """
 
     def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
-        self.layout = layout
-        super().__init__(output_transform=output_transform)
-
-    @reinit__is_reduced
-    def reset(self) -> None:
-        """Forget all samples."""
-        self.total = torch.zeros(2, dtype=torch.float64)  # sum of the samples' scores, and their number
+        super().__init__(layout, output_transform, {"segmentation": "mean_dice"}, "both")
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, Mapping[str, Tensor]]) -> None:
         """Add a batch: prediction (B, layout.channels, H, W, D) and targets with ``segmentation`` (B, 1, H, W, D)."""
-        pred, target = output
-        labels = self.layout.split(pred)["segmentation"].argmax(1).flatten(1)
-        truth = target["segmentation"].flatten(1)
+        labels = self.layout.split(output[0])["segmentation"].argmax(1, keepdim=True)
         count = len(self.layout.protocol)
-        for one, reference in zip(labels, truth, strict=True):
-            size = torch.bincount(one, minlength=count) + torch.bincount(reference, minlength=count)
-            overlap = torch.bincount(reference[one == reference], minlength=count)
-            present = torch.bincount(reference, minlength=count) > 0
-            present[0] = False
-            if present.any():
-                score = (2 * overlap[present] / size[present]).mean()
-                self.total += torch.tensor([float(score), 1.0], dtype=torch.float64)
+        dice = compute_dice(labels, output[1]["segmentation"], include_background=False, num_classes=count)
+        self._add("segmentation", dice.nanmean(1))
 
-    @sync_all_reduce("total")
     def compute(self) -> float:
         """Mean over the samples seen; NaN without any."""
-        total, count = self.total.tolist()
-        return total / count if count else float("nan")
+        return self._means().get("mean_dice", float("nan"))
 
 
-class TaskErrors(Metric):
-    """Errors of the tasks beside the segmentation, in their units, each a mean over the samples that have the target.
+class TaskErrors(_SampleMeans):
+    """Errors of the tasks beside the segmentation, each a mean over the samples that have the target.
 
-    ``distance_mae_mm``: mean absolute error where the true distance lies within +-3 mm, both clipped to that; ``mni_error_mm``:
-    mean Euclidean distance in the head; ``log_bias_error``: L2 norm of the difference over that of the truth in the head, both
-    without their mean; ``<image>_mae``: mean absolute error in the head, in the output unit. A task of another kind has none.
+    ``distance_mae_mm``, ``mni_error_mm`` and ``log_bias_error`` (normalised L2) are those of the evaluation, see
+    :mod:`brainfm_monai.metrics.fields`; ``<image>_mae`` is the mean absolute error in the head, in the unit of the files. A task
+    of another kind has none.
 
     Args:
         layout: names the channels of the prediction.
@@ -70,79 +91,31 @@ class TaskErrors(Metric):
     """
 
     def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
-        self.layout = layout
-        names = {name: _ERROR_NAMES.get(task.kind, "").format(name) for name, task in layout.tasks.items()}
-        self.names = {task: name for task, name in names.items() if name}
-        super().__init__(
-            output_transform=output_transform, metrics_result_mode="flatten"
-        )  # each error is a metric of its own
-
-    @reinit__is_reduced
-    def reset(self) -> None:
-        """Forget all samples."""
-        self.total = torch.zeros(
-            2, len(self.names), dtype=torch.float64
-        )  # sums of the samples' errors, and their numbers
+        names = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
+        names |= {name: f"{name}_mae" for name, task in layout.tasks.items() if task.kind == "image"}
+        super().__init__(layout, output_transform, {n: names[n] for n in layout.tasks if n in names}, "flatten")
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, Mapping[str, Tensor]]) -> None:
         """Add a batch: prediction (B, layout.channels, H, W, D), and the targets of the loss."""
-        pred, target = output
-        parts = self.layout.split(pred)
+        target, parts = output[1], self.layout.split(output[0])
         visible = target["visible"]
         head = visible & (target["segmentation"] > 0) if "segmentation" in target else visible
-        for place, task in enumerate(self.names):
+        for task in self.names:
             if task not in target:
                 continue
-            inside = head & target[f"valid_{task}"] if f"valid_{task}" in target else head
-            kind = self.layout.tasks[task].kind
-            errors = _ERRORS[kind](parts[task].float(), target[task].float(), visible if kind == "distance" else inside)
-            errors = errors * (TASKS[task].scale if kind in ("image", "coordinates") else 1.0)
-            available = target.get(f"available_{task}", torch.ones_like(errors)).to(errors.device) > 0
-            there = available & errors.isfinite()
-            self.total[:, place] += torch.stack([torch.where(there, errors, 0.0).sum(), there.sum()]).cpu()
+            pred, true = (self.layout.tasks[task].to_map(values) for values in (parts[task], target[task]))
+            if task == "distance":
+                error = compute_distance_mae(pred, true, visible).nanmean(1)
+            elif task == "mni":
+                error = compute_mni_error(pred, true, head)["error_mean"]
+            elif task == "log_bias_field":
+                error = compute_bias_error(pred, true, head)["normalised_l2"]
+            else:
+                inside = head & target[f"valid_{task}"] if f"valid_{task}" in target else head
+                error = compute_mean_inside((pred - true).abs(), inside)[:, 0]
+            self._add(task, error, target.get(f"available_{task}"))
 
-    @sync_all_reduce("total")
     def compute(self) -> dict[str, float]:
         """Means over the samples seen; tasks that none of them has are left out."""
-        sums, counts = self.total.tolist()
-        return {name: s / n for name, s, n in zip(self.names.values(), sums, counts, strict=True) if n}
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the mask, per sample, NaN where it is empty: (B, C, H, W, D) and (B, C or 1, H, W, D) to (B,)."""
-    weight = mask.expand_as(values).to(values.dtype)
-    return (values * weight).sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4))
-
-
-def _distance_error(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    near = mask & (target.abs() < MAX_DISTANCE_MM)
-    return _mean((pred.clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
-
-
-def _coordinate_error(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return _mean((pred - target).norm(dim=1, keepdim=True), mask)
-
-
-def _image_error(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return _mean((pred - target).abs(), mask)
-
-
-def _field_error(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    difference = pred - target
-    squares = [(x - _mean(x, mask).reshape(-1, 1, 1, 1, 1)).square() for x in (difference, target)]
-    return (_mean(squares[0], mask) / _mean(squares[1], mask)).sqrt()
-
-
-_ERRORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "distance": _distance_error,
-    "coordinates": _coordinate_error,
-    "log_field": _field_error,
-    "image": _image_error,
-}
-_ERROR_NAMES = {
-    "distance": "distance_mae_mm",
-    "coordinates": "mni_error_mm",
-    "log_field": "log_bias_error",
-    "image": "{}_mae",
-}
+        return self._means()

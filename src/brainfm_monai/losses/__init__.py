@@ -3,11 +3,11 @@
 from brainfm_monai.losses.balance import UncertaintyWeights
 from brainfm_monai.losses.contrastive import compute_info_nce
 from brainfm_monai.losses.dense import (
+    compute_banded_error,
     compute_centred_mse,
-    compute_distance_l1,
     compute_gradient_l1,
     compute_laplace_nll,
-    compute_masked_l1,
+    compute_masked_mean,
     compute_pooled_l1,
     compute_roughness,
 )
@@ -17,14 +17,14 @@ from brainfm_monai.losses.multitask import MultiTaskLoss
 __all__ = [
     "MultiTaskLoss",
     "UncertaintyWeights",
+    "compute_banded_error",
     "compute_centred_mse",
     "compute_dice_ce",
-    "compute_distance_l1",
     "compute_gradient_l1",
     "compute_info_nce",
     "compute_laplace_nll",
     "compute_mask_loss",
-    "compute_masked_l1",
+    "compute_masked_mean",
     "compute_pooled_l1",
     "compute_roughness",
 ]

@@ -8,12 +8,10 @@ from torch import Tensor
 from brainfm_monai.tasks import MAX_DISTANCE_MM, bound_log_scale
 
 __all__ = [
+    "compute_banded_error",
     "compute_centred_mse",
-    "compute_distance_error",
-    "compute_distance_l1",
     "compute_gradient_l1",
     "compute_laplace_nll",
-    "compute_masked_l1",
     "compute_masked_mean",
     "compute_pooled_l1",
     "compute_roughness",
@@ -33,20 +31,6 @@ def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     counted = mask.bool()
     total = torch.where(counted, values, 0.0).sum((1, 2, 3, 4))
     return total / (counted.sum((1, 2, 3, 4)) * values.shape[1]).clamp_min(1)
-
-
-def compute_masked_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error inside a mask.
-
-    Args:
-        pred: shape (B, C, H, W, D).
-        target: same shape and unit.
-        mask: shape (B, 1, H, W, D).
-
-    Returns:
-        Loss per sample, shape (B,).
-    """
-    return compute_masked_mean((pred.float() - target).abs(), mask)
 
 
 def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -109,7 +93,7 @@ def _last(mask: Tensor, axis: int, missing: int) -> Tensor:
     return mask.narrow(axis, start, mask.shape[axis] - start)
 
 
-def compute_distance_error(pred: Tensor, target: Tensor) -> Tensor:
+def compute_banded_error(pred: Tensor, target: Tensor) -> Tensor:
     """Absolute error of signed distances inside +-3 mm; beyond, only the side matters, and it keeps a gradient.
 
     Args:
@@ -123,20 +107,6 @@ def compute_distance_error(pred: Tensor, target: Tensor) -> Tensor:
     error = (pred - target).abs()
     error = torch.where(target >= MAX_DISTANCE_MM, (MAX_DISTANCE_MM - pred).clamp_min(0), error)
     return torch.where(target <= -MAX_DISTANCE_MM, (pred + MAX_DISTANCE_MM).clamp_min(0), error)
-
-
-def compute_distance_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean of :func:`compute_distance_error` inside a mask.
-
-    Args:
-        pred: shape (B, C, H, W, D), mm.
-        target: same shape, mm.
-        mask: shape (B, 1, H, W, D).
-
-    Returns:
-        Loss per sample, shape (B,), mm.
-    """
-    return compute_masked_mean(compute_distance_error(pred, target), mask)
 
 
 def compute_laplace_nll(error: Tensor, log_scale: Tensor, mask: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, distributed, nn
 
 from brainfm_monai.losses.contrastive import compute_info_nce
 from brainfm_monai.losses.dense import (
+    compute_banded_error,
     compute_centred_mse,
-    compute_distance_error,
     compute_gradient_l1,
     compute_laplace_nll,
     compute_masked_mean,
@@ -19,7 +19,7 @@ from brainfm_monai.losses.dense import (
     compute_roughness,
 )
 from brainfm_monai.losses.labels import compute_dice_ce, compute_mask_loss
-from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.tasks import TASKS, TaskLayout
 
 __all__ = ["MultiTaskLoss"]
 
@@ -44,7 +44,7 @@ class MultiTaskLoss(nn.Module):
 
     Args:
         layout: names the channels of the prediction.
-        weights: weight by task name; a task without one has weight 1.
+        weights: weight by task name; a task without one has weight 1, and tasks that are not in the layout do not matter.
         gradient_weights: weight of the error of the gradient, relative to the task's, for images and coordinates; images
             without one have weight 1, coordinates 0.
         smoothness_weights: weight of squared second differences of the prediction, relative to the task's; 0 without one.
@@ -53,7 +53,7 @@ class MultiTaskLoss(nn.Module):
         balance: learns weights, by which the given ones are multiplied.
 
     Raises:
-        ValueError: if a weight names a task that is not in the layout or has no such term, or ``samples`` is smaller than 1.
+        ValueError: if a weight names an unknown task, or a weight of a part a task that has no such part, or ``samples`` is smaller than 1.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MultiTaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         kinds = {name: task.kind for name, task in layout.tasks.items() if task.kind != "log_scale"}
-        _check_names("weights", weights, list(kinds))
+        _check_names("weights", weights, list(TASKS))
         _check_names("gradient_weights", gradient_weights, [name for name in kinds if kinds[name] in GRADIENT_KINDS])
         _check_names("smoothness_weights", smoothness_weights, [name for name in kinds if kinds[name] in SMOOTH_KINDS])
         if samples < 1:
@@ -160,7 +160,7 @@ class MultiTaskLoss(nn.Module):
         """Absolute error, with its scale where the layout has one, and of the gradient."""
         output, scale = parts[name], self.layout.log_scale_of(name)
         error = (
-            compute_distance_error(output, truth) if self.kinds[name] == "distance" else (output.float() - truth).abs()
+            compute_banded_error(output, truth) if self.kinds[name] == "distance" else (output.float() - truth).abs()
         )
         loss = (
             compute_masked_mean(error, counted) if scale is None else compute_laplace_nll(error, parts[scale], counted)

@@ -13,8 +13,8 @@ from brainfm_monai.tasks import TASKS
 
 __all__ = ["IMAGES", "INTENSITY_TOP", "acquire", "blend_inputs", "cluster_head", "smooth_field"]
 
-# Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the task table.
-IMAGES = {name: TASKS[name].outside for name in ("T1w", "T2w", "FLAIR", "CT")}
+# Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the files.
+IMAGES = {name: TASKS[name].outside * TASKS[name].scale for name in ("T1w", "T2w", "FLAIR", "CT")}
 INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
 QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 
@@ -45,11 +45,11 @@ def smooth_field(points: Tensor, spacing: Tensor, size: Sequence[int]) -> Tensor
 
 
 def blend_inputs(painted: Tensor, images: Mapping[str, Tensor], appearance: AppearanceParams) -> Tensor:
-    """Convex mixture of the synthetic image and the real ones that are there, all on one scale.
+    """Convex mixture of the synthetic image and the real images, all on one scale.
 
     Args:
         painted: (B, 1, H, W, D), in [0, 255] or a little above.
-        images: real images in the unit of the task table, at the same place as ``painted``.
+        images: real images in the unit of the files, at the same place as ``painted``.
         appearance: the draw; its blend is one-hot but for mixtures.
 
     Returns:

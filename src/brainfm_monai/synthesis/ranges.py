@@ -230,7 +230,7 @@ class AppearanceParams(_Movable):
         cluster_offset: intensity offset of each cluster, (B, clusters); without columns where heads are never divided.
         is_head: 1 for generation labels of the head, 0 for others, (L,).
         blend: share of the synthetic image, T1w, T2w, FLAIR and CT in the image, (B, 5); rows sum to 1.
-        ct_window: low and high end, (B, 2), units of 1000 HU.
+        ct_window: low and high end, (B, 2), HU.
         lesion_goal: intensity towards which lesions change, (B,).
         lesion_change: share of the way to it, (B,).
         gamma: (B,).

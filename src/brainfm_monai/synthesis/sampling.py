@@ -19,7 +19,6 @@ __all__ = ["sample"]
 
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
 PHOTO_AXIS = 1  # dissected slices are coronal (BrainFM)
-HU_SCALE = 1000.0  # of the task CT
 DARK_STD_SHARE = 0.2  # of its drawn std, which dark air keeps
 FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72)  # FreeSurfer ids of ventricles, plexus and CSF
 CSF_ID, WHITE_ID, GREY_ID, CEREBELLUM_IDS = 24, 2, 3, (7, 8, 46, 47)
@@ -221,7 +220,7 @@ def _sample_appearance(
         cluster_offset=draws.normal(clusters) * cluster_std,
         is_head=torch.as_tensor(protocol.is_head).float(),
         blend=blend,
-        ct_window=window / HU_SCALE,
+        ct_window=window,
         lesion_goal=torch.where(torch.where(real, ~dark_in_real, brighter), INTENSITY_TOP, 0.0),
         lesion_change=draws.uniform(ranges.lesion_change),
         gamma=(ranges.gamma_log_std * draws.normal()).exp(),

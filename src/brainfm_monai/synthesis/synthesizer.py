@@ -1,4 +1,4 @@
-"""One draw and its rendering behind one call: what MONAI's faces of the generator share."""
+"""One draw and its rendering behind one call."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from brainfm_monai.synthesis.rendering import render
 from brainfm_monai.synthesis.sampling import sample
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["LARGEST_SEED", "SUBJECT_KEYS", "Synthesizer"]
+__all__ = ["FLAGS", "LARGEST_SEED", "SUBJECT_KEYS", "Synthesizer"]
 
 LARGEST_SEED = 2**31 - 1
+VOXEL_TOLERANCE_MM = 1e-4
 
 DEFACING_KEYS = tuple(f"{name}_defacing_mask" for name in IMAGES)
 SUBJECT_KEYS = (
@@ -35,6 +36,8 @@ SUBJECT_KEYS = (
     "lesion_shape",
     "age",
 )
+# Before a key of a subject: 1 if the subject has it, and, for an image, 1 if a scanner made it, so that it may be an input.
+FLAGS = ("available_", "real_")
 
 
 @cache
@@ -49,8 +52,8 @@ class Synthesizer:
         ranges: laws of the (severe) samples.
         layout: tasks whose targets are wanted.
         spatial_size: (H, W, D) of the generated scans.
-        stride: voxel of the generated scans in voxels of the subjects.
-        source_mm: voxel of the subjects.
+        scan_mm: voxel of the generated scans.
+        label_mm: voxel of the subjects' labels, a whole fraction of ``scan_mm``; the same if not given.
         generation_protocol: protocol of the generation labels of subjects that name none.
         samples: scans of each subject; they share its deformation and its targets, and differ in everything else.
         mild_samples: how many of them, the first ones, are mild.
@@ -59,7 +62,7 @@ class Synthesizer:
             ``RandGibbsNoise``; a random one is seeded with the sample. The image is normalised again after it.
 
     Raises:
-        ValueError: if there are more mild samples than samples.
+        ValueError: if there are more mild samples than samples, or ``label_mm`` does not divide ``scan_mm``.
     """
 
     def __init__(
@@ -67,8 +70,8 @@ class Synthesizer:
         ranges: SynthesisRanges,
         layout: TaskLayout,
         spatial_size: Sequence[int],
-        stride: int = 1,
-        source_mm: float = 1.0,
+        scan_mm: float = 1.0,
+        label_mm: float | None = None,
         generation_protocol: str = "synthseg_generation",
         samples: int = 1,
         mild_samples: int = 0,
@@ -79,7 +82,11 @@ class Synthesizer:
             raise ValueError(
                 f"Synthesizer: 'mild_samples' must be in [0, {samples}] of at least one sample, got {mild_samples}"
             )
-        self.layout, self.spatial_size, self.stride, self.source_mm = layout, tuple(spatial_size), stride, source_mm
+        self.label_mm = scan_mm if label_mm is None else label_mm
+        self.stride = round(scan_mm / self.label_mm)
+        if abs(self.stride * self.label_mm - scan_mm) > VOXEL_TOLERANCE_MM or self.stride < 1:
+            raise ValueError(f"Synthesizer: 'label_mm' must divide 'scan_mm' {scan_mm}, got {self.label_mm}")
+        self.layout, self.spatial_size = layout, tuple(spatial_size)
         self.generation_protocol = generation_protocol
         # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
         mild = mild_ranges or make_mild(ranges)
@@ -87,9 +94,20 @@ class Synthesizer:
         self.image_transform = image_transform
 
     def draw(
-        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None
+        self,
+        subject: Mapping[str, Tensor],
+        seeds: Sequence[int],
+        generation_protocol: str | None = None,
+        device: str | torch.device | None = None,
     ) -> SynthesisParams:
-        """Everything random of the subjects' samples, on the device of the subjects; see the call for the arguments."""
+        """Everything random of the subjects' samples; see the call for the arguments.
+
+        Args:
+            subject: batch of subjects; without a ``device`` its volumes are needed, with one its flags alone.
+            seeds: one for each subject.
+            generation_protocol: see the call.
+            device: of the draw; that of the subjects if not given.
+        """
         return sample(
             self.ranges,
             [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -97,9 +115,9 @@ class Synthesizer:
             protocol=self.layout.protocol,
             generation_protocol=_load_protocol(generation_protocol or self.generation_protocol),
             stride=self.stride,
-            source_mm=self.source_mm,
-            available=self._available(subject, len(seeds)),
-            device=subject["generation_labels"].device,
+            source_mm=self.label_mm,
+            available=_find_inputs(subject, len(seeds)),
+            device=device or subject["generation_labels"].device,
         )
 
     @torch.no_grad()
@@ -109,7 +127,8 @@ class Synthesizer:
         """Scans and targets.
 
         Args:
-            subject: batch of subjects, see :func:`render`; ``available_<image>`` on the host.
+            subject: batch of subjects, see :func:`render`. On the host, (B,): ``available_<key>``, 0 for subjects without the key,
+                and ``real_<image>``, 0 for images that are targets but no inputs.
             seeds: one for each subject.
             generation_protocol: of these subjects, where it is not that of the synthesizer.
 
@@ -135,11 +154,6 @@ class Synthesizer:
     ) -> dict[str, Tensor]:
         return render(subject, self.draw(subject, seeds, generation_protocol), self.layout)
 
-    def _available(self, subject: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-        there = [name for name in IMAGES if name in subject]
-        every = torch.ones(count, dtype=torch.bool)
-        return {name: subject.get(f"available_{name}", every).bool() for name in there}
-
     def _transform_images(self, transform: Callable[[Any], Any], images: Tensor, seeds: Sequence[int]) -> list[Tensor]:
         transformed = []
         for place, image in enumerate(images):
@@ -148,3 +162,15 @@ class Synthesizer:
                 transform.set_random_state(seed=(seeds[subject] + number) % LARGEST_SEED)
             transformed.append(convert_to_tensor(transform(image), track_meta=False))
         return transformed
+
+
+def _find_inputs(subject: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Which subjects have an image that may be an input, (count,) for each image."""
+    inputs = {}
+    for name in IMAGES:
+        flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
+        if flags:
+            inputs[name] = torch.stack(flags).all(0)
+        elif name in subject:
+            inputs[name] = torch.ones(count, dtype=torch.bool)
+    return inputs
