@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import monai
 import nibabel
 import numpy as np
 import pytest
@@ -301,3 +302,15 @@ def test_subjects_may_be_cached_on_disk(repository: Path, dataset_dir: Path, tmp
     workflow.run()
     assert len(list((tmp_path / "cache").glob("*.pt"))) == 2
     assert workflow.parser.get_parsed_content("train#trainer").state.iteration == TINY["epoch_length"]
+
+
+def test_the_default_network_is_that_of_the_shipped_weights(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "brain").symlink_to(repository / "bundle")
+    with pytest.warns(UserWarning, match="from a source you trust"):
+        network = monai.bundle.load("brain", bundle_dir=str(tmp_path / "bundles"), source="monaihosting", device="cpu")
+    weights = torch.load(repository / "bundle" / "models" / "model.pt", weights_only=True)
+    state = network.state_dict()
+    assert set(state) == set(weights)
+    assert all(torch.equal(state[name], value.float()) for name, value in weights.items())
+    assert network.stride == 2  # it takes scans of 1 mm, as at inference
