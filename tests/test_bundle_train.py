@@ -308,7 +308,9 @@ def test_the_default_network_is_that_of_the_shipped_weights(repository: Path, tm
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles" / "brain").symlink_to(repository / "bundle")
     with pytest.warns(UserWarning, match="from a source you trust"):
-        network = monai.bundle.load("brain", bundle_dir=str(tmp_path / "bundles"), source="monaihosting", device="cpu")
+        network: Any = monai.bundle.load(
+            "brain", bundle_dir=str(tmp_path / "bundles"), source="monaihosting", device="cpu"
+        )
     weights = torch.load(repository / "bundle" / "models" / "model.pt", weights_only=True)
     state = network.state_dict()
     assert set(state) == set(weights)
