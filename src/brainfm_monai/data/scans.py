@@ -11,8 +11,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
-from brainfm_monai.transforms import is_dicom_series
+from brainfm_monai.io import SCAN_SUFFIXES, is_dicom, list_series, scan_stem
 
 __all__ = ["find_scans"]
 
@@ -79,24 +78,41 @@ def _from_file(path: Path) -> Scan:
 
 
 def _from_folder(path: Path, output: Path | None) -> list[Scan]:
-    if is_dicom_series(path):
-        return [{"image": str(path), "name": path.resolve().name}]
+    if is_dicom(path):
+        return _from_dicom(path, path.resolve().name)
     visible = [
         f for f in sorted(path.rglob("*")) if not any(part.startswith(".") for part in f.relative_to(path).parts)
     ]
     visible = [f for f in visible if output is None or (f.resolve() != output and output not in f.resolve().parents)]
-    found = [f for f in visible if _is_scan(f) or is_dicom_series(f)]
+    found = [f for f in visible if _is_scan(f) or (f.is_dir() and is_dicom(f))]
     if not found:
         raise FileNotFoundError(f"{path}: a folder of scans ({', '.join(SCAN_SUFFIXES)}) is needed, found none in it")
     names = _names([f.relative_to(path) for f in found])
-    return [{"image": str(f), "name": name} for f, name in zip(found, names, strict=True)]
+    return [
+        scan
+        for f, name in zip(found, names, strict=True)
+        for scan in (_from_dicom(f, name) if f.is_dir() else [{"image": str(f), "name": name}])
+    ]
+
+
+def _from_dicom(path: Path, name: str) -> list[Scan]:
+    """One scan per series of a folder; a folder of one series has the name of the folder."""
+    try:
+        series = [one for one in list_series(path) if not one.is_overview]
+    except ValueError:  # reading reports it
+        series = []
+    if not series:
+        return [{"image": str(path), "name": name}]
+    if len(series) == 1:
+        return [{"image": str(path), "name": name, "series": series[0].name}]
+    return [{"image": str(path), "name": f"{name}_{one.name}", "series": one.name} for one in series]
 
 
 def _from_pattern(pattern: str, output_dir: str | Path | None) -> list[Scan]:
     output = Path(output_dir).resolve() if output_dir else None
     anchor = Path(pattern).anchor
     matched = sorted(Path(anchor or ".").glob(str(Path(pattern).relative_to(anchor)) if anchor else pattern))
-    found = [f for f in matched if _is_scan(f) or is_dicom_series(f)]
+    found = [f for f in matched if _is_scan(f) or (f.is_dir() and is_dicom(f))]
     found = [f for f in found if output is None or output not in f.resolve().parents]
     if not found:
         raise FileNotFoundError(

@@ -1,6 +1,7 @@
 """Files: what is read and written, whole or not at all, and errors in one line."""
 
 from brainfm_monai.io.configs import fingerprint, literal
+from brainfm_monai.io.dicom import Series, is_dicom, list_series
 from brainfm_monai.io.errors import ScanError, exit_on_error, first_line, one_line
 from brainfm_monai.io.files import write_folder, write_text, write_whole
 from brainfm_monai.io.tables import ABSENT, read_table, write_table
@@ -10,10 +11,13 @@ __all__ = [
     "ABSENT",
     "SCAN_SUFFIXES",
     "ScanError",
+    "Series",
     "Volume",
     "exit_on_error",
     "fingerprint",
     "first_line",
+    "is_dicom",
+    "list_series",
     "literal",
     "one_line",
     "read_labels",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from brainfm_monai.io.dicom import convert_series, is_dicom, place_by_headers
 from brainfm_monai.io.errors import ScanError, first_line
 from brainfm_monai.io.formats import read_mgh_header, read_nrrd
 from brainfm_monai.io.nifti import read_nifti_header
@@ -54,13 +55,14 @@ def scan_stem(path: str | Path) -> str:
     return name if Path(path).is_dir() else Path(path).stem
 
 
-def read_volume(path: str | Path, frame: int | str | None = None) -> Volume:
+def read_volume(path: str | Path, frame: int | str | None = None, series: str | None = None) -> Volume:
     """Read one volume of real numbers, as it is stored.
 
     Args:
         path: NIfTI, Analyze (``.hdr``), MGH or NRRD file, or the folder of a DICOM series.
         frame: which volume of a 4-D file: its number, from 0; ``"mean"``; or ``"all"``, see :func:`read_maps`; None
             refuses such a file.
+        series: name of the series in a DICOM folder, see :func:`~brainfm_monai.io.list_series`; None: the only one.
 
     Returns:
         The volume; integers stay integers where the header does not scale them.
@@ -68,19 +70,29 @@ def read_volume(path: str | Path, frame: int | str | None = None) -> Volume:
     Raises:
         ScanError: if the file is missing, damaged, or holds no such volume; one line.
     """
-    path = Path(path)
-    if not path.is_file():
+    path, frame = Path(path), int(frame) if isinstance(frame, str) and frame.isdigit() else frame
+    if not path.is_file() and not is_dicom(path):
         found = "a folder" if path.is_dir() else "no such file" if not path.exists() else "no regular file"
         raise ScanError(f"{path}: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found {found}")
     try:
-        stored = _read_header(path)
-        _check_header(stored, frame)
-        values = read_frame(stored, frame)
+        return _read_dicom(path, frame, series) if is_dicom(path) else _read_file(path, frame)
     except Exception as error:  # damaged files show as a dozen kinds of errors of the libraries
         known = isinstance(error, ValueError) and str(error)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ScanError(f"{path}: {reason if known else f'the voxels cannot be read, found {reason}'}") from error
-    return Volume(values, stored.affine, stored.warnings, stored.is_oriented)
+
+
+def _read_file(path: Path, frame: int | str | None) -> Volume:
+    stored = _read_header(path)
+    _check_header(stored, frame)
+    return Volume(read_frame(stored, frame), stored.affine, stored.warnings, stored.is_oriented)
+
+
+def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume:
+    with convert_series(path, name) as (file, series):
+        volume = _read_file(file, frame)
+    affine = place_by_headers(volume.affine, volume.values.shape[2], series)
+    return Volume(volume.values, affine, series.warnings, modality=series.modality)
 
 
 def read_maps(path: str | Path) -> Volume:
@@ -125,7 +137,7 @@ def _check_header(stored: Stored, frame: int | str | None) -> None:
         raise ValueError(f"an affine of three independent axes is needed, found {np.round(affine[:3], 4).tolist()}")
 
 
-def read_scan(path: str | Path, frame: int | str | None = None) -> Volume:
+def read_scan(path: str | Path, frame: int | str | None = None, series: str | None = None) -> Volume:
     """Read one scan of a head: see :func:`read_volume`; voxels that are not finite become 0, with a warning.
 
     Returns:
@@ -134,7 +146,7 @@ def read_scan(path: str | Path, frame: int | str | None = None) -> Volume:
     Raises:
         ScanError: if the file holds no such volume, no head can have its size, or it has no contrast; one line.
     """
-    volume = read_volume(path, frame)
+    volume = read_volume(path, frame, series)
     extent_mm = np.linalg.norm(volume.affine[:3, :3], axis=0) * np.array(volume.values.shape)
     low, high = EXTENT_RANGE_MM
     if extent_mm.min() < low or extent_mm.max() > high:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from brainfm_monai.io import ScanError
 from brainfm_monai.transforms.intensities import NormalisePercentilesd, ScanSpacingd, window_hounsfield
 from brainfm_monai.transforms.maps import MODES, Mode, SplitTasksd, allowed_labels
-from brainfm_monai.transforms.reading import LoadScand, is_dicom_series, read_scan
+from brainfm_monai.transforms.reading import LoadScand, read_scan
 
 __all__ = [
     "MODES",
@@ -16,7 +16,6 @@ __all__ = [
     "ScanSpacingd",
     "SplitTasksd",
     "allowed_labels",
-    "is_dicom_series",
     "read_scan",
     "window_hounsfield",
 ]

@@ -7,18 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged, MapTransform
 
-from brainfm_monai.io import ScanError, Volume, first_line, scan_stem
-from brainfm_monai.io import read_scan as read_scan_file
-from brainfm_monai.transforms.headers import check_header, is_dicom_series
+from brainfm_monai import io
 from brainfm_monai.transforms.intensities import parse_window, window_hounsfield
 
-__all__ = ["LoadScand", "is_dicom_series", "read_scan"]
+__all__ = ["LoadScand", "read_scan"]
 
 
 def read_scan(path: str | Path, frame: int | str | None = None) -> MetaTensor:
@@ -61,10 +58,10 @@ class LoadScand(LoadImaged):
         frame = data.get("frame", self.frame)
         for key in self.key_iterator(dict(data)):
             path = str(data[key])
-            volume = _read_dicom(path) if is_dicom_series(path) else read_scan_file(path, frame)
+            volume = io.read_scan(path, frame, data.get("series"))
             meta = {
                 "filename_or_obj": path,
-                "scan_name": str(data.get(self.name_key) or scan_stem(path)),
+                "scan_name": str(data.get(self.name_key) or io.scan_stem(path)),
                 "warnings": "\n".join(volume.warnings),
             }
             if frame is not None:
@@ -75,12 +72,3 @@ class LoadScand(LoadImaged):
             loaded["original"] = original
             loaded[key] = window_hounsfield(original, self.window)
         return loaded
-
-
-def _read_dicom(path: str) -> Volume:
-    check_header(path)
-    try:
-        image: Any = LoadImaged("image", reader="ITKReader", ensure_channel_first=True)({"image": path})["image"]
-    except Exception as error:
-        raise ScanError(f"{path}: the voxels cannot be read, found {first_line(error.__cause__ or error)}") from error
-    return Volume(np.asarray(image[0]), np.asarray(image.affine, dtype=np.float64))
