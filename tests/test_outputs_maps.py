@@ -180,10 +180,10 @@ def test_lesions_are_written_as_probability_mask_and_table(tmp_path: Path) -> No
         ("1", "4.0", "3.0", "1.0", "3.0"),  # the middle of voxels (1, 2, 3) and (1, 2, 4)
         ("2", "2.0", "0.0", "6.0", "0.0"),
     ]
-    assert scan.summary == {"lesion_count": 2, "lesion_volume_mm3": 6.0}
+    assert scan.summary == {"lesion_count": 2, "lesion_volume_ml": 0.006}
     empty = make_scan(tmp_path, np.zeros((6, 7, 8), np.uint8), affine, layout, lesion=probability * 0)
     write_lesions(empty)
-    assert empty.summary == {"lesion_count": 0, "lesion_volume_mm3": 0.0}
+    assert empty.summary == {"lesion_count": 0, "lesion_volume_ml": 0.0}
     assert read_table(tmp_path / "scan_lesions.tsv") == []
 
 

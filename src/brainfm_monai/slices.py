@@ -36,6 +36,7 @@ HEAT = np.array([[0, 0, 0], [0.45, 0.1, 0.5], [0.93, 0.35, 0.35], [1, 0.85, 0.45
 LARGEST_OPACITY = 0.8  # of a probability over the scan
 QUALITY = 88  # of WebP
 TEXT_PIXELS = 13
+TIE = 0.499  # edge of the last voxel: a pixel between two voxels takes the one that the order of voxels does not decide
 
 
 class Plane(NamedTuple):
@@ -126,7 +127,7 @@ def cut_slices(
     def pixels(axis: int) -> np.ndarray:
         first, last = extent[axis]
         count = max(round((last - first + 1) * zooms[axis] / pixel_mm), 1)
-        return last + 0.5 - (np.arange(count) + 0.5) * (last - first + 1) / count
+        return last + TIE - (np.arange(count) + 0.5) * (last - first + 1) / count
 
     slices = []
     for name, shares in positions.items():

@@ -141,7 +141,7 @@ def write_lesions(scan: ScanResult) -> None:
         for index, (volume, centre) in enumerate(zip(volumes, centres, strict=True), 1)
     ]
     write_table(scan.path("lesions.tsv"), ("index", "volume_mm3", "x_mm", "y_mm", "z_mm"), rows)
-    scan.summary.update({"lesion_count": count, "lesion_volume_mm3": round(float(volumes.sum()), 1)})
+    scan.summary.update({"lesion_count": count, "lesion_volume_ml": round(float(volumes.sum()) / 1000, 3)})
 
 
 def write_age(scan: ScanResult) -> None:

@@ -1,9 +1,8 @@
-"""The page of one scan: what went in, what came out, and the volumes, for a reader who knows brains and not networks."""
+"""The page of one scan for a reader who knows brains and not networks, its interactive view, and the template engine of all pages."""
 
 from __future__ import annotations
 
-from brainfm_monai.report.document import write_report
-from brainfm_monai.report.page import Page
+from brainfm_monai.report.page import write_report
 from brainfm_monai.report.view import write_view
 
-__all__ = ["Page", "write_report", "write_view"]
+__all__ = ["write_report", "write_view"]
