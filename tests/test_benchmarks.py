@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.intensities import resample_to_box
-from brainfm_monai.data.pairs import read_pairs
+from brainfm_monai.evaluation import make_pair_cases, parse_conditions
 
 SIZE = (6, 5, 4)
 DATASETS = """
@@ -201,7 +201,7 @@ def test_every_scan_gets_the_t1w_in_its_own_space(
     monkeypatch.setattr(real_contrasts, "PEOPLE", {"one": real_contrasts.PEOPLE["stroke"]})
     motion = write_head(tmp_path / "somewhere" / "stroke")
     real_contrasts.main(tmp_path, tmp_path / "out")
-    pairs = read_pairs(tmp_path / "out" / "datalist.json")
+    pairs = make_pair_cases(tmp_path / "out" / "datalist.json", parse_conditions({"native": {}}))
     assert [pair["name"] for pair in pairs] == ["one_T2w", "one_FLAIR"]
     before = nib.Nifti1Image.from_filename(tmp_path / "somewhere" / "stroke" / "T1.nii.gz")
     head = np.argwhere(before.get_fdata() > 0)

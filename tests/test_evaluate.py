@@ -19,6 +19,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor, nn
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.cli.bundle import find_config
 from brainfm_monai.metrics import MetricRow, read_metrics
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
@@ -123,9 +124,10 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
         values |= {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}}
         values |= {"outputs": "segmentation", "template#_disabled_": True}
         names = ["inference.json", "evaluate.json", *overrides.pop("configs", [])]
+        files = [str(find_config(repository / "bundle", name)) for name in names]
         workflow = ConfigWorkflow(
             workflow_type="inference",
-            config_file=[str(configs / name) for name in names],
+            config_file=files,
             meta_file=str(configs / "metadata.json"),
             logging_file=False,
             **values | overrides,
@@ -332,6 +334,27 @@ def test_other_weights_are_measured_again(tmp_path: Path, evaluate: Evaluate) ->
     assert read_rows_of(out, "dice")["scan", "native", "brainstem", "both"] == 0
 
 
+def test_measures_are_valid_for_the_configuration_that_made_them(tmp_path: Path, evaluate: Evaluate) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    datalist = write_list(folder, write_pair(folder, "scan", make_ids()))
+
+    def when_measured(**settings: Any) -> int:
+        evaluate(datalist, out, **settings)
+        return (out / "cases" / "scan.json").stat().st_mtime_ns
+
+    first = when_measured()
+    other = {"device": "$torch.device('cpu')", "conditions": {"native": {}, "noisy": {"noise_percent": 3}}}
+    assert when_measured(**other) == first  # a further condition changes nothing about the scan as it is
+    for change in ({"preprocessing#transforms#3#upper": 0.9}, {"comparison_grid": "network"}, {"seed": 1}):
+        again = when_measured(**change)
+        assert again != first, change
+        first = again
+    # what a transform does to the intensities is seen: half of them are clipped, and become the brainstem's level
+    assert read_rows_of(out, "dice")["scan", "native", "cerebral_cortex", "both"] == 1
+    when_measured(**{"preprocessing#transforms#3#upper": 0.5})
+    assert read_rows_of(out, "dice")["scan", "native", "cerebral_cortex", "both"] < 1
+
+
 def test_the_protocol_crops_and_compares_in_the_networks_grid(tmp_path: Path, evaluate: Evaluate) -> None:
     folder = tmp_path / "in"
     datalist = write_list(folder, write_pair(folder, "scan", make_ids()))
@@ -465,7 +488,7 @@ def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluat
             evaluate(datalist, tmp_path / "out")
     for message, items in {
         r"every item needs 'image' and 'label' or another reference, found \['image'\]": [{"image": item["image"]}],
-        r"items with different names are needed, found twice: \['scan'\]": [item, item],
+        r"items whose names, .*, differ are needed, found twice: \['scan'\]": [item, item],
     }.items():
         with pytest.raises(SystemExit, match=message):
             evaluate(write_list(folder, *items), tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.evaluation import Condition, DegradeScand, GenerateScan, parse_conditions
-from brainfm_monai.evaluation.conditions import check_for_real_scans, make_laws
+from brainfm_monai.evaluation.conditions import check_for_real_scans
 from brainfm_monai.synthesis import SynthesisRanges
 from brainfm_monai.tasks import TaskLayout
 
@@ -34,8 +35,8 @@ def make_head() -> MetaTensor:
 
 
 def degrade(**settings: Any) -> dict[Hashable, Any]:
-    conditions = parse_conditions({"case": settings})
-    return DegradeScand("image", conditions)({"image": make_head(), "condition": "case", "seed": 5})
+    parse_conditions({"case": settings})
+    return DegradeScand("image")({"image": make_head(), "settings": settings, "seed": 5})
 
 
 def sharpness(image: Tensor, axis: int) -> float:
@@ -63,8 +64,15 @@ def test_a_sweep_stands_for_one_condition_for_each_value() -> None:
             "condition a: one setting may be swept, found .*",
         ),
         ({"a": {"contrast": "T3w"}}, "condition a: 'contrast' must be one of T1w, T2w, .*, got T3w"),
-        ({"a": {"spacing_mm": [1, 5]}}, "condition a: slices and the three spacings must be positive .*"),
-        ({"a": {"axial_slices_mm": 0}}, "condition a: slices and the three spacings must be positive .*"),
+        (
+            {"a": {"spacing_mm": [1, 5]}},
+            "condition a: slices, their profile and the three spacings must be positive .*",
+        ),
+        ({"a": {"axial_slices_mm": 5, "slice_fwhm_mm": -1}}, "condition a: slices, their profile and .*"),
+        (
+            {"a": {"axial_slices_mm": 0}},
+            "condition a: slices, their profile and the three spacings must be positive .*",
+        ),
         (
             {"a": {"axial_slices_mm": 2, "spacing_mm": [1, 1, 2]}},
             "condition a: either 'spacing_mm' or slices are set, .*",
@@ -80,12 +88,12 @@ def test_what_needs_the_anatomy_is_refused_on_real_scans() -> None:
     check_for_real_scans(parse_conditions({"a": {"contrast": "inverted", "noise_percent": 3, "gamma": 1.2}}))
     for settings in ({"rotation_deg": 10}, {"contrast": "T2w"}, {"ranges": {"noise_std": [0, 1]}}):
         with pytest.raises(ValueError, match=r"condition a: for generated scans alone, found .* on real ones"):
-            DegradeScand("image", parse_conditions({"a": settings}))
+            check_for_real_scans(parse_conditions({"a": settings}))
 
 
 def test_unknown_laws_are_told() -> None:
     with pytest.raises(ValueError, match=r"SynthesisRanges: .* found no noise"):
-        make_laws(QUIET, {"ranges": {"noise": 3}})
+        parse_conditions({"a": {"ranges": {"noise": 3}}})
 
 
 def test_a_native_scan_is_left_as_it_is() -> None:
@@ -102,6 +110,26 @@ def test_slices_are_thick_along_their_axis_alone() -> None:
             share = sharpness(inner, other) / sharpness(was, other)
             assert (share < 0.5) == (other == axis), (name, other, share)
         assert not after[before == 0].any()
+
+
+def test_slices_of_a_given_profile_without_the_outline_of_the_voxels() -> None:
+    """The slices along each axis are Gaussian means about their centres, and what is between is interpolated linearly."""
+    head = make_head()
+    for axis, name in enumerate(("sagittal", "coronal", "axial")):
+        profile = {f"{name}_slices_mm": 4, "slice_fwhm_mm": 4}
+        moved = head.as_tensor()[0].movedim(axis, 0).numpy()
+        offset = np.arange(len(moved)) - (np.arange(len(moved) // 4)[:, None] * 4 + 1.5)
+        weight = np.exp(-4 * np.log(2) * (offset / 4) ** 2)
+        slices = np.tensordot(weight / weight.sum(1, keepdims=True), moved, 1)
+        position = np.clip((np.arange(len(moved)) - 1.5) / 4, 0, len(slices) - 1)
+        below = np.minimum(position.astype(int), len(slices) - 2)
+        share = (position - below)[:, None, None]
+        expected = (1 - share) * slices[below] + share * slices[below + 1]
+        thick = degrade(**profile, keep_zeros=False)["image"].as_tensor()[0].movedim(axis, 0).numpy()
+        top = np.quantile(expected, 0.999, method="nearest")
+        np.testing.assert_allclose(thick, (expected / top).clip(max=1), atol=0.02)
+        assert thick[moved == 0].max() > 0.1  # the outline is as blurred as the rest
+        assert not degrade(**profile)["image"].as_tensor()[0].movedim(axis, 0).numpy()[moved == 0].any()
 
 
 def test_degrading_is_the_same_for_the_same_seed_and_scales_with_the_setting() -> None:
@@ -145,7 +173,7 @@ def subject() -> dict[Hashable, Any]:
 
 def generate(subject: dict[Hashable, Any], table: dict[str, Any], name: str) -> dict[Hashable, Any]:
     layout = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
-    return GenerateScan(QUIET, parse_conditions(table), layout, SIZE)({**subject, "condition": name})
+    return GenerateScan(QUIET, layout, SIZE)({**subject, "settings": table[name]})
 
 
 def test_conditions_show_the_same_head_with_its_truth(subject: dict[Hashable, Any]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.data import load_decathlon_datalist
+from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans
+from brainfm_monai.synthesis import SUBJECT_KEYS
+from brainfm_monai.tasks import TASKS
+from brainfm_monai.transforms import scan_stem
 
-from brainfm_monai.data.pairs import read_pairs
-from brainfm_monai.evaluation.conditions import Condition
+__all__ = ["REFERENCES", "make_generated_cases", "make_pair_cases"]
 
-__all__ = ["make_generated_cases", "make_pair_cases"]
+WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
+# what an item may have beside its scan: entry of the list and task that it is the reference of
+REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
 
 Case = dict[str, Any]
 
@@ -23,20 +28,35 @@ def make_pair_cases(
     """Real scans under every condition.
 
     Args:
-        datalist: see :func:`~brainfm_monai.data.pairs.read_pairs`.
+        datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An item may
+            have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the label map
+            or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor), ``distance``
+            (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``, in the same space as
+            the scan and in grids of their own, and ``age`` (years).
         conditions: what is done to the scans.
         section: of the list.
         seed: of what conditions draw; a scan draws the same under each.
 
     Returns:
-        The items of the list, each once for every condition, with ``scan``, ``condition``, ``seed`` and a ``name`` of its own.
+        The items of the list, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a ``name``.
 
     Raises:
-        FileNotFoundError: see :func:`~brainfm_monai.data.pairs.read_pairs`.
-        ValueError: see :func:`~brainfm_monai.data.pairs.read_pairs`; or if two cases share a name.
+        FileNotFoundError: if the list or one of its files is missing.
+        ValueError: if the list is not such a list, two cases have one name, or a condition is for generated scans alone.
     """
-    pairs = read_pairs(datalist, section)
-    return _different([c for pair in pairs for c in _under_conditions(pair, pair["name"], conditions, seed)], datalist)
+    files = ["image", *(key for key in REFERENCES if key != "age")]
+    cases: list[Case] = []
+    check_for_real_scans(conditions)
+    for item in _read_list(datalist, section, files):
+        if "image" not in item or not any(key in item for key in REFERENCES):
+            raise ValueError(
+                f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}"
+            )
+        for path in [item[key] for key in files if key in item]:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path}: named in {datalist}, found no such file")
+        cases += _under_conditions(item, str(item.get("name") or scan_stem(item["image"])), conditions, seed)
+    return _check_names(cases, datalist)
 
 
 def make_generated_cases(
@@ -57,52 +77,64 @@ def make_generated_cases(
 
     Returns:
         The subjects of the list, each once for every scan and condition, with ``scan`` (``<subject>_<number>``), ``condition``,
-        ``seed`` and a ``name`` of its own.
+        ``settings``, ``seed`` and a ``name``.
 
     Raises:
         FileNotFoundError: if there is no such list.
-        ValueError: if it has no such section or no subject in it, or two cases share a name.
+        ValueError: if it has no such section or no subject in it, or two cases have one name.
     """
-    if not Path(datalist).is_file():
-        raise FileNotFoundError(f"{datalist}: a list of prepared subjects (JSON) is needed, found no such file")
-    try:
-        subjects = load_decathlon_datalist(str(datalist), True, section)
-    except ValueError as error:
-        raise ValueError(
-            f"{datalist}: a JSON datalist with the section '{section}' is needed, found {error}"
-        ) from error
-    if not subjects or scans_per_subject < 1:
-        raise ValueError(f"{datalist}: subjects in '{section}' and scans of each are needed, found none")
     cases: list[Case] = []
-    for subject in subjects:
+    for subject in _read_list(datalist, section, SUBJECT_KEYS):
         if "generation_labels" not in subject or "segmentation" not in subject:
             raise ValueError(
                 f"{datalist}: every subject needs 'generation_labels' and 'segmentation', found {sorted(subject)}"
             )
-        # MONAI's reader makes a path of a subject's name where such a folder exists: its last part is the name.
-        name = Path(str(subject["subject"])).name
         for number in range(1, scans_per_subject + 1):
-            cases += _under_conditions({**subject, "subject": name}, f"{name}_{number:02}", conditions, seed)
-    return _different(cases, datalist)
+            cases += _under_conditions(subject, f"{subject['subject']}_{number:02}", conditions, seed)
+    return _check_names(cases, datalist)
 
 
-def _under_conditions(item: Mapping[str, Any], scan: str, conditions: Sequence[Condition], seed: int) -> Iterator[Case]:
-    for condition in conditions:
-        name = f"{scan}_{condition.name}" if condition.settings else scan
-        yield {
-            **item,
-            "name": name,
-            "scan": scan,
-            "condition": condition.name,
-            "seed": seed + zlib.crc32(scan.encode()),
-        }
-
-
-def _different(cases: list[Case], datalist: str | Path) -> list[Case]:
-    names = [case["name"] for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+def _read_list(datalist: str | Path, section: str, files: Sequence[str]) -> list[dict[str, Any]]:
+    """Items of one section of a JSON datalist, the entries that are files with whole paths."""
+    path = Path(datalist)
+    if not path.is_file():
+        raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file: pass --datalist FILE")
+    try:
+        items = [dict(item) for item in json.loads(path.read_text(encoding="utf-8"))[section]]
+    except (ValueError, KeyError, TypeError) as error:
+        found = f"no section {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{datalist}: scans and conditions whose names together differ are needed, found twice: {twice}"
+            f"{datalist}: a JSON datalist with the section '{section}' is needed, found {found}"
+        ) from error
+    return [
+        {
+            key: str(path.parent / value) if key in files and isinstance(value, str) else value
+            for key, value in item.items()
+        }
+        for item in items
+    ]
+
+
+def _under_conditions(item: Mapping[str, Any], scan: str, conditions: Sequence[Condition], seed: int) -> list[Case]:
+    own = {"scan": scan, "seed": seed + zlib.crc32(scan.encode())}
+    return [
+        {
+            **item,
+            **own,
+            "name": f"{scan}_{condition.name}" if condition.settings else scan,
+            "condition": condition.name,
+            "settings": dict(condition.settings),
+        }
+        for condition in conditions
+    ]
+
+
+def _check_names(cases: list[Case], datalist: str | Path) -> list[Case]:
+    names = [case["name"] for case in cases]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not cases:
+        found = f"twice: {repeated}" if repeated else "none"
+        raise ValueError(
+            f"{datalist}: items whose names, with those of the conditions, differ are needed, found {found}"
         )
     return cases

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainfm_monai.evaluation.definitions import HEADLINES, define
-from brainfm_monai.evaluation.figures import draw_differences, encode_plot
-from brainfm_monai.evaluation.style import make_document, make_figure, make_table_html
-from brainfm_monai.evaluation.tables import ALL, METRICS_FILE
-from brainfm_monai.io import ABSENT
+from brainfm_monai.evaluation.definitions import HEADLINES, Headline
+from brainfm_monai.evaluation.figures import LEVEL, draw_differences, encode_plot
+from brainfm_monai.evaluation.page import define_metrics, render_template, to_html
+from brainfm_monai.evaluation.tables import ALL, METRICS_FILE, drop_merged_sides
+from brainfm_monai.io import ABSENT, write_text
 from brainfm_monai.metrics import compare, read_metrics, write_frame
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ __all__ = ["compare_evaluations"]
 
 TABLE, PAGE = "comparison.tsv", "comparison.html"
 MOST_NAMED = 5  # scans that a message names
-LEVEL = 0.05
+KEYS = ["task", "structure", "side", "metric", "unit"]
 
 
 def compare_evaluations(first: str | Path, second: str | Path, output_dir: str | Path) -> Path:
@@ -44,18 +42,22 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
         FileNotFoundError: if a folder holds no evaluation.
         ValueError: if they are not of the same scans and conditions.
     """
-    tables = [_read(folder) for folder in (first, second)]
-    _check_same_cases(tables[0], tables[1], first, second)
-    compared = compare(*_shared_rows(*tables))
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_frame(output / TABLE, compared)
-    page = output / PAGE
-    beside = page.with_name(f".{PAGE}.part")
-    in_order = compared.set_index("condition").loc[list(dict.fromkeys(tables[0]["condition"]))].reset_index()
-    parts = _compose(in_order, str(first), str(second), tables[0]["scan"].nunique())
-    beside.write_text(make_document("Comparison", parts), encoding="utf-8")
-    beside.replace(page)
+    left, right = _read(first), _read(second)
+    _check_same_cases(left, right, first, second)
+    # two networks may predict different tasks: the measures that both have are compared
+    rows = [set(table[KEYS].itertuples(index=False, name=None)) for table in (left, right)]
+    if not rows[0] & rows[1]:
+        raise ValueError("compare: a measure that both evaluations have is needed, found none")
+    shared = [
+        t[[key in rows[0] & rows[1] for key in t[KEYS].itertuples(index=False, name=None)]] for t in (left, right)
+    ]
+    compared = compare(*shared)
+    write_frame(Path(output_dir) / TABLE, compared)
+    page = Path(output_dir) / PAGE
+    conditions = [_describe_condition(name, compared) for name in dict.fromkeys(left["condition"])]
+    content = {"first": first, "second": second, "scans": left["scan"].nunique(), "conditions": conditions}
+    content |= {"definitions": define_metrics(compared["metric"]), "table": TABLE}
+    write_text(page, render_template("comparison.html", **content))
     return page
 
 
@@ -78,70 +80,37 @@ def _check_same_cases(a: pd.DataFrame, b: pd.DataFrame, first: str | Path, secon
         raise ValueError(f"compare: the same scans and conditions are needed in both folders, found {'; '.join(found)}")
 
 
-def _shared_rows(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The measures that both have: two networks may predict different tasks."""
-    keys = ["task", "structure", "side", "metric", "unit"]
-    both = set(a[keys].itertuples(index=False, name=None)) & set(b[keys].itertuples(index=False, name=None))
-    if not both:
-        raise ValueError("compare: a measure that both evaluations have is needed, found none")
-    first, second = (t[[key in both for key in t[keys].itertuples(index=False, name=None)]] for t in (a, b))
-    return first, second
+def _describe_condition(name: str, compared: pd.DataFrame) -> dict[str, Any]:
+    """Tables of the headlines and of HD95 by structure, and the figure of Dice by structure."""
+    own = compared[(compared["condition"] == name) & (compared["n"] > 0)]
+    tables: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for headline in HEADLINES:
+        chosen = own[(own["task"] == headline.task) & (own["metric"] == headline.metric)]
+        tables[headline.metric == "hd95"] += [_describe_row(headline, row) for row in chosen.to_dict("records")]
+    dice = drop_merged_sides(own[(own["metric"] == "dice") & (own["task"] == "segmentation")])
+    labels = [_place(row) for row in dice.to_dict("records")]
+    figure = encode_plot(draw_differences(dice.assign(label=labels), "difference of Dice, B - A")) if labels else ""
+    headlines, hd95 = (to_html(rows) if rows else "" for rows in tables.values())
+    return {"name": name, "headlines": headlines, "hd95": hd95, "figure": figure}
 
 
-def _compose(compared: pd.DataFrame, first: str, second: str, scans: int) -> Iterator[str]:
-    yield "<h1>Comparison</h1>"
-    yield f"<p>A: {escape(first)}<br>B: {escape(second)}<br>{scans} scan{'' if scans == 1 else 's'} in both.</p>"
-    yield '<p class="quiet">Differences are B - A, scan by scan: mean, 95 % confidence interval by bootstrap over the scans, and '
-    yield "the P value of Wilcoxon's signed-rank test after Holm's correction over the structures and sides of a measure.</p>"
-    for condition in dict.fromkeys(compared["condition"]):
-        own = compared[compared["condition"] == condition]
-        yield f"<h2>Condition {escape(str(condition))}</h2>"
-        titles = {(h.task, h.metric): h for h in HEADLINES}
-        rows: list[list[str]] = []
-        of_structures: list[list[str]] = []
-        for (task, metric), headline in titles.items():
-            chosen = own[(own["task"] == task) & (own["metric"] == metric) & (own["n"] > 0)]
-            for row in chosen.itertuples(index=False):
-                parts = [row.structure, row.side] if row.structure not in (ALL, ABSENT) else []
-                where = " ".join(part.replace("_", " ") for part in parts if part not in (ABSENT, "both"))
-                title = f"{headline.title}{f', {where}' if where else ''}"
-                cells = _row(title, row, headline.digits, headline.higher_is_better)
-                (of_structures if metric == "hd95" else rows).append(cells)
-        columns = ["measure", "A", "B", "B - A", "95 % interval", "P (Holm)", "scans", "better"]
-        yield make_table_html(columns, rows)
-        if of_structures:
-            yield f"<details><summary>HD95 of every structure</summary>{make_table_html(columns, of_structures)}</details>"
-        dice = own[(own["metric"] == "dice") & (own["task"] == "segmentation") & (own["n"] > 0)]
-        dice = dice[(dice["side"] != "both") | ~dice["structure"].isin(dice[dice["side"] == "left"]["structure"])]
-        if len(dice):
-            labels = [
-                f"{r.structure.replace('_', ' ')}{'' if r.side == 'both' else f' {r.side}'}" for r in dice.itertuples()
-            ]
-            yield make_figure(
-                encode_plot(draw_differences(dice, labels, "difference of Dice, B - A")), "differences of Dice"
-            )
-            yield f'<p class="quiet">Full dots: P (Holm) below {LEVEL}.</p>'
-    yield "<h2>What the measures are</h2>"
-    metrics = dict.fromkeys(compared["metric"])
-    yield make_table_html(["measure", "definition"], [[m, escape(define(m))] for m in metrics], text_columns=2)
-    yield f'<p>All differences: <a href="{TABLE}">{TABLE}</a></p>'
+def _place(row: dict[str, Any]) -> str:
+    """Structure and side of a row, where it has them."""
+    parts = [row["structure"], row["side"]] if row["structure"] not in (ALL, ABSENT) else []
+    return " ".join(part.replace("_", " ") for part in parts if part not in (ABSENT, "both"))
 
 
-def _row(title: str, row: object, digits: int, higher_is_better: bool) -> list[str]:
-    values = {
-        name: float(getattr(row, name)) for name in ("mean_first", "mean_second", "difference", "low", "high", "p_holm")
+def _describe_row(headline: Headline, row: dict[str, Any]) -> dict[str, Any]:
+    certain = row["p_holm"] < LEVEL
+    better = "B" if (row["difference"] > 0) == headline.higher_is_better else "A"
+    interval = f"[{headline.format(row['low'], '+')}, {headline.format(row['high'], '+')}]"
+    return {
+        "measure": ", ".join(filter(None, [headline.title, _place(row)])),
+        "A": headline.format(row["mean_first"]),
+        "B": headline.format(row["mean_second"]),
+        "B - A": headline.format(row["difference"], "+"),
+        "95 % interval": interval if np.isfinite(row["low"]) else "",
+        "P (Holm)": "n/a" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3g}",
+        "scans": row["n"],
+        "better": better if certain else "not certain",
     }
-    certain = values["p_holm"] < LEVEL
-    better = "B" if (values["difference"] > 0) == higher_is_better else "A"
-    interval = f"[{values['low']:+.{digits}f}, {values['high']:+.{digits}f}]" if np.isfinite(values["low"]) else ""
-    p = "n/a" if np.isnan(values["p_holm"]) else f"{values['p_holm']:.3g}"
-    return [
-        escape(title),
-        f"{values['mean_first']:.{digits}f}",
-        f"{values['mean_second']:.{digits}f}",
-        f"{values['difference']:+.{digits}f}",
-        f'<span class="ci">{interval}</span>',
-        p,
-        str(int(row.n)),  # type: ignore[attr-defined]
-        better if certain else "not certain",
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 
-from brainfm_monai.synthesis import AppearanceParams, SynthesisParams, SynthesisRanges, parse_ranges
+from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, parse_ranges
 from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
 from brainfm_monai.synthesis.contrasts import CONTRASTS
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
 
-__all__ = ["SETTINGS", "Condition", "find_condition", "fix_acquisition", "make_laws", "parse_conditions"]
+__all__ = ["SETTINGS", "Condition", "check_for_real_scans", "fix_acquisition", "make_laws", "parse_conditions"]
 
 AXES = {"sagittal_slices_mm": 0, "coronal_slices_mm": 1, "axial_slices_mm": 2}
 # what a condition may set, and on which scans
@@ -23,6 +24,9 @@ SETTINGS: dict[str, str] = {
     "coronal_slices_mm": "thickness and distance of slices from back to front",
     "axial_slices_mm": "thickness and distance of slices from below to above",
     "spacing_mm": "thickness and distance along all three axes, RAS order",
+    "slice_fwhm_mm": "full width at half maximum of the slices' Gaussian profile; by default that of the generator, 1.2 thicknesses",
+    "keep_zeros": "real scans: voxels that were exactly 0 stay 0 (default), such as all around an extracted brain; false: "
+    "they are blurred as the others",
     "noise_percent": "standard deviation of Gaussian noise, or its range, percent of the intensity range",
     "bias_log_std": "standard deviation of the log bias field's control points, or its range",
     "bias_spacing_mm": "range of the distance of these control points",
@@ -35,6 +39,7 @@ SETTINGS: dict[str, str] = {
 GENERATED_ALONE = ("rotation_deg", "translation_mm", "ranges")
 INVERTED = "inverted"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # it becomes part of file names
+STD_OF_FWHM = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Condition:
     Attributes:
         name: of the condition, different from all others.
         settings: names and values out of :data:`SETTINGS`; none leave a scan as it is.
-        sweep: name of the curve that it is a point of; empty where it stands alone.
+        sweep: name of the curve that it is a point of; empty where it is none.
         value: its place on that curve.
     """
 
@@ -63,14 +68,14 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
     """Read the conditions of a bundle config.
 
     Args:
-        table: for each name its settings. A setting ``{"sweep": [v1, v2, ...]}`` stands for one condition for each value,
+        table: for each name its settings. A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value,
             ``<name>-<value>``, which together make a curve.
 
     Returns:
         The conditions, in the table's order.
 
     Raises:
-        ValueError: if there is none, a name or a setting is not one, or two settings of a condition are swept.
+        ValueError: if there is none, a name, a setting or a value is not one, or two settings of a condition are swept.
     """
     conditions: list[Condition] = []
     for name, settings in table.items():
@@ -83,28 +88,15 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
         swept = [key for key, value in settings.items() if isinstance(value, Mapping) and "sweep" in value]
         if len(swept) > 1:
             raise ValueError(f"condition {name}: one setting may be swept, found {', '.join(swept)}")
-        values = settings[swept[0]]["sweep"] if swept else [None]
-        for value in values:
+        for value in settings[swept[0]]["sweep"] if swept else [None]:
             fixed = {**settings, swept[0]: value} if swept else dict(settings)
             _check(name, fixed)
             conditions.append(Condition(f"{name}-{value}" if swept else name, fixed, name if swept else "", value))
     names = [condition.name for condition in conditions]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise ValueError(f"conditions: different ones are needed, found {f'twice: {twice}' if twice else 'none'}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not names:
+        raise ValueError(f"conditions: different ones are needed, found {f'twice: {repeated}' if repeated else 'none'}")
     return tuple(conditions)
-
-
-def find_condition(conditions: Sequence[Condition], name: str) -> Condition:
-    """The condition of a name.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    for condition in conditions:
-        if condition.name == name:
-            return condition
-    raise ValueError(f"condition: one of {', '.join(c.name for c in conditions)} is needed, found '{name}'")
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
@@ -113,13 +105,16 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {settings['contrast']}"
         )
-    if "spacing_mm" in settings and any(key in settings for key in AXES):
+    spacing = settings.get("spacing_mm")
+    slices = [settings[key] for key in AXES if key in settings]
+    if spacing is not None and slices:
         raise ValueError(f"condition {name}: either 'spacing_mm' or slices are set, found both")
-    spacing = [settings[key] for key in AXES if key in settings] + list(settings.get("spacing_mm", []))
-    if any(not isinstance(mm, int | float) or mm <= 0 for mm in spacing) or len(settings.get("spacing_mm", "xyz")) != 3:
+    lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]
+    if any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or AXES) != len(AXES):
         raise ValueError(
-            f"condition {name}: slices and the three spacings must be positive numbers of mm, got {spacing}"
+            f"condition {name}: slices, their profile and the three spacings must be positive numbers of mm, got {lengths}"
         )
+    make_laws(SynthesisRanges(), settings)
 
 
 def check_for_real_scans(conditions: Sequence[Condition]) -> None:
@@ -176,22 +171,22 @@ def fix_acquisition(params: SynthesisParams, settings: Mapping[str, Any]) -> Syn
 
     Args:
         params: a draw.
-        settings: of a :class:`Condition`; a slice is as thick as the distance to the next, with the Gaussian profile of
-            the generator.
+        settings: of a :class:`Condition`; a slice has a Gaussian profile, and is as thick as the distance to the next.
     """
     voxel_mm = params.geometry.voxel_mm
-    wanted = list(settings.get("spacing_mm", [voxel_mm] * 3))
+    spacing_mm = list(settings.get("spacing_mm", [voxel_mm] * len(AXES)))
     for key, axis in AXES.items():
-        wanted[axis] = settings.get(key, wanted[axis])
-
-    def fix(appearance: AppearanceParams) -> AppearanceParams:
+        spacing_mm[axis] = settings.get(key, spacing_mm[axis])
+    appearances = []
+    for appearance in params.appearances:
         changes = {}
         if "spacing_mm" in settings or any(key in settings for key in AXES):
-            mm = appearance.spacing.new_tensor(wanted).expand_as(appearance.spacing)
-            sigma = torch.where(mm > voxel_mm, PROFILE_SIGMA * mm / voxel_mm, 0.0)
+            mm = appearance.spacing.new_tensor(spacing_mm).expand_as(appearance.spacing)
+            fwhm_mm = settings.get("slice_fwhm_mm")
+            sigma_mm = PROFILE_SIGMA * mm if fwhm_mm is None else torch.full_like(mm, STD_OF_FWHM * fwhm_mm)
+            sigma = torch.where(mm > voxel_mm, sigma_mm / voxel_mm, 0.0)
             changes = {"spacing": (mm / voxel_mm).clamp_min(1), "sigma": sigma}
         if "gamma" in settings:
             changes["gamma"] = torch.full_like(appearance.gamma, float(settings["gamma"]))
-        return replace(appearance, **changes)
-
-    return replace(params, appearances=tuple(fix(appearance) for appearance in params.appearances))
+        appearances.append(replace(appearance, **changes))
+    return replace(params, appearances=tuple(appearances))

@@ -11,21 +11,22 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
 
 from brainfm_monai.evaluation.conditions import Condition
 from brainfm_monai.evaluation.definitions import Headline
-from brainfm_monai.evaluation.tables import ALL
 from brainfm_monai.metrics import bootstrap_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["draw_conditions", "draw_curves", "draw_differences", "draw_structures", "encode_plot"]
+__all__ = ["draw_curves", "draw_differences", "draw_rows", "encode_plot"]
 
-SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}
-STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}
-ROW_INCHES, PANEL_INCHES = 0.34, 3.6
-CURVE_COLOUR = "#2468b0"
+SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}  # colour, place in the row
+ROW_INCHES, PANEL_INCHES = 0.34, 3.4
+CURVE_COLOUR, REFERENCE_COLOUR = "#2468b0", "#888888"
+LEVEL = 0.05  # of P values
 
 
 def encode_plot(figure: Figure) -> str:
@@ -36,45 +37,34 @@ def encode_plot(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def draw_structures(table: pd.DataFrame) -> Figure:
-    """Dice, HD95 and volume error of every structure: a dot for each scan, a bar for the mean and its interval.
+def draw_rows(table: pd.DataFrame) -> Figure:
+    """Panels with a row for each name: a dot for each scan, a mark for the mean and a bar for its 95 % interval.
 
     Args:
-        table: rows of the segmentation under one condition.
+        table: columns ``panel``, ``row``, ``side`` (left, right or both) and ``value``.
     """
-    rows = table[table["structure"] != ALL]
-    names = list(dict.fromkeys(rows["structure"]))
-    paired = set(rows[rows["side"] == "left"]["structure"])
-    metrics = [metric for metric in STRUCTURE_METRICS if (rows["metric"] == metric).any()]
-    figure = Figure(figsize=(2 + PANEL_INCHES * len(metrics), 0.9 + ROW_INCHES * len(names)))
-    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, metrics, strict=True):
-        for place, name in enumerate(names):
-            for side in ("left", "right") if name in paired else ("both",):
-                chosen = rows[(rows["metric"] == metric) & (rows["structure"] == name) & (rows["side"] == side)]
-                _draw_dots(axes, chosen["value"].to_numpy(dtype=np.float64), place + SIDES[side][1], SIDES[side][0])
-        _tidy(axes, STRUCTURE_METRICS[metric])
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    panels[0].invert_yaxis()
-    if metrics and metrics[0] == "dice":
-        panels[0].set_xlim(right=1.0)
-    handles = [
-        matplotlib.lines.Line2D([], [], marker="o", ls="", color=c, label=side) for side, (c, _) in SIDES.items()
-    ]
-    handles[-1].set_label("no sides")
-    figure.legend(handles=handles, loc="upper right", ncols=3, frameon=False, fontsize=8, bbox_to_anchor=(0.98, 1.0))
+    panels, rows = (list(dict.fromkeys(table[column])) for column in ("panel", "row"))
+    size = (2 + PANEL_INCHES * len(panels), 0.9 + ROW_INCHES * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        _tidy(axes, title=panel)
+        axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        for (row, side), group in table[table["panel"] == panel].groupby(["row", "side"]):
+            values = group["value"].dropna().to_numpy(dtype=np.float64)
+            values = values[np.isfinite(values)]
+            if len(values):
+                colour, shift = SIDES[side]
+                height = rows.index(row) + shift
+                mean, low, high = _mean_interval(values)
+                axes.plot(values, np.full(len(values), height), "o", color=colour, ms=3, alpha=0.45, mew=0)
+                axes.plot([mean], [height], "|", color=colour, ms=9, mew=2)
+                axes.plot([low, high], [height, height], color=colour, lw=1.6)
+    if set(table["side"]) != {"both"}:
+        names = {side: "no sides" if side == "both" else side for side in SIDES}
+        handles = [Line2D([], [], marker="o", ls="", color=SIDES[side][0], label=name) for side, name in names.items()]
+        figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return figure
-
-
-def _draw_dots(axes: Axes, values: np.ndarray, place: float, colour: str) -> None:
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return
-    axes.plot(known, np.full(len(known), place), "o", color=colour, ms=3, alpha=0.45, mew=0)
-    low, high = bootstrap_interval(known)
-    axes.plot([known.mean()], [place], "|", color=colour, ms=9, mew=2)
-    if np.isfinite(low):
-        axes.plot([low, high], [place, place], color=colour, lw=1.6)
 
 
 def draw_curves(
@@ -90,85 +80,65 @@ def draw_curves(
     """
     figure = Figure(figsize=(2.9 * len(wanted), 2.4 * len(sweeps)), layout="constrained")
     grid = figure.subplots(len(sweeps), len(wanted), squeeze=False)
-    for line, (sweep, conditions) in enumerate(sweeps.items()):
-        numbers = [c.value for c in conditions]
-        numeric = all(isinstance(value, int | float) for value in numbers)
-        places = np.array([float(value or 0) for value in numbers] if numeric else range(len(numbers)))
-        for axes, headline in zip(grid[line], wanted, strict=True):
-            rows = headlines[headlines["title"] == headline.title]
-            means, lows, highs = _curve(rows, [c.name for c in conditions])
-            axes.set_title(f"{headline.title}{f', {headline.unit}' if headline.unit else ''}", fontsize=9)
+    for line, (sweep, conditions) in zip(grid, sweeps.items(), strict=True):
+        numeric = all(isinstance(c.value, int | float) for c in conditions)
+        positions = [c.value if numeric else number for number, c in enumerate(conditions)]
+        for axes, headline in zip(line, wanted, strict=True):
+            _tidy(axes, conditions[0].axis_label if numeric else "", headline.label)
+            own = headlines[headlines["title"] == headline.title].set_index("condition")["value"]
+            points = np.array([_mean_interval(own.get([c.name], [])) for c in conditions])
+            means, below, above = points[:, 0], points[:, 0] - points[:, 1], points[:, 2] - points[:, 0]
             if np.isnan(means).all():
                 axes.set_axis_off()
-                axes.text(0.5, 0.5, "no reference", ha="center", color="#888888", fontsize=8, transform=axes.transAxes)
+                axes.text(0.5, 0.5, "no reference", ha="center", color=REFERENCE_COLOUR, fontsize=8)
                 continue
-            if numeric:
-                axes.plot(places, means, "-o", color=CURVE_COLOUR, ms=4)
-                axes.fill_between(places, lows, highs, color=CURVE_COLOUR, alpha=0.18, lw=0)
-            else:
-                axes.errorbar(
-                    places, means, yerr=_bars(means, lows, highs), fmt="o", color=CURVE_COLOUR, ms=5, capsize=3
-                )
-                axes.set_xticks(places, [str(value) for value in numbers])
-                axes.set_xlim(-0.5, len(numbers) - 0.5)
-            if native:
-                own = rows[rows["condition"] == native]["value"].mean()
-                if np.isfinite(own):
-                    axes.axhline(own, color="#888888", lw=0.9, ls="--")
-            _tidy(axes, conditions[0].axis_label if numeric else "")
-        grid[line][0].set_ylabel(sweep.replace("_", " "), fontsize=9, fontweight="bold")
+            style = "-o" if numeric else "o"
+            axes.errorbar(positions, means, [below, above], fmt=style, color=CURVE_COLOUR, ms=4, capsize=3, lw=1.2)
+            if not numeric:
+                axes.set_xticks(positions, [str(c.value) for c in conditions])
+                axes.set_xlim(-0.5, len(conditions) - 0.5)
+            if native in own.index:
+                axes.axhline(own[[native]].mean(), color=REFERENCE_COLOUR, lw=0.9, ls="--")
+        line[0].set_ylabel(sweep.replace("_", " "), fontsize=9, fontweight="bold")
     return figure
 
 
-def _curve(rows: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    points = []
-    for name in names:
-        values = rows[rows["condition"] == name]["value"].to_numpy(dtype=np.float64)
-        known = values[np.isfinite(values)]
-        points.append((known.mean() if len(known) else np.nan, *bootstrap_interval(known)))
-    means, lows, highs = np.array(points, dtype=np.float64).T
-    return means, np.where(np.isnan(lows), means, lows), np.where(np.isnan(highs), means, highs)
+def draw_differences(table: pd.DataFrame, title: str) -> Figure:
+    """Mean differences of a comparison with their intervals, a row for each; full dots where Holm's P is below 0.05.
 
-
-def _bars(means: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(np.stack([means - lows, highs - means])).clip(0)
-
-
-def draw_conditions(headlines: pd.DataFrame, wanted: Sequence[Headline], conditions: Sequence[str]) -> Figure:
-    """A panel for each headline with a row for each condition: a dot for each scan, the mean and its interval."""
-    figure = Figure(figsize=(1.6 + 2.9 * len(wanted), 0.8 + ROW_INCHES * len(conditions)), layout="constrained")
-    panels = figure.subplots(1, len(wanted), sharey=True, squeeze=False)[0]
-    for axes, headline in zip(panels, wanted, strict=True):
-        rows = headlines[headlines["title"] == headline.title]
-        for place, name in enumerate(conditions):
-            _draw_dots(axes, rows[rows["condition"] == name]["value"].to_numpy(dtype=np.float64), place, CURVE_COLOUR)
-        _tidy(axes, "")
-        axes.set_title(f"{headline.title}{f', {headline.unit}' if headline.unit else ''}", fontsize=9)
-        axes.set_yticks(range(len(conditions)), conditions)
-        axes.set_ylim(len(conditions) - 0.5, -0.5)
-    return figure
-
-
-def draw_differences(table: pd.DataFrame, labels: Sequence[str], title: str) -> Figure:
-    """Mean differences of a comparison with their intervals, a row for each; full dots where Holm's P is below 0.05."""
-    figure = Figure(figsize=(6.4, 0.8 + 0.26 * len(labels)), layout="constrained")
+    Args:
+        table: columns ``label``, ``difference``, ``low``, ``high`` and ``p_holm``.
+        title: of the axis.
+    """
+    figure = Figure(figsize=(6.4, 0.8 + 0.26 * len(table)), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(table.itertuples(index=False)):
-        certain = row.p_holm < 0.05
-        if np.isfinite(row.low):
-            axes.plot([row.low, row.high], [place, place], color=CURVE_COLOUR, lw=1.6)
-        axes.plot([row.difference], [place], "o", color=CURVE_COLOUR, mfc=CURVE_COLOUR if certain else "white", ms=5)
-    axes.axvline(0, color="#888888", lw=0.9)
     _tidy(axes, title)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    for height, row in enumerate(table.itertuples(index=False)):
+        axes.plot([row.low, row.high], [height, height], color=CURVE_COLOUR, lw=1.6)
+        face = CURVE_COLOUR if row.p_holm < LEVEL else "white"
+        axes.plot([row.difference], [height], "o", color=CURVE_COLOUR, mfc=face, ms=5)
+    axes.axvline(0, color=REFERENCE_COLOUR, lw=0.9)
+    axes.set_yticks(range(len(table)), list(table["label"]))
+    axes.set_ylim(len(table) - 0.5, -0.5)
     return figure
 
 
-def _tidy(axes: Axes, label: str) -> None:
+def _mean_interval(values: ArrayLike) -> tuple[float, float, float]:
+    """Mean and interval of the finite values; the interval of fewer than two is the mean, of none NaN."""
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        return np.nan, np.nan, np.nan
+    mean = float(finite.mean())
+    low, high = bootstrap_interval(finite)
+    return (mean, low, high) if np.isfinite(low) else (mean, mean, mean)
+
+
+def _tidy(axes: Axes, label: str = "", title: str = "") -> None:
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, length=0)
     axes.set_xlabel(label, fontsize=8.5)
+    axes.set_title(title, fontsize=9)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

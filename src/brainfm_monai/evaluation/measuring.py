@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
-from brainfm_monai.data.pairs import REFERENCES
+from brainfm_monai.evaluation.cases import REFERENCES
 from brainfm_monai.evaluation.degradations import TARGET
 from brainfm_monai.evaluation.pictures import make_picture
 from brainfm_monai.evaluation.tables import mean_dice_rows

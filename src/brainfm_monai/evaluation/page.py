@@ -5,42 +5,42 @@ from __future__ import annotations
 import base64
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
 from brainfm_monai.evaluation.definitions import HEADLINES, Headline, define
-from brainfm_monai.evaluation.figures import draw_conditions, draw_curves, draw_structures, encode_plot
-from brainfm_monai.evaluation.style import make_document, make_figure, make_table_html
-from brainfm_monai.evaluation.tables import ALL, METRICS_FILE, SUMMARY_FILE, make_headlines
-from brainfm_monai.metrics import MetricRow, bootstrap_interval, make_table
+from brainfm_monai.evaluation.figures import draw_curves, draw_rows, encode_plot
+from brainfm_monai.evaluation.tables import ALL, METRICS_FILE, SUMMARY_FILE, drop_merged_sides, make_headlines
+from brainfm_monai.metrics import bootstrap_interval
 from brainfm_monai.outputs import RunSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "write_page"]
+__all__ = ["Evaluation", "compose_page", "define_metrics", "render_template", "to_html"]
 
 WORST = 8  # scans that are shown
 FEW = 10  # scans, below which resampling them tells too little
 LIBRARIES = ("brainfm-monai", "monai", "torch")
-CURVES = 4  # headlines beside each other
+BESIDE = 4  # headlines in one figure
+STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that the page tells.
+    """Everything that the page shows.
 
     Attributes:
         output_dir: folder of the results.
-        rows: measures of all cases.
+        table: measures of all cases, see :func:`~brainfm_monai.metrics.make_table`.
         summary: their statistics, see :func:`~brainfm_monai.metrics.summarise`.
         conditions: of the cases.
         cases: scan and condition of every measured case, by name.
@@ -50,210 +50,206 @@ class Evaluation:
     """
 
     output_dir: Path
-    rows: Sequence[MetricRow]
+    table: pd.DataFrame
     summary: pd.DataFrame
     conditions: Sequence[Condition]
-    cases: Mapping[str, Mapping[str, str]]
+    cases: Mapping[str, tuple[str, str]]
     failures: Mapping[str, str]
     settings: RunSettings
     definition: Mapping[str, Any]
 
     @cached_property
-    def table(self) -> pd.DataFrame:
-        """The rows as a table."""
-        return make_table(self.rows)
-
-    @cached_property
     def headlines(self) -> pd.DataFrame:
         """One value of every case for each headline."""
-        return make_headlines(self.table, HEADLINES)
+        return make_headlines(self.table)
 
     @cached_property
     def shown(self) -> list[Headline]:
         """Headlines that some case has."""
-        there = set(self.headlines["title"])
-        return [headline for headline in HEADLINES if headline.title in there]
+        titles = set(self.headlines["title"])
+        return [headline for headline in HEADLINES if headline.title in titles]
 
     @cached_property
-    def first(self) -> str:
-        """The condition whose numbers stand on top: that of scans as they are, or else the first."""
-        plain = [c.name for c in self.conditions if not c.settings]
-        return plain[0] if plain else self.conditions[0].name
+    def native(self) -> str:
+        """The condition of scans as they are; empty where there is none."""
+        return next((c.name for c in self.conditions if not c.settings), "")
+
+    @cached_property
+    def first(self) -> Condition:
+        """The condition whose numbers are on top: that of scans as they are, or else the first."""
+        return next((c for c in self.conditions if not c.settings), self.conditions[0])
+
+    def values(self, headline: Headline, condition: str) -> pd.Series:
+        """The values of a headline under a condition, one for each scan."""
+        rows = self.headlines[self.headlines["title"] == headline.title]
+        return rows[rows["condition"] == condition]["value"]
 
 
-def write_page(evaluation: Evaluation, path: Path) -> None:
-    """Write the page, whole or not at all."""
-    parts = [*_heading(evaluation), *_failures(evaluation)]
-    if evaluation.cases:
-        parts += [*_cards(evaluation), *_structures(evaluation), *_curves(evaluation), *_conditions(evaluation)]
-        parts += [*_worst(evaluation), *_all_measures(evaluation)]
-    parts += _method(evaluation)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(make_document("Evaluation", parts), encoding="utf-8")
-    beside.replace(path)
+def render_template(name: str, **values: Any) -> str:
+    """A page of HTML; values are escaped, unless the template says that they are HTML."""
+    environment = Environment(
+        loader=PackageLoader("brainfm_monai.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name).render(**values)
 
 
-def _heading(evaluation: Evaluation) -> Iterator[str]:
-    scans = len({case["scan"] for case in evaluation.cases.values()})
-    used = evaluation.settings
-    weights = f"{escape(used.weights)} (SHA-256 {used.weights_sha256[:12]})" if used.weights else "not stated"
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
-    yield "<h1>Evaluation</h1>"
-    conditions = len(evaluation.conditions)
-    yield f"<p>{_count(scans, 'scan')}, {_count(conditions, 'condition')}, {_count(len(evaluation.cases), 'case')} measured.</p>"
-    protocol = f"{escape(used.model)}, protocol {escape(used.protocol)}, mode {escape(used.mode)}"
-    yield f'<p class="quiet">Weights {weights}; {protocol}; {versions}, Python {platform.python_version()}</p>'
+def to_html(rows: Iterable[Mapping[str, object]], text_columns: int = 1) -> str:
+    """A table; cells are escaped, those after the first ``text_columns`` (1, 2 or 4) are aligned as numbers."""
+    import pandas as pd
+
+    return str(pd.DataFrame(list(rows)).to_html(index=False, border=0, na_rep="n/a", classes=f"text-{text_columns}"))
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
+def define_metrics(metrics: Iterable[str]) -> str:
+    """A table of definitions."""
+    return to_html(({"measure": metric, "definition": define(metric)} for metric in dict.fromkeys(metrics)), 2)
 
 
-def _failures(evaluation: Evaluation) -> Iterator[str]:
-    if not evaluation.failures:
-        return
-    lines = "".join(f"<p>{escape(name)}: {escape(reason)}</p>" for name, reason in evaluation.failures.items())
-    yield f'<div class="failed"><b>{_count(len(evaluation.failures), "case")} not measured</b>{lines}</div>'
-
-
-def _cards(evaluation: Evaluation) -> Iterator[str]:
-    rows = evaluation.headlines[evaluation.headlines["condition"] == evaluation.first]
-    yield f'<p class="quiet">Condition: {escape(_describe(evaluation.first, evaluation.conditions))}. Mean over the scans; '
-    yield f"in brackets its 95 % confidence interval, by bootstrap over the scans{_few(evaluation)}.</p>"
-    yield '<div class="cards">'
-    for headline in evaluation.shown:
-        values = rows[rows["title"] == headline.title]["value"]
-        if values.notna().any():
-            unit = f" {headline.unit}" if headline.unit else ""
-            below = _interval(values, headline.digits) or _count(int(values.notna().sum()), "scan")
-            text = f"{escape(headline.title)}<br>{below}"
-            yield f'<div class="card"><b>{values.mean():.{headline.digits}f}{unit}</b><span>{text}</span></div>'
-    yield "</div>"
-
-
-def _few(evaluation: Evaluation) -> str:
-    scans = evaluation.table["scan"].nunique()
-    return f"; of {_count(scans, 'scan')} it is too narrow to trust" if scans < FEW else ""
-
-
-def _interval(values: pd.Series, digits: int) -> str:
-    low, high = bootstrap_interval(values)
-    return f"[{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else ""
-
-
-def _describe(name: str, conditions: Sequence[Condition]) -> str:
-    settings = next(c.settings for c in conditions if c.name == name)
-    told = ", ".join(f"{key.replace('_', ' ')} {json.dumps(value)}" for key, value in settings.items())
-    return f"{name} ({told or 'scans as they are'})"
-
-
-def _structures(evaluation: Evaluation) -> Iterator[str]:
-    table = evaluation.table
-    rows = table[(table["task"] == "segmentation") & (table["condition"] == evaluation.first)]
-    if not len(rows):
-        return
-    yield f"<h2>Structures, condition {escape(evaluation.first)}</h2>"
-    yield '<p class="quiet">A dot is a scan, the upright mark the mean, the bar its 95 % confidence interval.</p>'
-    yield make_figure(
-        encode_plot(draw_structures(rows)), "Dice, Hausdorff distance and volume error of every structure"
+def compose_page(evaluation: Evaluation) -> str:
+    """The page as HTML, with its pictures in it."""
+    used, settings = evaluation.settings, evaluation.first.settings
+    versions = [f"{name} {metadata.version(name)}" for name in LIBRARIES] + [f"Python {platform.python_version()}"]
+    details = {c.name: dict(c.settings) for c in evaluation.conditions}
+    details = {"conditions": details, **evaluation.definition, "settings": asdict(used)}
+    chosen = sorted({key for c in evaluation.conditions for key in c.settings})
+    return render_template(
+        "evaluation.html",
+        scans=len({scan for scan, _ in evaluation.cases.values()}),
+        conditions=len(evaluation.conditions),
+        cases=len(evaluation.cases),
+        few=FEW,
+        weights=f"{used.weights} (SHA-256 {used.weights_sha256[:12]})" if used.weights else "not stated",
+        used=used,
+        versions=", ".join(versions),
+        failures=evaluation.failures,
+        condition=evaluation.first.name,
+        condition_settings=", ".join(f"{key.replace('_', ' ')} {json.dumps(value)}" for key, value in settings.items()),
+        native=evaluation.native,
+        cards=_cards(evaluation),
+        structures=_structures(evaluation),
+        curves=_curves(evaluation),
+        condition_figures=_condition_figures(evaluation),
+        condition_table=_condition_table(evaluation),
+        worst_by=evaluation.shown[0].title if evaluation.shown else "",
+        worst=_worst(evaluation),
+        metrics_file=METRICS_FILE,
+        summary_file=SUMMARY_FILE,
+        measures=_measures(evaluation),
+        settings_table=to_html(({"setting": key, "meaning": SETTINGS[key]} for key in chosen), 2) if chosen else "",
+        definitions=define_metrics(evaluation.table["metric"]),
+        details=json.dumps(details, indent=1, default=str),
     )
 
 
-def _curves(evaluation: Evaluation) -> Iterator[str]:
+def _interval(headline: Headline, values: pd.Series) -> str:
+    low, high = bootstrap_interval(values)
+    return f"[{headline.format(low)}, {headline.format(high)}]" if np.isfinite(low) else ""
+
+
+def _cards(evaluation: Evaluation) -> list[dict[str, Any]]:
+    values = {headline: evaluation.values(headline, evaluation.first.name) for headline in evaluation.shown}
+    return [
+        {
+            "title": headline.title,
+            "value": f"{headline.format(of_scans.mean())} {headline.unit}",
+            "interval": _interval(headline, of_scans),
+            "scans": len(of_scans),
+        }
+        for headline, of_scans in values.items()
+        if len(of_scans)
+    ]
+
+
+def _structures(evaluation: Evaluation) -> str:
+    table = evaluation.table
+    rows = table[(table["task"] == "segmentation") & (table["condition"] == evaluation.first.name)]
+    rows = drop_merged_sides(rows[rows["metric"].isin(STRUCTURE_METRICS) & (rows["structure"] != ALL)])
+    if not len(rows):
+        return ""
+    panels = rows["metric"].map(STRUCTURE_METRICS)
+    return encode_plot(draw_rows(rows.assign(panel=panels, row=rows["structure"]).sort_values("panel", kind="stable")))
+
+
+def _curves(evaluation: Evaluation) -> list[str]:
     sweeps: dict[str, list[Condition]] = {}
     for condition in evaluation.conditions:
         if condition.sweep:
             sweeps.setdefault(condition.sweep, []).append(condition)
-    if not sweeps:
-        return
-    native = evaluation.first if any(not c.settings for c in evaluation.conditions) else ""
-    yield "<h2>What makes it worse</h2>"
-    dashed = " Dashed: scans as they are." if native else ""
-    yield f'<p class="quiet">Mean over the scans with its 95 % confidence interval.{dashed}</p>'
-    for first in range(0, len(evaluation.shown), CURVES):
-        wanted = evaluation.shown[first : first + CURVES]
-        figure = draw_curves(evaluation.headlines, wanted, sweeps, native)
-        yield make_figure(encode_plot(figure), f"Curves of {', '.join(headline.title for headline in wanted)}")
+    shown = evaluation.shown if sweeps else []
+    parts = [shown[first : first + BESIDE] for first in range(0, len(shown), BESIDE)]
+    return [encode_plot(draw_curves(evaluation.headlines, part, sweeps, evaluation.native)) for part in parts]
 
 
-def _conditions(evaluation: Evaluation) -> Iterator[str]:
-    names = [c.name for c in evaluation.conditions]
-    if len(names) < 2:
-        return
-    yield "<h2>Conditions</h2>"
-    alone = [c.name for c in evaluation.conditions if not c.sweep]
-    if len(alone) > 1:
-        for first in range(0, len(evaluation.shown), CURVES):
-            figure = draw_conditions(evaluation.headlines, evaluation.shown[first : first + CURVES], alone)
-            yield make_figure(encode_plot(figure), "Conditions that are no curves")
+def _condition_figures(evaluation: Evaluation) -> list[str]:
+    names = [c.name for c in evaluation.conditions if not c.sweep]
+    figures = []
+    for first in range(0, len(evaluation.shown) if len(names) > 1 else 0, BESIDE):
+        part = {headline.title: headline.label for headline in evaluation.shown[first : first + BESIDE]}
+        rows = evaluation.headlines[evaluation.headlines["title"].isin(part)]
+        rows = rows[rows["condition"].isin(names)]
+        figures.append(
+            encode_plot(draw_rows(rows.assign(panel=rows["title"].map(part), row=rows["condition"], side="both")))
+        )
+    return figures
+
+
+def _condition_table(evaluation: Evaluation) -> str:
+    if len(evaluation.conditions) < 2:
+        return ""
     rows = []
-    for name in names:
-        own = evaluation.headlines[evaluation.headlines["condition"] == name]
-        cells = [escape(name), str(own["scan"].nunique())]
-        for headline in evaluation.shown:
-            values = own[own["title"] == headline.title]["value"]
-            interval = f' <span class="ci">{_interval(values, headline.digits)}</span>'
-            cells.append(f"{values.mean():.{headline.digits}f}{interval}" if values.notna().any() else "n/a")
-        rows.append(cells)
-    columns = [f"{h.title}{f', {h.unit}' if h.unit else ''}" for h in evaluation.shown]
-    yield make_table_html(["condition", "scans", *columns], rows)
+    for condition in evaluation.conditions:
+        values = {headline: evaluation.values(headline, condition.name) for headline in evaluation.shown}
+        cells = {
+            headline.label: f"{headline.format(own.mean())} {_interval(headline, own)}" if len(own) else "n/a"
+            for headline, own in values.items()
+        }
+        scans = sum(name == condition.name for _, name in evaluation.cases.values())
+        rows.append({"condition": condition.name, "scans": scans, **cells})
+    return to_html(rows)
 
 
-def _worst(evaluation: Evaluation) -> Iterator[str]:
+def _worst(evaluation: Evaluation) -> list[dict[str, str]]:
     if not evaluation.shown:
-        return
+        return []
     leading = evaluation.shown[0]
-    values = evaluation.headlines[evaluation.headlines["title"] == leading.title]
-    ordered = values.dropna(subset=["value"]).sort_values("value", ascending=leading.higher_is_better, kind="stable")
-    names = {(case["scan"], case["condition"]): name for name, case in evaluation.cases.items()}
-    yield "<h2>Look at the worst first</h2>"
-    yield f'<p class="quiet">By {escape(leading.title)}. Each picture: the scan, the prediction, the reference; two axial '
-    yield "slices, a coronal and a sagittal one. Right of the patient, and in sagittal slices anterior, is on the left.</p>"
-    yield '<div class="scans">'
-    for row in ordered.head(WORST).itertuples(index=False):
+    names = {case: name for name, case in evaluation.cases.items()}
+    rows = evaluation.headlines[evaluation.headlines["title"] == leading.title]
+    ordered = rows.sort_values("value", ascending=leading.higher_is_better, kind="stable").head(WORST)
+    worst = []
+    for row in ordered.itertuples(index=False):
         name = names[row.scan, row.condition]
         picture = evaluation.output_dir / "cases" / f"{name}.webp"
-        report = evaluation.output_dir / name / f"{name}_report.html"
-        more = f', <a href="{escape(name)}/{escape(report.name)}">its page</a>' if report.is_file() else ""
-        yield f"<div><p><b>{escape(str(row.scan))}</b>, {escape(str(row.condition))}: {row.value:.{leading.digits}f}{more}</p>"
-        if picture.is_file():
-            address = "data:image/webp;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
-            yield make_figure(address, f"{name}: scan, prediction, reference")
-        yield "</div>"
-    yield "</div>"
+        report = f"{name}/{name}_report.html"
+        worst.append(
+            {
+                "scan": str(row.scan),
+                "condition": str(row.condition),
+                "value": leading.format(row.value),
+                "report": report if (evaluation.output_dir / report).is_file() else "",
+                "picture": f"data:image/webp;base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
+                if picture.is_file()
+                else "",
+            }
+        )
+    return worst
 
 
-def _all_measures(evaluation: Evaluation) -> Iterator[str]:
-    summary = evaluation.summary[evaluation.summary["condition"] == evaluation.first]
-    yield "<h2>All measures</h2>"
-    yield f'<p>Every value of every scan: <a href="{METRICS_FILE}">{METRICS_FILE}</a>; statistics of every condition: '
-    yield f'<a href="{SUMMARY_FILE}">{SUMMARY_FILE}</a>. Here those of condition {escape(evaluation.first)}.</p>'
-    for task in dict.fromkeys(summary["task"]):
-        own = summary[(summary["task"] == task) & (summary["n"] > 0)]
-        rows = []
-        for row in own.itertuples(index=False):
-            interval = f"[{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else ""
-            where = "mean of all" if row.structure == ALL else str(row.structure).replace("_", " ")
-            unit = "" if row.unit == "1" else row.unit
-            told = [escape(str(cell)) for cell in (row.metric.replace("_", " "), where, row.side, unit)]
-            rows.append(
-                [*told, f"{row.n}", f"{row.mean:.3f}", f'<span class="ci">{interval}</span>', f"{row.median:.3f}"]
-            )
-        columns = ["measure", "where", "side", "unit", "scans", "mean", "95 % interval", "median"]
-        table = make_table_html(columns, rows, text_columns=4)
-        yield f"<details><summary>{escape(str(task))}: {_count(len(rows), 'measure')}</summary>{table}</details>"
-
-
-def _method(evaluation: Evaluation) -> Iterator[str]:
-    yield "<h2>How it was measured</h2>"
-    used = sorted({key for c in evaluation.conditions for key in c.settings})
-    if used:
-        yield "<p>Conditions are made with the generator's own acquisition: inversion or contrast, gamma and bias field, slices "
-        yield "with a Gaussian profile, noise, and linear interpolation back to the voxels. A scan draws the same under each.</p>"
-        yield make_table_html(["setting", "meaning"], [[key, escape(SETTINGS[key])] for key in used], text_columns=2)
-    metrics = list(dict.fromkeys(row.metric for row in evaluation.rows))
-    yield make_table_html(["measure", "definition"], [[m, escape(define(m))] for m in metrics], text_columns=2)
-    details = {**{c.name: dict(c.settings) for c in evaluation.conditions}}
-    told = {"conditions": details, **evaluation.definition, "settings": asdict(evaluation.settings)}
-    text = json.dumps(told, indent=1, default=str)
-    yield f"<details><summary>All settings</summary><pre>{escape(text)}</pre></details>"
+def _measures(evaluation: Evaluation) -> dict[str, str]:
+    """A table of statistics for each task, under the first condition."""
+    summary = evaluation.summary[
+        (evaluation.summary["condition"] == evaluation.first.name) & (evaluation.summary["n"] > 0)
+    ]
+    tables: dict[str, list[dict[str, object]]] = {}
+    for row in summary.itertuples(index=False):
+        cells = {
+            "measure": row.metric.replace("_", " "),
+            "where": "mean of all" if row.structure == ALL else row.structure.replace("_", " "),
+            "side": row.side,
+            "unit": "" if row.unit == "1" else row.unit,
+            "scans": row.n,
+            "mean": f"{row.mean:.3f}",
+            "95 % interval": f"[{row.low:.3f}, {row.high:.3f}]" if np.isfinite(row.low) else "",
+            "median": f"{row.median:.3f}",
+        }
+        tables.setdefault(row.task, []).append(cells)
+    return {task: to_html(rows, 4) for task, rows in tables.items()}

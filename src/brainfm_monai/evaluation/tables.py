@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
 
-from brainfm_monai.evaluation.definitions import Headline
-from brainfm_monai.metrics import MetricRow, make_table, summarise, write_frame
+from brainfm_monai.evaluation.definitions import HEADLINES
+from brainfm_monai.metrics import MetricRow, summarise, write_frame
 from brainfm_monai.metrics.structures import SIDES
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ALL",
     "MEAN_DICE",
-    "MEAN_DICE_MERGED",
     "METRICS_FILE",
     "SUMMARY_FILE",
+    "drop_merged_sides",
     "make_headlines",
     "mean_dice_rows",
     "write_dice_tables",
@@ -46,25 +46,20 @@ def mean_dice_rows(rows: Sequence[MetricRow]) -> list[MetricRow]:
         MEAN_DICE: [row.value for row in dice if (row.side != "both") == (row.structure in paired)],
         MEAN_DICE_MERGED: [row.value for row in dice if row.side == "both"],
     }
-    means = [
-        MetricRow(rows[0].scan, rows[0].condition, "segmentation", ALL, "both", name, fmean(values), "1")
-        for name, values in parts.items()
-        if values
-    ]
-    return [*rows, *means]
+    own = (rows[0].scan, rows[0].condition, "segmentation", ALL, "both")
+    return [*rows, *(MetricRow(*own, name, fmean(values), "1") for name, values in parts.items() if values)]
 
 
-def write_tables(output_dir: Path, rows: Iterable[MetricRow]) -> pd.DataFrame:
+def write_tables(output_dir: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write ``metrics.tsv``, one row for each measure of a case, and ``summary.tsv``, their statistics over the scans.
 
     Args:
         output_dir: folder of both.
-        rows: of all cases.
+        table: of all cases, see :func:`~brainfm_monai.metrics.make_table`.
 
     Returns:
         The summary; see :func:`~brainfm_monai.metrics.summarise`.
     """
-    table = make_table(rows)
     write_frame(output_dir / METRICS_FILE, table)
     summary = summarise(table)
     write_frame(output_dir / SUMMARY_FILE, summary)
@@ -93,27 +88,26 @@ def write_dice_tables(output_dir: Path, dice: Mapping[str, ArrayLike], structure
     write_frame(output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), "%.4f")
 
 
-def make_headlines(table: pd.DataFrame, headlines: Sequence[Headline]) -> pd.DataFrame:
+def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows without those that merge a left and a right part of the table: a structure counts by its sides."""
+    paired = table["structure"].isin(table[table["side"] == "left"]["structure"])
+    return table[~(paired & (table["side"] == "both"))]
+
+
+def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
     """One value of every case for each headline: the mean of its metric over structures and sides.
 
     Args:
         table: see :func:`~brainfm_monai.metrics.make_table`.
-        headlines: those that are wanted; one that no case has is left out.
 
     Returns:
-        Columns ``scan``, ``condition``, ``title`` and ``value``.
+        Columns ``title``, ``scan``, ``condition`` and ``value``, without undefined values.
     """
     import pandas as pd
 
-    parts = []
-    for headline in headlines:
-        rows = table[(table["task"] == headline.task) & (table["metric"] == headline.metric)]
-        # a structure with sides counts by them, and not once more as both together
-        sided = rows["structure"].isin(rows[rows["side"] == "left"]["structure"])
-        parts_of = rows[~(sided & (rows["side"] == "both"))]
-        means = parts_of.groupby(["scan", "condition"], sort=False)["value"].mean().reset_index()
-        parts.append(means.assign(title=headline.title)[["scan", "condition", "title", "value"]])
-    known = [part for part in parts if len(part) and part["value"].notna().any()]
-    return (
-        pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=["scan", "condition", "title", "value"])
-    )
+    parts = [
+        drop_merged_sides(table[(table["task"] == h.task) & (table["metric"] == h.metric)]).assign(title=h.title)
+        for h in HEADLINES
+    ]
+    means = pd.concat(parts).groupby(["title", "scan", "condition"], sort=False)["value"].mean()
+    return means.dropna().reset_index()

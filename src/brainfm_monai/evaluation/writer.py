@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import ignite.distributed as idist
 
-from brainfm_monai.evaluation.conditions import Condition, find_condition
-from brainfm_monai.evaluation.page import Evaluation, write_page
-from brainfm_monai.evaluation.processes import is_first_process, wait_for_others
+from brainfm_monai.evaluation.conditions import Condition
+from brainfm_monai.evaluation.page import Evaluation, compose_page
 from brainfm_monai.evaluation.tables import MEAN_DICE, write_dice_tables, write_tables
-from brainfm_monai.metrics import MetricRow
-from brainfm_monai.outputs import RunSettings, ScanResult, ScanWriter
-from brainfm_monai.outputs.writer import FAILED_FOLDER
-from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.io import fingerprint, write_text, write_whole
+from brainfm_monai.metrics import MetricRow, make_table
+from brainfm_monai.outputs import ScanWriter
 
 __all__ = ["EvaluationWriter"]
 
@@ -28,54 +26,41 @@ logger = logging.getLogger(__name__)
 
 CASES_FOLDER = "cases"  # one JSON file and one picture for each case
 PAGE = "evaluation.html"
+LONGEST_WAIT = timedelta(days=7)  # shares of a list end at very different times
+
+Case = Mapping[str, Any]
 
 
-class EvaluationWriter(ScanWriter):
+class EvaluationWriter:
     """Writes the measures of every case, and knows which cases are measured; in the end the tables and the page of all.
 
-    ``cases/<case>.json`` holds the measures of a case, whole or not at all, and what they depend on: weights, settings, the
-    condition, and its files with their times of change. A case that was measured with the same is not measured again.
-    The files of the prediction are written as ``predict`` writes them, for scans as they are.
+    ``cases/<case>.json`` contains the measures of a case and a hash of what they depend on: the resolved configuration, the
+    weights, the condition, and the files with their times of change. A case that was measured with the same is skipped.
 
     Args:
-        output_dir: folder of all results.
-        layout: tasks and label protocol.
-        writers: see :class:`~brainfm_monai.outputs.ScanWriter`; none: measures alone.
+        files: writes the files of the prediction as ``predict`` does, for scans as they are; it has the folder and the settings.
         conditions: of the cases.
         dice_structures: structures of the tables ``dice.tsv`` and ``dice_summary.tsv``, by name.
-        settings: what is used.
-        definition: whatever else the measures depend on, by name: structures, laws of the generator.
+        definition: whatever else the page should say about the measures, by name: structures, laws of the generator.
     """
 
     def __init__(
         self,
-        output_dir: str | Path,
-        layout: TaskLayout,
-        writers: Mapping[str, Callable[[ScanResult], object]],
+        files: ScanWriter,
         conditions: Sequence[Condition],
         dice_structures: Iterable[str] = (),
-        settings: RunSettings | None = None,
         definition: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(output_dir, layout, writers, settings)
+        self.files, self.output_dir = files, files.output_dir
         self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
         self.definition = dict(definition or {})
 
-    def is_finished(self, scan: Mapping[str, Any]) -> bool:
-        """Whether a case was measured with the same weights, settings, condition and files."""
-        stored = self.read_measures(scan)
-        measured = stored is not None and stored.get("key") == self._key(scan)
-        return measured and (not self._keeps_files(scan) or super().is_finished(scan))
+    def is_finished(self, scan: Case) -> bool:
+        """Whether a case was measured with the same configuration, weights, condition and files."""
+        measured = (self._read_measures(scan) or {}).get("key") == self._key(scan)
+        return measured and (not self._keeps_files(scan) or self.files.is_finished(scan))
 
-    def read_measures(self, scan: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What is stored of a case; None where it was not measured."""
-        try:
-            content: dict[str, Any] = json.loads(self._stored(scan).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return content
-
-    def write(self, item: Mapping[str, Any], scan: Mapping[str, Any]) -> Path:
+    def write(self, item: Mapping[str, Any], scan: Case) -> Path:
         """Write the measures of a case, after its files.
 
         Args:
@@ -85,91 +70,74 @@ class EvaluationWriter(ScanWriter):
         Returns:
             Where the results are.
         """
-        folder = super().write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
-        stored = self._stored(scan)
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        picture: bytes = item["picture"]
-        _write_whole(stored.with_suffix(".webp"), picture)
-        dice: Tensor | None = item.get("dice")
-        content = {
-            "key": self._key(scan),
-            "rows": [list(row) for row in item["rows"]],
-            "dice": None if dice is None else dice.tolist(),
-        }
-        _write_whole(stored, json.dumps(content).encode())
-        self._forget_failure(scan)
-        means = {row.metric: row.value for row in item["rows"] if row.metric == MEAN_DICE}
-        logger.info(
-            "%s: %s", scan["name"], ", ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in means.items()) or "measured"
-        )
+        folder = self.files.write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
+        with write_whole(self._stored(scan).with_suffix(".webp")) as partial:
+            partial.write_bytes(item["picture"])
+        dice = item["dice"].tolist() if "dice" in item else None
+        content = {"key": self._key(scan), "rows": item["rows"], "dice": dice}
+        write_text(self._stored(scan), json.dumps(content))
+        self.files.forget_failure(scan)
+        means = [f"mean Dice {row.value:.3f}" for row in item["rows"] if row.metric == MEAN_DICE]
+        logger.info("%s: %s", scan["name"], ", ".join(means) or "measured")
         return folder
 
-    def write_summary(self, scans: Sequence[Mapping[str, Any]]) -> Path:
+    def note_failure(self, scan: Case, message: str) -> None:
+        """Keep the reason why a case failed, for the page."""
+        self.files.note_failure(scan, message)
+
+    def write_summary(self, scans: Sequence[Case]) -> Path:
         """Write the tables and the page of all cases, when every process has done its share; the first process writes them."""
-        wait_for_others()
-        if is_first_process():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and idist.get_world_size() == 1:
+            # the results of the shares are in files: the processes do nothing but wait, and gloo serves every device
+            idist.initialize("gloo", timeout=LONGEST_WAIT)
+        idist.barrier()
+        if idist.get_rank() == 0:
             self._write_all(scans)
-        wait_for_others()
+        idist.barrier()
         return self.output_dir / PAGE
 
-    def _write_all(self, scans: Sequence[Mapping[str, Any]]) -> None:
-        stored = {str(scan["name"]): self.read_measures(scan) for scan in scans}
+    def _write_all(self, scans: Sequence[Case]) -> None:
+        stored = {str(scan["name"]): self._read_measures(scan) for scan in scans}
         measured = {name: content for name, content in stored.items() if content is not None}
-        rows = [MetricRow(*row) for content in measured.values() for row in content["rows"]]
-        plain = {c.name for c in self.conditions if not c.settings}
-        native = [str(scan["name"]) for scan in scans if scan["condition"] in plain]
-        dice = {name: found for name in native if (found := measured.get(name, {}).get("dice")) is not None}
+        native = [str(scan["name"]) for scan in scans if not scan["settings"]]
+        dice = {name: measured[name]["dice"] for name in native if measured.get(name, {}).get("dice")}
         if dice:
             write_dice_tables(self.output_dir, dice, self.dice_structures)
-        summary = write_tables(self.output_dir, rows)
-        failures = {
-            note.stem: note.read_text(encoding="utf-8").strip()
-            for note in self.output_dir.glob(f"{FAILED_FOLDER}/*.txt")
-        }
+        table = make_table(MetricRow(*row) for content in measured.values() for row in content["rows"])
+        entries = {str(scan["name"]): scan for scan in scans}
         evaluation = Evaluation(
             output_dir=self.output_dir,
-            rows=rows,
-            summary=summary,
+            table=table,
+            summary=write_tables(self.output_dir, table),
             conditions=self.conditions,
-            cases={
-                name: {"scan": str(scan["scan"]), "condition": str(scan["condition"])}
-                for scan in scans
-                if (name := str(scan["name"])) in measured
-            },
+            cases={name: (str(entries[name]["scan"]), str(entries[name]["condition"])) for name in measured},
             failures={
-                str(s["name"]): failures.get(str(s["name"]), "not measured yet")
-                for s in scans
-                if str(s["name"]) not in measured
+                name: self.files.read_failure(scan) or "not measured yet"
+                for name, scan in entries.items()
+                if name not in measured
             },
-            settings=self.settings,
+            settings=self.files.settings,
             definition=self.definition,
         )
-        write_page(evaluation, self.output_dir / PAGE)
+        write_text(self.output_dir / PAGE, compose_page(evaluation))
 
-    def _forget_failure(self, scan: Mapping[str, Any]) -> None:
-        note = self.output_dir / FAILED_FOLDER / f"{scan['name']}.txt"
-        note.unlink(missing_ok=True)
-        with suppress(OSError):  # it is not there, or holds other notes
-            note.parent.rmdir()
+    def _read_measures(self, scan: Case) -> dict[str, Any] | None:
+        """What is stored of a case; None where it was not measured."""
+        try:
+            content: dict[str, Any] = json.loads(self._stored(scan).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content
 
-    def _keeps_files(self, scan: Mapping[str, Any]) -> bool:
+    def _keeps_files(self, scan: Case) -> bool:
         """Whether the maps are written, too: of scans that are files, as they are."""
-        settings = find_condition(self.conditions, str(scan["condition"])).settings
-        return bool(self.writers) and not settings and "image" in scan
+        return bool(self.files.writers) and not scan["settings"] and "image" in scan
 
-    def _stored(self, scan: Mapping[str, Any]) -> Path:
+    def _stored(self, scan: Case) -> Path:
         return self.output_dir / CASES_FOLDER / f"{scan['name']}.json"
 
-    def _key(self, scan: Mapping[str, Any]) -> str:
+    def _key(self, scan: Case) -> str:
         """Hash of everything that the measures of a case depend on."""
-        condition = find_condition(self.conditions, str(scan["condition"]))
-        files = {k: v for k, v in scan.items() if isinstance(v, str | Path) and Path(v).is_file()}
-        changed = {k: Path(v).stat().st_mtime_ns for k, v in files.items()}
-        depends = [asdict(self.settings), dict(condition.settings), self.definition, dict(scan), changed]
-        return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_bytes(content)
-    beside.replace(path)
+        files = {k: Path(v) for k, v in scan.items() if isinstance(v, str) and Path(v).is_file()}
+        changed = {key: path.stat().st_mtime_ns for key, path in files.items()}
+        return fingerprint(asdict(self.files.settings), dict(scan), changed)

@@ -132,8 +132,7 @@ class ScanWriter:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             _remove_if_empty(partial.parent)
-        self._failure_note(scan).unlink(missing_ok=True)
-        _remove_if_empty(self.output_dir / FAILED_FOLDER)
+        self.forget_failure(scan)
         return folder
 
     def note_failure(self, scan: Mapping[str, Any], message: str) -> None:
@@ -141,6 +140,16 @@ class ScanWriter:
         note = self._failure_note(scan)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(message + "\n", encoding="utf-8")
+
+    def forget_failure(self, scan: Mapping[str, Any]) -> None:
+        """Remove the note of a scan that failed earlier."""
+        self._failure_note(scan).unlink(missing_ok=True)
+        _remove_if_empty(self.output_dir / FAILED_FOLDER)
+
+    def read_failure(self, scan: Mapping[str, Any]) -> str:
+        """Why a scan failed; empty if it did not."""
+        note = self._failure_note(scan)
+        return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
 
     def write_summary(self, scans: Sequence[Mapping[str, Any]]) -> Path:
         """Write ``summary.tsv``: one row per scan with its status, warnings, volumes and other numbers.
@@ -157,9 +166,9 @@ class ScanWriter:
 
     def _row(self, scan: Mapping[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"scan": scan["name"], "image": scan["image"]}
-        note = self._failure_note(scan)
-        if note.is_file():
-            return row | {"status": "failed", "message": note.read_text(encoding="utf-8").strip()}
+        failure = self.read_failure(scan)
+        if failure:
+            return row | {"status": "failed", "message": failure}
         marker = self.read_marker(scan)
         if marker is None:
             return row | {"status": "missing", "message": ""}
