@@ -123,6 +123,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
         # This network knows sides without seeing them, and so has no use for a mirror image.
         values |= {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}}
         values |= {"outputs": "segmentation", "template#_disabled_": True}
+        values |= {} if "configs" in overrides else {"conditions": {"native": {}}}
         names = ["inference.json", "evaluate.json", *overrides.pop("configs", [])]
         files = [str(find_config(repository / "bundle", name)) for name in names]
         workflow = ConfigWorkflow(
@@ -411,7 +412,7 @@ def test_generated_scans_with_known_truth(tmp_path: Path, evaluate: Evaluate) ->
     volume = read_rows_of(out, "reference_volume")
     assert volume["a_01", "native", "cerebral_cortex", "both"] == np.isin(make_ids(), (3, 42)).sum() / 1000
     assert not (out / "dice.tsv").exists()
-    with pytest.raises(SystemExit, match="a JSON datalist with the section 'testing' is needed"):
+    with pytest.raises(SystemExit, match="a JSON datalist with the sections testing is needed, found the sections training, validation"):
         evaluate(datalist, out, configs=["evaluate_generated.json"], section="testing", **settings)
 
 
@@ -494,7 +495,7 @@ def test_a_bad_list_ends_the_run_with_one_line(tmp_path: Path, evaluate: Evaluat
             evaluate(write_list(folder, *items), tmp_path / "out")
     (folder / "datalist.json").write_text("{", encoding="utf-8")
     with pytest.raises(
-        SystemExit, match=r"datalist\.json: a JSON datalist with the section 'testing' is needed, found "
+        SystemExit, match=r"datalist\.json: a JSON datalist with the sections testing is needed, found "
     ):
         evaluate(folder / "datalist.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans
-from brainfm_monai.synthesis import SUBJECT_KEYS
+from brainfm_monai.io import scan_stem
 from brainfm_monai.tasks import TASKS
-from brainfm_monai.transforms import scan_stem
 
 __all__ = ["REFERENCES", "make_generated_cases", "make_pair_cases"]
 
@@ -47,7 +46,7 @@ def make_pair_cases(
     files = ["image", *(key for key in REFERENCES if key != "age")]
     cases: list[Case] = []
     check_for_real_scans(conditions)
-    for item in _read_list(datalist, section, files):
+    for item in _read_items(datalist, section):
         if "image" not in item or not any(key in item for key in REFERENCES):
             raise ValueError(
                 f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}"
@@ -84,7 +83,7 @@ def make_generated_cases(
         ValueError: if it has no such section or no subject in it, or two cases have one name.
     """
     cases: list[Case] = []
-    for subject in _read_list(datalist, section, SUBJECT_KEYS):
+    for subject in _read_items(datalist, section):
         if "generation_labels" not in subject or "segmentation" not in subject:
             raise ValueError(
                 f"{datalist}: every subject needs 'generation_labels' and 'segmentation', found {sorted(subject)}"
@@ -94,25 +93,10 @@ def make_generated_cases(
     return _check_names(cases, datalist)
 
 
-def _read_list(datalist: str | Path, section: str, files: Sequence[str]) -> list[dict[str, Any]]:
-    """Items of one section of a JSON datalist, the entries that are files with whole paths."""
-    path = Path(datalist)
-    if not path.is_file():
+def _read_items(datalist: str | Path, section: str) -> list[dict[str, Any]]:
+    if not Path(datalist).is_file():
         raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file: pass --datalist FILE")
-    try:
-        items = [dict(item) for item in json.loads(path.read_text(encoding="utf-8"))[section]]
-    except (ValueError, KeyError, TypeError) as error:
-        found = f"no section {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(
-            f"{datalist}: a JSON datalist with the section '{section}' is needed, found {found}"
-        ) from error
-    return [
-        {
-            key: str(path.parent / value) if key in files and isinstance(value, str) else value
-            for key, value in item.items()
-        }
-        for item in items
-    ]
+    return read_datalist(datalist, section)
 
 
 def _under_conditions(item: Mapping[str, Any], scan: str, conditions: Sequence[Condition], seed: int) -> list[Case]:

@@ -19,7 +19,7 @@ from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisRanges, Synthesizer, 
 from brainfm_monai.synthesis.acquisition import INTENSITY_TOP, acquire
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-__all__ = ["TARGET", "DegradeScand", "GenerateScan"]
+__all__ = ["TARGET", "DegradeScand", "GenerateScan", "to_freesurfer_ids"]
 
 TARGET = "target_"  # before the name of a task: the truth, beside the prediction of that name
 # laws under which the generator's acquisition leaves an image as it is
@@ -27,6 +27,12 @@ UNCHANGED = SynthesisRanges(
     gamma_log_std=0.0, bias_log_std=(0.0, 0.0), resolution_weights=(1.0, 0.0, 0.0, 0.0), noise_std=(0.0, 0.0),
     real_noise_std=(0.0, 0.0), rician_prob=0.0, head_cluster_prob=0.0,
 )  # fmt: skip
+
+
+def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:
+    """FreeSurfer ids of the labels of a protocol, same shape, int64, without metadata."""
+    plain = convert_to_tensor(labels, dtype=torch.long, track_meta=False)
+    return torch.as_tensor(protocol.freesurfer_ids, device=plain.device)[plain]
 
 
 class DegradeScand(MapTransform):
@@ -119,8 +125,7 @@ class GenerateScan(Transform):
         affine = torch.eye(4, dtype=torch.float64)
         affine[:3] *= self.voxel_mm
         affine[:3, 3] = affine[:3, :3] @ (1 - torch.tensor(self.spatial_size, dtype=torch.float64)) / 2
-        ids = torch.as_tensor(self.layout.protocol.freesurfer_ids, device=self.device)
-        made["segmentation"] = ids[made["segmentation"].long()]
+        made["segmentation"] = to_freesurfer_ids(made["segmentation"], self.layout.protocol)
         for name, value in made.items():
             scale = TASKS[name].scale if name in TASKS else 1.0
             if value.ndim == 5:

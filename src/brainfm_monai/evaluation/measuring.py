@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
 from brainfm_monai.evaluation.cases import REFERENCES
-from brainfm_monai.evaluation.degradations import TARGET
+from brainfm_monai.evaluation.degradations import TARGET, to_freesurfer_ids
 from brainfm_monai.evaluation.pictures import make_picture
 from brainfm_monai.evaluation.tables import mean_dice_rows
 from brainfm_monai.io import read_maps
@@ -54,14 +53,15 @@ class LoadReferences(Transform):
         for key, task in REFERENCES.items():
             if key in d and task in MAGNITUDES:
                 d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(d.pop(key)), d["image"])
+            elif key in d and TASKS[task].kind == "scalar":
+                d[TARGET + task] = torch.tensor([float(d.pop(key))])
             elif key in d:
                 d[TARGET + task] = _read_reference(d.pop(key))
-        if f"{TARGET}segmentation" not in d:
+        labels = d.get(f"{TARGET}segmentation")
+        if labels is None:
             d[HEAD] = d["image"] > FOREGROUND
-        protocol = d.get("label_protocol")
-        if protocol and f"{TARGET}segmentation" in d:
-            labels: MetaTensor = d[f"{TARGET}segmentation"]
-            ids = torch.as_tensor(Protocol.load(str(protocol)).freesurfer_ids)[labels.as_tensor().long()]
+        elif d.get("label_protocol"):
+            ids = to_freesurfer_ids(labels, Protocol.load(str(d["label_protocol"])))
             d[f"{TARGET}segmentation"] = MetaTensor(ids, affine=labels.affine)
         return d
 
@@ -110,7 +110,10 @@ class MeasureMaps(Transform):
         rows: list[MetricRow] = []
         if labels is not None and "segmentation" in targets:
             compared: MetaTensor = d[self.compared_entry]
-            pair = (self._to_ids(compared), _match(targets["segmentation"], compared, "nearest"))
+            pair = (
+                to_freesurfer_ids(compared, self.layout.protocol),
+                _match(targets["segmentation"], compared, "nearest"),
+            )
             measured = measure_scan(
                 {"segmentation": pair[0]}, {"segmentation": pair[1]}, self.structures, compared.affine, **names
             )
@@ -120,14 +123,10 @@ class MeasureMaps(Transform):
         head = None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0
         options: dict[str, Any] = {"mask": head, "image": image.as_tensor(), "template": self.template, **names}
         rows += measure_scan(maps, dense, self.structures, image.affine, **options)
-        shown = [] if labels is None else [self._to_ids(labels)]
+        shown = [] if labels is None else [to_freesurfer_ids(labels, self.layout.protocol)]
         shown += [dense["segmentation"]] if "segmentation" in dense else []
         d |= {"rows": rows, "picture": make_picture(image.as_tensor(), shown, self.structures, self.layout.protocol)}
         return d
-
-    def _to_ids(self, labels: Tensor) -> Tensor:
-        plain = convert_to_tensor(labels, dtype=torch.long, track_meta=False)
-        return torch.as_tensor(self.layout.protocol.freesurfer_ids, device=plain.device)[plain]
 
 
 def _read_reference(path: str) -> MetaTensor:
@@ -158,9 +157,12 @@ def _bring_to_grid(
     """References in the network's grid, in the units of the maps, each with where it is known."""
     dense = {name: _match(targets[name], grid, "nearest") for name in ("segmentation", "visible") if name in targets}
     for name in [name for name in maps if name in targets]:
-        target = targets[name]
-        moved = _match(target, grid, "nearest" if TASKS[name].kind == "mask" else "bilinear")
-        dense[name] = moved.exp() if TASKS[name].kind == "log_field" else moved
+        target, kind = targets[name], TASKS[name].kind
+        if kind == "scalar":
+            dense[name] = target
+            continue
+        moved = _match(target, grid, "nearest" if kind == "mask" else "bilinear")
+        dense[name] = moved.exp() if kind == "log_field" else moved
         everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
         dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
     return dense
