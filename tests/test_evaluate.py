@@ -412,7 +412,9 @@ def test_generated_scans_with_known_truth(tmp_path: Path, evaluate: Evaluate) ->
     volume = read_rows_of(out, "reference_volume")
     assert volume["a_01", "native", "cerebral_cortex", "both"] == np.isin(make_ids(), (3, 42)).sum() / 1000
     assert not (out / "dice.tsv").exists()
-    with pytest.raises(SystemExit, match="a JSON datalist with the sections testing is needed, found the sections training, validation"):
+    with pytest.raises(
+        SystemExit, match="a JSON datalist with the sections testing is needed, found the sections training, validation"
+    ):
         evaluate(datalist, out, configs=["evaluate_generated.json"], section="testing", **settings)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from brainfm_monai.evaluation.definitions import HEADLINES, Headline
 from brainfm_monai.evaluation.figures import LEVEL, draw_differences, encode_plot
-from brainfm_monai.evaluation.page import define_metrics, render_template, to_html
+from brainfm_monai.evaluation.page import define_metrics, tabulate
 from brainfm_monai.evaluation.tables import ALL, METRICS_FILE, drop_merged_sides
 from brainfm_monai.io import ABSENT, write_text
 from brainfm_monai.metrics import compare, read_metrics, write_frame
+from brainfm_monai.report.html import render
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,8 +57,8 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
     page = Path(output_dir) / PAGE
     conditions = [_describe_condition(name, compared) for name in dict.fromkeys(left["condition"])]
     content = {"first": first, "second": second, "scans": left["scan"].nunique(), "conditions": conditions}
-    content |= {"definitions": define_metrics(compared["metric"]), "table": TABLE}
-    write_text(page, render_template("comparison.html", **content))
+    content |= {"definitions": define_metrics(compared["metric"]), "file": TABLE}
+    write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
     return page
 
 
@@ -90,7 +91,7 @@ def _describe_condition(name: str, compared: pd.DataFrame) -> dict[str, Any]:
     dice = drop_merged_sides(own[(own["metric"] == "dice") & (own["task"] == "segmentation")])
     labels = [_place(row) for row in dice.to_dict("records")]
     figure = encode_plot(draw_differences(dice.assign(label=labels), "difference of Dice, B - A")) if labels else ""
-    headlines, hd95 = (to_html(rows) if rows else "" for rows in tables.values())
+    headlines, hd95 = (tabulate(rows) for rows in tables.values())
     return {"name": name, "headlines": headlines, "hd95": hd95, "figure": figure}
 
 

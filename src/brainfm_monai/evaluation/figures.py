@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike
 from brainfm_monai.evaluation.conditions import Condition
 from brainfm_monai.evaluation.definitions import Headline
 from brainfm_monai.metrics import bootstrap_interval
+from brainfm_monai.report.html import data_address
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ def encode_plot(figure: Figure) -> str:
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "evaluation"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_address(buffer.getvalue(), "image/svg+xml")
 
 
 def draw_rows(table: pd.DataFrame) -> Figure:

@@ -16,7 +16,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
 from brainfm_monai.evaluation.cases import REFERENCES
 from brainfm_monai.evaluation.degradations import TARGET, to_freesurfer_ids
-from brainfm_monai.evaluation.pictures import make_picture
+from brainfm_monai.evaluation.pictures import draw_case
 from brainfm_monai.evaluation.tables import mean_dice_rows
 from brainfm_monai.io import read_maps
 from brainfm_monai.metrics import (
@@ -125,8 +125,9 @@ class MeasureMaps(Transform):
         rows += measure_scan(maps, dense, self.structures, image.affine, **options)
         shown = [] if labels is None else [to_freesurfer_ids(labels, self.layout.protocol)]
         shown += [dense["segmentation"]] if "segmentation" in dense else []
-        d |= {"rows": rows, "picture": make_picture(image.as_tensor(), shown, self.structures, self.layout.protocol)}
-        return d
+        affine = np.asarray(image.affine, dtype=np.float64)
+        picture = draw_case(image.as_tensor(), shown, affine, self.structures, self.layout.protocol)
+        return d | {"rows": rows, "picture": picture}
 
 
 def _read_reference(path: str) -> MetaTensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
 from brainfm_monai.evaluation.definitions import HEADLINES, Headline, define
@@ -21,11 +19,12 @@ from brainfm_monai.evaluation.figures import draw_curves, draw_rows, encode_plot
 from brainfm_monai.evaluation.tables import ALL, METRICS_FILE, SUMMARY_FILE, drop_merged_sides, make_headlines
 from brainfm_monai.metrics import bootstrap_interval
 from brainfm_monai.outputs import RunSettings
+from brainfm_monai.report.html import data_address, render
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Evaluation", "compose_page", "define_metrics", "render_template", "to_html"]
+__all__ = ["Evaluation", "compose_page", "define_metrics", "tabulate"]
 
 WORST = 8  # scans that are shown
 FEW = 10  # scans, below which resampling them tells too little
@@ -85,24 +84,15 @@ class Evaluation:
         return rows[rows["condition"] == condition]["value"]
 
 
-def render_template(name: str, **values: Any) -> str:
-    """A page of HTML; values are escaped, unless the template says that they are HTML."""
-    environment = Environment(
-        loader=PackageLoader("brainfm_monai.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template(name).render(**values)
+def tabulate(records: Iterable[Mapping[str, object]]) -> list[list[object]]:
+    """A table for a template: the headings, and the cells of every row; empty without rows."""
+    rows = list(records)
+    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
 
 
-def to_html(rows: Iterable[Mapping[str, object]], text_columns: int = 1) -> str:
-    """A table; cells are escaped, those after the first ``text_columns`` (1, 2 or 4) are aligned as numbers."""
-    import pandas as pd
-
-    return str(pd.DataFrame(list(rows)).to_html(index=False, border=0, na_rep="n/a", classes=f"text-{text_columns}"))
-
-
-def define_metrics(metrics: Iterable[str]) -> str:
+def define_metrics(metrics: Iterable[str]) -> list[list[object]]:
     """A table of definitions."""
-    return to_html(({"measure": metric, "definition": define(metric)} for metric in dict.fromkeys(metrics)), 2)
+    return tabulate({"measure": metric, "definition": define(metric)} for metric in dict.fromkeys(metrics))
 
 
 def compose_page(evaluation: Evaluation) -> str:
@@ -112,8 +102,10 @@ def compose_page(evaluation: Evaluation) -> str:
     details = {c.name: dict(c.settings) for c in evaluation.conditions}
     details = {"conditions": details, **evaluation.definition, "settings": asdict(used)}
     chosen = sorted({key for c in evaluation.conditions for key in c.settings})
-    return render_template(
+    return render(
         "evaluation.html",
+        title="Evaluation",
+        theme="light",
         scans=len({scan for scan, _ in evaluation.cases.values()}),
         conditions=len(evaluation.conditions),
         cases=len(evaluation.cases),
@@ -135,7 +127,7 @@ def compose_page(evaluation: Evaluation) -> str:
         metrics_file=METRICS_FILE,
         summary_file=SUMMARY_FILE,
         measures=_measures(evaluation),
-        settings_table=to_html(({"setting": key, "meaning": SETTINGS[key]} for key in chosen), 2) if chosen else "",
+        settings_table=tabulate({"setting": key, "meaning": SETTINGS[key]} for key in chosen),
         definitions=define_metrics(evaluation.table["metric"]),
         details=json.dumps(details, indent=1, default=str),
     )
@@ -193,9 +185,9 @@ def _condition_figures(evaluation: Evaluation) -> list[str]:
     return figures
 
 
-def _condition_table(evaluation: Evaluation) -> str:
+def _condition_table(evaluation: Evaluation) -> list[list[object]]:
     if len(evaluation.conditions) < 2:
-        return ""
+        return []
     rows = []
     for condition in evaluation.conditions:
         values = {headline: evaluation.values(headline, condition.name) for headline in evaluation.shown}
@@ -205,7 +197,7 @@ def _condition_table(evaluation: Evaluation) -> str:
         }
         scans = sum(name == condition.name for _, name in evaluation.cases.values())
         rows.append({"condition": condition.name, "scans": scans, **cells})
-    return to_html(rows)
+    return tabulate(rows)
 
 
 def _worst(evaluation: Evaluation) -> list[dict[str, str]]:
@@ -226,15 +218,13 @@ def _worst(evaluation: Evaluation) -> list[dict[str, str]]:
                 "condition": str(row.condition),
                 "value": leading.format(row.value),
                 "report": report if (evaluation.output_dir / report).is_file() else "",
-                "picture": f"data:image/webp;base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
-                if picture.is_file()
-                else "",
+                "picture": data_address(picture.read_bytes()) if picture.is_file() else "",
             }
         )
     return worst
 
 
-def _measures(evaluation: Evaluation) -> dict[str, str]:
+def _measures(evaluation: Evaluation) -> dict[str, list[list[object]]]:
     """A table of statistics for each task, under the first condition."""
     summary = evaluation.summary[
         (evaluation.summary["condition"] == evaluation.first.name) & (evaluation.summary["n"] > 0)
@@ -252,4 +242,4 @@ def _measures(evaluation: Evaluation) -> dict[str, str]:
             "median": f"{row.median:.3f}",
         }
         tables.setdefault(row.task, []).append(cells)
-    return {task: to_html(rows, 4) for task, rows in tables.items()}
+    return {task: tabulate(rows) for task, rows in tables.items()}
