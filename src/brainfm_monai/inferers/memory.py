@@ -1,74 +1,59 @@
-"""How much memory there is, and how much a network will take."""
+"""Which memory mode a scan gets: by the size of the scan and the memory that is free."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import logging
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
-__all__ = ["free_memory", "peak_memory"]
+from brainfm_monai.networks import MultiTaskNet
 
+__all__ = ["MEMORY_MODES", "choose_memory", "free_memory"]
+
+MEMORY_MODES = ("auto", "full", "low", "windows")
+ALIASES = {"whole": "full", "slabs": "full"}  # names of version 0.1
 CGROUP = Path("/sys/fs/cgroup")
+OUTPUTS = 2.0  # copies of the output that mode "full" and what follows the inferer hold: logits, and one of their kind
+FEATURES = 8.0  # copies of the features: skips, the input and output of a convolution, both images; measured 4 to 7
+
+logger = logging.getLogger(__name__)
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the GPU, or of the computer within the limit of the container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # here, because training takes inferers of this room and never asks
+    import psutil  # a training imports this room without the library
 
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:  # no such limits here
+    except OSError:  # no container
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))
 
 
-class _Ledger(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, until each is let go."""
+def choose_memory(image: Tensor, network: object) -> str:
+    """Memory mode for an image: ``full`` if the free memory suffices, else ``low``, or ``windows`` for a foreign network.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
-        return result
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-
-        def leave(_: Any) -> None:
-            self.live -= size
-            del self._seen[key]
-
-        self._seen[key] = weakref.ref(storage, leave)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def peak_memory(function: Callable[[Tensor], Any], image: Tensor) -> int:
-    """Bytes that a function will hold at most while it works on an image, found without computing or taking any.
-
-    What the operations need for themselves, such as reordered kernels, is not counted.
+    Mode ``full`` is taken to need ``4 bytes * voxels * (2 * channels + 8 * features / stride^3)``.
 
     Args:
-        function: maps the image to whatever it gives; its parameters, too, must be on the ``meta`` device.
-        image: shape (B, 1, H, W, D), on the ``meta`` device.
+        image: shape (1, 1, H, W, D), on the device that computes.
+        network: the network; of a network that is no :class:`MultiTaskNet`, all parameters' sizes are unknown: the rule
+            counts its widest convolution.
     """
-    with torch.no_grad(), _Ledger() as ledger:
-        function(image)
-    return ledger.peak
+    if isinstance(network, MultiTaskNet):
+        channels, features = network.layout.channels, network.head.in_channels / network.stride**3
+    else:
+        modules = network.modules() if isinstance(network, nn.Module) else ()
+        widths = [m.out_channels for m in modules if isinstance(m, nn.Conv3d)]
+        channels, features = 0, float(max(widths, default=0))
+    needed, free = int(4 * image.numel() * (OUTPUTS * channels + FEATURES * features)), free_memory(image.device)
+    if needed <= free:
+        return "full"
+    mode = "low" if isinstance(network, MultiTaskNet) else "windows"
+    logger.info("%.1f GB of memory are free, mode 'full' needs %.1f GB: mode '%s'", free / 1e9, needed / 1e9, mode)
+    return mode

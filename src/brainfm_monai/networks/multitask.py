@@ -37,25 +37,36 @@ class MultiTaskNet(nn.Module):
     """A backbone and one 1x1x1 convolution whose output channels are named by a task layout.
 
     Args:
-        backbone: module that maps (B, 1, H, W, D) to (B, ``out_channels``, H, W, D) and has the attribute ``out_channels``.
+        backbone: module that maps (B, 1, H, W, D) to (B, ``out_channels``, H, W, D).
         layout: names of the output channels.
         stride: voxels of the input per voxel of the backbone: the input is averaged over ``stride``^3 voxels, the
             output is interpolated back. A backbone trained at 2 mm serves 1 mm scans with stride 2.
         freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor running
             statistics nor dropout change its features; the head alone is trained.
+        out_channels: channels of the backbone's output, for a backbone without the attribute ``out_channels``.
 
     Raises:
-        ValueError: if ``stride`` is smaller than 1.
+        ValueError: if ``stride`` is smaller than 1, or the number of the backbone's channels is unknown.
     """
 
-    def __init__(self, backbone: nn.Module, layout: TaskLayout, stride: int = 1, freeze_backbone: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layout: TaskLayout,
+        stride: int = 1,
+        freeze_backbone: bool = False,
+        out_channels: int | None = None,
+    ) -> None:
         super().__init__()
         if stride < 1:
             raise ValueError(f"MultiTaskNet: 'stride' must be at least 1, got {stride}")
+        features = getattr(backbone, "out_channels", None) if out_channels is None else out_channels
+        if not isinstance(features, int):
+            raise ValueError(f"MultiTaskNet: pass 'out_channels', which {type(backbone).__name__} does not have")
         self.backbone = backbone
         self.stride = stride
         self.layout = layout
-        self.head = Head(int(backbone.out_channels), layout.channels)  # type: ignore[arg-type]
+        self.head = Head(features, layout.channels)
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             backbone.requires_grad_(False).eval()
@@ -68,20 +79,49 @@ class MultiTaskNet(nn.Module):
         return self
 
     @torch.jit.export
+    def encode(self, image: Tensor) -> Tensor:
+        """Features of an image on the backbone's grid.
+
+        Args:
+            image: shape (B, 1, H, W, D), intensities in [0, 1].
+
+        Returns:
+            Shape (B, head.in_channels, H / stride, W / stride, D / stride).
+        """
+        return self.backbone(self.pool(image))
+
+    @torch.jit.export
+    def pool(self, image: Tensor) -> Tensor:
+        """Mean of every ``stride``^3 voxels: the image on the backbone's grid."""
+        return image if self.stride == 1 else nnf.avg_pool3d(image, self.stride)
+
+    @torch.jit.export
+    def decode(self, features: Tensor, size: list[int]) -> Tensor:
+        """Maps of all tasks out of features.
+
+        Args:
+            features: shape (B, head.in_channels, h, w, d).
+            size: size of the maps in voxels, [H, W, D].
+
+        Returns:
+            Shape (B, layout.channels, H, W, D).
+        """
+        return self.upsample(self.head(features), size)
+
+    @torch.jit.export
+    def upsample(self, maps: Tensor, size: list[int]) -> Tensor:
+        """Maps or features of the backbone's grid, interpolated to the image's grid of that size."""
+        return maps if self.stride == 1 else nnf.interpolate(maps, size=size, mode="trilinear", align_corners=False)
+
+    @torch.jit.export
     def features(self, image: Tensor) -> Tensor:
-        """Feature map of an image of shape (B, 1, H, W, D): shape (B, backbone.out_channels, H, W, D)."""
-        if self.stride == 1:
-            return self.backbone(image)
-        coarse = self.backbone(nnf.avg_pool3d(image, self.stride))
-        return nnf.interpolate(coarse, size=image.shape[2:], mode="trilinear", align_corners=False)
+        """Features of an image on the image's grid: (B, 1, H, W, D) to (B, head.in_channels, H, W, D)."""
+        return self.upsample(self.encode(image), image.shape[2:])
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, 1, H, W, D), intensities in [0, 1], to (B, layout.channels, H, W, D)."""
-        if self.stride == 1:
-            return self.head(self.backbone(image))
-        # Head and interpolation are linear and commute; the head costs stride^3 times less this way round.
-        coarse = self.head(self.backbone(nnf.avg_pool3d(image, self.stride)))
-        return nnf.interpolate(coarse, size=image.shape[2:], mode="trilinear", align_corners=False)
+        # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
+        return self.decode(self.encode(image), image.shape[2:])
 
 
 class FeatureMap(nn.Module):
@@ -96,7 +136,7 @@ class FeatureMap(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map an image of shape (B, 1, H, W, D) to (B, backbone.out_channels, H, W, D)."""
+        """Map an image of shape (B, 1, H, W, D) to (B, head.in_channels, H, W, D)."""
         return nnf.normalize(self.network.features(image).float(), dim=1)
 
 

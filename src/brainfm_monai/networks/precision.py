@@ -1,0 +1,68 @@
+"""The element type in which a device computes fastest, and networks laid out for the device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from brainfm_monai.networks.multitask import MultiTaskNet
+
+__all__ = ["autocast", "fast_bfloat16", "parse_precision", "prepare_network", "reduced_precision"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; an emulated bfloat16 is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # torch has no public function for it
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def reduced_precision(device: torch.device) -> torch.dtype:
+    """The fastest element type of a device: bfloat16 if the hardware has it, float16 on older GPUs, else float32."""
+    if fast_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
+    """Element type by its name.
+
+    Args:
+        precision: float32, bfloat16 or float16; ``None``: the type of :func:`reduced_precision`.
+        device: device that runs the network.
+
+    Raises:
+        ValueError: if the name is another.
+    """
+    if precision is None:
+        return reduced_precision(device)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: one of {list(PRECISIONS)} or null is needed, found '{precision}'")
+    return PRECISIONS[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to an element type; no autocast for float32, and on devices that have no autocast."""
+    if dtype == torch.float32 or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def prepare_network(network: nn.Module, device: torch.device, compile: bool = False) -> nn.Module:
+    """Move a network to its device, in evaluation mode, with the channels of a voxel side by side in memory.
+
+    Args:
+        network: any network; it is changed in place.
+        device: device that will run the network.
+        compile: compile with ``torch.compile`` what takes the time: the backbone of a :class:`MultiTaskNet`, else the network.
+    """
+    network = network.to(device=device, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
+    if compile:
+        (network.backbone if isinstance(network, MultiTaskNet) else network).compile()
+    return network
