@@ -27,8 +27,8 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 from brainfm_monai.data.demo import write_demo_scans
-from brainfm_monai.inferers import ForegroundInferer, ScanInferer, SecondLookInferer, fast_bfloat16, prepare_network
-from brainfm_monai.networks import MultiTaskNet, UNet
+from brainfm_monai.inferers import TwoStageInferer
+from brainfm_monai.networks import MultiTaskNet, UNet, fast_bfloat16, prepare_network
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights import load_weights
 
@@ -37,10 +37,14 @@ THREADS = 2
 CPU = torch.device("cpu")
 CUBE = (160, 160, 160)  # voxels, of the published training
 TASKS = ["segmentation", "T1w", "T2w", "FLAIR", "CT", "log_bias_field", "distance", "mni"]
-# memory mode, mirror averaging, bfloat16; the first line is the reference: the published way
-PUBLISHED = [("whole", False, False), ("low", False, True), ("whole", False, True), ("low", False, False)]
-OWN = [("low", True, True), ("low", False, True), ("slabs", True, True), ("slabs", False, True)]
-OWN += [(memory, mirror, False) for memory, mirror, _ in OWN]
+# memory mode, mirror averaging, precision; the first line is the reference: the published way
+PUBLISHED = [
+    ("full", False, "float32"),
+    ("low", False, "bfloat16"),
+    ("full", False, "bfloat16"),
+    ("low", False, "float32"),
+]
+OWN = [(m, mirror, p) for p in ("bfloat16", "float32") for m in ("low", "full") for mirror in (True, False)]
 
 
 def bundle_parser() -> ConfigParser:
@@ -71,14 +75,12 @@ def make(which: str) -> tuple[MultiTaskNet, torch.Tensor]:
     return network, read_template()
 
 
-def measure(which: str, memory: str, mirror: bool, bfloat16: bool) -> dict[str, Any]:
+def measure(which: str, memory: str, mirror: bool, precision: str) -> dict[str, Any]:
     """Time and peak memory in this process: the median of three runs for the bundle's network, one for the large one."""
     torch.set_num_threads(THREADS)
     network, image = make(which)
     prepare_network(network, CPU)
-    layout = network.layout
-    looks = SecondLookInferer(ScanInferer(layout, memory, mirror, bfloat16), layout, enabled=which == "bundle")
-    inferer = ForegroundInferer(looks, layout.outside_values)
+    inferer = TwoStageInferer(network.layout, mirror, which == "bundle", memory, precision)
     seconds = []
     with torch.inference_mode():
         for _ in range(1 if which == "published" else 3):
@@ -98,8 +100,8 @@ def agreement() -> dict[str, float]:
     layout = network.layout
     with torch.inference_mode():
         exact, rounded = (
-            layout.split(ForegroundInferer(ScanInferer(layout, "low", True, b), layout.outside_values)(image, network))
-            for b in (False, True)
+            layout.split(TwoStageInferer(layout, memory="low", precision=name)(image, network))
+            for name in ("float32", "bfloat16")
         )
     inside = image > 0.05  # the inferer's threshold of the head
     same = (exact["segmentation"] == rounded["segmentation"])[inside].float().mean()
@@ -131,12 +133,12 @@ def main(parts: list[str]) -> None:
         print("| network | size | memory mode | mirror | precision | seconds | CPU seconds | peak GB |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
     for which, lines in (("bundle", OWN), ("published", PUBLISHED)):
-        for memory, mirror, bfloat16 in lines if which in parts else []:
-            if bfloat16 and not fast_bfloat16(CPU):
+        for memory, mirror, precision in lines if which in parts else []:
+            if precision == "bfloat16" and not fast_bfloat16(CPU):
                 continue  # emulated, it takes minutes to hours
-            command = [sys.executable, __file__, "--one", json.dumps([which, memory, mirror, bfloat16])]
+            command = [sys.executable, __file__, "--one", json.dumps([which, memory, mirror, precision])]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            cells = [which, found["size"], memory, "yes" if mirror else "no", "bfloat16" if bfloat16 else "float32"]
+            cells = [which, found["size"], memory, "yes" if mirror else "no", precision]
             cells += [f"{found['wall']:.1f}", f"{found['cpu']:.1f}", f"{found['peak']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
     if "agreement" in parts and fast_bfloat16(CPU):

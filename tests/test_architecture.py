@@ -61,7 +61,6 @@ OPTIONAL = [
     "igl",
     "tensorboard",
     "tqdm",
-    "psutil",
 ]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
 OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report"}  # the extras prepare and report

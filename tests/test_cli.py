@@ -118,7 +118,7 @@ def test_predict_hands_on_its_choices(
     call(monkeypatch, "predict", "bids", "out", "participant", "--bundle", str(bundle), *options)
     (settings,) = bundle_runs
     assert (list(settings["outputs"]), settings["participant_label"]) == (["volumes", "report"], "01,02")
-    assert settings["bfloat16"] is False
+    assert settings["precision"] == "float32"
     assert (settings["mirror"], settings["memory"]) == (False, "slabs")
     assert [settings[key] for key in ("shard", "grid", "frame", "mode")] == ["2/4", "1mm", "mean", "brain"]
 
@@ -126,7 +126,8 @@ def test_predict_hands_on_its_choices(
 def test_predict_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in {
         ("group",): "analysis_level: 'participant' is the one level there is, found 'group'",
-        ("--precision", "half"): "precision: bfloat16 or float32 is needed, found 'half'",
+        ("--precision", "half"): "precision: one of float32, bfloat16, float16 is needed, found 'half'",
+        ("--memory", "tiny"): "memory: one of auto, full, low, windows is needed, found 'tiny'",
     }.items():
         with pytest.raises(SystemExit, match=message):
             call(monkeypatch, "predict", "bids", "out", *options)

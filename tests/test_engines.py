@@ -20,8 +20,8 @@ from brainfm_monai.engines import (
     make_warmup_stable_decay,
     split_batch,
 )
-from brainfm_monai.inferers import AutocastInferer, parse_precision
-from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
+from brainfm_monai.inferers import AutocastInferer
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet, parse_precision
 from brainfm_monai.networks.activations import checkpoint_activations
 from brainfm_monai.synthesis import LARGEST_SEED, SynthesisRanges, Synthesizer
 from brainfm_monai.tasks import TaskLayout

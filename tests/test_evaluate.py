@@ -121,7 +121,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
             "device": "$torch.device('cpu')",
         }
         # This network knows sides without seeing them, and so has no use for a mirror image.
-        values |= {"inferer#inferer": {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}}
+        values |= {"mirror": False, "second_look": False, "precision": "float32"}
         values |= {"outputs": "segmentation", "template#_disabled_": True}
         values |= {} if "configs" in overrides else {"conditions": {"native": {}}}
         names = ["inference.json", "evaluate.json", *overrides.pop("configs", [])]
@@ -433,8 +433,8 @@ def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) 
         "layout#tasks": list(LAYOUT.tasks),
         "template": None,
         "mirror": False,
-        "memory": "whole",
-        "bfloat16": False,
+        "memory": "full",
+        "precision": "float32",
     }
     tiny |= {"outputs": "segmentation", "conditions": {"native": {}, "noisy": {"noise_percent": 5}}}
     (tmp_path / "tiny.json").write_text(json.dumps(tiny), encoding="utf-8")

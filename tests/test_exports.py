@@ -7,10 +7,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from monai.networks.nets import SwinUNETR
 from torch import nn
 
 from brainfm_monai.exports import ONNX_OPSET, export_bundle, export_onnx, export_torchscript
-from brainfm_monai.networks import MultiTaskNet, ResidualUNet, TwoScaleUNet, UNet, library_backbone
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, TwoScaleUNet, UNet
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "mni"])
@@ -77,7 +78,7 @@ def test_the_bundles_network_is_exported_with_its_weights(repository: Path, tmp_
 def test_messages(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.pt: the suffix \.ts \(TorchScript\) or \.onnx is needed, found '\.pt'"):
         export_bundle([], repository, tmp_path / "a.pt")
-    swin = MultiTaskNet(library_backbone("SwinUNETR", feature_size=12, out_channels=12), LAYOUT)
+    swin = MultiTaskNet(SwinUNETR(1, 12, feature_size=12), LAYOUT, out_channels=12)
     with pytest.raises(ValueError, match=r"a\.ts: a network that can be scripted is needed: \S+") as caught:
         export_torchscript(swin, tmp_path / "a.ts")
     assert "\n" not in str(caught.value)

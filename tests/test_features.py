@@ -28,7 +28,7 @@ def test_features_of_an_oblique_scan_lie_in_its_grid(repository: Path, tmp_path:
         "output_dir": str(tmp_path / "out"),
         "weights": str(tmp_path / "random.pt"),
         "device": "$torch.device('cpu')",
-        "bfloat16": False,
+        "precision": "float32",
         "layout#tasks": ["segmentation", "CT"],
         "network_def#backbone": {"_target_": "brainfm_monai.networks.UNet", "features": [8, 16]},
         "network_def#stride": 1,

@@ -76,11 +76,11 @@ def predict(repository: Path, weights: Path) -> Predict:
             "device": "$torch.device('cpu')",
             "network_def#backbone#features": FEATURES,
             "layout#tasks": list(LAYOUT.tasks),
-            "bfloat16": False,
+            "precision": "float32",
             "outputs": OUTPUTS,
         }
         if "network_def" in overrides:  # a network that knows sides without seeing them has no use for a mirror image
-            values["inferer#inferer"] = {"_target_": "brainfm_monai.inferers.WholeVolumeInferer", "bfloat16": False}
+            values |= {"mirror": False, "second_look": False}
         workflow = ConfigWorkflow(
             workflow_type="inference",
             config_file=str(repository / "bundle/configs/inference.json"),

@@ -186,7 +186,7 @@ def settings(repository: Path, weights: Path) -> dict[str, Any]:
         "network_def#backbone#features": FEATURES,
         "layout#tasks": list(LAYOUT.tasks),
         "device": torch.device("cpu"),
-        "bfloat16": False,
+        "precision": "float32",
     }
 
 

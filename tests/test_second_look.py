@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
-from brainfm_monai.inferers import ScanInferer, SecondLookInferer
+from brainfm_monai.inferers import TwoStageInferer
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
 
@@ -53,8 +51,8 @@ def make(backbone: nn.Module) -> MultiTaskNet:
 
 @torch.no_grad()
 def look(backbone: nn.Module, image: Tensor, layout: TaskLayout = LAYOUT, **options: Any) -> Tensor:
-    output: Tensor = SecondLookInferer(SimpleInferer(), layout, **options)(image, make(backbone))
-    return output
+    options = {"mirror": False, "precision": "float32", "memory": "full", "threshold": -1, "multiple": 1, **options}
+    return TwoStageInferer(layout, **options)(image, make(backbone))
 
 
 def head() -> Tensor:
@@ -145,7 +143,7 @@ def test_a_volume_smaller_than_the_box_goes_on_with_zeros() -> None:
 def test_one_look_where_two_are_of_no_use() -> None:
     without = TaskLayout(["segmentation", "distance"], "synthseg_head")
     guess = Guess()
-    once = look(guess, head(), enabled=False)
+    once = look(guess, head(), second_look=False)
     assert len(guess.seen) == 1
     torch.testing.assert_close(once[0, LAYOUT.slices["mni"]], voxels() * 1.25 + 7)
     guess = Guess()
@@ -173,41 +171,30 @@ def test_coordinates_that_do_not_fill_space_are_taken_as_they_are() -> None:
     torch.testing.assert_close(output[:, LAYOUT.slices["mni"]], torch.full((1, 3, 40, 48, 64), 0.5), atol=1e-5, rtol=0)
 
 
-def test_a_network_of_another_kind_is_named() -> None:
-    with pytest.raises(ValueError, match="second_look: a MultiTaskNet is needed, got Conv3d: set second_look to false"):
-        SecondLookInferer(SimpleInferer(), LAYOUT)(head(), nn.Conv3d(1, 1, 1))
-
-
 @torch.no_grad()
 def test_memory_modes_and_precisions_give_the_same_two_looks() -> None:
     torch.manual_seed(0)
     network = MultiTaskNet(TwoScaleUNet(features=(8, 8, 16)), LAYOUT, stride=2).eval()  # random weights
     image = torch.rand(2, 1, 32, 40, 48, generator=torch.Generator().manual_seed(1))
 
-    def run(memory: str, bfloat16: bool = False, enabled: bool = True) -> Tensor:
-        scan = ScanInferer(LAYOUT, memory, mirror=True, bfloat16=bfloat16)
-        output: Tensor = SecondLookInferer(scan, LAYOUT, enabled, size_mm=(24, 32, 28))(image, network)
-        return output
+    def run(memory: str, precision: str = "float32", second_look: bool = True) -> Tensor:
+        inferer = TwoStageInferer(LAYOUT, True, second_look, memory, precision, size_mm=(24, 32, 28))
+        return inferer(image, network)
 
-    whole, slabs, low = (run(memory) for memory in ("whole", "slabs", "low"))
-    torch.testing.assert_close(slabs, whole, atol=1e-4, rtol=0)
-    torch.testing.assert_close(low, LAYOUT.choose_labels(slabs), atol=1e-4, rtol=0)
-    rounded = run("slabs", bfloat16=True)
-    once = run("slabs", enabled=False)
-    for name, part in LAYOUT.split(whole).items():
-        assert (LAYOUT.split(once)[name] - part).abs().mean() > 3 * (LAYOUT.split(rounded)[name] - part).abs().mean(), (
-            name
-        )
+    full, low, windows = (run(memory) for memory in ("full", "low", "windows"))
+    torch.testing.assert_close(low, LAYOUT.choose_labels(full), atol=1e-4, rtol=0)
+    torch.testing.assert_close(windows, full, atol=1e-4, rtol=0)  # one window holds the image
+    rounded, once = run("full", "bfloat16"), run("full", second_look=False)
+    for name, part in LAYOUT.split(full).items():
+        change, rounding = (float((LAYOUT.split(x)[name] - part).abs().mean()) for x in (once, rounded))
+        assert change > 3 * rounding, name
 
 
 @torch.no_grad()
 def test_coordinates_are_not_rounded_to_bfloat16() -> None:
     torch.manual_seed(0)
-    network = MultiTaskNet(
-        TwoScaleUNet(features=(8, 8, 16)), LAYOUT
-    ).eval()  # random weights; no stride, so nothing is interpolated
+    network = MultiTaskNet(TwoScaleUNet(features=(8, 8, 16)), LAYOUT).eval()  # no stride, so nothing is interpolated
     image = torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(1))
-    for memory in ("whole", "slabs"):
-        scan = ScanInferer(LAYOUT, memory, bfloat16=True)
-        mni = SecondLookInferer(scan, LAYOUT, size_mm=(16, 16, 16))(image, network)[:, LAYOUT.slices["mni"]]
-        assert (mni.bfloat16().float() != mni).float().mean() > 0.9, memory
+    inferer = TwoStageInferer(LAYOUT, memory="full", precision="bfloat16", size_mm=(16, 16, 16), multiple=1)
+    mni = inferer(image, network)[:, LAYOUT.slices["mni"]]
+    assert (mni.bfloat16().float() != mni).float().mean() > 0.9

@@ -8,12 +8,8 @@ from typing import Any
 
 __all__ = ["find_config", "predict", "run_bundle", "train"]
 
-# what words of the command are in configs/inference.json
-PRECISIONS: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "bfloat16": {"bfloat16": True},
-    "float32": {"bfloat16": False},
-}
+PRECISIONS = ("float32", "bfloat16", "float16")
+MEMORY_MODES = ("auto", "full", "low", "windows", "whole", "slabs")  # the last two: names of version 0.1 for full
 
 
 def predict(
@@ -40,21 +36,20 @@ def predict(
             report; separated by commas.
         participant_label: subjects of a BIDS dataset, with or without sub-, separated by commas.
         mirror: average each scan with its mirror image; False takes half the time.
-        precision: bfloat16 or float32; by default what the processor is fast in.
-        memory: whole, slabs, low or windows; auto takes the fastest that fits into the free memory.
+        precision: float32, bfloat16 or float16; by default what the device is fast in.
+        memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory suffices.
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
             left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
             --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file), --device ("$torch.device('cpu')").
     """
     if analysis_level != "participant":
         raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: bfloat16 or float32 is needed, found '{precision}'")
-    settings: dict[str, Any] = {
-        "outputs": outputs if isinstance(outputs, str) else list(outputs),
-        **PRECISIONS[precision],
-    }
-    settings |= {"mirror": bool(mirror), "memory": memory}
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: one of {', '.join(PRECISIONS)} is needed, found '{precision}'")
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory: one of {', '.join(MEMORY_MODES[:4])} is needed, found '{memory}'")
+    settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs)}
+    settings |= {"mirror": bool(mirror), "memory": memory, **({"precision": precision} if precision else {})}
     if participant_label is not None:
         settings["participant_label"] = participant_label
     run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **{**settings, **overrides})

@@ -23,8 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from brainfm_monai.engines.draws import DrawSampler
 from brainfm_monai.engines.schedules import TimeBudget
-from brainfm_monai.inferers.precision import parse_precision
-from brainfm_monai.networks import MultiTaskNet
+from brainfm_monai.networks import MultiTaskNet, parse_precision
 from brainfm_monai.networks.activations import checkpoint_activations
 
 __all__ = [

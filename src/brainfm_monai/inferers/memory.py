@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from brainfm_monai.networks import MultiTaskNet
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
 
 __all__ = ["MEMORY_MODES", "choose_memory", "free_memory"]
 
@@ -36,24 +36,26 @@ def free_memory(device: torch.device) -> int:
 
 
 def choose_memory(image: Tensor, network: object) -> str:
-    """Memory mode for an image: ``full`` if the free memory suffices, else ``low``, or ``windows`` for a foreign network.
+    """Memory mode for an image: ``full`` if the free memory suffices, else ``low`` or ``windows``.
 
-    Mode ``full`` is taken to need ``4 bytes * voxels * (2 * channels + 8 * features / stride^3)``.
+    Mode ``full`` is taken to need 4 bytes * voxels * (2 * channels of the output + 8 * features / stride^3); of a network that
+    is no :class:`MultiTaskNet`, the widest convolution counts as its features. Mode ``low`` serves networks with a stride and
+    the U-Nets of published checkpoints, ``windows`` all other networks.
 
     Args:
         image: shape (1, 1, H, W, D), on the device that computes.
-        network: the network; of a network that is no :class:`MultiTaskNet`, all parameters' sizes are unknown: the rule
-            counts its widest convolution.
+        network: network that will run.
     """
     if isinstance(network, MultiTaskNet):
         channels, features = network.layout.channels, network.head.in_channels / network.stride**3
+        frugal = network.stride > 1 or isinstance(network.backbone, UNet | ResidualUNet)
     else:
         modules = network.modules() if isinstance(network, nn.Module) else ()
-        widths = [m.out_channels for m in modules if isinstance(m, nn.Conv3d)]
-        channels, features = 0, float(max(widths, default=0))
+        channels, features = 0, max((float(m.out_channels) for m in modules if isinstance(m, nn.Conv3d)), default=0.0)
+        frugal = False
     needed, free = int(4 * image.numel() * (OUTPUTS * channels + FEATURES * features)), free_memory(image.device)
     if needed <= free:
         return "full"
-    mode = "low" if isinstance(network, MultiTaskNet) else "windows"
+    mode = "low" if frugal else "windows"
     logger.info("%.1f GB of memory are free, mode 'full' needs %.1f GB: mode '%s'", free / 1e9, needed / 1e9, mode)
     return mode

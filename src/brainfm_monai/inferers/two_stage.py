@@ -176,7 +176,9 @@ class TwoStageInferer(Inferer):
     def _images(self, image: Tensor) -> list[Tensor]:
         return [image, image.flip(MIRROR_AXIS)] if self.mirror else [image]
 
-    def _make_encoder(self, network: Callable[[Tensor], Tensor], memory: str, roi_size: int) -> Callable[[Tensor], Tensor]:
+    def _make_encoder(
+        self, network: Callable[[Tensor], Tensor], memory: str, roi_size: int
+    ) -> Callable[[Tensor], Tensor]:
         """A backbone, or a whole network, in the precision and the memory mode that are asked for."""
 
         def encode(image: Tensor) -> Tensor:

@@ -2,7 +2,13 @@
 
 from brainfm_monai.networks.multitask import FeatureMap, MultiTaskNet, trainable_parameters
 from brainfm_monai.networks.planes import encode_by_planes
-from brainfm_monai.networks.precision import autocast, fast_bfloat16, parse_precision, prepare_network, reduced_precision
+from brainfm_monai.networks.precision import (
+    autocast,
+    fast_bfloat16,
+    parse_precision,
+    prepare_network,
+    reduced_precision,
+)
 from brainfm_monai.networks.residual import AdditiveUNet, TwoScaleUNet
 from brainfm_monai.networks.unet import ResidualUNet, UNet
 

@@ -116,12 +116,12 @@ class MultiTaskNet(nn.Module):
     @torch.jit.export
     def features(self, image: Tensor) -> Tensor:
         """Features of an image on the image's grid: (B, 1, H, W, D) to (B, head.in_channels, H, W, D)."""
-        return self.upsample(self.encode(image), image.shape[2:])
+        return self.upsample(self.encode(image), list(image.shape[2:]))
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, 1, H, W, D), intensities in [0, 1], to (B, layout.channels, H, W, D)."""
         # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
-        return self.decode(self.encode(image), image.shape[2:])
+        return self.decode(self.encode(image), list(image.shape[2:]))
 
 
 class FeatureMap(nn.Module):

@@ -61,7 +61,9 @@ def encode_by_planes(backbone: UNet | ResidualUNet, image: Tensor) -> Tensor:
     with torch.no_grad():
         for encoder in backbone.encoders:
             x = nnf.max_pool3d(skips[-1], 2) if skips else image
-            skips.append(_residual_block(encoder, x) if isinstance(encoder, ResidualBlock) else _units(encoder, _all(x)))
+            skips.append(
+                _residual_block(encoder, x) if isinstance(encoder, ResidualBlock) else _units(encoder, _all(x))
+            )
         x = skips.pop()
         for decoder in backbone.decoders:
             skip = skips.pop()
@@ -128,7 +130,9 @@ def _normalisation(norm: nn.GroupNorm, source: _Source) -> Stage:
     total = torch.zeros(2, source.channels, dtype=torch.float64, device=norm.weight.device)  # of values and of squares
     for a, b in plane_ranges(source.size[0], source.size[1] * source.size[2], STATISTICS_VOXELS):
         unused = torch.zeros(source.channels, device=norm.weight.device)  # running statistics
-        statistics = torch.batch_norm_update_stats(source.read(a, b), unused, unused, 0.0)  # 5 times as fast as var_mean
+        statistics = torch.batch_norm_update_stats(
+            source.read(a, b), unused, unused, 0.0
+        )  # 5 times as fast as var_mean
         mean, variance = (value.double() for value in statistics)
         total += (b - a) / source.size[0] * torch.stack([mean, variance + mean.square()])
     mean, square = total.reshape(2, norm.num_groups, -1).mean(2)

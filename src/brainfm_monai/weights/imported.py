@@ -23,8 +23,8 @@ def import_weights(path: str | Path, output: str | Path, half: bool = False) -> 
     """Turn a published checkpoint into files that this package and any plain ``torch.load`` can use.
 
     In the folder ``output`` appear ``model.pt`` (plain state dict), ``overrides.json`` (what ``inference.json`` needs to use it),
-    ``source.json`` (where it comes from: format, SHA-256, template space, licence), ``quality.pt`` where the file has the quality
-    network, and ``protocol.tsv`` where the labels have no protocol of the package.
+    ``source.json`` (where it comes from: format, SHA-256, template space, licence), and
+    ``protocol.tsv`` where the labels have no protocol of the package.
 
     Args:
         path: see :func:`~brainfm_monai.weights.load_published`.
@@ -42,8 +42,6 @@ def import_weights(path: str | Path, output: str | Path, half: bool = False) -> 
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / "model.pt", published.network.state_dict(), half)
-    if published.quality is not None:
-        _save(folder / "quality.pt", published.quality.state_dict(), half=False)
     protocol = published.layout.protocol
     shipped = protocol.name in Protocol.names()
     if not shipped:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from brainfm_monai.networks import MultiTaskNet, QualityNet
+from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights.checkpoint import open_checkpoint
 from brainfm_monai.weights.recognise import recognise
@@ -75,14 +75,11 @@ class Published:
         network: in evaluation mode.
         layout: names the channels of its output.
         info: where the weights come from.
-        quality: network that scores the segmentation, in evaluation mode; see
-            :func:`brainfm_monai.networks.score_segmentation`. ``None`` where the file has none.
     """
 
     network: MultiTaskNet
     layout: TaskLayout
     info: WeightsInfo
-    quality: QualityNet | None = None
 
 
 def load_published(path: str | Path) -> Published:
@@ -129,7 +126,7 @@ def load_published(path: str | Path) -> Published:
     )
     if info.ignored:
         logger.warning("%s: left out what has no place here: %s", path, ", ".join(info.ignored))
-    return Published(network.eval().requires_grad_(False), layout, info, parts.quality)
+    return Published(network.eval().requires_grad_(False), layout, info)
 
 
 def _sha256(path: str | Path) -> str:

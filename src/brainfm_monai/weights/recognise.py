@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm_monai.anatomy import Protocol, Structure
-from brainfm_monai.networks import QualityNet, ResidualUNet, UNet
+from brainfm_monai.networks import ResidualUNet, UNet
 from brainfm_monai.tasks import TASKS
 from brainfm_monai.weights.checkpoint import LazyTensor, Placeholder
 
@@ -53,10 +53,6 @@ SUPERSYNTH_NAMES = (
     (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.conv\.(weight)", "{0}.{1}.{unit}.0.{3}"),
     (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.groupnorm\.(weight|bias)", "{0}.{1}.{unit}.1.{3}"),
 )
-QUALITY_CONVS = {"first": "conv_downarm_{}_0", "second": "conv_downarm_{}_1", "shortcut": "conv_expand_{}"}
-QUALITY_TENSORS = (("weight", "kernel"), ("bias", "bias"))
-QUALITY_NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-
 Heads = dict[str, dict[str, Tensor]]
 
 
@@ -72,7 +68,6 @@ class Recognised:
         unit_norm: whether the features have length 1 at every voxel.
         heads: weight and bias of the head of each task.
         protocol: label protocol of the segmentation.
-        quality: the network that scores segmentations, if the file has it whole.
         epoch: epoch of the training, if the file tells.
         ignored: entries that have no place here.
     """
@@ -84,7 +79,6 @@ class Recognised:
     unit_norm: bool
     heads: Heads
     protocol: Protocol
-    quality: QualityNet | None
     epoch: int | None
     ignored: tuple[str, ...]
 
@@ -140,7 +134,6 @@ def _brainfm(content: Mapping[Any, Any], model: Mapping[Any, Any]) -> Recognised
         unit_norm,
         heads,
         _protocol(heads),
-        None,
         _epoch(content),
         tuple(ignored + left),
     )
@@ -157,7 +150,6 @@ def _supersynth(content: Mapping[Any, Any]) -> Recognised:
     in_channels = _shape(backbone, "encoders.0.projection.weight")[1]
     heads, left = _heads(groups, SUPERSYNTH_HEADS)
     bare = {_plain(str(key)): value for key, value in content.items() if isinstance(value, LazyTensor)}
-    quality = _quality(bare)
     return Recognised(
         "SuperSynth",
         _load(backbone),
@@ -166,9 +158,8 @@ def _supersynth(content: Mapping[Any, Any]) -> Recognised:
         False,
         heads,
         _protocol(heads),
-        quality,
         _epoch(content),
-        (*ignored, *left, *(() if quality else bare)),
+        (*ignored, *left, *bare),
     )
 
 
@@ -268,25 +259,3 @@ def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
         if key == name:
             yield value
         yield from _settings(value, name, depth - 1)
-
-
-def _quality(tensors: Mapping[str, LazyTensor]) -> QualityNet | None:
-    """The quality network, if all its tensors are there."""
-    depth = sum(QUALITY_CONVS["first"].format(i) + "_kernel" in tensors for i in range(len(tensors)))
-    names = {}
-    for level in range(depth):
-        for ours, theirs in QUALITY_CONVS.items():
-            for kind, suffix in QUALITY_TENSORS:
-                names[f"levels.{level}.{ours}.{kind}"] = f"{theirs.format(level)}_{suffix}"
-        names |= {f"levels.{level}.norm.{ours}": f"bn_{level}_{theirs}" for ours, theirs in QUALITY_NORM.items()}
-    for number in range(2):
-        names |= {f"final.{number}.{kind}": f"final_conv_{number}_{suffix}" for kind, suffix in QUALITY_TENSORS}
-    if not depth or not set(names.values()) <= set(tensors):
-        return None
-    state = {ours: _float(theirs, tensors[theirs]) for ours, theirs in names.items()}
-    levels = [tuple(tuple(state[f"levels.{i}.{conv}.weight"].shape) for conv in QUALITY_CONVS) for i in range(depth)]
-    final = (tuple(state["final.0.weight"].shape), tuple(state["final.1.weight"].shape))
-    network = QualityNet(levels, final)
-    state |= {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False)
