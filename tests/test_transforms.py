@@ -214,5 +214,7 @@ def test_labels_that_were_decided_already_cannot_be_restricted() -> None:
     known = Decided(["segmentation"])
     assert len(known.protocol) == len(layout.protocol)
     assert int(SplitTasksd("pred", known)(decided)["pred"].max()) == 1
-    with pytest.raises(ValueError, match="a mode restricts the labels before they are decided"):
-        SplitTasksd("pred", known, mode="brain")(decided)
+    assert int(SplitTasksd("pred", known, mode="brain")(decided)["pred"].max()) == 1
+    skin = known.protocol.label_of_id[511]
+    with pytest.raises(ValueError, match=rf"the mode excludes the labels \[{skin}\]"):
+        SplitTasksd("pred", known, mode="brain")({"pred": torch.full((1, 2, 2, 2), float(skin))})

@@ -81,7 +81,7 @@ class SplitTasksd(MapTransform):
             the voxel's volume in mm^3, shape (L,); and ``segmentation``, a second label map, which stays in the network's grid.
 
     Raises:
-        ValueError: if there is no such mode, or labels that were decided already meet a mode that restricts them.
+        ValueError: if there is no such mode, or labels that were decided already include one that the mode excludes.
     """
 
     def __init__(
@@ -112,11 +112,10 @@ class SplitTasksd(MapTransform):
     def _decide(self, key: Hashable, logits: Tensor, output: Any) -> dict[Hashable, Tensor]:
         """Label map, entropy and soft volumes, slab by slab."""
         if len(logits) == 1:  # decided already, by an inferer in little memory
-            if len(self.allowed) < len(self.layout.protocol):
-                raise ValueError(
-                    "a mode restricts the labels before they are decided, and --memory low decides them: pass --memory slabs"
-                )
             decided = logits.to(torch.uint8)
+            excluded = sorted(set(decided.unique().tolist()) - set(self.allowed))
+            if excluded:
+                raise ValueError(f"the mode excludes the labels {excluded}: decide the labels among those of the mode")
             return {key: decided, **({"segmentation": decided.clone()} if self.probabilities else {})}
         allowed = torch.tensor(self.allowed, device=logits.device)
         possible = logits if len(allowed) == len(logits) else logits[allowed]
