@@ -116,7 +116,7 @@ def test_contrasts_end_up_on_the_labels_with_left_on_the_left(tmp_path: Path) ->
         lesion[::-1],
         AFFINE @ np.array([[-1, 0, 0, 47], *np.eye(4)[1:]]),
     )
-    (folder,) = prepare_bids(root, tmp_path / "out", spatial_size=SIZE)
+    (folder,) = prepare_bids(root, tmp_path / "out", size=SIZE)
     record = read_record(folder)
     assert (record["labels_from"], record["reference"], record["dataset"]) == ("derivatives", "T1w", "study")
     assert record["registered"]["T2w"]["rotation_deg"] == pytest.approx(7, abs=0.7)
@@ -161,14 +161,14 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(selftraining, "run", run)
     with pytest.raises(PreparationError, match=r"sub-02.*labels are needed, and the model made none"):
-        prepare_bids(root, tmp_path / "out", bundle=bundle, spatial_size=SIZE)
+        prepare_bids(root, tmp_path / "out", bundle=bundle, size=SIZE)
     assert read_record(tmp_path / "out" / "sub-01")["labels_from"] == "model"
     assert calls[0]["bundle_root"] == str(bundle)
     with pytest.raises(
         FileNotFoundError, match=r"inference\.json: 1 subjects have no labels and need the bundle's model"
     ):
-        prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", spatial_size=SIZE)
-    prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", spatial_size=SIZE, dry_run=True)
+        prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE)
+    prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE, dry_run=True)
 
 
 def test_the_grid_of_one_mm_covers_the_same_box(tmp_path: Path) -> None:

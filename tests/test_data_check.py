@@ -104,7 +104,7 @@ FAULTS: dict[str, tuple[Callable[[Volumes], None], str, str]] = {
     "sides": (swap_sides, "left and right", "left hemisphere at x = 10 mm, right one at -8 mm in the affine's RAS"),
     "sides of the template": (
         change("mni", lambda v: v * (-1, 1, 1)),
-        "left and right",
+        "coordinates",
         "left hemisphere at MNI x = 10 mm",
     ),
     "hole": (change("segmentation", hole), "sides alike", "Left-Cerebral-White-Matter has 0.4 ml and Right-.* 1.6 ml"),

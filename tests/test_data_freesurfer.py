@@ -120,7 +120,7 @@ def measure_independently(points: np.ndarray, vertices: np.ndarray, triangles: n
 def test_a_subject_has_everything_where_the_scanner_says(tmp_path: Path, affine: np.ndarray) -> None:
     ids = make_head()
     surfaces = build_subject(tmp_path / "subjects" / "bert", ids, affine)
-    (folder,) = prepare_freesurfer(tmp_path / "subjects", tmp_path / "out", spatial_size=SIZE)
+    (folder,) = prepare_freesurfer(tmp_path / "subjects", tmp_path / "out", size=SIZE)
     segmentation, distance = load(folder / "segmentation.nii.gz"), load(folder / "distance.nii.gz")
     assert nib.aff2axcodes(segmentation.affine) == ("R", "A", "S")
     protocol = Protocol.load("synthseg_brain")
@@ -149,7 +149,7 @@ def test_a_subject_has_everything_where_the_scanner_says(tmp_path: Path, affine:
 
 def test_partial_volume_follows_the_surfaces(tmp_path: Path, affine: np.ndarray) -> None:
     build_subject(tmp_path / "bert", make_head(), affine)
-    (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", spatial_size=SIZE)
+    (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", size=SIZE)
     codes = np.asarray(load(folder / "generation_labels.nii.gz").dataobj).astype(int)
     distance = load(folder / "distance.nii.gz").get_fdata()
     protocol = Protocol.load("brainfm_generation")
@@ -176,7 +176,7 @@ def test_without_surfaces_the_labels_tell_the_distances(tmp_path: Path, affine: 
     build_subject(tmp_path / "bert", make_head(), affine)
     (tmp_path / "bert" / "surf" / "rh.white").unlink()
     (tmp_path / "bert" / "mri" / "aparc+aseg.mgz").rename(tmp_path / "bert" / "mri" / "aparc.DKTatlas+aseg.deep.mgz")
-    (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", spatial_size=SIZE)
+    (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", size=SIZE)
     assert read_record(folder)["distances_from"] == "labels"
     ids = Protocol.load("synthseg_brain").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
     np.testing.assert_array_equal(
@@ -194,7 +194,7 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
     build_subject(root / "wild", make_head(), affine)
     (root / "wild" / "mri" / "transforms" / "talairach.xfm").write_text("Linear_Transform = 1 2 3;", encoding="utf-8")
     with pytest.raises(PreparationError) as caught:
-        prepare_freesurfer(root, tmp_path / "out", spatial_size=SIZE)
+        prepare_freesurfer(root, tmp_path / "out", size=SIZE)
     message = str(caught.value).splitlines()
     assert message[0] == "2 of 3 subjects were not prepared:"
     assert "empty/mri/aparc+aseg.mgz: a label map is needed, no such file" in message[1]
@@ -203,7 +203,7 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
     before = json.loads((tmp_path / "out" / "good" / "subject.json").read_text(encoding="utf-8"))
     (root / "good" / "surf" / "lh.pial").write_bytes((root / "good" / "surf" / "rh.pial").read_bytes())
     with pytest.raises(PreparationError):
-        prepare_freesurfer(root, tmp_path / "out", spatial_size=SIZE)
+        prepare_freesurfer(root, tmp_path / "out", size=SIZE)
     after = json.loads((tmp_path / "out" / "good" / "subject.json").read_text(encoding="utf-8"))
     assert after["sources"]["lh.pial"] != before["sources"]["lh.pial"]  # a changed surface makes the subject anew
     with pytest.raises(FileNotFoundError, match="a folder with subjects of FreeSurfer"):
@@ -216,7 +216,7 @@ def test_distances_of_a_real_brain_agree_with_an_independent_computation(tmp_pat
     brain = np.where(ids < 100, ids, 0)
     surfaces = build_subject(tmp_path / "real", brain, affine)
     size = (64, 48, 40)  # of the brain's middle: both hemispheres and their surfaces to each side
-    (folder,) = prepare_freesurfer(tmp_path / "real", tmp_path / "out", spatial_size=size)
+    (folder,) = prepare_freesurfer(tmp_path / "real", tmp_path / "out", size=size)
     distance = load(folder / "distance.nii.gz")
     index = np.argwhere(np.ones(size))[::7]
     points = apply_affine(distance.affine, index)

@@ -12,9 +12,11 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data import jobs as data_jobs
 from brainfm_monai.data import prepare, subjects
 from brainfm_monai.data.datalist import write_datalist
-from brainfm_monai.data.prepare import PreparationError, prepare_label_map, prepare_label_maps
+from brainfm_monai.data.jobs import PreparationError
+from brainfm_monai.data.prepare import prepare_label_map, prepare_labels
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.io import write_folder
 
@@ -62,7 +64,7 @@ def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", spatial_size=SIZE)
+    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", size=SIZE)
     assert folder == tmp_path / "out" / "sub-01"
     assert sorted(f.name for f in folder.iterdir()) == sorted((*FILES, "subject.json"))
     images = {name: load(folder / name) for name in FILES}
@@ -86,7 +88,7 @@ def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
 
 
 def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, spatial_size=SIZE)
+    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=SIZE)
     protocol = Protocol.load("synthseg_head")
     segmentation = load(folder / "segmentation.nii.gz")
     labels = np.asarray(segmentation.dataobj)
@@ -117,7 +119,7 @@ def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
 
 
 def test_the_box_is_around_the_brain(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, spatial_size=(64, 64, 64))
+    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=(64, 64, 64))
     labels = Protocol.load("synthseg_head").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
     where = np.argwhere(np.isin(labels, (2, 3, 4, 8, 41, 42)))
     np.testing.assert_allclose((where.min(axis=0) + where.max(axis=0)) / 2, 31.5, atol=0.5)
@@ -134,7 +136,7 @@ def test_many_maps_one_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (maps / "c.nii").write_text("no image", encoding="utf-8")
     save_head(maps / "d.nii.gz")
     with pytest.raises(PreparationError) as caught:
-        prepare_label_maps(maps, tmp_path / "out", spatial_size=SIZE)
+        prepare_labels(maps, tmp_path / "out", size=SIZE)
     message = str(caught.value).splitlines()
     assert message[0] == "2 of 4 subjects were not prepared:"
     assert "b.nii.gz" in message[1]
@@ -148,24 +150,22 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "abc"]
-    assert prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE) == [
-        tmp_path / "out" / name for name in "abc"
-    ]
+    assert prepare_labels(sources, tmp_path / "out", size=SIZE) == [tmp_path / "out" / name for name in "abc"]
     done: list[str] = []
-    monkeypatch.setattr(prepare, "make_from_labels", lambda job, _: done.append(job.source.name))
-    prepare_label_maps(f"{tmp_path}/*.nii.gz", tmp_path / "out", spatial_size=SIZE)
+    monkeypatch.setattr(data_jobs, "make_subject", lambda job, _: done.append(job.source.name) or [])
+    prepare_labels(f"{tmp_path}/*.nii.gz", tmp_path / "out", size=SIZE)
     assert done == []
     (tmp_path / "out" / "a" / "mni.nii.gz").unlink()
     changed = make_head()
     changed[20, 20, 20] = 30
     save_head(sources[1], changed)
-    prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE)
+    prepare_labels(sources, tmp_path / "out", size=SIZE)
     assert done == ["a.nii.gz", "b.nii.gz"]
     done.clear()
-    prepare_label_maps(sources, tmp_path / "out", spatial_size=(32, 32, 32))
+    prepare_labels(sources, tmp_path / "out", size=(32, 32, 32))
     assert len(done) == 3
     done.clear()
-    prepare_label_maps(sources[:1], tmp_path / "out", spatial_size=SIZE, overwrite=True)
+    prepare_labels(sources[:1], tmp_path / "out", size=SIZE, overwrite=True)
     assert done == ["a.nii.gz"]
 
 
@@ -183,13 +183,13 @@ def test_an_interrupted_subject_leaves_nothing_and_is_made_again(
 
     monkeypatch.setattr(subjects, "_save", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
+        prepare_labels(source, tmp_path / "out", size=SIZE)
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(subjects, "_save", save)
     leftover = tmp_path / "out" / ".0123abcd.partial.a"  # as a power cut leaves it
     leftover.mkdir()
     (leftover / "mni.nii.gz").write_text("half", encoding="utf-8")
-    prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE)
+    prepare_labels(source, tmp_path / "out", size=SIZE)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["a"]
 
 
@@ -213,20 +213,20 @@ def test_a_table_translates_ids_of_ones_own(tmp_path: Path) -> None:
         table.append(f"{number}\t{i}")
     (tmp_path / "ids.tsv").write_text("\n".join(table), encoding="utf-8")
     source, plain = save_head(tmp_path / "own.nii.gz", own), save_head(tmp_path / "plain.nii.gz")
-    folders = prepare_label_maps(source, tmp_path / "out", spatial_size=SIZE, ids=tmp_path / "ids.tsv")
-    folders += prepare_label_maps(plain, tmp_path / "out", spatial_size=SIZE)
+    folders = prepare_labels(source, tmp_path / "out", size=SIZE, ids=tmp_path / "ids.tsv")
+    folders += prepare_labels(plain, tmp_path / "out", size=SIZE)
     for key in ("generation_labels", "segmentation", "distance"):
         found, expected = (load(folder / f"{key}.nii.gz").get_fdata() for folder in folders)
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(PreparationError, match=r"own\.nii\.gz: every id must be in protocol"):
-        prepare_label_maps(source, tmp_path / "other", spatial_size=SIZE)
+        prepare_labels(source, tmp_path / "other", size=SIZE)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "ab"]
-    prepare_label_maps(sources[:1], tmp_path / "out", spatial_size=SIZE)
+    prepare_labels(sources[:1], tmp_path / "out", size=SIZE)
     with caplog.at_level("INFO"):
-        folders = prepare_label_maps(sources, tmp_path / "out", spatial_size=SIZE, dry_run=True)
+        folders = prepare_labels(sources, tmp_path / "out", size=SIZE, dry_run=True)
     assert [folder.is_dir() for folder in folders] == [True, False]
     assert [record.message.split(" from ")[0] for record in caplog.records] == ["is finished: a", "would prepare b"]
 
@@ -240,18 +240,18 @@ def test_inputs_that_cannot_be_prepared(tmp_path: Path, inputs: str, rule: str) 
     save_head(tmp_path / "a.nii.gz")
     save_head(tmp_path / "a.nii")
     with pytest.raises(ValueError, match=rule):
-        prepare_label_maps(f"{tmp_path}/{inputs}", tmp_path / "out")
+        prepare_labels(f"{tmp_path}/{inputs}", tmp_path / "out")
 
 
 def test_sizes_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"three positive multiples of 4, got \(30, 32, 32\)"):
-        prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, spatial_size=(30, 32, 32))
+        prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, size=(30, 32, 32))
     with pytest.raises(PreparationError, match=r"b\.nii\.gz: .* found no such file"):
-        prepare_label_maps(tmp_path / "b.nii.gz", tmp_path / "out", spatial_size=SIZE)
+        prepare_labels(tmp_path / "b.nii.gz", tmp_path / "out", size=SIZE)
 
 
 def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:
-    prepare_label_maps([save_head(tmp_path / f"{name}.nii.gz") for name in "ab"], tmp_path / "out", spatial_size=SIZE)
+    prepare_labels([save_head(tmp_path / f"{name}.nii.gz") for name in "ab"], tmp_path / "out", size=SIZE)
     path = write_datalist(tmp_path / "out", validation=["b"])
     training = load_decathlon_datalist(path, data_list_key="training")
     assert [Path(item["mni"]) for item in training] == [tmp_path / "out" / "a" / "mni.nii.gz"]

@@ -15,11 +15,11 @@ from monai.data import load_decathlon_datalist
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.cli.subjects import prepare_labels
 from brainfm_monai.data import prepare, simulated
 from brainfm_monai.data.datalist import count_subjects, make_entry, read_datalist, write_datalist
+from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import PreparationError, prepare_label_map, prepare_label_maps
+from brainfm_monai.data.prepare import prepare_label_map, prepare_labels
 from brainfm_monai.data.simulated import choose_contrasts, simulate_contrasts
 
 SIZE = (32, 40, 36)
@@ -85,7 +85,7 @@ def read_painted(folder: Path, *names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_tables_values_lie_where_the_affine_says(tmp_path: Path, name: str) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, spatial_size=SIZE, contrasts=[name])
+    folder = prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, size=SIZE, contrasts=[name])
     assert not (folder / f"{name}.nii.gz").exists()
     item = read_painted(folder, name)
     image, labels = item[name], item["generation_labels"]
@@ -99,7 +99,7 @@ def test_the_tables_values_lie_where_the_affine_says(tmp_path: Path, name: str) 
 
 
 def test_every_voxel_away_from_a_boundary_has_its_mean_and_boundaries_lie_between(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, spatial_size=LARGE, contrasts="CT,T1w")
+    folder = prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, size=LARGE, contrasts="CT,T1w")
     item = read_painted(folder, "T1w", "CT")
     labels = item["generation_labels"][0].numpy()
     same = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
@@ -119,7 +119,7 @@ def test_every_voxel_away_from_a_boundary_has_its_mean_and_boundaries_lie_betwee
 
 def test_a_list_names_painted_contrasts_and_the_subjects_of_earlier_versions_keep_their_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare_label_maps([save_head(tmp_path / f"{n}.nii.gz") for n in "ab"], out, spatial_size=SIZE, contrasts=ALL)
+    prepare_labels([save_head(tmp_path / f"{n}.nii.gz") for n in "ab"], out, size=SIZE, contrasts=ALL)
     stored = nib.Nifti1Image(np.full(SIZE, 0.25, np.float32), np.eye(4))
     nib.save(stored, out / "b" / "T2w.nii.gz")  # earlier versions stored what they had painted
     path = write_datalist(out)
@@ -134,11 +134,11 @@ def test_a_list_names_painted_contrasts_and_the_subjects_of_earlier_versions_kee
 
 def test_the_record_names_what_is_simulated(tmp_path: Path) -> None:
     source = save_head(tmp_path / "a.nii.gz")
-    folder = prepare_label_map(source, tmp_path / "out", spatial_size=SIZE, contrasts="CT, T1w,CT")
+    folder = prepare_label_map(source, tmp_path / "out", size=SIZE, contrasts="CT, T1w,CT")
     record = read_record(folder)
     assert record["simulated"] == ["T1w", "CT"]
     assert set(record["keys"]) == {"generation_labels", "segmentation", "distance", "mni"}
-    plain = prepare_label_map(source, tmp_path / "plain", spatial_size=SIZE)
+    plain = prepare_label_map(source, tmp_path / "plain", size=SIZE)
     assert "simulated" not in read_record(plain)
     with pytest.raises(KeyError, match="a: the item has no 'T1w'"):
         read_painted(plain, "T1w")
@@ -180,23 +180,23 @@ def test_an_id_that_a_table_lacks_is_refused_in_one_line(tmp_path: Path) -> None
     for label, i, mixture in ((len(PROTOCOL), 900, ""), (len(PROTOCOL) + 1, 901, "900:0.5 2:0.5")):
         rows.append(f"{label}\t{i}\tOwn-{i}\tnone\t{label}\t1\t2\t3\t\t{mixture}")
     table.write_text("\n".join(rows), encoding="utf-8")
-    settings: dict[str, Any] = {"generation_protocol": str(table), "protocol": str(table), "spatial_size": SIZE}
+    settings: dict[str, Any] = {"generation_protocol": str(table), "protocol": str(table), "size": SIZE}
     for extra in (900, 901):  # the mixture is refused for the part that has no mean
         source = save_head(tmp_path / f"{extra}.nii.gz", extra=extra)
         with pytest.raises(PreparationError) as caught:
-            prepare_label_maps(source, tmp_path / "out", contrasts=["T1w"], **settings)
+            prepare_labels(source, tmp_path / "out", contrasts=["T1w"], **settings)
         line = f"{source}: the table of T1w must know every id that is painted, found no [900]"
         assert str(caught.value).splitlines() == ["1 of 1 subjects were not prepared:", line]
         assert not (tmp_path / "out" / str(extra)).exists()
-        prepare_label_maps(source, tmp_path / "out", **settings)
+        prepare_labels(source, tmp_path / "out", **settings)
     known = save_head(tmp_path / "known.nii.gz")
-    prepare_label_maps(known, tmp_path / "out", contrasts=["T1w"], **settings)  # what no voxel holds need not be known
+    prepare_labels(known, tmp_path / "out", contrasts=["T1w"], **settings)  # what no voxel holds need not be known
 
 
 @pytest.mark.parametrize("names", ["T1w,PD", ["PD"]])
 def test_contrasts_that_are_none(tmp_path: Path, names: str | list[str]) -> None:
     with pytest.raises(ValueError, match=r"^prepare: 'contrasts' must be out of T1w, T2w, FLAIR, CT, got PD$"):
-        prepare_label_maps(save_head(tmp_path / "a.nii.gz"), tmp_path / "out", contrasts=names)
+        prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path / "out", contrasts=names)
     assert not (tmp_path / "out").exists()
 
 

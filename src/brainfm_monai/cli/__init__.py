@@ -13,15 +13,7 @@ from brainfm_monai import __version__
 from brainfm_monai.cli.bundle import predict, train
 from brainfm_monai.cli.evaluation import compare, evaluate
 from brainfm_monai.cli.preview import preview
-from brainfm_monai.cli.subjects import (
-    check_data,
-    demo_scans,
-    fetch_data,
-    list_subjects,
-    prepare_bids,
-    prepare_freesurfer,
-    prepare_labels,
-)
+from brainfm_monai.cli.subjects import Data, Prepare, demo_scans
 from brainfm_monai.cli.weights import export, import_weights
 
 __all__ = ["COMMANDS", "main"]
@@ -32,10 +24,10 @@ def version() -> str:
     return __version__
 
 
-COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
+COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
     "predict": predict,
-    "prepare": {"labels": prepare_labels, "freesurfer": prepare_freesurfer, "bids": prepare_bids},
-    "data": {"fetch": fetch_data, "list": list_subjects, "check": check_data},
+    "prepare": Prepare(),
+    "data": Data(),
     "preview": preview,
     "train": train,
     "evaluate": evaluate,

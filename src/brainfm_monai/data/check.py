@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
 from tqdm import tqdm
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.contact_sheet import write_contact_sheet
-from brainfm_monai.data.datalist import find_subjects, read_datalist
+from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
+from brainfm_monai.data.labels import is_brain
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.data.subjects import CONTRASTS, STORAGE
@@ -29,6 +30,9 @@ MINIMUM_AGREEMENT = (
     0.8  # Dice of the inside of a boundary and of the labels in it; surfaces and labels never agree fully
 )
 MINIMUM_SEPARATION_MM = 5.0  # of the centroids of left and right
+CEREBELLUM_IDS = (7, 8, 46, 47)
+CEREBELLUM_DIRECTION = (0.0, -0.6, -0.8)  # of its centroid from that of the cerebrum in MNI152, in RAS
+MAXIMUM_TILT_DEG = 75.0  # between that direction and the head's; an exchanged or mirrored axis makes 90 and more
 MAXIMUM_SIDE_RATIO = (
     2.0  # of a structure's two volumes; the label maps of SynthSeg reach 1.6, but for one with a hole (3.4)
 )
@@ -107,11 +111,10 @@ def check_set(
     findings = [
         finding for found in tqdm(_map(work, entries, jobs), total=len(entries), unit="subject") for finding in found
     ]
-    protocols = sorted({str(entry["protocol"]) for entry in entries if "protocol" in entry})
-    if len(protocols) > 1:
-        findings.append(
-            Finding("all", "one protocol", f"segmentations of {', '.join(protocols)}: a training has one protocol")
-        )
+    try:
+        check_protocols(entries, str(source))
+    except ValueError as error:
+        findings.append(Finding("all", "one protocol", str(error)))
     return findings, entries
 
 
@@ -132,6 +135,8 @@ def _check_and_draw(entry: dict[str, Any], picture_dir: Path | None) -> list[Fin
     volumes = Volumes(entry)
     findings = check_subject(volumes)
     if picture_dir is not None:
+        from brainfm_monai.data.contact_sheet import write_contact_sheet  # matplotlib is slow to import
+
         try:
             write_contact_sheet(
                 volumes, picture_dir / f"{entry['subject']}.png", [f"{f.rule}: {f.found}" for f in findings]
@@ -199,21 +204,32 @@ def _values_are_in_range(volumes: Volumes) -> Iterator[str]:
             yield f"{key} ranges from {low:.3g} to {high:.3g}: [0, 1] is needed"
 
 
+def _centroid(volumes: Volumes, ids: Sequence[int]) -> np.ndarray | None:
+    """Centroid of some ids in RAS mm, shape (3,); None where there are none."""
+    voxels = np.argwhere(np.isin(volumes.ids, ids))
+    return apply_affine(volumes.affine("segmentation"), voxels.mean(axis=0)) if len(voxels) else None
+
+
 def _sides_are_right(volumes: Volumes) -> Iterator[str]:
-    if "segmentation" not in volumes.keys:
-        return
-    columns = volumes.affine("segmentation")[0]
-    places = [np.argwhere(np.isin(volumes.ids, PIAL_IDS[side])) for side in ("left", "right")]
-    if not all(map(len, places)):
-        return
-    left, right = (float(p.mean(axis=0) @ columns[:3] + columns[3]) for p in places)
-    if right - left < MINIMUM_SEPARATION_MM:
-        yield f"left hemisphere at x = {left:.0f} mm, right one at {right:.0f} mm in the affine's RAS"
-    if "mni" in volumes.keys:
-        ratio = volumes.ids.shape[0] // volumes["mni"].shape[0]
-        means = [float(volumes["mni"][tuple((p // ratio).T)][:, 0].mean()) for p in places]
-        if means[1] - means[0] < MINIMUM_SEPARATION_MM:
-            yield f"left hemisphere at MNI x = {means[0]:.0f} mm, right one at {means[1]:.0f} mm"
+    if "segmentation" in volumes.keys:
+        left, right = (_centroid(volumes, PIAL_IDS[side]) for side in ("left", "right"))
+        if left is not None and right is not None and right[0] - left[0] < MINIMUM_SEPARATION_MM:
+            yield f"left hemisphere at x = {left[0]:.0f} mm, right one at {right[0]:.0f} mm in the affine's RAS"
+
+
+def _head_is_upright(volumes: Volumes) -> Iterator[str]:
+    if "segmentation" in volumes.keys:
+        cerebrum = _centroid(volumes, (*PIAL_IDS["left"], *PIAL_IDS["right"]))
+        cerebellum = _centroid(volumes, CEREBELLUM_IDS)
+        if cerebrum is not None and cerebellum is not None:
+            away = cerebellum - cerebrum
+            cosine = away @ CEREBELLUM_DIRECTION / max(float(np.linalg.norm(away)), 1e-6)
+            if cosine < np.cos(np.deg2rad(MAXIMUM_TILT_DEG)):
+                x, y, z = away
+                yield (
+                    f"cerebellum {x:.0f} mm right, {y:.0f} mm in front of and {z:.0f} mm above the cerebrum in the affine's "
+                    "RAS, where it lies behind and below"
+                )
 
 
 def _sides_are_alike(volumes: Volumes) -> Iterator[str]:
@@ -237,7 +253,7 @@ def _sides_are_alike(volumes: Volumes) -> Iterator[str]:
 def _head_is_plausible(volumes: Volumes) -> Iterator[str]:
     if "segmentation" in volumes.keys:
         voxel_ml = abs(np.linalg.det(volumes.affine("segmentation")[:3, :3])) / 1000
-        brain_ml = float(((volumes.ids > 0) & (volumes.ids < 500) & (volumes.ids != 24)).sum() * voxel_ml)
+        brain_ml = float((is_brain(volumes.ids) & (volumes.ids != 24)).sum() * voxel_ml)
         if not BRAIN_RANGE_ML[0] <= brain_ml <= BRAIN_RANGE_ML[1]:
             yield f"brain of {brain_ml:.0f} ml, {BRAIN_RANGE_ML[0]:.0f} to {BRAIN_RANGE_ML[1]:.0f} are plausible"
 
@@ -257,7 +273,14 @@ def _coordinates_are_plausible(volumes: Volumes) -> Iterator[str]:
         return
     mni = volumes["mni"]
     step = volumes.ids.shape[0] // mni.shape[0]
-    brain = ((volumes.ids > 0) & (volumes.ids < 500))[step // 2 :: step, step // 2 :: step, step // 2 :: step]
+    brain = is_brain(volumes.ids)[(slice(step // 2, None, step),) * 3]
+    sides = [
+        mni[np.isin(volumes.ids, PIAL_IDS[side])[(slice(step // 2, None, step),) * 3]] for side in ("left", "right")
+    ]
+    if all(map(len, sides)):
+        left, right = (float(side[:, 0].mean()) for side in sides)
+        if right - left < MINIMUM_SEPARATION_MM:
+            yield f"left hemisphere at MNI x = {left:.0f} mm, right one at {right:.0f} mm"
     folded = int((compute_jacobian(mni, volumes.affine("mni"))[brain] <= 0).sum())
     if folded:
         yield f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
@@ -271,6 +294,7 @@ RULES: dict[str, Callable[[Volumes], Iterator[str]]] = {
     "targets": _targets_hold_something,
     "intensities": _values_are_in_range,
     "left and right": _sides_are_right,
+    "axes": _head_is_upright,
     "sides alike": _sides_are_alike,
     "head size": _head_is_plausible,
     "distances": _distances_fit_the_labels,

@@ -1,25 +1,128 @@
-"""Further contrasts of a subject: brought onto the reference scan, scaled, with masks of where they hold no data."""
+"""Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and the lesions drawn on them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
-from nibabel.affines import voxel_sizes
+from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
+from scipy.spatial.distance import cdist
+from scipy.spatial.transform import Rotation
 
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.elastix import RIGID, register_linear
-from brainfm_monai.data.intensities import AIR_HU, find_head, resample_to_box, scale_intensities
+from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box, scale_intensities
+from brainfm_monai.data.labels import is_brain
+from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 
-__all__ = ["align_scan", "check_hounsfield", "find_removed", "measure_motion", "scale_contrast"]
+__all__ = [
+    "BoxScan",
+    "align_scan",
+    "carry_lesion",
+    "check_hounsfield",
+    "find_removed",
+    "gather_scans",
+    "measure_motion",
+    "recognise_contrast",
+    "scale_contrast",
+]
 
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
 MINIMUM_AIR_SHARE = 0.01
-HEAD_FLOOR_HU = -300.0
 SAME_PLACE_DICE = 0.5
+MINIMUM_COVER = (
+    0.8  # share of the labelled brain that must lie in the head of its scan; of real subjects 0.97 and more does
+)
+SAME_GRID_MM = 0.1
 SHELL_MM = (6, 14)  # skull and scalp around the brain
 STRIPPED_SHARE, DEFACED_SHARE = 0.9, 0.7  # of a shell or of the face that must be exactly 0
 # eyes, nose and cheeks, and the space in front of and below them that defacing tools clear, in MNI152 mm: low and high corner
 FACE_MNI_MM = ((-35, 55, -65), (35, 85, -30))
 FRONT_MNI_MM = ((-90, 15, -140), (90, 130, 5))
+MINIMUM_VOXELS = 100  # of a structure whose brightness is compared
+
+
+class BoxScan(NamedTuple):
+    """A scan on the box of its subject.
+
+    Attributes:
+        values: in the unit of the file, shape (H, W, D); air where the scan does not reach.
+        seen: mask of the field of view, same shape, bool.
+        motion: rigid map from RAS mm of the reference to RAS mm of this scan, shape (4, 4).
+        corners: the corners of the file's grid in RAS mm, shape (8, 3).
+    """
+
+    values: np.ndarray
+    seen: np.ndarray
+    motion: np.ndarray
+    corners: np.ndarray
+
+
+def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:
+    """Every contrast on the box of a subject. The first one is the reference; the others are registered to it.
+
+    Args:
+        files: by role; those of contrasts are read.
+        ids: FreeSurfer ids on the box, shape (H, W, D).
+        affine: voxels of the box to RAS mm.
+
+    Returns:
+        The scans by contrast, in the order of ``files``.
+
+    Raises:
+        ValueError: if a file holds no scan, a CT is not in HU, or the labels do not lie on the head of the reference.
+    """
+    scans: dict[str, BoxScan] = {}
+    for key, path in files.items():
+        if key not in CONTRASTS:
+            continue
+        values, file_affine = read_scan(path)
+        if key == "CT":
+            values = check_hounsfield(values, str(path))
+        reference = next(iter(scans.values())).values if scans else None
+        motion = np.eye(4)
+        if reference is not None:
+            motion = align_scan((reference, affine), (values, file_affine), key == "CT")
+        grid = (motion @ affine, ids.shape)
+        outside = AIR_HU if key == "CT" else 0.0
+        on_box = resample_to_box(values, file_affine, *grid, outside=outside)
+        seen = resample_to_box(np.ones_like(values), file_affine, *grid) > 0.5
+        scans[key] = BoxScan(on_box, seen, motion, _corners(values.shape, file_affine))
+        if reference is None:
+            brain = is_brain(ids) & seen
+            cover = find_head(on_box - outside)[brain].mean() if brain.any() else 0.0
+            if cover < MINIMUM_COVER:
+                raise ValueError(
+                    f"{path}: a scan on whose head the labels of {files['labels'].name} lie is needed, "
+                    f"found {100 * cover:.0f} % of the labelled brain in it"
+                )
+    return scans
+
+
+def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
+    """The contrast of a scan: CT if it is in HU, else that in whose table the structures have the most similar brightness.
+
+    Args:
+        path: the scan.
+        ids: FreeSurfer ids on the box, shape (H, W, D).
+        affine: voxels of the box to RAS mm.
+    """
+    values, file_affine = read_scan(path)
+    if values.min() < AIR_HU / 2 and (values < AIR_HU / 2).mean() > MINIMUM_AIR_SHARE and values.max() > -AIR_HU / 2:
+        return "CT"
+    on_box = resample_to_box(values, file_affine, affine, ids.shape)
+    protocol = Protocol.load("synthseg_generation")
+    names = [name for name in CONTRASTS if name != "CT"]
+    counts = {int(i): int((ids == i).sum()) for i in protocol.freesurfer_ids[protocol.is_brain]}
+    present = [i for i, count in counts.items() if count >= MINIMUM_VOXELS]
+    found = [float(np.median(on_box[ids == i])) for i in present]
+    means = read_contrasts(names, protocol)[0].numpy()[:, [protocol.label_of_id[i] for i in present]]
+    weights = [counts[i] for i in present]
+    likeness = [np.cov(mean, found, fweights=weights)[0, 1] / np.sqrt(np.cov(mean, fweights=weights)) for mean in means]
+    return names[int(np.argmax(likeness))]
 
 
 def align_scan(
@@ -52,12 +155,9 @@ def align_scan(
 
 def measure_motion(matrix: np.ndarray, centre_mm: np.ndarray) -> dict[str, float]:
     """Angle in degrees of a rigid map and how far it takes a point, in mm."""
-    cosine = np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)
-    moved = matrix[:3, :3] @ centre_mm + matrix[:3, 3] - centre_mm
-    return {
-        "rotation_deg": round(float(np.rad2deg(np.arccos(cosine))), 2),
-        "shift_mm": round(float(np.linalg.norm(moved)), 2),
-    }
+    angle = np.rad2deg(Rotation.from_matrix(matrix[:3, :3]).magnitude())
+    shift = np.linalg.norm(apply_affine(matrix, centre_mm) - centre_mm)
+    return {"rotation_deg": round(float(angle), 2), "shift_mm": round(float(shift), 2)}
 
 
 def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
@@ -79,40 +179,75 @@ def scale_contrast(contrast: str, values: np.ndarray) -> np.ndarray:
     return values if contrast == "CT" else scale_intensities(values)
 
 
+def carry_lesion(
+    files: Mapping[str, Path], contrast: str, scans: Mapping[str, BoxScan], affine: np.ndarray
+) -> tuple[np.ndarray | None, str]:
+    """Bring the mask of lesions onto the box, from the scan on which it was drawn.
+
+    Args:
+        files: by role, with ``lesion``.
+        contrast: of the scan on which it was drawn; empty: the scan whose grid it has, or the only one.
+        scans: the subject's scans on its box, which know how the head moved between them.
+        affine: voxels of the box to RAS mm.
+
+    Returns:
+        Mask, shape (H, W, D), uint8, or None with the reason why the lesion is left out.
+    """
+    values, file_affine = read_scan(files["lesion"])
+    corners = _corners(values.shape, file_affine)
+    fits = [key for key, scan in scans.items() if cdist(corners, scan.corners).min(axis=1).max() < SAME_GRID_MM]
+    drawn_on = contrast or next(iter([*fits, *(scans if len(scans) == 1 else ())]), "")
+    if drawn_on not in scans:
+        needed = f"that of {' or '.join(scans)}" if not contrast else f"a scan of {contrast}"
+        return None, f"{files['lesion'].name} is left out: its grid must be {needed}, or its name tell space-<contrast>"
+    scan = scans[drawn_on]
+    share = resample_to_box((values > 0.5).astype(np.float32), file_affine, scan.motion @ affine, scan.values.shape)
+    if (values > 0.5).any() and not (share > 0.5).any():
+        return None, f"{files['lesion'].name} is left out: no lesion of it lies in the box"
+    return (share > 0.5).astype(np.uint8), ""
+
+
 def find_removed(
-    values: np.ndarray, affine: np.ndarray, seen: np.ndarray, ids: np.ndarray, mni_mm: np.ndarray
+    contrast: str, scan: BoxScan, mask: Path | None, ids: np.ndarray, affine: np.ndarray, mni_mm: np.ndarray
 ) -> np.ndarray:
     """Where a scan on the box of a subject holds no data: outside its field of view, where defaced, or outside the brain.
 
-    Defacing and brain extraction set voxels to exactly 0, which the noise of air rarely is. A scan counts as brain-extracted if
-    nine tenths of a shell around the brain are 0, and as defaced if seven tenths of the place of eyes and nose are.
+    A mask of the data set decides where there is one. Without it: defacing and brain extraction set voxels to exactly 0, which
+    the noise of air rarely is. A scan counts as brain-extracted if nine tenths of a shell around the brain are 0, and as defaced
+    if seven tenths of the place of eyes and nose are.
 
     Args:
-        values: scan on the box, before scaling, shape (H, W, D); 0 where the scan does not reach.
+        contrast: of the scan.
+        scan: on the box, before scaling.
+        mask: file that is 1 where the scan was defaced, in the space of the scan.
+        ids: FreeSurfer ids, shape (H, W, D).
         affine: voxels of the box to mm.
-        seen: mask of the field of view, same shape, bool.
-        ids: FreeSurfer ids, same shape.
         mni_mm: MNI152 coordinates on a grid that divides the box into blocks, shape (H / n, W / n, D / n, 3).
 
     Returns:
         Mask, shape (H, W, D), bool.
     """
-    removed = ~seen
-    brain = (ids > 0) & (ids < 500)
+    removed = ~scan.seen
+    if mask is not None:
+        return np.asarray(removed | (resample_to_box(*read_scan(mask), scan.motion @ affine, ids.shape) > 0.5))
+    brain = is_brain(ids)
+    empty = scan.values == (AIR_HU if contrast == "CT" else 0)
     away = ndimage.distance_transform_edt(~brain, sampling=voxel_sizes(affine))
-    empty = values == 0
-    shell = (away > SHELL_MM[0]) & (away < SHELL_MM[1]) & seen
+    shell = (away > SHELL_MM[0]) & (away < SHELL_MM[1]) & scan.seen
     if shell.any() and empty[shell].mean() > STRIPPED_SHARE:
         return np.asarray(removed | (empty & ~brain))
-    face = _within(mni_mm, FACE_MNI_MM, values.shape) & seen
+    face = _within(mni_mm, FACE_MNI_MM, ids.shape) & scan.seen
     if face.any() and empty[face].mean() > DEFACED_SHARE:
-        removed = removed | (empty & _within(mni_mm, FRONT_MNI_MM, values.shape) & ~brain)
+        removed = removed | (empty & _within(mni_mm, FRONT_MNI_MM, ids.shape) & ~brain)
     return np.asarray(removed)
 
 
 def _within(mni_mm: np.ndarray, corners: tuple[tuple[int, ...], tuple[int, ...]], shape: tuple[int, ...]) -> np.ndarray:
     """Voxels of the box whose block lies between two corners in MNI152 space."""
     inside = ((mni_mm > corners[0]) & (mni_mm < corners[1])).all(axis=-1)
-    for axis in range(3):
-        inside = inside.repeat(shape[axis] // inside.shape[axis], axis=axis)
-    return np.asarray(inside)
+    return np.kron(inside, np.ones([n // m for n, m in zip(shape, inside.shape, strict=True)], dtype=bool))
+
+
+def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """Centres of the corner voxels of a grid in RAS mm, shape (8, 3)."""
+    return np.asarray(apply_affine(affine, np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)))

@@ -1,7 +1,8 @@
-"""Many subjects: prepared in parallel, finished ones skipped, a bad one reported at the end."""
+"""Many subjects: made in parallel, checked, written whole; finished ones are skipped, a bad one is reported at the end."""
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,17 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from brainfm_monai.data.subjects import describe_subject, read_record, subject_file
+from brainfm_monai.data.check import Volumes, check_subject
+from brainfm_monai.data.datalist import make_entry
+from brainfm_monai.data.subjects import SIDECAR, describe_subject, fill_subject, read_record, subject_file
+from brainfm_monai.io import write_folder, write_text
 
-__all__ = ["Job", "PreparationError", "run_jobs"]
+__all__ = ["Job", "PreparationError", "is_finished", "make_subject", "run_jobs"]
 
 logger = logging.getLogger(__name__)
 
+REFUSED = ("left and right", "axes")  # rules of the check whose breach no training survives
+FREE = ("versions", "person")  # facts of a record that do not decide whether the subject is made again
 
-class PreparationError(RuntimeError):
+
+class PreparationError(ValueError):
     """Some subjects could not be prepared; the others were."""
 
 
@@ -31,9 +39,10 @@ class Job:
     Attributes:
         name: name of the subject and of its folder.
         kind: which preparation it is.
-        files: what it is made of, by role; the first one stands for the subject in messages.
+        files: what it is made of, by role; the first one names the subject in messages.
         settings: what is asked for, as it is recorded; a subject that was made otherwise is made again.
-        make: writes the subject into the folder that it is given; a function of a module, so that processes can be told of it.
+        make: returns the volumes of the subject, as :func:`write_subject` takes them, and facts for its record; ``faults`` among
+            them are reported. A function of a module, so that other processes can import it.
         options: further arguments of ``make`` that do not belong into the record.
     """
 
@@ -41,7 +50,7 @@ class Job:
     kind: str
     files: Mapping[str, Path]
     settings: Mapping[str, Any]
-    make: Callable[[Job, Path], None]
+    make: Callable[[Job], tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, Any]]]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -49,22 +58,52 @@ class Job:
         """The file or folder that messages name."""
         return next(iter(self.files.values()))
 
-    def describe(self) -> dict[str, Any]:
-        """What the record of the finished subject says."""
-        return describe_subject(self.kind, self.files, self.settings)
+
+def make_subject(job: Job, target: Path) -> list[str]:
+    """Make the subject of a job, check it as ``data check`` does, and write its folder, whole or not at all.
+
+    Args:
+        job: the subject.
+        target: its folder; an older one is replaced.
+
+    Returns:
+        The faults, one line each; the record of the subject names them, too.
+
+    Raises:
+        ValueError: if left and right are exchanged or the head lies on its side; or what the job raises.
+    """
+    volumes, facts = job.make(job)
+    with write_folder(target) as folder:
+        record = describe_subject(job.kind, job.files, job.settings) | facts
+        fill_subject(folder, volumes, record)
+        entry = {**make_entry(folder), "subject": job.name}
+        entry.pop("simulated", None)  # what the package paints needs no check
+        findings = check_subject(Volumes(entry))
+        refused = [finding for finding in findings if finding.rule in REFUSED]
+        if refused:
+            raise ValueError(f"{job.source}: {refused[0].rule}: {refused[0].found}")
+        faults = [*facts.get("faults", ()), *(f"{finding.rule}: {finding.found}" for finding in findings)]
+        if faults:
+            write_record(folder, {**read_record(folder), "faults": faults})
+    return faults
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a subject."""
+    write_text(folder / SIDECAR, json.dumps(record, indent=2) + "\n")
 
 
 def run_jobs(
     jobs: Sequence[Job], output_dir: str | Path, *, processes: int = 1, overwrite: bool = False, dry_run: bool = False
 ) -> list[Path]:
-    """Prepare subjects; finished ones are skipped, so that an interrupted run goes on where it was.
+    """Prepare subjects; finished ones are skipped, so that an interrupted run continues where it stopped.
 
     Args:
         jobs: the subjects, with different names.
         output_dir: folder for the subjects' folders.
         processes: how many are prepared at once.
         overwrite: prepare finished subjects again.
-        dry_run: tell what would be done, and do nothing.
+        dry_run: log what would be done, and do nothing.
 
     Returns:
         The subjects' folders, in the order of the jobs.
@@ -78,31 +117,36 @@ def run_jobs(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{output_dir}: subjects with different names are needed, found twice: {twice}")
-    waiting = [job for job in jobs if overwrite or not _is_finished(output_dir / job.name, job)]
+    waiting = [job for job in jobs if overwrite or not is_finished(output_dir / job.name, job)]
+    folders = [output_dir / name for name in names]
     if dry_run:
         for job in jobs:
             verb = "would prepare" if job in waiting else "is finished:"
-            logger.info(
-                "%s %s from %s", verb, job.name, ", ".join(f"{role} {path}" for role, path in job.files.items())
-            )
-        return [output_dir / name for name in names]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(_run(waiting, output_dir, processes), total=len(waiting), desc="preparing subjects", unit="subject")
-    failures = [_one_line(job.source, error) for job, error in bar if error is not None]
+            files = ", ".join(f"{role} {path}" for role, path in job.files.items())
+            logger.info("%s %s from %s", verb, job.name, files)
+        return folders
+    failures = []
+    for job, outcome in tqdm(
+        _run(waiting, output_dir, processes), total=len(waiting), desc="preparing subjects", unit="subject"
+    ):
+        if isinstance(outcome, BaseException):
+            text = " ".join(str(outcome).split()) or type(outcome).__name__
+            failures.append(text if str(job.source) in text else f"{job.source}: {text}")
+        else:
+            for fault in outcome:
+                logger.warning("%s: %s", job.name, fault)
     if failures:
-        raise PreparationError(
-            f"{len(failures)} of {len(jobs)} subjects were not prepared:\n" + "\n".join(sorted(failures))
-        )
-    return [output_dir / name for name in names]
+        lines = "\n".join(sorted(failures))
+        raise PreparationError(f"{len(failures)} of {len(jobs)} subjects were not prepared:\n{lines}")
+    return folders
 
 
-def _run(jobs: Sequence[Job], output_dir: Path, processes: int) -> Iterator[tuple[Job, BaseException | None]]:
-    """Do the jobs, in this process or in several, and give each with its error as it gets done."""
+def _run(jobs: Sequence[Job], output_dir: Path, processes: int) -> Iterator[tuple[Job, list[str] | BaseException]]:
+    """Do the jobs, in this process or in several, and give each with its faults or its error when it is done."""
     if processes <= 1 or len(jobs) <= 1:
         for job in jobs:
             try:
-                job.make(job, output_dir / job.name)
-                yield job, None
+                yield job, make_subject(job, output_dir / job.name)
             except Exception as error:
                 yield job, error
         return
@@ -110,23 +154,21 @@ def _run(jobs: Sequence[Job], output_dir: Path, processes: int) -> Iterator[tupl
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        running = {pool.submit(job.make, job, output_dir / job.name): job for job in jobs}
+        running = {pool.submit(make_subject, job, output_dir / job.name): job for job in jobs}
         for done in as_completed(running):
-            yield running[done], done.exception()
+            yield running[done], done.exception() or done.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _is_finished(folder: Path, job: Job) -> bool:
-    """Whether a subject is there, out of the same files and with the same settings."""
+def is_finished(folder: Path, job: Job) -> bool:
+    """Whether a subject is there, out of the same files and with the same settings; its person is brought up to date."""
     try:
-        found, wanted = read_record(folder), job.describe()
+        found, wanted = read_record(folder), describe_subject(job.kind, job.files, job.settings)
     except (OSError, ValueError):
-        return False  # a source that cannot be read tells so when the subject is made
-    same = all(found.get(key) == value for key, value in wanted.items() if key != "versions")
-    return same and all(subject_file(folder, key).is_file() for key in found.get("keys", ["mni"]))
-
-
-def _one_line(source: Path, error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if str(source) in text else f"{source}: {text}"
+        return False  # a source that cannot be read is reported when the subject is made
+    same = all(found.get(key) == value for key, value in wanted.items() if key not in FREE)
+    finished = same and all(subject_file(folder, key).is_file() for key in found.get("keys", ["mni"]))
+    if finished and "person" in wanted and found.get("person") != wanted["person"]:
+        write_record(folder, {**found, "person": wanted["person"]})
+    return finished

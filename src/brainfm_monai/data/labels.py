@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Orientation, Spacing
+from monai.transforms import Orientation, Spacing, generate_spatial_bounding_box
+from nibabel.affines import apply_affine
 
-from brainfm_monai.io import ScanError, read_labels
+from brainfm_monai.anatomy import HEAD_IDS, Protocol
+from brainfm_monai.data.distances import PIAL_IDS
+from brainfm_monai.io import ScanError, read_labels, read_table
 
-__all__ = ["crop_to_box", "find_brain_centre", "fold_ids", "load_label_map", "read_id_table"]
+__all__ = [
+    "crop_to_box",
+    "cut_to_brain",
+    "find_brain_centre",
+    "fold_ids",
+    "is_brain",
+    "load_label_map",
+    "read_id_table",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +38,7 @@ PARCELS = (
 # ids of both sides, and what they become on the left and on the right: hypointensities, and the parts of the corpus callosum
 UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
 WHITE_MATTER = (2, 41)
+BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)  # cerebrum and cerebellum, which place the box
 
 
 def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -63,27 +74,46 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[
     return ids.as_tensor()[0].round().int().numpy(), ids.affine.numpy().astype(np.float64)
 
 
-def read_id_table(path: str | Path) -> dict[int, int]:
-    """Read a tab-separated table with the columns ``id`` and ``freesurfer_id``.
+def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = "synthseg_head") -> dict[int, int]:
+    """The FreeSurfer id of each id of a label map.
+
+    Args:
+        source: tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``; or the rows as a mapping of ids to
+            ids or names; case, blanks and hyphens of names do not matter.
+        protocol: protocol in which names are looked up, before the shipped ones.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, a value is no whole number, or an id stands twice.
+        ValueError: if a column is missing, a value is no whole number or no known name, or an id stands twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: a table of ids is needed, found no such file")
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
-    try:
-        pairs = [(int(row["id"]), int(row["freesurfer_id"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' are needed, found {error}"
-        ) from error
-    twice = sorted({i for i, _ in pairs if [j for j, _ in pairs].count(i) > 1})
+    if isinstance(source, Mapping):
+        pairs, path = list(source.items()), Path("ids")
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: a table of ids is needed, found no such file")
+        try:
+            pairs = [(int(row["id"]), row.get("freesurfer_id") or row["name"]) for row in read_table(path)]
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' (or 'name') are needed, found {error}"
+            ) from error
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice or not pairs:
         raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
-    return dict(pairs)
+    known: dict[str, int] = {}
+    for name in (*Protocol.names(), protocol):
+        known |= {_plain(s.name): s.freesurfer_id for s in Protocol.load(name).structures if not s.mixture}
+    table = {int(key): known.get(_plain(value), value) for key, value in pairs}
+    unknown = [str(value) for value in table.values() if not str(value).lstrip("-").isdigit()]
+    if unknown:
+        raise ValueError(f"{path}: whole numbers or names of structures are needed, found {', '.join(unknown[:5])}")
+    return {key: int(value) for key, value in table.items()}
+
+
+def _plain(name: int | str) -> str:
+    return "".join(c for c in str(name).lower() if c.isalnum())
 
 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
@@ -124,6 +154,12 @@ def _translate(values: np.ndarray, table: Mapping[int, int], source: str) -> np.
     return np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
 
 
+def is_brain(ids: np.ndarray) -> np.ndarray:
+    """Which voxels are brain or fluid in and around it: those with an id that is not one of the head outside."""
+    head = [(first <= ids) & (ids <= last) for first, last in HEAD_IDS]
+    return np.asarray((ids > 0) & ~np.logical_or.reduce(head))
+
+
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:
     """Centre of the bounding box of the brain.
 
@@ -141,11 +177,15 @@ def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "
     brain = np.isin(ids, list(brain_ids))
     if not brain.any():
         raise ValueError(f"{source}: cerebrum or cerebellum labels are needed to place the box, found none")
-    bounds = []
-    for axis in range(3):
-        inside = np.flatnonzero(brain.any(axis=tuple(other for other in range(3) if other != axis)))
-        bounds.append((inside[0] + inside[-1]) / 2)
-    return np.array(bounds)
+    start, end = generate_spatial_bounding_box(brain[None])
+    return (np.array(start) + np.array(end) - 1) / 2
+
+
+def cut_to_brain(
+    ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The box around cerebrum and cerebellum of a map of FreeSurfer ids, and its affine; see :func:`crop_to_box`."""
+    return crop_to_box(ids, affine, find_brain_centre(ids, BOX_IDS, source), spatial_size)
 
 
 def crop_to_box(
@@ -163,12 +203,10 @@ def crop_to_box(
         The box, of shape ``spatial_size``, and its affine.
     """
     start = np.floor(np.asarray(centre) - (np.asarray(spatial_size) - 1) / 2).astype(int)
-    box = np.zeros(tuple(spatial_size), dtype=volume.dtype)
-    low, high = np.maximum(start, 0), np.minimum(start + np.asarray(spatial_size), volume.shape)
-    if (high > low).all():
-        source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        target = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
-        box[target] = volume[source]
+    end = start + np.asarray(spatial_size)
+    inside = tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(start, end, strict=True))
+    before, after = np.clip(-start, 0, spatial_size), np.clip(end - volume.shape, 0, spatial_size)
+    box = np.pad(volume[inside], list(zip(before, after, strict=True)))
     moved = affine.copy()
-    moved[:3, 3] = affine[:3, :3] @ start + affine[:3, 3]
+    moved[:3, 3] = apply_affine(affine, start)
     return box, moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,63 @@ from typing import Any
 import numpy as np
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.distances import PIAL_IDS, compute_hemisphere_distances
-from brainfm_monai.data.jobs import Job, PreparationError, run_jobs
-from brainfm_monai.data.labels import crop_to_box, find_brain_centre, fold_ids, load_label_map, read_id_table
+from brainfm_monai.data.datalist import make_entry
+from brainfm_monai.data.distances import compute_hemisphere_distances
+from brainfm_monai.data.freesurfer import make_from_scans
+from brainfm_monai.data.jobs import Job, is_finished, make_subject, run_jobs
+from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map, read_id_table
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
 from brainfm_monai.data.simulated import choose_contrasts, read_means
-from brainfm_monai.data.subjects import MNI_FACTOR, check_size, write_subject
+from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, check_size, hash_file
 from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
 
-__all__ = ["PreparationError", "cut_to_brain", "prepare_label_map", "prepare_label_maps"]
+__all__ = ["prepare_label", "prepare_label_map", "prepare_labels"]
 
-BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)
+
+def prepare_labels(
+    input: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    jobs: int = 1,
+    overwrite: bool = False,
+    protocol: str = "synthseg_head",
+    generation_protocol: str = "synthseg_generation",
+    ids: str | Path | None = None,
+    size: Sequence[int] | str = SIZE,
+    contrasts: Sequence[str] | str = (),
+    dataset: str = "",
+    dry_run: bool = False,
+) -> list[Path]:
+    """Prepare subjects for training from label maps; finished ones are skipped.
+
+    A subject is labels, distances and MNI coordinates on a box of 1 mm voxels in RAS+ order around the brain. Its folder holds
+    ``generation_labels.nii.gz``, ``segmentation.nii.gz``, ``distance.nii.gz`` (mm, negative inside; left pial, left white,
+    right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm) and ``subject.json``.
+
+    Args:
+        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a glob pattern, or a list of these.
+        output: folder for the prepared subjects, one folder each, named after the file.
+        jobs: subjects that are prepared at once; each needs about 3 GB.
+        overwrite: prepare finished subjects again.
+        protocol: label protocol of the segmentation: a name or a table file.
+        generation_protocol: label protocol of what the generator paints: a name or a table file.
+        ids: table (columns id, and freesurfer_id or name) for maps with ids of their own.
+        size: box around the brain, in voxels of 1 mm, multiples of 4.
+        contrasts: images that a training paints on the labels, out of T1w, T2w, FLAIR and CT, separated by commas; a finished
+            subject keeps its own where none are asked for.
+        dataset: name of the set in lists and counts; the folder's name if not given.
+        dry_run: log what would be done, and do nothing.
+
+    Returns:
+        The subjects' folders, in the order of the inputs.
+
+    Raises:
+        ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
+        PreparationError: at the end, if some label maps failed: one line for each.
+    """
+    asked = (dataset, generation_protocol, protocol, ids, size, contrasts)
+    work = [_make_job(source, *asked) for source in _find_sources(input)]
+    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
 def prepare_label_map(
@@ -30,128 +77,117 @@ def prepare_label_map(
     generation_protocol: str = "synthseg_generation",
     protocol: str = "synthseg_head",
     ids: str | Path | None = None,
-    spatial_size: Sequence[int] = (192, 224, 224),
+    size: Sequence[int] | str = SIZE,
     contrasts: Sequence[str] | str = (),
 ) -> Path:
-    """Prepare one subject: labels, distances and MNI coordinates on a fixed box of 1 mm voxels in RAS+ order.
-
-    The folder appears whole or not at all; one that is there already is replaced.
-
-    Args:
-        source: label map (NIfTI or MGH) with FreeSurfer or SynthSeg ids, or with those of ``ids``.
-        output_dir: folder in which the subject's folder is made; it is named after the file.
-        generation_protocol: protocol of the labels that the generator paints: a name or a table file.
-        protocol: protocol of the segmentation target: a name or a table file.
-        ids: table file with the columns ``id`` and ``freesurfer_id``, for maps with ids of their own.
-        spatial_size: size of the box in voxels, multiples of 4.
-        contrasts: out of T1w, T2w, FLAIR and CT, to paint on the generation labels, see :func:`simulate_contrasts`.
+    """Prepare one subject, also if it is finished; see :func:`prepare_labels`.
 
     Returns:
-        The subject's folder, with ``generation_labels.nii.gz``, ``segmentation.nii.gz``, ``distance.nii.gz`` (mm, negative
-        inside; left pial, left white, right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm), one file for each
-        contrast ([0, 1]; CT in HU) and ``subject.json``, which names the contrasts as ``simulated``.
+        The subject's folder.
 
     Raises:
         FileNotFoundError: if the label map, a protocol or the table is missing.
-        ValueError: if the label map is not one volume of known ids, ``spatial_size`` does not fit, or a contrast or its table
-            lacks what is asked of it.
+        ValueError: if the label map is not one volume of known ids, ``size`` does not fit, a contrast or its table lacks what is
+            asked of it, or left and right are exchanged.
     """
-    job = _job(Path(source), "", generation_protocol, protocol, ids, spatial_size, contrasts)
-    target = Path(output_dir) / job.name
-    make_from_labels(job, target)
-    return target
+    job = _make_job(Path(source), "", generation_protocol, protocol, ids, size, contrasts)
+    make_subject(job, Path(output_dir) / job.name)
+    return Path(output_dir) / job.name
 
 
-def prepare_label_maps(
-    inputs: str | Path | Sequence[str | Path],
+def prepare_label(
+    image: str | Path,
+    label: str | Path,
     output_dir: str | Path,
     *,
-    generation_protocol: str = "synthseg_generation",
+    ids: str | Path | Mapping[int, int | str] | None = None,
+    contrast: str = "",
     protocol: str = "synthseg_head",
-    ids: str | Path | None = None,
-    spatial_size: Sequence[int] = (192, 224, 224),
-    contrasts: Sequence[str] | str = (),
-    dataset: str = "",
-    jobs: int = 1,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> list[Path]:
-    """Prepare many subjects in parallel; finished ones are skipped, so that an interrupted run goes on where it was.
+    size: Sequence[int] | str = SIZE,
+) -> dict[str, Any]:
+    """Prepare the subject of a scan and its label map, as an annotator corrects them; the same content is prepared once.
+
+    The scan is a real image of the subject beside the labels, which are also painted in simulated contrasts.
 
     Args:
-        inputs: folder of label maps, one file, a glob pattern, or a list of these.
-        output_dir: folder for the subjects' folders.
-        generation_protocol: see :func:`prepare_label_map`.
-        protocol: see :func:`prepare_label_map`.
-        ids: see :func:`prepare_label_map`.
-        spatial_size: see :func:`prepare_label_map`.
-        contrasts: see :func:`prepare_label_map`; a finished subject keeps its own where none are asked for.
-        dataset: name of the set in counts and lists; the folder's name where it is empty.
-        jobs: number of processes; each needs about 3 GB.
-        overwrite: prepare finished subjects again.
-        dry_run: tell what would be done, and do nothing.
+        image: the scan.
+        label: label map in the same space, in a grid of its own.
+        output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
+        ids: FreeSurfer id, or name of a structure in a shipped protocol, of each id in the label map; or a table of these, see
+            :func:`read_id_table`. Without it the label map holds FreeSurfer ids.
+        contrast: T1w, T2w, FLAIR or CT; without it, the one in which the structures have the most similar order of brightness.
+        protocol: protocol of the segmentation target.
+        size: box around the brain, in voxels of 1 mm, multiples of 4.
 
     Returns:
-        The subjects' folders, in the order of the inputs.
+        The item of a datalist, with whole paths.
 
     Raises:
-        ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
-        PreparationError: at the end, if some label maps failed: one line for each.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the files are not a scan and a label map of known ids that lie on each other.
     """
-    check_size(spatial_size)
-    sources = _find_sources(inputs)
-    work = [_job(s, dataset, generation_protocol, protocol, ids, spatial_size, contrasts) for s in sources]
-    return run_jobs(work, output_dir, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+    files = {"labels": Path(label), "image": Path(image)}
+    table = None if ids is None else read_id_table(ids, protocol)
+    settings = {
+        "dataset": "annotated",
+        "protocol": Path(protocol).name,
+        "spatial_size": list(check_size(size)),
+        "template": TEMPLATE_NAME,
+        "contrast": contrast,
+        "ids": table and {str(key): value for key, value in table.items()},
+    }
+    parts = [*(hash_file(path) for path in files.values()), repr(settings)]
+    content = hashlib.sha256("".join(parts).encode()).hexdigest()
+    options = {"protocol": protocol, "ids": table}
+    job = Job(f"{scan_stem(label)}_{content[:12]}", "annotated", files, settings, make_from_scans, options)
+    target = Path(output_dir) / job.name
+    if not is_finished(target, job):
+        make_subject(job, target)
+    return make_entry(target)
 
 
-def make_from_labels(job: Job, target: Path) -> None:
-    """Write the subject of a label map, see :func:`prepare_label_map`."""
+def make_from_labels(job: Job) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
+    """The volumes of a label map, see :func:`prepare_labels`."""
     settings, options = job.settings, job.options
-    table = read_id_table(options["ids"]) if options["ids"] else None
-    ids, affine = load_label_map(job.source, table)
+    ids, affine = load_label_map(
+        job.source, read_id_table(options["ids"], options["protocol"]) if options["ids"] else None
+    )
     ids = fold_ids(ids)
-    protocols = [Protocol.load(options[name]) for name in ("generation_protocol", "protocol")]
-    for known in protocols:
+    generation_protocol, protocol = (Protocol.load(options[name]) for name in ("generation_protocol", "protocol"))
+    for known in (generation_protocol, protocol):
         known.encode(np.unique(ids), str(job.source))  # the whole map, not only what the box will keep of it
     box, box_affine = cut_to_brain(ids, affine, settings["spatial_size"], str(job.source))
-    generation, segmentation = (known.encode(box) for known in protocols)
-    # contrasts are painted when a training reads the subject; an id that a table lacks is reported here
-    read_means(generation, protocols[0], settings.get("simulated", []), str(job.source))
+    generation = generation_protocol.encode(box)
+    # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the registration
+    read_means(generation, generation_protocol, settings.get("simulated", []), str(job.source))
     volumes = {
         "generation_labels": (generation, box_affine),
-        "segmentation": (segmentation, box_affine),
+        "segmentation": (protocol.encode(box), box_affine),
         "distance": (compute_hemisphere_distances(box), box_affine),
         "mni": compute_mni_coordinates(box, box_affine, factor=MNI_FACTOR),
     }
-    write_subject(target, volumes, job.describe())
+    return volumes, {}
 
 
-def cut_to_brain(
-    ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The box around cerebrum and cerebellum of a map of FreeSurfer ids, and its affine."""
-    return crop_to_box(ids, affine, find_brain_centre(ids, BOX_IDS, source), spatial_size)
-
-
-def _job(
+def _make_job(
     source: Path,
     dataset: str,
     generation_protocol: str,
     protocol: str,
     ids: str | Path | None,
-    spatial_size: Sequence[int],
+    size: Sequence[int] | str,
     contrasts: Sequence[str] | str,
 ) -> Job:
+    simulated = choose_contrasts(contrasts)
     settings: dict[str, Any] = {
         "dataset": dataset or source.resolve().parent.name,
         "generation_protocol": Path(generation_protocol).name,
         "protocol": Path(protocol).name,
-        "spatial_size": list(check_size(spatial_size)),
+        "spatial_size": list(check_size(size)),
         "template": TEMPLATE_NAME,
+        **({"simulated": simulated} if simulated else {}),  # a finished subject keeps its own
     }
-    simulated = choose_contrasts(contrasts)
-    settings |= {"simulated": simulated} if simulated else {}  # subjects from before there were any stay finished
-    files: Mapping[str, Path] = {"labels": source} | ({"ids": Path(ids)} if ids else {})
+    files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
     options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
     return Job(scan_stem(source), "labels", files, settings, make_from_labels, options)
 
@@ -161,16 +197,12 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
         path = Path(item)
         if path.is_dir():
-            found = sorted(
-                f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and not f.name.startswith(".")
-            )
+            found = [f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
         elif path.exists() or not glob.has_magic(str(item)):
             found = [path]
         else:
-            found = sorted(Path(f) for f in glob.glob(str(item), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            found = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute pattern)
         if not found:
             raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
-        sources += found
-    if not sources:
-        raise ValueError(f"{inputs}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
+        sources += sorted(found)
     return sources

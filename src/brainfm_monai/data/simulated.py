@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from contextlib import suppress
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -12,7 +13,7 @@ from brainfm_monai.data.datalist import split_names
 from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
 from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 
-__all__ = ["choose_contrasts", "read_means", "simulate_contrasts"]
+__all__ = ["choose_contrasts", "find_paintable", "read_means", "simulate_contrasts"]
 
 AIR_HU = -1000.0
 # Labels end in steps of a voxel, where a scan's profile blends the tissues of a voxel. A Gaussian of this width, chosen, has a
@@ -68,6 +69,16 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
         pure = np.where(protocol.freesurfer_ids == 0, air, np.nan_to_num(mean)) / top
         means[name] = (protocol.mixture_weights @ pure).astype(np.float32)
     return means
+
+
+def find_paintable(labels: np.ndarray, protocol: str, has: Container[str]) -> list[str]:
+    """The contrasts that a subject lacks and whose tables know all of its labels."""
+    names = []
+    for name in CONTRASTS:
+        with suppress(ValueError):
+            if name not in has and read_means(labels, Protocol.load(protocol), [name], ""):
+                names.append(name)
+    return names
 
 
 def simulate_contrasts(

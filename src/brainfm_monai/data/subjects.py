@@ -13,16 +13,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from brainfm_monai.io import write_folder
+from brainfm_monai.io import write_folder, write_text
 
 __all__ = [
     "CONTRASTS",
     "MNI_FACTOR",
     "SIDECAR",
+    "SIZE",
     "STORAGE",
     "Storage",
     "check_size",
     "describe_subject",
+    "fill_subject",
     "hash_file",
     "read_record",
     "subject_file",
@@ -31,6 +33,7 @@ __all__ = [
 
 SIDECAR = "subject.json"
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
+SIZE = (192, 224, 224)  # of the box around the brain in voxels of 1 mm
 MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each axis
 PACKAGES = (
     "brainfm-monai",
@@ -101,10 +104,14 @@ def write_subject(
         record: what ``subject.json`` says.
     """
     with write_folder(target) as folder:
-        for key, (values, affine) in volumes.items():
-            _save(subject_file(folder, key), values, affine, STORAGE[key])
-        whole = {**record, "keys": sorted(volumes)}
-        (folder / SIDECAR).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        fill_subject(folder, volumes, record)
+
+
+def fill_subject(folder: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]) -> None:
+    """Write the files of a subject into a folder, see :func:`write_subject`."""
+    for key, (values, affine) in volumes.items():
+        _save(subject_file(folder, key), values, affine, STORAGE[key])
+    write_text(folder / SIDECAR, json.dumps({**record, "keys": sorted(volumes)}, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -149,18 +156,16 @@ def describe_subject(kind: str, files: Mapping[str, Path], settings: Mapping[str
     }
 
 
-def check_size(spatial_size: Sequence[int]) -> tuple[int, int, int]:
-    """The size of a box, checked.
+def check_size(size: Sequence[int] | str) -> tuple[int, int, int]:
+    """The size of a box in voxels; a text holds it separated by commas.
 
     Raises:
         ValueError: if it is not three positive multiples of the coordinate grid's factor.
     """
-    size = tuple(int(n) for n in spatial_size)
-    if len(size) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in size):
-        raise ValueError(
-            f"prepare: 'spatial_size' must be three positive multiples of {MNI_FACTOR}, got {tuple(spatial_size)}"
-        )
-    return size[0], size[1], size[2]
+    whole = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
+    if len(whole) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in whole):
+        raise ValueError(f"prepare: 'size' must be three positive multiples of {MNI_FACTOR}, got {tuple(whole)}")
+    return whole[0], whole[1], whole[2]
 
 
 def _save(path: Path, values: np.ndarray, affine: np.ndarray, storage: Storage) -> None:
