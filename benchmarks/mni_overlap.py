@@ -17,8 +17,7 @@ import torch
 from nibabel.affines import apply_affine
 from scipy.ndimage import map_coordinates
 
-from brainfm_monai.data.labels import fold_ids, load_label_map
-from brainfm_monai.data.prepare import cut_to_brain
+from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map
 from brainfm_monai.data.registration import compute_jacobian, compute_mni_coordinates, load_tissue_maps
 
 SIZE = (192, 224, 224)

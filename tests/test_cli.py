@@ -184,13 +184,13 @@ def test_names_for_validation_may_be_separated_by_commas(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def write_datalist(root: list[str], path: str, **settings: Any) -> Path:
-        given.update(settings, root=root, path=path)
+    def write_datalist(root: str, output: str = "datalist.json", **settings: Any) -> Path:
+        given.update(settings, root=root, output=output)
         return tmp_path / "datalist.json"
 
     monkeypatch.setattr(datalist_module, "write_datalist", write_datalist)
     call(monkeypatch, "data", "list", "prepared", "--validation", "training_seg_18,training_seg_19")
-    assert (given["root"], given["path"]) == (["prepared"], "datalist.json")
+    assert (given["root"], given["output"]) == ("prepared", "datalist.json")
     assert list(given["validation"]) == ["training_seg_18", "training_seg_19"]
     assert capsys.readouterr().out.strip() == str(tmp_path / "datalist.json")
 

@@ -13,7 +13,14 @@ from scipy.ndimage import gaussian_filter
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import freesurfer, selftraining
 from brainfm_monai.data.bids import find_sessions, prepare_bids
-from brainfm_monai.data.contrasts import align_scan, check_hounsfield, find_removed, measure_motion
+from brainfm_monai.data.contrasts import (
+    BoxScan,
+    align_scan,
+    carry_lesion,
+    check_hounsfield,
+    find_removed,
+    measure_motion,
+)
 from brainfm_monai.data.intensities import read_scan, resample_to_box
 from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.registration import coarsen_affine
@@ -100,6 +107,100 @@ def test_visits_scans_masks_and_labels_are_found(tmp_path: Path) -> None:
         find_sessions(tmp_path / "sub-01")
 
 
+def test_labels_lesions_and_masks_of_other_scans_are_not_paired(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {
+        "1": "run-01_T1w run-02_T1w derivatives/run-02_desc-aseg_dseg run-01_label-lesion_mask run-02_mod-T1w_defacemask",
+        "2": "acq-hires_T1w acq-std_T1w derivatives/acq-std_desc-aparcaseg_dseg acq-hires_mod-T1w_defacemask",
+        "3": "T1w T2w derivatives/T2w_synthseg space-T2w_label-lesion_mask",
+        "4": "T1w FLAIR derivatives/space-MNI152_desc-aseg_dseg FLAIR_label-lesion_roi",
+        "5": "T2w FLAIR derivatives/desc-aseg_dseg",
+        "6": "acq-a_T1w derivatives/desc-aseg_dseg derivatives/desc-aparcaseg_dseg label-lesion_mask",
+        "7": "run-1_T1w run-2_T1w derivatives/desc-aseg_dseg part-phase_T2w",
+        "8": "ses-1_T1w ses-2_T1w derivatives/ses-2_desc-aseg_dseg derivatives/label-lesion_mask",
+        "10": "T1w derivatives/space-T1w_desc-aseg_dseg",
+    }
+    for person, names in files.items():
+        for name in names.split():
+            folder, _, rest = name.rpartition("/")
+            path = tmp_path / folder / f"sub-{person}" / "anat" / f"sub-{person}_{rest}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def name_of(path: Path | None) -> str:
+        return path.name.split("_", 1)[1].removesuffix(".nii.gz") if path else ""
+
+    found = {}
+    for s in find_sessions(tmp_path):
+        reference, *_ = s.scans.values()
+        masks = ",".join(map(name_of, s.masks.values()))
+        found[s.name] = (name_of(reference), name_of(s.labels.get("labels")), name_of(s.lesion), s.lesion_of, masks)
+    assert found == {
+        "sub-1": ("run-02_T1w", "run-02_desc-aseg_dseg", "", "", "run-02_mod-T1w_defacemask"),
+        "sub-2": ("acq-std_T1w", "acq-std_desc-aparcaseg_dseg", "", "", ""),
+        "sub-3": ("T2w", "T2w_synthseg", "space-T2w_label-lesion_mask", "T2w", ""),
+        "sub-4": ("T1w", "", "FLAIR_label-lesion_roi", "FLAIR", ""),
+        "sub-5": ("T2w", "", "", "", ""),
+        "sub-6": ("acq-a_T1w", "desc-aparcaseg_dseg", "label-lesion_mask", "", ""),
+        "sub-7": ("run-1_T1w", "", "", "", ""),
+        "sub-8_ses-1": ("ses-1_T1w", "", "", "", ""),
+        "sub-8_ses-2": ("ses-2_T1w", "ses-2_desc-aseg_dseg", "", "", ""),
+        "sub-10": ("T1w", "space-T1w_desc-aseg_dseg", "", "", ""),
+    }
+    warned = {record.getMessage().split(": not used")[0].rpartition("/")[2] for record in caplog.records}
+    unused = ("1_run-01_label-lesion_mask", "4_space-MNI152_desc-aseg_dseg", "5_desc-aseg_dseg", "7_desc-aseg_dseg")
+    assert warned == {f"sub-{name}.nii.gz" for name in (*unused, "8_label-lesion_mask")}
+
+
+def test_freesurfer_does_not_tell_which_of_several_scans_it_was_made_of(tmp_path: Path) -> None:
+    for person, names in (("1", ("T1w",)), ("2", ("run-1_T1w", "run-2_T1w", "T2w"))):
+        for name in names:
+            (tmp_path / f"sub-{person}" / "anat").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"sub-{person}" / "anat" / f"sub-{person}_{name}.nii.gz").touch()
+        mri = tmp_path / "derivatives" / "freesurfer" / f"sub-{person}" / "mri"
+        mri.mkdir(parents=True)
+        for name in ("aseg.mgz", "orig.mgz"):
+            (mri / name).touch()
+    one, two = find_sessions(tmp_path)
+    assert (one.scans["T1w"].name, list(one.labels)) == ("sub-1_T1w.nii.gz", ["labels"])
+    assert (two.scans["T1w"].name, list(two.scans), list(two.labels)) == ("orig.mgz", ["T1w", "T2w"], ["labels"])
+
+
+def test_a_lesion_is_brought_over_from_the_scan_on_which_it_was_drawn(tmp_path: Path) -> None:
+    """The lesion lies left, in front and above in the head; the other scan was taken after the head had moved."""
+    grid = np.array([[0, -1.0, 0, 40], [-1.0, 0, 0, 70], [0, 0, 1.0, -36], [0, 0, 0, 1]])
+    shape, centre = (72, 80, 52), AFFINE[:3, :3] @ [12, 30, 26] + AFFINE[:3, 3]
+    there = (make_motion() @ [*centre, 1])[:3]
+    points = np.moveaxis(np.indices(shape), 0, -1) @ grid[:3, :3].T + grid[:3, 3]
+    mask = (np.linalg.norm(points - there, axis=-1) < 4).astype(np.uint8)
+    files = {"lesion": save(tmp_path / "lesion.nii.gz", mask, grid)}
+    empty, seen = np.zeros(SIZE, np.float32), np.ones(SIZE, dtype=bool)
+
+    def corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+        index = np.array([(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+        return np.asarray((index * (np.array(shape) - 1)) @ affine[:3, :3].T + affine[:3, 3])
+
+    scans = {
+        "T1w": BoxScan(empty, seen, np.eye(4), corners(SIZE, AFFINE)),
+        "FLAIR": BoxScan(empty, seen, make_motion(), corners(shape, grid)),
+    }
+    for contrast in ("FLAIR", ""):  # named, or recognised by its grid
+        found, fault = carry_lesion(files, contrast, scans, AFFINE)
+        assert found is not None
+        assert fault == ""
+        np.testing.assert_allclose(np.argwhere(found).mean(axis=0), (12, 30, 26), atol=0.3)
+        assert found.sum() == pytest.approx(mask.sum(), rel=0.05)
+    shifted = {"lesion": save(tmp_path / "other.nii.gz", mask, grid + np.eye(4, k=3) * 5)}
+    assert carry_lesion(shifted, "", scans, AFFINE)[1].startswith(
+        "other.nii.gz is left out: its grid must be that of T1w or"
+    )
+    assert carry_lesion(files, "T2w", scans, AFFINE)[0] is None
+    assert carry_lesion(files, "", {"T1w": scans["T1w"]}, AFFINE)[0] is not None, (
+        "a name and a grid are not needed for one scan"
+    )
+
+
 def test_contrasts_end_up_on_the_labels_with_left_on_the_left(tmp_path: Path) -> None:
     root = tmp_path / "study"
     save(root / "sub-01/anat/sub-01_T1w.nii.gz", render("T1w"), AFFINE)
@@ -160,7 +261,7 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
         raise SystemExit("1 of 2 scans failed")
 
     monkeypatch.setattr(selftraining, "run", run)
-    with pytest.raises(PreparationError, match=r"sub-02.*labels are needed, and the model made none"):
+    with pytest.raises(PreparationError, match=r"sub-02_desc-freesurfer_dseg\.nii\.gz.* found no such file"):
         prepare_bids(root, tmp_path / "out", bundle=bundle, size=SIZE)
     assert read_record(tmp_path / "out" / "sub-01")["labels_from"] == "model"
     assert calls[0]["bundle_root"] == str(bundle)
@@ -198,14 +299,17 @@ def test_removed_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
     seen[:3] = False
     mni = (grid[::4, ::4, ::4] - (40, 44, 44)) * 2.0 + (0, -18, 10)
     scan = 1 + np.random.default_rng(0).random(size)
-    np.testing.assert_array_equal(find_removed(scan, affine, seen, ids, mni), ~seen)
+
+    def find(values: np.ndarray) -> np.ndarray:
+        return find_removed("T1w", BoxScan(values, seen, np.eye(4), np.zeros((8, 3))), None, ids, affine, mni)
+
+    np.testing.assert_array_equal(find(scan), ~seen)
     face = (grid[..., 1] > 66) & (grid[..., 2] < 36)
-    removed = find_removed(np.where(face, 0, scan), affine, seen, ids, mni)
+    removed = find(np.where(face, 0, scan))
     assert removed[~seen].all()
     assert (removed & seen & ~face).sum() == 0
     assert removed[40, 80, 25]
-    stripped = find_removed(np.where(ids > 0, scan, 0), affine, seen, ids, mni)
-    np.testing.assert_array_equal(stripped, (ids == 0) | ~seen)
+    np.testing.assert_array_equal(find(np.where(ids > 0, scan, 0)), (ids == 0) | ~seen)
 
 
 def test_motion_in_words() -> None:

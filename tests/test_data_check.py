@@ -144,7 +144,7 @@ def test_an_unreadable_file_and_two_protocols(tmp_path: Path) -> None:
     findings, _ = check_set(tmp_path)
     assert ("s1", "distances") in {(f.subject, f.rule) for f in findings}
     assert findings[-1].rule == "one protocol"
-    assert "brainfm, synthseg_brain" in findings[-1].found
+    assert "found brainfm: s2; synthseg_brain: s1" in findings[-1].found
 
 
 def test_the_command_tells_faults_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

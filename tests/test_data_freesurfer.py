@@ -197,7 +197,8 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
         prepare_freesurfer(root, tmp_path / "out", size=SIZE)
     message = str(caught.value).splitlines()
     assert message[0] == "2 of 3 subjects were not prepared:"
-    assert "empty/mri/aparc+aseg.mgz: a label map is needed, no such file" in message[1]
+    assert "empty/mri/aparc+aseg.mgz: " in message[1]
+    assert "found no such file" in message[1]
     assert "talairach.xfm: an invertible 'Linear_Transform' of 3 x 4 numbers is needed" in message[2]
     assert (tmp_path / "out" / "good" / "subject.json").is_file()
     before = json.loads((tmp_path / "out" / "good" / "subject.json").read_text(encoding="utf-8"))
@@ -208,6 +209,21 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
     assert after["sources"]["lh.pial"] != before["sources"]["lh.pial"]  # a changed surface makes the subject anew
     with pytest.raises(FileNotFoundError, match="a folder with subjects of FreeSurfer"):
         prepare_freesurfer(tmp_path / "out", tmp_path / "other")
+
+
+def test_the_longitudinal_stream_tells_who_is_one_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ann1", "ann2", "ann3", "ann", "ann1.long.ann", "bob1", "bobs_mean", "fsaverage5", "eve")
+    for name in names:
+        (tmp_path / "study" / "derivatives" / "freesurfer" / name / "mri").mkdir(parents=True)
+    root = tmp_path / "study" / "derivatives" / "freesurfer"
+    (root / "bobs_mean" / "base-tps").write_text("bob1\nbob2\n", encoding="utf-8")
+    jobs: list[Any] = []
+    monkeypatch.setattr(freesurfer, "run_jobs", lambda work, *_, **__: jobs.extend(work))
+    prepare_freesurfer(root, tmp_path / "out")
+    persons = {job.name: job.settings.get("person") for job in jobs}
+    ann, bob = dict.fromkeys(("ann1", "ann", "ann1.long.ann"), "ann"), dict.fromkeys(("bob1", "bobs_mean"), "bobs_mean")
+    assert persons == ann | bob | dict.fromkeys(("ann2", "ann3", "eve"))
+    assert {job.settings["dataset"] for job in jobs} == {"study"}
 
 
 @pytest.mark.shared_data

@@ -12,11 +12,12 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data import freesurfer, prepare, subjects
 from brainfm_monai.data import jobs as data_jobs
-from brainfm_monai.data import prepare, subjects
 from brainfm_monai.data.datalist import write_datalist
-from brainfm_monai.data.jobs import PreparationError
-from brainfm_monai.data.prepare import prepare_label_map, prepare_labels
+from brainfm_monai.data.jobs import Job, PreparationError
+from brainfm_monai.data.loading import LoadSubjectd
+from brainfm_monai.data.prepare import prepare_label, prepare_label_map, prepare_labels
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.io import write_folder
 
@@ -152,7 +153,12 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "abc"]
     assert prepare_labels(sources, tmp_path / "out", size=SIZE) == [tmp_path / "out" / name for name in "abc"]
     done: list[str] = []
-    monkeypatch.setattr(data_jobs, "make_subject", lambda job, _: done.append(job.source.name) or [])
+
+    def note(job: Job, _: Path) -> list[str]:
+        done.append(job.source.name)
+        return []
+
+    monkeypatch.setattr(data_jobs, "make_subject", note)
     prepare_labels(f"{tmp_path}/*.nii.gz", tmp_path / "out", size=SIZE)
     assert done == []
     (tmp_path / "out" / "a" / "mni.nii.gz").unlink()
@@ -222,13 +228,79 @@ def test_a_table_translates_ids_of_ones_own(tmp_path: Path) -> None:
         prepare_labels(source, tmp_path / "other", size=SIZE)
 
 
+def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label map has ids of its own, named in words; the scan is stored with other axes."""
+    made: list[int] = []
+
+    def count(ids: np.ndarray, affine: np.ndarray, factor: int, initial: object) -> tuple[np.ndarray, np.ndarray]:
+        made.append(1)
+        return fake_coordinates(ids, affine, factor)
+
+    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", count)
+    ids = make_head()
+    names: dict[int, int | str] = {2: "left cerebral white matter", 3: "Left-Cerebral-Cortex", 41: "41", 511: "skin"}
+    names |= {i: i for i in (4, 8, 24, 42)}
+    words: dict[int, int | str] = {}
+    own = np.zeros_like(ids)
+    for number, (i, name) in enumerate(names.items(), start=1):
+        own[ids == i], words[number] = number, name
+    label = save_head(tmp_path / "sub-01.nii.gz", own)
+    t2w = np.select([ids == i for i in (2, 41, 3, 42, 4, 24, 8)], [60, 62, 85, 87, 200, 190, 80], 30).astype(np.float32)
+    image = tmp_path / "scan.nii"
+    nib.save(
+        nib.Nifti1Image(t2w[:, ::-1], np.array([[1, 0, 0, -23], [0, -1, 0, 27], [0, 0, 1, -17], [0, 0, 0, 1.0]])), image
+    )
+    entry = prepare_label(image, label, tmp_path / "out", ids=words, size=SIZE)
+    assert (entry["protocol"], entry["generation_protocol"]) == ("synthseg_head", "synthseg_generation")
+    assert "T2w" in entry, "its contrast is recognised"
+    assert entry["simulated"] == ["T1w", "FLAIR", "CT"]
+    subject = LoadSubjectd(["segmentation", "T2w", "CT"])(entry)
+    found = Protocol.load("synthseg_head").freesurfer_ids[subject["segmentation"][0].numpy()]
+    scan = subject["T2w"][0].numpy()
+    assert scan[found == 4].min() > scan[found == 3].max() > scan[found == 2].max()
+    assert (found == 4).sum() == (ids == 4).sum()
+    assert prepare_label(image, label, tmp_path / "out", ids=words, size=SIZE) == entry
+    assert len(made) == 1, "the same content is prepared once"
+    own[ids == 4] = 0
+    save_head(tmp_path / "sub-01.nii.gz", own)
+    assert prepare_label(image, label, tmp_path / "out", ids=words, size=SIZE)["subject"] != entry["subject"]
+    assert len(made) == 2
+    with pytest.raises(ValueError, match="ids: whole numbers or names of structures are needed, found elbow"):
+        prepare_label(image, label, tmp_path / "out", ids=words | {9: "elbow"}, size=SIZE)
+    nib.save(nib.Nifti1Image(own, np.eye(4)), tmp_path / "far.nii.gz")  # off by half a head
+    with pytest.raises(ValueError, match=r"scan\.nii: a scan on whose head the labels of far\.nii\.gz lie is needed"):
+        prepare_label(image, tmp_path / "far.nii.gz", tmp_path / "out", ids=words, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("axes", "rule"),
+    [((0,), r"left and right: left hemisphere at x = \d+ mm"), ((1, 2), r"axes: cerebellum .* above the cerebrum")],
+)
+def test_heads_on_the_wrong_side_are_refused(tmp_path: Path, axes: tuple[int, ...], rule: str) -> None:
+    source = save_head(tmp_path / "a.nii.gz", np.flip(make_head(), axes))
+    with pytest.raises(ValueError, match=rf"^{source}: {rule}"):
+        prepare_label_map(source, tmp_path / "out", size=SIZE)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_the_check_finds_is_reported_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder,) = prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path / "out", size=SIZE)
+    faults = subjects.read_record(folder)["faults"]
+    assert "head size: brain of 13 ml, 400 to 2600 are plausible" in faults
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [f"a: {fault}" for fault in faults]
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "ab"]
     prepare_labels(sources[:1], tmp_path / "out", size=SIZE)
     with caplog.at_level("INFO"):
         folders = prepare_labels(sources, tmp_path / "out", size=SIZE, dry_run=True)
     assert [folder.is_dir() for folder in folders] == [True, False]
-    assert [record.message.split(" from ")[0] for record in caplog.records] == ["is finished: a", "would prepare b"]
+    told = [record.message.split(" from ")[0] for record in caplog.records if record.levelname == "INFO"]
+    assert told == [
+        "is finished: a",
+        "would prepare b",
+    ]
 
 
 @pytest.mark.parametrize(

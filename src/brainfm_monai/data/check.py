@@ -14,10 +14,9 @@ import torch
 from nibabel.affines import apply_affine
 from tqdm import tqdm
 
-from brainfm_monai.anatomy import Protocol
+from brainfm_monai.anatomy import Protocol, is_brain
 from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
-from brainfm_monai.data.labels import is_brain
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.data.subjects import CONTRASTS, STORAGE

@@ -12,10 +12,9 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 
-from brainfm_monai.anatomy import Protocol
+from brainfm_monai.anatomy import Protocol, is_brain
 from brainfm_monai.data.elastix import RIGID, register_linear
 from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box, scale_intensities
-from brainfm_monai.data.labels import is_brain
 from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 
 __all__ = [

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing, generate_spatial_bounding_box
 from nibabel.affines import apply_affine
 
-from brainfm_monai.anatomy import HEAD_IDS, Protocol
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.io import ScanError, read_labels, read_table
 
@@ -22,7 +22,6 @@ __all__ = [
     "cut_to_brain",
     "find_brain_centre",
     "fold_ids",
-    "is_brain",
     "load_label_map",
     "read_id_table",
 ]
@@ -152,12 +151,6 @@ def _translate(values: np.ndarray, table: Mapping[int, int], source: str) -> np.
     if unknown:
         raise ValueError(f"{source}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
     return np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
-
-
-def is_brain(ids: np.ndarray) -> np.ndarray:
-    """Which voxels are brain or fluid in and around it: those with an id that is not one of the head outside."""
-    head = [(first <= ids) & (ids <= last) for first, last in HEAD_IDS]
-    return np.asarray((ids > 0) & ~np.logical_or.reduce(head))
 
 
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:

@@ -134,7 +134,7 @@ def prepare_label(
         "spatial_size": list(check_size(size)),
         "template": TEMPLATE_NAME,
         "contrast": contrast,
-        "ids": table and {str(key): value for key, value in table.items()},
+        "ids": {str(key): value for key, value in (table or {}).items()},
     }
     parts = [*(hash_file(path) for path in files.values()), repr(settings)]
     content = hashlib.sha256("".join(parts).encode()).hexdigest()
