@@ -14,7 +14,7 @@ import torch
 from nibabel.affines import apply_affine
 from tqdm import tqdm
 
-from brainfm_monai.anatomy import Protocol, is_brain
+from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
 from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadSubjectd
@@ -25,18 +25,13 @@ __all__ = ["RULES", "Finding", "Volumes", "check_set", "check_subject"]
 
 BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains measured, with ventricles
 GRID_TOLERANCE_MM = 0.01
-MINIMUM_AGREEMENT = (
-    0.8  # Dice of the inside of a boundary and of the labels in it; surfaces and labels never agree fully
-)
+MINIMUM_AGREEMENT = 0.8  # Dice of the inside of a boundary and of the labels in it: surfaces and labels differ
 MINIMUM_SEPARATION_MM = 5.0  # of the centroids of left and right
 CEREBELLUM_IDS = (7, 8, 46, 47)
 CEREBELLUM_DIRECTION = (0.0, -0.6, -0.8)  # of its centroid from that of the cerebrum in MNI152, in RAS
 MAXIMUM_TILT_DEG = 75.0  # between that direction and the head's; an exchanged or mirrored axis makes 90 and more
-MAXIMUM_SIDE_RATIO = (
-    2.0  # of a structure's two volumes; the label maps of SynthSeg reach 1.6, but for one with a hole (3.4)
-)
+MAXIMUM_SIDE_RATIO = 2.0  # of a structure's two volumes; in SynthSeg's maps up to 1.6, but for one with a hole (3.4)
 MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
-FLUID_IDS = (4, 5, 31, 43, 44, 63)  # ventricles and choroid plexus, whose sides differ in health as well
 MAXIMUM_MNI_MM = 150.0
 MINIMUM_TARGET_SHARE = 0.001  # of the box
 CHANNELS = (("left", PIAL_IDS), ("left", WHITE_IDS), ("right", PIAL_IDS), ("right", WHITE_IDS))
@@ -237,13 +232,10 @@ def _sides_are_alike(volumes: Volumes) -> Iterator[str]:
     protocol = Protocol.load(str(volumes.entry.get("protocol", "synthseg_head")))
     labels = np.minimum(volumes["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
     counts = np.bincount(labels.ravel(), minlength=len(protocol) + 1)[:-1]
+    fluid = is_fluid(protocol.freesurfer_ids)  # whose sides differ in health as well
     ml = counts * abs(np.linalg.det(volumes.affine("segmentation")[:3, :3])) / 1000
     for label, other in enumerate(protocol.mirror_permutation):
-        if (
-            label < other
-            and protocol.freesurfer_ids[label] not in FLUID_IDS
-            and ml[label] + ml[other] > MINIMUM_SIDES_ML
-        ):
+        if label < other and not fluid[label] and ml[label] + ml[other] > MINIMUM_SIDES_ML:
             if max(ml[label], ml[other]) > MAXIMUM_SIDE_RATIO * min(ml[label], ml[other]):
                 names = protocol.structures[label].name, protocol.structures[other].name
                 yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[other]:.1f} ml"
