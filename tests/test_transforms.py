@@ -139,20 +139,62 @@ def test_a_scale_of_error_is_in_the_unit_of_its_task() -> None:
     np.testing.assert_allclose(parts["age"].numpy(), -200.0)  # years
 
 
-def test_a_ct_is_clipped_to_the_brains_window_and_an_mr_scan_is_not(tmp_path: Path) -> None:
-    hounsfield = RAMP / RAMP.max() * 2000 - 1000
-    hounsfield[:2] = -1000
-    ct = LoadScand("image", window="auto")({"image": str(write(tmp_path / "ct.nii", hounsfield))})["image"]
-    np.testing.assert_allclose(ct.numpy()[0], np.clip(hounsfield, 0, 80), atol=1e-3)
-    assert ct.meta["window"] == "0 to 80"
-    signed = LoadScand("image", window="auto")({"image": str(write(tmp_path / "mr.nii", RAMP - 500))})["image"]
-    np.testing.assert_array_equal(signed.numpy()[0], RAMP - 500)
-    chosen = LoadScand("image", window=[5, 60])({"image": str(write(tmp_path / "mr.nii", RAMP))})["image"]
+def phantom_of_a_ct() -> np.ndarray:
+    """Air, skin with fat, bone, brain with noise: shells around the middle, in HU."""
+    radius = np.linalg.norm(np.stack(np.meshgrid(*[np.arange(40) - 19.5] * 3, indexing="ij")), axis=0)
+    hounsfield = np.select([radius < 11, radius < 13, radius < 16], [35.0, 900.0, -90.0], -1000.0)
+    return (hounsfield + np.random.default_rng(0).normal(0, 8, radius.shape)).astype(np.float32)
+
+
+def load(path: Path, **options: Any) -> MetaTensor:
+    image: MetaTensor = LoadScand("image", **options)({"image": str(path)})["image"]
+    return image
+
+
+def test_a_ct_is_clipped_to_the_brains_window_and_its_original_is_kept(tmp_path: Path) -> None:
+    hounsfield = phantom_of_a_ct()
+    path = write(tmp_path / "ct.nii", hounsfield)
+    loaded = LoadScand("image", window="auto")({"image": str(path)})
+    np.testing.assert_allclose(loaded["image"].numpy()[0], np.clip(hounsfield, 0, 80), atol=1e-3)
+    np.testing.assert_array_equal(loaded["original"].numpy()[0], hounsfield)
+    assert loaded["image"].meta["window"] == "0 to 80"
+    assert loaded["image"].meta["modality"].startswith("ct: the values are those of Hounsfield units: ")
+    asked = load(path, window="auto", modality="mr")
+    assert "window" not in asked.meta
+    assert asked.meta["modality"] == "mr: as asked by --modality"
+    chosen = load(path, window=[5, 60])
     assert (float(chosen.min()), float(chosen.max())) == (5.0, 60.0)
+    asked = load(write(tmp_path / "mr.nii", RAMP), window="auto", modality="ct")
+    assert (float(asked.min()), float(asked.max())) == (0.0, 80.0)
     with pytest.raises(
         ValueError, match=r"window: 'auto' or two rising numbers \[low, high\] are needed, found \[3, 1\]"
     ):
         LoadScand("image", window=[3, 1])
+    with pytest.raises(ValueError, match="modality: one of auto, mr, ct is needed, found 'pet'"):
+        LoadScand("image", modality="pet")
+
+
+def test_an_mr_scan_padded_like_a_ct_is_none_and_its_padding_becomes_zero(tmp_path: Path) -> None:
+    head = np.clip(phantom_of_a_ct() + 1000, 0, None)  # bright bone, dark air: no values below 0
+    padded = np.pad(head, 6, constant_values=-1024)
+    found = load(write(tmp_path / "mr.nii", padded), window="auto")
+    np.testing.assert_array_equal(found.numpy()[0], np.pad(head, 6))
+    assert "are -1024: taken for padding of an MR scan and set to 0" in found.meta["warnings"]
+    assert found.meta["modality"].startswith("mr: the values are not those of Hounsfield units")
+    for values in (RAMP - 500, np.random.default_rng(0).normal(0, 1500, RAMP.shape).astype(np.float32)):
+        signed = load(write(tmp_path / "signed.nii", values), window="auto")  # contrast below 0 is no padding
+        np.testing.assert_array_equal(signed.numpy()[0], values)
+        assert not signed.meta["warnings"]
+
+
+def test_what_becomes_coarser_is_smoothed_first() -> None:
+    fine = torch.from_numpy(np.indices((40, 40, 40)).sum(0) % 2 * 1.0).float()[None]  # a checkerboard of 0.5 mm
+    affine = torch.diag(torch.tensor([0.5, 0.5, 1.0, 1.0]))
+    spacing = ScanSpacingd("image", pixdim=(1.0, 1.0, 1.0))
+    found = spacing({"image": MetaTensor(fine, affine=affine)})["image"][0, 3:-3, 3:-3, 3:-3]
+    assert float((found - 0.5).abs().max()) < 0.02  # as voxels of 1 mm see it
+    coarse = MetaTensor(fine, affine=torch.eye(4))
+    np.testing.assert_array_equal(spacing({"image": coarse})["image"].numpy(), fine.numpy())
 
 
 def test_modes_leave_labels_out_before_the_decision() -> None:

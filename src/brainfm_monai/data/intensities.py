@@ -7,12 +7,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from nibabel.affines import voxel_sizes
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
+from brainfm_monai.functional.intensity import antialias
 from brainfm_monai.io import read_volume
 
 __all__ = ["cluster_extracerebral", "find_head", "read_scan", "resample_to_box", "scale_intensities"]
@@ -22,7 +24,6 @@ logger = logging.getLogger(__name__)
 AIR_HU = -1000.0
 UPPER_QUANTILE = 0.999
 CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
-FWHM_PER_SIGMA = 2.3548  # of a Gaussian
 CLOSING_VOX = 4
 
 
@@ -58,12 +59,9 @@ def resample_to_box(
     Returns:
         Values on the box, float32.
     """
-    spacing = voxel_sizes(affine)
-    target = voxel_sizes(box_affine).mean()
-    fwhm_mm = np.sqrt(np.clip(target**2 - spacing**2, 0, None))
-    if fwhm_mm.max() > 0.1 * target:
-        values = ndimage.gaussian_filter(values, fwhm_mm / FWHM_PER_SIGMA / spacing)
-    image = nib.Nifti1Image(values.astype(np.float32), affine)
+    target_mm = [float(voxel_sizes(box_affine).mean())] * 3
+    smooth = antialias(torch.from_numpy(np.asarray(values, dtype=np.float32)), voxel_sizes(affine).tolist(), target_mm)
+    image = nib.Nifti1Image(smooth.numpy(), affine)
     moved = resample_from_to(image, (shape, box_affine), order=1, mode="constant", cval=outside)
     return np.asarray(moved.dataobj, dtype=np.float32)
 

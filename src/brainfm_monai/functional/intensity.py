@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -11,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "add_noise",
     "add_texture",
+    "antialias",
     "apply_bias_field",
     "apply_gamma",
     "apply_window",
@@ -19,6 +21,8 @@ __all__ = [
     "paint_voxels",
 ]
 
+FWHM_PER_SIGMA = 2.3548  # of a Gaussian
+NEGLIGIBLE_WIDTH = 0.1  # of the new voxel size: below it smoothing changes nothing that can be seen
 GAMMA_TOP = 300.0  # intensity that a gamma leaves alone (BrainFM)
 QUANTILE_SAMPLES = 2**17  # voxels that are looked at for a percentile: error of the 99.9th below 0.01 % of the voxels
 
@@ -126,6 +130,36 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
     if noise.shape[1] == 1:
         return signal.clamp_min_(0)
     return torch.where(rician.reshape(-1, 1, 1, 1, 1), torch.hypot(signal, noise[:, 1:] * std), signal.clamp_min(0))
+
+
+def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[float]) -> Tensor:
+    """Smooth a volume along the axes along which it is to be sampled more coarsely: a Gaussian as wide as the new voxels.
+
+    The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of the
+    old size becomes about one of the new size. Edges are continued by their last voxels.
+
+    Args:
+        volume: shape (..., H, W, D), floating point.
+        spacing_mm: its voxel sizes.
+        target_mm: voxel sizes that it is resampled to.
+
+    Returns:
+        Tensor of the same shape; the same tensor where no axis becomes coarser.
+    """
+    for axis, (spacing, target) in enumerate(zip(spacing_mm, target_mm, strict=True), volume.ndim - 3):
+        width_mm = math.sqrt(max(target**2 - spacing**2, 0.0))
+        if width_mm <= NEGLIGIBLE_WIDTH * target:
+            continue
+        sigma = width_mm / FWHM_PER_SIGMA / spacing
+        radius = math.ceil(4 * sigma)
+        weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+        size = volume.shape[axis]
+        index = torch.arange(-radius, size + radius, device=volume.device).clamp(0, size - 1)
+        continued = volume.index_select(axis, index)
+        volume = torch.zeros_like(volume)
+        for offset, weight in enumerate(weights):
+            volume.add_(continued.narrow(axis, offset, size), alpha=weight / sum(weights))
+    return volume
 
 
 def apply_window(values: Tensor, window: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from brainfm_monai.io.configs import fingerprint, literal
 from brainfm_monai.io.dicom import Series, is_dicom, list_series
 from brainfm_monai.io.errors import ScanError, exit_on_error, first_line, one_line
 from brainfm_monai.io.files import write_folder, write_text, write_whole
+from brainfm_monai.io.modality import decide_modality, find_floor, parse_modality
 from brainfm_monai.io.tables import ABSENT, read_table, write_table
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
 
@@ -13,13 +14,16 @@ __all__ = [
     "ScanError",
     "Series",
     "Volume",
+    "decide_modality",
     "exit_on_error",
+    "find_floor",
     "fingerprint",
     "first_line",
     "is_dicom",
     "list_series",
     "literal",
     "one_line",
+    "parse_modality",
     "read_labels",
     "read_maps",
     "read_scan",

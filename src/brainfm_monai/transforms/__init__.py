@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brainfm_monai.io import ScanError
-from brainfm_monai.transforms.intensities import NormalisePercentilesd, ScanSpacingd, window_hounsfield
+from brainfm_monai.transforms.intensities import NormalisePercentilesd, ScanSpacingd
 from brainfm_monai.transforms.maps import MODES, Mode, SplitTasksd, allowed_labels
 from brainfm_monai.transforms.reading import LoadScand, read_scan
 
@@ -17,5 +17,4 @@ __all__ = [
     "SplitTasksd",
     "allowed_labels",
     "read_scan",
-    "window_hounsfield",
 ]

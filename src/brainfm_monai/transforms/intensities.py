@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, Spacingd
 
-from brainfm_monai.functional.intensity import normalise_percentiles
+from brainfm_monai.functional.intensity import antialias, normalise_percentiles
 
-__all__ = ["NormalisePercentilesd", "ScanSpacingd", "parse_window", "window_hounsfield"]
+__all__ = ["BRAIN_WINDOW_HU", "NormalisePercentilesd", "ScanSpacingd", "parse_window"]
 
 BRAIN_WINDOW_HU = (0.0, 80.0)  # BrainFM's window for CT
-AIR_HU, AIR_TOLERANCE_HU = -1000.0, 50.0
-AIR_SHARE = 0.05  # of the voxels of a CT that show air at least; no MR scale has so many values there
 
 
 def parse_window(window: Any) -> tuple[float, float] | str | None:
@@ -36,33 +35,12 @@ def parse_window(window: Any) -> tuple[float, float] | str | None:
     return (low, high)
 
 
-def window_hounsfield(image: MetaTensor, window: tuple[float, float] | str | None) -> MetaTensor:
-    """Clip a CT to the brain's window, so that bone and air do not take the whole range of grey values.
-
-    A scan is taken for a CT in Hounsfield units if at least 5 % of its voxels lie within 50 HU of air (-1000 HU).
-
-    Args:
-        image: shape (C, H, W, D); its metadata get the entry ``window`` where something was clipped.
-        window: ``[low, high]``, ``"auto"`` or None.
-
-    Returns:
-        The same image, clipped.
-    """
-    values = image.as_tensor()
-    limits = window
-    if limits == "auto":
-        share_of_air = ((values - AIR_HU).abs() < AIR_TOLERANCE_HU).float().mean()
-        limits = BRAIN_WINDOW_HU if float(share_of_air) >= AIR_SHARE else None
-    if limits is not None:
-        image.set_array(values.clamp(float(limits[0]), float(limits[1])))
-        image.meta["window"] = f"{limits[0]:g} to {limits[1]:g}"
-    return image
-
-
 class ScanSpacingd(Spacingd):
-    """:class:`monai.transforms.Spacingd` that leaves entries named ``<key>_...`` alone.
+    """:class:`monai.transforms.Spacingd` that smooths what becomes coarser, and leaves entries named ``<key>_...`` alone.
 
-    Spacingd (MONAI 1.6.0 and 1.6.1) calls ``update`` on each of them, which fails on the ``image_path`` of MONAI Label.
+    Without smoothing, detail that the new voxels cannot show comes back as noise, see
+    :func:`~brainfm_monai.functional.intensity.antialias`. Spacingd (MONAI 1.6.0 and 1.6.1) calls ``update`` on entries whose
+    name begins with the key, which fails on the ``image_path`` of MONAI Label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
@@ -71,7 +49,12 @@ class ScanSpacingd(Spacingd):
         held = {
             k: v for k, v in data.items() if isinstance(k, str) and k.startswith(prefixes) and not isinstance(v, dict)
         }
-        resampled: dict[Hashable, Any] = super().__call__({k: v for k, v in data.items() if k not in held}, lazy)
+        d = {k: v for k, v in data.items() if k not in held}
+        target_mm = [float(size) for size in self.spacing_transform.pixdim]
+        for key in self.key_iterator(d):
+            smooth = antialias(d[key].as_tensor(), affine_to_spacing(d[key].affine).tolist(), target_mm)
+            d[key] = MetaTensor(smooth).copy_meta_from(d[key])
+        resampled: dict[Hashable, Any] = super().__call__(d, lazy)
         return resampled | held
 
 
