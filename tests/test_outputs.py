@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from brainfm_monai.io import ScanError, tables
 from brainfm_monai.outputs import (
     ScanResult,
     ScanWriter,
@@ -161,8 +163,13 @@ def test_the_folder_appears_when_all_writers_are_done(tmp_path: Path, entry: dic
     assert not ScanWriter(out, LAYOUT, writers, RunSettings(weights="other.pt", protocol="synthseg_head")).is_finished(
         entry
     )
-    Path(entry["image"]).write_text("another scan under the same name")
-    assert not writer.is_finished(entry)
+    Path(entry["image"]).touch()
+    assert writer.is_finished(entry)  # the same bytes
+    moved = Path(entry["image"]).rename(tmp_path / "moved.nii")
+    assert writer.is_finished(entry | {"image": str(moved)})
+    assert not writer.is_finished(entry | {"image": str(moved), "frame": 1})
+    moved.write_text("another scan under the same name")
+    assert not writer.is_finished(entry | {"image": str(moved)})
 
 
 def test_a_second_run_replaces_its_files_and_leaves_those_of_others(tmp_path: Path, entry: dict[str, str]) -> None:
@@ -171,9 +178,8 @@ def test_a_second_run_replaces_its_files_and_leaves_those_of_others(tmp_path: Pa
         item(), entry
     )
     (out / "sub-01/mine.txt").write_text("mine")
-    (out / ".partial/sub-01").mkdir(parents=True)
-    (out / ".partial/sub-01/stale.txt").write_text("of an interrupted run")
-    ScanWriter(out, LAYOUT, {"note": write_note}).write(item(), entry)
+    writer = ScanWriter(out, LAYOUT, {"note": write_note})
+    writer.write(item(), entry)
     assert names(out) == ["sub-01/mine.txt", "sub-01/sub-01_finished.json", "sub-01/sub-01_note.txt"]
 
 
@@ -207,3 +213,120 @@ def test_files_of_a_bids_scan_lie_in_its_subjects_folder(tmp_path: Path, entry: 
         "summary.tsv",
     ]
     assert [row["status"] for row in read_table(tmp_path / "out/summary.tsv")] == ["done", "done"]
+
+
+def test_results_of_another_scan_are_not_replaced(tmp_path: Path, entry: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    writer = ScanWriter(out, LAYOUT, {"note": write_note})
+    writer.write(item(), entry)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/sub-01.nii").write_text("the scan of another person")
+    other = {"image": str(tmp_path / "b/sub-01.nii"), "name": "sub-01"}
+    before = (out / "sub-01/sub-01_finished.json").read_bytes()
+    for refuse in (writer.check_place, lambda scan: writer.write(item(), scan)):
+        with pytest.raises(
+            FileExistsError, match=r"b/sub-01\.nii: .*found those of another scan, .*/sub-01\.nii: give"
+        ):
+            refuse(other)
+    assert (out / "sub-01/sub-01_finished.json").read_bytes() == before
+    ScanWriter(out, LAYOUT, {"note": write_note}, overwrite=True).write(item(), other)
+    assert writer.is_finished(other)
+    assert not (out / ".partial").exists()
+
+
+def test_files_of_the_users_are_not_replaced(tmp_path: Path, entry: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    (out / "sub-01").mkdir(parents=True)
+    (out / "sub-01/sub-01_note.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"sub-01_note\.txt: no file of this name must be there, found one that is"
+    ):
+        ScanWriter(out, LAYOUT, {"note": write_note}).write(item(), entry)
+    assert names(out) == ["sub-01/sub-01_note.txt"]
+    assert (out / "sub-01/sub-01_note.txt").read_text() == "mine"
+
+
+def test_a_publication_that_was_interrupted_is_done_again(
+    tmp_path: Path, entry: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    writers = {"note": write_note, "more": lambda scan: scan.path("more.txt").write_text("new")}
+    writer = ScanWriter(out, LAYOUT, writers)
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name.endswith("_note.txt"):
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write(item(), entry)
+    assert names(out) == ["sub-01/sub-01_more.txt", "sub-01/sub-01_unfinished.json"]
+    assert not writer.is_finished(entry)
+    writer.write_summary([entry])
+    assert read_table(out / "summary.tsv")[0]["status"] == "missing"
+    writer.write(item(), entry)
+    assert writer.is_finished(entry)
+    assert "sub-01/sub-01_unfinished.json" not in names(out)
+
+
+def test_a_name_never_leaves_the_output_folder(tmp_path: Path, entry: dict[str, str]) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/precious.txt").write_text("precious")
+    writer = ScanWriter(tmp_path / "a/out", LAYOUT, {"note": write_note})
+    for bad in ({"name": "../../victim"}, {"name": ".."}, {"folder": "../../victim"}, {"folder": "/" + str(tmp_path)}):
+        for use in (writer.is_finished, writer.check_place, lambda scan: writer.write(item(), scan)):
+            with pytest.raises(ScanError, match="the name of a scan must be"):
+                use({**entry, **bad})
+        with pytest.raises(ScanError, match="the name of a scan must be"):
+            writer.note_failure({**entry, **bad}, "x")
+    assert (tmp_path / "victim/precious.txt").read_text() == "precious"
+
+
+def test_many_writers_share_one_folder(tmp_path: Path, entry: dict[str, str]) -> None:
+    def work(number: int) -> None:
+        writer = ScanWriter(tmp_path / "out", LAYOUT, {"note": write_note})
+        for _ in range(25):
+            writer.write(item(), {**entry, "name": f"scan{number % 2}"})
+            writer.clear()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a worker raised
+    assert not (tmp_path / "out/.partial").exists()
+    assert len(names(tmp_path / "out")) == 4
+
+
+def test_what_interrupted_runs_left_is_removed_and_what_runs_stays(tmp_path: Path, entry: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    seen: list[int] = []
+    writer = ScanWriter(out, LAYOUT, {})
+
+    def look(scan: ScanResult) -> None:
+        dead = scan.folder.with_name(scan.folder.name[:-1] + "x")
+        dead.mkdir()
+        writer.clear()
+        seen.append(len(list((out / ".partial").iterdir())))
+        assert scan.folder.is_dir()
+
+    writer.writers["look"] = look
+    writer.write(item(), entry)
+    assert seen == [1]
+
+
+def test_the_summary_keeps_the_rows_of_earlier_runs_and_lists_what_was_skipped(
+    tmp_path: Path, entry: dict[str, str]
+) -> None:
+    writer = ScanWriter(tmp_path / "out", LAYOUT, {"note": write_note})
+    second = {**entry, "name": "=1+1"}
+    for scan in (entry, second):
+        writer.write(item(), scan)
+        writer.write_summary([scan, {"image": "x/notes\udcff.txt", "name": "notes", "skipped": "not a scan"}])
+    rows = tables.read_table(tmp_path / "out/summary.tsv")
+    assert [(row["scan"], row["status"], row["folder"]) for row in rows] == [
+        ("=1+1", "done", "=1+1"),
+        ("notes", "skipped", "n/a"),
+        ("sub-01", "done", "sub-01"),
+    ]
+    assert "\n=" not in (tmp_path / "out/summary.tsv").read_text()  # a spreadsheet would compute it

@@ -107,7 +107,7 @@ def command(repository: Path, weights: Path, source: Path, output: Path, *more: 
 
 
 def finished(folder: Path) -> list[str]:
-    return sorted(path.name.removesuffix("_finished.json") for path in folder.glob("*/*_finished.json"))
+    return sorted(path.name.removesuffix("_finished.json") for path in folder.glob("*/[!.]*_finished.json"))
 
 
 def rows_of(table: Path) -> dict[str, list[str]]:

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -47,7 +46,6 @@ def make_scan(folder: Path, labels: np.ndarray, affine: np.ndarray = AFFINE, map
     index = np.stack(np.meshgrid(*(np.arange(n) for n in labels.shape), indexing="ij"), axis=-1)
     world = np.moveaxis(index @ affine[:3, :3].T + affine[:3, 3], -1, 0).astype(np.float32)
     image = (labels > 0) * (100 + world[0])  # brighter towards the patient's right
-    nib.save(nib.Nifti1Image(image.astype(np.float32), affine), folder / "scan.nii.gz")
     inside = np.where(np.isin(labels, (LEFT_CORTEX, RIGHT_CORTEX)), -1.0, 1.0).astype(np.float32)
     maps = {
         "segmentation": labels[None],
@@ -60,7 +58,8 @@ def make_scan(folder: Path, labels: np.ndarray, affine: np.ndarray = AFFINE, map
     tensors = {
         name: MetaTensor(torch.from_numpy(value), affine=torch.from_numpy(affine)) for name, value in kept.items()
     }
-    return ScanResult("scan", folder / "scan.nii.gz", folder, LAYOUT, labels, affine, tensors)
+    original = MetaTensor(torch.from_numpy(image.astype(np.float32))[None], affine=torch.from_numpy(affine))
+    return ScanResult("scan", folder / "scan.nii.gz", folder, LAYOUT, labels, affine, tensors, original=original)
 
 
 @pytest.fixture(scope="module")

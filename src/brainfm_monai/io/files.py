@@ -10,7 +10,12 @@ from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["write_folder", "write_text", "write_whole"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["locked", "write_folder", "write_text", "write_whole"]
 
 
 @contextmanager
@@ -65,35 +70,48 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".????????.partial.{escape(target.name)}"):
-        if (lock := _lock(leftover)) is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            os.close(lock)
+        with locked(leftover, wait=False) as alone:
+            if alone:
+                shutil.rmtree(leftover, ignore_errors=True)
     partial, old = (target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}") for _ in range(2))
     partial.mkdir()
-    lock = _lock(partial)
+    with locked(partial, wait=False):
+        try:
+            yield partial
+            with suppress(FileNotFoundError):  # a folder cannot be renamed onto a filled one
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            for folder in (partial, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder while a block runs: no other process that asks for the folder holds it at the same time.
+
+    Nothing is left on disk, and the operating system frees the folder of a process that dies. Where the system has no such lock
+    (Windows, some network disks) the block runs without.
+
+    Args:
+        folder: created if it is absent and ``wait`` is set.
+        wait: until another process frees the folder.
+
+    Yields:
+        Whether the folder is held.
+    """
+    if wait:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = None
     try:
-        yield partial
-        with suppress(FileNotFoundError):  # a folder cannot be renamed onto a filled one
-            target.rename(old)
-        partial.rename(target)
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = handle is not None
+    except OSError:
+        held = False
+    try:
+        yield held
     finally:
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Descriptor that locks a folder until it is closed or the process ends; None if that is impossible."""
-    try:
-        import fcntl  # absent on Windows
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process holds the lock, or the file system has none
-        os.close(descriptor)
-        return None
-    return descriptor
+        if handle is not None:
+            os.close(handle)

@@ -11,7 +11,7 @@ from brainfm_monai.outputs.images import (
     write_uncertainty,
 )
 from brainfm_monai.outputs.quality import collect_warnings, write_quality
-from brainfm_monai.outputs.result import TEMPLATE_SPACE, RunSettings, ScanResult, resample
+from brainfm_monai.outputs.result import TEMPLATE_SPACE, RunSettings, ScanResult, describe_run, resample
 from brainfm_monai.outputs.segmentation import (
     compute_totals_mm3,
     compute_volumes_mm3,
@@ -21,7 +21,7 @@ from brainfm_monai.outputs.segmentation import (
 )
 from brainfm_monai.outputs.surfaces import extract_surface, write_distances, write_surfaces
 from brainfm_monai.outputs.warps import fit_scan_to_template, write_coordinates, write_transforms
-from brainfm_monai.outputs.writer import PARTIAL_FOLDER, ScanWriter, describe_run
+from brainfm_monai.outputs.writer import PARTIAL_FOLDER, ScanWriter
 
 __all__ = [
     "PARTIAL_FOLDER",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import Tensor
 
+from brainfm_monai.io import fingerprint
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.transforms import read_scan
 
-__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "resample"]
+__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "describe_run", "resample"]
 
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
 INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
@@ -60,7 +62,31 @@ class RunSettings:
             raise ValueError(f"sharpen: a number from 0 is needed, found {self.sharpen}")
 
 
-@dataclass(frozen=True)
+def describe_run(
+    weights: str | Path, layout: TaskLayout, model: str = "BrainFM", depends: Sequence[Any] = (), **choices: Any
+) -> RunSettings:
+    """Settings of a run, with the hash of its weights and of its configuration.
+
+    Args:
+        weights: file of the weights.
+        layout: tasks and protocol.
+        model: name of the model.
+        depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were built from the
+            resolved config; see :func:`~brainfm_monai.io.fingerprint`.
+        choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
+    """
+    path = Path(weights)
+    digest = ""
+    if path.is_file():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    version = metadata.version("brainfm-monai")
+    return RunSettings(
+        model, version, path.name, digest, layout.protocol.name, configuration=fingerprint(layout, *depends), **choices
+    )
+
+
+@dataclass(eq=False)
 class ScanResult:
     """Everything that is known about one scan after the network.
 
@@ -80,6 +106,7 @@ class ScanResult:
         summary: numbers of the scan for the table over all scans; the functions that write files add to it.
         warnings: what a user should look at.
         shared: what one output computed and another one needs, too.
+        original: the scan as it was read, in its own intensities and grid, shape (1, h, w, d).
     """
 
     name: str
@@ -97,6 +124,7 @@ class ScanResult:
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
+    original: MetaTensor | None = None
 
     def path(self, suffix: str) -> Path:
         """Path of the file that ends in ``suffix``."""
@@ -105,7 +133,9 @@ class ScanResult:
     @cached_property
     def image(self) -> MetaTensor:
         """The scan itself, shape (1, H, W, D), in its own intensities and in the grid of the files."""
-        return resample(read_scan(self.source, self.frame), self.labels.shape, self.affine)
+        if self.original is None:
+            raise ValueError(f"{self.source}: the scan itself is needed, found its maps alone")
+        return resample(self.original, self.labels.shape, self.affine)
 
     @cached_property
     def network_affine(self) -> np.ndarray:

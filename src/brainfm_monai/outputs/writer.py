@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from monai.data import MetaTensor
 from torch import Tensor
 
-from brainfm_monai.io import fingerprint, write_table
+from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, write_table, write_text
 from brainfm_monai.outputs.quality import collect_warnings
 from brainfm_monai.outputs.result import RunSettings, ScanResult
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["FINISHED", "PARTIAL_FOLDER", "ScanWriter", "describe_run"]
+__all__ = ["FINISHED", "PARTIAL_FOLDER", "ScanWriter"]
 
 logger = logging.getLogger(__name__)
 
 PARTIAL_FOLDER = ".partial"  # where the files of a scan are gathered until all are whole
 FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
-NOT_MAPS = ("image", "label", "pred", "soft_volumes")
+UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
+NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 BIDS_VERSION = "1.10.0"
-
-
-def describe_run(
-    weights: str | Path, layout: TaskLayout, model: str = "BrainFM", depends: Sequence[Any] = (), **choices: Any
-) -> RunSettings:
-    """Settings of a run, with the hash of its weights and of its configuration.
-
-    Args:
-        weights: file of the weights.
-        layout: tasks and protocol.
-        model: name of the model.
-        depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were built from the
-            resolved config; see :func:`~brainfm_monai.io.fingerprint`.
-        choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
-    """
-    path = Path(weights)
-    digest = ""
-    if path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    version = metadata.version("brainfm-monai")
-    return RunSettings(
-        model, version, path.name, digest, layout.protocol.name, configuration=fingerprint(layout, *depends), **choices
-    )
 
 
 class ScanWriter:
     """Writes the files of every scan, and knows which scans are finished.
 
-    The files are gathered in ``output_dir/.partial/<scan>`` and then moved to ``output_dir/<folder of the scan>``, each of them
-    whole, with the marker ``<scan>_finished.json`` last. A run that was interrupted, by whatever means, leaves no marker, and the
-    scan is done again by the next one.
+    The files are gathered in a folder of their own in ``output_dir/.partial`` and then moved to ``output_dir/<folder of the
+    scan>``, each of them whole, with the marker ``<scan>_finished.json`` last. A run that was interrupted, by whatever means,
+    leaves no marker that says so, and the scan is done again by the next run. Several processes may write to one folder.
 
     Args:
         output_dir: folder of all results.
         layout: tasks and label protocol.
         writers: functions of a :class:`ScanResult` by the names of the outputs, called in order.
         settings: what is used; a scan that was finished with other settings is done again.
+        overwrite: whether results of another scan, and files of the user's, may be replaced.
     """
 
     def __init__(
@@ -77,24 +58,26 @@ class ScanWriter:
         layout: TaskLayout,
         writers: Mapping[str, Callable[[ScanResult], object]],
         settings: RunSettings | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.layout = layout
         self.writers = dict(writers)
         self.settings = settings or RunSettings(protocol=layout.protocol.name)
+        self.overwrite = overwrite
 
     def folder_of(self, scan: Mapping[str, Any]) -> Path:
         """Where the files of a scan belong: ``folder`` of its entry, or its name."""
-        return self.output_dir / str(scan.get("folder") or scan["name"])
+        return self.output_dir / Scan.of(scan).results
 
-    def read_marker(self, scan: Mapping[str, Any]) -> dict[str, Any] | None:
+    def read_marker(self, scan: Mapping[str, Any], ending: str = FINISHED) -> dict[str, Any] | None:
         """What the marker of a finished scan says; None where there is none."""
-        path = self.folder_of(scan) / f"{scan['name']}_{FINISHED}"
+        path = self.folder_of(scan) / f"{scan['name']}_{ending}"
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return content
+        return content if isinstance(content, dict) and isinstance(content.get("source"), dict) else None
 
     def is_finished(self, scan: Mapping[str, Any]) -> bool:
         """Whether a scan was done with these settings, has at least these outputs, and its file is the same as then."""
@@ -102,9 +85,25 @@ class ScanWriter:
         return (
             marker is not None
             and marker.get("settings") == asdict(self.settings)
-            and marker.get("source") == _identify(scan)
             and set(self.writers) <= set(marker.get("outputs", ()))
+            and _is_unchanged(Scan.of(scan), marker)
         )
+
+    def check_place(self, scan: Mapping[str, Any]) -> None:
+        """Check that the place of a scan's results holds no results of another scan.
+
+        Raises:
+            FileExistsError: if it does, and they may not be replaced; one line that names the other scan.
+        """
+        marker, entry = self.read_marker(scan) or self.read_marker(scan, UNFINISHED), Scan.of(scan)
+        if marker is None or self.overwrite:
+            return
+        earlier = str(marker["source"]["path"])
+        if earlier != entry.identify()["path"] and marker["source"]["sha256"] != entry.hash_content():
+            raise FileExistsError(
+                f"{printable(entry.path)}: {self.folder_of(scan)} must hold results of this scan or none, found those of "
+                f"another scan, {printable(earlier)}: give this one another name or folder, or pass --overwrite to replace them"
+            )
 
     def write(self, item: Mapping[str, Any], scan: Mapping[str, Any]) -> Path:
         """Write all files of a scan.
@@ -115,36 +114,49 @@ class ScanWriter:
 
         Returns:
             The folder of the files.
+
+        Raises:
+            FileExistsError: see :meth:`check_place`; or if a file of the user's has the name of a result.
         """
         begun = time.monotonic()
-        partial = self.output_dir / PARTIAL_FOLDER / str(scan["name"])
-        shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
-        partial.mkdir(parents=True)
+        partial = self.output_dir / PARTIAL_FOLDER / f"{_host()}-{uuid4().hex[:12]}"
+        with locked(self.output_dir):  # another process may remove the empty .partial
+            partial.mkdir(parents=True)
         try:
-            result = self._result(item, scan, partial)
-            result.warnings.extend(collect_warnings(result))
-            for write in self.writers.values():
-                write(result)
-            for warning in result.warnings:
-                logger.warning("%s: %s", result.name, warning)
-            self._mark(result, scan, time.monotonic() - begun)
-            folder = self._publish(result, scan)
+            with locked(partial):
+                result = self._result(item, scan, partial)
+                result.warnings.extend(collect_warnings(result))
+                for write in self.writers.values():
+                    write(result)
+                for warning in result.warnings:
+                    logger.warning("%s: %s", result.name, warning)
+                marker = self._describe(result, scan, time.monotonic() - begun)
+                with locked(self.output_dir):
+                    folder = self._publish(result, scan, marker)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            _remove_if_empty(partial.parent)
+            self._remove_if_empty(PARTIAL_FOLDER)
         self.forget_failure(scan)
         return folder
 
+    def clear(self) -> None:
+        """Remove what interrupted runs on this machine left in ``.partial``; the folder of a process that works stays."""
+        if not (self.output_dir / PARTIAL_FOLDER).is_dir():
+            return
+        for folder in (self.output_dir / PARTIAL_FOLDER).glob(f"{_host()}-*"):
+            with locked(folder, wait=False) as alone:
+                if alone:
+                    shutil.rmtree(folder, ignore_errors=True)
+        self._remove_if_empty(PARTIAL_FOLDER)
+
     def note_failure(self, scan: Mapping[str, Any], message: str) -> None:
         """Keep the reason why a scan failed, for the table over all scans."""
-        note = self._failure_note(scan)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(message + "\n", encoding="utf-8")
+        write_text(self._failure_note(scan), message + "\n")
 
     def forget_failure(self, scan: Mapping[str, Any]) -> None:
         """Remove the note of a scan that failed earlier."""
         self._failure_note(scan).unlink(missing_ok=True)
-        _remove_if_empty(self.output_dir / FAILED_FOLDER)
+        self._remove_if_empty(FAILED_FOLDER)
 
     def read_failure(self, scan: Mapping[str, Any]) -> str:
         """Why a scan failed; empty if it did not."""
@@ -154,28 +166,52 @@ class ScanWriter:
     def write_summary(self, scans: Sequence[Mapping[str, Any]]) -> Path:
         """Write ``summary.tsv``: one row per scan with its status, warnings, volumes and other numbers.
 
-        It is made of the markers of all scans, so that of several processes the one that ends last writes the whole table.
+        It is made of the markers of all scans, so that of several processes the one that ends last writes the whole table. Rows
+        of an earlier table whose results are still there stay.
+
+        Args:
+            scans: entries of the list; those with ``skipped`` are listed with the reason.
         """
-        rows = [self._row(scan) for scan in scans]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / "summary.tsv"
-        write_table(path, columns, [[row.get(column, "n/a") for column in columns] for row in rows])
-        self._describe_dataset()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.output_dir):
+            rows = [self._row(scan) for scan in scans]
+            names = {row["scan"] for row in rows if row["status"] != "skipped"}
+            rows += [row for row in self._earlier_rows(path) if row["scan"] not in names]
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            write_table(path, columns, [[row.get(column, ABSENT) for column in columns] for row in rows])
+            self._describe_dataset()
         return path
 
     def _row(self, scan: Mapping[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {"scan": scan["name"], "image": scan["image"]}
-        failure = self.read_failure(scan)
+        row: dict[str, Any] = {"scan": scan["name"], "image": printable(scan["image"])}
+        if scan.get("skipped"):
+            return row | {"status": "skipped", "message": scan["skipped"]}
+        failure, marker = self.read_failure(scan), self.read_marker(scan)
+        folder = {"folder": Scan.of(scan).results}
         if failure:
-            return row | {"status": "failed", "message": failure}
-        marker = self.read_marker(scan)
+            return row | {"status": "failed", "message": failure} | folder
         if marker is None:
-            return row | {"status": "missing", "message": ""}
-        return row | {"status": "done", "message": "; ".join(marker["warnings"]), **marker["summary"]}
+            return row | {"status": "missing", "message": ""} | folder
+        return row | {"status": "done", "message": "; ".join(marker["warnings"])} | folder | marker["summary"]
+
+    def _earlier_rows(self, path: Path) -> list[dict[str, str]]:
+        try:
+            rows = read_table(path)
+        except (OSError, ValueError):  # none, or a table of something else
+            return []
+        return [
+            row
+            for row in rows
+            if row.get("status") == "done" and (self.output_dir / row["folder"] / f"{row['scan']}_{FINISHED}").is_file()
+        ]
 
     def _failure_note(self, scan: Mapping[str, Any]) -> Path:
-        return self.output_dir / FAILED_FOLDER / f"{scan['name']}.txt"
+        return self.output_dir / FAILED_FOLDER / f"{Scan.of(scan).name}.txt"
+
+    def _remove_if_empty(self, name: str) -> None:
+        with locked(self.output_dir), suppress(OSError):  # not there, or another process works in it
+            (self.output_dir / name).rmdir()
 
     def _result(self, item: Mapping[str, Any], scan: Mapping[str, Any], folder: Path) -> ScanResult:
         image: MetaTensor = item["image"]
@@ -185,7 +221,7 @@ class ScanWriter:
         frame = image.meta.get("frame")
         return ScanResult(
             name=str(scan["name"]),
-            source=Path(str(scan["image"])),
+            source=Path(printable(scan["image"])),
             folder=folder,
             layout=self.layout,
             labels=np.asarray(labels[0].cpu(), dtype=np.uint8),
@@ -196,36 +232,42 @@ class ScanWriter:
             window=str(image.meta.get("window") or ""),
             lesions=str(scan.get("lesions") or ""),
             settings=self.settings,
+            original=item.get("original"),
         )
 
-    def _mark(self, result: ScanResult, scan: Mapping[str, Any], seconds: float) -> None:
-        files = sorted(file.name for file in result.folder.iterdir())
-        content = {
+    def _describe(self, result: ScanResult, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Content of the marker."""
+        entry = Scan.of(scan)
+        return {
             "outputs": list(self.writers),
             "settings": asdict(self.settings),
-            "source": _identify(scan),
-            "files": files,
+            "source": {**entry.identify(), "sha256": entry.hash_content()},
+            "files": sorted(file.name for file in result.folder.iterdir()),
             "warnings": result.warnings,
             "summary": {"warnings": len(result.warnings), **result.summary},
             "seconds_to_write": round(seconds, 1),
         }
-        result.path(FINISHED).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def _publish(self, result: ScanResult, scan: Mapping[str, Any]) -> Path:
-        final = self.folder_of(scan)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        marker = result.path(FINISHED)
-        if final.exists():
-            earlier = self.read_marker(scan)
-            (final / marker.name).unlink(missing_ok=True)
-            new = [file for file in sorted(result.folder.iterdir()) if file != marker]
-            for name in set(earlier["files"] if earlier else ()) - {file.name for file in new}:
-                (final / name).unlink(missing_ok=True)
-            for file in new:
-                file.replace(final / file.name)
-            marker.replace(final / marker.name)
-        else:
-            result.folder.replace(final)
+    def _publish(self, result: ScanResult, scan: Mapping[str, Any], content: dict[str, Any]) -> Path:
+        """Move the files to their place; the marker is absent meanwhile, and a second one names the files, old and new."""
+        self.check_place(scan)
+        final, new = self.folder_of(scan), content["files"]
+        markers = [self.read_marker(scan, ending) or {} for ending in (FINISHED, UNFINISHED)]
+        earlier = {name for marker in markers for name in marker.get("files", ())}
+        for file in [] if self.overwrite else new:
+            if file not in earlier and os.path.lexists(final / file):
+                raise FileExistsError(
+                    f"{final / file}: no file of this name must be there, found one that is no result"
+                )
+        finished, unfinished = (final / f"{result.name}_{ending}" for ending in (FINISHED, UNFINISHED))
+        write_text(unfinished, json.dumps({"source": content["source"], "files": sorted({*earlier, *new})}))
+        finished.unlink(missing_ok=True)
+        for file in earlier - set(new):
+            (final / file).unlink(missing_ok=True)
+        for file in new:
+            (result.folder / file).replace(final / file)
+        write_text(finished, json.dumps(content, indent=2) + "\n")
+        unfinished.unlink()
         return final
 
     def _describe_dataset(self) -> None:
@@ -238,18 +280,17 @@ class ScanWriter:
                 "DatasetType": "derivative",
                 "GeneratedBy": generated,
             }
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _identify(scan: Mapping[str, Any]) -> list[Any]:
-    """Path and time of change of a scan: what is to be the same for a result to be kept."""
-    path = Path(str(scan["image"]))
-    changed = path.stat().st_mtime_ns if path.exists() else 0
-    return [str(path.resolve()), changed, scan.get("frame"), scan.get("lesions")]
+def _is_unchanged(scan: Scan, marker: Mapping[str, Any]) -> bool:
+    """Whether the scan of a marker has this content, and the same frame and lesions, wherever it lies now."""
+    identity, earlier = scan.identify(), marker["source"]
+    if any(identity[key] != earlier[key] for key in ("part", "lesions")):
+        return False
+    same_file = all(identity[key] == earlier[key] for key in ("path", "changed_ns"))
+    return same_file or (bool(scan.path) and Path(scan.path).exists() and scan.hash_content() == earlier["sha256"])
 
 
-def _remove_if_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:  # not there, or another process works in it
-        return
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from brainfm_monai.prediction.catalogue import OUTPUTS, select_outputs
 from brainfm_monai.prediction.loop import predict_scans
+from brainfm_monai.prediction.scans import ScanDataset, ScanLoader
 from brainfm_monai.prediction.shards import local_device, share_of
 from brainfm_monai.prediction.single import predict
 
-__all__ = ["OUTPUTS", "local_device", "predict", "predict_scans", "select_outputs", "share_of"]
+__all__ = [
+    "OUTPUTS",
+    "ScanDataset",
+    "ScanLoader",
+    "local_device",
+    "predict",
+    "predict_scans",
+    "select_outputs",
+    "share_of",
+]

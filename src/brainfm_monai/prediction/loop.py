@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Events
-from monai.data import Dataset, list_data_collate
+from ignite.engine import Engine, Events
 from monai.engines import Evaluator, IterationEvents
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainfm_monai.io import one_line, scan_stem
+from brainfm_monai.io import one_line, printable
 from brainfm_monai.outputs import ScanWriter
+from brainfm_monai.prediction.scans import ScanDataset, ScanLoader
 from brainfm_monai.prediction.shards import share_of
 
-__all__ = ["named", "predict_scans"]
+__all__ = ["choose_scans", "engine_logger", "finish_run", "predict_scans", "run_scans"]
 
 logger = logging.getLogger(__name__)
+engine_logger = logging.getLogger(f"{__name__}.engine")
+engine_logger.setLevel(
+    logging.CRITICAL
+)  # ignite logs every run and every exception, which are reported here in one line
+MOST_LINES = 20  # of skipped files in the log; all are in the summary
 
-Scan = Mapping[str, Any]
 
+def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = None, overwrite: bool = False) -> None:
+    """Run an evaluator over its scans and write their files; a scan that fails is reported in one line, and the rest is done.
 
-def predict_scans(
-    evaluator: Evaluator, dataset: Dataset, writer: ScanWriter, shard: str | None = None, overwrite: bool = False
-) -> None:
-    """Run an evaluator over scans and write their files; a scan that fails is reported in one line, and the rest is done.
-
-    Scans that are finished already are skipped. ``summary.tsv`` tells of all scans of the list, also of those of other shards.
+    Scans that are finished already are skipped. ``summary.tsv`` has all scans of the list, also those of other shards.
 
     Args:
-        evaluator: its postprocessing makes the maps; its handlers may look at them.
-        dataset: items with the entries ``image`` (a path) and perhaps ``name``, read lazily by the dataset's transform.
+        evaluator: its ``data_loader`` is a :class:`ScanLoader`; its postprocessing makes the maps; its handlers may look at them.
         writer: writes the files.
         shard: see :func:`~brainfm_monai.prediction.share_of`.
         overwrite: do finished scans again.
@@ -43,130 +44,145 @@ def predict_scans(
     Raises:
         SystemExit: if there is no scan, if the shard is wrong, and after the last scan if any failed; the message is one line.
     """
-    scans = [named(item) for item in dataset.data]
-    if not scans:
+    loader: Any = evaluator.data_loader
+    dataset: ScanDataset = loader.dataset
+    numbers = choose_scans(dataset, writer, shard, overwrite)
+    failures = run_scans(evaluator, writer, numbers, keep_notes=len(dataset) > 1)
+    finish_run(dataset, writer, failures)
+
+
+def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, overwrite: bool) -> list[int]:
+    """Numbers of the scans of this shard that are not finished; what is skipped is logged.
+
+    Raises:
+        SystemExit: if there is no scan, or the shard is wrong.
+    """
+    for entry in dataset.skipped[:MOST_LINES]:
+        logger.info("%s: skipped: %s", printable(entry["image"]), entry["skipped"])
+    if len(dataset.skipped) > MOST_LINES:
+        logger.info("%d more files are skipped, see summary.tsv", len(dataset.skipped) - MOST_LINES)
+    if not len(dataset):
         raise SystemExit("input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER")
     try:
-        mine = share_of(len(scans), shard)
+        mine = share_of(len(dataset), shard)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    waiting = [number for number in mine if overwrite or not writer.is_finished(scans[number])]
-    if len(waiting) < len(mine):
-        logger.info("%d of %d scans are finished already and are skipped", len(mine) - len(waiting), len(mine))
-    evaluator.logger.setLevel(
-        logging.CRITICAL
-    )  # ignite tells of every run and every exception, which is told here in one line
-    failures = _Failures(writer, alone=len(scans) == 1)
-    with logging_redirect_tqdm(), tqdm(total=len(waiting), unit="scan") as bar, _stages(evaluator, bar):
-        with ThreadPoolExecutor(1, "read") as readers, ThreadPoolExecutor(1, "write") as writers:
-            _run(
-                evaluator,
-                dataset,
-                writer,
-                [(number, scans[number]) for number in waiting],
-                failures,
-                (readers, writers),
-                bar,
-            )
-    if len(scans) > 1 or not failures.messages:
-        logger.info("all scans: %s", writer.write_summary(scans))
-    if failures.messages:
-        several = f"{len(failures.messages)} of {len(mine)} scans failed; the others are done"
-        raise SystemExit(failures.messages[0] if len(scans) == 1 else several)
+    writer.clear()
+    numbers = [number for number in mine if overwrite or not writer.is_finished(dataset.data[number])]
+    if len(numbers) < len(mine):
+        logger.info("%d of %d scans are finished already and are skipped", len(mine) - len(numbers), len(mine))
+    return numbers
 
 
-def named(scan: Scan) -> dict[str, Any]:
-    """The entry of a scan with its name."""
-    return {**scan, "name": str(scan.get("name") or scan_stem(scan["image"]))}
+def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]) -> None:
+    """Write the summary.
+
+    Args:
+        dataset: all scans.
+        writer: of their files.
+        failures: one message for each scan that failed.
+
+    Raises:
+        SystemExit: if any failed; the message is one line.
+    """
+    if len(dataset) > 1 or not failures:
+        logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
+    if failures:
+        several = f"{len(failures)} of {len(dataset)} scans failed; the others are done"
+        raise SystemExit(failures[0] if len(dataset) == 1 else several)
 
 
-class _Failures:
-    """Collects, keeps and reports what went wrong; with one scan alone the end of the program tells it."""
+def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], keep_notes: bool = True) -> list[str]:
+    """Run an evaluator over some of its scans and write their files.
 
-    def __init__(self, writer: ScanWriter, alone: bool) -> None:
-        self.writer, self.alone = writer, alone
-        self.messages: list[str] = []
+    Three scans at most are in memory: the next one, this one, and the one that is being written.
+
+    Args:
+        evaluator: see :func:`predict_scans`.
+        writer: writes the files.
+        numbers: of the scans.
+        keep_notes: log failures, and keep them for the summary.
+
+    Returns:
+        One line for each scan that failed.
+    """
+    loader: Any = evaluator.data_loader
+    evaluator.logger = engine_logger
+    run = _Run(loader, writer, keep_notes, tqdm(total=len(numbers), unit="scan"))
+    loader.waiting, loader.report = deque(numbers), run.fail
+    with logging_redirect_tqdm(), run.bar, ThreadPoolExecutor(1, "write") as run.pool, run.attached(evaluator):
+        while loader.waiting:
+            left = len(loader.waiting)
+            evaluator.state.epoch_length = None  # until the loader ends
+            evaluator.run()  # one epoch; a scan that fails ends it, and the next one goes on after this scan
+            if len(loader.waiting) == left:
+                raise RuntimeError(f"the evaluator must take scans, found none taken: {' '.join(run.failures[-1:])}")
+        run.finish_writing()
+    return run.failures
+
+
+class _Run:
+    """What the handlers of one run share: the scan that is being written, the bar and the failures."""
+
+    pool: ThreadPoolExecutor
+
+    def __init__(self, loader: ScanLoader, writer: ScanWriter, keep_notes: bool, bar: tqdm[Any]) -> None:
+        self.loader, self.writer, self.keep_notes, self.bar = loader, writer, keep_notes, bar
+        self.failures: list[str] = []
+        self.writing: tuple[int, Future[Path]] | None = None
 
     @contextmanager
-    def caught(self, scan: Scan) -> Iterator[None]:
-        try:
+    def attached(self, evaluator: Evaluator) -> Iterator[None]:
+        """Handlers of the run, on an evaluator that may have others."""
+        reactions: dict[Any, Callable[..., None]] = {
+            Events.GET_BATCH_STARTED: lambda _: self.bar.set_postfix_str("reading"),
+            Events.ITERATION_STARTED: self._begin,
+            IterationEvents.FORWARD_COMPLETED: lambda _: self.bar.set_postfix_str("maps"),
+            Events.ITERATION_COMPLETED: self._write,
+            Events.EXCEPTION_RAISED: self._catch,
+        }
+        with ExitStack() as handlers:
+            for event, handler in reactions.items():
+                handlers.enter_context(evaluator.add_event_handler(event, handler))
             yield
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Report a scan that failed."""
+        scan = self.loader.dataset.data[number]
+        message = one_line(error, str(scan["name"]))
+        self.failures.append(message)
+        logger.debug("%s", message, exc_info=error)
+        if self.keep_notes:
+            logger.error("%s", message)
+            self.writer.note_failure(scan, message)
+        self.bar.update()
+
+    def finish_writing(self) -> None:
+        """Wait until the scan that is being written is on disk."""
+        if self.writing is None:
+            return
+        (number, future), self.writing = self.writing, None
+        self.bar.set_postfix_str("writing")
+        try:
+            logger.info("%s: results are in %s", self.loader.dataset.data[number]["name"], future.result())
         except Exception as error:
-            self.messages.append(one_line(error, str(scan["name"])))
-            logger.debug("%s", self.messages[-1], exc_info=True)
-            if not self.alone:
-                logger.error("%s", self.messages[-1])
-                self.writer.note_failure(scan, self.messages[-1])
+            self.fail(number, error)
+        else:
+            self.bar.update()
 
+    def _begin(self, engine: Engine) -> None:
+        scan = self.loader.dataset.data[self.loader.current]
+        self.writer.check_place(scan)
+        self.bar.set_description_str(str(scan["name"]))
+        self.bar.set_postfix_str("network")
 
-def _run(
-    evaluator: Evaluator,
-    dataset: Dataset,
-    writer: ScanWriter,
-    scans: Sequence[tuple[int, Scan]],
-    failures: _Failures,
-    pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
-    bar: tqdm[Any],
-) -> None:
-    """Read ahead by one scan, and write behind by one: three scans at most are in memory."""
-    readers, writers = pools
-    behind: tuple[Scan, Future[Path]] | None = None
-    for scan, reading in _read_ahead(dataset, scans, readers):
-        bar.set_description_str(str(scan["name"]))
-        bar.set_postfix_str("reading")
-        before = len(failures.messages)
-        with failures.caught(scan):
-            evaluator.data_loader = [list_data_collate([reading.result()])]
-            evaluator.state.epoch_length = 1
-            _run_once(evaluator)
-        if len(failures.messages) > before:
-            bar.update()
-            continue
-        _finish(behind, failures, bar)
-        items: Any = evaluator.state.output
-        behind = (scan, writers.submit(writer.write, items[0], scan))
-    _finish(behind, failures, bar)
+    def _write(self, engine: Engine) -> None:
+        self.finish_writing()
+        number, items = self.loader.current, engine.state.output
+        scan = self.loader.dataset.data[number]
+        self.writing = (number, self.pool.submit(self.writer.write, items[0], scan))  # type: ignore[index]
 
-
-def _run_once(evaluator: Evaluator) -> None:
-    """Run the engine, and raise what it raises.
-
-    An ignite engine out of whose run an exception came does nothing at its next run, and keeps the last output: the next scan
-    would get the maps of this one. One that hands the exception to a handler ends its run, and starts anew.
-    """
-    raised: list[Exception] = []
-    with evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: raised.append(error)):
-        evaluator.run()
-    if raised:
-        raise raised[0]
-
-
-def _read_ahead(
-    dataset: Dataset, scans: Sequence[tuple[int, Scan]], readers: ThreadPoolExecutor
-) -> Iterator[tuple[Scan, Future[Any]]]:
-    """Each scan with its reading, which was begun while the one before was computed."""
-    ahead = [readers.submit(dataset.__getitem__, number) for number, _ in scans[:1]]
-    for position, (_, scan) in enumerate(scans):
-        reading = ahead.pop()
-        ahead += [readers.submit(dataset.__getitem__, number) for number, _ in scans[position + 1 : position + 2]]
-        yield scan, reading
-
-
-def _finish(behind: tuple[Scan, Future[Path]] | None, failures: _Failures, bar: tqdm[Any]) -> None:
-    """Wait until a scan is written."""
-    if behind is None:
-        return
-    scan, written = behind
-    bar.set_postfix_str("writing")
-    with failures.caught(scan):
-        logger.info("%s: results are in %s", scan["name"], written.result())
-    bar.update()
-
-
-@contextmanager
-def _stages(evaluator: Evaluator, bar: tqdm[Any]) -> Iterator[None]:
-    """Show beside the bar what is being done: a scan takes seconds to minutes."""
-    begun = evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: bar.set_postfix_str("network"))
-    inferred = evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda: bar.set_postfix_str("maps"))
-    with begun, inferred:
-        yield
+    def _catch(self, engine: Engine, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            raise error
+        self.fail(self.loader.current, error)

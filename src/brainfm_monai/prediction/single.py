@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.data import MetaTensor, list_data_collate
+from monai.data import MetaTensor
 
-from brainfm_monai.io import ScanError
+from brainfm_monai.io import ScanError, literal
 from brainfm_monai.outputs import (
     RunSettings,
     ScanResult,
@@ -21,6 +21,7 @@ from brainfm_monai.outputs import (
     fit_scan_to_template,
     resample,
 )
+from brainfm_monai.prediction.loop import engine_logger
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["predict"]
@@ -58,14 +59,18 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
             config_file=str(configs / "inference.json"),
             meta_file=str(configs / "metadata.json"),
             logging_file=False,
-            **{"bundle_root": str(bundle), "scans": [{"image": str(path), "name": "scan"}], **overrides},
+            **{
+                "bundle_root": literal(str(bundle)),
+                "scans": [{"image": literal(str(path)), "name": "scan"}],
+                **overrides,
+            },
         )
         try:
             workflow.initialize()
             item = _run(workflow.parser)
-        except SystemExit as end:  # the config's own way of telling of wrong weights
+        except SystemExit as end:  # the config reports wrong weights so
             raise ValueError(str(end)) from end
-        except RuntimeError as error:  # MONAI's way of telling that a transform failed
+        except RuntimeError as error:  # MONAI's way of reporting that a transform failed
             raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
         return _describe(
             item, workflow.parser.get_parsed_content("layout"), workflow.parser.get_parsed_content("settings"), path
@@ -77,7 +82,12 @@ def _as_file(image: Any, folder: Path) -> Path:
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, MetaTensor):
-        image = nib.Nifti1Image(np.asarray(image.as_tensor().cpu())[0], np.asarray(image.affine))
+        values = image.as_tensor().detach().cpu()
+        if values.ndim != 4 or len(values) != 1 or values.is_complex():
+            raise ScanError(
+                f"image: real numbers of shape (1, H, W, D) are needed, found {values.dtype} of {tuple(values.shape)}"
+            )
+        image = nib.Nifti1Image(values.float().numpy()[0], np.asarray(image.affine, dtype=np.float64))
     path = folder / "scan.nii"
     nib.save(image, path)
     return path
@@ -85,9 +95,7 @@ def _as_file(image: Any, folder: Path) -> Path:
 
 def _run(parser: ConfigParser) -> dict[str, Any]:
     evaluator = parser.get_parsed_content("evaluator")
-    evaluator.data_loader = [list_data_collate([parser.get_parsed_content("dataset")[0]])]
-    evaluator.state.epoch_length = 1
-    evaluator.logger.disabled = True
+    evaluator.logger = engine_logger
     evaluator.run()
     item: dict[str, Any] = evaluator.state.output[0]
     return item
@@ -95,7 +103,11 @@ def _run(parser: ConfigParser) -> dict[str, Any]:
 
 def _describe(item: dict[str, Any], layout: TaskLayout, settings: RunSettings, path: Path) -> dict[str, Any]:
     labels: MetaTensor = item["pred"]
-    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in ("image", "pred")}
+    maps = {
+        key: value
+        for key, value in item.items()
+        if isinstance(value, MetaTensor) and key not in ("image", "original", "pred")
+    }
     affine = np.asarray(labels.affine, dtype=np.float64)
     array = np.asarray(labels[0].cpu(), dtype=np.uint8)
     soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None

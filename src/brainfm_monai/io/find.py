@@ -1,0 +1,276 @@
+"""Which scans to work on: a file, a DICOM series, a folder, a pattern, a BIDS dataset or a table; nothing is left out silently."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from glob import has_magic
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from brainfm_monai.io.dicom import is_dicom, list_series
+from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
+from brainfm_monai.io.tables import ABSENT, read_table
+from brainfm_monai.io.volumes import SCAN_SUFFIXES, scan_stem
+
+__all__ = ["find_scans"]
+
+BIDS_SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "PDT2", "T2starw", "inplaneT1", "inplaneT2", "UNIT1", "ct")
+BIDS_FOLDERS = ("anat", "ct")
+TABLE_COLUMNS = ("image", "name", "frame", "lesions")
+COMPANIONS = (".json", ".bval", ".bvec", ".img", ".raw", ".raw.gz")  # belong to the scan of the same stem
+MARKERS = ("_finished.json", "_unfinished.json")  # beside the results of a scan, see outputs.writer
+Found = tuple[Path, str, str]  # a path, its problem and why it is skipped: attributes of a Scan
+
+
+def find_scans(
+    source: str | Path,
+    output_dir: str | Path | None = None,
+    participant_label: str | int | Sequence[str | int] | None = None,
+) -> list[Scan]:
+    """List the scans that a user means, in the order of their paths, and what is found among them.
+
+    Links are followed, each folder once. Files that are named like scans and cannot be read have a ``problem``; other files,
+    hidden scans and results of earlier runs are ``skipped``, with the reason.
+
+    Args:
+        source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in it; a
+            pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset (a folder with dataset_description.json or sub-* folders), of
+            which the anatomical images are taken; or a TSV with the column ``image`` and perhaps ``name``, ``frame`` and
+            ``lesions`` (a mask), its paths relative to it. An empty string, which is a configuration's default, lists nothing.
+        output_dir: where results are written; it may lie inside ``source`` but not be the same.
+        participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
+
+    Returns:
+        The scans, whose names differ: see :func:`~brainfm_monai.io.scans.unique_names`. Of BIDS images the suffix becomes the
+        entity ``space``, and ``folder`` is that of the image.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder, or no scan in it.
+        ValueError: if the file has another suffix, the table is none of scans, or the results would land among the scans.
+    """
+    if not str(source):
+        return []
+    path, output = Path(source), os.path.realpath(output_dir) if output_dir else None
+    if has_magic(str(source)) and not os.path.lexists(path):
+        return _named(_matches(path, output), f"{source}: a pattern of scans")
+    if not path.is_dir():
+        return _from_file(path)
+    if output == os.path.realpath(path):
+        raise ValueError(
+            f"{source}: results need a folder of their own, found output_dir to be the folder of the scans"
+        )
+    if _is_bids(path):
+        return _from_bids(path, output, participant_label)
+    if participant_label is not None:
+        raise ValueError(f"{source}: 'participant_label' needs a BIDS dataset, found a folder without sub-* folders")
+    return _named(_walk(path, output, {}), f"{source}: a folder of scans", path)
+
+
+def _from_file(path: Path) -> list[Scan]:
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: a scan or a folder of scans is needed, found no such file or folder")
+    if path.name.lower().endswith(".tsv"):
+        return _from_table(path)
+    if not path.name.lower().endswith(SCAN_SUFFIXES) and not is_dicom(path):
+        raise ValueError(f"{path}: a scan is a file of the kind {', '.join(SCAN_SUFFIXES)}, found another suffix")
+    return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_problem(path))]
+
+
+def _named(found: Iterator[Found], rule: str, root: Path | None = None) -> list[Scan]:
+    """Scans with names; a list without scans is refused with the rule."""
+    listed = list(found)
+    scans = [entry for entry in listed if not entry[2]]
+    if not scans:
+        raise FileNotFoundError(f"{rule} ({', '.join(SCAN_SUFFIXES)}) is needed, found none{' in it' if root else ''}")
+    common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
+    names = unique_names(
+        Path(os.path.relpath(path, common)) if path != root else Path(path.resolve().name) for path, *_ in scans
+    )
+    named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
+    named = [one for scan in named for one in (_split_series(scan) if Path(scan.path).is_dir() else [scan])]
+    return [*named, *(_skip(path, reason) for path, _, reason in listed if reason)]
+
+
+def _split_series(scan: Scan) -> list[Scan]:
+    """One scan per series of a DICOM folder; that of one series has the name of the folder."""
+    try:
+        series = list_series(scan.path)
+    except ValueError:  # reading reports it
+        return [scan]
+    scans = [one for one in series if not one.is_overview]
+    if len(scans) == 1:
+        split = [replace(scan, series=scans[0].name)]
+    else:
+        names = unique_names(Path(f"{scan.name}_{one.name}.nii".replace("/", "_")) for one in scans)
+        split = [replace(scan, name=name, series=one.name) for name, one in zip(names, scans, strict=True)]
+    reason = "a localizer or a single slice, which is no scan"
+    return [
+        *split,
+        *(replace(scan, series=one.name, skipped=f"{one.name}: {reason}") for one in series if one.is_overview),
+    ]
+
+
+def _skip(path: Path, reason: str) -> Scan:
+    return Scan(unique_names([Path(path.name)])[0], str(path), skipped=reason)
+
+
+def _matches(pattern: Path, output: str | None) -> Iterator[Found]:
+    """What a pattern fits; folders at its beginning that exist are no pattern, whatever characters they have."""
+    base = next(folder for folder in pattern.parents if folder.is_dir())
+    for path in sorted(base.glob(str(pattern.relative_to(base)))):
+        if output is not None and Path(output) in (real := Path(os.path.realpath(path)), *real.parents):
+            yield path, "", "lies in the folder of the results"
+        elif path.is_dir():
+            yield (
+                path,
+                "",
+                "" if is_dicom(path) else "a folder without a DICOM series",
+            )
+        elif not path.name.startswith("."):
+            yield path, *_judge(path)
+
+
+def _walk(folder: Path, output: str | None, searched: dict[str, Path]) -> Iterator[Found]:
+    """Everything in a folder and the folders in it, in the order of paths; a DICOM series is its folder."""
+    real = os.path.realpath(folder)
+    if real == output:
+        yield folder, "", "the folder of the results"
+    elif real in searched:
+        yield folder, "", f"the same folder as {printable(searched[real])}, which is searched already"
+    else:
+        searched[real] = folder
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            yield folder, f"a folder that cannot be read: {error.strerror}", ""
+            return
+        yield from _sort_entries(folder, entries, output, searched)
+
+
+def _sort_entries(folder: Path, entries: list[Path], output: str | None, searched: dict[str, Path]) -> Iterator[Found]:
+    earlier = {name for entry in entries if entry.name.endswith(MARKERS) for name in _files_of_results(entry)}
+    stems = {scan_stem(entry) for entry in entries if entry.name.lower().endswith(SCAN_SUFFIXES)}
+    slices = [entry for entry in entries if _may_be_slice(entry) and is_dicom(entry)]
+    if slices:
+        yield folder, "", ""
+    for entry in entries:
+        if entry.name.startswith("."):
+            if entry.name.lower().endswith(SCAN_SUFFIXES):
+                yield entry, "", "a hidden file"
+        elif entry.name.endswith(MARKERS):
+            yield entry, "", "results of an earlier run"
+        elif entry.is_dir():
+            yield from _walk(entry, output, searched)
+        elif entry.name not in earlier and entry not in slices and not _is_companion(entry.name, stems):
+            yield entry, *_judge(entry)
+
+
+def _judge(path: Path) -> tuple[str, str]:
+    """Problem of a file, and why it is skipped."""
+    if not path.name.lower().endswith(SCAN_SUFFIXES):
+        return "", f"not a scan: a file of the kind {', '.join(SCAN_SUFFIXES)} or a DICOM series is one"
+    return _problem(path), ""
+
+
+def _may_be_slice(path: Path) -> bool:
+    return not path.name.startswith(".") and not path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()
+
+
+def _is_companion(name: str, stems: set[str]) -> bool:
+    return any(name.lower().endswith(suffix) and name[: -len(suffix)] in stems for suffix in COMPANIONS)
+
+
+def _problem(path: Path) -> str:
+    """Why a file that is named like a scan cannot be read; empty: as far as one sees, it can."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            return "a link to itself" if error.errno == errno.ELOOP else f"a dead link, to {printable(path.readlink())}"
+        return "no such file" if error.errno == errno.ENOENT else str(error.strerror)
+    if stat.S_ISDIR(mode):
+        return "" if is_dicom(path) else "a folder without a DICOM series"
+    if not stat.S_ISREG(mode):
+        return "a regular file is needed, found a named pipe, a socket or a device"
+    return "" if os.access(path, os.R_OK) else "no permission to read the file"
+
+
+def _files_of_results(marker: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _from_table(path: Path) -> list[Scan]:
+    rows = read_table(path)
+    if not rows or "image" not in rows[0]:
+        columns = " ".join(rows[0]) if rows else "no rows"
+        raise ValueError(f"{path}: a table of scans needs the column 'image', found {columns}")
+    if any(row["image"] in ("", ABSENT) for row in rows):
+        raise ValueError(f"{path}: every row needs an 'image', found an empty one")
+    items: list[dict[str, Any]] = []
+    for row in rows:
+        item: dict[str, Any] = {
+            key: cell for key, cell in row.items() if key in TABLE_COLUMNS and cell not in ("", ABSENT)
+        }
+        item |= {key: str(path.parent / item[key]) for key in ("image", "lesions") if key in item}
+        if re.fullmatch(r"[0-9]+", item.get("frame", "")):
+            item["frame"] = int(item["frame"])
+        items.append({**item, "problem": _problem(Path(item["image"]))})
+    return make_scans(items)
+
+
+def _is_bids(path: Path) -> bool:
+    return (path / "dataset_description.json").is_file() or any(
+        (subject / folder).is_dir() or any(subject.glob(f"ses-*/{folder}"))
+        for subject in path.glob("sub-*")
+        for folder in BIDS_FOLDERS
+    )
+
+
+def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
+    subjects = {folder.name.removeprefix("sub-"): folder for folder in sorted(path.glob("sub-*")) if folder.is_dir()}
+    labels = list(subjects) if participant_label is None else _labels(participant_label)
+    absent = [label for label in labels if label not in subjects]
+    if absent and len(absent) == len(labels):
+        raise FileNotFoundError(f"{path}: the participants {', '.join(absent)} are wanted, found no such folders sub-*")
+    images, skipped, others = [], [], Counter[str]()
+    for label in sorted(set(labels) - set(absent)):
+        for file, problem, reason in _walk(subjects[label], output, {}):
+            stem, _, suffix = scan_stem(file).rpartition("_")
+            if file.parent.name not in BIDS_FOLDERS and not problem:
+                others[file.parent.name] += 1
+            elif reason or suffix not in BIDS_SUFFIXES:
+                skipped.append((file, reason or f"the BIDS suffix '{suffix}' is none of {', '.join(BIDS_SUFFIXES)}"))
+            else:
+                images.append((file, problem, f"{stem}_space-{suffix}" if stem else suffix))
+    if not images:
+        raise FileNotFoundError(
+            f"{path}: a BIDS dataset with anatomical images ({', '.join(BIDS_SUFFIXES)}) is needed, found none"
+        )
+    names = unique_names(Path(name + ".nii") for *_, name in images)
+    scans = [
+        Scan(name, str(file), str(file.parent.relative_to(path)), problem=problem)
+        for name, (file, problem, _) in zip(names, images, strict=True)
+    ]
+    scans += [Scan(f"sub-{label}", str(path / f"sub-{label}"), problem="no such folder") for label in absent]
+    skipped += [
+        (path / "sub-*" / name, f"{count} files that are not anatomical images") for name, count in others.items()
+    ]
+    skipped += [(file, "lies outside the folders sub-*") for file in sorted(path.iterdir()) if _judge(file) == ("", "")]
+    return scans + [_skip(file, reason) for file, reason in skipped]
+
+
+def _labels(participant_label: str | int | Sequence[str | int]) -> list[str]:
+    """Labels of subjects without ``sub-``; a string may hold several, separated by blanks or commas."""
+    given = [participant_label] if isinstance(participant_label, str | int) else list(participant_label)
+    return [part.removeprefix("sub-") for entry in given for part in re.split(r"[\s,]+", str(entry)) if part]

@@ -1,0 +1,174 @@
+"""A scan of a list as a value: its name, which is safe to write under, its file, and why it is left out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from brainfm_monai.io.errors import ScanError
+from brainfm_monai.io.volumes import scan_stem
+
+__all__ = ["Scan", "make_scans", "printable", "unique_names"]
+
+LONGEST_NAME = 150  # bytes: the names of files, of which it is the beginning, may have 255
+NAME_RULE = (
+    f"the name of a scan must be one visible file name of 1 to {LONGEST_NAME} bytes without separators and control "
+    "characters, found "
+)
+RESERVED = ("summary.tsv", "dataset_description.json")  # files in the folder of the results
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One entry of a list of scans.
+
+    Attributes:
+        name: folder and beginning of the files of its results: one part of a path that is not hidden, of at most 150 bytes.
+        path: its file, or the folder of its DICOM series; empty for a scan that is generated.
+        folder: where its results belong, below the folder of all results; empty: ``name``.
+        frame: volume of a 4-D file: its number, from 0, or ``"mean"``; None: as the config says.
+        series: name of the series in a DICOM folder of several; empty: the only one.
+        lesions: path of a lesion mask; empty: none.
+        problem: why the scan cannot be read; it is reported as failed. Empty: none is known.
+        skipped: why the entry is not a scan of the list; it is listed and not read. Empty: it is one.
+
+    Raises:
+        ScanError: if name or folder could lead out of the folder of the results, or no file can have them.
+    """
+
+    name: str
+    path: str = ""
+    folder: str = ""
+    frame: int | str | None = None
+    series: str = ""
+    lesions: str = ""
+    problem: str = ""
+    skipped: str = ""
+
+    def __post_init__(self) -> None:
+        for part in (self.name, *(self.folder.split("/") if self.folder else ())):
+            if part != _clean(part):
+                raise ScanError(f"{printable(self.path)}: {NAME_RULE}{part!a}")
+
+    @classmethod
+    def of(cls, item: Mapping[Any, Any]) -> Scan:
+        """The scan of an item of a datalist, whose ``image`` is the path and whose ``name`` is the name."""
+        known = {
+            f.name: item[f.name] for f in fields(cls) if item.get(f.name) is not None and f.name not in ("name", "path")
+        }
+        return cls(name=str(item["name"]), path=str(item.get("image") or ""), **known)
+
+    @property
+    def item(self) -> dict[str, Any]:
+        """The entry for MONAI's transforms: ``image``, ``name`` and what else is known."""
+        values = {("image" if f.name == "path" else f.name): getattr(self, f.name) for f in fields(self)}
+        return {key: value for key, value in values.items() if value not in ("", None)}
+
+    @property
+    def results(self) -> str:
+        """Folder of the results, below the folder of all results."""
+        return self.folder or self.name
+
+    def identify(self) -> dict[str, Any]:
+        """What tells the files of this scan from those of another one, or of the same one after a change, at a glance."""
+        return {
+            "path": os.path.realpath(self.path) if self.path else "",
+            "changed_ns": _changed_ns(self.path),
+            "part": [self.frame, self.series],
+            "lesions": [os.path.realpath(self.lesions), _changed_ns(self.lesions)] if self.lesions else None,
+        }
+
+    def hash_content(self) -> str:
+        """SHA-256 of the bytes of the scan: of the file, or of all files of the folder; empty without a file."""
+        digest, path = hashlib.sha256(), Path(self.path)
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        for file in files if self.path else ():
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return digest.hexdigest() if self.path else ""
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """A path as UTF-8 text of one line: bytes and control characters that no text can hold become ``?``."""
+    shown = os.fsencode(text).decode("utf-8", "replace")
+    return "".join("?" if unicodedata.category(character) == "Cc" else character for character in shown)
+
+
+def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
+    """Scans of the items of a list; a name that is not allowed, or occurs twice, is the ``problem`` of its scan.
+
+    Args:
+        items: with ``image`` (a path) and perhaps ``name`` and the other attributes of a scan. Without a name the stem of the
+            file is the name, see :func:`unique_names`.
+    """
+    images = [Path(str(item.get("image") or "")) for item in items]
+    common = commonpath([image.absolute().parent for image in images]) if images else ""
+    paths = [
+        Path(f"{item['name']}.nii") if item.get("name") else image.absolute().relative_to(common)
+        for item, image in zip(items, images, strict=True)
+    ]
+    scans = []
+    for item, name in zip(items, unique_names(paths), strict=True):
+        problem = str(item.get("problem") or "")
+        if (given := str(item.get("name") or name)) != name:
+            problem = (
+                f"the names of scans must differ, found {given!r} twice"
+                if given == _clean(given)
+                else NAME_RULE + ascii(given)
+            )
+        scans.append(Scan.of({**item, "name": name, "problem": problem}))
+    return scans
+
+
+def unique_names(paths: Iterable[Path]) -> list[str]:
+    """Names for scans at these paths: the stems of the files, different from each other also where case does not count.
+
+    Stems that occur twice are preceded by the folders of the path, and numbered where that is not enough. Characters that no
+    name may have become ``_``.
+
+    Args:
+        paths: relative to the folder that is searched.
+    """
+    paths = list(paths)
+    stems = [_clean(scan_stem(path)) for path in paths]
+    count = Counter(map(_fold, stems))
+    names: dict[str, str] = {}  # by what file systems may take two names by
+    for path, stem in zip(paths, stems, strict=True):
+        name = first = _clean("_".join([*path.parent.parts, stem])) if count[_fold(stem)] > 1 else stem
+        number = 1
+        while _fold(name) in names:
+            number += 1
+            name = f"{first}-{number}"
+        names[_fold(name)] = name
+    return list(names.values())
+
+
+def _clean(text: str) -> str:
+    """The text itself if it can be the name of a scan, else the nearest one that can."""
+    kept = "".join("_" if c in "/\\" or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    kept = (kept.lstrip(".") or "scan") + "_" * (kept in RESERVED)
+    if len(kept.encode()) > LONGEST_NAME:
+        ending = "-" + hashlib.sha256(kept.encode()).hexdigest()[:8]
+        kept = kept.encode()[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
+    return kept
+
+
+def _fold(name: str) -> str:
+    """What file systems may take two names by: without case, letters and accents composed."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _changed_ns(path: str) -> int:
+    """Newest time of change of a file, or of a folder and its files; 0 if there is none."""
+    try:
+        files = [Path(path), *(Path(path).iterdir() if Path(path).is_dir() else ())]
+        return max(file.stat().st_mtime_ns for file in files)
+    except OSError:
+        return 0
