@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"anatomy"},
     "functional": set(),
     "io": set(),
+    "surfaces": set(),
     "synthesis": TABLES | {"functional"},
     "networks": set(TABLES),
     "weights": TABLES | {"networks"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": TABLES | {"synthesis", "losses", "inferers", "networks"},
     "handlers": TABLES | {"slices", "losses", "metrics"},
     "inferers": TABLES | {"networks"},
-    "outputs": TABLES | {"functional", "transforms"},
+    "outputs": TABLES | {"functional", "surfaces", "transforms"},
     "slices": TABLES | {"functional"},
     "report": TABLES | {"outputs", "slices"},
     "preview": TABLES | {"slices", "synthesis", "data"},
@@ -63,7 +64,7 @@ OPTIONAL = [
     "tqdm",
 ]
 OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
-OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report"}  # the extras prepare and report
+OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report", "surfaces"}  # the extras prepare and report
 
 DRAWS = {
     "rand",

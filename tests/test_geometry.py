@@ -128,6 +128,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
             initialize=[],
             weights=str(folder / "none.pt"),
             outputs=OUTPUTS,
+            surface_levels_mm=[0.0, 0.0],  # the distances of the oracle have no bias
             **tasks,
         )
         workflow.initialize()

@@ -106,7 +106,7 @@ def test_the_thickness_of_a_flat_cortex_is_the_distance_of_its_surfaces() -> Non
 def test_thickness_is_that_of_the_outputs() -> None:
     truth = draw(6, channels=4, batch=1)
     distance = {name: truth[0, i].numpy() for i, name in enumerate(("lp", "lw"))}
-    thickness = surfaces.compute_thickness_mm(distance, surfaces.compute_ribbon(distance))
+    thickness = surfaces.compute_ribbon_thickness_mm(distance, surfaces.compute_ribbon(distance))
     expected = thickness[surfaces.compute_ribbon(distance) == 3].mean()
     mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
     assert compute_thickness_error(truth, truth, mask)["reference_thickness"][0, 0].item() == pytest.approx(

@@ -15,7 +15,6 @@ from brainfm_monai.io import read_table
 from brainfm_monai.outputs import (
     ScanResult,
     collect_warnings,
-    extract_surface,
     resample,
     write_lesions,
     write_quality,
@@ -23,7 +22,7 @@ from brainfm_monai.outputs import (
 )
 from brainfm_monai.outputs.images import insert_lesions, sharpen
 from brainfm_monai.outputs.result import RunSettings
-from brainfm_monai.outputs.surfaces import compute_ribbon, compute_thickness_mm
+from brainfm_monai.outputs.surfaces import compute_ribbon, compute_ribbon_thickness_mm
 from brainfm_monai.outputs.template import (
     Warp,
     affine_points,
@@ -45,25 +44,6 @@ def ball(shape: tuple[int, int, int], centre: tuple[float, float, float], radius
     return np.asarray(np.linalg.norm(index - np.array(centre), axis=-1) - radius, dtype=np.float32)
 
 
-def test_a_surface_is_the_largest_piece_closed_and_its_euler_number_counts_handles() -> None:
-    near = np.minimum(ball((30, 30, 30), (10, 14, 14), 8.2), ball((30, 30, 30), (25, 14, 14), 2.3))
-    surface = extract_surface(near, np.eye(4))
-    assert surface is not None
-    assert surface.components == 2
-    assert surface.euler_number == 2
-    assert np.linalg.norm(surface.vertices_mm - [10, 14, 14], axis=1).max() < 8.4
-    assert surface.area_mm2 == pytest.approx(4 * np.pi * 8.2**2, rel=0.02)
-    index = np.stack(np.meshgrid(*(np.arange(30),) * 3, indexing="ij"), axis=-1) - 14.5
-    ring = np.hypot(np.hypot(index[..., 0], index[..., 1]) - 9, index[..., 2]) - 3
-    torus = extract_surface(ring, np.eye(4))
-    assert torus is not None
-    assert torus.euler_number == 0
-    cut = extract_surface(ball((20, 30, 30), (0, 14, 14), 8.2), np.eye(4))  # half of it lies outside the image
-    assert cut is not None
-    assert cut.euler_number == 2
-    assert extract_surface(np.ones((5, 5, 5), dtype=np.float32), np.eye(4)) is None
-
-
 def test_ribbon_and_thickness_of_two_shells() -> None:
     shape = (40, 20, 20)
     distance = {"lp": ball(shape, (10, 10, 10), 8), "rp": ball(shape, (29, 10, 10), 8)}
@@ -76,7 +56,7 @@ def test_ribbon_and_thickness_of_two_shells() -> None:
         42,
         0,
     )
-    thickness = compute_thickness_mm(distance, ribbon)
+    thickness = compute_ribbon_thickness_mm(distance, ribbon)
     np.testing.assert_allclose(thickness[ribbon == 3], 2.5, atol=1e-4)
     np.testing.assert_allclose(thickness[ribbon == 42], 3.0, atol=1e-4)
     assert not thickness[(ribbon != 3) & (ribbon != 42)].any()

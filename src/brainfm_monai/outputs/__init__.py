@@ -19,7 +19,7 @@ from brainfm_monai.outputs.segmentation import (
     write_segmentation,
     write_volumes,
 )
-from brainfm_monai.outputs.surfaces import extract_surface, write_distances, write_surfaces
+from brainfm_monai.outputs.surfaces import grow_surfaces, write_distances, write_surfaces
 from brainfm_monai.outputs.warps import fit_scan_to_template, write_coordinates, write_transforms
 from brainfm_monai.outputs.writer import PARTIAL_FOLDER, ScanWriter
 
@@ -33,8 +33,8 @@ __all__ = [
     "compute_totals_mm3",
     "compute_volumes_mm3",
     "describe_run",
-    "extract_surface",
     "fit_scan_to_template",
+    "grow_surfaces",
     "resample",
     "write_age",
     "write_bias_field",

@@ -41,6 +41,7 @@ class RunSettings:
         grid: ``scan`` or ``1mm``.
         keep_lesions: the scan's own lesions are put into the synthetic images.
         sharpen: strength of the sharpening of synthetic images, 0: none.
+        surface_levels_mm: predicted distance at which the true white and pial boundary stand, measured for the weights.
         configuration: hash of everything else in the config that results depend on, see :func:`describe_run`.
     """
 
@@ -53,6 +54,7 @@ class RunSettings:
     grid: str = "scan"
     keep_lesions: bool = False
     sharpen: float = 0.0
+    surface_levels_mm: Sequence[float] = field(default_factory=lambda: [0.0, 0.0])
     configuration: str = ""
 
     def __post_init__(self) -> None:

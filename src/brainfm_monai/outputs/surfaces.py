@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -13,88 +12,22 @@ from brainfm_monai.outputs.images import save_map
 from brainfm_monai.outputs.result import ScanResult
 from brainfm_monai.transforms import MODES
 
-__all__ = ["Surface", "compute_ribbon", "compute_thickness_mm", "extract_surface", "write_distances", "write_surfaces"]
+if TYPE_CHECKING:
+    from brainfm_monai.surfaces import Hemisphere
+
+__all__ = ["compute_ribbon", "compute_ribbon_thickness_mm", "grow_surfaces", "write_distances", "write_surfaces"]
 
 HEMISPHERES = {
     "left": ("L", "l", 2, 3),
     "right": ("R", "r", 41, 42),
 }  # BIDS letter, channel letter, ids of white matter and cortex
-SURFACES = {"w": "white", "p": "pial"}
+OPPOSITE = {"l": "r", "r": "l"}
 DISTANCE_STEP_MM = 0.01
-MINIMUM_FACES = 4  # a tetrahedron, the smallest closed surface
-
-
-@dataclass(frozen=True)
-class Surface:
-    """A triangle surface.
-
-    Attributes:
-        vertices_mm: RAS mm of the scanner, shape (V, 3), float32.
-        faces: vertex numbers, shape (F, 3), int32, counter-clockwise seen from outside.
-        components: number of connected pieces that were found, of which this is the largest.
-    """
-
-    vertices_mm: np.ndarray
-    faces: np.ndarray
-    components: int
-
-    @property
-    def euler_number(self) -> int:
-        """Vertices minus edges plus faces: 2 for a sphere, 2 less for each handle, 1 less for each hole in a sheet."""
-        edges = np.sort(self.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
-        return len(self.vertices_mm) - len(np.unique(edges, axis=0)) + len(self.faces)
-
-    @property
-    def area_mm2(self) -> float:
-        """Sum of the areas of the triangles."""
-        a, b, c = (self.vertices_mm[self.faces[:, i]] for i in range(3))
-        return float(np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2)
-
-
-def extract_surface(distance: np.ndarray, affine: np.ndarray) -> Surface | None:
-    """Largest connected piece of the surface on which a signed distance is 0.
-
-    Args:
-        distance: negative inside, shape (H, W, D).
-        affine: its voxel indices to RAS mm, shape (4, 4).
-
-    Returns:
-        The surface, closed also where the image ends; None where the distance has no zero.
-    """
-    from skimage.measure import marching_cubes  # an optional dependency
-
-    inside = distance < 0
-    if not inside.any() or inside.all():
-        return None
-    box = tuple(slice(max(int(i.min()) - 2, 0), int(i.max()) + 3) for i in np.nonzero(inside))
-    # what lies beyond the image is outside: the surface is closed there
-    part = np.pad(distance[box], 1, constant_values=float(np.abs(distance).max()))
-    vertices, faces, _, _ = marching_cubes(part, level=0.0, gradient_direction="descent")
-    if len(faces) < MINIMUM_FACES:
-        return None
-    vertices = vertices - 1 + np.array([axis.start for axis in box])
-    piece, count = _pieces(len(vertices), faces)
-    largest = np.bincount(piece[faces[:, 0]]).argmax()
-    kept = np.flatnonzero(piece == largest)
-    number = np.zeros(len(vertices), dtype=np.int32)
-    number[kept] = np.arange(len(kept))
-    faces = number[faces[piece[faces[:, 0]] == largest]]
-    vertices_mm = vertices[kept] @ affine[:3, :3].T + affine[:3, 3]
-    # the order of corners is that of voxel indices: a grid that mirrors space turns the triangles inside out
-    if np.linalg.det(affine[:3, :3]) < 0:
-        faces = faces[:, ::-1]
-    return Surface(vertices_mm.astype(np.float32), np.ascontiguousarray(faces, dtype=np.int32), count)
-
-
-def _pieces(count: int, faces: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number of the connected piece that each vertex belongs to, and how many there are."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    links = faces[:, [0, 1, 1, 2]].reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(links), dtype=bool), links.T), shape=(count, count))
-    pieces, of_vertex = connected_components(graph, directed=False)
-    return np.asarray(of_vertex), int(pieces)
+CROSSINGS_EVERY = 4  # triangle is tested for crossings: the share is an estimate
+TABLE = (
+    "hemisphere", "surface", "vertices", "faces", "euler_number", "crossing_share", "closed_share", "area_mm2",
+    "volume_mm3", "mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm",
+)  # fmt: skip
 
 
 def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
@@ -118,7 +51,7 @@ def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
     return ribbon
 
 
-def compute_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndarray) -> np.ndarray:
+def compute_ribbon_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndarray) -> np.ndarray:
     """Thickness of the cortex: in each voxel of it the distance to the white plus the distance to the pial surface; else 0.
 
     Distances end at 3 mm, so that no voxel can show more than 6 mm.
@@ -139,7 +72,7 @@ def write_distances(scan: ScanResult) -> None:
     save_map(scan, "distance", np.moveaxis(distance, 0, -1), text)
     known = _shown_hemispheres(scan, dict(zip(names, distance, strict=True)))
     ribbon = compute_ribbon(known)
-    thickness = compute_thickness_mm(known, ribbon)
+    thickness = compute_ribbon_thickness_mm(known, ribbon)
     scan.save_image(
         "desc-ribbon_dseg", ribbon, Description="2, 41: left and right white matter; 3, 42: left and right cortex"
     )
@@ -150,62 +83,79 @@ def write_distances(scan: ScanResult) -> None:
     scan.summary["cortical_thickness_mm"] = round(float(np.median(cortex)), 3) if cortex.size else "n/a"
 
 
-def write_surfaces(scan: ScanResult) -> None:
-    """Write white and pial surfaces as GIFTI, thickness at the vertices of the white ones, and a table of both.
+def grow_surfaces(scan: ScanResult) -> dict[str, Hemisphere]:
+    """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan.
 
-    They are taken from the distances in the network's grid, where these were computed.
+    They are grown from the distances in the network's grid, where these were computed.
     """
-    distance = dict(zip(scan.layout.tasks["distance"].channel_names, scan.maps["distance"].cpu().numpy(), strict=True))
-    distance = _shown_hemispheres(scan, distance)
-    rows = []
-    for letter, channel, _, _ in HEMISPHERES.values():
-        for kind, name in SURFACES.items():
-            surface = (
-                extract_surface(distance[channel + kind], scan.network_affine) if channel + kind in distance else None
+    from brainfm_monai.surfaces import grow_hemisphere  # needs scipy, which an extra brings
+
+    if "surfaces" not in scan.shared:
+        names = scan.layout.tasks["distance"].channel_names
+        distance: dict[str, Any] = dict(zip(names, scan.maps["distance"].as_tensor().cpu().float(), strict=True))
+        levels = scan.settings.surface_levels_mm
+        shown = _shown_hemispheres(scan, distance)
+        grown = {
+            letter: grow_hemisphere(
+                shown[side + "w"], shown[side + "p"], shown.get(OPPOSITE[side] + "p"), scan.network_affine, levels
             )
-            if surface is None:
-                continue
-            thickness = _sample(distance[channel + "w"] - distance[channel + "p"], surface, scan.network_affine)
-            _save_surface(scan, f"hemi-{letter}_{name}", surface, thickness if kind == "w" else None)
-            numbers = (len(surface.vertices_mm), len(surface.faces), surface.euler_number, surface.components)
-            rows.append((letter, name, *numbers, f"{surface.area_mm2:.0f}", f"{np.median(thickness):.3f}"))
-            scan.summary[f"euler_number_{letter}_{name}"] = surface.euler_number
-    columns = (
-        "hemisphere",
-        "surface",
-        "vertices",
-        "faces",
-        "euler_number",
-        "components_found",
-        "area_mm2",
-        "median_thickness_mm",
-    )
-    write_table(scan.path("surfaces.tsv"), columns, rows)
+            for letter, side, _, _ in HEMISPHERES.values()
+            if side + "w" in shown
+        }
+        scan.shared["surfaces"] = {letter: surface for letter, surface in grown.items() if surface is not None}
+    hemispheres: dict[str, Hemisphere] = scan.shared["surfaces"]
+    return hemispheres
 
 
-def _shown_hemispheres(scan: ScanResult, distance: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def write_surfaces(scan: ScanResult) -> None:
+    """Write white and pial surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of both."""
+    from brainfm_monai import surfaces as of_triangles  # needs scipy, which an extra brings
+
+    rows = []
+    for letter, surface in grow_surfaces(scan).items():
+        thickness = of_triangles.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
+        white_areas = of_triangles.compute_areas_mm2(surface.white_mm, surface.faces)
+        mean = float(np.average(thickness, weights=white_areas))
+        for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):
+            curvature = of_triangles.compute_mean_curvature(vertices, surface.faces)
+            areas = of_triangles.compute_areas_mm2(vertices, surface.faces)
+            crossing = of_triangles.compute_crossing_share(vertices, surface.faces, CROSSINGS_EVERY)
+            euler = of_triangles.compute_euler_number(surface.faces)
+            closed = float(surface.closed.mean())
+            rows.append(
+                (
+                    letter, name, len(vertices), len(surface.faces), euler, f"{crossing:.5f}", f"{closed:.4f}",
+                    f"{areas.sum():.0f}", f"{of_triangles.compute_volume_mm3(vertices, surface.faces):.0f}",
+                    f"{np.average(curvature, weights=areas):.4f}", f"{mean:.3f}", f"{np.median(thickness):.3f}",
+                )
+            )  # fmt: skip
+            _save_surface(scan, f"hemi-{letter}_{name}", vertices, surface.faces, euler)
+            scan.summary[f"euler_number_{letter}_{name}"] = euler
+            scan.summary[f"crossing_share_{letter}_{name}"] = round(crossing, 5)
+            if name == "white":
+                _save_shape(scan, f"hemi-{letter}_curv", curvature)
+        _save_shape(scan, f"hemi-{letter}_thickness", thickness)
+        _save_shape(scan, f"hemi-{letter}_desc-closed_mask", surface.closed.astype(np.float32))
+        scan.summary[f"mean_thickness_{letter}_mm"] = round(mean, 3)
+    write_table(scan.path("surfaces.tsv"), TABLE, rows)
+
+
+def _shown_hemispheres(scan: ScanResult, distance: dict[str, Any]) -> dict[str, Any]:
     """Distances of the hemispheres that the mode leaves in."""
     left_out = MODES[scan.settings.mode].excluded_side[:1]
     return {name: value for name, value in distance.items() if not left_out or not name.startswith(left_out)}
 
 
-def _sample(volume: np.ndarray, surface: Surface, affine: np.ndarray) -> np.ndarray:
-    """Values at the vertices, linearly interpolated."""
-    from scipy.ndimage import map_coordinates
-
-    inverse = np.linalg.inv(affine)
-    index = surface.vertices_mm @ inverse[:3, :3].T + inverse[:3, 3]
-    return np.asarray(map_coordinates(volume, index.T, order=1, mode="nearest"), dtype=np.float32)
-
-
-def _save_surface(scan: ScanResult, suffix: str, surface: Surface, thickness: np.ndarray | None) -> None:
+def _save_surface(scan: ScanResult, suffix: str, vertices: np.ndarray, faces: np.ndarray, euler: int) -> None:
     scanner: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
     arrays = [
-        nib.gifti.GiftiDataArray(surface.vertices_mm, "NIFTI_INTENT_POINTSET", coordsys=scanner),
-        nib.gifti.GiftiDataArray(surface.faces, "NIFTI_INTENT_TRIANGLE"),
+        nib.gifti.GiftiDataArray(vertices, "NIFTI_INTENT_POINTSET", coordsys=scanner),
+        nib.gifti.GiftiDataArray(faces, "NIFTI_INTENT_TRIANGLE"),
     ]
     nib.save(nib.GiftiImage(darrays=arrays), scan.path(f"{suffix}.surf.gii"))
-    if thickness is not None:
-        shape = nib.gifti.GiftiDataArray(thickness, "NIFTI_INTENT_SHAPE")
-        nib.save(nib.GiftiImage(darrays=[shape]), scan.path(f"{suffix.split('_')[0]}_thickness.shape.gii"))
-    scan.write_sidecar(f"{suffix}.surf", Units="mm, RAS of the scanner", EulerNumber=surface.euler_number)
+    scan.write_sidecar(f"{suffix}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
+
+
+def _save_shape(scan: ScanResult, suffix: str, values: np.ndarray) -> None:
+    array = nib.gifti.GiftiDataArray(values, "NIFTI_INTENT_SHAPE")
+    nib.save(nib.GiftiImage(darrays=[array]), scan.path(f"{suffix}.shape.gii"))

@@ -1,0 +1,151 @@
+"""White and pial surfaces of a hemisphere out of its signed distances, vertex by vertex in correspondence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from monai.networks.layers import GaussianFilter
+from scipy import sparse
+from torch import Tensor
+
+from brainfm_monai.surfaces.topology import extract_sphere
+
+__all__ = ["Hemisphere", "grow_hemisphere"]
+
+GRID_MM = 1.4  # of the level from which the white surface is taken: vertices lie about 0.8 mm apart
+RELAXATIONS = 12  # rounds in which vertices spread along the white surface and return to its level
+STEPS, STEP = 36, 0.25  # of the growth from white to pial, in units of a fall of the distance to 1/e
+FASTEST_MM = 1.0  # per unit: distance to the pial surface beyond which a vertex does not move faster
+SMOOTHING_MM = 0.7  # standard deviation of the Gaussian of the field whose gradient vertices follow
+RIDGE_STEEPNESS = (
+    0.4  # of that field, which is 2 away from ridges: vertices stop there, some tenths of a mm before the ridge
+)
+CLOSED_MM = 0.5  # a vertex that ends further from the zero of the pial distance saw no boundary: the sulcus is closed
+
+
+@dataclass(frozen=True)
+class Hemisphere:
+    """White and pial surface of a hemisphere; vertex i of one belongs to vertex i of the other.
+
+    Attributes:
+        white_mm: vertices, RAS mm, shape (V, 3), float32.
+        pial_mm: the same of the pial surface.
+        faces: vertex numbers, shape (F, 3), int32, counter-clockwise seen from outside.
+        closed: vertices at which the distances show no pial boundary, shape (V,), bool: the pial surface stands halfway between
+            the two banks of the sulcus there.
+    """
+
+    white_mm: np.ndarray
+    pial_mm: np.ndarray
+    faces: np.ndarray
+    closed: np.ndarray
+
+
+def grow_hemisphere(
+    white: Tensor,
+    pial: Tensor,
+    opposite_pial: Tensor | None,
+    affine: np.ndarray,
+    levels_mm: Sequence[float] = (0.0, 0.0),
+) -> Hemisphere | None:
+    """White surface of a hemisphere, and the pial surface that grows out of it.
+
+    The white surface is the zero of its distance, cut to the topology of a sphere. The vertices then follow the gradient of the
+    sum of both distances until the pial distance is 0. The gradient turns about at the ridge halfway between two banks: vertices
+    enter a sulcus that the pial distance closes, and stop just before the ridge. Paths along a smooth field do not cross.
+
+    Args:
+        white: signed distance to the white surface in mm, negative inside, shape (H, W, D).
+        pial: signed distance to the pial surface.
+        opposite_pial: that of the other hemisphere, which the pial surface does not enter; None: there is none.
+        affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
+        levels_mm: predicted distance at which the true white and the true pial boundary stand: 0 for distances without bias.
+
+    Returns:
+        The surfaces; None where no voxel is inside.
+    """
+    if opposite_pial is not None:
+        pial = torch.maximum(pial, (pial - opposite_pial) / 2)
+    pial = torch.minimum(pial - levels_mm[1], white - levels_mm[0])
+    white = white - levels_mm[0]
+    box = _box(pial)
+    if box is None:
+        return None
+    white, pial = white[box], pial[box]
+    voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
+    size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
+    coarse = nnf.interpolate(white[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
+    if not (coarse < 0).any():
+        return None
+    index, faces, level = extract_sphere(coarse.numpy())
+    step = (np.array(white.shape) - 1) / (np.array(size) - 1)
+    edited = torch.from_numpy(level).float() - coarse  # where voxels changed sides
+    edited = nnf.interpolate(edited[None, None], size=white.shape, mode="trilinear", align_corners=True)[0, 0]
+    vertices = torch.from_numpy(index * step).float()
+    white_vertices = _relax(vertices, white + edited, _mean_of_neighbours(faces, len(index)), voxel_mm)
+    pial_vertices = _flow(white_vertices, white, pial, voxel_mm)
+    closed = _sample(pial[None], pial_vertices)[0].abs() > CLOSED_MM
+    to_mm = np.array(affine, dtype=np.float64)
+    to_mm[:3, 3] += to_mm[:3, :3] @ [axis.start for axis in box]
+    if np.linalg.det(to_mm[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
+        faces = faces[:, ::-1]
+    white_mm, pial_mm = (
+        (v.numpy() @ to_mm[:3, :3].T + to_mm[:3, 3]).astype(np.float32) for v in (white_vertices, pial_vertices)
+    )
+    return Hemisphere(white_mm, pial_mm, np.ascontiguousarray(faces, dtype=np.int32), closed.numpy())
+
+
+def _box(pial: Tensor) -> tuple[slice, ...] | None:
+    """Box around the inside of the pial surface and 3 voxels around it."""
+    inside = (pial < 0).nonzero()
+    if not len(inside):
+        return None
+    first, last = inside.amin(0).tolist(), inside.amax(0).tolist()
+    return tuple(slice(max(a - 3, 0), b + 4) for a, b in zip(first, last, strict=True))
+
+
+def _sample(fields: Tensor, vertices: Tensor) -> Tensor:
+    """Values of fields (C, H, W, D) at voxel indices (V, 3), linearly interpolated: (C, V)."""
+    size = torch.tensor(fields.shape[1:], dtype=torch.float32)
+    place = (vertices / (size - 1) * 2 - 1).flip(-1)[None, None, None]
+    return nnf.grid_sample(fields[None], place, padding_mode="border", align_corners=True)[0, :, 0, 0]
+
+
+def _gradient(field: Tensor, voxel_mm: float) -> Tensor:
+    """Gradient of a field (H, W, D) per mm, shape (3, H, W, D)."""
+    return torch.stack(torch.gradient(field, spacing=voxel_mm))
+
+
+def _mean_of_neighbours(faces: np.ndarray, count: int) -> sparse.csr_matrix:
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])  # each edge once in each direction
+    matrix = sparse.csr_matrix((np.ones(len(edges), np.float32), edges.T), shape=(count, count))
+    return sparse.diags(1 / np.asarray(matrix.sum(1)).ravel()).astype(np.float32) @ matrix
+
+
+def _relax(vertices: Tensor, level: Tensor, neighbours: sparse.csr_matrix, voxel_mm: float) -> Tensor:
+    """Vertices spread evenly over the surface, and moved along the gradient to the zero of the level."""
+    fields = torch.cat([level[None], _gradient(level, voxel_mm)])
+    for _ in range(RELAXATIONS):
+        step = torch.from_numpy(neighbours @ vertices.numpy()) - vertices
+        values = _sample(fields, vertices)
+        normal = nnf.normalize(values[1:].T, dim=1)
+        along = step - (step * normal).sum(1, keepdim=True) * normal
+        back = (values[0] / values[1:].norm(dim=0).clamp_min(0.5)).clamp(-0.5, 0.5)[:, None] * normal / voxel_mm
+        vertices = vertices + 0.5 * along + 0.1 * (step - along) - 0.5 * back
+    return vertices
+
+
+def _flow(vertices: Tensor, white: Tensor, pial: Tensor, voxel_mm: float) -> Tensor:
+    """Vertices moved from the white surface to the pial one; see :func:`grow_hemisphere`."""
+    smooth = GaussianFilter(3, SMOOTHING_MM / voxel_mm)((white + pial)[None, None])[0, 0]
+    fields = torch.cat([pial[None], _gradient(smooth, voxel_mm)])
+    for _ in range(STEPS):
+        values = _sample(fields, vertices)
+        steepness = values[1:].norm(dim=0)
+        speed = values[0].clamp(-FASTEST_MM, FASTEST_MM) * (steepness - RIDGE_STEEPNESS).clamp(0, 1)
+        vertices = vertices - STEP * (speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm)[:, None] * values[1:].T
+    return vertices

@@ -1,0 +1,168 @@
+"""What is measured on triangle surfaces: thickness, area, volume, curvature, topology and crossings."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
+
+__all__ = [
+    "compute_areas_mm2",
+    "compute_crossing_share",
+    "compute_distances_mm",
+    "compute_euler_number",
+    "compute_mean_curvature",
+    "compute_thickness_mm",
+    "compute_volume_mm3",
+]
+
+PAIRS_AT_ONCE = 500_000  # of triangles that are tested for a crossing: 0.1 GB
+
+
+def compute_euler_number(faces: np.ndarray) -> int:
+    """Vertices minus edges plus faces: 2 for a sphere, 2 less for each handle, 2 more for each further piece."""
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).astype(np.int64), axis=1)
+    count = len(np.unique(faces))
+    return count - len(np.unique(edges[:, 0] * (int(faces.max()) + 1) + edges[:, 1])) + len(faces)
+
+
+def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Distance of points to a surface: to the nearest of its vertices and of the centres of its triangles.
+
+    Args:
+        points: mm, shape (N, 3).
+        vertices: mm, shape (V, 3); with edges of 0.7 mm the result is at most 0.25 mm, and for points on the surface 0.2 mm
+            on average, too long; for points 2 mm away it is 0.01 mm too long.
+        faces: shape (F, 3).
+
+    Returns:
+        mm, shape (N,).
+    """
+    tree = cKDTree(np.concatenate([vertices, vertices[faces].mean(axis=1)]), balanced_tree=False, compact_nodes=False)
+    return np.asarray(tree.query(points, workers=-1)[0])
+
+
+def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Thickness of the cortex at each vertex, as FreeSurfer defines it.
+
+    It is the mean of the distance from the white vertex to the pial surface and of that from the pial vertex to the white surface
+    (Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance images, PNAS 2000).
+
+    Args:
+        white: vertices in mm, shape (V, 3).
+        pial: those of the pial surface, in correspondence.
+        faces: of both, shape (F, 3).
+
+    Returns:
+        mm, shape (V,), float32.
+    """
+    outwards, inwards = compute_distances_mm(white, pial, faces), compute_distances_mm(pial, white, faces)
+    return ((outwards + inwards) / 2).astype(np.float32)
+
+
+def _corners(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return vertices[faces[:, 0]], vertices[faces[:, 1]], vertices[faces[:, 2]]
+
+
+def compute_areas_mm2(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Area that belongs to each vertex, a third of its triangles, shape (V,); the sum is that of the surface."""
+    a, b, c = _corners(vertices, faces)
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 6
+    return np.bincount(faces.reshape(-1), np.repeat(area, 3), minlength=len(vertices))
+
+
+def compute_volume_mm3(vertices: np.ndarray, faces: np.ndarray) -> float:
+    """Volume inside a closed surface whose triangles are counter-clockwise seen from outside (divergence theorem)."""
+    a, b, c = (corner.astype(np.float64) for corner in _corners(vertices - vertices.mean(axis=0), faces))
+    return float(np.einsum("ij,ij->", np.cross(a, b), c) / 6)
+
+
+def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Mean curvature at each vertex in 1/mm, positive where the surface is convex (1/r on a sphere of radius r).
+
+    The Laplacian of the coordinates with cotangent weights is twice the mean curvature times the inward normal (Meyer, Desbrun,
+    Schroeder, Barr, Discrete differential-geometry operators for triangulated 2-manifolds, 2003).
+
+    Args:
+        vertices: mm, shape (V, 3).
+        faces: shape (F, 3), counter-clockwise seen from outside.
+
+    Returns:
+        Shape (V,), float32.
+    """
+    count, points = len(vertices), vertices.astype(np.float64)
+    weights = sparse.csr_matrix((count, count))
+    normals = np.zeros((count, 3))
+    for i in range(3):
+        tip, one, two = (faces[:, (i + k) % 3] for k in range(3))
+        u, v = points[one] - points[tip], points[two] - points[tip]
+        normal = np.cross(u, v)
+        cotangent = np.einsum("ij,ij->i", u, v) / np.maximum(np.linalg.norm(normal, axis=1), 1e-6)
+        cotangent = cotangent.clip(-5, 5)  # of slivers
+        weights += sparse.csr_matrix((cotangent / 2, (one, two)), shape=(count, count))
+        np.add.at(normals, tip, normal)
+    weights += weights.T
+    laplacian = weights @ points - np.asarray(weights.sum(axis=1)) * points
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    area = np.maximum(compute_areas_mm2(points, faces), 1e-6)
+    return (-np.einsum("ij,ij->i", laplacian, normals) / (2 * area)).astype(np.float32)
+
+
+def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray, every: int = 1) -> float:
+    """Share of the triangles of a surface that another one of its triangles crosses.
+
+    Args:
+        vertices: mm, shape (V, 3).
+        faces: shape (F, 3).
+        every: test each n-th triangle against all, which estimates the share in an n-th of the time.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    corners = vertices[faces].astype(np.float64)
+    centres = corners.mean(axis=1)
+    radius = np.linalg.norm(corners - centres[:, None], axis=2).max(axis=1)
+    tested = np.arange(0, len(faces), every)
+    # Two triangles can only cross if their centres are nearer than the sum of their radii; few radii exceed the reach, and those
+    # triangles look as far as their own.
+    reach = float(np.quantile(radius, 0.999))
+    near = cKDTree(centres).query_ball_point(centres[tested], radius[tested] + reach, workers=-1)
+    rows = np.repeat(np.arange(len(tested)), [len(found) for found in near])
+    columns = np.fromiter((number for found in near for number in found), dtype=np.int64, count=len(rows))
+    crossed = np.zeros(len(tested), dtype=bool)
+    for start in range(0, len(rows), PAIRS_AT_ONCE):
+        row, second = rows[start : start + PAIRS_AT_ONCE], columns[start : start + PAIRS_AT_ONCE]
+        first = tested[row]
+        apart = ~(faces[first][:, :, None] == faces[second][:, None, :]).any(axis=(1, 2))  # neighbours share a corner
+        row = row[apart]
+        crossed[row[_cross(corners[first[apart]], corners[second[apart]])]] = True
+    return float(crossed.mean())
+
+
+def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Whether an edge of one of two triangles passes through the other one; both of shape (N, 3, 3)."""
+    crossing = np.zeros(len(first), dtype=bool)
+    near = np.flatnonzero(_straddles(first, second) & _straddles(second, first))
+    for a, b in ((first[near], second[near]), (second[near], first[near])):
+        for i in range(3):
+            crossing[near] |= _passes(a[:, i], a[:, (i + 1) % 3], b)
+    return crossing
+
+
+def _straddles(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Whether corners of one triangle lie on both sides of the plane of the other."""
+    normal = np.cross(two[:, 1] - two[:, 0], two[:, 2] - two[:, 0])
+    height = np.einsum("nij,nj->ni", one - two[:, :1], normal)
+    return np.asarray((height.min(axis=1) < 0) & (height.max(axis=1) > 0))
+
+
+def _passes(start: np.ndarray, end: np.ndarray, triangle: np.ndarray) -> np.ndarray:
+    """Whether segments pass through triangles, by the signs of five volumes."""
+
+    def volume(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("ij,ij->i", np.cross(b - a, c - a), d - a))
+
+    a, b, c = triangle[:, 0], triangle[:, 1], triangle[:, 2]
+    sides = [volume(start, end, p, q) for p, q in ((a, b), (b, c), (c, a))]
+    through = np.all([s > 0 for s in sides], axis=0) | np.all([s < 0 for s in sides], axis=0)
+    return np.asarray(through & (volume(a, b, c, start) * volume(a, b, c, end) < 0))

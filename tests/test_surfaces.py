@@ -1,0 +1,199 @@
+"""Triangle surfaces: topology, growth from white to pial, and measures, on shapes whose answers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from brainfm_monai.surfaces import (
+    compute_areas_mm2,
+    compute_crossing_share,
+    compute_distances_mm,
+    compute_euler_number,
+    compute_mean_curvature,
+    compute_thickness_mm,
+    compute_volume_mm3,
+    draw_surface,
+    extract_sphere,
+    grow_ball,
+    grow_hemisphere,
+)
+
+
+def offsets(size: int = 40) -> np.ndarray:
+    """Place of each voxel relative to the middle of a cube, in voxels."""
+    return np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), axis=-1) - (size - 1) / 2
+
+
+def ball(radius: float, size: int = 40) -> np.ndarray:
+    return np.asarray(np.linalg.norm(offsets(size), axis=-1) - radius)
+
+
+def distance_of(inside: np.ndarray, voxel_mm: float) -> torch.Tensor:
+    """Signed distance to the faces of the voxels of a region, in mm, negative inside."""
+    out, within = ndimage.distance_transform_edt(~inside), ndimage.distance_transform_edt(inside)
+    return torch.from_numpy((np.where(inside, 0.5 - within, out - 0.5) * voxel_mm).clip(-3, 3)).float()
+
+
+def edge_counts(faces: np.ndarray) -> set[int]:
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    return set(np.unique(edges, axis=0, return_counts=True)[1].tolist())
+
+
+def test_a_ball_gives_a_sphere_at_the_zero_of_the_level() -> None:
+    vertices, faces, _ = extract_sphere(ball(10.2))
+    assert np.abs(np.linalg.norm(vertices - 19.5, axis=1) - 10.2).max() < 0.06
+    assert compute_euler_number(faces) == 2
+    assert compute_volume_mm3(vertices, faces) == pytest.approx(4 / 3 * np.pi * 10.2**3, rel=0.01)  # turned outwards
+    assert compute_areas_mm2(vertices, faces).sum() == pytest.approx(4 * np.pi * 10.2**2, rel=0.01)
+
+
+def test_handles_bridges_cavities_and_pieces_leave_a_sphere() -> None:
+    place = offsets()
+    ring = np.hypot(np.hypot(place[..., 0], place[..., 1]) - 11, place[..., 2]) - 4
+    cavity = np.maximum(ball(14), -ball(4))
+    pieces = np.minimum(np.linalg.norm(place - [-8, 0, 0], axis=-1) - 6, np.linalg.norm(place - [9, 0, 0], axis=-1) - 4)
+    two_blocks = (
+        np.maximum(np.abs(place) - [14, 14, 14], 0).sum(-1)
+        - 0.5
+        + 4 * (np.abs(place[..., 0]) < 3) * (place[..., 2] > -9)
+    )
+    bridge = np.where(
+        (np.abs(place[..., 1]) < 1) & (np.abs(place[..., 2] - 5) < 1) & (two_blocks > 0) & (ball(14) < 0),
+        -0.2,
+        two_blocks,
+    )
+    for level in (ring, cavity, pieces, bridge):
+        _, faces, _ = extract_sphere(level)
+        assert compute_euler_number(faces) == 2
+        assert edge_counts(faces) == {2}  # closed, and no edge of three triangles
+    filled = extract_sphere(cavity)
+    assert compute_volume_mm3(filled[0], filled[1]) == pytest.approx(4 / 3 * np.pi * 14**3, rel=0.01)
+    assert grow_ball(pieces).sum() == pytest.approx(4 / 3 * np.pi * 6**3, rel=0.05)  # the larger piece
+    assert (bridge < 0)[20, 20, 24]
+    assert not grow_ball(np.pad(bridge, 1, constant_values=3.0))[20:22, 20:22, 24:27].all()  # the bridge is cut
+
+
+def test_noise_of_any_topology_leaves_a_sphere() -> None:
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(28, 30, 32)), 1.2)
+    noise = np.pad(noise[1:-1, 1:-1, 1:-1], 1, constant_values=1.0)
+    _, faces, _ = extract_sphere(noise)
+    assert len(faces) > 10_000
+    assert compute_euler_number(faces) == 2
+    assert edge_counts(faces) == {2}
+
+
+def test_a_level_without_an_inside_or_with_one_at_the_border_is_refused() -> None:
+    for level in (np.ones((5, 5, 5)), np.full((5, 5, 5), -1.0)):
+        with pytest.raises(ValueError, match="grow_ball: a level with an inside that does not reach the border"):
+            grow_ball(level)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_two_spheres_have_the_thickness_between_them_in_an_oblique_grid(mirrored: bool) -> None:
+    angle = np.deg2rad(25)
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine[:3, 3] = [3, -20, 7]
+    if mirrored:
+        affine[:3, 0] *= -1
+    white, pial = (torch.from_numpy(ball(r, 46).clip(-3, 3)).float() for r in (12.0, 14.5))
+    found = grow_hemisphere(white, pial, None, affine)
+    assert found is not None
+    centre = affine[:3, :3] @ np.full(3, 22.5) + affine[:3, 3]
+    assert np.abs(np.linalg.norm(found.white_mm - centre, axis=1) - 12.0).max() < 0.1
+    assert np.abs(np.linalg.norm(found.pial_mm - centre, axis=1) - 14.5).max() < 0.1
+    thickness = compute_thickness_mm(found.white_mm, found.pial_mm, found.faces)
+    assert np.abs(thickness - 2.5).max() < 0.15
+    for vertices, radius in ((found.white_mm, 12.0), (found.pial_mm, 14.5)):
+        assert compute_volume_mm3(vertices, found.faces) == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.02)
+        assert np.median(compute_mean_curvature(vertices, found.faces)) == pytest.approx(1 / radius, rel=0.03)
+        assert compute_crossing_share(vertices, found.faces) == 0
+    assert not found.closed.any()
+
+
+def test_the_pial_surface_enters_a_sulcus_that_the_distance_closes() -> None:
+    """Two walls of white matter on a floor, 5 mm apart: the cortex of both, 2.5 mm each, fills the gap."""
+    voxel_mm = 0.5
+    x, y, z = np.moveaxis(offsets(72) * voxel_mm, -1, 0)
+    block = (np.abs(x) < 9.5) & (np.abs(y) < 9) & (np.abs(z) < 10)
+    inside = block & ~((np.abs(x) < 2.5) & (z > -6))
+    white = distance_of(inside, voxel_mm)
+    pial = distance_of(ndimage.distance_transform_edt(~inside) * voxel_mm <= 2.5, voxel_mm)
+    affine = np.diag([voxel_mm] * 3 + [1.0])
+    found = grow_hemisphere(white, pial, None, affine)
+    assert found is not None
+    middle = (np.array(white.shape) - 1) / 2 * voxel_mm
+    start, end = found.white_mm - middle, found.pial_mm - middle
+    banks = (
+        (np.abs(np.abs(start[:, 0]) - 2.5) < 0.3) & (np.abs(start[:, 1]) < 6) & (start[:, 2] > -3) & (start[:, 2] < 6)
+    )
+    assert banks.sum() > 200
+    left = banks & (start[:, 0] < 0)
+    assert (end[left, 0] < 0.1).all()  # no bank crosses the middle
+    assert (end[banks & ~left, 0] > -0.1).all()
+    assert np.abs(end[banks, 0]).max() < 0.9
+    thickness = compute_thickness_mm(found.white_mm, found.pial_mm, found.faces)
+    assert np.median(thickness[banks]) == pytest.approx(2.5, abs=0.5)
+    outer = (np.abs(start[:, 0]) > 9) & (np.abs(start[:, 1]) < 6) & (np.abs(start[:, 2]) < 6)
+    assert np.median(thickness[outer]) == pytest.approx(2.5, abs=0.1)
+    assert compute_crossing_share(found.pial_mm, found.faces) < 0.005
+    assert compute_euler_number(found.faces) == 2
+
+
+def test_hemispheres_do_not_enter_each_other() -> None:
+    """Two balls whose pial distances overlap by 2 mm share the plane between them."""
+    place = offsets(64)
+    left, right = (np.linalg.norm(place - [side, 0, 0], axis=-1) for side in (-10.0, 10.0))
+    fields = {
+        side: torch.from_numpy(np.stack([r - 8.5, r - 11.0]).clip(-3, 3)).float()
+        for side, r in (("l", left), ("r", right))
+    }
+    found = grow_hemisphere(fields["l"][0], fields["l"][1], fields["r"][1], np.eye(4))
+    alone = grow_hemisphere(fields["l"][0], fields["l"][1], None, np.eye(4))
+    assert found is not None
+    assert alone is not None
+    assert found.pial_mm[:, 0].max() - 31.5 < 0.1
+    assert alone.pial_mm[:, 0].max() - 31.5 > 0.8
+    assert grow_hemisphere(torch.ones(6, 6, 6), torch.ones(6, 6, 6), None, np.eye(4)) is None
+
+
+def test_crossings_and_euler_numbers_are_counted() -> None:
+    vertices, faces, _ = extract_sphere(ball(8))
+    assert compute_crossing_share(vertices, faces) == 0
+    both, twice = (
+        np.concatenate([vertices, vertices + np.array([9.13, 0.21, 0.37])]),
+        np.concatenate([faces, faces + len(vertices)]),
+    )
+    share = compute_crossing_share(both, twice)
+    assert 0.005 < share < 0.2
+    assert compute_crossing_share(both, twice, every=3) == pytest.approx(share, rel=0.3)
+    assert compute_euler_number(twice) == 4
+    spike = vertices.copy()
+    top = vertices[:, 2].argmax()
+    spike[top] = [19.5, 20.2, 19.5 - 12]  # through the opposite side
+    touched = (faces == top).any(axis=1).sum()
+    assert touched <= compute_crossing_share(spike, faces) * len(faces) <= touched + 40
+    assert compute_distances_mm(np.array([[19.5, 19.5, 19.5], [19.5, 19.5, 30.5]]), vertices, faces) == pytest.approx(
+        [8, 3], abs=0.1
+    )
+
+
+def test_a_picture_shows_the_side_that_faces_the_viewer() -> None:
+    """From the left, anterior is on the picture's left and superior at its top; from the right, the other way round."""
+    vertices, faces, _ = extract_sphere(ball(12))
+    place = vertices - 19.5
+    colours = np.zeros((len(vertices), 3))
+    colours[place[:, 1] > 6, 0] = 1.0  # anterior: red
+    colours[place[:, 2] > 6, 1] = 1.0  # superior: green
+    colours[place[:, 0] > 0, 2] = 1.0  # right half: blue
+    for towards, red_is_left, blue in (((-1.0, 0.0, 0.0), True, False), ((1.0, 0.0, 0.0), False, True)):
+        picture = draw_surface(place, faces, colours, towards)
+        seen = picture[..., 3] > 0
+        assert 0.7 < seen.mean() < 0.85  # a disc in its square: pi / 4
+        columns = np.nonzero(picture[..., 0] > 60)[1]
+        assert (columns.mean() < picture.shape[1] / 2) == red_is_left
+        assert np.nonzero(picture[..., 1] > 60)[0].mean() < picture.shape[0] / 2
+        assert ((picture[..., 2] > 60).sum() > seen.sum() / 2) == blue
