@@ -185,20 +185,25 @@ def test_errors_of_tasks_in_their_units() -> None:
     assert metric.compute() == pytest.approx(expected, rel=1e-4)  # no T1w: nobody has it
 
 
-def test_a_panel_shows_the_planes_with_the_left_on_the_left_and_the_top_up() -> None:
-    layout = TaskLayout(["segmentation", "distance"])
+def test_a_panel_shows_prediction_and_target_with_the_right_on_the_left_and_the_top_up() -> None:
+    layout = TaskLayout(["segmentation", "distance", "age"])
     image = torch.zeros(1, 8, 10, 12)
-    image[0, :4, :, 6] = 1.0  # left half of the middle axial plane
+    image[0, 4:, :, 6] = 1.0  # right half of the middle axial plane
     image[0, 4, :, 9:] = 0.5  # upper end of the middle sagittal plane
     pred = torch.zeros(layout.channels, 8, 10, 12)
     pred[3] = 1.0
-    pred[-4:] = -3.0
+    pred[44] = torch.linspace(-1, 1, 10).reshape(1, 10, 1)  # left pial surface through the middle
     target = {"segmentation": torch.full((1, 8, 10, 12), 3), "distance": torch.full((4, 8, 10, 12), 3.0)}
     picture = compose_panel(image, pred, target | {"available_distance": torch.tensor(0.0)}, layout)
-    scale, title = 8, 14
-    body = picture[title:].reshape((10 + 12 + 12), scale, 10 * 4, scale, 3)[:, 0, :, 0]  # four columns of ten voxels
-    assert np.array_equal(body[:10, 1:9, 0], np.repeat([[255] * 4 + [0] * 4], 10, 0))  # eight voxels from left to right
-    assert (body[22:25, :10, 0] == 128).all()  # 12 rows of the sagittal plane, the highest three bright
-    assert (body[5, 15] == layout.protocol.structures[3].colour).all()
-    assert np.array_equal(body[:, 10:20], body[:, 20:30])  # prediction and target of the segmentation
-    assert body[5, 35].tolist() == [255, 0, 0]  # inside: red
+    height, width = picture.shape[0] // 3, picture.shape[1] // 4  # three planes; input, prediction, target, distance
+    field = picture.reshape(3, height, 4, width, 3).transpose(0, 2, 1, 3, 4)
+    axial = field[0, 0, height // 2, :, 0]
+    assert axial[width // 2 - 20 : width // 2 - 4].min() == 255  # right of the subject on the left
+    assert axial[width // 2 + 8 : width // 2 + 20].max() == 0
+    sagittal = field[2, 0, :, width // 2, 0]
+    assert (sagittal[8:18] > 100).all()
+    assert not sagittal[60:80].any()
+    labels, truth, distance = field[0, 1:, 20:-30, 20:-20]
+    assert np.array_equal(labels, truth)
+    assert labels.any()
+    assert (distance == [255, 64, 64]).all(-1).any()  # the line of the surface

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from monai.data import load_decathlon_datalist
 from monai.utils import convert_to_tensor
 from torch import Tensor
@@ -22,21 +21,22 @@ from tqdm import tqdm
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.labels import crop_to_box, find_brain_centre, load_label_map
 from brainfm_monai.data.loading import LoadSubjectd
+from brainfm_monai.io import write_whole
+from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisRanges, Synthesizer, describe, render
-from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
+from brainfm_monai.tasks import TASKS, TaskLayout
 
 __all__ = ["load_subjects", "write_preview"]
 
 logger = logging.getLogger(__name__)
 
-matplotlib.use("Agg")
-
 BOX = (192, 224, 224)  # mm around the brain of a single label map
 BRAIN_IDS = (2, 3, 7, 8, 41, 42, 46, 47)  # which place that box
 LABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-PANEL_INCHES = 1.7
 COLUMNS = 2  # samples side by side
-DISTANCE_PANELS = ("lp", "lw", "rp", "rw")
+CHARACTER_PIXELS = 7  # width of a letter, about
+MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
+VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 
 
 def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: str) -> list[dict[str, Any]]:
@@ -135,77 +135,30 @@ def write_preview(
             maps = {name: np.asarray(value[place]) for name, value in out.items() if value.ndim == 5}
             name = f"{Path(str(entry.get('subject', number))).name}  seed {seed + number}"
             scans.append((maps, f"{name}\n{describe(params, place)}"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.part")
-    _draw_sheet(scans[:count], layout).savefig(beside, format="png", dpi=100, facecolor="black")
-    beside.replace(output)
+    rows = [_draw_row(maps, text, layout) for maps, text in scans[:count]]
+    pairs = [list(chain(*rows[first : first + COLUMNS])) for first in range(0, len(rows), COLUMNS)]
+    with write_whole(output) as partial:
+        partial.write_bytes(encode(compose(pairs), "png"))
     logger.info("%s", output)
     return output
 
 
-def _draw_sheet(scans: Sequence[tuple[dict[str, np.ndarray], str]], layout: TaskLayout) -> Figure:
-    panels = max(len(_panels(maps, layout)) for maps, _ in scans) + 1
-    columns = min(COLUMNS, len(scans))
-    rows = math.ceil(len(scans) / columns)
-    figure = Figure(figsize=(columns * panels * PANEL_INCHES, rows * PANEL_INCHES * 1.25))
-    space = {"left": 0.002, "right": 0.998, "bottom": 0.002, "top": 1 - 0.12 / rows, "wspace": 0.03, "hspace": 0.12}
-    grid = figure.subplots(rows, columns * panels, squeeze=False, gridspec_kw=space)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, (maps, text) in enumerate(scans):
-        row, first = number // columns, (number % columns) * panels
-        grid[row, first].text(0, 1, text, color="white", fontsize=6.5, va="top", transform=grid[row, first].transAxes)
-        for axes, (title, draw) in zip(grid[row, first + 1 :], _panels(maps, layout).items(), strict=False):
-            draw(axes)
-            axes.set_title(title, color="white", fontsize=6, pad=1)
-    return figure
-
-
-def _panels(maps: Mapping[str, np.ndarray], layout: TaskLayout) -> dict[str, Any]:
-    """Name and painter of every panel of a scan: planes through its middle, left of the head on the left."""
-    image, labels = maps["image"][0], maps["segmentation"][0]
-    colours = np.array([s.colour for s in layout.protocol.structures], dtype=np.float32) / 255
-    middle = [n // 2 for n in image.shape]
-    grey: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
-
-    def cut(volume: np.ndarray, axis: int) -> np.ndarray:
-        return np.take(volume, middle[axis], axis=axis).swapaxes(0, 1)
-
-    def paint(volume: np.ndarray, axis: int = 2, **style: Any) -> Any:
-        return lambda axes: axes.imshow(cut(volume, axis), origin="lower", **style)
-
-    panels = {"axial": paint(image, 2, **grey), "coronal": paint(image, 1, **grey), "sagittal": paint(image, 0, **grey)}
-    panels["segmentation"] = lambda axes: _overlay(axes, cut(image, 2), colours[cut(labels, 2)], cut(labels, 2) > 0)
-    panels["coronal "] = lambda axes: _overlay(axes, cut(image, 1), colours[cut(labels, 1)], cut(labels, 1) > 0)
-    if "distance" in maps:
-        panels["surfaces"] = lambda axes: _contours(axes, cut(image, 2), [cut(d, 2) for d in maps["distance"]])
-        nearest = np.abs(maps["distance"][[0, 2]]).min(0)
-        panels["distance (mm)"] = paint(nearest, cmap="magma", vmin=0, vmax=MAX_DISTANCE_MM)
-    if "mni" in maps:
-        panels["MNI"] = lambda axes: _lines(axes, cut(image, 2), [cut(c * 100, 2) for c in maps["mni"][:2]])
-    panels["log bias"] = paint(maps["log_bias_field"][0], cmap="RdBu_r", vmin=-1, vmax=1)
-    panels |= {name: paint(maps[name][0], **grey) for name in ("T1w", "T2w", "FLAIR") if name in maps}
-    if "CT" in maps:
-        panels["CT"] = paint(maps["CT"][0], cmap="gray", vmin=0, vmax=0.08)
-    if maps["lesion"].any():
-        panels["lesion"] = paint(maps["lesion"][0], cmap="gray")
-    return panels
-
-
-def _overlay(axes: Axes, grey: np.ndarray, colour: np.ndarray, there: np.ndarray) -> None:
-    axes.imshow(
-        np.where(there[..., None], 0.5 * grey[..., None] + 0.5 * colour, grey[..., None]).clip(0, 1), origin="lower"
-    )
-
-
-def _contours(axes: Axes, grey: np.ndarray, distances: Sequence[np.ndarray]) -> None:
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, origin="lower")
-    for name, distance in zip(DISTANCE_PANELS, distances, strict=True):
-        if distance.min() < 0 < distance.max():
-            axes.contour(distance, levels=[0], colors="#ff4040" if name.endswith("p") else "#ffe040", linewidths=0.4)
-
-
-def _lines(axes: Axes, grey: np.ndarray, coordinates: Sequence[np.ndarray]) -> None:
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, origin="lower")
-    for coordinate, colour in zip(coordinates, ("#ff6060", "#60e060"), strict=True):
-        axes.contour(coordinate, levels=np.arange(-120, 121, 20), colors=colour, linewidths=0.4)
+def _draw_row(maps: Mapping[str, np.ndarray], text: str, layout: TaskLayout) -> list[Cell]:
+    """What was drawn for a sample, its image in three planes, and its targets, as the table of tasks says."""
+    image = maps["image"]
+    slices = cut_slices(np.ones(image.shape[1:]), VOXELS, MIDDLE)
+    bases = [shade(cut.read(image, VOXELS)[..., 0]) for cut in slices]
+    width = bases[0].shape[1] // CHARACTER_PIXELS
+    lines = "\n".join(textwrap.fill(line, max(width, 10)) for line in text.split("\n"))
+    cells = [Cell(np.zeros_like(bases[0]), caption=lines)]
+    cells += [Cell(base, cut.plane.marks) for cut, base in zip(slices, bases, strict=True)]
+    axial, coronal, _ = zip(slices, bases, strict=True)
+    for name, values in maps.items():
+        task = layout.tasks.get(name)
+        if task is None or not task.picture or (task.kind == "mask" and not values.any()):
+            continue
+        drawn = task.target_to_map(torch.as_tensor(values))
+        for cut, base in [axial, coronal] if task.kind == "labels" else [axial]:
+            read = cut.read(drawn, VOXELS, nearest=task.kind == "labels")
+            cells.append(Cell(paint(task, read, base, layout.protocol, cut.plane), caption=name))
+    return cells

@@ -96,6 +96,10 @@ class Task:
         """The map in ``output_unit`` out of the network's output, shape (C, ...), float32."""
         return ACTIVATIONS[self.activation](output.float()) * self.scale
 
+    def target_to_map(self, target: Tensor) -> Tensor:
+        """The map that a target of the training stands for: labels and masks as they are, others in ``output_unit``."""
+        return target if self.kind in ("labels", "mask") else self.to_map(target)
+
 
 def _image(name: str, stem: str, **columns: object) -> Task:
     row = Task(name, "image", (name,), stem=stem, outputs=("contrasts",), picture="image")

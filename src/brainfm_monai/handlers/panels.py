@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,22 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys
 from torch import Tensor
 
-from brainfm_monai.anatomy import Protocol
-from brainfm_monai.tasks import MAX_DISTANCE_MM, Task, TaskLayout
+from brainfm_monai.io import write_whole
+from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
+from brainfm_monai.tasks import Task, TaskLayout
 
 __all__ = ["ValidationPanels", "compose_panel"]
 
-TITLE_HEIGHT = 14  # pixels
-SMALLEST_PANEL = 96  # pixels; smaller planes are enlarged by whole numbers
-LARGEST_LOG_BIAS = 1.0  # that is shown white or black
-FIELD_OF_MNI_MM = 100.0  # coordinates of +-100 mm are shown as 0 and 255 of a colour
+SMALLEST_PANEL = 96  # pixels
+MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
+VOXELS = np.eye(4)  # affine of a batch: RAS axes
 
 
 class ValidationPanels:
     """Draws the first subjects of every validation, into the folder of the run and into TensorBoard.
 
-    A row is a plane through the middle: axial, coronal, sagittal, with the left of the head on the left. Columns are the input
-    and, for every task, prediction and target. Distances are those to the nearest pial surface, red inside and blue outside;
-    coordinates are colours.
+    A row is a plane through the middle: axial, coronal, sagittal, in the radiological convention. Columns are the input and, for
+    every task, prediction and target, drawn as the table of tasks says.
 
     Args:
         layout: names the channels of the prediction.
@@ -48,24 +47,14 @@ class ValidationPanels:
         number = engine.state.iteration
         if number > self.count:
             return
-        from PIL import Image
-
         output = engine.state.output
-        picture = compose_panel(
-            output[CommonKeys.IMAGE][0], output[CommonKeys.PRED][0], _first(output[CommonKeys.LABEL]), self.layout
-        )
+        target = {name: value[0] for name, value in output[CommonKeys.LABEL].items()}
+        picture = compose_panel(output[CommonKeys.IMAGE][0], output[CommonKeys.PRED][0], target, self.layout)
         name = Path(str(engine.state.batch.get("subject", [f"subject_{number}"])[0])).name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png"
-        beside = path.with_name(f".{path.name}.part")
-        Image.fromarray(picture).save(beside, format="png")
-        beside.replace(path)
+        with write_whole(self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png") as partial:
+            partial.write_bytes(encode(picture, "png"))
         if self.writer is not None:
             self.writer.add_image(f"validation/{name}", picture, engine.state.epoch, dataformats="HWC")
-
-
-def _first(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value[0] for name, value in targets.items()}
 
 
 def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], layout: TaskLayout) -> np.ndarray:
@@ -80,60 +69,25 @@ def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], lay
     Returns:
         RGB, shape (rows, columns, 3), uint8.
     """
-    grey = _planes(image[:1].float(), lambda x: np.repeat(x[0, ..., None], 3, axis=-1))
-    columns = {"input": grey}
+    columns: list[tuple[str, Task, Tensor]] = []
     for name, output in layout.split(pred[None]).items():
         task = layout.tasks[name]
-        paint = _painter(task, layout.protocol)
-        found = output[0].argmax(0, keepdim=True) if task.kind == "labels" else output[0].float()
-        columns[name] = _planes(found.sigmoid() if task.kind == "mask" else found, paint)
-        if name in target and task.kind != "scalar" and float(target.get(f"available_{name}", 1)) > 0:
-            columns[f"{name} (true)"] = _planes(target[name].float(), paint)
-    scale = max(1, -(-SMALLEST_PANEL // max(max(plane.shape[:2]) for plane in grey)))
-    height = [max(c[row].shape[0] for c in columns.values()) for row in range(3)]
-    width = max(plane.shape[1] for plane in grey)
-    stacks = [np.concatenate([_pad(p, h, width) for p, h in zip(c, height, strict=True)]) for c in columns.values()]
-    picture = (np.concatenate(stacks, axis=1).clip(0, 1) * 255).round().astype(np.uint8)
-    picture = picture.repeat(scale, 0).repeat(scale, 1)
-    return np.concatenate([_write_titles(list(columns), picture.shape[1]), picture])
-
-
-def _planes(volume: Tensor, paint: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-    """The axial, coronal and sagittal plane through the middle, each (rows, columns, 3), the top of the head up."""
-    planes = []
-    for axis in (2, 1, 0):
-        plane = volume.select(axis + 1, volume.shape[axis + 1] // 2)
-        planes.append(paint(plane.transpose(1, 2).flip(1).cpu().numpy()))
-    return planes
-
-
-def _pad(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    missing = (height - plane.shape[0], width - plane.shape[1])
-    return np.pad(plane, [*((n // 2, n - n // 2) for n in missing), (0, 0)])
-
-
-def _painter(task: Task, protocol: Protocol) -> Callable[[np.ndarray], np.ndarray]:
-    """From the channels of a plane, (C, rows, columns), to colours in [0, 1]."""
-    colours = np.array([s.colour for s in protocol.structures], dtype=np.float32) / 255
-
-    def signed(values: np.ndarray, largest: float) -> np.ndarray:
-        x = (values / largest).clip(-1, 1)
-        return np.stack([1 - x.clip(0), 1 - np.abs(x), 1 + x.clip(max=0)], axis=-1)
-
-    painters: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "labels": lambda x: colours[x[0].astype(int)],
-        "distance": lambda x: signed(np.minimum(x[0], x[2]), MAX_DISTANCE_MM),
-        "log_field": lambda x: signed(x[0], LARGEST_LOG_BIAS),
-        "coordinates": lambda x: np.moveaxis(x, 0, -1) * task.scale / (2 * FIELD_OF_MNI_MM) + 0.5,
-    }
-    return painters.get(task.kind, lambda x: np.repeat(x[0, ..., None], 3, axis=-1))
-
-
-def _write_titles(names: list[str], width: int) -> np.ndarray:
-    from PIL import Image, ImageDraw
-
-    strip = Image.new("RGB", (width, TITLE_HEIGHT))
-    draw = ImageDraw.Draw(strip)
-    for number, name in enumerate(names):
-        draw.text((number * width // len(names) + 2, 1), name, fill=(255, 255, 255))
-    return np.asarray(strip)
+        if not task.picture:
+            continue
+        columns.append(
+            (name, task, output[0].argmax(0, keepdim=True) if task.kind == "labels" else task.to_map(output[0]))
+        )
+        if name in target and float(target.get(f"available_{name}", 1)) > 0:
+            columns.append((f"{name} (true)", task, task.target_to_map(target[name])))
+    shape = tuple(image.shape[1:])
+    rows = []
+    for number, cut in enumerate(
+        cut_slices(np.ones(shape), VOXELS, MIDDLE, pixel_mm=min(1.0, max(shape) / SMALLEST_PANEL))
+    ):
+        base = shade(cut.read(image, VOXELS)[..., 0])
+        row = [Cell(base, cut.plane.marks, "" if number else "input")]
+        for title, task, values in columns:
+            read = cut.read(values, VOXELS, nearest=task.kind == "labels")
+            row.append(Cell(paint(task, read, base, layout.protocol, cut.plane), caption="" if number else title))
+        rows.append(row)
+    return compose(rows)
