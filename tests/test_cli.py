@@ -11,6 +11,7 @@ from typing import Any
 import monai.bundle
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
 from brainfm_monai import __version__, cli
 from brainfm_monai.data import datalist as datalist_module
@@ -117,7 +118,7 @@ def test_predict_hands_on_its_choices(
     options += ["--shard", "2/4", "--grid", "1mm", "--frame", "mean", "--mode", "brain", "--memory", "slabs"]
     call(monkeypatch, "predict", "bids", "out", "participant", "--bundle", str(bundle), *options)
     (settings,) = bundle_runs
-    assert (list(settings["outputs"]), settings["participant_label"]) == (["volumes", "report"], "01,02")
+    assert (list(settings["outputs"]), settings["participant_label"]) == (["volumes", "report"], ["01", "02"])
     assert settings["precision"] == "float32"
     assert (settings["mirror"], settings["memory"]) == (False, "slabs")
     assert [settings[key] for key in ("shard", "grid", "frame", "mode")] == ["2/4", "1mm", "mean", "brain"]
@@ -231,3 +232,104 @@ def test_export_writes_the_bundles_network(
     call(monkeypatch, "export", str(tmp_path / "model.ts"), "--bundle", str(repository / "bundle"))
     assert capsys.readouterr().out.strip() == str(tmp_path / "model.ts")
     assert (tmp_path / "model.ts").stat().st_size > 1e6
+
+
+ODD = [
+    "2024_05_02",
+    "1.10",
+    "01",
+    "a#1",
+    "study#1/scan#2.nii",
+    "-x",
+    "a b",
+    "None",
+    "True",
+    "[x]",
+    "1e3",
+    "é",
+    "'q'",
+    "x,y",
+]
+EVALUATED = ["$HOME", "@input", "%x", "x@#y", "$__import__('os').abort()"]
+
+
+@pytest.mark.parametrize("word", ODD + EVALUATED)
+def test_paths_and_labels_reach_the_config_as_they_were_typed(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]], word: str
+) -> None:
+    bundle = ["--bundle", str(repository / "bundle")]
+    call(
+        monkeypatch,
+        "predict",
+        word,
+        word,
+        *bundle,
+        "--weights",
+        "w#" + word,
+        "--participant_label",
+        word.replace(",", ""),
+    )
+    call(monkeypatch, "predict", *bundle, f"--output={word}", f"--input={word}", f"--participant-label={word}")
+    for settings in bundle_runs:
+        parser = ConfigParser({key: settings[key] for key in ("input", "output_dir", "participant_label")})
+        assert (parser.get_parsed_content("input"), parser.get_parsed_content("output_dir")) == (word, word)
+    labels = [ConfigParser(run).get_parsed_content("participant_label") for run in bundle_runs]
+    assert labels == [
+        [word.replace(",", "").strip("[]' ") if word in ("[x]", "'q'") else word.replace(",", "")],
+        labels[1],
+    ]
+    assert ConfigParser(bundle_runs[0]).get_parsed_content("weights") == "w#" + word
+
+
+def test_participant_labels_are_several_words_as_bids_apps_have_them(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    bundle = ["--bundle", str(repository / "bundle")]
+    for options in (
+        ["--participant_label", "01", "02", *bundle],
+        [*bundle, "--participant-label", "01", "02"],
+        [*bundle, "--participant_label=01,02"],
+        [*bundle, "--participant_label", "['01', '02']"],
+    ):
+        call(monkeypatch, "predict", "bids", "out", "participant", *options)
+        assert bundle_runs[-1]["participant_label"] == ["01", "02"]
+
+
+def test_switches_need_no_value_and_take_no_path(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    bundle = str(repository / "bundle")
+    call(monkeypatch, "predict", "--overwrite", "in", "out", "--mirror", "False", "--bundle", bundle, "--keep_lesions")
+    (settings,) = bundle_runs
+    assert (settings["input"], settings["output_dir"]) == ("in", "out")
+    assert (settings["overwrite"], settings["keep_lesions"], settings["mirror"]) == (True, True, False)
+    call(monkeypatch, "predict", "--bundle", bundle, "--", "--in", "--out")
+    assert (bundle_runs[1]["input"], bundle_runs[1]["output_dir"]) == ("--in", "--out")
+
+
+def test_too_many_words_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, bundle_runs: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(SystemExit, match=r"brainfm-monai: compare: 1 more words are possible, found c d$"):
+        call(monkeypatch, "compare", "--first", "a", "--second", "b", "c", "d")
+    assert not bundle_runs
+
+
+def test_overrides_may_be_numbers_lists_and_expressions(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    options = {
+        "frame": ("2", 2),
+        "window": ("[0,80]", [0, 80]),
+        "sharpen": ("1.5", 1.5),
+        "images": ("[T1w,CT]", ["T1w", "CT"]),
+        "device": ("$torch.device('cpu')", "$torch.device('cpu')"),
+        "weights": ("$@bundle_root + '/m.pt'", "$@bundle_root + '/m.pt'"),
+        "mode": ("2024_05_02", "2024_05_02"),
+        "network_def#stride": ("1", 1),
+        "text": ("a#b", "a#b"),
+    }
+    words = [word for key, (text, _) in options.items() for word in (f"--{key}", text)]
+    call(monkeypatch, "predict", "in", "out", "--bundle", str(repository / "bundle"), *words)
+    for key, (_, value) in options.items():
+        assert bundle_runs[0][key] == value, key

@@ -15,12 +15,13 @@ from brainfm_monai.cli.evaluation import compare, evaluate
 from brainfm_monai.cli.preview import preview
 from brainfm_monai.cli.subjects import Data, Prepare, demo_scans
 from brainfm_monai.cli.weights import export, import_weights
+from brainfm_monai.cli.words import spell_out
 
 __all__ = ["COMMANDS", "main"]
 
 
 def version() -> str:
-    """Tell the version."""
+    """Print the version."""
     return __version__
 
 
@@ -40,9 +41,9 @@ COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
 
 
 def main() -> None:
-    """Run a command; a wrong value or a missing file is told in one line, with exit status 1."""
+    """Run a command; a wrong value or a missing file is reported in one line, with exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        fire.Fire(COMMANDS, name="brainfm-monai")
+        fire.Fire(COMMANDS, spell_out(sys.argv[1:], COMMANDS), name="brainfm-monai")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"brainfm-monai: {error}")

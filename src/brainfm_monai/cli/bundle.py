@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["find_config", "predict", "run_bundle", "train"]
+from brainfm_monai.io import literal
+
+__all__ = ["existing_datalist", "find_config", "predict", "run_bundle", "train"]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 MEMORY_MODES = ("auto", "full", "low", "windows", "whole", "slabs")  # the last two: names of version 0.1 for full
@@ -34,7 +36,7 @@ def predict(
         bundle: folder of the bundle.
         outputs: all, or some of segmentation, volumes, contrasts, bias_field, distance, surfaces, mni, transforms, quality, view,
             report; separated by commas.
-        participant_label: subjects of a BIDS dataset, with or without sub-, separated by commas.
+        participant_label: subjects of a BIDS dataset, with or without sub-, separated by blanks or commas.
         mirror: average each scan with its mirror image; False takes half the time.
         precision: float32, bfloat16 or float16; by default what the device is fast in.
         memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory suffices.
@@ -52,8 +54,10 @@ def predict(
     settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs)}
     settings |= {"mirror": bool(mirror), "memory": memory, **({"precision": precision} if precision else {})}
     if participant_label is not None:
-        settings["participant_label"] = participant_label
-    run_bundle(bundle, ["inference.json"], input=str(input), output_dir=str(output), **{**settings, **overrides})
+        labels = [participant_label] if isinstance(participant_label, str | int) else participant_label
+        settings["participant_label"] = [literal(str(label)) for label in labels]
+    settings |= {"input": literal(str(input)), "output_dir": literal(str(output))}
+    run_bundle(bundle, ["inference.json"], **{**settings, **overrides})
 
 
 def train(
@@ -80,7 +84,7 @@ def train(
     asked = variant.split(",") if isinstance(variant, str) else [str(name) for name in variant]
     names = [*(["coarse"] if coarse else []), *filter(None, asked)]
     configs = ["train.json", *(name if name.endswith(".json") else f"{name}.json" for name in names)]
-    run_bundle(bundle, configs, datalist=_existing(datalist), **overrides)
+    run_bundle(bundle, configs, datalist=existing_datalist(datalist), **overrides)
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
@@ -99,7 +103,7 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
     configs = Path(str(bundle)) / "configs"
     files = [find_config(bundle, name) for name in names]
     settings = {
-        "bundle_root": str(bundle),
+        "bundle_root": literal(str(bundle)),
         "meta_file": str(configs / "metadata.json"),
         "logging_file": str(configs / "logging.conf"),
     }
@@ -122,7 +126,12 @@ def find_config(bundle: str | Path, name: str) -> Path:
     raise FileNotFoundError(f"{places[0]}: a config of the bundle is needed, found no such file; there are {listed}")
 
 
-def _existing(path: str) -> str:
-    if not Path(str(path)).is_file():  # fire makes a number of what looks like one
+def existing_datalist(path: str) -> str:
+    """The path of a datalist as a value for a config.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: a datalist (JSON) is needed, found no such file")
-    return str(path)
+    return literal(str(path))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from brainfm_monai.cli.bundle import run_bundle
+from brainfm_monai.cli.bundle import existing_datalist, run_bundle
+from brainfm_monai.io import literal
 
 __all__ = ["compare", "evaluate"]
 
@@ -39,9 +39,7 @@ def evaluate(
     names = ["inference.json", "evaluate.json"]
     names += ["evaluate_generated.json"] * generated + ["evaluate_protocol.json"] * protocol
     names += [f"evaluate_{'generated_' * generated}sweeps.json"] * sweeps
-    if not Path(str(datalist)).is_file():  # fire makes a number of what looks like one
-        raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file")
-    run_bundle(bundle, names, datalist=str(datalist), output_dir=str(output), **overrides)
+    run_bundle(bundle, names, datalist=existing_datalist(datalist), output_dir=literal(str(output)), **overrides)
 
 
 def compare(first: str, second: str, output: str | None = None) -> str:
