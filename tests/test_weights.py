@@ -39,10 +39,12 @@ def test_the_first_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(tmp_p
         load_weights(target, path)
     state = network().state_dict()
     torch.save({key: tensor for key, tensor in state.items() if key != "second.bias"}, path)
-    with pytest.raises(ValueError, match=r"must fit the network, found no 'second\.bias' of shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"found no 'second\.bias' where the network has 'second\.bias' of shape \(2,\)"
+    ):
         load_weights(target, path)
     torch.save({**state, "third.bias": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"must fit the network, found 'third\.bias', which the network does not have"):
+    with pytest.raises(ValueError, match=r"found 'third\.bias' of shape \(1,\) where the network has no 'third"):
         load_weights(target, path)
     for key, tensor in target.state_dict().items():
         torch.testing.assert_close(before[key], tensor, rtol=0, atol=0)
@@ -81,20 +83,32 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: Path) -> None:
-    first, all_tasks = TaskLayout(["segmentation", "mni"]), TaskLayout(["segmentation", "mni", "T1w"])
+    first, all_tasks = TaskLayout(["segmentation", "mni"]), TaskLayout(["segmentation", "T1w", "mni"])
     coarse = MultiTaskNet(AdditiveUNet(features=(16, 32, 64)), first).eval()
     fine = MultiTaskNet(TwoScaleUNet(features=(8, 16, 32, 64)), all_tasks).eval()
     torch.save(coarse.state_dict(), tmp_path / "coarse.pt")
-    load_coarse_weights(fine, tmp_path / "coarse.pt")
+    fresh = fine.head.weight.detach()[all_tasks.slices["T1w"]].clone()
+    assert load_coarse_weights(fine, tmp_path / "coarse.pt", first) == ["T1w"]
     image = torch.rand(1, 1, 16, 16, 16)
-    expected = interpolate(coarse(avg_pool3d(image, 2)), scale_factor=2)
-    torch.testing.assert_close(fine(image)[:, : first.channels], expected, atol=1e-4, rtol=1e-4)
+    expected = first.split(interpolate(coarse(avg_pool3d(image, 2)), scale_factor=2))
+    found = all_tasks.split(fine(image))
+    for name in first.tasks:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+    assert torch.equal(fine.head.weight[all_tasks.slices["T1w"]], fresh)
 
     before = {name: tensor.clone() for name, tensor in fine.state_dict().items()}
-    load_coarse_weights(fine, "")
-    assert all(torch.equal(before[name], tensor) for name, tensor in fine.state_dict().items())
-    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(
-        ValueError, match=r"other\.pt: the weights must fit the coarse network, found nothing for 'backbone\."
+    assert load_coarse_weights(fine, "") == []
+    state = coarse.state_dict()
+    headless = {key: value for key, value in state.items() if not key.startswith("head.")}
+    for name, content, message in (
+        ("other", {"head.weight": state["head.weight"], "head.bias": state["head.bias"]}, "found none for 'backbone"),
+        ("head", headless, r"the head must have the 47 channels of \['segmentation', 'mni'\] .*, found no head"),
     ):
-        load_coarse_weights(fine, tmp_path / "other.pt")
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=rf"{name}\.pt: .*{message}"):
+            load_coarse_weights(fine, tmp_path / f"{name}.pt", first)
+    with pytest.raises(ValueError, match=r"coarse\.pt: the head must have the 48 channels of .*, found 47"):
+        load_coarse_weights(fine, tmp_path / "coarse.pt")  # rows of another layout are never copied by number
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt: a file of weights is needed, found no such file"):
+        load_coarse_weights(fine, tmp_path / "absent.pt")
+    assert all(torch.equal(before[name], tensor) for name, tensor in fine.state_dict().items())

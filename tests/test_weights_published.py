@@ -287,7 +287,7 @@ def test_what_has_no_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     state["head.final_conv_pathology.bias"] = torch.rand(1)
     published = load_published(save_brainfm(tmp_path / "b.pth", state))
     assert published.info.ignored == ("head pathology",)
-    assert "left out what has no place here: head pathology" in caplog.text
+    assert "left out, without use here: head pathology" in caplog.text
     content = make_supersynth((8, 16), ["T1", "LP", "LW"])
     torch.save(content, tmp_path / "s.pth")
     published = load_published(tmp_path / "s.pth")
@@ -303,9 +303,8 @@ def test_labels_without_a_protocol_are_numbered(tmp_path: Path) -> None:
     assert [s.name for s in load_published(path).layout.protocol.structures][:2] == ["Unknown", "label-1"]
     import_weights(path, tmp_path / "out")
     assert len(Protocol.load(tmp_path / "out/protocol.tsv")) == 18
-    assert json.loads((tmp_path / "out/overrides.json").read_text())["layout#protocol"] == str(
-        tmp_path / "out/protocol.tsv"
-    )
+    overrides = json.loads((tmp_path / "out/overrides.json").read_text())
+    assert overrides["layout#protocol"] == "$@weights_dir + '/protocol.tsv'"
 
 
 @pytest.mark.parametrize("make", ["brainfm", "supersynth"])
@@ -322,19 +321,22 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
         )  # of its quality network
     published = import_weights(path, tmp_path / "out")
     assert published.info.ignored == (("conv_downarm_0_0_kernel",) if make == "supersynth" else ())
+    (tmp_path / "out").rename(tmp_path / "moved")
     parser = ConfigParser()
-    parser.read_config([str(repository / "bundle/configs/inference.json"), str(tmp_path / "out/overrides.json")])
+    parser.read_config([str(repository / "bundle/configs/inference.json"), str(tmp_path / "moved/overrides.json")])
+    assert parser["weights_dir"] == str(tmp_path / "out")
+    parser["weights_dir"] = str(tmp_path / "moved")  # --weights_dir FOLDER
     network = parser.get_parsed_content("network_def")
     load_weights(network, parser.get_parsed_content("weights"))
     image = torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
         assert_same(network(image), published.network(image), 0)
-    source = json.loads((tmp_path / "out/source.json").read_text())
+    source = json.loads((tmp_path / "moved/source.json").read_text())
     assert source["format"].lower() == make
     assert len(source["sha256"]) == 64
     assert source["template_space"]
     assert source["licence"]
-    state = torch.load(tmp_path / "out/model.pt", weights_only=True)
+    state = torch.load(tmp_path / "moved/model.pt", weights_only=True)
     assert set(state) == set(network.state_dict())
 
 

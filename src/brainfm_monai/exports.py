@@ -11,6 +11,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from brainfm_monai.io import first_line, literal, write_whole
 from brainfm_monai.weights import load_weights
 
 __all__ = ["ONNX_OPSET", "export_bundle", "export_onnx", "export_torchscript"]
@@ -28,16 +29,14 @@ def export_torchscript(network: nn.Module, path: str | Path) -> None:
         path: the file.
 
     Raises:
-        ValueError: if the network cannot be scripted; the first line of the reason is told.
+        ValueError: if the network cannot be scripted; with the first line of the reason.
     """
     try:
         scripted = torch.jit.script(network.eval())
     except Exception as error:  # torch.jit raises many kinds
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{path}: a network that can be scripted is needed: {first}") from error
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    torch.jit.save(scripted, partial)
-    partial.replace(path)
+        raise ValueError(f"{path}: a network that can be scripted is needed: {first_line(error)}") from error
+    with write_whole(path) as partial:
+        torch.jit.save(scripted, partial)
 
 
 def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance: float = ONNX_TOLERANCE) -> float:
@@ -57,10 +56,8 @@ def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance:
     """
     import onnxruntime
 
-    network, path = network.eval(), Path(path)
-    image = _ramp(1, size, size, size)
-    partial = path.with_name(f".{path.stem}.partial.onnx")
-    with warnings.catch_warnings(), torch.no_grad():
+    network, image = network.eval(), _ramp(1, size, size, size)
+    with write_whole(path) as partial, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch and onnxscript warn of their own plans
         torch.onnx.export(
             network,
@@ -74,17 +71,15 @@ def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance:
             dynamo=True,
             verbose=False,
         )
-        other = _ramp(2, size, size * 3 // 2, size * 2)
-        expected = network(other)
-    session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"image": other.numpy()})[0])
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if difference > tolerance:
-        partial.unlink()
-        raise ValueError(
-            f"{path}: the graph must agree with the network to {tolerance:g}, found a difference of {difference:g}"
-        )
-    partial.replace(path)
+        second = _ramp(2, size, size * 3 // 2, size * 2)
+        expected = network(second)
+        session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"image": second.numpy()})[0])
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{path}: the graph must agree with the network to {tolerance:g}, found a difference of {difference:g}"
+            )
     return difference
 
 
@@ -97,7 +92,8 @@ def export_bundle(configs: Sequence[str | Path], bundle_root: str | Path, path: 
     """Write the network of a bundle, with its weights, in the format that the file's suffix names.
 
     Args:
-        configs: configurations with ``network_def`` and ``weights``, later ones over earlier ones.
+        configs: configurations with ``network_def`` and ``weights``, later ones over earlier ones; the last one may be the
+            overrides.json of imported weights, wherever its folder lies.
         bundle_root: folder of the bundle.
         path: the file, ``.ts`` for TorchScript or ``.onnx`` for ONNX.
         size: see :func:`export_onnx`.
@@ -110,7 +106,8 @@ def export_bundle(configs: Sequence[str | Path], bundle_root: str | Path, path: 
         raise ValueError(f"{path}: the suffix .ts (TorchScript) or .onnx is needed, found '{path.suffix}'")
     parser = ConfigParser()
     parser.read_config([str(config) for config in configs])
-    parser["bundle_root"] = str(bundle_root)
+    parser["bundle_root"] = literal(str(bundle_root))
+    parser["weights_dir"] = literal(str(Path(configs[-1]).parent)) if configs else ""
     network = parser.get_parsed_content("network_def")
     load_weights(network, parser.get_parsed_content("weights"))
     if path.suffix == ".onnx":

@@ -119,6 +119,7 @@ class UNet(_Levels):
         self.unit_norm = unit_norm
         self.in_channels = in_channels
         self.out_channels = features[0]
+        self.features = tuple(features)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
@@ -151,6 +152,7 @@ class ResidualUNet(_Levels):
         )
         self.in_channels = in_channels
         self.out_channels = features[0]
+        self.features = tuple(features)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""

@@ -1,20 +1,20 @@
-"""Given weights as the start of another training: the backbone as it is, of the head what both layouts have."""
+"""Given weights as the start of another training: the backbone, and the channels of the head that both layouts have."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from brainfm_monai.anatomy import Protocol, Structure
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights.plain import read_state_dict
 from brainfm_monai.weights.published import load_published
 
-__all__ = ["load_pretrained", "make_pretrained"]
+__all__ = ["load_coarse_weights", "load_pretrained", "make_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +26,20 @@ def make_pretrained(
     weights_layout: TaskLayout | None = None,
     stride: int = 1,
     freeze_backbone: bool = False,
+    out_channels: int | None = None,
 ) -> MultiTaskNet:
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
     Args:
-        backbone: see :class:`~brainfm_monai.networks.MultiTaskNet`; it must be the one that the weights were trained with.
-        layout: channels of the new head; its protocol may be another than that of the weights.
-        weights: see :func:`load_pretrained`.
+        backbone: backbone that the weights were trained with.
+        layout: channels of the new head; its protocol may differ from that of the weights.
+        weights: see :func:`load_pretrained`, as for errors.
         weights_layout: see :func:`load_pretrained`.
         stride: see :class:`~brainfm_monai.networks.MultiTaskNet`.
         freeze_backbone: train the head alone.
-
-    Raises:
-        FileNotFoundError: see :func:`load_pretrained`.
-        ValueError: see :func:`load_pretrained`.
+        out_channels: see :class:`~brainfm_monai.networks.MultiTaskNet`.
     """
-    network = MultiTaskNet(backbone, layout, stride, freeze_backbone)
+    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels)
     load_pretrained(network, weights, weights_layout)
     return network
 
@@ -51,14 +49,13 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
 
     Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name; those of
     other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a residual to the
-    input, is another thing than ours and is left out.
+    input, differs from ours and is left out.
 
     Args:
-        network: its weights are overwritten.
+        network: network whose weights are overwritten.
         path: plain state dict of a ``MultiTaskNet``, or a published checkpoint, see
             :func:`~brainfm_monai.weights.load_published`.
-        layout: of the plain state dict, which does not tell it; that of the network if not given. A published checkpoint
-            tells its own.
+        layout: layout of a plain state dict, which does not contain it; ``None``: that of the network.
 
     Returns:
         Names of the head's channels that the weights do not have.
@@ -68,80 +65,98 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         ValueError: if the file is neither, the layout is not that of its head, or a tensor of the backbone is missing or of
             another shape.
     """
-    state, source = _read(path, layout or network.layout)
-    new = network.state_dict()
-    for key in (key for key in new if key.startswith("backbone.")):
-        if key not in state or state[key].shape != new[key].shape:
-            found = f"one of {tuple(state[key].shape)}" if key in state else "none"
-            raise ValueError(
-                f"{path}: the weights must fit the network's backbone, found {found} for '{key}' of {tuple(new[key].shape)}"
-            )
-        new[key] = state[key]
-    pairs = _match_channels(network.layout, source)
-    for key in ("head.weight", "head.bias"):
-        rows = new[key].clone()
-        rows[list(pairs)] = state[key][list(pairs.values())].to(rows)
-        new[key] = rows
-    network.load_state_dict(new)
-    missing = [name for i, name in enumerate(network.layout.channel_names) if i not in pairs]
-    logger.info(
-        "%s: the backbone and %d channels of the head; new are: %s", path, len(pairs), ", ".join(missing) or "none"
-    )
-    return missing
-
-
-def _read(path: str | Path, layout: TaskLayout) -> tuple[dict[str, Tensor], TaskLayout]:
-    """State dict of a network of this package and the layout of its head."""
+    skipped: tuple[str, ...] = ()
     try:
-        state = read_state_dict(path)
+        given, source = read_state_dict(path), layout or network.layout
     except ValueError as plain:
         try:
             published = load_published(path)
         except ValueError as error:
             reasons = "; ".join(str(e).removeprefix(f"{path}: ") for e in (plain, error))
+            message = f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
+            raise ValueError(message) from error
+        given, source, skipped = published.network.state_dict(), published.layout, ("super_resolution",)
+    pairs = _match_channels(path, network.layout, source, given, skipped)
+    state = network.state_dict()
+    _copy_backbone(path, state, given, {key: key for key in state if key.startswith("backbone.")})
+    for key in ("head.weight", "head.bias"):
+        state[key] = state[key].clone()
+        state[key][list(pairs)] = given[key][list(pairs.values())].to(state[key])
+    return _finish(path, network, state, pairs)
+
+
+def load_coarse_weights(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
+    """Start a two-scale network from a coarse one: its first output is that of the coarse network, each voxel repeated.
+
+    Args:
+        network: :class:`~brainfm_monai.networks.MultiTaskNet` over a :class:`~brainfm_monai.networks.TwoScaleUNet`.
+        path: plain state dict of the coarse network, a ``MultiTaskNet`` over an ``AdditiveUNet``; empty: nothing is done.
+        layout: layout of the coarse network; ``None``: that of the network.
+
+    Returns:
+        Names of the head's channels that the coarse network does not have; they keep their values.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: see :func:`load_pretrained`.
+    """
+    if not str(path):
+        return []
+    given, state = read_state_dict(path), network.state_dict()
+    coarse = [key for key in state if key.startswith("backbone.coarse.")]
+    pairs = _match_channels(path, network.layout, layout or network.layout, given)
+    _copy_backbone(path, state, given, {key: key.replace("backbone.coarse.", "backbone.") for key in coarse})
+    rows, sources = list(pairs), list(pairs.values())
+    weight, bias = state["head.weight"].clone(), state["head.bias"].clone()
+    weight[rows] = 0
+    weight[rows, -given["head.weight"].shape[1] :] = given["head.weight"][sources].to(weight)
+    bias[rows] = given["head.bias"][sources].to(bias)
+    return _finish(path, network, {**state, "head.weight": weight, "head.bias": bias}, pairs)
+
+
+def _copy_backbone(
+    path: str | Path, state: dict[str, Tensor], given: Mapping[str, Tensor], names: dict[str, str]
+) -> None:
+    for key, source in names.items():
+        if source not in given or given[source].shape != state[key].shape:
+            found = f"one of {tuple(given[source].shape)}" if source in given else "none"
             raise ValueError(
-                f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
-            ) from error
-        return _without_residual(published.network.state_dict(), published.layout)
-    weight, bias = state.get("head.weight"), state.get("head.bias")
-    if weight is None or bias is None or len(weight) != layout.channels or len(bias) != layout.channels:
-        found = "no head" if weight is None or bias is None else f"{len(weight)}"
+                f"{path}: the weights must fit the network's backbone, found {found} for '{source}' of {tuple(state[key].shape)}"
+            )
+        state[key] = given[source]
+
+
+def _finish(path: str | Path, network: MultiTaskNet, state: dict[str, Tensor], pairs: dict[int, int]) -> list[str]:
+    network.load_state_dict(state)
+    missing = [name for i, name in enumerate(network.layout.channel_names) if i not in pairs]
+    new = ", ".join(missing) or "none"
+    logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
+    return missing
+
+
+def _match_channels(
+    path: str | Path, new: TaskLayout, old: TaskLayout, given: Mapping[str, Tensor], skipped: tuple[str, ...] = ()
+) -> dict[int, int]:
+    """Channel of the old layout for every channel of the new one that means the same."""
+    tensors = [given.get(f"head.{kind}", torch.empty(0)) for kind in ("weight", "bias")]
+    if any(len(tensor) != old.channels for tensor in tensors):
+        found = len(tensors[0]) or "no head"
         raise ValueError(
-            f"{path}: the head must have the {layout.channels} channels of {list(layout.tasks)} in protocol "
-            f"{layout.protocol.name}, found {found}"
+            f"{path}: the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}, "
+            f"found {found}"
         )
-    return state, layout
-
-
-def _without_residual(state: dict[str, Tensor], layout: TaskLayout) -> tuple[dict[str, Tensor], TaskLayout]:
-    reduced = TaskLayout([name for name in layout.tasks if name != "super_resolution"], layout.protocol)
-    parts = [layout.slices[name] for name in reduced.tasks]
-    heads = {key: torch.cat([state[key][part] for part in parts]) for key in ("head.weight", "head.bias")}
-    return {**state, **heads}, reduced
-
-
-def _match_channels(new: TaskLayout, old: TaskLayout) -> dict[int, int]:
-    """Channel of the old layout for every channel of the new one that is the same."""
     pairs: dict[int, int] = {}
     for name, task in new.tasks.items():
-        if name not in old.tasks:
+        if name not in old.tasks or name in skipped:
             continue
         if task.kind == "labels":
-            same = _match_structures(new.protocol, old.protocol)
+            structures = [s for s in old.protocol.structures if s.name != f"label-{s.freesurfer_id}"]  # a mere number
+            by_id = {s.freesurfer_id: s.label for s in structures}
+            by_name = {s.name: s.label for s in old.protocol.structures}
+            same = {s.label: by_id.get(s.freesurfer_id, by_name.get(s.name)) for s in new.protocol.structures}
         else:
-            names = old.tasks[name].channel_names
-            same = {i: names.index(channel) for i, channel in enumerate(task.channel_names) if channel in names}
-        pairs |= {new.slices[name].start + i: old.slices[name].start + j for i, j in same.items()}
+            names = {channel: i for i, channel in enumerate(old.tasks[name].channel_names)}
+            same = {i: names.get(channel) for i, channel in enumerate(task.channel_names)}
+        first, source = new.slices[name].start, old.slices[name].start
+        pairs |= {first + i: source + j for i, j in same.items() if j is not None}
     return pairs
-
-
-def _match_structures(new: Protocol, old: Protocol) -> dict[int, int]:
-    by_id = {s.freesurfer_id: s.label for s in old.structures if not _is_anonymous(s)}
-    by_name = {s.name: s.label for s in old.structures}
-    found = {s.label: by_id.get(s.freesurfer_id, by_name.get(s.name)) for s in new.structures}
-    return {label: other for label, other in found.items() if other is not None}
-
-
-def _is_anonymous(structure: Structure) -> bool:
-    """Whether the id is no FreeSurfer id but a mere number: labels of a published checkpoint without a known protocol."""
-    return structure.name == f"label-{structure.freesurfer_id}"

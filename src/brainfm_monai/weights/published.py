@@ -7,11 +7,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.weights.checkpoint import open_checkpoint
+from brainfm_monai.weights.checkpoint import read_checkpoint
 from brainfm_monai.weights.recognise import recognise
 
 __all__ = ["Published", "WeightsInfo", "load_published"]
@@ -34,7 +32,7 @@ NORMALISATIONS = {
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """Where weights come from, and what is to be known when they are used.
+    """Where weights come from, and what their user has to know.
 
     Attributes:
         format: ``BrainFM`` or ``SuperSynth``.
@@ -46,10 +44,10 @@ class WeightsInfo:
         tasks: tasks with a head in the file.
         protocol: label protocol of the segmentation.
         template_space: space of the coordinates that ``mni`` gives.
-        input: normalisation of the scan that the weights were trained with.
+        input: normalisation of the scans of the training.
         licence: licence of the weights.
-        epoch: epoch of the training, if the file tells.
-        ignored: entries of the file that have no place here.
+        epoch: epoch of the training, if the file contains it.
+        ignored: entries of the file that are not used here.
     """
 
     format: str
@@ -72,8 +70,8 @@ class Published:
     """Published weights, ready to run.
 
     Attributes:
-        network: in evaluation mode.
-        layout: names the channels of its output.
+        network: network in evaluation mode.
+        layout: names of the channels of its output.
         info: where the weights come from.
     """
 
@@ -90,45 +88,36 @@ def load_published(path: str | Path) -> Published:
             any floating precision, keys the prefix ``module.``, and heads may be missing.
 
     Returns:
-        Network in float32 on the CPU. It expects scans of 1 mm in RAS+ order, normalised as ``info.input`` says; the output
+        Network in float32 on the CPU. The input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; the output
         is that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, of another format, or asks to run anything.
+        ValueError: if the file is truncated, asks to call something, is of neither format, or its tensors do not fit together.
     """
-    with open_checkpoint(path) as content:
-        try:
-            parts = recognise(content)
-            layout = TaskLayout(list(parts.heads), parts.protocol)
-            with torch.device("meta"):
-                network = MultiTaskNet(parts.make_backbone(), layout)
-            state = {f"backbone.{key}": tensor for key, tensor in parts.backbone.items()}
-            for name in ("weight", "bias"):
-                state[f"head.{name}"] = torch.cat([parts.heads[task][name] for task in layout.tasks])
-            network.load_state_dict(state, assign=True)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    content = read_checkpoint(path)
+    try:
+        name, network, ignored = recognise(content)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if ignored:
+        logger.warning("%s: left out, without use here: %s", path, ", ".join(ignored))
+    backbone, layout = network.backbone, network.layout
+    with Path(path).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     info = WeightsInfo(
-        format=parts.format,
+        format=name,
         source=Path(path).name,
-        sha256=_sha256(path),
-        backbone=type(network.backbone).__name__,
-        features=parts.features,
-        unit_norm=parts.unit_norm,
+        sha256=sha256,
+        backbone=type(backbone).__name__,
+        features=backbone.features,  # type: ignore[arg-type]
+        unit_norm=bool(getattr(backbone, "unit_norm", False)),
         tasks=tuple(layout.tasks),
         protocol=layout.protocol.name,
-        template_space=TEMPLATES[parts.format],
-        input=NORMALISATIONS[parts.format],
-        licence=LICENCES[parts.format],
-        epoch=parts.epoch,
-        ignored=tuple(parts.ignored),
+        template_space=TEMPLATES[name],
+        input=NORMALISATIONS[name],
+        licence=LICENCES[name],
+        epoch=content["epoch"] if isinstance(content.get("epoch"), int) else None,
+        ignored=tuple(ignored),
     )
-    if info.ignored:
-        logger.warning("%s: left out what has no place here: %s", path, ", ".join(info.ignored))
     return Published(network.eval().requires_grad_(False), layout, info)
-
-
-def _sha256(path: str | Path) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

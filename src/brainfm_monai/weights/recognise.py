@@ -1,21 +1,20 @@
-"""Which published format a checkpoint has, and its tensors under the names of this package."""
+"""The format of a published checkpoint, and its tensors under the names of this package."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brainfm_monai.anatomy import Protocol, Structure
-from brainfm_monai.networks import ResidualUNet, UNet
-from brainfm_monai.tasks import TASKS
-from brainfm_monai.weights.checkpoint import LazyTensor, Placeholder
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
+from brainfm_monai.tasks import TASKS, TaskLayout
+from brainfm_monai.weights.checkpoint import Placeholder
 
-__all__ = ["Recognised", "recognise"]
+__all__ = ["recognise"]
 
 # task -> the heads that it is made of, in the order of its channels
 BRAINFM_HEADS = {
@@ -53,188 +52,135 @@ SUPERSYNTH_NAMES = (
     (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.conv\.(weight)", "{0}.{1}.{unit}.0.{3}"),
     (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.groupnorm\.(weight|bias)", "{0}.{1}.{unit}.1.{3}"),
 )
-Heads = dict[str, dict[str, Tensor]]
+
+Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """A published checkpoint under the names of this package.
-
-    Attributes:
-        format: ``BrainFM`` or ``SuperSynth``.
-        backbone: state dict of the backbone.
-        make_backbone: makes the backbone that the state dict fits.
-        features: channels of every level, finest first.
-        unit_norm: whether the features have length 1 at every voxel.
-        heads: weight and bias of the head of each task.
-        protocol: label protocol of the segmentation.
-        epoch: epoch of the training, if the file tells.
-        ignored: entries that have no place here.
-    """
-
-    format: str
-    backbone: dict[str, Tensor]
-    make_backbone: Callable[[], nn.Module]
-    features: tuple[int, ...]
-    unit_norm: bool
-    heads: Heads
-    protocol: Protocol
-    epoch: int | None
-    ignored: tuple[str, ...]
-
-
-def recognise(content: Any) -> Recognised:
-    """Tell the format of a checkpoint by what is in it.
+def recognise(content: Any) -> tuple[str, MultiTaskNet, list[str]]:
+    """Find the format of a checkpoint by its content, and make the network that its weights fit.
 
     Args:
-        content: what :func:`~brainfm_monai.weights.checkpoint.open_checkpoint` gives.
+        content: result of :func:`~brainfm_monai.weights.checkpoint.read_checkpoint`.
+
+    Returns:
+        Format (``BrainFM`` or ``SuperSynth``), network with its weights, and names of the entries that are not used.
 
     Raises:
-        ValueError: if it is of neither format, or its tensors do not belong together.
+        ValueError: if the checkpoint is of neither format, or its tensors do not belong together.
+        RuntimeError: if a tensor is missing or of another shape.
     """
     if isinstance(content, Mapping):
         if isinstance(content.get("backbone_state_dict"), Mapping):
-            return _supersynth(content)
-        model = content["model"] if isinstance(content.get("model"), Mapping) else content
-        if any(isinstance(key, str) and _plain(key).startswith("backbone.encoders.") for key in model):
-            return _brainfm(content, model)
-    found = (
-        ", ".join(str(key) for key in list(content)[:5])
-        if isinstance(content, Mapping) and content
-        else type(content).__name__
-    )
+            return "SuperSynth", *_supersynth(content)
+        tensors = _tensors(content["model"] if isinstance(content.get("model"), Mapping) else content)
+        if any(key.startswith("backbone.encoders.") for key in tensors):
+            return "BrainFM", *_brainfm(content, tensors)
+    keys = ", ".join(str(key) for key in list(content)[:5]) if isinstance(content, Mapping) else ""
     raise ValueError(
         "a checkpoint of BrainFM ('model' with 'backbone.encoders...') or SuperSynth ('backbone_state_dict') is needed, "
-        f"found {found}"
+        f"found {keys or type(content).__name__}"
     )
 
 
-def _brainfm(content: Mapping[Any, Any], model: Mapping[Any, Any]) -> Recognised:
-    tensors = {_plain(str(key)): value for key, value in model.items() if isinstance(value, LazyTensor)}
-    backbone, ignored = _rename(
-        {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}, BRAINFM_NAMES
-    )
-    features = _features(backbone, "encoders.{}.1.1.weight")
-    in_channels = _shape(backbone, "encoders.0.0.1.weight")[1]
-    head = "head.final_conv_"
-    groups: dict[str, dict[str, LazyTensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith(head):
-            name, _, kind = key.removeprefix(head).rpartition(".")
-            groups.setdefault(name, {})[kind] = value
-        elif not key.startswith("backbone."):
-            ignored.append(key)
-    heads, left = _heads(groups, BRAINFM_HEADS)
+def _brainfm(content: Mapping[Any, Any], tensors: Tensors) -> tuple[MultiTaskNet, list[str]]:
+    prefix = "head.final_conv_"
+    heads: dict[str, Tensors] = {}
+    for key in [key for key in tensors if key.startswith(prefix)]:
+        name, _, kind = key.removeprefix(prefix).rpartition(".")
+        heads.setdefault(name, {})[kind] = tensors[key]
+    rest = [key for key in tensors if not key.startswith(("backbone.", prefix))]
+    encoders_and_decoders = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+    state, ignored = _rename(encoders_and_decoders, BRAINFM_NAMES)
+    in_channels, features = _widths(state, "encoders.0.0.1.weight", "encoders.{}.1.1.weight")
     unit_norm = next(_settings(content, "unit_feat"), True) is not False
-    return Recognised(
-        "BrainFM",
-        _load(backbone),
-        lambda: UNet(in_channels, features, unit_norm=unit_norm),
-        features,
-        unit_norm,
-        heads,
-        _protocol(heads),
-        _epoch(content),
-        tuple(ignored + left),
-    )
+    with torch.device("meta"):
+        backbone = UNet(in_channels, features, unit_norm=unit_norm)
+    return _assemble(backbone, state, heads, BRAINFM_HEADS, [*ignored, *rest])
 
 
-def _supersynth(content: Mapping[Any, Any]) -> Recognised:
-    groups: dict[str, dict[str, LazyTensor]] = {}
-    for key, value in content.items():
-        if str(key).endswith("_state_dict") and isinstance(value, Mapping):
-            tensors = {_plain(str(k)): v for k, v in value.items() if isinstance(v, LazyTensor)}
-            groups[str(key).removesuffix("_state_dict")] = tensors
-    backbone, ignored = _rename(groups.pop("backbone"), SUPERSYNTH_NAMES)
-    features = _features(backbone, "encoders.{}.projection.weight")
-    in_channels = _shape(backbone, "encoders.0.projection.weight")[1]
-    heads, left = _heads(groups, SUPERSYNTH_HEADS)
-    bare = {_plain(str(key)): value for key, value in content.items() if isinstance(value, LazyTensor)}
-    return Recognised(
-        "SuperSynth",
-        _load(backbone),
-        lambda: ResidualUNet(in_channels, features),
-        features,
-        False,
-        heads,
-        _protocol(heads),
-        _epoch(content),
-        (*ignored, *left, *bare),
-    )
+def _supersynth(content: Mapping[Any, Any]) -> tuple[MultiTaskNet, list[str]]:
+    suffix = "_state_dict"
+    groups = {str(key): _tensors(value) for key, value in content.items() if isinstance(value, Mapping)}
+    heads = {key.removesuffix(suffix): value for key, value in groups.items() if key.endswith(suffix)}
+    state, ignored = _rename(heads.pop("backbone"), SUPERSYNTH_NAMES)
+    in_channels, features = _widths(state, "encoders.0.projection.weight", "encoders.{}.projection.weight")
+    with torch.device("meta"):
+        backbone = ResidualUNet(in_channels, features)
+    rest = list(_tensors(content))  # of the network that scores segmentations
+    return _assemble(backbone, state, heads, SUPERSYNTH_HEADS, [*ignored, *rest])
 
 
-def _plain(key: str) -> str:
-    while key.startswith("module."):  # of DistributedDataParallel
-        key = key.removeprefix("module.")
-    return key
-
-
-def _rename(
-    tensors: Mapping[str, LazyTensor], names: tuple[tuple[str, str], ...]
-) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Tensors under the backbone's names, and the names that have no place in it."""
-    renamed, ignored = {}, []
-    for key, value in tensors.items():
-        for pattern, name in names:
-            if match := re.fullmatch(pattern, key):
-                renamed[name.format(*match.groups(), unit=int(match[3]) - 1)] = value
-                break
-        else:
-            ignored.append(key)
-    return renamed, ignored
-
-
-def _shape(tensors: Mapping[str, LazyTensor], key: str) -> tuple[int, ...]:
-    if key not in tensors or len(tensors[key].shape) != 5:
-        raise ValueError(f"a kernel of 3 dimensions is needed for '{key}' of the backbone, found none")
-    return tensors[key].shape
-
-
-def _features(tensors: Mapping[str, LazyTensor], pattern: str) -> tuple[int, ...]:
-    features: list[int] = []
-    while pattern.format(len(features)) in tensors:
-        features.append(_shape(tensors, pattern.format(len(features)))[0])
-    if len(features) < 2:
-        raise ValueError(f"at least two levels of the backbone are needed, found {len(features)}")
-    return tuple(features)
-
-
-def _load(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
-    return {key: _float(key, tensor) for key, tensor in tensors.items()}
-
-
-def _float(key: str, lazy: LazyTensor) -> Tensor:
-    tensor = lazy.load()
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-        raise ValueError(f"finite weights are needed, found others in '{key}' of {tensor.dtype}")
-    return tensor.to(torch.float32).contiguous()
-
-
-def _heads(
-    groups: Mapping[str, Mapping[str, LazyTensor]], table: Mapping[str, tuple[str, ...]]
-) -> tuple[Heads, list[str]]:
-    """Weight and bias of the head of each task, and the heads that make none."""
-    heads: Heads = {}
+def _assemble(
+    backbone: nn.Module,
+    state: Tensors,
+    groups: Mapping[str, Tensors],
+    table: Mapping[str, Sequence[str]],
+    ignored: list[str],
+) -> tuple[MultiTaskNet, list[str]]:
+    """Network with the heads of those tasks of which weight and bias of every part are in the file."""
+    heads: dict[str, Tensors] = {}
     used: set[str] = set()
     for task, names in table.items():
         if not all({"weight", "bias"} <= set(groups.get(name, {})) for name in names):
             continue
         used.update(names)
+        kinds = ("weight", "bias")
         heads[task] = {
-            kind: torch.cat([_float(f"{name}.{kind}", groups[name][kind]) for name in names])
-            for kind in ("weight", "bias")
+            kind: torch.cat([_float(f"{name}.{kind}", groups[name][kind]) for name in names]) for kind in kinds
         }
-        channels, wanted = len(heads[task]["bias"]), TASKS[task].channels
-        if wanted and channels != wanted:
-            raise ValueError(f"the head of {task} needs {wanted} channels, found {channels}")
+        channels, needed = len(heads[task]["bias"]), TASKS[task].channels
+        if needed and channels != needed:
+            raise ValueError(f"the head of {task} needs {needed} channels, found {channels}")
     if not heads:
-        raise ValueError(
-            f"at least one head out of {', '.join(n for names in table.values() for n in names)} is needed, found none"
-        )
-    return heads, [f"head {name}" for name in groups if name not in used]
+        listed = ", ".join(name for names in table.values() for name in names)
+        raise ValueError(f"at least one head out of {listed} is needed, found none")
+    state = {f"backbone.{key}": _float(key, tensor) for key, tensor in state.items()}
+    layout = TaskLayout(list(heads), _protocol(heads))
+    with torch.device("meta"):
+        network = MultiTaskNet(backbone, layout)
+    for kind in ("weight", "bias"):
+        state[f"head.{kind}"] = torch.cat([heads[task][kind] for task in layout.tasks])
+    network.load_state_dict(state, assign=True)
+    return network, [*ignored, *(f"head {name}" for name in groups if name not in used)]
 
 
-def _protocol(heads: Heads) -> Protocol:
+def _tensors(content: Mapping[Any, Any]) -> Tensors:
+    """Tensors of a state dict, without the prefix of DistributedDataParallel."""
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return {re.sub(r"^(module\.)+", "", key): value for key, value in tensors.items()}
+
+
+def _rename(tensors: Tensors, names: Sequence[tuple[str, str]]) -> tuple[Tensors, list[str]]:
+    """Tensors under the backbone's names, and the names that are not the backbone's."""
+    renamed, ignored = {}, []
+    for key, value in tensors.items():
+        matches = ((re.fullmatch(pattern, key), name) for pattern, name in names)
+        match, name = next((found for found in matches if found[0]), (None, ""))
+        if match is None:
+            ignored.append(key)
+        else:
+            renamed[name.format(*match.groups(), unit=int(match[3]) - 1)] = value
+    return renamed, ignored
+
+
+def _widths(state: Tensors, first: str, pattern: str) -> tuple[int, tuple[int, ...]]:
+    """Channels of the image, and of every level of the backbone."""
+    kernels = [state[pattern.format(level)] for level in range(len(state)) if pattern.format(level) in state]
+    if len(kernels) < 2:
+        raise ValueError(f"at least two levels of the backbone are needed, found {len(kernels)}")
+    if first not in state or any(kernel.ndim != 5 for kernel in (state[first], *kernels)):
+        raise ValueError(f"kernels of 3 dimensions are needed in '{first}' and '{pattern}', found others")
+    return state[first].shape[1], tuple(len(kernel) for kernel in kernels)
+
+
+def _float(key: str, tensor: Tensor) -> Tensor:
+    """A copy in float32: the tensor itself may be a part of the file."""
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise ValueError(f"finite weights are needed, found others in '{key}' of {tensor.dtype}")
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _protocol(heads: Mapping[str, Tensors]) -> Protocol:
     """The protocol of that many labels; numbers for names where it is not known."""
     channels = len(heads["segmentation"]["bias"]) if "segmentation" in heads else next(iter(PROTOCOLS))
     if channels in PROTOCOLS:
@@ -243,11 +189,6 @@ def _protocol(heads: Heads) -> Protocol:
         Structure(i, i, f"label-{i}" if i else "Unknown", "none", i, (i, 255 - i, i)) for i in range(channels)
     )
     return Protocol(f"unnamed_{channels}", tuple(structures))
-
-
-def _epoch(content: Mapping[Any, Any]) -> int | None:
-    epoch = content.get("epoch")
-    return epoch if isinstance(epoch, int) else None
 
 
 def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
