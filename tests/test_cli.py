@@ -124,6 +124,15 @@ def test_predict_hands_on_its_choices(
     assert [settings[key] for key in ("shard", "grid", "frame", "mode")] == ["2/4", "1mm", "mean", "brain"]
 
 
+def test_files_of_imported_weights_are_found_beside_their_overrides(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    options = ["--bundle", str(repository / "bundle"), "--args_file", "moved/overrides.json"]
+    call(monkeypatch, "predict", "scan.nii", "out", *options)
+    call(monkeypatch, "predict", "scan.nii", "out", *options, "--weights_dir", "elsewhere")
+    assert [settings["weights_dir"] for settings in bundle_runs] == ["moved", "elsewhere"]
+
+
 def test_predict_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in {
         ("group",): "analysis_level: 'participant' is the one level there is, found 'group'",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 from torch import nn
 
 from brainfm_monai.exports import ONNX_OPSET, export_bundle, export_onnx, export_torchscript
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, TwoScaleUNet, UNet
 from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights import load_weights
 
 LAYOUT = TaskLayout(["segmentation", "distance", "mni"])
 BACKBONES = {
@@ -73,6 +79,35 @@ def test_the_bundles_network_is_exported_with_its_weights(repository: Path, tmp_
     state, weights = torch.jit.load(path).state_dict(), torch.load(bundle / "models/model.pt", weights_only=True)
     for key, tensor in weights.items():
         torch.testing.assert_close(state[key], tensor.float(), rtol=0, atol=0)
+
+
+@pytest.mark.shared_data
+@pytest.mark.filterwarnings("ignore")
+def test_both_files_give_the_networks_maps_of_a_real_scan(repository: Path, shared_data: Path, tmp_path: Path) -> None:
+    """A scan of 2 mm, two sizes; labels may differ where two logits are equal up to rounding."""
+    path = shared_data / "open_ms" / "longitudinal" / "raw" / "patient01" / "study1_FLAIR.nii.gz"
+    scan: Any = nib.load(path)
+    voxels = torch.from_numpy(nib.as_closest_canonical(scan).get_fdata(dtype=np.float32))[None, None]
+    bundle = repository / "bundle"
+    configs = [bundle / "configs/inference.json"]
+    parser = ConfigParser()
+    parser.read_config([str(config) for config in configs])
+    net = parser.get_parsed_content("network_def").eval()
+    load_weights(net, bundle / "models/model.pt")
+    script = torch.jit.load(export_bundle(configs, bundle, tmp_path / "model.ts"))
+    graph = export_bundle(configs, bundle, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    for size in ((96, 112, 96), (64, 96, 80)):
+        image = torch.nn.functional.interpolate(voxels, size=size, mode="trilinear")
+        image = ((image - image.min()) / (image.quantile(0.999) - image.min())).clamp(0, 1)
+        with torch.no_grad():
+            expected = net(image)
+            found = {"script": script(image), "graph": torch.from_numpy(session.run(None, {"image": image.numpy()})[0])}
+        labels = expected[:, :44].argmax(1)
+        assert len(labels.unique()) > 20
+        for name, maps in found.items():
+            assert float((maps - expected).abs().max()) < 1e-3 * float(expected.abs().max()), name
+            assert float((maps[:, :44].argmax(1) != labels).float().mean()) < 1e-4, name
 
 
 def test_messages(repository: Path, tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
     """
     from monai.bundle import run
 
+    from brainfm_monai.io import literal
+
+    if "args_file" in overrides:  # of imported weights, whose files lie beside it
+        overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
     configs = Path(str(bundle)) / "configs"
     files = [find_config(bundle, name) for name in names]
     settings = {

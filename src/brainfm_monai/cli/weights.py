@@ -11,7 +11,7 @@ def import_weights(file: str, output: str, half: bool = False) -> str:
     """Turn the published weights of BrainFM or SuperSynth into files that the bundle uses.
 
     The file is yours to fetch, and its licence to accept: brainfm_pretrained.pth of github.com/jhuldr/BrainFM, or
-    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in it is run. Use them by
+    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in the file is run. The folder can be moved. Use it by
 
         brainfm-monai predict SCAN OUT --args_file OUTPUT/overrides.json
 
