@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from brainfm_monai.metrics import (
     MetricRow,
     TemplateTissues,
+    compute_ssim,
     make_table,
     measure_scan,
     parse_structures,
@@ -77,10 +79,12 @@ def test_a_perfect_prediction_has_no_error() -> None:
     assert {key[0] for key in found} == {*TASKS, "age"}
     best = {"dice": 1, "sensitivity": 1, "precision": 1, "ssim": 1, "ms_ssim": 1, "psnr": math.inf}
     for key, value in found.items():
-        metric = key[3].removesuffix("_fitted")
+        metric = key[3].removesuffix("_fitted").removesuffix("_brain")
         if key[3] in {"volume", "reference_volume", "thickness", "reference_thickness"}:
             continue
-        if metric == "psnr" and key[3] != metric:
+        if key[3].endswith(("_input", "_painted")):
+            assert value < 60, key  # the image is not that of the target
+        elif metric == "psnr" and key[3] != metric:
             assert value > 80, key  # the fit of an image to itself is exact up to rounding
         else:
             assert value == pytest.approx(best.get(metric, 0), abs=1e-5), key
@@ -148,6 +152,34 @@ def test_maps_are_compared_where_they_are_known() -> None:
     assert found["CT", "n/a", "n/a", "mae"] == 0
     assert found["mni", "brain", "n/a", "error_mean"] == 0
     assert measure(pred, target, mask=right & (make_ids() > 0))["CT", "n/a", "n/a", "mae"] == 0
+
+
+def test_images_in_the_brain_beside_what_must_be_beaten() -> None:
+    target = {"T1w": 3 * draw(1).abs() + 2, "segmentation": make_ids()}
+    target["segmentation"][:, 21:] = 258  # skull: not in the brain, and painted as the rest
+    pred, image = {"T1w": target["T1w"] + 0.3 * draw(2)}, draw(3)
+    found = {key[3]: value for key, value in measure(pred, target, image=image).items() if "_brain" in key[3]}
+    assert list(found) == [f"{m}_brain{n}" for n in ("", "_input", "_painted") for m in ("psnr", "ssim")]
+    ids, true = target["segmentation"].numpy(), target["T1w"].numpy()
+    brain = np.isin(ids, (3, 42, 16))
+    painted = np.zeros_like(true)
+    for i in (3, 42, 16, 258):
+        painted[ids == i] = true[ids == i].mean()
+    low, high = np.quantile(true[brain], (0.001, 0.999), method="nearest")
+    for name, one in {"": pred["T1w"].numpy(), "_input": image.numpy(), "_painted": painted}.items():
+        error = (((one - true)[brain] / (high - low)) ** 2).mean()
+        assert found[f"psnr_brain{name}"] == pytest.approx(-10 * np.log10(error), rel=1e-4)
+        scaled, reference = (torch.from_numpy((x - low) / (high - low))[None].float() for x in (one, true))
+        expected = compute_ssim(scaled, reference, torch.from_numpy(brain)[None]).item()
+        assert found[f"ssim_brain{name}"] == pytest.approx(expected, abs=1e-4)
+    # without a segmentation of the target the predicted labels say what is brain
+    del target["segmentation"]
+    everywhere = torch.ones(1, *SIZE, dtype=torch.bool)
+    again = measure(
+        pred, target, image=image, labels=torch.from_numpy(ids), mask=everywhere & torch.from_numpy(ids > 0)
+    )
+    assert again["T1w", "n/a", "n/a", "psnr_brain"] == found["psnr_brain"]
+    assert "psnr_brain" not in {key[3] for key in measure(pred, target, image=image)}
 
 
 def test_the_template_is_compared_with_truth_and_labels() -> None:

@@ -121,9 +121,14 @@ class MeasureMaps(Transform):
             if self.dice_structures is not None:
                 d["dice"] = compute_structure_overlap(*pair, self.dice_structures, compared.affine)["dice"]
         head = None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0
-        options: dict[str, Any] = {"mask": head, "image": image.as_tensor(), "template": self.template, **names}
-        rows += measure_scan(maps, dense, self.structures, image.affine, **options)
         shown = [] if labels is None else [to_freesurfer_ids(labels, self.layout.protocol)]
+        options: dict[str, Any] = {
+            "mask": head,
+            "labels": shown[0] if shown else None,
+            "template": self.template,
+            **names,
+        }
+        rows += measure_scan(maps, dense, self.structures, image.affine, image=image.as_tensor(), **options)
         shown += [dense["segmentation"]] if "segmentation" in dense else []
         affine = np.asarray(image.affine, dtype=np.float64)
         picture = draw_case(image.as_tensor(), shown, affine, self.structures, self.layout.protocol)

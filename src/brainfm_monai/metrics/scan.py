@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
-from brainfm_monai.metrics.images import compute_image_metrics, fit_intensities, normalise_to_target
+from brainfm_monai.metrics.images import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
 from brainfm_monai.metrics.results import MetricRow
 from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around
 from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, pull_template
@@ -33,6 +33,7 @@ class _Scene:
     affine: Tensor
     brain: Tensor
     ids: Tensor | None
+    labels: Tensor | None
     image: Tensor | None
     template: TemplateTissues | None
 
@@ -46,6 +47,7 @@ def measure_scan(
     scan: str,
     condition: str = "native",
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
     image: Tensor | None = None,
     template: TemplateTissues | None = None,
 ) -> list[MetricRow]:
@@ -62,14 +64,17 @@ def measure_scan(
         condition: name for the rows: how the scan was changed.
         mask: the head, shape (1, H, W, D): where maps are compared; None: where the target's segmentation is not 0, and
             everywhere if there is none.
-        image: what the network saw, shape (1, H, W, D), any unit: for the error of the corrected image.
+        labels: FreeSurfer ids that say what is brain where the target has no segmentation, shape (1, H, W, D).
+        image: what the network saw, shape (1, H, W, D), in [0, 1]: for the error of the corrected image, and as the baseline of
+            images.
         template: tissues for the Dice of warped labels.
 
     Returns:
         Rows. What is undefined has the value NaN; the sides of a structure that has none have no row. Coordinates are compared
         within the evaluated structures, where the target has a segmentation; images are in units of the target (see
-        :func:`~brainfm_monai.metrics.normalise_to_target`), CT in the window of the brain but for its ``mae``, and ``*_fitted``
-        are after the best gain and offset.
+        :func:`~brainfm_monai.metrics.normalise_to_target`), CT in the window of the brain but for its ``mae``; ``*_fitted``
+        are after the best gain and offset, ``*_brain`` within the evaluated structures, and beside these are the same of two
+        baselines: of the input itself, ``*_brain_input``, and of the reference's mean in each label, ``*_brain_painted``.
 
     Raises:
         ScanError: if a task has no measure, or shapes differ.
@@ -84,9 +89,9 @@ def measure_scan(
         head = torch.ones_like(maps[0][None, :1], dtype=torch.bool)
     if "visible" in target:
         head = head & target["visible"][None].bool()
-    known = torch.tensor(sorted({i for s in structures for i in s.ids}), device=affine.device)
-    brain = head if ids is None else head & torch.isin(ids.long(), known.to(ids.device))
-    scene = _Scene(structures, affine, brain, ids, None if image is None else image[None], template)
+    labels = ids if ids is not None or labels is None else labels[None]
+    brain = head if ids is None else head & _is_one_of(ids, {i for s in structures for i in s.ids})
+    scene = _Scene(structures, affine, brain, ids, labels, None if image is None else image[None], template)
     rows: list[MetricRow] = []
     for name in [name for name in pred if name in target]:
         kind = TASKS[name].kind
@@ -100,6 +105,10 @@ def measure_scan(
         cells = measure(pred[name][None], target[name][None], valid, scene)
         rows += [MetricRow(scan, condition, name, *cell) for cell in cells]
     return rows
+
+
+def _is_one_of(ids: Tensor, wanted: Iterable[int]) -> Tensor:
+    return torch.isin(ids.long(), torch.tensor(sorted(wanted), device=ids.device))
 
 
 def _plain_cells(values: Mapping[str, Tensor], unit: str | None = None, structure: str = ABSENT) -> list[Cells]:
@@ -123,8 +132,30 @@ def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> l
     ]
 
 
-def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
-    return _compare_images(*normalise_to_target(pred, target, mask), mask)
+def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
+    cells = _compare_images(*normalise_to_target(pred, target, mask), mask)
+    if scene.labels is None or scene.image is None:
+        return cells
+    brain = mask & _is_one_of(scene.labels, {i for s in scene.structures for i in s.ids})
+    images = {"": pred, "_input": scene.image, "_painted": _paint_means(target, scene.labels, mask)}
+    for name, image in images.items():
+        scaled, reference = normalise_to_target(image, target, brain)
+        psnr = -10 * (scaled - reference)[brain].square().mean().log10()
+        measures = {f"psnr_brain{name}": psnr, f"ssim_brain{name}": compute_ssim(scaled, reference, brain)}
+        cells += [
+            (ABSENT, ABSENT, key, float(x), "dB" if key.startswith("psnr") else "1") for key, x in measures.items()
+        ]
+    return cells
+
+
+def _paint_means(target: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """An image of the target's mean in each label: what one knows of a contrast who knows the anatomy alone."""
+    index = labels.long().clamp_min(0)
+    count, total = (
+        torch.bincount(index[mask], weights, minlength=int(index.max()) + 1)
+        for weights in (None, target[mask].double())
+    )
+    return (total / count.clamp_min(1)).float()[index]
 
 
 def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
@@ -163,10 +194,7 @@ def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: _Sce
     pred, target, mask = (one[..., *box] for one in (pred, target, mask))
     references = {"warped_dice": pull_template(target, scene.template)}
     if scene.ids is not None:
-        ids = scene.ids[..., *box].long()
-        tissues = [
-            torch.isin(ids, torch.tensor(sorted(of_tissue), device=ids.device)) for of_tissue in scene.template.ids
-        ]
+        tissues = [_is_one_of(scene.ids[..., *box], of_tissue) for of_tissue in scene.template.ids]
         references["warped_dice_labels"] = torch.cat(tissues, dim=1)
     for metric, reference in references.items():
         dice = compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()
