@@ -249,6 +249,17 @@ def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate
     assert "normalised_l2" not in {row.metric for row in read_rows(tmp_path / "out" / "metrics.tsv")}
 
 
+def test_surfaces_are_measured_on_request(tmp_path: Path, evaluate: Evaluate) -> None:
+    item = write_pair(tmp_path / "in", "scan", make_ids())
+    conditions = {"native": {}}
+    evaluate(
+        write_list(tmp_path / "in", item), tmp_path / "out", configs=["evaluate_surfaces.json"], conditions=conditions
+    )
+    found = read_rows_of(tmp_path / "out", "found")  # the network of these tests predicts no surface
+    assert found == {("scan", "native", "cortex", side): 0 for side in ("left", "right")}
+    assert read_rows_of(tmp_path / "out", "mean_dice")["scan", "native", "all", "both"] == 1
+
+
 def test_a_scan_is_a_reference_in_any_unit_and_where_it_reaches(tmp_path: Path, evaluate: Evaluate) -> None:
     folder = tmp_path / "in"
     image = write_pair(folder, "scan", make_ids())["image"]

@@ -17,6 +17,7 @@ def evaluate(
     generated: bool = False,
     sweeps: bool = False,
     protocol: bool = False,
+    surfaces: bool = False,
     **overrides: Any,
 ) -> None:
     """Measure predictions against what is true: every task, by structure, as tables, plots and a page.
@@ -31,14 +32,20 @@ def evaluate(
         generated: generate scans of held-out subjects, whose truth is known, instead of reading real ones.
         sweeps: also make the scans worse step by step, and draw the curves.
         protocol: the test protocol of BrainFM's authors: two resolutions, without and with a bias field.
+        surfaces: also compare white and pial surfaces, and the thickness between them.
         overrides: any other ``--key value`` replaces that key of configs/inference.json or evaluate*.json: ``--weights FILE``,
             ``--section NAME``, ``--scans_per_subject N``, ``--overwrite``.
     """
     if protocol and (generated or sweeps):
         raise ValueError("evaluate: --protocol is for real scans and has its own conditions: pass it alone")
-    names = ["inference.json", "evaluate.json"]
-    names += ["evaluate_generated.json"] * generated + ["evaluate_protocol.json"] * protocol
-    names += [f"evaluate_{'generated_' * generated}sweeps.json"] * sweeps
+    variants = {
+        "generated": generated,
+        "protocol": protocol,
+        "generated_sweeps": generated and sweeps,
+        "sweeps": sweeps and not generated,
+        "surfaces": surfaces,
+    }
+    names = ["inference.json", "evaluate.json", *(f"evaluate_{name}.json" for name, on in variants.items() if on)]
     run_bundle(bundle, names, datalist=existing_datalist(datalist), output_dir=literal(str(output)), **overrides)
 
 

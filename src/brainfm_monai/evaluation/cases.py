@@ -12,11 +12,13 @@ from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans
 from brainfm_monai.io import scan_stem
 from brainfm_monai.tasks import TASKS
 
-__all__ = ["REFERENCES", "make_generated_cases", "make_pair_cases"]
+__all__ = ["REFERENCES", "SURFACES", "make_generated_cases", "make_pair_cases"]
 
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
 # what an item may have beside its scan: entry of the list and task that it is the reference of
 REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
+
+SURFACES = ("left_white", "left_pial", "right_white", "right_pial")  # files of reference surfaces, for --surfaces
 
 Case = dict[str, Any]
 
@@ -31,7 +33,7 @@ def make_pair_cases(
             have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the label map
             or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor), ``distance``
             (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``, in the same space as
-            the scan and in grids of their own, and ``age`` (years).
+            the scan and in grids of their own; ``age`` (years); and surfaces, :data:`SURFACES` (GIFTI or FreeSurfer).
         conditions: what is done to the scans.
         section: of the list.
         seed: of what conditions draw; a scan draws the same under each.
@@ -43,11 +45,12 @@ def make_pair_cases(
         FileNotFoundError: if the list or one of its files is missing.
         ValueError: if the list is not such a list, two cases have one name, or a condition is for generated scans alone.
     """
-    files = ["image", *(key for key in REFERENCES if key != "age")]
+    files = ["image", *(key for key in REFERENCES if key != "age"), *SURFACES]
     cases: list[Case] = []
     check_for_real_scans(conditions)
     for item in _read_items(datalist, section):
-        if "image" not in item or not any(key in item for key in REFERENCES):
+        item |= {key: str(Path(datalist).parent / item[key]) for key in SURFACES if key in item}
+        if "image" not in item or not any(key in item for key in (*REFERENCES, *SURFACES)):
             raise ValueError(
                 f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}"
             )

@@ -1,0 +1,164 @@
+"""Surfaces of an evaluation: spheres and shells whose distances are known, files of both kinds, left and right."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from nibabel.affines import apply_affine
+
+from brainfm_monai.evaluation.surfaces import MeasureSurfaces, extract_level, read_mesh
+from brainfm_monai.io import ScanError
+from brainfm_monai.metrics.surfaces import Mesh, compare_surfaces, compare_thickness, compute_vertex_thickness
+
+SIZE = (64, 44, 40)
+CENTRES = {"l": (17.0, 21, 20), "r": (46.0, 22, 19)}  # RAS: left is at low indices
+AFFINE = torch.tensor([[1.0, 0, 0, -30], [0, 1, 0, -20], [0, 0, 1, 5], [0, 0, 0, 1]], dtype=torch.float64)
+
+
+def make_distance(centre: tuple[float, ...], radius: float) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float64) for n in SIZE), indexing="ij"), -1)
+    return np.asarray(np.linalg.norm(grid - np.array(centre), axis=-1) - radius)
+
+
+def make_ball(radius: float, shift_mm: float = 0.0) -> Mesh:
+    return extract_level(make_distance((20 + shift_mm, 21, 20), radius), np.eye(4))
+
+
+def test_distances_of_balls_are_those_of_their_radii() -> None:
+    measures = compare_surfaces(make_ball(12.5), make_ball(11))
+    for name in ("to_reference", "from_reference"):
+        for statistic in ("mean", "median", "p95"):
+            assert measures[f"{name}_{statistic}"] == pytest.approx(1.5, abs=0.05)
+    assert measures["euler_number"] == 2
+    assert measures["crossing_share"] == 0
+
+
+def test_both_directions_differ_where_one_surface_has_less() -> None:
+    far = make_ball(4, shift_mm=30)
+    both = (
+        np.concatenate([make_ball(11)[0], far[0]]),
+        np.concatenate([make_ball(11)[1], far[1] + len(make_ball(11)[0])]),
+    )
+    measures = compare_surfaces(make_ball(11), both)
+    assert measures["to_reference_p95"] < 1e-6
+    assert measures["from_reference_p95"] > 12
+    assert measures["from_reference_median"] < 1e-6
+
+
+def test_a_handle_and_crossings_are_counted() -> None:
+    grid = np.stack(np.meshgrid(*(np.arange(n) - n / 2 for n in SIZE), indexing="ij"))
+    torus = extract_level(np.hypot(np.hypot(grid[0], grid[1]) - 13, grid[2]) - 4, np.eye(4))
+    assert compare_surfaces(torus, make_ball(11))["euler_number"] == 0
+    vertices, faces = make_ball(8)
+    crossing = (
+        np.concatenate([vertices, vertices + np.array([9.3, 0.2, 0.1])]),
+        np.concatenate([faces, faces + len(vertices)]),
+    )
+    share = compare_surfaces(crossing, make_ball(8))["crossing_share"]
+    assert 0.01 < share < 0.3  # a ring about each of the two
+
+
+def test_thickness_of_a_shell() -> None:
+    white, pial = make_ball(10), make_ball(12.5)
+    assert compute_vertex_thickness(white, pial) == pytest.approx(2.5, abs=0.05)
+    moved = make_ball(13, shift_mm=0.8)  # from 2.2 to 3.8 mm, a cosine of the angle
+    found = compare_thickness((white, moved), (white, pial))
+    assert found["vertex_thickness_reference"] == pytest.approx(2.5, abs=0.02)
+    assert found["vertex_thickness"] == pytest.approx(3, abs=0.05)
+    assert found["vertex_thickness_bias"] == pytest.approx(0.5, abs=0.05)
+    assert found["vertex_thickness_error"] == pytest.approx(0.53, abs=0.06)
+    assert found["vertex_thickness_correlation"] == pytest.approx(0, abs=0.3)
+    again = compare_thickness((white, make_ball(12.5, shift_mm=0.8)), (white, moved))
+    assert again["vertex_thickness_correlation"] > 0.99
+    # a wall, where both surfaces of the reference are one, does not count
+    assert math.isnan(compare_thickness((white, pial), (white, white))["vertex_thickness_error"])
+
+
+def make_case(radii: dict[str, float], **entries: Any) -> dict[Any, Any]:
+    channels = [make_distance(CENTRES[name[0]], radius) for name, radius in radii.items()]
+    distance = MetaTensor(torch.from_numpy(np.stack(channels)).float().clamp(-3, 3), affine=AFFINE)
+    return {"scan": "one", "condition": "native", "distance": distance, "rows": ["before"], **entries}
+
+
+TRUTH = {"lp": 13.0, "lw": 10.5, "rp": 13.0, "rw": 10.5}
+
+
+def values_of(item: dict[Any, Any]) -> dict[tuple[str, str, str], float]:
+    assert item["rows"][0] == "before"
+    return {(row.task, row.side, row.metric): row.value for row in item["rows"][1:]}
+
+
+def test_each_side_is_compared_with_its_own() -> None:
+    reference = make_case(TRUTH)["distance"]
+    found = values_of(MeasureSurfaces()(make_case({**TRUTH, "lp": 14.0}, target_distance=reference)))
+    assert found["surface_pial", "left", "to_reference_mean"] == pytest.approx(1, abs=0.03)
+    assert found["surface_pial", "right", "to_reference_mean"] < 1e-3
+    assert found["surface_white", "left", "from_reference_p95"] < 1e-3
+    assert found["surface_thickness", "left", "vertex_thickness_bias"] == pytest.approx(1, abs=0.05)
+    assert found["surface_thickness", "right", "vertex_thickness_bias"] == pytest.approx(0, abs=1e-3)
+    assert {value for (_, _, metric), value in found.items() if metric == "found"} == {1}
+
+
+def test_a_surface_that_is_not_predicted_is_counted() -> None:
+    reference = make_case(TRUTH)["distance"]
+    found = values_of(MeasureSurfaces()(make_case({**TRUTH, "rp": -9.0}, target_distance=reference)))
+    assert found["surface_pial", "right", "found"] == 0
+    assert found["surface_white", "right", "found"] == 1
+    assert ("surface_thickness", "right", "vertex_thickness_bias") not in found
+    assert MeasureSurfaces()(make_case(TRUTH))["rows"] == ["before"]  # without any reference
+
+
+def test_labels_give_the_surfaces_of_their_faces() -> None:
+    ids = np.zeros((1, *SIZE), dtype=np.int64)
+    for letter, cortex, white in (("l", 3, 2), ("r", 42, 41)):
+        ids[0][make_distance(CENTRES[letter], 13) < 0] = cortex
+        ids[0][make_distance(CENTRES[letter], 10.5) < 0] = white
+    image = MetaTensor(torch.zeros(1, *SIZE), affine=AFFINE)
+    labels = MetaTensor(torch.from_numpy(ids), affine=AFFINE)
+    found = values_of(MeasureSurfaces()(make_case({**TRUTH, "rw": 9.5}, target_segmentation=labels, image=image)))
+    assert found["surface_white", "left", "to_reference_mean"] < 0.4  # the faces of voxels lie about the ball
+    assert found["surface_white", "right", "to_reference_mean"] == pytest.approx(1, abs=0.3)
+    assert found["surface_thickness", "right", "vertex_thickness_bias"] == pytest.approx(1, abs=0.4)
+
+
+@pytest.fixture
+def oblique() -> Any:
+    """A volume of FreeSurfer with turned axes that is not centred."""
+    turn = nib.eulerangles.euler2mat(0.2, -0.3, 0.4) @ np.diag([-1.0, 1.1, 1.3])
+    return nib.freesurfer.MGHImage(np.zeros((30, 28, 26), np.float32), nib.affines.from_matvec(turn, (12, -33, 7)))
+
+
+def test_surfaces_of_both_kinds_of_files_lie_in_scanner_coordinates(tmp_path: Path, oblique: Any) -> None:
+    vertices, faces = make_ball(8)
+    to_scanner = oblique.affine @ np.linalg.inv(oblique.header.get_vox2ras_tkr())
+    info = {"head": np.array([2, 0, 20]), "valid": "1  # volume info valid", "filename": "orig.mgz"}
+    info |= {"volume": np.array(oblique.shape), "voxelsize": oblique.header["delta"], "cras": oblique.header["Pxyz_c"]}
+    info |= {f"{axis}ras": oblique.header["Mdc"][number] for number, axis in enumerate("xyz")}
+    nib.freesurfer.write_geometry(tmp_path / "lh.white", vertices, faces, volume_info=info)
+    found = read_mesh(tmp_path / "lh.white")
+    np.testing.assert_allclose(found[0], apply_affine(to_scanner, vertices), atol=1e-3)
+    np.testing.assert_array_equal(found[1], faces)
+    arrays = [
+        nib.gifti.GiftiDataArray(found[0].astype(np.float32), "NIFTI_INTENT_POINTSET"),
+        nib.gifti.GiftiDataArray(found[1].astype(np.int32), "NIFTI_INTENT_TRIANGLE"),
+    ]
+    nib.save(nib.GiftiImage(darrays=arrays), tmp_path / "white.surf.gii")
+    again = read_mesh(tmp_path / "white.surf.gii")
+    np.testing.assert_allclose(again[0], found[0], atol=1e-4)
+    case = make_case(TRUTH, left_white=str(tmp_path / "white.surf.gii"))
+    assert values_of(MeasureSurfaces()(case))["surface_white", "left", "to_reference_mean"] > 3
+
+
+def test_another_file_is_reported_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lh.pial").write_bytes(b"no surface")
+    with pytest.raises(
+        ScanError, match=r"lh\.pial: a GIFTI or FreeSurfer surface with its volume is needed, found [^\n]+$"
+    ):
+        read_mesh(tmp_path / "lh.pial")
