@@ -251,12 +251,10 @@ def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate
 
 def test_surfaces_are_measured_on_request(tmp_path: Path, evaluate: Evaluate) -> None:
     item = write_pair(tmp_path / "in", "scan", make_ids())
-    conditions = {"native": {}}
-    evaluate(
-        write_list(tmp_path / "in", item), tmp_path / "out", configs=["evaluate_surfaces.json"], conditions=conditions
-    )
-    found = read_rows_of(tmp_path / "out", "found")  # the network of these tests predicts no surface
-    assert found == {("scan", "native", "cortex", side): 0 for side in ("left", "right")}
+    settings: dict[str, Any] = {"configs": ["evaluate_surfaces.json"], "conditions": {"native": {}}}
+    evaluate(write_list(tmp_path / "in", item), tmp_path / "out", **settings)
+    found = read_rows_of(tmp_path / "out", "found")
+    assert set(found) == {("scan", "native", "cortex", side) for side in ("left", "right")}
     assert read_rows_of(tmp_path / "out", "mean_dice")["scan", "native", "all", "both"] == 1
 
 

@@ -96,7 +96,6 @@ class MeasureSurfaces(Transform):
             ]
         return d | {"rows": [*d.get("rows", ()), *rows]}
 
-
     def _grow(self, distance: MetaTensor) -> dict[str, Mesh]:
         """The surfaces that ``predict`` makes of distances lp, lw, rp, rw, shape (4, H, W, D)."""
         affine = np.asarray(distance.affine, dtype=np.float64)
@@ -108,7 +107,10 @@ class MeasureSurfaces(Transform):
         ):
             grown = grow_hemisphere(white, pial, opposite, affine, self.levels_mm)
             if grown is not None:
-                surfaces |= {f"{side}_white": (grown.white_mm, grown.faces), f"{side}_pial": (grown.pial_mm, grown.faces)}
+                surfaces |= {
+                    f"{side}_white": (grown.white_mm, grown.faces),
+                    f"{side}_pial": (grown.pial_mm, grown.faces),
+                }
         return surfaces
 
 
@@ -140,6 +142,8 @@ def extract_level(distance: np.ndarray, affine: np.ndarray) -> Mesh:
     regions, _ = ndimage.label(inside)
     largest = np.bincount(regions.ravel())[1:].argmax() + 1
     # what is beyond the image is outside: the surface is closed there
-    level = np.pad(np.where(inside & (regions != largest), -distance, distance), 1, constant_values=np.abs(distance).max())
+    level = np.pad(
+        np.where(inside & (regions != largest), -distance, distance), 1, constant_values=np.abs(distance).max()
+    )
     vertices, faces, _, _ = marching_cubes(level, 0.0)
     return nib.affines.apply_affine(affine, vertices - 1), faces

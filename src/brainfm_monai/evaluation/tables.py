@@ -78,14 +78,14 @@ def write_dice_tables(output_dir: Path, dice: Mapping[str, ArrayLike], structure
 
     scans = {scan: pd.DataFrame(values, index=structures, columns=SIDES) for scan, values in dice.items()}
     table = pd.concat(scans, names=["scan", "structure"])
-    write_frame(output_dir / "dice.tsv", table.reset_index(), "%.4f")
+    write_frame(output_dir / "dice.tsv", table.reset_index(), ".4f")
     by_structure = table.groupby("structure", sort=False)
     summary = by_structure.mean().assign(scans=by_structure["both"].count())
     # the mean is that over left and right parts, and structures without sides; first of each scan, then over the scans
     without_sides = table[["left", "right"]].isna().all(axis=1)
     parts = table.assign(both=table["both"].where(without_sides)).stack().groupby("scan")
     summary.loc["mean"] = [math.nan, math.nan, parts.mean().mean(), len(dice)]
-    write_frame(output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), "%.4f")
+    write_frame(output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), ".4f")
 
 
 def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:

@@ -60,6 +60,15 @@ class EvaluationWriter:
         measured = (self._read_measures(scan) or {}).get("key") == self._key(scan)
         return measured and (not self._keeps_files(scan) or self.files.is_finished(scan))
 
+    def clear(self) -> None:
+        """See :meth:`~brainfm_monai.outputs.ScanWriter.clear`."""
+        self.files.clear()
+
+    def check_place(self, scan: Case) -> None:
+        """Check that the place of the files of a prediction holds no results of another scan."""
+        if self._keeps_files(scan):
+            self.files.check_place(scan)
+
     def write(self, item: Mapping[str, Any], scan: Case) -> Path:
         """Write the measures of a case, after its files.
 
@@ -131,7 +140,7 @@ class EvaluationWriter:
 
     def _keeps_files(self, scan: Case) -> bool:
         """Whether the maps are written, too: of scans that are files, as they are."""
-        return bool(self.files.writers) and not scan["settings"] and "image" in scan
+        return bool(self.files.writers) and not scan["settings"] and bool(scan.get("image"))
 
     def _stored(self, scan: Case) -> Path:
         return self.output_dir / CASES_FOLDER / f"{scan['name']}.json"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from brainfm_monai.io import ABSENT, read_table, write_whole
+from brainfm_monai.io import ABSENT, read_table, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,10 +46,13 @@ def make_table(rows: Iterable[MetricRow]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(MetricRow._fields))
 
 
-def write_frame(path: str | Path, table: pd.DataFrame, float_format: str = "%.6g") -> None:
-    """Write a pandas table as a TSV file, whole or not at all; an undefined number is ``n/a``."""
-    with write_whole(path) as partial:
-        table.to_csv(partial, sep="\t", index=False, na_rep=ABSENT, float_format=float_format)
+def write_frame(path: str | Path, table: pd.DataFrame, digits: str = ".6g") -> None:
+    """Write a pandas table as a TSV file; an undefined number is ``n/a``, the other ones have these digits."""
+    rows = [
+        [(ABSENT if math.isnan(cell) else format(cell, digits)) if isinstance(cell, float) else cell for cell in row]
+        for row in table.itertuples(index=False)
+    ]
+    write_table(path, list(table.columns), rows)
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
