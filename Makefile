@@ -13,13 +13,15 @@ VALIDATION ?= training_seg_18,training_seg_19
 LEFT_OUT ?= training_seg_07
 JOBS ?= 2
 
-.PHONY: help demo test format train clean
+.PHONY: help demo test format train bundle wheel clean
 
 help:
 	@echo "make demo    segment two example scans and show where their report pages lie"
 	@echo "make test    formatting, lint, types and tests"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make train   MAPS=folder of SynthSeg label maps: prepare the subjects, list them, train"
+	@echo "make bundle  the zip for a model zoo, with the package inside, in dist/"
+	@echo "make wheel   wheel and sdist, in dist/"
 	@echo "make clean   remove the environment and the demo's files"
 
 $(BIN)/python:
@@ -59,6 +61,15 @@ train: $(VENV)/.all
 	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)" --test "$(LEFT_OUT)"
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant coarse,muon
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant release,muon --coarse_weights bundle/training_coarse/model.pt
+
+# the zip that a model zoo distributes, in dist/; the same files give the same bytes
+bundle:
+	$(PYTHON) packaging/make_bundle.py --output dist
+
+# wheel and sdist, in dist/; the wheel carries the bundle
+wheel: $(BIN)/python
+	$(INSTALL) build
+	$(BIN)/python -m build --outdir dist .
 
 clean:
 	rm -rf $(VENV) demo

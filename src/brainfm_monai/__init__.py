@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 from brainfm_monai.anatomy import Protocol, Structure
 from brainfm_monai.tasks import TASKS, Task, TaskLayout
 
-__version__ = metadata.version("brainfm-monai")
+__version__ = "0.2.0"
 
 __all__ = ["TASKS", "Protocol", "Structure", "Task", "TaskLayout", "__version__", "predict"]
 

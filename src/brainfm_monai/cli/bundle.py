@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.io import literal
-
 __all__ = ["existing_datalist", "find_config", "predict", "run_bundle", "train"]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -100,14 +98,17 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
     """
     from monai.bundle import run
 
-    from brainfm_monai.io import literal
+    from brainfm_monai.io import find_bundle, literal
 
     if "args_file" in overrides:  # of imported weights, whose files lie beside it
         overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
-    configs = Path(str(bundle)) / "configs"
+    folder = find_bundle(bundle)
+    if folder != Path(str(bundle)):  # the bundle that the package carries, where nothing is written
+        overrides = {"output_dir": literal(str(Path("training").resolve())), **overrides}
+    configs = folder / "configs"
     files = [find_config(bundle, name) for name in names]
     settings = {
-        "bundle_root": literal(str(bundle)),
+        "bundle_root": literal(str(folder)),
         "meta_file": str(configs / "metadata.json"),
         "logging_file": str(configs / "logging.conf"),
     }
@@ -120,7 +121,9 @@ def find_config(bundle: str | Path, name: str) -> Path:
     Raises:
         FileNotFoundError: if there is no such config.
     """
-    folders = [Path(str(bundle)) / folder for folder in ("configs", "variants")]
+    from brainfm_monai.io import find_bundle
+
+    folders = [find_bundle(bundle) / folder for folder in ("configs", "variants")]
     places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]
     for path in places:
         if path.is_file():

@@ -42,6 +42,7 @@ def export(output: str, bundle: str = "bundle", overrides: str = "", size: int =
         Path of the file.
     """
     from brainfm_monai.exports import export_bundle
+    from brainfm_monai.io import find_bundle
 
-    configs = [Path(str(bundle)) / "configs" / "inference.json", *([Path(str(overrides))] if overrides else [])]
+    configs = [find_bundle(bundle) / "configs" / "inference.json", *([Path(str(overrides))] if overrides else [])]
     return str(export_bundle(configs, str(bundle), str(output), size=size))

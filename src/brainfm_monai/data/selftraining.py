@@ -13,6 +13,7 @@ from monai.bundle import run
 from nibabel.affines import voxel_sizes
 
 from brainfm_monai.data.intensities import read_scan, resample_to_box
+from brainfm_monai.io import find_bundle
 
 __all__ = ["predict_labels", "predicted_file", "to_one_mm"]
 
@@ -38,7 +39,8 @@ def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Pa
         FileNotFoundError: if the bundle has no inference config.
     """
     waiting = {name: scan for name, scan in scans.items() if not predicted_file(output_dir, name).is_file()}
-    configs = Path(bundle) / "configs"
+    bundle = find_bundle(bundle)
+    configs = bundle / "configs"
     if not waiting:
         return
     if not (configs / "inference.json").is_file():

@@ -1,5 +1,6 @@
 """Files: what is read and written, whole or not at all, and errors in one line."""
 
+from brainfm_monai.io.bundle import DEFAULT_BUNDLE, find_bundle
 from brainfm_monai.io.configs import fingerprint, literal
 from brainfm_monai.io.dicom import Series, is_dicom, list_series
 from brainfm_monai.io.errors import ScanError, exit_on_error, first_line, one_line
@@ -12,6 +13,7 @@ from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_ma
 
 __all__ = [
     "ABSENT",
+    "DEFAULT_BUNDLE",
     "SCAN_SUFFIXES",
     "Scan",
     "ScanError",
@@ -19,6 +21,7 @@ __all__ = [
     "Volume",
     "decide_modality",
     "exit_on_error",
+    "find_bundle",
     "find_floor",
     "find_scans",
     "fingerprint",

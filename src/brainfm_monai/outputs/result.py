@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import Tensor
 
+import brainfm_monai
 from brainfm_monai.io import fingerprint
 from brainfm_monai.tasks import TaskLayout
 
@@ -82,9 +82,14 @@ def describe_run(
     if path.is_file():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    version = metadata.version("brainfm-monai")
     return RunSettings(
-        model, version, path.name, digest, layout.protocol.name, configuration=fingerprint(layout, *depends), **choices
+        model,
+        brainfm_monai.__version__,
+        path.name,
+        digest,
+        layout.protocol.name,
+        configuration=fingerprint(layout, *depends),
+        **choices,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brainfm_monai.prediction.catalogue import OUTPUTS, select_outputs
-from brainfm_monai.prediction.loop import predict_scans
+from brainfm_monai.prediction.loop import WriteScans, predict_scans
 from brainfm_monai.prediction.scans import ScanDataset, ScanLoader
 from brainfm_monai.prediction.shards import local_device, share_of
 from brainfm_monai.prediction.single import predict
@@ -12,6 +12,7 @@ __all__ = [
     "OUTPUTS",
     "ScanDataset",
     "ScanLoader",
+    "WriteScans",
     "local_device",
     "predict",
     "predict_scans",

@@ -20,7 +20,7 @@ from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.prediction.scans import ScanDataset, ScanLoader
 from brainfm_monai.prediction.shards import share_of
 
-__all__ = ["choose_scans", "engine_logger", "finish_run", "predict_scans", "run_scans"]
+__all__ = ["WriteScans", "choose_scans", "engine_logger", "finish_run", "predict_scans", "run_scans"]
 
 logger = logging.getLogger(__name__)
 engine_logger = logging.getLogger(f"{__name__}.engine")
@@ -119,6 +119,28 @@ def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], 
                 raise RuntimeError(f"the evaluator must take scans, found none taken: {' '.join(run.failures[-1:])}")
         run.finish_writing()
     return run.failures
+
+
+class WriteScans:
+    """Handler that writes the files of every scan when a host runs the evaluator itself, without :func:`predict_scans`.
+
+    Args:
+        writer: writes the files.
+    """
+
+    def __init__(self, writer: ScanWriter) -> None:
+        self.writer = writer
+
+    def attach(self, engine: Engine) -> None:
+        """Write after every scan of the config's own data loader."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the files of the scan that was computed last."""
+        loader = getattr(engine, "data_loader", None)
+        if isinstance(loader, ScanLoader) and loader.report is None:  # :func:`run_scans` sets it, and writes itself
+            items: Any = engine.state.output
+            logger.info("results are in %s", self.writer.write(items[0], loader.dataset.data[loader.current]))
 
 
 class _Run:

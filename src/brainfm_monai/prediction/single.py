@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 
-from brainfm_monai.io import ScanError, literal
+from brainfm_monai.io import ScanError, find_bundle, literal
 from brainfm_monai.outputs import (
     RunSettings,
     ScanResult,
@@ -47,7 +47,8 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
         FileNotFoundError: if there is no such bundle.
         ValueError: if a setting or the weights do not fit.
     """
-    configs = Path(bundle) / "configs"
+    bundle = find_bundle(bundle)
+    configs = bundle / "configs"
     if not (configs / "inference.json").is_file():
         raise FileNotFoundError(
             f"{configs / 'inference.json'}: a config of the bundle is needed, found no such file: pass bundle=FOLDER"
