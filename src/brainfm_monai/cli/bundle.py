@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from brainfm_monai.io import find_bundle, literal
+
 __all__ = ["existing_datalist", "find_config", "predict", "run_bundle", "train"]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -98,8 +100,6 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
     """
     from monai.bundle import run
 
-    from brainfm_monai.io import find_bundle, literal
-
     if "args_file" in overrides:  # of imported weights, whose files lie beside it
         overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
     folder = find_bundle(bundle)
@@ -121,8 +121,6 @@ def find_config(bundle: str | Path, name: str) -> Path:
     Raises:
         FileNotFoundError: if there is no such config.
     """
-    from brainfm_monai.io import find_bundle
-
     folders = [find_bundle(bundle) / folder for folder in ("configs", "variants")]
     places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]
     for path in places:
