@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import edt
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from monai.transforms import GaussianSmooth
+from nibabel.affines import apply_affine
 from nilearn import datasets as mni
+from scipy.ndimage import gaussian_filter, maximum_filter
 from torch import Tensor
 
 from brainfm_monai.data.elastix import AFFINE, register_linear
-from brainfm_monai.functional.spatial import identity_grid, integrate_velocity, warp
+from brainfm_monai.functional.spatial import identity_grid, integrate_velocity, jacobian_determinant, warp
 
 __all__ = [
     "LEVELS",
@@ -81,6 +82,7 @@ STIFFNESS = 1.0
 BENDING = 4.0  # weight of second derivatives relative to first ones
 STEP_VOX = 0.1  # of the optimiser, in voxels of the velocity field
 SMOOTHING_MM = 0.7
+MARGIN_VOX = 3  # around tissue, within which the images are compared
 
 
 def render_t1(ids: np.ndarray, fluid_rim_vox: float = 2.0) -> np.ndarray:
@@ -171,28 +173,23 @@ def compute_mni_coordinates(
             f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}, got {ids.shape}"
         )
     fixed_affine = coarsen_affine(affine, SPACING_VOX)
-    smooth: Any = GaussianSmooth(sigma=1.0)
-    fixed = _block_mean(smooth(render_t1(ids)[None])[0].numpy(), SPACING_VOX)
+    fixed = _block_mean(gaussian_filter(render_t1(ids), 1.0, truncate=3.0), SPACING_VOX)
     start = np.eye(4) if initial is None else initial
-    matrix = (
-        register_linear((fixed, start @ fixed_affine), load_template(), AFFINE, from_headers=initial is not None)
-        @ start
-    )
-    soften: Any = GaussianSmooth(sigma=SMOOTHING_MM)
-    tissues = soften(render_tissues(ids)).numpy()
-    reduced = torch.from_numpy(np.stack([_block_mean(t, SPACING_VOX) for t in tissues]))[None]
-    displacement = _flow(reduced, fixed_affine, matrix, [n // factor for n in ids.shape], factor, levels)
+    moving = load_template()
+    matrix = register_linear((fixed, start @ fixed_affine), moving, AFFINE, from_headers=initial is not None) @ start
+    tissues = [_block_mean(gaussian_filter(t, SMOOTHING_MM, truncate=3.0), SPACING_VOX) for t in render_tissues(ids)]
+    velocity_mm = _flow(torch.from_numpy(np.stack(tissues))[None], fixed_affine, matrix, levels)
     grid_affine = coarsen_affine(affine, factor)
+    spacing = levels[-1].velocity_mm
+    displacement = integrate_velocity(velocity_mm / spacing) * (spacing / factor)
+    displacement = _resize(displacement, [n // factor for n in ids.shape])[0].movedim(0, -1).double().numpy()
     to_mni = matrix @ grid_affine
-    index = np.stack(np.meshgrid(*(np.arange(n) for n in displacement.shape[:3]), indexing="ij"), axis=-1)
-    points = index @ to_mni[:3, :3].T + to_mni[:3, 3]
+    points = apply_affine(to_mni, np.moveaxis(np.indices(displacement.shape[:3]), 0, -1))
     return unfold_coordinates(points, displacement @ to_mni[:3, :3].T, to_mni).astype(np.float32), grid_affine
 
 
-def _flow(
-    fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, size: Sequence[int], voxel_mm: int, levels: Sequence[Level]
-) -> np.ndarray:
-    """Displacement in voxels of the result's grid, shape (*size, 3), after which ``matrix`` leads to the template.
+def _flow(fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, levels: Sequence[Level]) -> Tensor:
+    """Velocity field in mm, shape (1, 3, ...), after whose flow ``matrix`` leads to the template.
 
     ``fixed`` has shape (1, 2, H, W, D) and voxels of 2 mm, with ``affine`` to RAS mm.
     """
@@ -205,12 +202,9 @@ def _flow(
         subject, template = (nnf.avg_pool3d(maps, ratio) for maps in (fixed, moving))
         to_template = np.linalg.inv(coarsen_affine(template_affine, ratio)) @ matrix @ coarsen_affine(affine, ratio)
         velocity = _resize(velocity_mm, [n // level.velocity_mm for n in extent_mm]) / level.velocity_mm
-        velocity_mm = (
-            _descend(velocity, subject, template, torch.from_numpy(to_template).float(), level) * level.velocity_mm
-        )
-    spacing = levels[-1].velocity_mm
-    displacement = _resize(integrate_velocity(velocity_mm / spacing) * spacing, size) / voxel_mm
-    return displacement[0].movedim(0, -1).double().numpy()
+        velocity = _descend(velocity, subject, template, torch.from_numpy(to_template).float(), level)
+        velocity_mm = velocity * level.velocity_mm
+    return velocity_mm
 
 
 def _descend(velocity: Tensor, subject: Tensor, template: Tensor, to_template: Tensor, level: Level) -> Tensor:
@@ -218,12 +212,21 @@ def _descend(velocity: Tensor, subject: Tensor, template: Tensor, to_template: T
     velocity = velocity.clone().requires_grad_()
     optimiser = torch.optim.Adam([velocity], lr=STEP_VOX)
     grid, scale = identity_grid(subject.shape[2:]), level.velocity_mm / level.image_mm
+
+    def read_template(voxels: Tensor) -> Tensor:
+        places = to_template[:3, :3] @ voxels + to_template[:3, 3:]
+        return warp(template, places[..., None, None])[..., 0, 0]
+
+    # voxels far from any tissue of both images are 0 in both: a third to a quarter of the box remains
+    tissue = (subject.flatten(2) + read_template(grid.flatten(2))).sum(1).reshape(1, *subject.shape[2:])
+    near = torch.from_numpy(maximum_filter(tissue[0].numpy(), 2 * MARGIN_VOX + 1)).flatten() > 0
+    target = subject.flatten(2)[..., near]
     for _ in range(level.iterations):
         optimiser.zero_grad()
         moved = grid + _resize(integrate_velocity(velocity), subject.shape[2:]) * scale
-        places = torch.einsum("ij,bjhwd->bihwd", to_template[:3, :3], moved) + to_template[:3, 3].reshape(1, 3, 1, 1, 1)
-        difference = (warp(template, places) - subject).square().sum() / subject.square().sum().clamp_min(1)
-        loss = difference + STIFFNESS * (level.velocity_mm / 4) ** 2 * _roughness(velocity)
+        difference = read_template(moved.flatten(2)[..., near]) - target
+        roughness = STIFFNESS * (level.velocity_mm / 4) ** 2 * _roughness(velocity)
+        loss = difference.square().sum() / target.square().sum().clamp_min(1) + roughness
         loss.backward()
         optimiser.step()
     return velocity.detach()
@@ -240,7 +243,7 @@ def _roughness(velocity: Tensor) -> Tensor:
 
 def _resize(field: Tensor, size: Sequence[int]) -> Tensor:
     """A field of shape (1, 3, ...) on another grid over the same box, values as they are."""
-    return field if list(field.shape[2:]) == list(size) else nnf.interpolate(field, size=tuple(size), mode="trilinear")
+    return nnf.interpolate(field, size=tuple(size), mode="trilinear")
 
 
 def unfold_coordinates(
@@ -260,14 +263,13 @@ def unfold_coordinates(
     Raises:
         RuntimeError: if the folds do not go away.
     """
-    smooth: Any = GaussianSmooth(sigma=1.0)
     for _ in range(UNFOLDING_ROUNDS):
         folded = compute_jacobian(points + displacement, affine) < minimum
         if not folded.any():
             return points + displacement
         # around a lone voxel the weight is still one, and it fades out over some three voxels
-        weight = np.clip(smooth(folded[None].astype(np.float32))[0].numpy() * 16, 0, 1)[..., None]
-        smoother = np.moveaxis(smooth(np.moveaxis(displacement, -1, 0).astype(np.float32)).numpy(), 0, -1)
+        weight = np.clip(gaussian_filter(folded.astype(np.float32), 1.0) * 16, 0, 1)[..., None]
+        smoother = gaussian_filter(displacement, 1.0, axes=(0, 1, 2))
         displacement = displacement + weight * (smoother - displacement)
     raise RuntimeError(
         f"the map to the template has a Jacobian below {minimum} at {int(folded.sum())} voxels, and smoothing does not help"
@@ -291,10 +293,9 @@ def compute_jacobian(coordinates: np.ndarray, affine: np.ndarray) -> np.ndarray:
     Returns:
         Determinant of the map from subject mm to template mm, shape (H, W, D).
     """
-    columns = [np.stack(np.gradient(coordinates[..., i], axis=(0, 1, 2)), axis=-1) for i in range(3)]
-    return np.linalg.det(np.stack(columns, axis=-2)) / np.linalg.det(affine[:3, :3])
+    in_mm = torch.from_numpy(np.moveaxis(coordinates, -1, 0)[None])
+    return jacobian_determinant(in_mm)[0, 0].numpy() / np.linalg.det(affine[:3, :3])
 
 
 def _block_mean(volume: np.ndarray, factor: int) -> np.ndarray:
-    h, w, d = (n // factor for n in volume.shape)
-    return np.asarray(volume.reshape(h, factor, w, factor, d, factor).mean(axis=(1, 3, 5)), dtype=np.float32)
+    return nnf.avg_pool3d(torch.from_numpy(volume)[None], factor)[0].numpy()
