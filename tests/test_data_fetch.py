@@ -79,18 +79,6 @@ def test_files_arrive_whole_and_are_not_fetched_twice(server: Server, tmp_path: 
     assert len(server.ranges) == 3
 
 
-@pytest.mark.parametrize("resumes", [True, False])
-def test_an_interrupted_file_goes_on(server: Server, tmp_path: Path, resumes: bool) -> None:
-    server.resumes = resumes
-    table = write_table(tmp_path / "table.tsv", server.address, {"a.nii.gz": FILES["a.nii.gz"]})
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".a.nii.gz.part").write_bytes(FILES["a.nii.gz"][:1000])
-    (path,) = fetch_dataset("tiny", tmp_path / "out", table=table)
-    assert path.read_bytes() == FILES["a.nii.gz"]
-    assert server.ranges == ["bytes=1000-"]
-    assert [f.name for f in path.parent.iterdir()] == ["a.nii.gz"]
-
-
 def test_a_wrong_file_is_refused_and_the_others_come(server: Server, tmp_path: Path) -> None:
     table = write_table(tmp_path / "table.tsv", server.address, {**FILES, "gone.nii.gz": b"none"})
     text = table.read_text(encoding="utf-8")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import from_matvec, voxel_sizes
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from nibabel.processing import resample_from_to
+from scipy.spatial.transform import Rotation
+
+from brainfm_monai.io import write_whole
 
 __all__ = ["simulate_clinical_scan", "write_demo_scans"]
 
@@ -28,14 +30,12 @@ def write_demo_scans(output_dir: str | Path) -> list[Path]:
     from nilearn.datasets import load_mni152_template  # an optional dependency, and slow to import
 
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     template = load_mni152_template(resolution=1)
     t1w = nib.Nifti1Image(np.asarray(template.get_fdata(dtype=np.float32)), template.affine)
     scans = {"mni152_T1w.nii.gz": t1w, "clinical_T2like.nii.gz": simulate_clinical_scan(t1w)}
     for name, scan in scans.items():
-        unfinished = folder / f".{name}"
-        nib.save(scan, unfinished)
-        unfinished.replace(folder / name)
+        with write_whole(folder / name) as partial:
+            nib.save(scan, partial)
     return [folder / name for name in scans]
 
 
@@ -73,21 +73,10 @@ def _oblique_grid(reference: nib.Nifti1Image) -> tuple[tuple[int, int, int], np.
     zooms = np.array([IN_PLANE_MM, IN_PLANE_MM, 1.0])
     extent_mm = np.array(reference.shape) * voxel_sizes(reference.affine) + 10
     shape = np.ceil(extent_mm / zooms / SLICE_THICKNESS_MM).astype(int) * SLICE_THICKNESS_MM
-    matrix = _rotation(TILT_DEG) @ np.diag(zooms * [-1, -1, 1])
-    centre = reference.affine @ [*((np.array(reference.shape) - 1) / 2), 1]
+    matrix = Rotation.from_euler("xyz", TILT_DEG, degrees=True).as_matrix() @ np.diag(zooms * [-1, -1, 1])
+    centre = apply_affine(reference.affine, (np.array(reference.shape) - 1) / 2)
     height, width, depth = (int(n) for n in shape)
-    return (height, width, depth), from_matvec(matrix, centre[:3] - matrix @ ((shape - 1) / 2))
-
-
-def _rotation(angles_deg: Sequence[float]) -> np.ndarray:
-    turn = np.eye(3)
-    for axis, angle in enumerate(np.deg2rad(angles_deg)):
-        i, j = [a for a in range(3) if a != axis]
-        step = np.eye(3)
-        step[i, i] = step[j, j] = np.cos(angle)
-        step[i, j], step[j, i] = -np.sin(angle), np.sin(angle)
-        turn = step @ turn
-    return turn
+    return (height, width, depth), from_matvec(matrix, centre - matrix @ ((shape - 1) / 2))
 
 
 def _shading(shape: tuple[int, ...]) -> np.ndarray:

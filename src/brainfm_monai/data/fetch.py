@@ -1,30 +1,30 @@
-"""Open data sets: a table of their files, and a download that resumes and checks."""
+"""Open data sets: a table of their files, and a download that checks them."""
 
 from __future__ import annotations
 
-import csv
-import shutil
-from collections.abc import Sequence
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 from tqdm import tqdm
 
 from brainfm_monai.data.subjects import hash_file
+from brainfm_monai.io import read_table, write_whole
 
 __all__ = ["DownloadError", "NoNetworkError", "OpenFile", "fetch_dataset", "read_open_sets"]
 
+logger = logging.getLogger(__name__)
+
 TIMEOUT_S = 30
-PARTIAL_CONTENT = 206
-TEXT = ("name", "file", "address", "sha256")
+BLOCK_BYTES = 2**20
 
 
-class DownloadError(RuntimeError):
+class DownloadError(OSError):
     """Some files could not be fetched; the others were."""
 
 
@@ -61,18 +61,16 @@ def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]
         FileNotFoundError: if there is no such table.
         ValueError: if a row is not what it should be, or would lead out of the folder of the download.
     """
-    if table is not None and not Path(table).is_file():
-        raise FileNotFoundError(f"{table}: a table of open data sets is needed, found no such file")
-    source = Path(table) if table is not None else resources.files("brainfm_monai") / "datasets" / "open.tsv"
-    rows = list(csv.DictReader(source.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+    with resources.as_file(resources.files("brainfm_monai") / "datasets" / "open.tsv") as shipped:
+        source = Path(table) if table is not None else shipped
+        if not source.is_file():
+            raise FileNotFoundError(f"{table}: a table of open data sets is needed, found no such file")
+        rows = read_table(source)
     sets: dict[str, list[OpenFile]] = {}
     for row in rows:
-        try:
-            file = OpenFile._make([*(row[key] for key in TEXT), int(row["bytes"]), row["licence"], row["content"]])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{source}: the columns {' '.join(OpenFile._fields)} are needed, found {list(row)}"
-            ) from error
+        if set(OpenFile._fields) - set(row) or not row["bytes"].isdigit():
+            raise ValueError(f"{source}: the columns {' '.join(OpenFile._fields)} are needed, found {list(row)}")
+        file = OpenFile._make(int(row[key]) if key == "bytes" else row[key] for key in OpenFile._fields)
         path = PurePosixPath(file.file)
         if path.is_absolute() or ".." in path.parts or urlsplit(file.address).scheme not in ("http", "https"):
             raise ValueError(
@@ -82,13 +80,16 @@ def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]
     return sets
 
 
-def fetch_dataset(name: str, output_dir: str | Path, *, table: str | Path | None = None, jobs: int = 4) -> list[Path]:
-    """Download a set; files that are there whole are kept, and an interrupted one goes on where it was.
+def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = None, jobs: int = 4) -> list[Path]:
+    """Download an open data set and check its hashes; what is there already is kept.
+
+    ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple sclerosis,
+    as a BIDS folder (CC-BY).
 
     Args:
-        name: name of the set in the table.
-        output_dir: folder for the files.
-        table: another table than the package's.
+        name: name of the set.
+        output: folder for its files.
+        table: another table of files than the package's (columns name, file, address, sha256, bytes, licence, content).
         jobs: downloads at once.
 
     Returns:
@@ -101,69 +102,48 @@ def fetch_dataset(name: str, output_dir: str | Path, *, table: str | Path | None
     """
     sets = read_open_sets(table)
     if name not in sets:
-        raise ValueError(
-            f"{name}: an open data set of the table is needed ({', '.join(sorted(sets))}), found no such name"
-        )
+        known = ", ".join(sorted(sets))
+        raise ValueError(f"{name}: an open data set of the table is needed ({known}), found no such name")
     files = sets[name]
-    targets = [Path(output_dir) / file.file for file in files]
+    targets = [Path(output) / file.file for file in files]
+    failures = []
     with tqdm(total=sum(file.bytes for file in files), desc=name, unit="B", unit_scale=True) as bar:
-        failures = _fetch_all(files, targets, bar, max(1, jobs))
+        pool = ThreadPoolExecutor(max(1, jobs))
+        try:
+            running = [pool.submit(_fetch, file, target) for file, target in zip(files, targets, strict=True)]
+            for file, done in zip(files, running, strict=True):
+                try:
+                    done.result()
+                except DownloadError as error:
+                    failures.append(str(error))
+                bar.update(file.bytes)
+        finally:
+            pool.shutdown(cancel_futures=True)
     if failures:
         raise DownloadError(f"{len(failures)} of {len(files)} files were not fetched:\n" + "\n".join(failures))
+    logger.info("%d files of %s in %s", len(files), name, output)
     return targets
 
 
-def _fetch_all(files: Sequence[OpenFile], targets: Sequence[Path], bar: tqdm, jobs: int) -> list[str]:
-    failures = []
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        running = [pool.submit(_fetch, file, target, bar) for file, target in zip(files, targets, strict=True)]
-        for done in running:
-            try:
-                done.result()
-            except DownloadError as error:
-                failures.append(str(error))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return failures
-
-
-def _fetch(file: OpenFile, target: Path, bar: tqdm) -> None:
+def _fetch(file: OpenFile, target: Path) -> None:
     """Fetch one file; it appears whole, with the right hash, or not at all."""
     if target.is_file() and hash_file(target) == file.sha256:
-        bar.update(file.bytes)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    _download(file, part, bar)
-    found = hash_file(part)
-    if found != file.sha256:
-        part.unlink()
-        raise DownloadError(
-            f"{file.file}: SHA-256 {file.sha256[:12]}... is needed, found {found[:12]}... at {file.address}"
-        )
-    part.replace(target)
-
-
-def _download(file: OpenFile, part: Path, bar: tqdm) -> None:
-    """Append to a partial file what is missing of it, or start anew where the server cannot."""
-    have = part.stat().st_size if part.is_file() else 0
-    if have >= file.bytes > 0:
-        bar.update(file.bytes)
-        return
-    request = Request(file.address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urlopen(request, timeout=TIMEOUT_S) as response:
-            resumed = response.status == PARTIAL_CONTENT
-            with part.open("ab" if resumed else "wb") as stream:
-                shutil.copyfileobj(response, stream)
+        with urlopen(file.address, timeout=TIMEOUT_S) as response, write_whole(target) as partial:
+            with partial.open("wb") as stream:
+                while block := response.read(BLOCK_BYTES):
+                    stream.write(block)
+            found = hash_file(partial)
+            if found != file.sha256:
+                raise DownloadError(
+                    f"{file.file}: SHA-256 {file.sha256[:12]}... is needed, found {found[:12]}... at {file.address}"
+                )
     except HTTPError as error:
         error.close()  # it holds the connection
         raise DownloadError(f"{file.file}: the server of {file.address} answers {error.code} {error.reason}") from error
     except (URLError, ConnectionError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        host = urlsplit(file.address).hostname
+        host, reason = urlsplit(file.address).hostname, getattr(error, "reason", error)
         raise NoNetworkError(
-            f"{file.file}: {host} cannot be reached ({reason}): is there a network? What is there stays, run it again to go on"
+            f"{file.file}: {host} cannot be reached ({reason}): is there a network? Whole files stay, run it again to continue"
         ) from error
-    bar.update(file.bytes)

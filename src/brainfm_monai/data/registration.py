@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import resources
 from typing import NamedTuple
 
 import edt
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from brainfm_monai.data.elastix import AFFINE, register_linear
 from brainfm_monai.functional.spatial import identity_grid, integrate_velocity, jacobian_determinant, warp
+from brainfm_monai.io import read_table
 
 __all__ = [
     "LEVELS",
@@ -36,29 +38,19 @@ __all__ = [
 TEMPLATE_NAME = "MNI152 ICBM 2009a symmetric, T1 and tissue maps as shipped with nilearn"
 SPACING_VOX = 2
 MINIMUM_JACOBIAN, UNFOLDING_ROUNDS = 0.2, 100
-# Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110.
-T1_OF_TISSUE: dict[float, tuple[int, ...]] = {
-    110.0: (2, 7, 41, 46, 78, 79),
-    101.0: (13, 52),
-    98.0: (28, 60, 85),
-    95.0: (12, 51),
-    92.0: (16, 26, 58),
-    89.0: (10, 11, 49, 50),
-    85.0: (8, 47, 25, 57),
-    82.0: (3, 17, 18, 42, 53, 54, 77),
-    32.0: (4, 5, 14, 15, 24, 30, 31, 43, 44, 62, 63, 72, 136, 137, 163, 164),
-}
-T1_OF_ID: dict[int, float] = {i: value for value, ids in T1_OF_TISSUE.items() for i in ids}
 FLUID_OUTSIDE = 24
-# Shares of white and grey matter. Where the template's maps mix both, as in the nuclei, these are its means in the structure.
-TISSUES_OF_ID: dict[int, tuple[float, float]] = {
-    **dict.fromkeys((2, 7, 25, 41, 46, 57, 78, 79), (1.0, 0.0)),
-    **dict.fromkeys((3, 8, 11, 17, 18, 26, 42, 47, 50, 53, 54, 58), (0.0, 1.0)),
-    **dict.fromkeys((10, 49), (0.35, 0.65)),
-    **dict.fromkeys((12, 51), (0.35, 0.65)),
-    **dict.fromkeys((13, 52), (0.7, 0.3)),
-    **dict.fromkeys((16, 28, 60), (0.4, 0.55)),
-}
+
+
+def _read_table() -> tuple[dict[int, float], dict[int, tuple[float, float]]]:
+    with resources.as_file(resources.files("brainfm_monai") / "datasets" / "registration.tsv") as path:
+        rows = {int(row["freesurfer_id"]): row for row in read_table(path)}
+    t1 = {i: float(row["t1"]) for i, row in rows.items()}
+    return t1, {i: (float(row["white"]), float(row["grey"])) for i, row in rows.items()}
+
+
+# Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110; and shares of white and
+# grey matter: where the template's maps mix both, as in the nuclei, these are its means in the structure.
+T1_OF_ID, TISSUES_OF_ID = _read_table()
 
 
 class Level(NamedTuple):
@@ -181,8 +173,8 @@ def compute_mni_coordinates(
     velocity_mm = _flow(torch.from_numpy(np.stack(tissues))[None], fixed_affine, matrix, levels)
     grid_affine = coarsen_affine(affine, factor)
     spacing = levels[-1].velocity_mm
-    displacement = integrate_velocity(velocity_mm / spacing) * (spacing / factor)
-    displacement = _resize(displacement, [n // factor for n in ids.shape])[0].movedim(0, -1).double().numpy()
+    ddf = _resize(integrate_velocity(velocity_mm / spacing) * (spacing / factor), [n // factor for n in ids.shape])
+    displacement = ddf[0].movedim(0, -1).double().numpy()
     to_mni = matrix @ grid_affine
     points = apply_affine(to_mni, np.moveaxis(np.indices(displacement.shape[:3]), 0, -1))
     return unfold_coordinates(points, displacement @ to_mni[:3, :3].T, to_mni).astype(np.float32), grid_affine

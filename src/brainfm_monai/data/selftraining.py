@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import nibabel as nib
 import numpy as np
 from monai.bundle import run
-from nibabel.affines import voxel_sizes
+from nibabel.affines import apply_affine, voxel_sizes
 
 from brainfm_monai.data.intensities import read_scan, resample_to_box
 from brainfm_monai.io import find_bundle
@@ -79,6 +79,7 @@ def to_one_mm(scan: Path) -> nib.Nifti1Image:
     spacing = voxel_sizes(canonical.affine)
     height, width, depth = (int(np.ceil(n * s)) for n, s in zip(canonical.shape, spacing, strict=True))
     grid = canonical.affine @ np.diag([*(1 / spacing), 1])
-    grid[:3, 3] += canonical.affine[:3, :3] @ ((1 / spacing - 1) / 2)  # the corners of the boxes stay together
-    moved = resample_to_box(np.asarray(canonical.dataobj), canonical.affine, grid, (height, width, depth))
-    return nib.Nifti1Image(moved, grid)
+    grid[:3, 3] = apply_affine(canonical.affine, (1 / spacing - 1) / 2)  # the corners of the boxes stay together
+    return nib.Nifti1Image(
+        resample_to_box(np.asarray(canonical.dataobj), canonical.affine, grid, (height, width, depth)), grid
+    )

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,7 @@ SIDECAR = "subject.json"
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
 SIZE = (192, 224, 224)  # of the box around the brain in voxels of 1 mm
 MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each axis
-PACKAGES = (
-    "brainfm-monai",
-    "numpy",
-    "nibabel",
-    "monai",
-    "itk",
-    "itk-elastix",
-    "edt",
-    "libigl",
-    "nilearn",
-    "scikit-learn",
-)
+PACKAGES = "brainfm-monai numpy nibabel monai itk itk-elastix edt libigl nilearn scikit-learn".split()
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,7 @@ def describe_subject(kind: str, files: Mapping[str, Path], settings: Mapping[str
         "axes": "RAS",
         "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
         "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
     }
 
 
@@ -173,10 +162,3 @@ def _save(path: Path, values: np.ndarray, affine: np.ndarray, storage: Storage) 
     image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(storage.step, storage.offset)
     nib.save(image, path)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
