@@ -53,6 +53,8 @@ TARGETS = ("T1", "T2", "FLAIR", "CT", "segmentation", "distance", "registration"
 
 T = TypeVar("T")
 
+_imported: dict[Path, dict[str, ModuleType]] = {}  # modules of each checkout, which left sys.modules
+
 
 class ReferenceGenerator:
     """Makes one sample per call and remembers how long its reading took.
@@ -178,7 +180,10 @@ def _namespace(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _importing_from(checkout: Path) -> Iterator[None]:
-    """The checkout's packages can be imported inside, and have left ``sys.path`` and ``sys.modules`` afterwards."""
+    """The checkout's packages can be imported inside, and have left ``sys.path`` and ``sys.modules`` afterwards.
+
+    They are imported once: TorchScript refuses to compile the functions of a second copy of a module.
+    """
 
     def take_out() -> dict[str, ModuleType]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in PACKAGES}
@@ -187,14 +192,15 @@ def _importing_from(checkout: Path) -> Iterator[None]:
     sys.path.insert(0, str(checkout))
     # The generator imports one name from utils.misc and never uses it, but that module imports SimpleITK, torchvision,
     # visdom, simplejson, iopath and pytz; so an empty module stands in its place.
-    sys.modules["utils.misc"] = ModuleType("utils.misc")
-    sys.modules["utils.misc"].__dict__["viewVolume"] = None
+    stand_in = ModuleType("utils.misc")
+    stand_in.__dict__["viewVolume"] = None
+    sys.modules.update(_imported.get(checkout.resolve(), {"utils.misc": stand_in}))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.cuda.amp.custom_fwd in its copy of interpol
             yield
     finally:
-        take_out()
+        _imported[checkout.resolve()] = take_out()
         sys.modules.update(displaced)
         sys.path[:] = path
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.synthesis import SynthesisRanges, Synthesizer, render, rendering
+from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
 from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 from brainfm_monai.tasks import TaskLayout
 
@@ -44,7 +45,6 @@ STAGES = {
     "_paint": "texture, mix-up, lesions",
     "acquire": "acquisition",
 }
-SCALES = {"CT": 1000.0}
 
 
 def load_subject(folder: Path) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def load_subject(folder: Path) -> dict[str, Tensor]:
     protocol = Protocol.load("synthseg_generation")
     means, _ = read_contrasts(CONTRASTS, protocol)
     for name, mean in zip(CONTRASTS, means, strict=True):
-        image = mean[subject["generation_labels"].long()] / SCALES.get(name, 255.0)
+        image = mean[subject["generation_labels"].long()] / (1.0 if name == "CT" else INTENSITY_TOP)
         subject[name] = nnf.avg_pool3d(image, 3, stride=1, padding=1)
     return subject
 
@@ -203,7 +203,6 @@ def main() -> None:
             arrays["distance"] = subject["distance"][0].movedim(0, -1).numpy()
             fine = nnf.interpolate(subject["mni"], size=subject["segmentation"].shape[2:], mode="trilinear")
             arrays["mni"] = fine[0].movedim(0, -1).numpy()
-            arrays["CT"] = arrays["CT"] * SCALES["CT"]
             reference = make_reference_generator(arguments.reference, arrays, (size, size, size), seed=0)
         for batch in arguments.batches:
             measure(subject, size, batch, arguments.repeats, device, reference if batch == 1 else None)

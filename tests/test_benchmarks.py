@@ -153,6 +153,21 @@ def test_a_checkout_runs_apart_from_the_modules_of_the_same_names(
     assert vars(config.modality_probs.Benchmark)["synth"] == 1
 
 
+def test_a_second_generator_finds_the_modules_of_the_first(
+    reference_synthesis: ModuleType, checkout: Path, tmp_path: Path
+) -> None:
+    # TorchScript does not compile a function of a module that is imported twice; the stand-in counts its imports.
+    counter = tmp_path / "imports.txt"
+    module = checkout / "Generator" / "utils.py"
+    count = f"with open({str(counter)!r}, 'a') as file:\n    file.write('x')\n"
+    module.write_text(module.read_text(encoding="utf-8") + count, encoding="utf-8")
+    for size in (8, 16):
+        generate = reference_synthesis.make_reference_generator(checkout, subject(), (size,) * 3, 0)
+        assert vars(generate()["input"].generator)["size"] == [size] * 3
+    assert counter.read_text(encoding="utf-8") == "x"
+    assert not {"utils.misc", "Generator", "Generator.utils"} & set(sys.modules)
+
+
 def test_reading_is_timed_for_each_call(
     reference_synthesis: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
