@@ -108,7 +108,9 @@ def prepare(options: argparse.Namespace, device: torch.device) -> tuple[Any, ...
     loader = DataLoader(DrawnSubjects([subject] * 4), batch_sampler=DrawSampler(options.batch), num_workers=0)
     batches = SynthesisPrepareBatch(Synthesizer(SynthesisRanges(), layout, options.size))
     network = MultiTaskNet(UNet(features=options.features), layout)
-    network = prepare_for_training(network, device, options.activation_checkpointing, options.compile)
+    network = prepare_for_training(
+        network, device, options.precision, options.activation_checkpointing, options.compile
+    )
     return loader, batches, network, MultiTaskLoss(layout), AutocastInferer(options.precision)
 
 

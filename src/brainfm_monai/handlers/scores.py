@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from monai.handlers import from_engine
 from monai.metrics import compute_dice
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from brainfm_monai.metrics.fields import (
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["SegmentationDice", "TaskErrors"]
+
+PRED_LABEL = from_engine(["pred", "label"])
 
 
 class _SampleMeans(Metric):
@@ -59,10 +62,10 @@ class SegmentationDice(_SampleMeans):
 
     Args:
         layout: names the channels of the prediction.
-        output_transform: from the engine's output to (prediction, targets).
+        output_transform: from the engine's output to (prediction, targets); ``pred`` and ``label`` if not given.
     """
 
-    def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
+    def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = PRED_LABEL) -> None:
         super().__init__(layout, output_transform, {"segmentation": "mean_dice"}, "both")
 
     @reinit__is_reduced
@@ -87,10 +90,10 @@ class TaskErrors(_SampleMeans):
 
     Args:
         layout: names the channels of the prediction.
-        output_transform: from the engine's output to (prediction, targets).
+        output_transform: from the engine's output to (prediction, targets); ``pred`` and ``label`` if not given.
     """
 
-    def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = lambda output: output) -> None:
+    def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = PRED_LABEL) -> None:
         names = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
         names |= {name: f"{name}_mae" for name, task in layout.tasks.items() if task.kind == "image"}
         super().__init__(layout, output_transform, {n: names[n] for n in layout.tasks if n in names}, "flatten")
