@@ -42,8 +42,8 @@ def predict(
         memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory suffices.
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
             left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
-            --modality (auto, mr, ct), --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file),
-            --device ("$torch.device('cpu')").
+            --modality (auto, mr, ct), --fix_orientation (True), --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength),
+            --weights (file), --device ("$torch.device('cpu')").
     """
     if analysis_level != "participant":
         raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")

@@ -2,6 +2,15 @@
 
 from brainfm_monai.inferers.autocast import AutocastInferer
 from brainfm_monai.inferers.memory import MEMORY_MODES, choose_memory, free_memory
+from brainfm_monai.inferers.orientation import OrientationInferer, Turn
 from brainfm_monai.inferers.two_stage import TwoStageInferer
 
-__all__ = ["MEMORY_MODES", "AutocastInferer", "TwoStageInferer", "choose_memory", "free_memory"]
+__all__ = [
+    "MEMORY_MODES",
+    "AutocastInferer",
+    "OrientationInferer",
+    "Turn",
+    "TwoStageInferer",
+    "choose_memory",
+    "free_memory",
+]

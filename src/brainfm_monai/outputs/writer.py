@@ -233,6 +233,8 @@ class ScanWriter:
             lesions=str(scan.get("lesions") or ""),
             settings=self.settings,
             original=item.get("original"),
+            warnings=[line for line in str(image.meta.get("warnings") or "").split("\n") if line],
+            summary={"modality": str(image.meta["modality"]).partition(":")[0]} if image.meta.get("modality") else {},
         )
 
     def _describe(self, result: ScanResult, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
