@@ -277,16 +277,15 @@ def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] =
     for number, (text, colour) in enumerate(heading):
         draw.text((4, number * (TEXT_PIXELS + 4)), text, fill=colour, font=font)
     style: dict[str, Any] = {"fill": "white", "font": font, "stroke_width": 2, "stroke_fill": "black"}
-    for y, row in enumerate(rows):
-        for x, (picture, marks, caption) in enumerate(row):
-            pixels = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
-            left, upper = x * width, top + y * height
-            image.paste(pixels, (left + (width - pixels.width) // 2, upper + (height - pixels.height) // 2))
-            for letter, place, anchor in zip(marks, (left + 3, left + width - 4), ("la", "ra"), strict=False):
-                draw.text((place, upper + 2), letter, anchor=anchor, **style)
-            if caption:
-                lines = caption.count("\n") + 1
-                draw.text((left + 4, upper + height - lines * (TEXT_PIXELS + 4) - 4), caption, **style)
+    corners = [(x * width, top + y * height, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)]
+    for left, upper, cell in corners:
+        pixels = Image.fromarray((np.clip(cell.picture, 0, 1) * 255).round().astype(np.uint8))
+        image.paste(pixels, (left + (width - pixels.width) // 2, upper + (height - pixels.height) // 2))
+    for left, upper, (_, marks, caption) in corners:  # after all pictures: a caption may be longer than its cell
+        for letter, place, anchor in zip(marks, (left + 3, left + width - 4), ("la", "ra"), strict=False):
+            draw.text((place, upper + 2), letter, anchor=anchor, **style)
+        lines = caption.count("\n") + 1
+        draw.text((left + 4, upper + height - lines * (TEXT_PIXELS + 4) - 4), caption, **style)
     return np.asarray(image)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import numpy as np
+from nibabel.affines import apply_affine
 
 from brainfm_monai.io import write_table
 from brainfm_monai.outputs.result import ScanResult
 from brainfm_monai.outputs.segmentation import compute_totals_mm3, compute_volumes_mm3
-from brainfm_monai.outputs.template import affine_points, fit_affine
+from brainfm_monai.outputs.warps import fit_affine_to_template
 from brainfm_monai.transforms import MODES
 
 __all__ = ["RULES", "collect_warnings", "structure_entropy", "write_quality"]
@@ -85,7 +86,7 @@ def _sides(scan: ScanResult) -> Iterator[str]:
         voxels = np.argwhere(members[scan.labels])
         if not len(voxels):
             return
-        centre[side] = affine_points(scan.affine, voxels.mean(axis=0))
+        centre[side] = apply_affine(scan.affine, voxels.mean(axis=0))
     if centre["left"][0] >= centre["right"][0]:
         yield "left and right contradict the affine: structures of the left side lie to the right"
 
@@ -94,10 +95,8 @@ def _direction(scan: ScanResult) -> Iterator[str]:
     """The head's axes by the template coordinates against those of the affine."""
     if "mni" not in scan.maps:
         return
-    brain = scan.layout.protocol.is_brain[scan.maps["segmentation"].cpu().numpy()[0]]
     try:
-        place = affine_points(scan.network_affine, np.argwhere(brain))
-        matrix = fit_affine(place, scan.maps["mni"].cpu().numpy()[:, brain].T)
+        matrix = fit_affine_to_template(scan)
     except (ValueError, np.linalg.LinAlgError):
         return
     if np.linalg.det(matrix[:3, :3]) <= 0:

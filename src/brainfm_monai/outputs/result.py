@@ -144,6 +144,11 @@ class ScanResult:
             raise ValueError(f"{self.source}: the scan itself is needed, found its maps alone")
         return resample(self.original, self.labels.shape, self.affine)
 
+    @property
+    def modality(self) -> str:
+        """What the scan was taken for, with the reason: ``ct: ...`` or ``mr: ...``; empty if that is not known."""
+        return "" if self.original is None else str(self.original.meta.get("modality", ""))
+
     @cached_property
     def network_affine(self) -> np.ndarray:
         """Voxel indices of :attr:`maps` to RAS mm, shape (4, 4)."""

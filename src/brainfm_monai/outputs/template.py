@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
 
 from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.functional.spatial import warp as sample
 
 __all__ = [
     "Warp",
-    "affine_points",
     "fit_affine",
     "fit_warp",
     "fold_fraction",
@@ -26,7 +26,7 @@ __all__ = [
     "load_template",
 ]
 
-ROUNDS = 30  # of reweighting; the weights stand still after about ten
+ROUNDS, STILL = 30, 1e-7  # of reweighting, at most; it ends when no element of the matrix moves by more
 HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
 SAMPLES = 200_000  # voxels of the brain that the affine is fitted to: a brain has a million of 1 mm
 SMOOTHING_MM = (
@@ -38,15 +38,10 @@ DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual 
 INVERSION_ROUNDS, INVERSION_TOLERANCE_MM = 60, 0.01
 
 
-def affine_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Apply a matrix of shape (4, 4) to points of shape (..., 3)."""
-    return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
-
-
 def grid_points(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """RAS mm of every voxel, shape (*shape, 3), float32."""
     index = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"), axis=-1)
-    return affine_points(affine, index).astype(np.float32)
+    return apply_affine(affine, index).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,18 +61,18 @@ class Warp:
     @cached_property
     def residual(self) -> np.ndarray:
         """What the map adds to its affine part, mm, shape (H, W, D, 3)."""
-        return np.asarray(self.points - affine_points(self.matrix, grid_points(self.points.shape[:3], self.affine)))
+        return np.asarray(self.points - apply_affine(self.matrix, grid_points(self.points.shape[:3], self.affine)))
 
     def residual_at(self, points: np.ndarray) -> np.ndarray:
         """The residual at points of shape (..., 3), linearly interpolated, 0 beyond the grid."""
-        index = affine_points(np.linalg.inv(self.affine), points.reshape(-1, 3))
+        index = apply_affine(np.linalg.inv(self.affine), points.reshape(-1, 3))
         coordinates = torch.from_numpy(index.T.astype(np.float32)).reshape(1, 3, -1, 1, 1)
         field = torch.from_numpy(self.residual.astype(np.float32)).movedim(-1, 0)[None]
         return np.asarray(sample(field, coordinates)[0, :, :, 0, 0].T.numpy()).reshape(points.shape)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Map points of shape (..., 3)."""
-        return affine_points(self.matrix, points) + self.residual_at(points)
+        return apply_affine(self.matrix, points) + self.residual_at(points)
 
     @property
     def displacement(self) -> np.ndarray:
@@ -106,14 +101,18 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     weight = np.ones(len(known))
     matrix = np.eye(4)
     for _ in range(ROUNDS):
-        weighted = known * weight[:, None]
+        weighted, last = known * weight[:, None], matrix.copy()
         matrix[:3] = np.linalg.solve(weighted.T @ known, weighted.T @ goal).T
+        if np.abs(matrix - last).max() < STILL:
+            break
         error = np.linalg.norm(known @ matrix[:3].T - goal, axis=1)
         weight = HUBER_MM / np.maximum(error, HUBER_MM)
     return matrix
 
 
-def fit_warp(coordinates: np.ndarray, brain: np.ndarray, affine: np.ndarray, spacing_vox: int = 3) -> Warp:
+def fit_warp(
+    coordinates: np.ndarray, brain: np.ndarray, affine: np.ndarray, matrix: np.ndarray, spacing_vox: int = 3
+) -> Warp:
     """Smooth map to the template that follows predicted coordinates within the brain, and is affine far from it.
 
     The residual of the affine fit is averaged with a Gaussian over the brain alone (normalised convolution), and with a wider one
@@ -123,22 +122,18 @@ def fit_warp(coordinates: np.ndarray, brain: np.ndarray, affine: np.ndarray, spa
         coordinates: predicted template RAS mm, shape (3, H, W, D).
         brain: where they are to be believed, bool, shape (H, W, D).
         affine: voxel indices to RAS mm, shape (4, 4).
+        matrix: affine map to the template, see :func:`fit_affine`.
         spacing_vox: voxels per voxel of the result.
 
     Returns:
         The map on a coarser grid that covers the given one.
-
-    Raises:
-        ValueError: if there is not enough brain to fit an affine to.
     """
     from scipy.ndimage import gaussian_filter  # an optional dependency
 
-    voxels = np.argwhere(brain)
-    matrix = fit_affine(affine_points(affine, voxels), coordinates[:, brain].T)
     coarse = affine @ np.diag([spacing_vox] * 3 + [1.0])
     cut = tuple(slice(None, None, spacing_vox) for _ in range(3))
     mask = brain[cut].astype(np.float32)
-    spread = affine_points(matrix, grid_points(mask.shape, coarse))
+    spread = apply_affine(matrix, grid_points(mask.shape, coarse))
     residual = (np.moveaxis(coordinates[(slice(None), *cut)], 0, -1) - spread) * mask[..., None]
     # a coordinate that is far off is not smoothed but limited, as in the affine fit
     length = np.linalg.norm(residual, axis=-1, keepdims=True)
@@ -184,9 +179,9 @@ def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
     """
     inverse = np.linalg.inv(warp.matrix)
     goal = grid_points(shape, affine).reshape(-1, 3)
-    points = affine_points(inverse, goal)
+    points = apply_affine(inverse, goal)
     for _ in range(INVERSION_ROUNDS):
-        better = affine_points(inverse, goal - warp.residual_at(points))
+        better = apply_affine(inverse, goal - warp.residual_at(points))
         step = float(np.abs(better - points).max())
         points = better
         if step < INVERSION_TOLERANCE_MM:

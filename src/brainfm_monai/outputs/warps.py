@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.affines import apply_affine
 from torch import Tensor
 
 from brainfm_monai.functional.spatial import warp as sample
+from brainfm_monai.io import write_text
 from brainfm_monai.outputs.images import save_map
 from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
 from brainfm_monai.outputs.template import (
     Warp,
+    fit_affine,
     fit_warp,
     fold_fraction,
     invert_warp,
@@ -23,6 +27,7 @@ from brainfm_monai.outputs.template import (
 __all__ = [
     "TO_SCAN",
     "TO_TEMPLATE",
+    "fit_affine_to_template",
     "fit_scan_to_template",
     "resample_through",
     "write_coordinates",
@@ -44,19 +49,37 @@ def write_coordinates(scan: ScanResult) -> None:
     save_map(scan, "mni", np.moveaxis(scan.in_grid("mni"), 0, -1), text, Space=TEMPLATE_SPACE)
 
 
-def fit_scan_to_template(scan: ScanResult) -> Warp:
-    """The smooth map from the scan's RAS mm to the template's, fitted to the predicted coordinates of the brain's tissue.
+def fit_affine_to_template(scan: ScanResult) -> np.ndarray:
+    """Matrix from the scan's RAS mm to the template's, (4, 4), fitted to the predicted coordinates of the brain's tissue.
 
     Raises:
-        ValueError: if no brain was found.
+        ValueError: if too little brain was found.
     """
-    if "warp" in scan.shared:
-        return cast(Warp, scan.shared["warp"])
+    if "affine" not in scan.shared:
+        brain = _tissue(scan)
+        points = apply_affine(scan.network_affine, np.argwhere(brain))
+        scan.shared["affine"] = fit_affine(points, scan.maps["mni"].cpu().numpy()[:, brain].T)
+    return cast(np.ndarray, scan.shared["affine"])
+
+
+def fit_scan_to_template(scan: ScanResult) -> Warp:
+    """The smooth map from the scan's RAS mm to the template's, of which :func:`fit_affine_to_template` is the affine part.
+
+    Raises:
+        ValueError: if too little brain was found.
+    """
+    if "warp" not in scan.shared:
+        matrix = fit_affine_to_template(scan)
+        coordinates = scan.maps["mni"].cpu().numpy()
+        scan.shared["warp"] = fit_warp(coordinates, _tissue(scan), scan.network_affine, matrix)
+    return cast(Warp, scan.shared["warp"])
+
+
+def _tissue(scan: ScanResult) -> np.ndarray:
+    """The brain without the fluid around it, in the network's grid, bool, shape (H, W, D)."""
     protocol = scan.layout.protocol
     tissue = protocol.is_brain & (protocol.freesurfer_ids != OUTER_FLUID_ID)
-    labels = scan.maps["segmentation"].cpu().numpy()[0]
-    scan.shared["warp"] = found = fit_warp(scan.maps["mni"].cpu().numpy(), tissue[labels], scan.network_affine)
-    return found
+    return np.asarray(tissue[scan.maps["segmentation"].cpu().numpy()[0]])
 
 
 def write_transforms(scan: ScanResult) -> None:
@@ -76,11 +99,10 @@ def write_transforms(scan: ScanResult) -> None:
         -(-n // TEMPLATE_STRIDE) + 1 for n in template.shape
     )  # one more, so that the whole template is covered
     backward = invert_warp(forward, shape, coarse_affine)
-    write_itk_affine(scan, f"{TO_TEMPLATE}_desc-affine_xfm.tfm", np.linalg.inv(forward.matrix))
-    write_itk_affine(scan, f"{TO_SCAN}_desc-affine_xfm.tfm", forward.matrix)
+    for name, warp in ((TO_TEMPLATE, backward), (TO_SCAN, forward)):
+        write_text(scan.path(f"{name}_desc-affine_xfm.tfm"), format_itk_affine(warp.matrix))
+        write_displacement(scan.path(f"{name}_xfm.nii.gz"), warp)
     np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
-    write_displacement(scan, f"{TO_TEMPLATE}_xfm", backward)
-    write_displacement(scan, f"{TO_SCAN}_xfm", forward)
     folds = {"predicted": _folds_of_prediction(scan), "warp": fold_fraction(forward)}
     scan.summary.update(
         {"folds_of_predicted_coordinates": round(folds["predicted"], 6), "folds_of_warp": round(folds["warp"], 6)}
@@ -110,23 +132,21 @@ def _folds_of_prediction(scan: ScanResult) -> float:
     return fold_fraction(Warp(coordinates, scan.network_affine, np.eye(4)), brain[box])
 
 
-def write_itk_affine(scan: ScanResult, suffix: str, matrix: np.ndarray) -> None:
-    """Write an affine of RAS points as ITK's text file, which counts in LPS."""
+def format_itk_affine(matrix: np.ndarray) -> str:
+    """An affine of RAS points as the text file of ITK, which counts in LPS."""
     lps = RAS_LPS @ matrix @ RAS_LPS
     numbers = " ".join(f"{value:.17g}" for value in [*lps[:3, :3].reshape(-1), *lps[:3, 3]])
     lines = ["#Insight Transform File V1.0", "#Transform 0", "Transform: AffineTransform_double_3_3"]
-    scan.path(suffix).write_text(
-        "\n".join([*lines, f"Parameters: {numbers}", "FixedParameters: 0 0 0", ""]), encoding="utf-8"
-    )
+    return "\n".join([*lines, f"Parameters: {numbers}", "FixedParameters: 0 0 0", ""])
 
 
-def write_displacement(scan: ScanResult, suffix: str, warp: Warp) -> None:
+def write_displacement(path: Path, warp: Warp) -> None:
     """Write a map as a displacement field that ITK and ANTs read: NIfTI, five axes, vectors in LPS mm."""
     rounded = np.rint(warp.displacement @ RAS_LPS[:3, :3] / DISPLACEMENT_STEP_MM) * DISPLACEMENT_STEP_MM
     image = nib.Nifti1Image(rounded.astype(np.float32)[:, :, :, None], warp.affine)
     image.header.set_intent("vector")
     image.header.set_xyzt_units("mm")
-    nib.save(image, scan.path(f"{suffix}.nii.gz"))
+    nib.save(image, path)
 
 
 def resample_through(

@@ -61,9 +61,11 @@ def compose_page(scan: ScanResult) -> str:
     protocol = scan.layout.protocol
     soft = scan.soft_volumes_mm3
     volumes = compute_volumes_mm3(scan.labels, scan.affine, len(protocol)) if soft is None else soft
-    facts = [f"volume {scan.frame} of its file"] * (scan.frame is not None) + [f"CT, {scan.window} HU"] * bool(
-        scan.window
-    )
+    facts = [
+        "" if scan.frame is None else f"volume {scan.frame} of its file",
+        f"CT clipped to {scan.window} HU" if scan.window else "",
+        scan.modality and f"taken for {scan.modality}",
+    ]
     view = scan.path("view.html")
     return render(
         "scan.html",
@@ -72,7 +74,7 @@ def compose_page(scan: ScanResult) -> str:
         size=" x ".join(str(n) for n in scan.labels.shape),
         voxels=" x ".join(f"{z:.2f}" for z in nib.affines.voxel_sizes(scan.affine)),
         axes="".join(nib.orientations.aff2axcodes(scan.affine)),
-        facts=facts,
+        facts=[fact for fact in facts if fact],
         view=view.name if view.is_file() else "",
         sections=[(heading, text, data_address(encode(sheet))) for heading, text, sheet in draw_sections(scan)],
         soft=soft is not None,
@@ -184,8 +186,12 @@ def _map_rows(scan: ScanResult, task: Task, draw_scan: Draw) -> list[Row]:
         head = scan.maps["segmentation"].cpu() > 0
         middle = float(values[head].median()) if head.any() else 1.0  # the scale of a bias field is free
         window = _grey_window(scan)
+
+        def inside(cut: Slice) -> np.ndarray:
+            return cut.read(scan.labels[None], scan.affine, nearest=True) > 0
+
         return [
-            ("bias field (red: too bright, full colour at a factor of 2)", lambda cut: draw(cut, middle)),
+            ("bias field (red: too bright, full colour at a factor of 2)", lambda cut: draw(cut, middle) * inside(cut)),
             (
                 "scan without it",
                 lambda cut: shade(cut.read(scan.image, scan.affine)[..., 0] * middle / read(cut)[..., 0], window),
