@@ -17,6 +17,7 @@ from brainfm_monai.outputs import (
     ScanResult,
     collect_warnings,
     resample,
+    result,
     write_lesions,
     write_quality,
     write_synthetic_images,
@@ -196,6 +197,31 @@ def test_nearest_keeps_the_type(tmp_path: Path) -> None:
     moved = resample(labels, (4, 6, 8), np.diag([0.5, 0.5, 0.5, 1.0]), mode="nearest")
     assert moved.dtype == torch.uint8
     assert set(moved.unique().tolist()) == set(range(24))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("signs", [(1, -1, 1), (-1, -1, -1), (1, 1, 1)])
+def test_the_same_voxels_in_another_order_are_not_interpolated(
+    order: tuple[int, ...], signs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against MONAI's resampling, with axes of three lengths, permuted and flipped, and an oblique affine."""
+    oblique = np.array([[0.9, 0.1, 0, -20], [-0.1, 1.1, 0.2, 7], [0.05, -0.2, 1.3, 3], [0, 0, 0, 1]])
+    source = MetaTensor(
+        torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)), affine=torch.from_numpy(oblique)
+    )
+    turn = np.eye(4)
+    turn[:3, :3] = np.eye(3)[:, order] * signs
+    shape = tuple((4, 5, 6)[axis] for axis in order)
+    turn[:3, 3] = [n - 1 if turn[axis, :3].sum() < 0 else 0 for axis, n in enumerate((4, 5, 6))]
+    found = resample(source, shape, oblique @ turn)
+    monkeypatch.setattr(result, "_turn", lambda *_: None)
+    expected = resample(source, shape, oblique @ turn)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(found.affine, oblique @ turn)
+    monkeypatch.undo()
+    moved = oblique @ turn @ np.array([[1, 0, 0, 0.4], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    assert result._turn(source, shape, moved) is None  # four tenths of a voxel away
+    assert result._turn(source, (4, 5, 7), oblique) is None
 
 
 def head(left_first: bool = False, top: int = 26) -> np.ndarray:

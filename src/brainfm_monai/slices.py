@@ -235,8 +235,10 @@ def _draw_surfaces(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def _draw_grid(coordinates: np.ndarray, base: np.ndarray, plane: Plane) -> np.ndarray:
-    """Lines of equal coordinates; the outermost is where there are none (0 in the air around)."""
+    """Lines of equal coordinates, but for the border of the computed box, beyond which coordinates are 0."""
     known = np.any(coordinates != 0, axis=-1)
+    for axis, shift in ((0, 2), (0, -2), (1, 2), (1, -2)):
+        known = known & np.roll(known, shift, axis)
     for axis in (plane.horizontal, plane.vertical):
         for level in range(-GRID_END_MM, GRID_END_MM + 1, GRID_STEP_MM):
             base = outline(base, coordinates[..., axis], level, AXIS_COLOURS[axis], known)

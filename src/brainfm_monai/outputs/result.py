@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +24,7 @@ from brainfm_monai.tasks import TaskLayout
 __all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "describe_run", "resample"]
 
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
+SAME_VOXELS = 1e-3  # of a voxel: a distance below which two grids hold the same voxels
 INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
 
 
@@ -179,11 +180,15 @@ class ScanResult:
         if np.issubdtype(volume.dtype, np.integer):
             image = nib.Nifti1Image(volume, place)
         else:
-            largest = max(float(np.abs(volume).max()), float(np.finfo(np.float32).tiny))
+            largest = max(float(volume.max()), -float(volume.min()), float(np.finfo(np.float32).tiny))
             # a range of whole steps around 0, so that 0 stays 0
             slope = step or largest * 2 / INT16_LEVELS
             limits = np.iinfo(np.int16)
-            image = nib.Nifti1Image(np.clip(np.rint(volume / slope), limits.min, limits.max).astype(np.int16), place)
+            steps = np.divide(
+                volume, slope, order="F", dtype=np.float32
+            )  # the order of the file; large copies cost time
+            np.clip(np.rint(steps, out=steps), limits.min, limits.max, out=steps)
+            image = nib.Nifti1Image(steps.astype(np.int16), place)
             image.header.set_slope_inter(slope, 0)
         image.header.set_xyzt_units("mm")
         nib.save(image, self.path(f"{suffix}.nii.gz"))
@@ -203,6 +208,25 @@ def resample(
     source = volume if isinstance(volume, MetaTensor) else MetaTensor(volume)
     if tuple(source.shape[1:]) == tuple(shape) and np.allclose(source.affine, affine, atol=1e-6):
         return source
+    if (turned := _turn(source, shape, affine)) is not None:
+        return turned if mode == "nearest" else cast(MetaTensor, turned.float())
     apply = SpatialResample(mode=mode, padding_mode=padding_mode, dtype=torch.float32)  # type: ignore[arg-type]
     moved = apply(source, dst_affine=torch.from_numpy(np.array(affine)), spatial_size=tuple(shape))
     return MetaTensor(moved.to(source.dtype) if mode == "nearest" else moved)
+
+
+def _turn(source: MetaTensor, shape: Sequence[int], affine: np.ndarray) -> MetaTensor | None:
+    """A volume on a grid of the same voxels in another order of axes, without interpolation; None if the voxels differ."""
+    to_source = np.linalg.inv(np.asarray(source.affine, dtype=np.float64)) @ affine
+    axes = np.abs(to_source[:3, :3]).argmax(axis=0)  # of the source, for every axis of the grid
+    signs = np.sign(to_source[axes, range(3)])
+    ends = np.array([0.0 if sign > 0 else source.shape[1 + axis] - 1.0 for axis, sign in zip(axes, signs, strict=True)])
+    expected = np.zeros((3, 4))
+    expected[axes, range(3)] = signs
+    expected[axes, 3] = ends
+    same_size = sorted(axes) == [0, 1, 2] and tuple(source.shape[1 + axis] for axis in axes) == tuple(shape)
+    if not same_size or not np.allclose(to_source[:3], expected, atol=SAME_VOXELS):
+        return None
+    turned = source.as_tensor().permute(0, *(1 + int(axis) for axis in axes))
+    turned = turned.flip([1 + i for i in range(3) if signs[i] < 0])
+    return MetaTensor(turned, affine=torch.from_numpy(np.array(affine)))
