@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from brainfm_monai.evaluation.definitions import HEADLINES, Headline
-from brainfm_monai.evaluation.figures import LEVEL, draw_differences, encode_plot
+from brainfm_monai.evaluation.figures import draw_rows
 from brainfm_monai.evaluation.page import define_metrics, tabulate
 from brainfm_monai.evaluation.tables import ALL, METRICS_FILE, drop_merged_sides
 from brainfm_monai.io import ABSENT, write_text
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_evaluations"]
 
 TABLE, PAGE = "comparison.tsv", "comparison.html"
+LEVEL = 0.05  # of P values
 MOST_NAMED = 5  # scans that a message names
 KEYS = ["task", "structure", "side", "metric", "unit"]
 
@@ -55,7 +56,7 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
     compared = compare(*shared)
     write_frame(Path(output_dir) / TABLE, compared)
     page = Path(output_dir) / PAGE
-    conditions = [_describe_condition(name, compared) for name in dict.fromkeys(left["condition"])]
+    conditions = [_describe_condition(name, compared, *shared) for name in dict.fromkeys(left["condition"])]
     content = {"first": first, "second": second, "scans": left["scan"].nunique(), "conditions": conditions}
     content |= {"definitions": define_metrics(compared["metric"]), "file": TABLE}
     write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
@@ -81,7 +82,7 @@ def _check_same_cases(a: pd.DataFrame, b: pd.DataFrame, first: str | Path, secon
         raise ValueError(f"compare: the same scans and conditions are needed in both folders, found {'; '.join(found)}")
 
 
-def _describe_condition(name: str, compared: pd.DataFrame) -> dict[str, Any]:
+def _describe_condition(name: str, compared: pd.DataFrame, first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
     """Tables of the headlines and of HD95 by structure, and the figure of Dice by structure."""
     own = compared[(compared["condition"] == name) & (compared["n"] > 0)]
     tables: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
@@ -89,8 +90,10 @@ def _describe_condition(name: str, compared: pd.DataFrame) -> dict[str, Any]:
         chosen = own[(own["task"] == headline.task) & (own["metric"] == headline.metric)]
         tables[headline.metric == "hd95"] += [_describe_row(headline, row) for row in chosen.to_dict("records")]
     dice = drop_merged_sides(own[(own["metric"] == "dice") & (own["task"] == "segmentation")])
-    labels = [_place(row) for row in dice.to_dict("records")]
-    figure = encode_plot(draw_differences(dice.assign(label=labels), "difference of Dice, B - A")) if labels else ""
+    pairs = dice.merge(first.merge(second, on=["scan", "condition", *KEYS]), on=["condition", *KEYS], sort=False)
+    labels = [_place(row) + (" *" if row["p_holm"] < LEVEL else "") for row in pairs.to_dict("records")]
+    rows = pairs.assign(value=pairs["value_y"] - pairs["value_x"], row=labels, panel="difference of Dice, B - A")
+    figure = draw_rows(rows.assign(side="both"), zero=True) if labels else ""
     headlines, hd95 = (tabulate(rows) for rows in tables.values())
     return {"name": name, "headlines": headlines, "hd95": hd95, "figure": figure}
 

@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from brainfm_monai.io import read_table
 from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, parse_ranges
 from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
 from brainfm_monai.synthesis.contrasts import CONTRASTS
@@ -18,25 +20,9 @@ from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
 __all__ = ["SETTINGS", "Condition", "check_for_real_scans", "fix_acquisition", "make_laws", "parse_conditions"]
 
 AXES = {"sagittal_slices_mm": 0, "coronal_slices_mm": 1, "axial_slices_mm": 2}
-# what a condition may set, and on which scans
-SETTINGS: dict[str, str] = {
-    "sagittal_slices_mm": "thickness and distance of slices from left to right; the other axes stay at the voxel size",
-    "coronal_slices_mm": "thickness and distance of slices from back to front",
-    "axial_slices_mm": "thickness and distance of slices from below to above",
-    "spacing_mm": "thickness and distance along all three axes, RAS order",
-    "slice_fwhm_mm": "full width at half maximum of the slices' Gaussian profile; by default that of the generator, 1.2 thicknesses",
-    "keep_zeros": "real scans: voxels that were exactly 0 stay 0 (default), such as all around an extracted brain; false: "
-    "they are blurred as the others",
-    "noise_percent": "standard deviation of Gaussian noise, or its range, percent of the intensity range",
-    "bias_log_std": "standard deviation of the log bias field's control points, or its range",
-    "bias_spacing_mm": "range of the distance of these control points",
-    "gamma": "exponent of the intensities",
-    "contrast": f"one of {', '.join((*CONTRASTS, 'random', 'inverted'))}; of real scans 'inverted' alone",
-    "rotation_deg": "rotation about every axis, generated scans alone",
-    "translation_mm": "translation along every axis, generated scans alone",
-    "ranges": "any fields of SynthesisRanges, generated scans alone",
-}
-GENERATED_ALONE = ("rotation_deg", "translation_mm", "ranges")
+_TABLE = read_table(Path(__file__).with_name("settings.tsv"))
+SETTINGS = {row["setting"]: row["meaning"] for row in _TABLE}  # what a condition may set
+GENERATED_ALONE = [row["setting"] for row in _TABLE if row["scans"] == "generated"]
 INVERTED = "inverted"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # it becomes part of file names
 STD_OF_FWHM = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from brainfm_monai.evaluation.definitions import HEADLINES
 from brainfm_monai.metrics import MetricRow, summarise, write_frame
+from brainfm_monai.metrics.statistics import KEYS
 from brainfm_monai.metrics.structures import SIDES
 
 if TYPE_CHECKING:
@@ -88,26 +89,26 @@ def write_dice_tables(output_dir: Path, dice: Mapping[str, ArrayLike], structure
     write_frame(output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), ".4f")
 
 
-def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:
+def drop_merged_sides(table: pd.DataFrame, column: str = "structure") -> pd.DataFrame:
     """Rows without those that merge a left and a right part of the table: a structure counts by its sides."""
-    paired = table["structure"].isin(table[table["side"] == "left"]["structure"])
+    paired = table[column].isin(table[table["side"] == "left"][column])
     return table[~(paired & (table["side"] == "both"))]
 
 
 def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
-    """One value of every case for each headline: the mean of its metric over structures and sides.
+    """One row of every case for each headline: the mean of its metric over structures and sides.
 
     Args:
         table: see :func:`~brainfm_monai.metrics.make_table`.
 
     Returns:
-        Columns ``title``, ``scan``, ``condition`` and ``value``, without undefined values.
+        A table with the same columns, without undefined values; ``structure`` is the title of the headline.
     """
     import pandas as pd
 
-    parts = [
-        drop_merged_sides(table[(table["task"] == h.task) & (table["metric"] == h.metric)]).assign(title=h.title)
-        for h in HEADLINES
-    ]
-    means = pd.concat(parts).groupby(["title", "scan", "condition"], sort=False)["value"].mean()
-    return means.dropna().reset_index()
+    parts = []
+    for headline in HEADLINES:
+        rows = drop_merged_sides(table[(table["task"] == headline.task) & (table["metric"] == headline.metric)])
+        parts.append(rows.assign(structure=headline.title, side="both"))
+    rows = pd.concat(parts)
+    return rows.groupby([*KEYS, "scan"], sort=False)["value"].mean().dropna().reset_index()

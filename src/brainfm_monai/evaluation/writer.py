@@ -119,7 +119,7 @@ class EvaluationWriter:
             table=table,
             summary=write_tables(self.output_dir, table),
             conditions=self.conditions,
-            cases={name: (str(entries[name]["scan"]), str(entries[name]["condition"])) for name in measured},
+            cases={(str(entries[name]["scan"]), str(entries[name]["condition"])): name for name in measured},
             failures={
                 name: self.files.read_failure(scan) or "not measured yet"
                 for name, scan in entries.items()
