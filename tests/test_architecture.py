@@ -211,6 +211,12 @@ def test_importing_the_package_brings_no_optional_library() -> None:
     assert "itk" not in loaded
 
 
+def test_the_command_starts_without_the_slow_libraries() -> None:
+    slow = {"torch", "monai", "matplotlib", "pandas", "jinja2", "itk"}
+    loaded = run_python("import sys, brainfm_monai.cli\nprint(*sys.modules)").split()
+    assert not slow & set(loaded)
+
+
 def test_the_other_rooms_start_without_the_extras() -> None:
     names = [identify(path).removesuffix(".py").replace("/", ".") for path in MODULES]
     core = [n for n in names if n.split(".")[0] not in OPTIONAL_ROOMS and not n.endswith(("__init__", "__main__"))]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from brainfm_monai.anatomy import Protocol, Structure
-from brainfm_monai.tasks import TASKS, Task, TaskLayout
+if TYPE_CHECKING:
+    from brainfm_monai.anatomy import Protocol, Structure
+    from brainfm_monai.tasks import TASKS, Task, TaskLayout
 
 __version__ = "0.2.0"
 
 __all__ = ["TASKS", "Protocol", "Structure", "Task", "TaskLayout", "__version__", "predict"]
+
+HOMES = {"Protocol": "anatomy", "Structure": "anatomy", "TASKS": "tasks", "Task": "tasks", "TaskLayout": "tasks"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is used: the command starts without torch."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'brainfm_monai' has no attribute '{name}'")
+    return getattr(import_module(f"brainfm_monai.{HOMES[name]}"), name)
 
 
 def predict(image: Any, bundle: str = "bundle", **overrides: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import numpy as np
-import torch
 
 __all__ = ["fingerprint", "literal"]
 
@@ -54,6 +53,8 @@ def fingerprint(*values: Any) -> str:
 
 def _describe(value: Any, parents: list[int]) -> Any:
     """Nested lists that JSON can write; ``parents`` are the ids of the objects that hold the value."""
+    import torch  # slow to import: the command starts without it
+
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, PurePath | Enum) or type(value).__name__ in WITHOUT_STATE:
@@ -77,6 +78,8 @@ def _describe(value: Any, parents: list[int]) -> Any:
 
 def _parts(value: Any) -> Any:
     """What an object consists of."""
+    import torch  # slow to import: the command starts without it
+
     if isinstance(value, FunctionType):
         return [
             value.__qualname__,
