@@ -83,9 +83,9 @@ class NonFiniteStop:
             if is_bad:
                 self._report(engine, iteration, facts, row, tasks)
             if self.in_row >= self.max_in_row:
-                found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
                 raise FloatingPointError(
-                    f"training: the loss must be finite, found {found}: see {self.output_dir}/nonfinite_*.json"
+                    f"training: the loss must be finite, found {self.in_row} steps in a row up to iteration {iteration} where it is "
+                    f"not: see {self.output_dir}/nonfinite_*.json"
                 )
 
     def _report(

@@ -71,9 +71,9 @@ def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: T
             torch.ones_like(centres[:, 0], dtype=torch.bool),
         )
         for axis, count in enumerate(size):
-            place = (centres[:, axis] + offsets[:, axis, n, None]).round_().int()
-            inside &= (place >= 0) & (place < count)
-            index = index.mul_(count).add_(place.clamp_(0, count - 1))
+            index_along = (centres[:, axis] + offsets[:, axis, n, None]).round_().int()
+            inside &= (index_along >= 0) & (index_along < count)
+            index = index.mul_(count).add_(index_along.clamp_(0, count - 1))
         held[..., n] = torch.where(inside, of_map.gather(1, index.long()), outside) + first
     means = nnf.embedding_bag(held.flatten(0, 1), table, mode="mean")
     return means.reshape(batch, *coordinates.shape[2:], -1).movedim(-1, 1)

@@ -41,9 +41,9 @@ def threshold_share(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
     """
     lowest = torch.finfo(field.dtype).min
     values = torch.where(region, field, lowest).flatten(1).sort(dim=1, descending=True).values
-    place = (share * region.flatten(1).sum(1)).round().long().clamp_max(values.shape[1] - 1)
-    level = torch.gather(values, 1, (place - 1).clamp_min(0)[:, None]).reshape(-1, 1, 1, 1, 1)
-    return torch.where(place.reshape(-1, 1, 1, 1, 1) > 0, level, torch.finfo(field.dtype).max)
+    count = (share * region.flatten(1).sum(1)).round().long().clamp_max(values.shape[1] - 1)
+    level = torch.gather(values, 1, (count - 1).clamp_min(0)[:, None]).reshape(-1, 1, 1, 1, 1)
+    return torch.where(count.reshape(-1, 1, 1, 1, 1) > 0, level, torch.finfo(field.dtype).max)
 
 
 def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:

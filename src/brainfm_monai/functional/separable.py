@@ -97,8 +97,8 @@ def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None
         Operator of shape (B, count, columns) whose rows sum to 1.
     """
     half = (size - 1) / 2
-    place = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
-    return _hat((place / spacing[:, None] + (columns - 1) / 2).clamp(0, columns - 1), columns)
+    position = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
+    return _hat((position / spacing[:, None] + (columns - 1) / 2).clamp(0, columns - 1), columns)
 
 
 def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
@@ -161,5 +161,5 @@ def upsampling_operator(spacing: Tensor, size: int) -> Tensor:
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     slices = (size / spacing).floor().clamp_min(1)
-    place = ((index + 0.5) / spacing[:, None] - 0.5).clamp_min(0)
-    return _hat(torch.minimum(place, slices[:, None] - 1), size)
+    position = ((index + 0.5) / spacing[:, None] - 0.5).clamp_min(0)
+    return _hat(torch.minimum(position, slices[:, None] - 1), size)

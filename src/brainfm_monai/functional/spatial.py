@@ -169,9 +169,9 @@ def _tables(source: Tensor) -> list[Tensor]:
 def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index: Tensor, weight: Tensor) -> None:
     """Write flat index and weight of the eight voxels around points (3, N) into two tensors of shape (N, 8)."""
     places, shares = [], []
-    for place, n, stride in zip(points, size, (size[1] * size[2], size[2], 1), strict=True):
-        below = place.floor()
-        after = place - below
+    for position, n, stride in zip(points, size, (size[1] * size[2], size[2], 1), strict=True):
+        below = position.floor()
+        after = position - below
         first = below.int()
         pair, weights = (first, first + 1), (1 - after, after)
         if padding_mode == "zeros":
@@ -180,10 +180,10 @@ def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index:
         shares.append(weights)
     (x, y, z), (u, v, w) = places, shares
     row = torch.stack([a + b for a in x for b in y], 1)
-    share = torch.stack([a * b for a in u for b in v], 1)
+    product = torch.stack([a * b for a in u for b in v], 1)
     for half in range(2):
         torch.add(row, z[half][:, None], out=index[:, 4 * half : 4 * half + 4])
-        torch.mul(share, w[half][:, None], out=weight[:, 4 * half : 4 * half + 4])
+        torch.mul(product, w[half][:, None], out=weight[:, 4 * half : 4 * half + 4])
 
 
 def gather_nearest(source: Tensor, coordinates: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class TrainingStatistics:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
         if idist.get_rank() == 0:
-            bar = ProgressBar(persist=True, ncols=100)
+            bar = ProgressBar(persist=True)
             bar.attach(
                 engine,
                 output_transform=lambda _: {n: self.latest[n] for n in ("loss", *self.tasks) if n in self.latest},
@@ -62,10 +62,10 @@ class TrainingStatistics:
     def __call__(self, engine: Any) -> None:
         """Read the numbers of this iteration."""
         output, names = engine.state.output, ["loss", "gradient_norm", *self.tasks]
-        found = {"loss": output[CommonKeys.LOSS], "gradient_norm": output["gradient_norm"], **output["task_losses"]}
+        values = {"loss": output[CommonKeys.LOSS], "gradient_norm": output["gradient_norm"], **output["task_losses"]}
         device = output[CommonKeys.LOSS].device
         # a value and its weight for each name: a task that no sample of this process has does not count
-        rows = [(found.get(name, torch.zeros(())), torch.tensor(float(name in found))) for name in names]
+        rows = [(values.get(name, torch.zeros(())), torch.tensor(float(name in values))) for name in names]
         pairs = torch.stack([torch.stack([x.detach().float().to(device) for x in row]) for row in rows])
         if idist.get_world_size() > 1:
             pairs = cast(Tensor, idist.all_reduce(pairs))

@@ -40,7 +40,7 @@ def write_whole(path: str | Path) -> Iterator[Path]:
     partial = target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
     try:
         yield partial
-        with partial.open("rb") as written:
+        with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what is open for writing
             os.fsync(written.fileno())  # the content reaches the disk before the name does
         partial.replace(target)
     finally:

@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["compute_info_nce"]
 
 TEMPERATURE = 0.1  # the best of SimCLR's for vectors of length 1 (Chen et al., ICML 2020, table 5)
-LATTICE = 8  # points along each axis: 512 places to tell apart, whatever the size of the volume
+LATTICE = 8  # points along each axis: 512 places to distinguish, whatever the size of the volume
 
 
 def compute_info_nce(
@@ -43,7 +43,7 @@ def compute_info_nce(
     ):  # eight bits of a product would be seen at this temperature
         similarity = torch.einsum("bscp,btcq->bstpq", vectors, vectors) / temperature
     similarity = similarity.masked_fill(~counted[:, None, None, None], torch.finfo(torch.float32).min / 2)
-    found = similarity.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (B, S, S, P)
+    correct = similarity.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (B, S, S, P)
     others = ~torch.eye(samples, dtype=torch.bool, device=embedding.device)[None, :, :, None]
-    total = torch.where(counted[:, None, None] & others, -found, 0.0).sum((2, 3))
+    total = torch.where(counted[:, None, None] & others, -correct, 0.0).sum((2, 3))
     return (total / (counted.sum(1) * (samples - 1)).clamp_min(1)[:, None]).flatten()

@@ -130,7 +130,7 @@ def compute_laplace_nll(error: Tensor, log_scale: Tensor, mask: Tensor) -> Tenso
 
 
 def compute_centred_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of two fields up to a constant, inside a mask: a scan does not tell its overall gain.
+    """Mean squared error of two fields up to a constant, inside a mask: a scan does not determine its overall gain.
 
     Args:
         pred: shape (B, 1, H, W, D), log of a factor.

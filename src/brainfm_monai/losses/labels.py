@@ -24,22 +24,22 @@ class _DiceCrossEntropy(torch.autograd.Function):
         normaliser = logits.logsumexp(1, keepdim=True)
         log_true = logits.gather(1, index) - normaliser
         predicted = (logits - normaliser).exp_().square_().sum(2)
-        nothing = logits.new_zeros(batch, classes)
-        truth = nothing.scatter_add(1, index[:, 0], torch.ones_like(log_true[:, 0]))
-        overlap = nothing.scatter_add(1, index[:, 0], log_true[:, 0].exp())
+        zeros = logits.new_zeros(batch, classes)
+        truth = zeros.scatter_add(1, index[:, 0], torch.ones_like(log_true[:, 0]))
+        overlap = zeros.scatter_add(1, index[:, 0], log_true[:, 0].exp())
         size = (truth + predicted).clamp_min(1.0)
         present = (truth > 0) & (torch.arange(classes, device=truth.device) > 0)
-        share = present / present.sum(1, keepdim=True).clamp_min(1)
-        ctx.save_for_backward(logits, normaliser, index, overlap, size, share)
-        return ((1 - 2 * overlap / size) * share).sum(1) - log_true.sum((1, 2)) / voxels
+        weight = present / present.sum(1, keepdim=True).clamp_min(1)
+        ctx.save_for_backward(logits, normaliser, index, overlap, size, weight)
+        return ((1 - 2 * overlap / size) * weight).sum(1) - log_true.sum((1, 2)) / voxels
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Gradient of the logits, from those of the probabilities p by p (g - sum p g)."""
-        logits, normaliser, index, overlap, size, share = ctx.saved_tensors
-        share = share * gradient[:, None]
-        of_overlap, of_square = -2 * share / size, 2 * share * overlap / size.square()
+        logits, normaliser, index, overlap, size, weight = ctx.saved_tensors
+        weight = weight * gradient[:, None]
+        of_overlap, of_square = -2 * weight / size, 2 * weight * overlap / size.square()
         entropy = gradient[:, None] / logits.shape[2]
         probability = (logits - normaliser).exp_()
         mean = at_truth = probability.gather(1, index)[:, 0] * of_overlap.gather(1, index[:, 0])

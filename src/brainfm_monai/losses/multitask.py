@@ -111,14 +111,14 @@ class MultiTaskLoss(nn.Module):
             return pred[:0].sum()
         return self._join(sums, counts, pred.new_zeros((), dtype=torch.float32))
 
-    def _join(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], nothing: Tensor) -> Tensor:
+    def _join(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], zero: Tensor) -> Tensor:
         """Weighted sum of the tasks, each divided by the number of samples that have it."""
-        here = torch.stack([torch.stack([sums.get(n, nothing).detach(), counts.get(n, nothing)]) for n in self.kinds])
+        here = torch.stack([torch.stack([sums.get(n, zero).detach(), counts.get(n, zero)]) for n in self.kinds])
         everywhere, ranks = _add_over_ranks(here)
         terms = []
         for name, (total, count) in zip(self.kinds, everywhere, strict=True):
             number = count.clamp_min(1)
-            loss = sums.get(name, nothing) * (ranks / number)
+            loss = sums.get(name, zero) * (ranks / number)
             if self.balance is not None:
                 loss = self.balance(name, loss, total / number, (count > 0).to(total.dtype))
             terms.append(self.weights.get(name, 1.0) * loss)
@@ -152,7 +152,7 @@ class MultiTaskLoss(nn.Module):
         return self._compare(name, parts, truth, self._find_counted(name, target, area))
 
     def _find_counted(self, name: str, target: Mapping[str, Tensor], area: _Area) -> Tensor:
-        """Images and distances are known in the air, too, coordinates in the head; what was cut out of an image is not known."""
+        """Images and distances are known in the air, too, coordinates in the head; what was cut out of an image is unknown."""
         counted = area.head if self.kinds[name] == "coordinates" else area.visible
         return counted & target[f"valid_{name}"].bool() if f"valid_{name}" in target else counted
 
@@ -186,7 +186,7 @@ def _per_sample(available: Tensor, like: Tensor) -> Tensor:
 
 
 def _add_over_ranks(values: Tensor) -> tuple[Tensor, int]:
-    """Sum over all ranks, and their number; where no gradients are wanted, a rank measures for itself."""
+    """Sum over all ranks, and their number; without gradients, a rank measures for itself."""
     if not (torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()):
         return values, 1
     total = values.clone()

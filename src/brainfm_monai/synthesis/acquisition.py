@@ -55,11 +55,11 @@ def blend_inputs(painted: Tensor, images: Mapping[str, Tensor], appearance: Appe
     Returns:
         Image of the same shape.
     """
-    share = appearance.blend.reshape(len(painted), -1, 1, 1, 1, 1).unbind(1)
-    out = painted * share[0]
+    weights = appearance.blend.reshape(len(painted), -1, 1, 1, 1, 1).unbind(1)
+    out = painted * weights[0]
     for name, image in images.items():
         scaled = intensity.apply_window(image, appearance.ct_window) if name == "CT" else image
-        out = torch.addcmul(out, scaled, share[1 + list(IMAGES).index(name)] * INTENSITY_TOP)
+        out = torch.addcmul(out, scaled, weights[1 + list(IMAGES).index(name)] * INTENSITY_TOP)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.io import read_table
 
 __all__ = ["CONTRASTS", "read_contrasts"]
 
@@ -42,6 +42,5 @@ def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Te
 
 @cache
 def _read(name: str) -> dict[int, tuple[float, float]]:
-    text = (resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines(), delimiter="\t")
+    rows = read_table(str(resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv"))
     return {int(row["freesurfer_id"]): (float(row["mean"]), float(row["mean_std"])) for row in rows}

@@ -12,9 +12,9 @@ from brainfm_monai.synthesis.ranges import SynthesisParams
 __all__ = ["describe"]
 
 
-def describe(params: SynthesisParams, place: int) -> str:
+def describe(params: SynthesisParams, number: int) -> str:
     """What was drawn for a sample of the first subject, in a few lines."""
-    geometry, look = params.geometry, params.appearances[place]
+    geometry, look = params.geometry, params.appearances[number]
     names = ("synthetic", "T1w", "T2w", "FLAIR", "CT")
     blend = " + ".join(
         f"{float(w):.2f} {n}" if w < 1 else n for n, w in zip(names, look.blend[0], strict=True) if w > 0
@@ -31,7 +31,7 @@ def describe(params: SynthesisParams, place: int) -> str:
     ]
     events = {"mirrored": geometry.mirror[0], "stripped": geometry.stripped[0], "defaced": geometry.face[0].any()}
     events |= {"ghosts": look.ghost_strength[0].any(), "lesions": geometry.lesion_coverage[0] > 0}
-    return "\n".join([*facts, ", ".join(name for name, there in events.items() if there)])
+    return "\n".join([*facts, ", ".join(name for name, happened in events.items() if happened)])
 
 
 def _rotation(matrix: Tensor) -> Tensor:

@@ -29,14 +29,14 @@ def make_lesion_maps(
     """Lesions that a subject has, and lesions that it is given.
 
     Args:
-        subject: ``lesion``, its own, and ``lesion_shape``, somebody else's, where there are any; see ``render``.
+        subject: ``lesion``, its own, and ``lesion_shape``, another subject's, if present; see ``render``.
         geometry: the draw.
         coordinates: of the output voxels in the source.
         segmentation: at the output's voxels, (B, 1, H, W, D).
 
     Returns:
-        Two maps of 0 and 1, (B, 1, H, W, D), or nothing where neither can exist. Own lesions only move with the subject, because
-        real images show them; given ones, out of noise or of somebody else's shape, are carried by a flow of their own.
+        Two maps of 0 and 1, (B, 1, H, W, D), or None if neither can exist. Own lesions only move with the subject, because
+        real images show them; given ones, out of noise or of another subject's shape, are carried by a flow of their own.
     """
     if not geometry.lesion_noise and "lesion" not in subject:
         return None
@@ -53,7 +53,7 @@ def paint_lesions(image: Tensor, lesions: tuple[Tensor, Tensor] | None, appearan
 
     Args:
         image: (B, 1, H, W, D), in [0, 255] or a little above.
-        lesions: own and given ones, same shape, or nothing.
+        lesions: own and given ones, same shape, or None.
         appearance: the draw.
 
     Returns:
@@ -84,9 +84,9 @@ def _give_lesions(
         drawn = separable.resize(
             spatial.average_neighbours(drawn), counts
         )  # shares of a voxel keep the edge where it was
-        there = drawn.amax((1, 2, 3, 4), keepdim=True) > 0
-        wanted = geometry.lesion_coverage.reshape(-1, 1, 1, 1, 1) > 0
-        shape = torch.where(there, drawn * wanted, shape)
+        has_shape = drawn.amax((1, 2, 3, 4), keepdim=True) > 0
+        has_lesion = geometry.lesion_coverage.reshape(-1, 1, 1, 1, 1) > 0
+        shape = torch.where(has_shape, drawn * has_lesion, shape)
     velocity = lesion.compute_curl(_spread(geometry.lesion_potential, LESION_FLOW_SPACING_MM, counts, geometry))
     soft = lesion.carry(shape, velocity, geometry.lesion_flow / LESION_STEP)
     return ((separable.resize(soft, size) > 0.5) & region).float()

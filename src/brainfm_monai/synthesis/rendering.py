@@ -18,7 +18,7 @@ from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
 __all__ = ["render"]
 
 MNI_STEP_MM = 2.0  # distance of the points at which MNI coordinates are read
-FAR_MM = 2 * MAX_DISTANCE_MM  # signed distance of what is not there
+FAR_MM = 2 * MAX_DISTANCE_MM  # signed distance of what is absent
 
 
 def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskLayout) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
             covers the same box; non-zero where something was removed or is ill, ``<image>_defacing_mask``, ``lesion``
             (the subject's own) and ``lesion_shape`` (somebody else's); ``age`` in years and ``available_<task>``, (B,).
         params: the draw, with S samples for each subject.
-        layout: the tasks whose targets are wanted.
+        layout: the tasks whose targets are made.
 
     Returns:
         ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every task with a
@@ -75,9 +75,9 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
 def _collect(
     targets: Mapping[str, Tensor], scans: list[Tensor], of_samples: Mapping[str, list[Tensor]], layout: TaskLayout
 ) -> dict[str, Tensor]:
-    """What the samples of a subject share is repeated for each; what they have of their own stands in the same order."""
-    wanted = {name: value for name, value in targets.items() if name not in TASKS or name in layout.tasks}
-    out = {name: value.repeat_interleave(len(scans), 0) if len(scans) > 1 else value for name, value in wanted.items()}
+    """What the samples of a subject share is repeated for each; what each has of its own follows in the same order."""
+    kept = {name: value for name, value in targets.items() if name not in TASKS or name in layout.tasks}
+    out = {name: value.repeat_interleave(len(scans), 0) if len(scans) > 1 else value for name, value in kept.items()}
     out |= {name: torch.stack(values, 1).flatten(0, 1) for name, values in of_samples.items() if name in layout.tasks}
     return {"image": torch.stack(scans, 1).flatten(0, 1), **out}
 
@@ -157,7 +157,7 @@ def _look(geometry: GeometryParams, mni: Tensor | None, segmentation: Tensor) ->
 
 def _paint(
     read: Mapping[str, Tensor],
-    place: int,
+    number: int,
     images: Mapping[str, Tensor],
     lesions: tuple[Tensor, Tensor] | None,
     stays: Tensor,
@@ -166,7 +166,7 @@ def _paint(
 ) -> Tensor:
     """The undegraded image of one sample, in [0, 255] or a little above."""
     inside, head = read["painted"][:, :1], read["painted"][:, 1:2]
-    mean, std = (read["painted"][:, 2 + 2 * place + i, None] for i in range(2))
+    mean, std = (read["painted"][:, 2 + 2 * number + i, None] for i in range(2))
     air_mean, air_std = (value[:, 0].reshape(-1, 1, 1, 1, 1) for value in (appearance.mean, appearance.std))
     mean, std = mean + (1 - inside) * air_mean, std + (1 - inside) * air_std
     if appearance.cluster_offset.shape[1]:
@@ -180,14 +180,14 @@ def _paint(
     return paint_lesions(blended, lesions, appearance)
 
 
-def _unite(lesions: tuple[Tensor, Tensor] | None, there: Tensor) -> Tensor:
-    return torch.zeros_like(there) if lesions is None else (torch.maximum(*lesions) > 0.5) & there
+def _unite(lesions: tuple[Tensor, Tensor] | None, seen: Tensor) -> Tensor:
+    return torch.zeros_like(seen) if lesions is None else (torch.maximum(*lesions) > 0.5) & seen
 
 
 def _keep_hemispheres(distance: Tensor, geometry: GeometryParams) -> Tensor:
     """Distances of a removed hemisphere are far: channels are left, left, right, right."""
-    there = geometry.hemispheres.repeat_interleave(2, dim=1).reshape(-1, 4, 1, 1, 1)
-    return torch.where(there, distance, FAR_MM)
+    present = geometry.hemispheres.repeat_interleave(2, dim=1).reshape(-1, 4, 1, 1, 1)
+    return torch.where(present, distance, FAR_MM)
 
 
 def _mirror_labels(labels: Tensor, geometry: GeometryParams) -> Tensor:
@@ -197,5 +197,5 @@ def _mirror_labels(labels: Tensor, geometry: GeometryParams) -> Tensor:
 def _mirror_channels(values: Tensor, name: str, geometry: GeometryParams) -> Tensor:
     task = TASKS[name]
     signs = task.mirror_sign or (1,) * task.channels
-    other = [values[:, i] * sign for i, sign in zip(task.mirror_order or range(task.channels), signs, strict=True)]
-    return torch.where(geometry.mirror.reshape(-1, 1, 1, 1, 1), torch.stack(other, 1), values)
+    mirrored = [values[:, i] * sign for i, sign in zip(task.mirror_order or range(task.channels), signs, strict=True)]
+    return torch.where(geometry.mirror.reshape(-1, 1, 1, 1, 1), torch.stack(mirrored, 1), values)

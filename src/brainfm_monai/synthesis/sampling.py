@@ -48,8 +48,8 @@ class _Draws:
     def choose(self, weights: Tensor) -> Tensor:
         """An index per sample, (B,), by weights of shape (K,) or (B, K)."""
         cumulative = weights.expand(self.batch, -1).cumsum(1)
-        place = self.uniform((0.0, 1.0), 1) * cumulative[:, -1:]
-        return (place >= cumulative[:, :-1]).sum(1)
+        level = self.uniform((0.0, 1.0), 1) * cumulative[:, -1:]
+        return (level >= cumulative[:, :-1]).sum(1)
 
     def volume(self, *shape: int) -> Tensor:
         seeds = [int(torch.randint(LARGEST_SEED, (1,), generator=g)) for g in self.generators]
@@ -80,7 +80,7 @@ def sample(
         stride: size of an output voxel in source voxels.
         source_mm: size of a source voxel.
         available: which subjects have ``T1w``, ``T2w``, ``FLAIR``, ``CT``, (B,) bool on the host; none if not given.
-        device: where the draw is wanted.
+        device: of the draw.
 
     Returns:
         The draw.
@@ -88,8 +88,8 @@ def sample(
     laws = [ranges] if isinstance(ranges, SynthesisRanges) else list(ranges)
     draws, voxel_mm = _Draws(generators, torch.device(device)), stride * source_mm
     geometry, photo_spacing = _sample_geometry(laws[0], draws, spatial_size, protocol, stride, source_mm)
-    there = [(available or {}).get(name, torch.zeros(draws.batch, dtype=torch.bool)) for name in IMAGES]
-    present = torch.stack([torch.ones(draws.batch, dtype=torch.bool), *there], 1)
+    images = [(available or {}).get(name, torch.zeros(draws.batch, dtype=torch.bool)) for name in IMAGES]
+    present = torch.stack([torch.ones(draws.batch, dtype=torch.bool), *images], 1)
     appearances = tuple(
         _sample_appearance(law, draws, geometry, generation_protocol, present, photo_spacing, voxel_mm) for law in laws
     )
@@ -165,7 +165,7 @@ def _sample_kept(ranges: SynthesisRanges, draws: _Draws, protocol: Protocol, pho
     head_removal = draws.chance(ranges.head_removal_prob) | photo
     single, right = draws.chance(ranges.hemisphere_prob), draws.chance(0.0 if ranges.left_hemisphere else 0.5)
     removed = (strip | head_removal | single)[:, None] & ~brain
-    # What was outside the skull's fluid cannot be told from it: half of the extractions lose it, dissected brains always do.
+    # What was outside the skull's fluid cannot be distinguished from it: half of the extractions lose it, dissected brains always do.
     removed |= ((strip & without_fluid) | head_removal)[:, None] & _one_of(protocol, (CSF_ID,))
     sides = torch.tensor([("none", "left", "right").index(s.side) for s in protocol.structures])
     cerebrum = (sides == torch.where(right, 2, 1)[:, None]) & ~_one_of(protocol, CEREBELLUM_IDS)
@@ -269,7 +269,7 @@ def _sample_contrast(
 
 
 def _sample_blend(ranges: SynthesisRanges, draws: _Draws, present: Tensor) -> Tensor:
-    """Share of the synthetic image and of each real one: one of those that are there, or a mixture in place of the synthetic."""
+    """Share of the synthetic image and of each real one: one of the present ones, or a mixture instead of the synthetic."""
     chosen = draws.choose(torch.tensor(ranges.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
     alone = torch.nn.functional.one_hot(chosen, len(IMAGES) + 1).float()
     shares = draws.uniform((0.0, 1.0), len(IMAGES) + 1) * present
@@ -288,8 +288,8 @@ def _sample_resolution(ranges: SynthesisRanges, draws: _Draws, voxel_mm: float, 
     coarse = draws.uniform(ranges.coarse_spacing_mm, 3)
     spacing_mm = torch.stack([voxel, clinical, low_field, coarse], 1)
     thickness_mm = torch.stack([voxel, torch.where(through_plane, slab, voxel), low_field, coarse], 1)
-    place = family[:, None, None].expand(-1, 1, 3)
-    spacing_mm, thickness_mm = (values.gather(1, place)[:, 0] for values in (spacing_mm, thickness_mm))
+    row = family[:, None, None].expand(-1, 1, 3)
+    spacing_mm, thickness_mm = (values.gather(1, row)[:, 0] for values in (spacing_mm, thickness_mm))
     photo = (photo_mm > 0)[:, None]
     across = torch.arange(3) == PHOTO_AXIS
     spacing_mm = torch.where(photo, torch.where(across, photo_mm[:, None], voxel), spacing_mm)

@@ -50,14 +50,13 @@ class Synthesizer:
 
     Args:
         ranges: laws of the (severe) samples.
-        layout: tasks whose targets are wanted.
+        layout: tasks whose targets are made.
         spatial_size: (H, W, D) of the generated scans.
         scan_mm: voxel of the generated scans.
         label_mm: voxel of the subjects' labels, a whole fraction of ``scan_mm``; the same if not given.
         generation_protocol: protocol of the generation labels of subjects that name none.
         samples: scans of each subject; they share its deformation and its targets, and differ in everything else.
         mild_samples: how many of them, the first ones, are mild.
-        mild_ranges: laws of the mild samples; those of :func:`make_mild` if not given.
         image_transform: MONAI transform of one image (1, H, W, D) in [0, 1], such as ``RandKSpaceSpikeNoise`` or
             ``RandGibbsNoise``; a random one is seeded with the sample. The image is normalised again after it.
 
@@ -75,7 +74,6 @@ class Synthesizer:
         generation_protocol: str = "synthseg_generation",
         samples: int = 1,
         mild_samples: int = 0,
-        mild_ranges: SynthesisRanges | None = None,
         image_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if not 0 <= mild_samples <= samples or samples < 1:
@@ -89,8 +87,7 @@ class Synthesizer:
         self.layout, self.spatial_size = layout, tuple(spatial_size)
         self.generation_protocol = generation_protocol
         # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
-        mild = mild_ranges or make_mild(ranges)
-        self.ranges = [mild] * mild_samples + [ranges] * (samples - mild_samples)
+        self.ranges = [make_mild(ranges)] * mild_samples + [ranges] * (samples - mild_samples)
         self.image_transform = image_transform
 
     def draw(
@@ -156,8 +153,8 @@ class Synthesizer:
 
     def _transform_images(self, transform: Callable[[Any], Any], images: Tensor, seeds: Sequence[int]) -> list[Tensor]:
         transformed = []
-        for place, image in enumerate(images):
-            subject, number = divmod(place, len(self.ranges))
+        for index, image in enumerate(images):
+            subject, number = divmod(index, len(self.ranges))
             if isinstance(transform, Randomizable):
                 transform.set_random_state(seed=(seeds[subject] + number) % LARGEST_SEED)
             transformed.append(convert_to_tensor(transform(image), track_meta=False))
