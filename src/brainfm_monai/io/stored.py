@@ -18,6 +18,7 @@ GZIP_MARK = b"\x1f\x8b"
 LARGEST_RATIO = 1032  # of gzip: no byte of a packed file can give more
 LARGEST_VOXELS = 2**29  # of one volume: 2 GiB in float32, a head at 0.2 mm
 PIECE_BYTES = 2**24
+TAIL_PIECES, TAIL_BYTES = 16, 2**20  # behind the voxels that are read on for the check sum
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,11 @@ def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...])
 
 
 def _check_sum(stream: IO[bytes]) -> None:
-    """Let gzip compare its check sum, which it does at the end of the file; what follows the packed file is ignored."""
+    """Let gzip compare its check sum at the end of the stream; what follows the packed file is ignored."""
     try:
-        stream.read(1)
+        for _ in range(TAIL_PIECES):
+            if not stream.read(TAIL_BYTES):
+                return
     except gzip.BadGzipFile as error:
         if "Not a gzipped file" not in str(error):
             raise

@@ -122,8 +122,8 @@ def _read_header(path: Path) -> Stored:
 def _check_header(stored: Stored, frame: int | str | None) -> None:
     shape, count = stored.shape, math.prod(stored.shape[3:])
     if stored.dtype.fields or stored.dtype.kind not in "iuf":
-        kinds = {"c": "complex numbers", "V": "colours"}
-        raise ValueError(f"one real number per voxel is needed, found {kinds.get(stored.dtype.kind, stored.dtype)}")
+        kind = "colours" if stored.dtype.fields else "complex numbers" if stored.dtype.kind == "c" else stored.dtype
+        raise ValueError(f"one real number per voxel is needed, found {kind}")
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise ValueError(f"a 3-D volume of at least 2 voxels along each axis is needed, found shape {shape}")
     if math.prod(shape[:3]) > LARGEST_VOXELS:
