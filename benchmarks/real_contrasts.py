@@ -21,10 +21,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
 
 from brainfm_monai.data.contrasts import align_scan, measure_motion
-from brainfm_monai.data.intensities import read_scan
-from brainfm_monai.data.selftraining import to_one_mm
+from brainfm_monai.data.intensities import read_scan, resample_to_box
 
 # person -> T1w, T2w and FLAIR, each as the end of its path
 PEOPLE = {
@@ -32,6 +32,23 @@ PEOPLE = {
     "ms04": [f"raw/patient04/study1_{name}.nii.gz" for name in ("T1W", "T2W", "FLAIR")],
     "stroke": [f"stroke/{name}.nii.gz" for name in ("T1", "T2", "FLAIR")],
 }
+
+
+def to_one_mm(scan: Path) -> nib.Nifti1Image:
+    """A scan on a 1 mm grid along its own axes, in RAS+ order.
+
+    Raises:
+        ScanError: if the file holds no scan.
+    """
+    values, affine = read_scan(scan)
+    canonical = nib.as_closest_canonical(nib.Nifti1Image(values, affine))
+    spacing = voxel_sizes(canonical.affine)
+    height, width, depth = (int(np.ceil(n * s)) for n, s in zip(canonical.shape, spacing, strict=True))
+    grid = canonical.affine @ np.diag([*(1 / spacing), 1])
+    grid[:3, 3] = apply_affine(canonical.affine, (1 / spacing - 1) / 2)  # the corners of the boxes stay together
+    return nib.Nifti1Image(
+        resample_to_box(np.asarray(canonical.dataobj), canonical.affine, grid, (height, width, depth)), grid
+    )
 
 
 def find(folder: Path, end: str) -> Path:

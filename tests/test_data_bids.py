@@ -24,8 +24,9 @@ from brainfm_monai.data.contrasts import (
 from brainfm_monai.data.intensities import read_scan, resample_to_box
 from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.registration import coarsen_affine
-from brainfm_monai.data.selftraining import predicted_file, to_one_mm
+from brainfm_monai.data.selftraining import predicted_file
 from brainfm_monai.data.subjects import read_record
+from brainfm_monai.io import read_table
 
 SIZE = (48, 44, 40)
 AFFINE = np.array([[1.0, 0, 0, -24], [0, 1, 0, 10], [0, 0, 1, -31], [0, 0, 0, 1]])
@@ -253,11 +254,12 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
     def run(**settings: Any) -> None:
         """Stands in for MONAI's run: labels the first scan, fails on the second."""
         calls.append(settings)
-        scans = sorted(Path(settings["input"]).iterdir())
-        assert [scan.name for scan in scans] == ["sub-01.nii.gz", "sub-02.nii.gz"]
-        grid = load(scans[0])
-        assert nib.aff2axcodes(grid.affine) == ("R", "A", "S")
-        save(predicted_file(Path(settings["output_dir"]), "sub-01"), make_head(), grid.affine)
+        rows = read_table(settings["input"])
+        assert [(row["name"], Path(row["image"]).name) for row in rows] == [
+            (f"sub-0{n}", f"sub-0{n}_FLAIR.nii.gz") for n in (1, 2)
+        ]
+        assert (settings["outputs"], settings["grid"]) == ("segmentation", "1mm")
+        save(predicted_file(Path(settings["output_dir"]), "sub-01"), make_head(), AFFINE)
         raise SystemExit("1 of 2 scans failed")
 
     monkeypatch.setattr(selftraining, "run", run)
@@ -270,17 +272,6 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
     ):
         prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE)
     prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE, dry_run=True)
-
-
-def test_the_grid_of_one_mm_covers_the_same_box(tmp_path: Path) -> None:
-    affine = np.array([[0, 0, -2.0, 30], [-0.5, 0, 0, 20], [0, 0.75, 0, -40], [0, 0, 0, 1]])
-    values = np.random.default_rng(1).random((40, 32, 20)).astype(np.float32)
-    grid = to_one_mm(save(tmp_path / "a.nii.gz", values, affine))
-    assert grid.shape == (40, 20, 24)
-    assert nib.aff2axcodes(grid.affine) == ("R", "A", "S")
-    corners = [np.array([grid.affine @ [*c, 1] for c in ((-0.5,) * 3, np.array(grid.shape) - 0.5)])[:, :3]]
-    corners += [np.array([affine @ [*c, 1] for c in ((-0.5,) * 3, np.array(values.shape) - 0.5)])[:, :3]]
-    np.testing.assert_allclose(np.sort(corners[0], axis=0), np.sort(corners[1], axis=0), atol=1e-6)
 
 
 def test_a_ct_must_be_in_hounsfield_units() -> None:

@@ -144,7 +144,7 @@ def test_many_maps_one_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "999" in message[1]
     assert "c.nii: a NIfTI header is needed" in message[2]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["a", "d"]
-    assert "preparing subjects" in capsys.readouterr().err
+    assert "4/4" in capsys.readouterr().err
 
 
 def test_finished_subjects_are_skipped_and_changed_ones_are_not(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from nibabel.affines import apply_affine
-from tqdm import tqdm
 
 from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
 from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
-from brainfm_monai.data.subjects import CONTRASTS, STORAGE
+from brainfm_monai.data.subjects import CONTRASTS, STORAGE, run_parallel
 
 __all__ = ["RULES", "Finding", "Volumes", "check_set", "check_subject"]
 
@@ -102,27 +98,16 @@ def check_set(
     if not entries:
         raise ValueError(f"{source}: subjects are needed, found none")
     work = partial(_check_and_draw, picture_dir=Path(picture_dir) if picture_dir else None)
-    findings = [
-        finding for found in tqdm(_map(work, entries, jobs), total=len(entries), unit="subject") for finding in found
-    ]
+    findings: list[Finding] = []
+    for entry, found in run_parallel(work, entries, jobs):
+        if isinstance(found, BaseException):
+            found = [Finding(str(entry["subject"]), "readable", str(found))]
+        findings += found
     try:
         check_protocols(entries, str(source))
     except ValueError as error:
         findings.append(Finding("all", "one protocol", str(error)))
     return findings, entries
-
-
-def _map(
-    work: Callable[[dict[str, Any]], list[Finding]], entries: Sequence[dict[str, Any]], jobs: int
-) -> Iterator[list[Finding]]:
-    if jobs <= 1 or len(entries) <= 1:
-        yield from map(work, entries)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(jobs, len(entries)), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        yield from pool.map(work, entries)
 
 
 def _check_and_draw(entry: dict[str, Any], picture_dir: Path | None) -> list[Finding]:

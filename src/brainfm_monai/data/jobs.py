@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from brainfm_monai.data.check import Volumes, check_subject
 from brainfm_monai.data.datalist import make_entry
-from brainfm_monai.data.subjects import SIDECAR, describe_subject, fill_subject, read_record, subject_file
+from brainfm_monai.data.subjects import SIDECAR, describe_subject, fill_subject, read_record, run_parallel, subject_file
 from brainfm_monai.io import write_folder, write_text
 
 __all__ = ["Job", "PreparationError", "is_finished", "make_subject", "run_jobs"]
@@ -76,8 +73,8 @@ def make_subject(job: Job, target: Path) -> list[str]:
     with write_folder(target) as folder:
         record = describe_subject(job.kind, job.files, job.settings) | facts
         fill_subject(folder, volumes, record)
-        entry = {**make_entry(folder), "subject": job.name}
-        entry.pop("simulated", None)  # what the package paints needs no check
+        entry = {**make_entry(folder), "subject": job.name, "simulated": []}  # what the package paints needs no check
+        entry |= {key: job.options[key] for key in ("protocol", "generation_protocol") if key in job.options}
         findings = check_subject(Volumes(entry))
         refused = [finding for finding in findings if finding.rule in REFUSED]
         if refused:
@@ -126,9 +123,7 @@ def run_jobs(
             logger.info("%s %s from %s", verb, job.name, files)
         return folders
     failures = []
-    for job, outcome in tqdm(
-        _run(waiting, output_dir, processes), total=len(waiting), desc="preparing subjects", unit="subject"
-    ):
+    for job, outcome in run_parallel(partial(_make_in, Path(output_dir)), waiting, processes):
         if isinstance(outcome, BaseException):
             text = " ".join(str(outcome).split()) or type(outcome).__name__
             failures.append(text if str(job.source) in text else f"{job.source}: {text}")
@@ -141,24 +136,8 @@ def run_jobs(
     return folders
 
 
-def _run(jobs: Sequence[Job], output_dir: Path, processes: int) -> Iterator[tuple[Job, list[str] | BaseException]]:
-    """Do the jobs, in this process or in several, and give each with its faults or its error when it is done."""
-    if processes <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            try:
-                yield job, make_subject(job, output_dir / job.name)
-            except Exception as error:
-                yield job, error
-        return
-    # Threads of a library do not survive a fork, so the processes start afresh.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        running = {pool.submit(make_subject, job, output_dir / job.name): job for job in jobs}
-        for done in as_completed(running):
-            yield running[done], done.exception() or done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _make_in(output_dir: Path, job: Job) -> list[str]:
+    return make_subject(job, output_dir / job.name)
 
 
 def is_finished(folder: Path, job: Job) -> bool:

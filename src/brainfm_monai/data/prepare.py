@@ -14,7 +14,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.datalist import make_entry
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.data.freesurfer import make_from_scans
-from brainfm_monai.data.jobs import Job, is_finished, make_subject, run_jobs
+from brainfm_monai.data.jobs import Job, PreparationError, is_finished, make_subject, run_jobs
 from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map, read_id_table
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
 from brainfm_monai.data.simulated import choose_contrasts, read_means
@@ -65,34 +65,37 @@ def prepare_labels(
         ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
         PreparationError: at the end, if some label maps failed: one line for each.
     """
-    asked = (dataset, generation_protocol, protocol, ids, size, contrasts)
-    work = [_make_job(source, *asked) for source in _find_sources(input)]
+    simulated = choose_contrasts(contrasts)
+    settings: dict[str, Any] = {
+        "generation_protocol": Path(generation_protocol).name,
+        "protocol": Path(protocol).name,
+        "spatial_size": list(check_size(size)),
+        "template": TEMPLATE_NAME,
+        **({"simulated": simulated} if simulated else {}),  # a finished subject keeps its own
+    }
+    options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
+    work = []
+    for source in _find_sources(input):
+        files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
+        of_set = {"dataset": dataset or source.resolve().parent.name}
+        work.append(Job(scan_stem(source), "labels", files, of_set | settings, make_from_labels, options))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
-def prepare_label_map(
-    source: str | Path,
-    output_dir: str | Path,
-    *,
-    generation_protocol: str = "synthseg_generation",
-    protocol: str = "synthseg_head",
-    ids: str | Path | None = None,
-    size: Sequence[int] | str = SIZE,
-    contrasts: Sequence[str] | str = (),
-) -> Path:
-    """Prepare one subject, also if it is finished; see :func:`prepare_labels`.
+def prepare_label_map(source: str | Path, output_dir: str | Path, **settings: Any) -> Path:
+    """Prepare the subject of one label map, also if it is finished; the settings are those of :func:`prepare_labels`.
 
     Returns:
         The subject's folder.
 
     Raises:
-        FileNotFoundError: if the label map, a protocol or the table is missing.
         ValueError: if the label map is not one volume of known ids, ``size`` does not fit, a contrast or its table lacks what is
             asked of it, or left and right are exchanged.
     """
-    job = _make_job(Path(source), "", generation_protocol, protocol, ids, size, contrasts)
-    make_subject(job, Path(output_dir) / job.name)
-    return Path(output_dir) / job.name
+    try:
+        return prepare_labels([source], output_dir, overwrite=True, **settings)[0]
+    except PreparationError as error:
+        raise ValueError(str(error).splitlines()[-1]) from error
 
 
 def prepare_label(
@@ -167,29 +170,6 @@ def make_from_labels(job: Job) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]]
         "mni": compute_mni_coordinates(box, box_affine, factor=MNI_FACTOR),
     }
     return volumes, {}
-
-
-def _make_job(
-    source: Path,
-    dataset: str,
-    generation_protocol: str,
-    protocol: str,
-    ids: str | Path | None,
-    size: Sequence[int] | str,
-    contrasts: Sequence[str] | str,
-) -> Job:
-    simulated = choose_contrasts(contrasts)
-    settings: dict[str, Any] = {
-        "dataset": dataset or source.resolve().parent.name,
-        "generation_protocol": Path(generation_protocol).name,
-        "protocol": Path(protocol).name,
-        "spatial_size": list(check_size(size)),
-        "template": TEMPLATE_NAME,
-        **({"simulated": simulated} if simulated else {}),  # a finished subject keeps its own
-    }
-    files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
-    options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
-    return Job(scan_stem(source), "labels", files, settings, make_from_labels, options)
 
 
 def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -32,8 +32,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "distance": ("lp_dist_map", "lw_dist_map", "rp_dist_map", "rw_dist_map"),
     "mni": ("mni_reg.x", "mni_reg.y", "mni_reg.z"),
 }
-DISTANCE_ZERO, DISTANCE_STEPS_PER_MM = 128.0, 20.0
-MNI_STEPS_PER_MM = 100.0
+STEPS = {"distance": (128.0, 20.0), "mni": (0.0, 100.0)}  # stored zero, and steps per mm
 
 
 def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
@@ -71,19 +70,16 @@ def decode_reference(key: str, values: Tensor) -> Tensor:
     Raises:
         ValueError: if the segmentation holds an id that the reference does not know.
     """
-    if key == "distance":
-        return (values.float() - DISTANCE_ZERO) / DISTANCE_STEPS_PER_MM
-    if key == "mni":
-        return values.float() / MNI_STEPS_PER_MM
+    if key in STEPS:
+        zero, steps_per_mm = STEPS[key]
+        return (values.float() - zero) / steps_per_mm
     if key == "segmentation":
         table = _label_table()
         index = values.round().long()
         if int(index.max()) >= len(table) or int(table[index].min()) < 0:
             raise ValueError(f"segmentation: ids of the reference (0 to {len(table) - 1}) are needed, found others")
         return table[index].to(torch.uint8)
-    if key in ("T1w", "T2w", "FLAIR"):
-        return normalise_percentiles(values.float()[None])[0]
-    return values
+    return normalise_percentiles(values.float()[None])[0] if key in ("T1w", "T2w", "FLAIR") else values
 
 
 def _existing(root: Path, stem: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import Distribution, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from brainfm_monai.io import write_folder, write_text
 
@@ -27,9 +31,13 @@ __all__ = [
     "fill_subject",
     "hash_file",
     "read_record",
+    "run_parallel",
     "subject_file",
     "write_subject",
 ]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SIDECAR = "subject.json"
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
@@ -75,6 +83,38 @@ STORAGE: dict[str, Storage] = {
     **{f"{contrast}_defacing_mask": MASK for contrast in CONTRASTS},
     "lesion": MASK,
 }
+
+
+def run_parallel(work: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[tuple[T, R | BaseException]]:
+    """Do some work for many items, with a progress bar.
+
+    Args:
+        work: a function of a module, so that other processes can import it.
+        items: its arguments.
+        processes: how many items are worked on at once.
+
+    Yields:
+        Each item, in order, with the result or the error.
+    """
+    from tqdm import tqdm  # an optional dependency
+
+    show = partial(tqdm, total=len(items), desc="subjects", unit="subject")
+    if processes <= 1 or len(items) <= 1:
+        for item in show(items):
+            try:
+                yield item, work(item)
+            except Exception as error:
+                yield item, error
+        return
+    # Threads of a library do not survive a fork, so the processes start afresh.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(items)), context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        running = [(item, pool.submit(work, item)) for item in items]
+        for item, done in show(running):
+            yield item, done.exception() or done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def subject_file(folder: Path, key: str) -> Path:
