@@ -63,7 +63,7 @@ OPTIONAL = [
     "tensorboard",
     "tqdm",
 ]
-OPTIONAL += ["onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
+OPTIONAL += ["distributed", "onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
 OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report", "surfaces"}  # the extras prepare and report
 
 DRAWS = {

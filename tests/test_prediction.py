@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
@@ -249,3 +253,63 @@ def test_python_tells_what_is_wrong(tmp_path: Path, settings: dict[str, Any]) ->
         brainfm_monai.predict(
             write_scan(tmp_path / "scan.nii"), **{**settings, "network_def#backbone#features": [8, 8, 8]}
         )
+
+
+def test_a_lost_workers_scans_are_done_elsewhere(repository: Path, weights: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out#1"
+    for number in range(5):
+        write_scan(source / f"scan{number}.nii.gz", number, size=40)
+    (source / "broken.nii").write_text("this is not an image")
+    words = command(repository, weights, source, output, "--cluster", "local:2")
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+        killed = None
+        until = time.monotonic() + 300
+        while killed is None and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(OSError):
+                    held = [str(handle.readlink()) for handle in Path(f"/proc/{child.pid}/fd").iterdir()]
+                    if any("/.partial/" in path for path in held):  # in the middle of a scan
+                        os.kill(child.pid, signal.SIGKILL)
+                        killed = child.pid
+                        break
+        assert process.wait(timeout=300) == 1
+    text = (tmp_path / "log.txt").read_text()
+    assert killed is not None
+    assert finished(output) == [f"scan{number}" for number in range(5)]
+    assert re.search(r"6 scans for 2 workers; progress: http://", text)
+    assert "1 of 6 scans failed; the others are done" in text
+    assert [row[2] for row in rows_of(output / "summary.tsv").values()] == ["failed", *["done"] * 5]
+    assert not (output / ".partial").exists()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(repository: Path, weights: Path, tmp_path: Path) -> None:
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    done = subprocess.run(
+        command(repository, weights, scan, tmp_path / "out", "--cluster", "10"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (
+        "brainfm-monai: cluster: the address of a scheduler (tcp://host:port) or local:N is needed, found '10'"
+        in done.stderr
+    )
+
+
+def test_tensors_of_every_real_type_are_images(settings: dict[str, Any]) -> None:
+    values = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (1, 20, 22, 17)))
+    affine = torch.diag(torch.tensor([1.5, 1.2, 2.0, 1.0], dtype=torch.float64))
+    logger = logging.getLogger("ignite.engine.engine.SupervisedEvaluator")
+    found = [
+        brainfm_monai.predict(MetaTensor(values.to(kind), affine=affine), **settings)["segmentation"]
+        for kind in (torch.int64, torch.bool, torch.float16)
+    ]
+    assert all(bool((one == found[0]).all()) for one in found)
+    assert not logger.disabled
+    with pytest.raises(
+        ScanError, match=r"image: real numbers of shape \(1, H, W, D\) are needed, found torch\.complex64"
+    ):
+        brainfm_monai.predict(MetaTensor(values.to(torch.complex64), affine=affine), **settings)

@@ -24,6 +24,7 @@ def predict(
     mirror: bool = True,
     precision: str | None = None,
     memory: str = "auto",
+    cluster: str | None = None,
     **overrides: Any,
 ) -> None:
     """Segment and map a scan, or many; scans that are finished already are skipped.
@@ -40,6 +41,8 @@ def predict(
         mirror: average each scan with its mirror image; False takes half the time.
         precision: float32, bfloat16 or float16; by default what the device is fast in.
         memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory suffices.
+        cluster: for thousands of scans: the address of a Dask scheduler (tcp://host:8786) whose workers share the scans, or
+            local:N for N processes of this machine.
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
             left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
             --modality (auto, mr, ct), --fix_orientation (True), --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength),
@@ -57,7 +60,12 @@ def predict(
         labels = [participant_label] if isinstance(participant_label, str | int) else participant_label
         settings["participant_label"] = [literal(str(label)) for label in labels]
     settings |= {"input": literal(str(input)), "output_dir": literal(str(output))}
-    run_bundle(bundle, ["inference.json"], **{**settings, **overrides})
+    if cluster is None:
+        run_bundle(bundle, ["inference.json"], **{**settings, **overrides})
+    else:
+        from brainfm_monai.prediction.cluster import predict_on_cluster
+
+        predict_on_cluster(cluster, _settings(bundle, ["inference.json"], **{**settings, **overrides}))
 
 
 def train(
@@ -100,6 +108,11 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
     """
     from monai.bundle import run
 
+    run(**_settings(bundle, names, **overrides))
+
+
+def _settings(bundle: str | Path, names: Sequence[str], **overrides: Any) -> dict[str, Any]:
+    """Arguments of :func:`monai.bundle.run`."""
     if "args_file" in overrides:  # of imported weights, whose files lie beside it
         overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
     folder = find_bundle(bundle)
@@ -107,12 +120,13 @@ def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> No
         overrides = {"output_dir": literal(str(Path("training").resolve())), **overrides}
     configs = folder / "configs"
     files = [find_config(bundle, name) for name in names]
-    settings = {
+    return {
+        "config_file": [str(file) for file in files],
         "bundle_root": literal(str(folder)),
         "meta_file": str(configs / "metadata.json"),
         "logging_file": str(configs / "logging.conf"),
+        **overrides,
     }
-    run(config_file=[str(file) for file in files], **settings, **overrides)
 
 
 def find_config(bundle: str | Path, name: str) -> Path:

@@ -92,7 +92,9 @@ def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]
         raise SystemExit(failures[0] if len(dataset) == 1 else several)
 
 
-def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], keep_notes: bool = True) -> list[str]:
+def run_scans(
+    evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], keep_notes: bool = True, show_bar: bool = True
+) -> list[str]:
     """Run an evaluator over some of its scans and write their files.
 
     Three scans at most are in memory: the next one, this one, and the one that is being written.
@@ -102,13 +104,14 @@ def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], 
         writer: writes the files.
         numbers: of the scans.
         keep_notes: log failures, and keep them for the summary.
+        show_bar: show a progress bar.
 
     Returns:
         One line for each scan that failed.
     """
     loader: Any = evaluator.data_loader
     evaluator.logger = engine_logger
-    run = _Run(loader, writer, keep_notes, tqdm(total=len(numbers), unit="scan"))
+    run = _Run(loader, writer, keep_notes, tqdm(total=len(numbers), unit="scan", disable=not show_bar))
     loader.waiting, loader.report = deque(numbers), run.fail
     with logging_redirect_tqdm(), run.bar, ThreadPoolExecutor(1, "write") as run.pool, run.attached(evaluator):
         while loader.waiting:

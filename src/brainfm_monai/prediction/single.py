@@ -63,6 +63,7 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
             **{
                 "bundle_root": literal(str(bundle)),
                 "scans": [{"image": literal(str(path)), "name": "scan"}],
+                "handlers": [],  # that of the config writes files
                 **overrides,
             },
         )
