@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from brainfm_monai.networks.residual import PreactivationBlock
-from brainfm_monai.networks.unet import ConvUnit, NormedConv, ResidualBlock
+from brainfm_monai.networks.unet import ConvUnit, ResidualBlock
 
 __all__ = ["checkpoint_activations"]
 
@@ -40,5 +40,5 @@ def checkpoint_activations(network: nn.Module, enabled: bool = True) -> None:
 
 
 def _is_level(module: nn.Module) -> bool:
-    units = isinstance(module, nn.Sequential) and any(isinstance(child, ConvUnit | NormedConv) for child in module)
+    units = isinstance(module, nn.Sequential) and any(isinstance(child, ConvUnit) for child in module)
     return units or isinstance(module, ResidualBlock | PreactivationBlock)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-__all__ = ["ConvUnit", "NormedConv", "ResidualBlock", "ResidualUNet", "UNet"]
+__all__ = ["ConvUnit", "ResidualBlock", "ResidualUNet", "UNet"]
 
 GROUPS = 8  # groups of the group normalisation; 1 where a unit's input has fewer channels (BrainFM)
 NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM and SuperSynth
@@ -19,26 +19,16 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS if channels >= GROUPS else 1, channels)
 
 
+def _conv(in_channels: int, out_channels: int) -> nn.Conv3d:
+    return nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+
+
 class ConvUnit(nn.Sequential):
-    """GroupNorm, 3x3x3 convolution without bias, LeakyReLU."""
+    """3x3x3 convolution without bias after or before a group normalisation, and LeakyReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            _group_norm(in_channels),
-            nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-            nn.LeakyReLU(NEGATIVE_SLOPE),
-        )
-
-
-class NormedConv(nn.Sequential):
-    """3x3x3 convolution without bias, GroupNorm, LeakyReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-            _group_norm(out_channels),
-            nn.LeakyReLU(NEGATIVE_SLOPE),
-        )
+    def __init__(self, in_channels: int, out_channels: int, norm_first: bool) -> None:
+        conv, norm = _conv(in_channels, out_channels), _group_norm(in_channels if norm_first else out_channels)
+        super().__init__(*((norm, conv) if norm_first else (conv, norm)), nn.LeakyReLU(NEGATIVE_SLOPE))
 
 
 class ResidualBlock(nn.Module):
@@ -47,10 +37,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.projection = nn.Conv3d(in_channels, out_channels, kernel_size=1)
-        self.first = NormedConv(out_channels, out_channels)
-        self.second = nn.Sequential(
-            nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1, bias=False), _group_norm(out_channels)
-        )
+        self.first = ConvUnit(out_channels, out_channels, norm_first=False)
+        self.second = nn.Sequential(_conv(out_channels, out_channels), _group_norm(out_channels))
         self.activation = nn.LeakyReLU(RESIDUAL_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,17 +47,23 @@ class ResidualBlock(nn.Module):
         return self.activation(self.second(self.first(x)) + x)
 
 
-def _check_levels(name: str, features: Sequence[int]) -> None:
-    if len(features) < 2:
-        raise ValueError(f"{name}: 'features' must name at least two levels, got {tuple(features)}")
-
-
 class _Levels(nn.Module):
-    """What the U-Nets share: a method and not a function, because TorchScript hands no list of modules to a function."""
+    """A U-Net whose skips are concatenated."""
 
-    def __init__(self, encoders: Iterable[nn.Module], decoders: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, features: Sequence[int], encoder: Callable[[int, int], nn.Module], norm_first: bool
+    ) -> None:
         super().__init__()
-        self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(decoders)
+        if len(features) < 2:
+            raise ValueError(f"{type(self).__name__}: 'features' must name at least two levels, got {tuple(features)}")
+        self.in_channels, self.out_channels, self.features = in_channels, features[0], tuple(features)
+        self.encoders = nn.ModuleList(
+            encoder(i, o) for i, o in zip([in_channels, *features[:-1]], features, strict=True)
+        )
+        self.decoders = nn.ModuleList(
+            nn.Sequential(ConvUnit(fine + coarse, fine, norm_first), ConvUnit(fine, fine, norm_first))
+            for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
+        )
 
     def down_and_up(self, image: Tensor) -> Tensor:
         """Pool by 2 between encoders; interpolate to the skip's size and put behind it for decoders."""
@@ -104,22 +98,12 @@ class UNet(_Levels):
     def __init__(
         self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024, 2048), unit_norm: bool = False
     ) -> None:
-        _check_levels("UNet", features)
-        inputs = [in_channels, *features[:-1]]
-        super().__init__(
-            (
-                nn.Sequential(ConvUnit(i, max(o // 2, i)), ConvUnit(max(o // 2, i), o))
-                for i, o in zip(inputs, features, strict=True)
-            ),
-            (
-                nn.Sequential(ConvUnit(fine + coarse, fine), ConvUnit(fine, fine))
-                for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
-            ),
-        )
+        def encoder(i: int, o: int) -> nn.Module:
+            between = max(o // 2, i)
+            return nn.Sequential(ConvUnit(i, between, norm_first=True), ConvUnit(between, o, norm_first=True))
+
+        super().__init__(in_channels, features, encoder, norm_first=True)
         self.unit_norm = unit_norm
-        self.in_channels = in_channels
-        self.out_channels = features[0]
-        self.features = tuple(features)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
@@ -142,17 +126,7 @@ class ResidualUNet(_Levels):
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024)) -> None:
-        _check_levels("ResidualUNet", features)
-        super().__init__(
-            (ResidualBlock(i, o) for i, o in zip([in_channels, *features[:-1]], features, strict=True)),
-            (
-                nn.Sequential(NormedConv(fine + coarse, fine), NormedConv(fine, fine))
-                for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
-            ),
-        )
-        self.in_channels = in_channels
-        self.out_channels = features[0]
-        self.features = tuple(features)
+        super().__init__(in_channels, features, ResidualBlock, norm_first=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
