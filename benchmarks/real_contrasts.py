@@ -3,9 +3,10 @@
     python benchmarks/real_contrasts.py FOLDER OUT
 
 FOLDER holds, at any depth, ``raw/patient01`` and ``raw/patient04`` of open_ms_data (CC-BY, Lesjak et al. 2016; T1w, T2w and FLAIR
-of the first visit, whole heads, slices of 3 to 4 mm) and the folder ``stroke`` of volrender (MIT; brain-extracted, 1 mm). OUT
-gets a copy of every T2w and FLAIR scan, the T1w once for each of them, and ``datalist.json``, which ``brainfm-monai evaluate``
-reads.
+of the first visit, whole heads, slices of 3 to 4 mm), the folder ``stroke`` of volrender (MIT; brain-extracted, 1 mm), and the
+folder ``ds000011_t1`` with sub-13 and sub-14 of ds000011 (PDDL; T1w, and T2w of 5 mm slices, whole heads, whose headers share no
+space). OUT gets a copy of every T2w and FLAIR scan, the T1w once for each of them, and ``datalist.json``, which
+``brainfm-monai evaluate`` reads.
 
 The head moves between two scans of a session. The T1w is registered to each scan rigidly (elastix, mutual information), and the
 motion goes into the header of its copy: its voxels stay as they were measured. A model that was trained on scans of these people
@@ -26,11 +27,21 @@ from nibabel.affines import apply_affine, voxel_sizes
 from brainfm_monai.data.contrasts import align_scan, measure_motion
 from brainfm_monai.data.intensities import read_scan, resample_to_box
 
-# person -> T1w, T2w and FLAIR, each as the end of its path
+CONTRASTS = ("T1w", "T2w", "FLAIR")
+# person -> scans by contrast, each as the end of its path
 PEOPLE = {
-    "ms01": [f"raw/patient01/study1_{name}.nii.gz" for name in ("T1W", "T2W", "FLAIR")],
-    "ms04": [f"raw/patient04/study1_{name}.nii.gz" for name in ("T1W", "T2W", "FLAIR")],
-    "stroke": [f"stroke/{name}.nii.gz" for name in ("T1", "T2", "FLAIR")],
+    **{
+        f"ms{person}": {name: f"raw/patient{person}/study1_{name.replace('w', 'W')}.nii.gz" for name in CONTRASTS}
+        for person in ("01", "04")
+    },
+    "stroke": {name: f"stroke/{name.removesuffix('w')}.nii.gz" for name in CONTRASTS},
+    **{
+        f"sub-{person}": {
+            "T1w": f"ds000011_t1/sub-{person}_T1w.nii.gz",
+            "T2w": f"ds000011_t1/sub-{person}_inplaneT2.nii.gz",
+        }
+        for person in ("13", "14")
+    },
 }
 
 
@@ -83,8 +94,9 @@ def main(folder: Path, out: Path) -> None:
     items = []
     print("| scan | rotation, degrees | shift, mm |\n|---|---|---|")
     for person, ends in PEOPLE.items():
-        t1w, t2w, flair = (find(folder, end) for end in ends)
-        for contrast, scan in (("T2w", t2w), ("FLAIR", flair)):
+        scans = {contrast: find(folder, end) for contrast, end in ends.items()}
+        t1w = scans.pop("T1w")
+        for contrast, scan in scans.items():
             name = f"{person}_{contrast}"
             item = {"name": name, "image": f"{name}.nii.gz", "T1w": f"{name}_reference-T1w.nii.gz"}
             moved, motion = align(scan, t1w)

@@ -135,3 +135,10 @@ def test_unreadable_scans_are_named(tmp_path: Path) -> None:
     values[0, 0, 0] = np.nan
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "nan.nii")
     assert read_scan(tmp_path / "nan.nii")[0][0, 0, 0] == 0
+
+
+def test_a_view_of_turned_axes_is_resampled() -> None:
+    values = np.random.default_rng(3).random((6, 5, 4), dtype=np.float32)
+    turned = values[::-1, :, ::-1]
+    moved = resample_to_box(turned, np.eye(4), np.eye(4), (6, 5, 4))
+    np.testing.assert_allclose(moved, turned, atol=1e-5)

@@ -60,7 +60,9 @@ def resample_to_box(
         Values on the box, float32.
     """
     target_mm = [float(voxel_sizes(box_affine).mean())] * 3
-    smooth = antialias(torch.from_numpy(np.asarray(values, dtype=np.float32)), voxel_sizes(affine).tolist(), target_mm)
+    smooth = antialias(
+        torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), voxel_sizes(affine).tolist(), target_mm
+    )
     image = nib.Nifti1Image(smooth.numpy(), affine)
     moved = resample_from_to(image, (shape, box_affine), order=1, mode="constant", cval=outside)
     return np.asarray(moved.dataobj, dtype=np.float32)
