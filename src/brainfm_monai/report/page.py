@@ -63,7 +63,7 @@ def compose_page(scan: ScanResult) -> str:
     volumes = compute_volumes_mm3(scan.labels, scan.affine, len(protocol)) if soft is None else soft
     facts = [
         "" if scan.frame is None else f"volume {scan.frame} of its file",
-        f"CT clipped to {scan.window} HU" if scan.window else "",
+        f"intensities clipped to {scan.window}" if scan.window else "",
         scan.modality and f"taken for {scan.modality}",
     ]
     view = scan.path("view.html")
@@ -124,7 +124,7 @@ def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
 def _sections_of_maps(scan: ScanResult, draw_scan: Draw) -> dict[str, list[Row]]:
     """Rows of pictures below each heading; a heading whose maps are absent has none."""
     rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
-    if scan.window:
+    if _is_ct(scan):
         rows["The CT in two windows"] = _ct_rows("", lambda cut: cut.read(scan.image, scan.affine))
     for entry, task in scan.layout.maps.items():
         if task.picture in SECTIONS and entry in scan.maps:
@@ -142,9 +142,13 @@ def _cells(slices: Sequence[Slice], rows: Sequence[Row]) -> list[list[Cell]]:
     ]
 
 
+def _is_ct(scan: ScanResult) -> bool:
+    return scan.modality.startswith("ct")
+
+
 def _grey_window(scan: ScanResult) -> tuple[float, float]:
     """Intensities of the scan that are black and white: of a CT the brain's window, else percentiles within the brain."""
-    if scan.window:
+    if _is_ct(scan):
         return BRAIN_WINDOW_HU
     image = scan.image.cpu().numpy()[0]
     brain = image[scan.layout.protocol.is_brain[scan.labels]]
