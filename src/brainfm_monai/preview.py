@@ -78,7 +78,10 @@ def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     has = [*entry, *entry.get("simulated", ())]
     keys = [key for key in SUBJECT_KEYS if key in has and (key not in TASKS or TASKS[key].kind != "scalar")]
     item = entry if all(isinstance(entry.get(key), Tensor) for key in keys) else LoadSubjectd(keys)(entry)
-    return {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
+    subject = {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
+    return subject | {
+        f"real_{name}": torch.zeros(1) for name in entry.get("simulated", ())
+    }  # never inputs, as in training
 
 
 def write_preview(

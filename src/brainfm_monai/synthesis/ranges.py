@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -151,16 +151,19 @@ def _weights(name: str, value: Sequence[float], count: int) -> tuple[float, ...]
     return tuple(float(v) for v in value)
 
 
-class _Movable:
-    def to(self, device: torch.device) -> Any:
-        """The same draw on another device, without waiting for it."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        moved = {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in values.items()}
-        return replace(self, **moved)  # type: ignore[type-var]
+def _move(value: Any, device: torch.device) -> Any:
+    """A value with all tensors in it on another device, without waiting for the copies."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)
-class GeometryParams(_Movable):
+class GeometryParams:
     """What the samples of one subject share: its shape and what of it is there. B subjects, K labels of the segmentation.
 
     Attributes:
@@ -211,14 +214,9 @@ class GeometryParams(_Movable):
     stride: int
     voxel_mm: float
 
-    def to(self, device: torch.device) -> GeometryParams:
-        """See :meth:`SynthesisParams.to`."""
-        moved: GeometryParams = super().to(device)
-        return replace(moved, lesion_noise=tuple(n.to(device, non_blocking=True) for n in self.lesion_noise))
-
 
 @dataclass(frozen=True)
-class AppearanceParams(_Movable):
+class AppearanceParams:
     """What one sample of each subject looks like. L is the number of generation labels.
 
     Attributes:
@@ -277,4 +275,5 @@ class SynthesisParams:
 
     def to(self, device: torch.device) -> SynthesisParams:
         """The same draw on another device, without waiting for it."""
-        return SynthesisParams(self.geometry.to(device), tuple(a.to(device) for a in self.appearances))
+        moved: SynthesisParams = _move(self, device)
+        return moved
