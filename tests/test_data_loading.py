@@ -114,3 +114,8 @@ def test_a_subject_is_held_at_the_resolution_of_the_training_in_the_box_of_its_f
         ValueError, match="sub-1: a box that divides into voxels of 3 mm is needed, found 8 x 12 x 8 mm"
     ):
         HoldSubjectd(3.0)(item)
+    without = {key: value for key, value in item.items() if key != "segmentation"}
+    with pytest.raises(
+        ValueError, match="sub-1: a subject with segmentation is needed, found subject, generation_labels"
+    ):
+        HoldSubjectd()(without)

@@ -91,7 +91,7 @@ class HoldSubjectd(Transform):
         device: where the subject is held; the host if not given.
 
     Raises:
-        ValueError: if the box of a subject does not divide into such voxels, or a file is not a volume.
+        ValueError: if a subject has no labels, its box does not divide into such voxels, or a file is not a volume.
     """
 
     def __init__(
@@ -111,8 +111,11 @@ class HoldSubjectd(Transform):
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[str, Any]:
         """Replace the paths by tensors of shape (C, h, w, d); other entries but the name and the protocol are left out."""
-        loaded = self.load(data)
         subject = Path(str(data.get("subject", ""))).name  # load_decathlon_datalist makes a path of a name
+        absent = [key for key in ("generation_labels", "segmentation") if key not in data]
+        if absent:
+            raise ValueError(f"{subject}: a subject with {absent[0]} is needed, found {', '.join(map(str, data))}")
+        loaded = self.load(data)
         box_mm = [n * mm for n, mm in zip(*_grid(loaded["generation_labels"]), strict=True)]
         held: dict[str, Any] = {"subject": subject}
         held |= {key: data[key] for key in ("generation_protocol",) if key in data}
