@@ -142,3 +142,13 @@ def test_a_view_of_turned_axes_is_resampled() -> None:
     turned = values[::-1, :, ::-1]
     moved = resample_to_box(turned, np.eye(4), np.eye(4), (6, 5, 4))
     np.testing.assert_allclose(moved, turned, atol=1e-5)
+
+
+def test_a_reference_may_be_an_nrrd_file(tmp_path: Path) -> None:
+    values = np.arange(6 * 7 * 8, dtype=np.int16).reshape(6, 7, 8)
+    head = "NRRD0004\ntype: short\ndimension: 3\nspace: left-posterior-superior\nsizes: 6 7 8\n"
+    head += "space directions: (-2,0,0) (0,-2,0) (0,0,3)\nspace origin: (5,6,7)\nencoding: raw\nendian: little\n\n"
+    (tmp_path / "scan.nrrd").write_bytes(head.encode() + values.tobytes(order="F"))
+    found, affine = read_scan(tmp_path / "scan.nrrd")
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(affine, [[2, 0, 0, -5], [0, 2, 0, -6], [0, 0, 3, 7], [0, 0, 0, 1]])

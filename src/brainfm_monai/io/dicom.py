@@ -101,9 +101,8 @@ def list_series(path: str | Path) -> list[Series]:
     for one in slices:
         h, axes = one.header, tuple(np.round(one.axes or (), 3))
         echo, kind = (float(h.get("EchoTime") or 0), str(h.get("EchoNumbers", ""))), tuple(h.get("ImageType") or ())
-        groups[
-            int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID")), echo, kind, axes, h.Rows, h.Columns
-        ].append(one)
+        series = int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
+        groups[*series, echo, kind, axes, h.Rows, h.Columns].append(one)
     listed: dict[str, Series] = {}
     for key, members in sorted(groups.items(), key=lambda item: item[0]):
         echoes, kinds, turns = (sorted({k[i] for k in groups if k[:2] == key[:2]}) for i in (2, 3, 4))
@@ -117,8 +116,8 @@ def list_series(path: str | Path) -> list[Series]:
             volumes = _split_volumes(name, members)
         for volume in volumes:
             number = 1 + sum(
-                name.partition("__")[0] == volume.name for name in listed
-            )  # series of one number and description
+                known.partition("__")[0] == volume.name for known in listed
+            )  # the same number and description
             unique = volume.name if number == 1 else f"{volume.name}__{number}"
             noticed = (f"{copies} files are copies of others and count once",) if copies else ()
             listed[unique] = replace(volume, name=unique, warnings=volume.warnings + noticed)
@@ -180,9 +179,7 @@ def _split_volumes(name: str, slices: list[_Slice]) -> list[Series]:
     counts = sorted({len(members) for _, members in levels})
     if len(counts) > 1:
         return [_describe(name, slices, f"slices are missing: {counts[0]} to {counts[-1]} slices at one place")]
-    if len({s.file for s in slices}) < len(
-        slices
-    ):  # frames of one file are not taken apart: dcm2niix makes 4-D data of them
+    if len({s.file for s in slices}) < len(slices):  # dcm2niix makes 4-D data of the frames of one file
         return [_check_stack(name, slices, [members[0] for _, members in levels])]
     order = ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber")
     for _, members in levels:
@@ -202,11 +199,8 @@ def _check_stack(name: str, slices: Sequence[_Slice], stack: Sequence[_Slice]) -
     gaps = np.diff(places @ normal)
     step = (places[-1] - places[0]) / (len(places) - 1)
     if np.ptp(gaps) > max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM):
-        return _describe(
-            name,
-            slices,
-            f"slices are missing or unevenly spaced: distances from {gaps.min():.4g} to {gaps.max():.4g} mm",
-        )
+        found = f"distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
+        return _describe(name, slices, f"slices are missing or unevenly spaced: {found}")
     off = np.abs(places - places[0] - np.arange(len(places))[:, None] * step).max()
     if off > max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM):
         return _describe(name, slices, f"slices do not lie on one line: up to {off:.4g} mm beside it")
@@ -293,7 +287,9 @@ def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarr
         placed[:3, 2] *= -1
     sizes = np.linalg.norm(placed[:3, :3], axis=0)
     off = np.abs(placed - affine)[:3] / np.append(sizes, sizes.max())
-    tolerance = SPACING_TOLERANCE if not series.warnings else 1.0  # dcm2niix's own affine leaves a tilt out
+    leaning = np.abs(placed[:3, 2] @ placed[:3, :2] / sizes[:2] / sizes[2]).max()
+    is_tilted = leaning > np.sin(np.radians(TILT_TOLERANCE_DEG))
+    tolerance = 1.0 if is_tilted else SPACING_TOLERANCE  # dcm2niix's own affine leaves a tilt out
     if off[:, :3].max() > tolerance or off[:, 3].max() > 1:
         raise ValueError(f"dcm2niix places slices otherwise than their headers: {np.round(affine[:3], 3).tolist()}")
     return placed

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
+import torch
+from monai.data import MetaTensor
 
-from brainfm_monai.io import write_table
+from brainfm_monai.io import read_volume, write_table
 from brainfm_monai.outputs.result import ScanResult, resample
 from brainfm_monai.outputs.segmentation import compute_volumes_mm3
-from brainfm_monai.transforms import read_scan
 
 __all__ = [
     "LESION_IDS",
@@ -103,8 +102,11 @@ def _lesion_mask(scan: ScanResult, ids: np.ndarray) -> np.ndarray:
     """Where the scan has lesions, in the network's grid: labels of lesions, and the mask that came with the scan."""
     mask = np.isin(ids, sorted(LESION_IDS))
     if scan.lesions:
-        given = read_scan(Path(scan.lesions))
-        moved = resample((given > 0).float(), ids.shape, scan.network_affine, mode="nearest", padding_mode="zeros")
+        given = read_volume(scan.lesions)  # which may be empty
+        lesions = MetaTensor(
+            torch.from_numpy((given.values > 0).astype(np.float32))[None], torch.from_numpy(given.affine)
+        )
+        moved = resample(lesions, ids.shape, scan.network_affine, mode="nearest", padding_mode="zeros")
         mask |= moved.numpy()[0] > 0
     return mask
 
