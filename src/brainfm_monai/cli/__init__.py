@@ -11,6 +11,7 @@ import fire
 
 from brainfm_monai import __version__
 from brainfm_monai.cli.bundle import predict, train
+from brainfm_monai.cli.doctor import doctor
 from brainfm_monai.cli.evaluation import compare, evaluate
 from brainfm_monai.cli.preview import preview
 from brainfm_monai.cli.subjects import Data, Prepare, demo_scans
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
     "import-weights": import_weights,
     "export": export,
     "demo-scans": demo_scans,
+    "doctor": doctor,
     "version": version,
 }
 

@@ -1,0 +1,54 @@
+"""What is installed, what this machine is fast in, and what is missing for what."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+
+__all__ = ["doctor"]
+
+CORE = "core"  # what is installed without an extra
+
+
+def doctor() -> str:
+    """Report what is installed, what this machine is fast in, and which package is missing for what."""
+    import psutil
+    import torch
+
+    import brainfm_monai
+    from brainfm_monai.io import find_bundle
+    from brainfm_monai.networks import reduced_precision
+
+    weights = find_bundle() / "models" / "model.pt"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    precision = str(reduced_precision(torch.device(kind))).removeprefix("torch.")
+    memory = psutil.virtual_memory()
+    lines = [
+        f"brainfm-monai {brainfm_monai.__version__}, Python {platform.python_version()} on {sys.platform}, torch {torch.__version__}",
+        f"device: {kind} ({name}), fast in {precision}",
+        f"memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free",
+        f"weights: {weights if weights.is_file() else f'{weights} is missing: pass --bundle FOLDER or --weights FILE'}",
+    ]
+    for extra, missing in sorted(_missing_packages().items(), key=lambda row: row[0] != CORE):
+        name = "predict" if extra == CORE else f"extra {extra}"
+        remedy = f'missing {", ".join(missing)}: pip install "brainfm-monai[{extra}]"'.replace(f"[{CORE}]", "")
+        lines.append(f"{name}: {remedy if missing else 'complete'}")
+    return "\n".join(lines)
+
+
+def _missing_packages() -> dict[str, list[str]]:
+    """Names of the packages of each extra that are not installed, by the package's own metadata."""
+    missing: dict[str, list[str]] = {}
+    for requirement in metadata.requires("brainfm-monai") or []:
+        package, _, condition = requirement.partition(";")
+        extra = condition.split("==")[-1].strip(" \"'") if "extra" in condition else CORE
+        name = package.split("[")[0].split("<")[0].split(">")[0].split("=")[0].split("!")[0].strip()
+        rows = missing.setdefault(extra, [])
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            rows.append(name)
+    return missing
