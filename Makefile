@@ -13,7 +13,7 @@ VALIDATION ?= training_seg_18,training_seg_19
 LEFT_OUT ?= training_seg_07
 JOBS ?= 2
 
-.PHONY: help demo test format train bundle wheel clean
+.PHONY: help demo test format train bundle test-artifact wheel clean
 
 help:
 	@echo "make demo    segment two example scans and show where their report pages lie"
@@ -65,6 +65,17 @@ train: $(VENV)/.all
 # the zip that a model zoo distributes, in dist/; the same files give the same bytes
 bundle:
 	$(PYTHON) packaging/make_bundle.py --output dist
+
+# what the zip needs, by its own metadata.json, and nothing of ours; torch comes from the file of `make test`
+ARTIFACT := .venv-artifact
+$(ARTIFACT)/.done: bundle/configs/metadata.json constraints.txt
+	$(PYTHON) -m venv --clear $(ARTIFACT)
+	$(ARTIFACT)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PYTHON) packaging/make_bundle.py --requirements | xargs $(ARTIFACT)/bin/python -m pip install --quiet --disable-pip-version-check
+	@touch $@
+
+test-artifact: $(VENV)/.all $(ARTIFACT)/.done
+	ARTIFACT_PYTHON=$(ARTIFACT)/bin/python $(BIN)/pytest -m artifact tests/test_artifact.py
 
 # wheel and sdist, in dist/; the wheel carries the bundle
 wheel: $(BIN)/python

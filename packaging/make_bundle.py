@@ -69,6 +69,17 @@ def make_bundle(output: Path, name: str = NAME) -> Path:
     return target
 
 
+def requirements() -> list[str]:
+    """Requirements of pip for what the bundle needs, as the model zoo reads them in metadata.json."""
+    metadata = json.loads((ROOT / "bundle/configs/metadata.json").read_text(encoding="utf-8"))
+    names = {
+        "monai": metadata["monai_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    return [f"{name}=={version}" for name, version in names.items()]
+
+
 def _files() -> Iterator[tuple[str, bytes]]:
     """Path in the bundle, and content, of every file."""
     listed = subprocess.run(
@@ -140,5 +151,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder for the zip (dist)")
     parser.add_argument("--name", default=NAME, help=f"name of the bundle ({NAME})")
+    parser.add_argument(
+        "--requirements", action="store_true", help="print what metadata.json requires, for pip, instead"
+    )
     words = parser.parse_args()
-    print(make_bundle(words.output, words.name))
+    print(" ".join(requirements()) if words.requirements else make_bundle(words.output, words.name))
