@@ -101,14 +101,15 @@ def _files() -> Iterator[tuple[str, bytes]]:
 def _rewrite(path: Path) -> str:
     """A config that finds the package in its own bundle."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    base = BASES.get(path.name)
-    needed = _imports(config)
-    if base is None:
-        config["bundle_root"] = WHERE
+    below: dict[str, Any] = {}
+    if path.name in BASES:
+        below = json.loads((path.parent / BASES[path.name]).read_text(encoding="utf-8"))
     else:
-        needed = [*_imports(json.loads((path.parent / base).read_text(encoding="utf-8"))), *needed]
-    kept = [line for line in config.get("imports", []) if not line.startswith(f"$import {PACKAGE}")]
-    config["imports"] = [*IMPORTS, *(line for line in kept if line not in IMPORTS)]
+        config["bundle_root"] = WHERE
+    needed = [*_imports(below), *_imports(config)]
+    if "imports" in config:  # takes the place of the list below it
+        lines = [*IMPORTS, *below.get("imports", []), *config["imports"]]
+        config["imports"] = [line for line in dict.fromkeys(lines) if not line.startswith(f"$import {PACKAGE}")]
     modules = [
         _component("pkgutil.resolve_name", name=name, _requires_="@package_path") for name in dict.fromkeys(needed)
     ]

@@ -144,6 +144,15 @@ def labels(python: str, bundle: Path, scan: Path, tmp_path_factory: pytest.TempP
     return out / "t1/t1_dseg.nii.gz"
 
 
+@pytest.fixture(scope="module")
+def datalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prepared subjects, one of them for validation."""
+    folder = tmp_path_factory.mktemp("subjects")
+    items = [_write_subject(folder / f"sub-{number}", 14 + number) for number in range(2)]
+    (folder / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}))
+    return folder / "datalist.json"
+
+
 @pytest.mark.artifact
 def test_inference_from_elsewhere_gives_the_labels_of_the_project(
     repository: Path, scan: Path, labels: Path, tmp_path: Path
@@ -163,13 +172,12 @@ def test_load_gives_the_trained_network_in_both_forms(python: str, bundle: Path,
 
 
 @pytest.mark.artifact
-def test_the_checks_of_the_zoo_pass(python: str, bundle: Path, tmp_path: Path) -> None:
+def test_the_checks_of_the_zoo_pass(python: str, bundle: Path, datalist: Path, tmp_path: Path) -> None:
     meta, config = bundle / "configs/metadata.json", bundle / "configs/inference.json"
     content = json.loads(meta.read_text())  # test_bundle.py holds it against the schema
     shapes = ("verify_net_in_out", "network_def", "--meta_file", meta, "--config_file", config, "--bundle_root", bundle)
     run(python, "-m", "monai.bundle", *shapes, "--device", "cpu", cwd=bundle)
-    (tmp_path / "list.json").write_text(json.dumps({"training": [], "validation": []}))
-    run(python, "-c", PROPERTIES, bundle, tmp_path / "list.json", cwd=tmp_path)
+    run(python, "-c", PROPERTIES, bundle, datalist, cwd=tmp_path)
     for key in ("required_packages_version", "eval_metrics", "data_source", "authors", "intended_use"):
         assert content[key], key
 
@@ -207,11 +215,11 @@ def test_evaluation_compares_with_a_reference(
 
 
 @pytest.mark.artifact
-def test_fine_tuning_starts_from_the_weights_and_changes_them(python: str, bundle: Path, tmp_path: Path) -> None:
-    items = [_write_subject(tmp_path / f"sub-{number}", 14 + number) for number in range(2)]
-    (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}))
+def test_fine_tuning_starts_from_the_weights_and_changes_them(
+    python: str, bundle: Path, datalist: Path, tmp_path: Path
+) -> None:
     configs = f"['{bundle / 'configs/train.json'}','{bundle / 'configs/finetune.json'}']"
-    data = ("--datalist", tmp_path / "datalist.json", "--output_dir", tmp_path / "tuned")
+    data = ("--datalist", datalist, "--output_dir", tmp_path / "tuned")
     small = ("--spatial_size", "[32,32,32]", "--epoch_length", 3, "--max_epochs", 1, "--val_interval", 1)
     run(python, "-m", "monai.bundle", "run", "--config_file", configs, *data, *small, cwd=tmp_path)
     before, after = (
