@@ -107,9 +107,9 @@ def _rewrite(path: Path) -> str:
     else:
         config["bundle_root"] = WHERE
     needed = [*_imports(below), *_imports(config)]
-    if "imports" in config:  # takes the place of the list below it
-        lines = [*IMPORTS, *below.get("imports", []), *config["imports"]]
-        config["imports"] = [line for line in dict.fromkeys(lines) if not line.startswith(f"$import {PACKAGE}")]
+    for key in [key for key in config if key in ("imports", "+imports")]:  # "+" adds to the list below it
+        lines = [*(IMPORTS if key == "imports" else []), *config[key]]
+        config[key] = [line for line in dict.fromkeys(lines) if not line.startswith(f"$import {PACKAGE}")]
     modules = [
         _component("pkgutil.resolve_name", name=name, _requires_="@package_path") for name in dict.fromkeys(needed)
     ]
@@ -118,7 +118,7 @@ def _rewrite(path: Path) -> str:
         "package_modules": modules,
         "package": _component("pkgutil.resolve_name", name=PACKAGE, _requires_=["@package_path", "@package_modules"]),
     }
-    start = {key: config.pop(key) for key in ("_desc_", "imports", "bundle_root") if key in config}
+    start = {key: config.pop(key) for key in ("_desc_", "imports", "+imports", "bundle_root") if key in config}
     config = {**start, **package, **_require(config)}
     return json.dumps(config, indent=4) + "\n"
 
@@ -129,9 +129,8 @@ def _component(target: str, **arguments: Any) -> dict[str, Any]:
 
 def _imports(config: dict[str, Any]) -> list[str]:
     """Modules of the package that a config imports."""
-    return [
-        line.removeprefix("$import ") for line in config.get("imports", []) if line.startswith(f"$import {PACKAGE}")
-    ]
+    lines = [*config.get("imports", []), *config.get("+imports", [])]
+    return [line.removeprefix("$import ") for line in lines if line.startswith(f"$import {PACKAGE}")]
 
 
 def _require(value: Any) -> Any:
