@@ -172,9 +172,10 @@ def test_partial_volume_follows_the_surfaces(tmp_path: Path, affine: np.ndarray)
     assert t1w.max() == pytest.approx(1, abs=1e-6)
 
 
-def test_without_surfaces_the_labels_tell_the_distances(tmp_path: Path, affine: np.ndarray) -> None:
+def test_without_surfaces_and_scans_the_labels_tell_the_distances(tmp_path: Path, affine: np.ndarray) -> None:
     build_subject(tmp_path / "bert", make_head(), affine)
     (tmp_path / "bert" / "surf" / "rh.white").unlink()
+    (tmp_path / "bert" / "mri" / "orig.mgz").unlink()
     (tmp_path / "bert" / "mri" / "aparc+aseg.mgz").rename(tmp_path / "bert" / "mri" / "aparc.DKTatlas+aseg.deep.mgz")
     (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", size=SIZE)
     assert read_record(folder)["distances_from"] == "labels"

@@ -183,10 +183,9 @@ def make_from_scans(job: Job) -> tuple[Volumes, dict[str, Any]]:
         facts |= {"faults": [fault]} if fault else {}
     if "image" in job.files:
         facts["simulated"] = find_paintable(volumes["generation_labels"][0], facts["generation_protocol"], scans)
-    reference, *others = scans
     centre_mm = apply_affine(anatomy.affine, np.array(anatomy.ids.shape) / 2)
-    moved = {key: measure_motion(scans[key].motion, centre_mm) for key in others}
-    return volumes, facts | {"reference": reference, "registered": moved}
+    moved = {key: measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
+    return volumes, facts | {"reference": next(iter(scans), None), "registered": moved}
 
 
 def describe_anatomy(
