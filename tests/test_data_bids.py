@@ -154,18 +154,24 @@ def test_labels_lesions_and_masks_of_other_scans_are_not_paired(
     assert warned == {f"sub-{name}.nii.gz" for name in (*unused, "8_label-lesion_mask")}
 
 
-def test_freesurfer_does_not_tell_which_of_several_scans_it_was_made_of(tmp_path: Path) -> None:
-    for person, names in (("1", ("T1w",)), ("2", ("run-1_T1w", "run-2_T1w", "T2w"))):
-        for name in names:
+def test_freesurfer_does_not_tell_which_of_several_scans_or_visits_it_is_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scans = {"1": "T1w", "2": "run-1_T1w run-2_T1w T2w", "3": "ses-1_T1w ses-2_T1w", "4": "ses-9_T1w"}
+    for person, names in scans.items():
+        for name in names.split():
             (tmp_path / f"sub-{person}" / "anat").mkdir(parents=True, exist_ok=True)
             (tmp_path / f"sub-{person}" / "anat" / f"sub-{person}_{name}.nii.gz").touch()
         mri = tmp_path / "derivatives" / "freesurfer" / f"sub-{person}" / "mri"
         mri.mkdir(parents=True)
         for name in ("aseg.mgz", "orig.mgz"):
             (mri / name).touch()
-    one, two = find_sessions(tmp_path)
+    one, two, three, also_three, four = find_sessions(tmp_path)
     assert (one.scans["T1w"].name, list(one.labels)) == ("sub-1_T1w.nii.gz", ["labels"])
     assert (two.scans["T1w"].name, list(two.scans), list(two.labels)) == ("orig.mgz", ["T1w", "T2w"], ["labels"])
+    assert (three.labels, also_three.labels, list(four.labels)) == ({}, {}, ["labels"])
+    assert "sub-3: not used: it does not tell of which visit of sub-3 it is" in caplog.text
+    assert caplog.text.count("not used") == 1
 
 
 def test_a_lesion_is_brought_over_from_the_scan_on_which_it_was_drawn(tmp_path: Path) -> None:

@@ -88,10 +88,12 @@ def find_sessions(root: str | Path) -> list[Session]:
     for person in sorted(f for f in root.glob("sub-*") if f.is_dir()):
         raw = [_parse(f) for f in sorted(person.glob("*/*")) + sorted(person.glob("ses-*/*/*")) if f.is_file()]
         scans = [f for f in raw if _is_scan(f)]
-        for visit in sorted({_entities(f.path).get("ses", "") for f in scans}):
+        visits = sorted({_entities(f.path).get("ses", "") for f in scans})
+        for visit in visits:
             name = f"{person.name}_ses-{visit}" if visit else person.name
-            found = _make_session(root, name, visit, scans, [*raw, *derived.get(person.name, [])])
-            sessions.append(found)
+            sessions.append(_make_session(root, name, visit, scans, [*raw, *derived.get(person.name, [])]))
+        for folder in (root / "derivatives").glob(f"*/{person.name}/mri") if len(visits) > 1 and visits[0] else ():
+            logger.warning("%s: not used: it does not tell of which visit of %s it is", folder.parent, person.name)
     if not sessions:
         raise FileNotFoundError(
             f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed, found none"
@@ -136,7 +138,9 @@ def _find_labels(
 ) -> tuple[dict[str, Path], BidsFile | None]:
     """Files of the labels of a visit by role, and the scan that they belong to: FreeSurfer's folder before a label map."""
     first_t1w = next((f for f in scans if f.contrast == "T1w"), None)
-    for folder in sorted((root / "derivatives").glob(f"*/{name}/mri")):
+    is_only_visit = all(_entities(f.path).get("ses") == _entities(scans[0].path).get("ses") for f in rivals)
+    names = {name, name.split("_")[0]} if is_only_visit else {name}
+    for folder in sorted(f for n in names for f in (root / "derivatives").glob(f"*/{n}/mri")):
         found = find_files(folder.parent)
         if found["labels"].is_file():
             is_only = sum(f.contrast == "T1w" for f in scans) == 1
