@@ -108,7 +108,7 @@ def command(repository: Path, weights: Path, source: Path, output: Path, *more: 
         "$torch.device('cpu')",
     ]
     settings += ["--layout#tasks", str([*LAYOUT.tasks])]
-    return [*start, *settings, "--precision", "float32", "--outputs", "segmentation,volumes,distance", *more]
+    return [*start, *settings, "--precision", "float32", "--outputs", "segmentation,volumes,distance,bias_field", *more]
 
 
 def finished(folder: Path) -> list[str]:
@@ -155,7 +155,7 @@ def test_twenty_scans_with_two_broken_ones_survive_a_kill(repository: Path, weig
     assert all((output / name / f"{name}_finished.json").stat().st_mtime_ns == times[name] for name in first)
     assert not (output / ".partial").exists()
     for folder in output.glob("scan*"):
-        assert len(list(folder.iterdir())) == 16
+        assert len(list(folder.iterdir())) == 20
         for file in folder.glob("*.nii.gz"):
             image: Any = nib.load(file)
             assert np.isfinite(image.get_fdata()).all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import nibabel as nib
 import numpy as np
@@ -21,8 +21,9 @@ import brainfm_monai
 from brainfm_monai.io import fingerprint
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "describe_run", "resample"]
+__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "describe_run", "once_per_scan", "resample"]
 
+T = TypeVar("T")
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
 SAME_VOXELS = 1e-3  # of a voxel: a distance below which two grids hold the same voxels
 INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
@@ -113,7 +114,7 @@ class ScanResult:
         settings: what was used.
         summary: numbers of the scan for the table over all scans; the functions that write files add to it.
         warnings: what a user should look at.
-        shared: what one output computed and another one needs, too.
+        computed: results of functions that are :func:`once_per_scan`.
         original: the scan as it was read, in its own intensities and grid, shape (1, h, w, d).
     """
 
@@ -131,7 +132,7 @@ class ScanResult:
     settings: RunSettings = field(default_factory=RunSettings)
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    shared: dict[str, Any] = field(default_factory=dict)
+    computed: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
     original: MetaTensor | None = None
 
     def path(self, suffix: str) -> Path:
@@ -199,6 +200,19 @@ class ScanResult:
         content = {**entries, "Sources": [str(self.source)], "GeneratedBy": asdict(self.settings)}
         text = json.dumps(content, indent=2, default=str)
         self.path(f"{suffix}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def once_per_scan(compute: Callable[[ScanResult], T]) -> Callable[[ScanResult], T]:
+    """Decorator of a function that several outputs need: its result for a scan is computed once."""
+
+    @wraps(compute)
+    def cached(scan: ScanResult) -> T:
+        if compute not in scan.computed:
+            scan.computed[compute] = compute(scan)
+        result: T = scan.computed[compute]
+        return result
+
+    return cached
 
 
 def resample(

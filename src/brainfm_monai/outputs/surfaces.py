@@ -9,7 +9,7 @@ import numpy as np
 
 from brainfm_monai.io import write_table
 from brainfm_monai.outputs.images import save_map
-from brainfm_monai.outputs.result import ScanResult
+from brainfm_monai.outputs.result import ScanResult, once_per_scan
 from brainfm_monai.transforms import MODES
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def write_distances(scan: ScanResult) -> None:
     scan.summary["cortical_thickness_mm"] = round(float(np.median(cortex)), 3) if cortex.size else "n/a"
 
 
+@once_per_scan
 def grow_surfaces(scan: ScanResult) -> dict[str, Hemisphere]:
     """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan.
 
@@ -90,21 +91,18 @@ def grow_surfaces(scan: ScanResult) -> dict[str, Hemisphere]:
     """
     from brainfm_monai.surfaces import grow_hemisphere  # needs scipy, which an extra brings
 
-    if "surfaces" not in scan.shared:
-        names = scan.layout.tasks["distance"].channel_names
-        distance: dict[str, Any] = dict(zip(names, scan.maps["distance"].as_tensor().cpu().float(), strict=True))
-        levels = scan.settings.surface_levels_mm
-        shown = _shown_hemispheres(scan, distance)
-        grown = {
-            letter: grow_hemisphere(
-                shown[side + "w"], shown[side + "p"], shown.get(OPPOSITE[side] + "p"), scan.network_affine, levels
-            )
-            for letter, side, _, _ in HEMISPHERES.values()
-            if side + "w" in shown
-        }
-        scan.shared["surfaces"] = {letter: surface for letter, surface in grown.items() if surface is not None}
-    hemispheres: dict[str, Hemisphere] = scan.shared["surfaces"]
-    return hemispheres
+    names = scan.layout.tasks["distance"].channel_names
+    distance: dict[str, Any] = dict(zip(names, scan.maps["distance"].as_tensor().cpu().float(), strict=True))
+    levels = scan.settings.surface_levels_mm
+    shown = _shown_hemispheres(scan, distance)
+    grown = {
+        letter: grow_hemisphere(
+            shown[side + "w"], shown[side + "p"], shown.get(OPPOSITE[side] + "p"), scan.network_affine, levels
+        )
+        for letter, side, _, _ in HEMISPHERES.values()
+        if side + "w" in shown
+    }
+    return {letter: surface for letter, surface in grown.items() if surface is not None}
 
 
 def write_surfaces(scan: ScanResult) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from brainfm_monai.functional.spatial import warp as sample
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs.images import save_map
-from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
+from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult, once_per_scan
 from brainfm_monai.outputs.template import (
     Warp,
     fit_affine,
@@ -49,30 +48,27 @@ def write_coordinates(scan: ScanResult) -> None:
     save_map(scan, "mni", np.moveaxis(scan.in_grid("mni"), 0, -1), text, Space=TEMPLATE_SPACE)
 
 
+@once_per_scan
 def fit_affine_to_template(scan: ScanResult) -> np.ndarray:
     """Matrix from the scan's RAS mm to the template's, (4, 4), fitted to the predicted coordinates of the brain's tissue.
 
     Raises:
         ValueError: if too little brain was found.
     """
-    if "affine" not in scan.shared:
-        brain = _tissue(scan)
-        points = apply_affine(scan.network_affine, np.argwhere(brain))
-        scan.shared["affine"] = fit_affine(points, scan.maps["mni"].cpu().numpy()[:, brain].T)
-    return cast(np.ndarray, scan.shared["affine"])
+    brain = _tissue(scan)
+    points = apply_affine(scan.network_affine, np.argwhere(brain))
+    return fit_affine(points, scan.maps["mni"].cpu().numpy()[:, brain].T)
 
 
+@once_per_scan
 def fit_scan_to_template(scan: ScanResult) -> Warp:
     """The smooth map from the scan's RAS mm to the template's, of which :func:`fit_affine_to_template` is the affine part.
 
     Raises:
         ValueError: if too little brain was found.
     """
-    if "warp" not in scan.shared:
-        matrix = fit_affine_to_template(scan)
-        coordinates = scan.maps["mni"].cpu().numpy()
-        scan.shared["warp"] = fit_warp(coordinates, _tissue(scan), scan.network_affine, matrix)
-    return cast(Warp, scan.shared["warp"])
+    coordinates = scan.maps["mni"].cpu().numpy()
+    return fit_warp(coordinates, _tissue(scan), scan.network_affine, fit_affine_to_template(scan))
 
 
 def _tissue(scan: ScanResult) -> np.ndarray:

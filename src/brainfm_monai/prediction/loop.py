@@ -142,8 +142,15 @@ class WriteScans:
         """Write the files of the scan that was computed last."""
         loader = getattr(engine, "data_loader", None)
         if isinstance(loader, ScanLoader) and loader.report is None:  # :func:`run_scans` sets it, and writes itself
-            items: Any = engine.state.output
-            logger.info("results are in %s", self.writer.write(items[0], loader.dataset.data[loader.current]))
+            folder = self.writer.write(maps_of(engine), loader.dataset.data[loader.current])
+            logger.info("results are in %s", folder)
+
+
+def maps_of(engine: Engine) -> dict[str, Any]:
+    """Maps of the scan that was computed last, and the ``original`` scan, which MONAI's evaluator leaves in the batch."""
+    batch: Any = engine.state.batch
+    output: Any = engine.state.output
+    return {**({"original": batch[0]["original"]} if "original" in batch[0] else {}), **output[0]}
 
 
 class _Run:
@@ -203,9 +210,9 @@ class _Run:
 
     def _write(self, engine: Engine) -> None:
         self.finish_writing()
-        number, items = self.loader.current, engine.state.output
+        number = self.loader.current
         scan = self.loader.dataset.data[number]
-        self.writing = (number, self.pool.submit(self.writer.write, items[0], scan))  # type: ignore[index]
+        self.writing = (number, self.pool.submit(self.writer.write, maps_of(engine), scan))
 
     def _catch(self, engine: Engine, error: BaseException) -> None:
         if not isinstance(error, Exception):
