@@ -72,14 +72,15 @@ def _read(folder: str | Path) -> pd.DataFrame:
 
 def _check_same_cases(a: pd.DataFrame, b: pd.DataFrame, first: str | Path, second: str | Path) -> None:
     cases = [set(zip(table["scan"], table["condition"], strict=True)) for table in (a, b)]
-    found = []
+    differences = []
     for folder, alone in ((first, cases[0] - cases[1]), (second, cases[1] - cases[0])):
         if alone:
             names = [f"{scan} ({condition})" for scan, condition in sorted(alone)]
             more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-            found.append(f"only in {folder}: {', '.join(names[:MOST_NAMED])}{more}")
-    if found:
-        raise ValueError(f"compare: the same scans and conditions are needed in both folders, found {'; '.join(found)}")
+            differences.append(f"only in {folder}: {', '.join(names[:MOST_NAMED])}{more}")
+    if differences:
+        found = "; ".join(differences)
+        raise ValueError(f"compare: the same scans and conditions are needed in both folders, found {found}")
 
 
 def _describe_condition(name: str, compared: pd.DataFrame, first: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:

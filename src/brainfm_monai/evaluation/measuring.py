@@ -34,7 +34,7 @@ __all__ = ["GRIDS", "LoadReferences", "MeasureMaps"]
 GRIDS = ("scan", "network")
 HEAD = "head"  # entry of the mask of the head
 MAGNITUDES = [name for name, task in TASKS.items() if task.kind == "image" and name != "CT"]  # scans without a unit
-FOREGROUND = 0.05  # of the scan's range: above it is head, where no reference tells what is
+FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map says what is
 
 
 class LoadReferences(Transform):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "compose_page", "define_metrics", "tabulate"]
 
 WORST = 8  # scans that are shown
-FEW = 10  # scans, below which resampling them tells too little
+FEW = 10  # scans, below which intervals by resampling are too narrow
 LIBRARIES = ("brainfm-monai", "monai", "torch")
 BESIDE = 4  # headlines in one figure
 STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}

@@ -79,14 +79,14 @@ class MeasureSurfaces(Transform):
         rows: list[MetricRow] = []
         for side in ("left", "right"):
             pairs = {kind: (pred.get(f"{side}_{kind}"), reference.get(f"{side}_{kind}")) for kind in ("white", "pial")}
-            found = {kind: (a, b) for kind, (a, b) in pairs.items() if a is not None and b is not None}
+            matched = {kind: (a, b) for kind, (a, b) in pairs.items() if a is not None and b is not None}
             measures = {
-                f"surface_{k}": {"found": float(k in found)} for k, pair in pairs.items() if pair[1] is not None
+                f"surface_{k}": {"found": float(k in matched)} for k, pair in pairs.items() if pair[1] is not None
             }
-            for kind, pair in found.items():
+            for kind, pair in matched.items():
                 measures[f"surface_{kind}"] |= compare_surfaces(*pair)
-            if len(found) == len(pairs):
-                white, pial = found["white"], found["pial"]
+            if len(matched) == len(pairs):
+                white, pial = matched["white"], matched["pial"]
                 measures["surface_thickness"] = compare_thickness((white[0], pial[0]), (white[1], pial[1]))
             names = (str(d["scan"]), str(d["condition"]))
             rows += [

@@ -107,8 +107,8 @@ def measure_scan(
     return rows
 
 
-def _is_one_of(ids: Tensor, wanted: Iterable[int]) -> Tensor:
-    return torch.isin(ids.long(), torch.tensor(sorted(wanted), device=ids.device))
+def _is_one_of(ids: Tensor, members: Iterable[int]) -> Tensor:
+    return torch.isin(ids.long(), torch.tensor(sorted(members), device=ids.device))
 
 
 def _plain_cells(values: Mapping[str, Tensor], unit: str | None = None, structure: str = ABSENT) -> list[Cells]:

@@ -67,9 +67,9 @@ def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
     Reference:
         Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance images, PNAS 97, 2000.
     """
-    there, nearest = _find_nearest(white[0], pial)
-    back, _ = _find_nearest(nearest, white)
-    return np.asarray((there + back) / 2)
+    outwards, nearest = _find_nearest(white[0], pial)
+    inwards, _ = _find_nearest(nearest, white)
+    return np.asarray((outwards + inwards) / 2)
 
 
 def compare_thickness(pred: tuple[Mesh, Mesh], reference: tuple[Mesh, Mesh]) -> dict[str, float]:
