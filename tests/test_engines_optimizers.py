@@ -128,6 +128,22 @@ def test_a_step_that_is_not_finite_changes_nothing_on_the_device() -> None:
         assert all(torch.equal(value, state[number][key]) for key, value in values.items())
 
 
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_nothing() -> None:
+    net = network().cuda().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    optimizer = MuonAdamW(net, fused=True)
+    for finite in (True, False, True):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p) if finite else torch.full_like(p, torch.nan)
+        found = torch.zeros((), device="cuda") if finite else torch.ones((), device="cuda")
+        vars(optimizer).update(found_inf=found, grad_scale=None)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
 def test_the_layout_of_kernels_in_memory_does_not_matter() -> None:
     plain, last = network(), network().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     for net in (plain, last):
