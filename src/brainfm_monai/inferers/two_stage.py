@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from brainfm_monai.inferers.coordinates import centre_box, edge_ramp, smooth_coordinates
 from brainfm_monai.inferers.memory import ALIASES, MEMORY_MODES, choose_memory
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet, autocast, encode_by_planes, parse_precision
+from brainfm_monai.networks.planes import plane_ranges
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["TwoStageInferer"]
@@ -30,6 +32,7 @@ PLANES = 4  # of the backbone's grid, decoded at a time: 56 channels of 4 planes
 MIRROR_AXIS = 2  # left-right in RAS+ order
 
 Maps = Iterator[tuple[slice, Tensor]]
+Planes = Callable[[int, int], Tensor]  # returns the maps of the planes from a to b of the backbone's grid
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,8 @@ class TwoStageInferer(Inferer):
         """Planes of the output, and the maps there."""
         if isinstance(network, MultiTaskNet):
             encode = self._make_encoder(network.backbone, memory, ROI_SIZE // network.stride)
-            stages = [self._encode(flipped, network, encode) for flipped in self._images(network.pool(image))]
-            yield from self._decode(stages, network, image.shape[2:], memory == "low")
+            grid = network.pool(image)
+            yield from self._decode(self._average(grid, network, encode), network, grid.shape[2:], memory == "low")
             return
         name = type(network).__name__
         if self.second_look:
@@ -168,13 +171,10 @@ class TwoStageInferer(Inferer):
         if memory == "low":
             raise ValueError(f"memory: mode low needs a MultiTaskNet, got {name}: take full or windows")
         run = self._make_encoder(network, memory, ROI_SIZE)
-        maps, *mirrored = [run(flipped).float() for flipped in self._images(image)]
-        for back in mirrored:
-            maps = maps.add_(self.layout.mirror(back)).mul_(0.5)
+        maps = run(image).float()
+        if self.mirror:
+            maps.add_(self.layout.mirror(run(image.flip(MIRROR_AXIS)).float())).mul_(0.5)
         yield slice(0, maps.shape[2]), maps
-
-    def _images(self, image: Tensor) -> list[Tensor]:
-        return [image, image.flip(MIRROR_AXIS)] if self.mirror else [image]
 
     def _make_encoder(
         self, network: Callable[[Tensor], Tensor], memory: str, roi_size: int
@@ -226,18 +226,32 @@ class TwoStageInferer(Inferer):
         labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
         return torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
 
-    def _decode(self, stages: Sequence[_Encoded], network: MultiTaskNet, size: Sequence[int], decide: bool) -> Maps:
-        """Head, average with the mirror image, interpolation and the choice of a label, a few planes at a time."""
-        straight, *mirrored = stages
-        stride, total = network.stride, straight.features.shape[2]
+    def _average(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
+        """Maps of the planes of the backbone's grid, the mean of those of the image and of the mirror image.
+
+        With a mirror image, the maps of the image take the place of its features, which are larger.
+        """
+        encoded = self._encode(image, network, encode)
+        if not self.mirror:
+            return partial(encoded.decode, network)
+        size, layout = (1, self.layout.channels, *image.shape[2:]), torch.channels_last_3d
+        maps = torch.empty(size, device=image.device, memory_format=layout)
+        total = image.shape[2]
+        for a, b in plane_ranges(total, 1, PLANES):
+            maps[:, :, a:b] = encoded.decode(network, a, b)
+        del encoded
+        mirrored = self._encode(image.flip(MIRROR_AXIS), network, encode)
+        for a, b in plane_ranges(total, 1, PLANES):
+            maps[:, :, a:b].add_(self.layout.mirror(mirrored.decode(network, total - b, total - a))).mul_(0.5)
+        return lambda a, b: maps[:, :, a:b]
+
+    def _decode(self, read: Planes, network: MultiTaskNet, size: Sequence[int], decide: bool) -> Maps:
+        """Interpolation to the image's grid and the choice of a label, a few planes at a time."""
+        stride = network.stride
         context = 0 if stride == 1 else 1  # plane on each side that the interpolation reads
-        for a in range(0, total, PLANES):
-            b = min(a + PLANES, total)
-            first, last = max(a - context, 0), min(b + context, total)
-            maps = straight.decode(network, first, last)
-            for stage in mirrored:
-                maps = maps.add_(self.layout.mirror(stage.decode(network, total - last, total - first))).mul_(0.5)
-            maps = network.upsample(maps, [(last - first) * stride, *size[1:]])
+        for a, b in plane_ranges(size[0], 1, PLANES):
+            first, last = max(a - context, 0), min(b + context, size[0])
+            maps = network.upsample(read(first, last), [(last - first) * stride, size[1] * stride, size[2] * stride])
             maps = maps[:, :, (a - first) * stride : (b - first) * stride]
             if decide:
                 if self.excluded:
