@@ -129,8 +129,7 @@ def test_the_page_is_the_same_however_the_voxels_are_stored(
 def test_a_ct_is_shown_in_the_windows_of_brain_and_bone(scan: ScanResult, tmp_path: Path) -> None:
     ct = dataclasses.replace(make_scan(tmp_path, scan.labels, maps_wanted=False), window="0 to 80")
     assert "The CT in two windows" not in {heading for heading, _, _ in draw_sections(ct)}  # an MR scan with --window
-    assert ct.original is not None
-    ct.original.meta["modality"] = "ct: air at -1000 <HU>"
+    ct = dataclasses.replace(ct, modality="ct: air at -1000 <HU>")
     sections = {heading: caption for heading, caption, _ in draw_sections(ct)}
     assert sections["The CT in two windows"] == "0 to 80 HU; -450 to 1050 HU"
     assert "taken for ct: air at -1000 &lt;HU&gt;" in compose_page(ct)

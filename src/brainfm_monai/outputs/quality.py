@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 from nibabel.affines import apply_affine
 
-from brainfm_monai.io import write_table
+from brainfm_monai.io import write_table, write_text
 from brainfm_monai.outputs.result import ScanResult
 from brainfm_monai.outputs.segmentation import compute_totals_mm3, compute_volumes_mm3
 from brainfm_monai.outputs.warps import fit_affine_to_template
@@ -156,4 +156,4 @@ def write_quality(scan: ScanResult) -> None:
         overall = float((mean[known] * voxels[known]).sum() / voxels[known].sum()) if known.any() else float("nan")
         entries["MeanEntropyOfTheBrain"] = scan.summary["brain_entropy"] = round(overall, 4)
     text = json.dumps({**entries, "GeneratedBy": asdict(scan.settings)}, indent=2)
-    scan.path("qc.json").write_text(text + "\n", encoding="utf-8")
+    write_text(scan.path("qc.json"), text + "\n")

@@ -116,6 +116,7 @@ class ScanResult:
         warnings: what a user should look at.
         computed: results of functions that are :func:`once_per_scan`.
         original: the scan as it was read, in its own intensities and grid, shape (1, h, w, d).
+        modality: what the scan was taken for, with the reason: ``ct: ...`` or ``mr: ...``; empty if that is not known.
     """
 
     name: str
@@ -134,6 +135,7 @@ class ScanResult:
     warnings: list[str] = field(default_factory=list)
     computed: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
     original: MetaTensor | None = None
+    modality: str = ""
 
     def path(self, suffix: str) -> Path:
         """Path of the file that ends in ``suffix``."""
@@ -145,11 +147,6 @@ class ScanResult:
         if self.original is None:
             raise ValueError(f"{self.source}: the scan itself is needed, found its maps alone")
         return resample(self.original, self.labels.shape, self.affine)
-
-    @property
-    def modality(self) -> str:
-        """What the scan was taken for, with the reason: ``ct: ...`` or ``mr: ...``; empty if that is not known."""
-        return "" if self.original is None else str(self.original.meta.get("modality", ""))
 
     @cached_property
     def network_affine(self) -> np.ndarray:

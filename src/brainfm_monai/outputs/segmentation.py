@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.io import write_table
+from brainfm_monai.io import ABSENT, write_table, write_text
 from brainfm_monai.outputs.result import ScanResult
 
 __all__ = [
@@ -62,16 +62,11 @@ def write_label_table(scan: ScanResult) -> None:
     structures = scan.layout.protocol.structures
     rows = [(s.label, s.name, s.freesurfer_id, s.side, "#{:02x}{:02x}{:02x}".format(*s.colour)) for s in structures]
     write_table(scan.path("dseg.tsv"), ("index", "name", "mapping", "side", "color"), rows)
-    colours = [f"{s.label} {s.name} {' '.join(map(str, s.colour))} {255 if s.label else 0}" for s in structures]
-    scan.path("desc-lut_dseg.txt").write_text(
-        "\n".join(["# label name red green blue alpha", *colours, ""]), encoding="utf-8"
-    )
-    shown = [
-        f'{s.label} {" ".join(map(str, s.colour))} {int(s.label > 0)} {int(s.label > 0)} 1 "{s.name}"'
-        for s in structures
-    ]
-    heading = "# IDX -R- -G- -B- -A-- VIS MSH LABEL"
-    scan.path("desc-itksnap_dseg.txt").write_text("\n".join([heading, *shown, ""]), encoding="utf-8")
+    colours = [(s, " ".join(map(str, s.colour)), int(s.label > 0)) for s in structures]
+    freeview = [f"{s.label} {s.name} {colour} {255 * shown}" for s, colour, shown in colours]
+    write_text(scan.path("desc-lut_dseg.txt"), "\n".join(["# label name red green blue alpha", *freeview, ""]))
+    snap = [f'{s.label} {colour} {shown} {shown} 1 "{s.name}"' for s, colour, shown in colours]
+    write_text(scan.path("desc-itksnap_dseg.txt"), "\n".join(["# IDX -R- -G- -B- -A-- VIS MSH LABEL", *snap, ""]))
 
 
 def write_volumes(scan: ScanResult) -> None:
@@ -82,17 +77,16 @@ def write_volumes(scan: ScanResult) -> None:
     """
     protocol = scan.layout.protocol
     hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
-    soft = scan.soft_volumes_mm3
+    best = hard if scan.soft_volumes_mm3 is None else scan.soft_volumes_mm3
+    totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
     rows: list[tuple[object, ...]] = [
-        (s.label, s.name, s.freesurfer_id, s.side, _cell(soft, s.label), f"{hard[s.label]:.1f}")
+        (s.label, s.name, s.freesurfer_id, s.side, f"{best[s.label]:.1f}", f"{hard[s.label]:.1f}")
         for s in protocol.structures[1:]
     ]
-    best = hard if soft is None else soft
-    totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
     for name, volume in totals.items():
-        rows.append(
-            ("n/a", name, "n/a", "none", "n/a" if soft is None else f"{volume:.1f}", f"{hard_totals[name]:.1f}")
-        )
+        rows.append((ABSENT, name, ABSENT, "none", f"{volume:.1f}", f"{hard_totals[name]:.1f}"))
+    if scan.soft_volumes_mm3 is None:
+        rows = [(*row[:4], ABSENT, row[5]) for row in rows]
     columns = ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3")
     write_table(scan.path("volumes.tsv"), columns, rows)
     definitions = {name: {"Units": "mm^3", "Description": text} for name, text in TOTALS.items()}
@@ -107,7 +101,3 @@ def write_volumes(scan: ScanResult) -> None:
     )
     scan.summary.update({f"{name}_mm3": round(volume, 1) for name, volume in totals.items()})
     scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in protocol.structures[1:]})
-
-
-def _cell(volumes: np.ndarray | None, label: int) -> str:
-    return "n/a" if volumes is None else f"{volumes[label]:.1f}"

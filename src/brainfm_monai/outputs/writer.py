@@ -233,6 +233,7 @@ class ScanWriter:
             lesions=str(scan.get("lesions") or ""),
             settings=self.settings,
             original=item.get("original"),
+            modality=str(image.meta.get("modality") or ""),
             warnings=[line for line in str(image.meta.get("warnings") or "").split("\n") if line],
             summary={"modality": str(image.meta["modality"]).partition(":")[0]} if image.meta.get("modality") else {},
         )

@@ -20,7 +20,6 @@ __all__ = ["sample"]
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
 PHOTO_AXIS = 1  # dissected slices are coronal (BrainFM)
 DARK_STD_SHARE = 0.2  # of its drawn std, which dark air keeps
-FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72)  # FreeSurfer ids of ventricles, plexus and CSF
 CSF_ID, WHITE_ID, GREY_ID, CEREBELLUM_IDS = 24, 2, 3, (7, 8, 46, 47)
 Tensors = tuple[Tensor, ...]
 LARGEST_SEED = 2**62
@@ -148,7 +147,7 @@ def _sample_geometry(
         lesion_noise=tuple(draws.normal(1, *c) for c in lesion_columns),
         lesion_potential=draws.normal(3, *_columns(size, LESION_FLOW_SPACING_MM / voxel_mm)),
         lesion_flow=draws.uniform(ranges.lesion_flow_mm) / voxel_mm,
-        lesion_region=torch.as_tensor(protocol.is_brain) & ~_one_of(protocol, FLUID_IDS),
+        lesion_region=torch.as_tensor(protocol.is_brain & ~protocol.is_fluid),
         lesion_coverage=draws.uniform(ranges.lesion_coverage) * draws.chance(ranges.lesion_prob),
         diffeomorphic=ranges.diffeomorphic,
         spatial_size=(size[0], size[1], size[2]),
