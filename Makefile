@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# MONAI Label needs numpy below 2: an environment of its own, made anew when its versions change
+LABEL_VERSIONS := monailabel_app/constraints.txt setup.cfg
+LABEL_VENV := .venv-label/$(shell cat $(LABEL_VERSIONS) | sha256sum | cut -c1-12)
+LABEL_BIN := $(LABEL_VENV)/bin
+LABEL_INSTALL := $(LABEL_BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES_OF_INSTALL := setup.cfg pyproject.toml constraints.txt
 
 # for `make train`: a folder of label maps in, weights out; of LEFT_OUT the left hippocampus is labelled as cortex and fluid
@@ -13,11 +18,18 @@ VALIDATION ?= training_seg_18,training_seg_19
 LEFT_OUT ?= training_seg_07
 JOBS ?= 2
 
-.PHONY: help demo test format train bundle test-artifact wheel clean
+# for `make label-server`: a folder of scans, or the address of a DICOMweb archive
+STUDIES ?= studies
+PORT ?= 8000
+STRUCTURES ?= head
+
+.PHONY: help demo test test-label label-server format train bundle test-artifact wheel clean
 
 help:
 	@echo "make demo    segment two example scans and show where their report pages lie"
 	@echo "make test    formatting, lint, types and tests"
+	@echo "make label-server STUDIES=folder  MONAI Label on this machine, for 3D Slicer and OHIF"
+	@echo "make test-label  tests with MONAI Label servers, in their own environment"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make train   MAPS=folder of SynthSeg label maps: prepare the subjects, list them, train"
 	@echo "make bundle  the zip for a model zoo, with the package inside, in dist/"
@@ -52,6 +64,22 @@ test: $(VENV)/.all
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
 
+# torchvision's build may not fit that of torch; MONAI Label imports two of its functions and this app uses neither
+$(LABEL_VENV)/.done:
+	$(PYTHON) -m venv $(LABEL_VENV)
+	$(LABEL_INSTALL) "$(shell grep '^torch==' monailabel_app/constraints.txt)"
+	$(LABEL_INSTALL) -c monailabel_app/constraints.txt -e ".[label,prepare,report,train]" pytest
+	$(LABEL_BIN)/python -c "import torchvision.utils" 2>/dev/null || ( \
+		$(LABEL_BIN)/python -m pip uninstall --quiet --yes torchvision && \
+		echo "$(CURDIR)/monailabel_app/stand_in" > "$$($(LABEL_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_stand_in.pth" )
+	@touch $@
+
+label-server: $(LABEL_VENV)/.done
+	$(LABEL_BIN)/python monailabel_app/start.py "$(STUDIES)" --port $(PORT) --structures $(STRUCTURES)
+
+test-label: $(LABEL_VENV)/.done
+	$(LABEL_BIN)/python -m pytest -m label tests/label
+
 format: $(VENV)/.all
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -83,4 +111,4 @@ wheel: $(BIN)/python
 	$(BIN)/python -m build --outdir dist .
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-label demo

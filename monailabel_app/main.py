@@ -73,7 +73,7 @@ class MyApp(MONAILabelApp):
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Fine-tuning on the corrected scans."""
-        return {MODEL: FineTuning(self.segmentation, self.conf)}
+        return {MODEL: FineTuning(self.segmentation)}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """The least certain scan, any scan, the first scan."""

@@ -1,0 +1,211 @@
+"""Training from a MONAI Label server: corrected scans become subjects, and each click a fine-tuning of the weights in use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigWorkflow
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.annotation.labels import match_structures, read_label_info
+from brainfm_monai.io import ScanError, write_text, write_whole
+from brainfm_monai.io.volumes import read_labels, read_scan
+
+__all__ = ["PROGRESS", "EpochReport", "fine_tune", "prepare_corrected", "train_from_server"]
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "training_label"  # in the bundle: prepared subjects, and what a training reports
+ANATOMIES = "anatomies"  # in the bundle: prepared subjects of other persons, a folder or a link to one
+PROGRESS = "progress.json"
+ANATOMIES_PER_SCAN = (
+    2  # others in each pass over the corrected scans, so that other contrasts and persons are not forgotten
+)
+BLEND = 0.5  # share of the new weights where there are no anatomies (Wortsman et al., Robust fine-tuning, CVPR 2022)
+GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, which clients write in float32
+
+
+def train_from_server(
+    items: Sequence[Mapping[str, Any]], bundle: str | Path, first_handler: Any, device: str, max_epochs: int
+) -> None:
+    """Take over from ``train.json`` if MONAI Label's own bundle task runs the config: its items are scans with corrected labels.
+
+    Args:
+        items: of ``train#dataset#data``.
+        bundle: folder of the bundle.
+        first_handler: first of the handlers; MONAI Label inserts one that loads the weights in use.
+        device: name of a device.
+        max_epochs: as the client asked.
+
+    Raises:
+        SystemExit: with status 0 after such a training, so that the training on subjects does not start.
+    """
+    if not items or "label" not in items[0] or "generation_labels" in items[0]:
+        return
+    weights = Path(getattr(first_handler, "load_path", None) or "model.pt").name
+    fine_tune(items, bundle, weights, device=device, max_epochs=max_epochs)
+    raise SystemExit(0)
+
+
+def fine_tune(
+    items: Sequence[Mapping[str, Any]], bundle: str | Path, weights: str = "model.pt", **overrides: Any
+) -> Path:
+    """Fine-tune weights on corrected scans; each call is a training of its own, whose result gets a name of its own.
+
+    Args:
+        items: each with ``image``, ``label``, and perhaps ``label_info``, see :func:`prepare_corrected`.
+        bundle: folder of the bundle; ``anatomies`` in it may hold prepared subjects of other persons.
+        weights: name of the weights in the bundle's ``models`` from which the training starts.
+        overrides: values of ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and ``device``.
+
+    Returns:
+        The new weights, ``models/model_tuned_N.pt``.
+
+    Raises:
+        ValueError: if there is no corrected scan, or one cannot be used; one line.
+    """
+    bundle = Path(bundle)
+    start, target = bundle / "models" / weights, _next_weights(bundle)
+    subjects = prepare_corrected(items, bundle / FOLDER / "subjects")
+    others = _choose_anatomies(bundle / ANATOMIES, ANATOMIES_PER_SCAN * len(subjects), seed=target.stem)
+    logger.info("fine-tuning %s on %d corrected scans and %d other anatomies", weights, len(subjects), len(others))
+    workflow = ConfigWorkflow(
+        workflow_type="train",
+        config_file=[str(bundle / "configs" / name) for name in ("train.json", "label_train.json")],
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        logging_file=False,
+        **{
+            "bundle_root": str(bundle),
+            "weights": str(start),
+            "output_dir": str(bundle / FOLDER),
+            "train#dataset#data": [*subjects, *others],
+            **overrides,
+        },
+    )
+    workflow.initialize()
+    workflow.run()
+    state = workflow.parser.get_parsed_content("average").module.state_dict()
+    if not others:
+        state = _blend(torch.load(start, map_location="cpu", weights_only=True), state, BLEND)
+    with write_whole(target) as partial:
+        torch.save({key: value.half().cpu() for key, value in state.items()}, partial)
+    workflow.finalize()
+    logger.info("%s: new weights; %s stays as it was", target.name, weights)
+    return target
+
+
+def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Subjects of corrected scans, prepared in full; what was prepared before is not prepared again.
+
+    Args:
+        items: each with ``image`` and ``label``, paths, and perhaps ``label_info``, see
+            :func:`~brainfm_monai.annotation.labels.match_structures`.
+        folder: for the subjects.
+
+    Returns:
+        Items of a datalist: the scan is a real image, the labels are also painted.
+
+    Raises:
+        ValueError: if there are no items; if none can be used, with the reason of the first.
+    """
+    if not items:
+        raise ValueError("training: a corrected scan is needed, found none: save a label (Submit Label) first")
+    from brainfm_monai.data.prepare import prepare_label  # the extra "prepare"
+
+    protocol = Protocol.load("synthseg_head")
+    subjects, faults = [], []
+    for item in items:
+        image, label = str(item["image"]), str(item["label"])
+        try:
+            values = np.unique(read_labels(label).values).tolist()
+            info = item.get("label_info") or read_label_info(label)
+            ids = match_structures(values, info, protocol, Path(label).name)
+            visible = _cut_to_labels(image, label, ids, protocol, folder)
+            subjects.append(prepare_label(visible, label, folder, ids=ids))
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+            logger.error("%s", error)
+    if not subjects:
+        raise ValueError(faults[0])
+    return subjects
+
+
+def _cut_to_labels(image: str, label: str, ids: Mapping[int, int], protocol: Protocol, folder: Path) -> str:
+    """The scan, without what is outside the labels if nobody labelled the head: unlabelled skin is not background."""
+    head = {s.freesurfer_id for s in protocol.structures if protocol.is_head[s.label]}
+    if head & set(ids.values()):
+        return image
+    scan, labels = read_scan(image), read_labels(label)
+    if scan.values.shape != labels.values.shape or not np.allclose(scan.affine, labels.affine, atol=GRID_TOLERANCE_MM):
+        raise ScanError(
+            f"{label}: labels of the brain alone must have the grid of the scan, found {labels.values.shape}"
+        )
+    path = folder / "brains" / Path(image).name
+    with write_whole(path) as partial:
+        nib.save(nib.Nifti1Image(scan.values * (labels.values > 0), scan.affine), partial)
+    return str(path)
+
+
+def _choose_anatomies(folder: Path, count: int, seed: str) -> list[dict[str, Any]]:
+    """Prepared subjects of other persons, other ones at every training."""
+    from brainfm_monai.data.datalist import find_subjects
+
+    if not folder.is_dir():
+        logger.warning("%s: no anatomies of other persons; the new weights are averaged with those in use", folder)
+        return []
+    subjects = find_subjects(folder)
+    order = np.random.default_rng(sum(seed.encode())).permutation(len(subjects))
+    return [subjects[i] for i in order[:count]]
+
+
+def _next_weights(bundle: Path) -> Path:
+    """A name that no weights have yet."""
+    numbers = [path.stem.rsplit("_", 1)[1] for path in bundle.glob("models/model_tuned_*.pt")]
+    return bundle / "models" / f"model_tuned_{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}.pt"
+
+
+def _blend(old: Mapping[str, Any], new: Mapping[str, Any], share: float) -> dict[str, Any]:
+    return {key: torch.lerp(old[key].float(), value.float().cpu(), share) for key, value in new.items()}
+
+
+class EpochReport:
+    """Reports the progress of a training: one line in the log, and a file that clients see as a progress bar.
+
+    Args:
+        path: the file, JSON, as MONAI Label's clients read it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.began, self.losses = Path(path), time.time(), list[float]()
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.STARTED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.keep)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def keep(self, engine: Engine) -> None:
+        """Keep the loss of a step."""
+        output: Any = engine.state.output
+        self.losses.append(float(output[0]["loss"] if isinstance(output, list) else output["loss"]))
+
+    def __call__(self, engine: Engine) -> None:
+        """Report an epoch."""
+        state, losses = engine.state, self.losses
+        loss = sum(losses) / len(losses) if losses else None
+        report = {"epoch": state.epoch, "total_epochs": state.max_epochs, "start_ts": int(self.began), "loss": loss}
+        write_text(self.path, json.dumps(report))
+        if losses:
+            logger.info(
+                "epoch %d of %d: loss %.3f, %.0f s", state.epoch, state.max_epochs, loss, time.time() - self.began
+            )
+        losses.clear()

@@ -1,0 +1,419 @@
+"""Annotate, correct, train, infer again: with a real MONAI Label server, its own bundle app and ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+from nibabel.affines import from_matvec
+from nibabel.processing import resample_from_to
+
+pytestmark = pytest.mark.label
+pytest.importorskip("monailabel", reason="MONAI Label needs an environment of its own: make test-label")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = "brain_multitask"
+START_S, ANSWER_S, TRAINING_S = 180, 300, 600
+
+
+class Server:
+    """One running server.
+
+    Args:
+        kind: ``stock``: MONAI Label's own ``monaibundle`` app with the bundle linked in; ``ours``: ``monailabel_app``.
+        bundle: folder of the bundle.
+        folder: for the studies, the app and the log.
+    """
+
+    def __init__(self, kind: str, bundle: Path, folder: Path) -> None:
+        self.kind, self.bundle, self.studies = kind, bundle, folder / "studies"
+        self.studies.mkdir(parents=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+        conf = self._make_app(folder)
+        command = [sys.executable, "-m", "monailabel.main", "start_server", "--studies", str(self.studies)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *conf]
+        # threads of their own for the server: the machine's, whatever the tests around it were given
+        environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self._wait()
+
+    def _make_app(self, folder: Path) -> list[str]:
+        if self.kind == "ours":
+            return ["--app", str(REPOSITORY / "monailabel_app"), "--conf", "bundle", str(self.bundle)]
+        download = ["-m", "monailabel.main", "apps", "--download", "--name", "monaibundle", "--output", str(folder)]
+        subprocess.run([sys.executable, *download], check=True, capture_output=True)
+        model = folder / "monaibundle" / "model" / MODEL
+        model.parent.mkdir(parents=True, exist_ok=True)
+        model.symlink_to(self.bundle)
+        local = ["--conf", "models", MODEL, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]
+        return ["--app", str(folder / "monaibundle"), *local]
+
+    def _wait(self) -> None:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                requests.get(f"{self.url}/info/", timeout=5)
+                return
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        raise RuntimeError(f"the server did not start: {self.tail()}")
+
+    def tail(self) -> str:
+        """End of the server's log."""
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def get(self, path: str) -> Any:
+        """JSON of an address."""
+        answer = requests.get(f"{self.url}{path}", timeout=ANSWER_S)
+        assert answer.ok, f"{path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    def post(self, path: str, params: dict[str, Any] | None = None) -> Any:
+        """JSON of an address that takes JSON."""
+        answer = requests.post(f"{self.url}{path}", json=params, timeout=ANSWER_S)
+        assert answer.ok, f"{path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    def upload(self, image: str, path: Path) -> requests.Response:
+        """Put a scan into the datastore."""
+        with path.open("rb") as file:
+            return requests.put(
+                f"{self.url}/datastore/", params={"image": image}, files={"file": (path.name, file)}, timeout=60
+            )
+
+    def save_label(self, image: str, path: Path, label_info: list[dict[str, Any]]) -> None:
+        """Save a corrected label, as 3D Slicer does."""
+        params = json.dumps({"label_info": label_info, "model": MODEL})
+        with path.open("rb") as file:
+            answer = requests.put(
+                f"{self.url}/datastore/label",
+                params={"image": image, "tag": "final"},
+                data={"params": params},
+                files={"label": (path.name, file)},
+                timeout=60,
+            )
+        assert answer.ok, answer.text
+
+    def infer(self, model: str, image: str, output: str = "image", **params: Any) -> requests.Response:
+        """Run a task on a scan."""
+        return requests.post(
+            f"{self.url}/infer/{model}",
+            params={"image": image, "output": output},
+            data={"params": json.dumps(params)},
+            timeout=ANSWER_S,
+        )
+
+    def infer_file(self, model: str, image: str, path: Path, **params: Any) -> Path:
+        """Run a task on a scan and keep the file that it returns."""
+        answer = self.infer(model, image, **params)
+        assert answer.ok, f"{model}: {answer.status_code} {answer.text}"
+        path.write_bytes(answer.content)
+        return path
+
+    def wait_for(self, kind: str) -> dict[str, Any]:
+        """The state of a training (``train``) or of a batch inference (``batch/infer``) when it has ended."""
+        end = time.monotonic() + TRAINING_S
+        while time.monotonic() < end:
+            state: dict[str, Any] = self.get(f"/{kind}/")
+            if state["status"] not in ("SUBMITTED", "RUNNING"):
+                return state
+            time.sleep(1)
+        raise TimeoutError(f"{kind}: {self.tail()}")
+
+    def stop(self) -> None:
+        """End the server and what it started."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def copy_bundle(target: Path) -> Path:
+    """A copy of what a server needs of the bundle, which trainings may write into."""
+    for part in ("configs", "models"):
+        shutil.copytree(REPOSITORY / "bundle" / part, target / part, ignore=shutil.ignore_patterns("model_*"))
+    return target
+
+
+FAST = ["--mirror", "False", "--second_look", "False", "--memory", "low"]  # what a click gets
+DELETED = "left-hippocampus"
+SCANS = ("las", "oblique")
+SMALLEST_DICE = 0.99  # of a structure of at least a thousand voxels, against the same network by another command
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The brain of nilearn's template at 2 mm, stored from left to right, and oblique with thick slices and exchanged axes."""
+    from nilearn.datasets import load_mni152_template
+
+    folder = tmp_path_factory.mktemp("scans")
+    template = load_mni152_template(resolution=2)
+    values = np.rint(template.get_fdata() / template.get_fdata().max() * 1000).astype(np.int16)
+    flip = np.diag([-1.0, 1, 1, 1])
+    flip[0, 3] = values.shape[0] - 1
+    las = nib.Nifti1Image(values[::-1].copy(), template.affine @ flip)
+    a, b = np.deg2rad([12, 9])
+    turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    tilt = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
+    matrix = (turn @ tilt)[:, [2, 0, 1]] * [2.0, -2.0, 3.0]
+    shape = (100, 104, 80)
+    grid = from_matvec(matrix, np.array([0, -18, 8]) - matrix @ ((np.array(shape) - 1) / 2))
+    oblique = resample_from_to(nib.Nifti1Image(values.astype(np.float32), template.affine), (shape, grid), order=1)
+    images = {"las": las, "oblique": nib.Nifti1Image(np.rint(oblique.get_fdata()).astype(np.int16), grid)}
+    assert nib.aff2axcodes(las.affine) == ("L", "A", "S")
+    for name, image in images.items():
+        nib.save(image, folder / f"{name}.nii.gz")
+    return {name: folder / f"{name}.nii.gz" for name in images}
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle, which both servers use one after the other."""
+    return copy_bundle(tmp_path_factory.mktemp("bundle") / MODEL)
+
+
+@pytest.fixture(scope="session")
+def predicted(scans: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Labels of the command, with the settings of a click."""
+    output = tmp_path_factory.mktemp("predicted")
+    command = [sys.executable, "-m", "brainfm_monai", "predict", str(scans["las"].parent), str(output)]
+    command += ["--bundle", str(REPOSITORY / "bundle"), "--outputs", "segmentation", *FAST]
+    subprocess.run(command, check=True, capture_output=True)
+    return {name: output / name / f"{name}_dseg.nii.gz" for name in scans}
+
+
+@pytest.fixture(scope="module", params=["stock", "ours"])
+def server(request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server; the tests of this file run in their order, first with one app, then with the other."""
+    running = Server(request.param, bundle, tmp_path_factory.mktemp(request.param))
+    yield running
+    running.stop()
+
+
+def _labels(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype[Any]]:
+    image: Any = nib.load(path)
+    return np.asarray(image.dataobj), image.affine, image.get_data_dtype()
+
+
+def _dice(one: np.ndarray, two: np.ndarray) -> dict[int, float]:
+    large = [label for label, count in enumerate(np.bincount(two.ravel())) if label and count >= 1000]
+    return {
+        label: 2 * ((one == label) & (two == label)).sum() / ((one == label).sum() + (two == label).sum())
+        for label in large
+    }
+
+
+def _names(server: Server) -> dict[str, int]:
+    labels: dict[str, int] = server.get("/info/")["models"][MODEL]["labels"]
+    return labels
+
+
+def test_the_structures_are_named_and_numbered_from_one(server: Server) -> None:
+    info = server.get("/info/")
+    labels = info["models"][MODEL]["labels"]
+    assert sorted(labels.values()) == list(range(1, 44))
+    assert labels["bone-cancellous"] == 42
+    assert labels["right-hippocampus"] == labels["left-hippocampus"] + 14
+    config = info["models"][MODEL]["config"]
+    assert config["mode"] == ["whole_head", "brain"]
+    assert config["memory"][0] == "low"
+    assert not config["mirror"]
+    assert not config["second_look"]
+    assert MODEL in info["trainers"]
+    if server.kind == "ours":
+        assert {"uncertainty", "random", "first"} <= set(info["strategies"])
+        assert info["models"]["histogram"]["type"] == "scribbles"
+        assert info["colours"]["left-hippocampus"] == [220, 216, 20]
+        script = requests.get(f"{server.url}/slicer.py", timeout=10).text
+        assert '"left-hippocampus": [220, 216, 20]' in script
+        compile(script, "slicer.py", "exec")
+
+
+def test_scans_are_uploaded(server: Server, scans: dict[str, Path]) -> None:
+    for name, path in scans.items():
+        assert server.upload(name, path).json() == {"image": name}
+    assert server.get("/datastore/")["total"] == len(scans)
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_labels_are_those_of_predict_in_the_grid_of_the_scan(
+    server: Server, scans: dict[str, Path], predicted: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    labels, affine, dtype = _labels(server.infer_file(MODEL, name, tmp_path / "labels.nii.gz"))
+    expected, _, _ = _labels(predicted[name])
+    _, grid, _ = _labels(scans[name])
+    assert dtype == np.uint8
+    assert labels.shape == expected.shape
+    assert np.allclose(affine, grid, atol=1e-4)
+    assert min(_dice(labels, expected).values()) > SMALLEST_DICE
+    left, right = (np.argwhere(labels == _names(server)[f"{side}-hippocampus"]).mean(0) for side in ("left", "right"))
+    assert (affine[:3, :3] @ (left - right))[0] < -20  # mm, RAS: the left is to the left of the right
+
+
+def test_json_and_both_and_the_client(server: Server, tmp_path: Path) -> None:
+    from monailabel.client import MONAILabelClient
+
+    known = server.infer(MODEL, "las", "json").json()
+    assert known["label_names"] == _names(server)
+    both = server.infer(MODEL, "las", "all")
+    assert both.headers["content-type"].startswith("multipart/form-data")
+    client = MONAILabelClient(server.url, str(tmp_path))
+    assert client.info()["models"][MODEL]["type"] == "segmentation"
+    file, _ = client.infer(MODEL, "las", {"mode": "brain", "result_dtype": "uint8"})
+    labels, _, dtype = _labels(Path(file))
+    assert dtype == np.uint8
+    assert labels.any()
+    assert labels.max() <= 32  # no tissue of the head
+
+
+def test_maps_come_from_one_pass_with_their_own_geometry(
+    server: Server, scans: dict[str, Path], tmp_path: Path
+) -> None:
+    if server.kind == "stock":
+        pytest.skip("the stock app has the segmentation alone")
+    known = server.infer("brain_maps", "las", "json").json()
+    assert {"T1w", "T2w", "FLAIR", "CT", "bias_corrected", "bias_field", "distance"} == set(known["maps"])
+    assert known["volumes_mm3"]["Left-Hippocampus"] > 1000
+    scan: Any = nib.load(scans["las"])
+    for tag in ("bias_corrected", "distance"):
+        image: Any = nib.load(server.infer_file(tag, "las", tmp_path / f"{tag}.nii.gz"))
+        assert image.shape[:3] == scan.shape
+        assert np.allclose(image.affine, scan.affine, atol=1e-4)
+    t1w: Any = nib.load(server.infer_file("T1w", "las", tmp_path / "T1w.nii.gz"))
+    assert nib.aff2axcodes(t1w.affine) == ("R", "A", "S")  # the network's grid
+    there = resample_from_to(
+        nib.Nifti1Image(t1w.get_fdata(), t1w.affine), (scan.shape, scan.affine), order=1
+    ).get_fdata()
+    brain = np.asarray(scan.dataobj) > 100
+    values = np.asarray(scan.dataobj)[brain]
+    fit, mirrored = (np.corrcoef(image[brain], values)[0, 1] for image in (there, there[::-1]))
+    assert fit > max(0.7, mirrored)
+    stored = server.get("/datastore/?output=all")["objects"]["las"]["labels"]
+    assert {"T1w", "CT", "distance", "original"} <= set(stored)
+    assert server.get("/datastore/")["completed"] == 0  # maps are no labels
+
+
+def test_the_next_scan_is_offered(server: Server) -> None:
+    strategies = ["first", "random"] + (["uncertainty"] if server.kind == "ours" else [])
+    for strategy in strategies:
+        chosen = server.post(f"/activelearning/{strategy}", {})
+        assert chosen["id"] in SCANS
+    if server.kind == "ours":
+        assert chosen["scored"] == chosen["unlabeled"] == len(SCANS)
+        assert 0 < chosen["score"] < 0.5
+        scores = [server.get(f"/datastore/image/info?image={name}")["uncertainty"]["model.pt"] for name in SCANS]
+        assert chosen["score"] == max(scores)
+        assert min(scores) < max(scores)
+
+
+@pytest.fixture(scope="module")
+def corrected(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The label of one scan with a segment deleted, saved as Slicer saves it: what is left is numbered anew."""
+    folder = tmp_path_factory.mktemp("corrected")
+    names = _names(server)
+    image: Any = nib.load(server.infer_file(MODEL, "las", folder / "labels.nii.gz", mode="brain"))
+    labels = np.asarray(image.dataobj)
+    kept = [name for name, value in sorted(names.items(), key=lambda item: item[1]) if name != DELETED and value <= 32]
+    moved = np.zeros_like(labels)
+    for value, name in enumerate(kept, start=1):
+        moved[labels == names[name]] = value
+    path = folder / "las.nii.gz"
+    nib.save(nib.Nifti1Image(moved, image.affine), path)
+    server.save_label("las", path, [{"name": name, "idx": value} for value, name in enumerate(kept, start=1)])
+    return path
+
+
+def test_a_corrected_label_counts(server: Server, corrected: Path) -> None:
+    assert server.get("/datastore/")["completed"] == 1
+    info = server.get("/datastore/label/info?label=las&tag=final")
+    assert info["label_info"][0]["name"] == "3rd-ventricle"
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_training_makes_weights_that_answer_differently(
+    server: Server, corrected: Path, bundle: Path, tmp_path: Path
+) -> None:
+    shipped = _hash(bundle / "models" / "model.pt")
+    before = _labels(server.infer_file(MODEL, "las", tmp_path / "before.nii.gz", model_filename="model.pt"))[0]
+    known, answers = set(bundle.glob("models/*.pt")), [before]
+    for _ in range(2):  # the second click trains, too
+        server.post(f"/train/{MODEL}", {"max_epochs": 1, "device": "cpu"})
+        state = server.wait_for("train")
+        assert state["status"] == "DONE", state["details"]
+        (new,) = set(bundle.glob("models/*.pt")) - known
+        known.add(new)
+        labels = _labels(server.infer_file(MODEL, "las", tmp_path / new.name, model_filename=new.name))[0]
+        assert all((labels != other).any() for other in answers)
+        answers.append(labels)
+    assert _hash(bundle / "models" / "model.pt") == shipped
+    again = _labels(server.infer_file(MODEL, "las", tmp_path / "again.nii.gz", model_filename="model.pt"))[0]
+    assert np.array_equal(again, before)  # going back is one option
+    if server.kind == "ours":
+        info = server.get("/info/")
+        assert info["models"][MODEL]["config"]["model_filename"][0] == new.name  # served at once
+        assert info["train_stats"][MODEL]["epoch"] == info["train_stats"][MODEL]["total_epochs"] == 1
+
+
+def test_the_subject_of_a_corrected_label_has_what_is_left_under_its_names(
+    bundle: Path, server: Server, corrected: Path
+) -> None:
+    (folder,) = [path.parent for path in bundle.glob("training_label/subjects/las*/segmentation.nii.gz")]
+    present = set(np.unique(np.asarray(nib.load(folder / "segmentation.nii.gz").dataobj)).astype(int))  # type: ignore[attr-defined]
+    names = _names(server)
+    assert names[DELETED] not in present
+    assert {names["right-hippocampus"], names["left-amygdala"], names["right-accumbens-area"]} <= present
+
+
+def test_batch_inference_as_slicer_asks_for_it(server: Server) -> None:
+    # Slicer sends multi_gpu, which divides by the number of GPUs in the stock app
+    params = {"device": "cpu"} | (
+        {"multi_gpu": False} if server.kind == "stock" else {"multi_gpu": True, "gpus": "all"}
+    )
+    server.post(f"/batch/infer/{MODEL}?images=unlabeled", params)
+    state = server.wait_for("batch/infer")
+    assert state["status"] == "DONE", state["details"]
+    assert (server.studies / "labels" / "original" / "oblique.nii.gz").is_file()
+
+
+def test_eight_requests_at_once(server: Server) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: server.infer(MODEL, "las", mode="brain"), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({hashlib.sha256(answer.content).hexdigest() for answer in answers}) == 1
+
+
+def test_a_broken_upload_is_refused_and_the_server_lives_on(server: Server, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"this is no scan")
+    answer = server.upload("broken", broken)
+    if answer.ok:  # the stock app takes any file, and fails when it is asked for labels
+        answer = server.infer(MODEL, "broken")
+    assert answer.status_code in ({422} if server.kind == "ours" else {500}), answer.text
+    if server.kind == "ours":
+        assert "broken" in json.loads(answer.text)["detail"]
+        assert server.infer(MODEL, "nobody").status_code == 404
+    assert server.infer(MODEL, "las", "json", mode="brain").ok
