@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,7 @@ def _choose_anatomies(folder: Path, count: int, seed: str) -> list[dict[str, Any
         logger.warning("%s: no anatomies of other persons; the new weights are averaged with those in use", folder)
         return []
     subjects = find_subjects(folder)
-    order = np.random.default_rng(sum(seed.encode())).permutation(len(subjects))
-    return [subjects[i] for i in order[:count]]
+    return sorted(subjects, key=lambda item: sha256(f"{seed}/{item['subject']}".encode()).hexdigest())[:count]
 
 
 def _next_weights(bundle: Path) -> Path:
