@@ -314,6 +314,41 @@ def test_maps_come_from_one_pass_with_their_own_geometry(
     assert server.get("/datastore/")["completed"] == 0  # maps are no labels
 
 
+def test_scribbles_find_a_structure_in_an_oblique_scan(
+    server: Server, scans: dict[str, Path], predicted: dict[str, Path], tmp_path: Path
+) -> None:
+    if server.kind == "stock":
+        pytest.skip("the stock app has no scribbles")
+    from scipy import ndimage
+
+    labels, affine, _ = _labels(predicted["oblique"])
+    names = _names(server)
+    fluid = labels == names["left-lateral-ventricle"]
+    around = ndimage.binary_dilation(fluid, iterations=3) & ~ndimage.binary_dilation(fluid, iterations=1)
+    scribbles = np.zeros(labels.shape, np.uint8)
+    scribbles[around & (labels != names["left-inf-lat-vent"])] = 2  # background
+    scribbles[ndimage.binary_erosion(fluid)] = 3  # foreground
+    path = tmp_path / "scribbles.nii.gz"
+    nib.save(nib.Nifti1Image(scribbles, affine), path)
+    info = [{"name": "background_scribbles", "id": 2}, {"name": "foreground_scribbles", "id": 3}]
+    box = np.argwhere(ndimage.binary_dilation(fluid, iterations=5))
+    roi = [int(x) for pair in zip(box.min(0), box.max(0), strict=True) for x in pair]
+    with path.open("rb") as file:
+        answer = requests.post(
+            f"{server.url}/infer/histogram",
+            params={"image": "oblique", "output": "image"},
+            data={"params": json.dumps({"label_info": info, "roi": roi})},
+            files={"label": (path.name, file)},
+            timeout=ANSWER_S,
+        )
+    assert answer.ok, answer.text
+    (tmp_path / "cut.nii.gz").write_bytes(answer.content)
+    cut, grid, _ = _labels(tmp_path / "cut.nii.gz")
+    assert cut.shape == labels.shape
+    assert np.allclose(grid, affine, atol=1e-4)
+    assert 2 * ((cut > 0) & fluid).sum() / ((cut > 0).sum() + fluid.sum()) > 0.6
+
+
 def test_the_next_scan_is_offered(server: Server) -> None:
     strategies = ["first", "random"] + (["uncertainty"] if server.kind == "ours" else [])
     for strategy in strategies:
