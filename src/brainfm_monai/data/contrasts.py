@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from brainfm_monai.anatomy import Protocol, is_brain
 from brainfm_monai.data.elastix import RIGID, register_linear
-from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box, scale_intensities
+from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box
 from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "gather_scans",
     "measure_motion",
     "recognise_contrast",
-    "scale_contrast",
 ]
 
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
@@ -171,11 +170,6 @@ def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
             f"{source}: a CT in HU with air at about -1000 is needed, found {100 * dark:.2f} % of it below -500"
         )
     return np.maximum(values, LOWEST_HU)
-
-
-def scale_contrast(contrast: str, values: np.ndarray) -> np.ndarray:
-    """Values as they are stored: HU for CT, [0, 1] for magnetic resonance."""
-    return values if contrast == "CT" else scale_intensities(values)
 
 
 def carry_lesion(

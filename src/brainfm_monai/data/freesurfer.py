@@ -18,12 +18,11 @@ from brainfm_monai.data.contrasts import (
     gather_scans,
     measure_motion,
     recognise_contrast,
-    scale_contrast,
 )
 from brainfm_monai.data.datalist import LONGITUDINAL
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.data.generation import make_generation_labels
-from brainfm_monai.data.intensities import cluster_extracerebral
+from brainfm_monai.data.intensities import cluster_extracerebral, scale_intensities
 from brainfm_monai.data.jobs import Job, run_jobs
 from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
@@ -173,7 +172,7 @@ def make_from_scans(job: Job) -> tuple[Volumes, dict[str, Any]]:
     volumes, facts = describe_anatomy(anatomy, job.options["protocol"], clusters)
     mni_mm = volumes["mni"][0]
     for key, scan in scans.items():
-        volumes[key] = (scale_contrast(key, scan.values), anatomy.affine)
+        volumes[key] = (scan.values if key == "CT" else scale_intensities(scan.values), anatomy.affine)
         removed = find_removed(key, scan, files.get(f"{key}_mask"), anatomy.ids, anatomy.affine, mni_mm)
         if removed.any():
             volumes[f"{key}_defacing_mask"] = (removed.astype(np.uint8), anatomy.affine)

@@ -14,7 +14,14 @@ import numpy as np
 
 from brainfm_monai.data.check import Volumes, check_subject
 from brainfm_monai.data.datalist import make_entry
-from brainfm_monai.data.subjects import SIDECAR, describe_subject, fill_subject, read_record, run_parallel, subject_file
+from brainfm_monai.data.subjects import (
+    SIDECAR,
+    describe_subject,
+    read_record,
+    run_parallel,
+    subject_file,
+    write_subject,
+)
 from brainfm_monai.io import write_folder, write_text
 
 __all__ = ["Job", "PreparationError", "is_finished", "make_subject", "run_jobs"]
@@ -72,7 +79,7 @@ def make_subject(job: Job, target: Path) -> list[str]:
     volumes, facts = job.make(job)
     with write_folder(target) as folder:
         record = describe_subject(job.kind, job.files, job.settings) | facts
-        fill_subject(folder, volumes, record)
+        write_subject(folder, volumes, record)
         entry = {**make_entry(folder), "subject": job.name, "simulated": []}  # what the package paints needs no check
         entry |= {key: job.options[key] for key in ("protocol", "generation_protocol") if key in job.options}
         findings = check_subject(Volumes(entry))

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brainfm_monai.io import write_folder, write_text
+from brainfm_monai.io import write_text
 
 __all__ = [
     "CONTRASTS",
@@ -28,7 +28,6 @@ __all__ = [
     "Storage",
     "check_size",
     "describe_subject",
-    "fill_subject",
     "hash_file",
     "read_record",
     "run_parallel",
@@ -123,21 +122,16 @@ def subject_file(folder: Path, key: str) -> Path:
 
 
 def write_subject(
-    target: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]
+    folder: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]
 ) -> None:
-    """Write a subject's folder; it appears whole or not at all, and takes the place of an older one.
+    """Write the files of a subject into a folder.
 
     Args:
-        target: the folder.
+        folder: the folder, which is made; :func:`brainfm_monai.io.write_folder` makes it appear whole.
         volumes: by key of :data:`STORAGE`, values in the file's unit, shape (H, W, D) or (H, W, D, C), and their affine.
         record: what ``subject.json`` says.
     """
-    with write_folder(target) as folder:
-        fill_subject(folder, volumes, record)
-
-
-def fill_subject(folder: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]) -> None:
-    """Write the files of a subject into a folder, see :func:`write_subject`."""
+    folder.mkdir(parents=True, exist_ok=True)
     for key, (values, affine) in volumes.items():
         _save(subject_file(folder, key), values, affine, STORAGE[key])
     write_text(folder / SIDECAR, json.dumps({**record, "keys": sorted(volumes)}, indent=2) + "\n")
