@@ -16,7 +16,7 @@ MEMORY_MODES = ("auto", "full", "low", "windows")
 ALIASES = {"whole": "full", "slabs": "full"}  # names of version 0.1
 CGROUP = Path("/sys/fs/cgroup")
 OUTPUTS = 2.0  # copies of the output that mode "full" and what follows the inferer hold: logits, and one of their kind
-FEATURES = 8.0  # copies of the features: skips, the input and output of a convolution, both images; measured 4 to 7
+FEATURES = 8.0  # copies of the features; 7 by the peak of the published network in docs/performance.md
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the GPU, or of the computer within the limit of the container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # a training imports this room without the library
+    import psutil  # here: a training, which imports this room, does not need the library
 
     free = int(psutil.virtual_memory().available)
     try:
