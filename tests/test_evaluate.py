@@ -210,7 +210,9 @@ def read_rows_of(folder: Path, metric: str) -> dict[tuple[str, str, str, str], f
 
 def test_thirteen_structures_beside_the_eleven(tmp_path: Path, evaluate: Evaluate) -> None:
     item = write_pair(tmp_path / "in", "scan", make_ids())
-    evaluate(write_list(tmp_path / "in", item), tmp_path / "out")
+    evaluate(write_list(tmp_path / "in", item), tmp_path / "out", outputs="bias_field")
+    # a file that is made of the scan itself, and not of its maps alone
+    assert list((tmp_path / "out" / "scan").glob("scan_desc-*.nii.gz")), sorted((tmp_path / "out" / "scan").iterdir())
     dice = read_rows_of(tmp_path / "out", "dice")
     structures = list(dict.fromkeys(structure for _, _, structure, _ in dice))
     assert len(structures) == 13
