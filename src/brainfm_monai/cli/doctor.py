@@ -42,7 +42,11 @@ def doctor() -> str:
 def _missing_packages() -> dict[str, list[str]]:
     """Names of the packages of each extra that are not installed, by the package's own metadata."""
     missing: dict[str, list[str]] = {}
-    for requirement in metadata.requires("brainfm-monai") or []:
+    try:
+        requirements = metadata.requires("brainfm-monai") or []
+    except metadata.PackageNotFoundError:  # the package lies in a bundle, whose metadata.json names its packages
+        return {}
+    for requirement in requirements:
         package, _, condition = requirement.partition(";")
         extra = condition.split("==")[-1].strip(" \"'") if "extra" in condition else CORE
         name = package.split("[")[0].split("<")[0].split(">")[0].split("=")[0].split("!")[0].strip()

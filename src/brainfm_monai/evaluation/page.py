@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
 from brainfm_monai.evaluation.definitions import HEADLINES, Headline, define
 from brainfm_monai.evaluation.figures import draw_curves, draw_rows
@@ -27,7 +28,7 @@ __all__ = ["Evaluation", "compose_page", "define_metrics", "tabulate"]
 
 WORST = 8  # scans that are shown
 FEW = 10  # scans, below which intervals by resampling are too narrow
-LIBRARIES = ("brainfm-monai", "monai", "torch")
+LIBRARIES = ("monai", "torch")
 BESIDE = 4  # headlines in one figure
 STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}
 
@@ -81,7 +82,11 @@ def compose_page(evaluation: Evaluation) -> str:
     parts = [shown[start : start + BESIDE] for start in range(0, len(shown), BESIDE)]
     sweeps = {c.sweep: [one for one in conditions if one.sweep == c.sweep] for c in conditions if c.sweep}
     alone = [c.name for c in conditions if not c.sweep]
-    versions = [f"{name} {metadata.version(name)}" for name in LIBRARIES] + [f"Python {platform.python_version()}"]
+    versions = [
+        f"brainfm-monai {brainfm_monai.__version__}",
+        *(f"{name} {metadata.version(name)}" for name in LIBRARIES),
+    ]
+    versions.append(f"Python {platform.python_version()}")
     details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **evaluation.definition}
     settings = dict.fromkeys(key for c in conditions for key in c.settings)
     return render(
