@@ -11,8 +11,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
-from brainfm_monai.io import ScanError, first_line
-from brainfm_monai.transforms import check_header
+from brainfm_monai.io import ScanError, first_line, read_scan
 
 __all__ = ["ScanBatch", "ScanDatastore"]
 
@@ -45,7 +44,7 @@ class ScanDatastore(LocalDatastore):
             HTTPException: with status 422 if the file is no scan that can be used.
         """
         try:
-            check_header(image_filename, None)
+            read_scan(image_filename)
         except ScanError as error:
             raise HTTPException(422, first_line(error).replace(image_filename, image_id)) from error
         name: str = super().add_image(image_id, image_filename, image_info)

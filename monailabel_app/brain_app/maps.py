@@ -15,7 +15,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import name_to_device
 
 from brain_app.segmentation import SegmentationTask, guarded
-from brainfm_monai.io import read_table
+from brainfm_monai.io import literal, read_table
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["MAPS", "MapTask", "available_maps", "predict_maps"]
@@ -65,11 +65,11 @@ def predict_maps(task: SegmentationTask, image: str, folder: Path, **settings: A
         config_file=str(configs / "inference.json"),
         meta_file=str(configs / "metadata.json"),
         logging_file=False,
-        bundle_root=task.bundle_path,
-        scans=[{"image": image, "name": NAME}],
-        output_dir=str(folder),
+        bundle_root=literal(task.bundle_path),
+        scans=[{"image": literal(image), "name": NAME}],
+        output_dir=literal(str(folder)),
         outputs=["segmentation", "volumes", *outputs],
-        weights=str(Path(task.bundle_path) / "models" / _first(settings.pop("model_filename"))),
+        weights=literal(str(Path(task.bundle_path) / "models" / _first(settings.pop("model_filename")))),
         network_def=network,
         device=device,
         **settings,
