@@ -172,6 +172,19 @@ def test_the_folder_appears_when_all_writers_are_done(tmp_path: Path, entry: dic
     assert not writer.is_finished(entry | {"image": str(moved)})
 
 
+def test_what_the_reader_noticed_stands_among_the_warnings_and_the_modality_in_the_summary(
+    tmp_path: Path, entry: dict[str, str]
+) -> None:
+    noticed = item()
+    noticed["image"].meta |= {"warnings": "two forms\n3 voxels", "modality": "ct: the DICOM header says so"}
+    seen: list[ScanResult] = []
+    ScanWriter(tmp_path / "out", LAYOUT, {"look": seen.append}).write(noticed, entry)
+    assert seen[0].warnings[:2] == ["two forms", "3 voxels"]
+    marker = json.loads((tmp_path / "out/sub-01/sub-01_finished.json").read_text())
+    assert marker["warnings"][:2] == ["two forms", "3 voxels"]
+    assert marker["summary"]["modality"] == seen[0].modality == "ct: the DICOM header says so"
+
+
 def test_a_second_run_replaces_its_files_and_leaves_those_of_others(tmp_path: Path, entry: dict[str, str]) -> None:
     out = tmp_path / "out"
     ScanWriter(out, LAYOUT, {"old": lambda scan: scan.path("old.txt").write_text("old"), "note": write_note}).write(

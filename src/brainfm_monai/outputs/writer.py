@@ -218,7 +218,7 @@ class ScanWriter:
         maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in NOT_MAPS}
         labels = maps["segmentation"] if self.settings.grid == "1mm" else item["pred"]
         soft = item.get("soft_volumes")
-        frame = image.meta.get("frame")
+        frame, modality = image.meta.get("frame"), str(image.meta.get("modality") or "")
         return ScanResult(
             name=str(scan["name"]),
             source=Path(printable(scan["image"])),
@@ -233,9 +233,9 @@ class ScanWriter:
             lesions=str(scan.get("lesions") or ""),
             settings=self.settings,
             original=item.get("original"),
-            modality=str(image.meta.get("modality") or ""),
+            modality=modality,
             warnings=[line for line in str(image.meta.get("warnings") or "").split("\n") if line],
-            summary={"modality": str(image.meta["modality"]).partition(":")[0]} if image.meta.get("modality") else {},
+            summary={"modality": modality} if modality else {},
         )
 
     def _describe(self, result: ScanResult, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
