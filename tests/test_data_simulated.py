@@ -191,6 +191,11 @@ def test_an_id_that_a_table_lacks_is_refused_in_one_line(tmp_path: Path) -> None
         prepare_labels(source, tmp_path / "out", **settings)
     known = save_head(tmp_path / "known.nii.gz")
     prepare_labels(known, tmp_path / "out", contrasts=["T1w"], **settings)  # what no voxel holds need not be known
+    table.unlink()  # the subjects have a copy beside them
+    path = write_datalist(tmp_path / "out", tmp_path / "lists" / "all.json")
+    assert json.loads(path.read_text(encoding="utf-8"))["training"][-1]["protocol"] == "../out/own.tsv"
+    item = read_datalist(path, "training", "own.tsv")[-1]
+    assert float(LoadSubjectd(["T1w"])(item)["T1w"].max()) > 0.3
 
 
 @pytest.mark.parametrize("names", ["T1w,PD", ["PD"]])

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from brainfm_monai.data.persons import find_persons
 from brainfm_monai.data.reference_layout import find_reference_subjects
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, subject_file
 from brainfm_monai.io import SCAN_SUFFIXES, write_text
@@ -19,7 +19,6 @@ from brainfm_monai.io import SCAN_SUFFIXES, write_text
 __all__ = [
     "SECTIONS",
     "count_subjects",
-    "find_persons",
     "find_subjects",
     "read_datalist",
     "split_names",
@@ -29,13 +28,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("training", "validation", "test")
+PROTOCOLS = ("generation_protocol", "protocol")
 FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from", "simulated")
 NAMES = {"subject", "name", "layout", "dataset", "person", "labels_from", "simulated"}  # never paths
-VISIT = re.compile(  # what studies append to the name of a person: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _20240131
-    r"(?i)[._-](?:(?:ses|session|visit|tp|timepoint|time|scan|run|base|baseline|template|followup|fu|bl|mr)[._-]?\d*"
-    r"|[vtmy][._-]?\d\d?|d\d{3,}|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d)$"
-)
-LONGITUDINAL = ".long."  # FreeSurfer names a visit of its longitudinal stream VISIT.long.TEMPLATE
 
 
 def write_datalist(
@@ -110,6 +105,8 @@ def make_entry(folder: Path) -> dict[str, Any]:
     """The item of a prepared subject, with whole paths."""
     record = read_record(folder)
     files = {key: str(subject_file(folder, key)) for key in STORAGE if subject_file(folder, key).is_file()}
+    tables = {key: folder.parent / str(record.get(key, "")) for key in PROTOCOLS}  # of the user's, see run_jobs
+    files |= {key: str(table) for key, table in tables.items() if table.is_file()}
     return {"subject": folder.name, **{key: record[key] for key in FACTS if record.get(key)}, **files}
 
 
@@ -144,7 +141,7 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
     return [{key: _absolute(key, value, path.parent) for key, value in item.items()} for item in items]
 
 
-def check_protocols(entries: Iterable[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:
+def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:
     """Check that the segmentations have one protocol; items that do not name theirs are not checked.
 
     Raises:
@@ -154,6 +151,9 @@ def check_protocols(entries: Iterable[Mapping[str, Any]], where: str, protocol: 
     for entry in entries:
         if "protocol" in entry:
             subjects_of.setdefault(Path(str(entry["protocol"])).name, []).append(str(entry.get("subject", "")))
+    silent = [entry for entry in entries if "protocol" not in entry]
+    if protocol is not None and silent:
+        logger.warning("%s: %d subjects name no protocol; '%s' is taken for theirs", where, len(silent), protocol)
     wrong = set(subjects_of) - {Path(protocol).name} if protocol is not None else subjects_of
     if len(wrong) > (protocol is None):
         needed = f"protocol '{protocol}'" if protocol is not None else "one protocol"
@@ -183,45 +183,6 @@ def split_names(names: Sequence[str | Path] | str) -> list[str]:
     """Names out of a list, or out of a text in which commas separate them."""
     parts = names.split(",") if isinstance(names, str) else names
     return [str(part).strip() for part in parts if str(part).strip()]
-
-
-def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Which subjects are one person.
-
-    Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names differ
-    in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's longitudinal
-    stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
-
-    Args:
-        entries: items of a datalist by name.
-
-    Returns:
-        A key of the person by name.
-    """
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            key = parent[key]
-        return key
-
-    for entry in entries.values():
-        subject, parts = str(entry["subject"]), str(entry["subject"]).split(LONGITUDINAL)
-        persons = [str(entry["person"])] if "person" in entry else [_strip_visit(part) for part in parts]
-        keys = [f"{entry.get('dataset', '')}/{name}" for name in (subject, *parts, *persons)]
-        for key in keys[1:]:
-            parent[root(key)] = root(keys[0])
-    return {name: root(f"{entry.get('dataset', '')}/{entry['subject']}") for name, entry in entries.items()}
-
-
-def _strip_visit(name: str) -> str:
-    """Name of a person out of the name of a visit."""
-    bids = re.search(r"sub-[A-Za-z0-9]+", name)
-    if bids:
-        return bids[0]
-    while (shorter := VISIT.sub("", name)) not in ("", name):
-        name = shorter
-    return name
 
 
 def _draw(
@@ -283,7 +244,8 @@ def _relative(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             [shorten(v) for v in value] if isinstance(value, list) else Path(os.path.relpath(value, folder)).as_posix()
         )
 
-    return {key: shorten(value) if key in STORAGE else value for key, value in entry.items()}
+    tables = [key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute()]
+    return {key: shorten(value) if key in (*STORAGE, *tables) else value for key, value in entry.items()}
 
 
 def _absolute(key: str, value: Any, folder: Path) -> Any:

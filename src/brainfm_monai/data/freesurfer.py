@@ -19,12 +19,12 @@ from brainfm_monai.data.contrasts import (
     measure_motion,
     recognise_contrast,
 )
-from brainfm_monai.data.datalist import LONGITUDINAL
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.data.generation import make_generation_labels
 from brainfm_monai.data.intensities import cluster_extracerebral, scale_intensities
 from brainfm_monai.data.jobs import Job, run_jobs
 from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map
+from brainfm_monai.data.persons import LONGITUDINAL
 from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
 from brainfm_monai.data.simulated import find_paintable
 from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, check_size

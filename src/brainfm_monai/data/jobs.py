@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from brainfm_monai.data.check import Volumes, check_subject
-from brainfm_monai.data.datalist import make_entry
+from brainfm_monai.data.datalist import PROTOCOLS, make_entry
 from brainfm_monai.data.subjects import (
     SIDECAR,
     describe_subject,
@@ -81,7 +81,7 @@ def make_subject(job: Job, target: Path) -> list[str]:
         record = describe_subject(job.kind, job.files, job.settings) | facts
         write_subject(folder, volumes, record)
         entry = {**make_entry(folder), "subject": job.name, "simulated": []}  # what the package paints needs no check
-        entry |= {key: job.options[key] for key in ("protocol", "generation_protocol") if key in job.options}
+        entry |= {key: job.options[key] for key in PROTOCOLS if key in job.options}
         findings = check_subject(Volumes(entry))
         refused = [finding for finding in findings if finding.rule in REFUSED]
         if refused:
@@ -129,6 +129,9 @@ def run_jobs(
             files = ", ".join(f"{role} {path}" for role, path in job.files.items())
             logger.info("%s %s from %s", verb, job.name, files)
         return folders
+    for table in {Path(str(job.options.get(key, ""))) for job in waiting for key in PROTOCOLS}:
+        if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them
+            write_text(output_dir / table.name, table.read_text(encoding="utf-8"))
     failures = []
     for job, outcome in run_parallel(partial(_make_in, Path(output_dir)), waiting, processes):
         if isinstance(outcome, BaseException):
