@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.exports import export_bundle
 from brainfm_monai.weights import import_weights, load_published, load_weights
 
 State = dict[str, Tensor]
@@ -329,8 +330,11 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
     network = parser.get_parsed_content("network_def")
     load_weights(network, parser.get_parsed_content("weights"))
     image = torch.rand(1, 1, 16, 16, 16)
+    configs = [repository / "bundle/configs/inference.json", tmp_path / "moved/overrides.json"]
+    exported = torch.jit.load(export_bundle(configs, repository / "bundle", tmp_path / "model.ts"))
     with torch.no_grad():
         assert_same(network(image), published.network(image), 0)
+        assert_same(exported(image), published.network(image))
     source = json.loads((tmp_path / "moved/source.json").read_text())
     assert source["format"].lower() == make
     assert len(source["sha256"]) == 64
