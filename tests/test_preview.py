@@ -43,7 +43,7 @@ def write_datalist(folder: Path) -> Path:
     entry = {key: f"{key}.nii.gz" for key in ("generation_labels", "segmentation", "distance", "mni")}
     datalist = folder / "datalist.json"
     datalist.write_text(
-        json.dumps({"training": [{"subject": "one", **entry}], "validation": [{"subject": "two", **entry}]})
+        json.dumps({"training": [{"subject": "one", **entry}], "validation": [{"subject": "two", **entry}], "test": []})
     )
     return datalist
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import textwrap
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import load_decathlon_datalist
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.labels import crop_to_box, find_brain_centre, load_label_map
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.io import write_whole
@@ -34,6 +33,7 @@ BOX = (192, 224, 224)  # mm around the brain of a single label map
 BRAIN_IDS = (2, 3, 7, 8, 41, 42, 46, 47)  # which place that box
 LABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 COLUMNS = 2  # samples side by side
+PIXEL_MM, SMALLEST_CELL = 0.75, 180  # pixels: the text of a sample fits into a cell
 CHARACTER_PIXELS = 7  # width of a letter, about
 MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
@@ -59,10 +59,7 @@ def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: s
     if not source.is_file():
         raise FileNotFoundError(f"{source}: a datalist (JSON) or a label map is needed, found no such file")
     if source.suffix == ".json":
-        sections = [
-            name for name, value in json.loads(source.read_text(encoding="utf-8")).items() if isinstance(value, list)
-        ]
-        return [entry for name in sections for entry in load_decathlon_datalist(str(source), True, name)]
+        return read_datalist(source)
     if not source.name.endswith(LABEL_SUFFIXES):
         raise ValueError(f"{source}: a datalist (.json) or a label map ({', '.join(LABEL_SUFFIXES)}) is needed")
     ids, affine = load_label_map(source)
@@ -149,7 +146,8 @@ def write_preview(
 def _draw_row(maps: Mapping[str, np.ndarray], text: str, layout: TaskLayout) -> list[Cell]:
     """What was drawn for a sample, its image in three planes, and its targets, as the table of tasks says."""
     image = maps["image"]
-    slices = cut_slices(np.ones(image.shape[1:]), VOXELS, MIDDLE)
+    pixel_mm = min(PIXEL_MM, max(image.shape[1:]) / SMALLEST_CELL)
+    slices = cut_slices(np.ones(image.shape[1:]), VOXELS, MIDDLE, pixel_mm=pixel_mm)
     bases = [shade(cut.read(image, VOXELS)[..., 0]) for cut in slices]
     width = bases[0].shape[1] // CHARACTER_PIXELS
     lines = "\n".join(textwrap.fill(line, max(width, 10)) for line in text.split("\n"))
