@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -313,3 +314,37 @@ def test_tensors_of_every_real_type_are_images(settings: dict[str, Any]) -> None
         ScanError, match=r"image: real numbers of shape \(1, H, W, D\) are needed, found torch\.complex64"
     ):
         brainfm_monai.predict(MetaTensor(values.to(torch.complex64), affine=affine), **settings)
+
+
+def test_no_command_at_run_time_opens_a_connection(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a network connection was asked for")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert "segmentation" in brainfm_monai.predict(write_scan(tmp_path / "scan.nii.gz"), **settings)
+
+
+@pytest.mark.parametrize("place", ["full", "file"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    repository: Path, weights: Path, tmp_path: Path, place: str
+) -> None:
+    """A disk that takes no more (the system limits the size of files), and an output folder below a file."""
+    scans = tmp_path / "in"
+    for number in range(2):
+        write_scan(scans / f"<b>scan{number}.nii.gz", number, size=40)
+    (tmp_path / "file").write_text("a file")
+    output = tmp_path / place / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); " if place == "full" else ""
+    start = [sys.executable, "-c", f"{limit}import sys; from brainfm_monai.cli import main; main()"]
+    words = command(repository, weights, scans, output)[3:]
+    done = subprocess.run([*start, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    expected = "2 of 2 scans failed; the others are done" if place == "full" else "Not a directory"
+    assert expected in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("full/out/*/*"))
+    assert not (output / ".partial").exists()
