@@ -346,5 +346,5 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert "Traceback" not in done.stderr
     expected = "2 of 2 scans failed; the others are done" if place == "full" else "Not a directory"
     assert expected in done.stderr.splitlines()[-1]
-    assert not list(tmp_path.glob("full/out/*/*"))
+    assert not list(tmp_path.glob("full/out/[!.]*/*"))
     assert not (output / ".partial").exists()

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,11 @@ def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]
     Raises:
         SystemExit: if any failed; the message is one line.
     """
-    if len(dataset) > 1 or not failures:
-        logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
+    try:
+        if len(dataset) > 1 or not failures:
+            logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
+    except OSError as error:
+        raise SystemExit(f"{writer.output_dir}: summary.tsv cannot be written: {error}") from error
     if failures:
         several = f"{len(failures)} of {len(dataset)} scans failed; the others are done"
         raise SystemExit(failures[0] if len(dataset) == 1 else several)
@@ -186,7 +189,8 @@ class _Run:
         logger.debug("%s", message, exc_info=error)
         if self.keep_notes:
             logger.error("%s", message)
-            self.writer.note_failure(scan, message)
+            with suppress(OSError):  # a full disk takes no notes
+                self.writer.note_failure(scan, message)
         self.bar.update()
 
     def finish_writing(self) -> None:
