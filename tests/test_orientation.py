@@ -103,7 +103,13 @@ def test_a_turned_head_is_warned_of_and_its_maps_return_to_the_grid_that_was_giv
     assert not np.array_equal(output, fixed)
 
 
-def test_a_mirrored_head_cannot_be_seen(head: Tensor) -> None:
+def test_a_head_that_no_turn_explains_is_warned_of(head: Tensor) -> None:
     mirrored = head.flip(2)
     _, inputs = run(mirrored, True)  # no turn of a mirrored head is upright
-    assert inputs.meta["warnings"] == ["earlier"]
+    assert "no turn of the head fits clearly better" in inputs.meta["warnings"][0]
+
+
+def test_a_slab_that_is_too_thin_for_coarse_voxels_is_left_alone(head: Tensor) -> None:
+    output, inputs = run(head[..., 29:32], True)
+    assert output.shape == (1, LAYOUT.channels, 48, 48, 3)
+    assert "no turn of the head fits clearly better" in inputs.meta["warnings"][0]

@@ -29,7 +29,8 @@ MULTIPLE = 16  # of the size of an image, which the poolings of the network need
 # Misfit in mm of 1 mm scans as they should be, and turned (t1_crop): 3 at 2 mm against 13 and more for every other turn that was
 # tried; 7.5 at 4 mm against 12.6 and more.
 UNSURE_MM = 8.0
-CLEARER = 0.75  # the best turn has at most so much of the misfit of the header's axes, at 4 mm and again at 2 mm
+CONFIRMED = 4  # best turns at 4 mm that are looked at again at 2 mm: a brain without skull is not told at 4 mm alone
+CLEARER = 0.75  # the turn has at most so much of the misfit of the header's axes
 MINIMUM_POINTS = 500
 LARGEST_MISFIT_MM = 1000.0  # of a volume without a brain
 THRESHOLD = 0.05  # intensity above which a voxel is head
@@ -111,7 +112,7 @@ class OrientationInferer(Inferer):
     """Run another inferer, and look whether the head lies in its grid as the header says.
 
     Where the MNI coordinates of the result fit the voxels badly, the network sees the head in voxels of 4 mm from all 24
-    sides, and the best of them again in its own voxels. A turn that fits clearly better than the header's axes is a warning in
+    sides, and the best of them again in its own voxels. A turn that fits clearly better than the header's axes, or none, is a warning in
     the metadata of the image. A head that is only mirrored cannot be recognised: its anatomy is that of another head.
 
     Args:
@@ -142,6 +143,11 @@ class OrientationInferer(Inferer):
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         turn = self.find_turn(image, network, first)
         if turn is None:
+            _add_warning(
+                inputs,
+                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {self.threshold_mm:.0f} at most are usual), and no "
+                "turn of the head fits clearly better: look at the orientation and at the segmentation",
+            )
             return output
         rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
         message = (
@@ -167,16 +173,19 @@ class OrientationInferer(Inferer):
             first_mm: misfit of the image as it is.
         """
         begin, end = generate_spatial_bounding_box(image[0], lambda x: x > THRESHOLD, allow_smaller=True)
-        fine = network.pool(image[:, :, *(slice(a, b or None) for a, b in zip(begin, end, strict=True))])
+        head = image[:, :, *(slice(a, b or None) for a, b in zip(begin, end, strict=True))]
+        if min(head.shape[2:]) < network.stride * COARSE:
+            return None  # too thin to be seen in coarse voxels
+        fine = network.pool(head)
         coarse = nnf.avg_pool3d(fine, COARSE)
         turns = list(Turn.all())
         scores = [self._look(turn.apply(coarse), network, float(network.stride * COARSE)) for turn in turns]
-        best = int(np.argmin(scores))
-        logger.info("misfit of the header's axes %.1f mm, of the best turn %.1f mm", scores[0], scores[best])
-        if best == 0 or scores[best] > CLEARER * scores[0]:
-            return None
-        confirmed = self._look(turns[best].apply(fine), network, float(network.stride))
-        return turns[best] if confirmed < min(CLEARER * first_mm, self.threshold_mm) else None
+        ranked = [int(i) for i in np.argsort(scores) if i > 0][:CONFIRMED]
+        limit = min(CLEARER * first_mm, self.threshold_mm)
+        for turn in (turns[i] for i in ranked):
+            if self._look(turn.apply(fine), network, float(network.stride)) < limit:
+                return turn
+        return None
 
     def _look(self, image: Tensor, network: MultiTaskNet, voxel_mm: float) -> float:
         """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
