@@ -238,7 +238,10 @@ def run_together() -> None:
         folder = Path(name)
         command = prepare_predict(folder)
         run(command(folder / "whole"))
-        both = [subprocess.Popen(command(folder / "both"), stderr=subprocess.DEVNULL) for _ in range(2)]
+        both = [
+            subprocess.Popen(command(folder / "both"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(2)
+        ]
         status = [process.wait() for process in both]
         same = content_of(folder / "both") == content_of(folder / "whole")
         print(
