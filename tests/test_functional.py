@@ -379,3 +379,12 @@ def test_lesions_start_in_their_region_with_their_share() -> None:
     assert float((soft > 0.5)[0].sum() / region[0].sum()) == pytest.approx(0.2, abs=0.01)
     assert float(soft[~region].max()) == 0
     assert float(soft[1].max()) == 0
+
+
+def test_a_protocol_of_256_labels_is_painted_from_labels_of_one_byte() -> None:
+    labels = torch.full((1, 1, 2, 2, 2), 255, dtype=torch.uint8)
+    values = torch.arange(256.0).reshape(1, 256, 1)  # one more than a byte holds means: outside
+    coordinates = torch.zeros(1, 3, 1, 1, 2)
+    coordinates[..., 1] = 9
+    painted = intensity.paint_voxels(labels, values, coordinates, torch.zeros(1, 3, 1))
+    assert painted.flatten().tolist() == [255, 0]

@@ -74,7 +74,7 @@ def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: T
             index_along = (centres[:, axis] + offsets[:, axis, n, None]).round_().int()
             inside &= (index_along >= 0) & (index_along < count)
             index = index.mul_(count).add_(index_along.clamp_(0, count - 1))
-        held[..., n] = torch.where(inside, of_map.gather(1, index.long()), outside) + first
+        held[..., n] = torch.where(inside, of_map.gather(1, index.long()).int(), outside) + first
     means = nnf.embedding_bag(held.flatten(0, 1), table, mode="mean")
     return means.reshape(batch, *coordinates.shape[2:], -1).movedim(-1, 1)
 
