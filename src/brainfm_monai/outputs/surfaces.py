@@ -112,6 +112,7 @@ def write_surfaces(scan: ScanResult) -> None:
     rows = []
     for letter, surface in grow_surfaces(scan).items():
         thickness = of_triangles.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
+        scan.shared.setdefault("thickness", {})[letter] = thickness  # for the page
         white_areas = of_triangles.compute_areas_mm2(surface.white_mm, surface.faces)
         mean = float(np.average(thickness, weights=white_areas))
         for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):

@@ -12,6 +12,7 @@ from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult, compute_totals_mm3, compute_volumes_mm3, fit_scan_to_template
 from brainfm_monai.outputs.template import load_template
 from brainfm_monai.report.html import data_address, render
+from brainfm_monai.report.surfaces import draw_surface_cells, surface_caption
 from brainfm_monai.slices import (
     BONE_WINDOW_HU,
     BRAIN_WINDOW_HU,
@@ -119,6 +120,8 @@ def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
     for heading, rows in _sections_of_maps(scan, draw_scan).items():
         if rows:
             yield heading, "; ".join(title for title, _ in rows), compose(_cells(few, rows))
+    if scan.shared.get("surfaces"):  # they were asked for
+        yield "White and pial surface", surface_caption(scan), compose(draw_surface_cells(scan, few, draw_scan))
 
 
 def _sections_of_maps(scan: ScanResult, draw_scan: Draw) -> dict[str, list[Row]]:
