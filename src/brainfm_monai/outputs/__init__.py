@@ -19,7 +19,7 @@ from brainfm_monai.outputs.segmentation import (
     write_segmentation,
     write_volumes,
 )
-from brainfm_monai.outputs.surfaces import grow_surfaces, write_distances, write_surfaces
+from brainfm_monai.outputs.surfaces import grow_surfaces, measure_thickness, write_distances, write_surfaces
 from brainfm_monai.outputs.warps import fit_scan_to_template, write_coordinates, write_transforms
 from brainfm_monai.outputs.writer import PARTIAL_FOLDER, ScanWriter
 
@@ -35,6 +35,7 @@ __all__ = [
     "describe_run",
     "fit_scan_to_template",
     "grow_surfaces",
+    "measure_thickness",
     "resample",
     "write_age",
     "write_bias_field",

@@ -15,7 +15,14 @@ from brainfm_monai.transforms import MODES
 if TYPE_CHECKING:
     from brainfm_monai.surfaces import Hemisphere
 
-__all__ = ["compute_ribbon", "compute_ribbon_thickness_mm", "grow_surfaces", "write_distances", "write_surfaces"]
+__all__ = [
+    "compute_ribbon",
+    "compute_ribbon_thickness_mm",
+    "grow_surfaces",
+    "measure_thickness",
+    "write_distances",
+    "write_surfaces",
+]
 
 HEMISPHERES = {
     "left": ("L", "l", 2, 3),
@@ -105,14 +112,24 @@ def grow_surfaces(scan: ScanResult) -> dict[str, Hemisphere]:
     return {letter: surface for letter, surface in grown.items() if surface is not None}
 
 
+@once_per_scan
+def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
+    """Thickness in mm at the vertices of each hemisphere, by its letter."""
+    from brainfm_monai.surfaces import compute_thickness_mm  # needs scipy, which an extra brings
+
+    return {
+        letter: compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
+        for letter, surface in grow_surfaces(scan).items()
+    }
+
+
 def write_surfaces(scan: ScanResult) -> None:
     """Write white and pial surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of both."""
     from brainfm_monai import surfaces as of_triangles  # needs scipy, which an extra brings
 
     rows = []
     for letter, surface in grow_surfaces(scan).items():
-        thickness = of_triangles.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
-        scan.shared.setdefault("thickness", {})[letter] = thickness  # for the page
+        thickness = measure_thickness(scan)[letter]
         white_areas = of_triangles.compute_areas_mm2(surface.white_mm, surface.faces)
         mean = float(np.average(thickness, weights=white_areas))
         for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):

@@ -9,7 +9,13 @@ import numpy as np
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import write_text
-from brainfm_monai.outputs import ScanResult, compute_totals_mm3, compute_volumes_mm3, fit_scan_to_template
+from brainfm_monai.outputs import (
+    ScanResult,
+    compute_totals_mm3,
+    compute_volumes_mm3,
+    fit_scan_to_template,
+    grow_surfaces,
+)
 from brainfm_monai.outputs.template import load_template
 from brainfm_monai.report.html import data_address, render
 from brainfm_monai.report.surfaces import draw_surface_cells, surface_caption
@@ -120,7 +126,7 @@ def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
     for heading, rows in _sections_of_maps(scan, draw_scan).items():
         if rows:
             yield heading, "; ".join(title for title, _ in rows), compose(_cells(few, rows))
-    if scan.shared.get("surfaces"):  # they were asked for
+    if scan.path("surfaces.tsv").is_file() and grow_surfaces(scan):  # they were asked for
         yield "White and pial surface", surface_caption(scan), compose(draw_surface_cells(scan, few, draw_scan))
 
 

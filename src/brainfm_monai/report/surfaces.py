@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from brainfm_monai.outputs import ScanResult, grow_surfaces
+from brainfm_monai.outputs import ScanResult, grow_surfaces, measure_thickness
 from brainfm_monai.slices import Cell, Slice, heat
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def draw_surface_cells(
             picture = draw_contour(picture, cut, surface.white_mm, surface.faces, WHITE_COLOUR)
             picture = draw_contour(picture, cut, surface.pial_mm, surface.faces, PIAL_COLOUR)
         contours.append(Cell(picture, cut.plane.marks, "" if number else "pial (red) and white (yellow) surface"))
-    return [contours, *_view_rows(hemispheres, scan.shared.get("thickness", {}))]
+    return [contours, *_view_rows(hemispheres, measure_thickness(scan))]
 
 
 def _view_rows(hemispheres: Mapping[str, Hemisphere], thickness: Mapping[str, np.ndarray]) -> list[list[Cell]]:
@@ -86,11 +86,7 @@ def _view_rows(hemispheres: Mapping[str, Hemisphere], thickness: Mapping[str, np
 
     cells = []
     for letter, surface in hemispheres.items():
-        colours = (
-            heat(thickness[letter][:, None], THICKEST_MM)[:, 0]
-            if letter in thickness
-            else np.full((len(surface.pial_mm), 3), 0.8)
-        )
+        colours = heat(thickness[letter][:, None], THICKEST_MM)[:, 0]
         for title, towards, marks in VIEWS[letter]:
             picture = draw_surface(surface.pial_mm, surface.faces, colours, towards)
             cells.append(Cell(picture[..., :3] / 255, marks, title))
