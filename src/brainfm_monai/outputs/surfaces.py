@@ -30,7 +30,6 @@ HEMISPHERES = {
 }  # BIDS letter, channel letter, ids of white matter and cortex
 OPPOSITE = {"l": "r", "r": "l"}
 DISTANCE_STEP_MM = 0.01
-CROSSINGS_EVERY = 4  # triangle is tested for crossings: the share is an estimate
 TABLE = (
     "hemisphere", "surface", "vertices", "faces", "euler_number", "crossing_share", "closed_share", "area_mm2",
     "volume_mm3", "mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm",
@@ -135,7 +134,7 @@ def write_surfaces(scan: ScanResult) -> None:
         for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):
             curvature = of_triangles.compute_mean_curvature(vertices, surface.faces)
             areas = of_triangles.compute_areas_mm2(vertices, surface.faces)
-            crossing = of_triangles.compute_crossing_share(vertices, surface.faces, CROSSINGS_EVERY)
+            crossing = of_triangles.compute_crossing_share(vertices, surface.faces)
             euler = of_triangles.compute_euler_number(surface.faces)
             closed = float(surface.closed.mean())
             rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import igl.predicates
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
@@ -15,8 +16,6 @@ __all__ = [
     "compute_thickness_mm",
     "compute_volume_mm3",
 ]
-
-PAIRS_AT_ONCE = 500_000  # of triangles that are tested for a crossing: 0.1 GB
 
 
 def compute_euler_number(faces: np.ndarray) -> int:
@@ -108,61 +107,16 @@ def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarra
     return (-np.einsum("ij,ij->i", laplacian, normals) / (2 * area)).astype(np.float32)
 
 
-def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray, every: int = 1) -> float:
+def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Share of the triangles of a surface that another one of its triangles crosses.
 
     Args:
         vertices: mm, shape (V, 3).
         faces: shape (F, 3).
-        every: test each n-th triangle against all, which estimates the share in an n-th of the time.
 
     Returns:
         A number from 0 to 1.
     """
-    corners = vertices[faces].astype(np.float64)
-    centres = corners.mean(axis=1)
-    radius = np.linalg.norm(corners - centres[:, None], axis=2).max(axis=1)
-    tested = np.arange(0, len(faces), every)
-    # Two triangles can only cross if their centres are nearer than the sum of their radii; few radii exceed the reach, and those
-    # triangles look as far as their own.
-    reach = float(np.quantile(radius, 0.999))
-    near = cKDTree(centres).query_ball_point(centres[tested], radius[tested] + reach, workers=-1)
-    rows = np.repeat(np.arange(len(tested)), [len(found) for found in near])
-    columns = np.fromiter((number for found in near for number in found), dtype=np.int64, count=len(rows))
-    crossed = np.zeros(len(tested), dtype=bool)
-    for start in range(0, len(rows), PAIRS_AT_ONCE):
-        row, second = rows[start : start + PAIRS_AT_ONCE], columns[start : start + PAIRS_AT_ONCE]
-        first = tested[row]
-        apart = ~(faces[first][:, :, None] == faces[second][:, None, :]).any(axis=(1, 2))  # neighbours share a corner
-        row = row[apart]
-        crossed[row[_cross(corners[first[apart]], corners[second[apart]])]] = True
-    return float(crossed.mean())
-
-
-def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Whether an edge of one of two triangles passes through the other one; both of shape (N, 3, 3)."""
-    crossing = np.zeros(len(first), dtype=bool)
-    near = np.flatnonzero(_straddles(first, second) & _straddles(second, first))
-    for a, b in ((first[near], second[near]), (second[near], first[near])):
-        for i in range(3):
-            crossing[near] |= _passes(a[:, i], a[:, (i + 1) % 3], b)
-    return crossing
-
-
-def _straddles(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Whether corners of one triangle lie on both sides of the plane of the other."""
-    normal = np.cross(two[:, 1] - two[:, 0], two[:, 2] - two[:, 0])
-    height = np.einsum("nij,nj->ni", one - two[:, :1], normal)
-    return np.asarray((height.min(axis=1) < 0) & (height.max(axis=1) > 0))
-
-
-def _passes(start: np.ndarray, end: np.ndarray, triangle: np.ndarray) -> np.ndarray:
-    """Whether segments pass through triangles, by the signs of five volumes."""
-
-    def volume(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-        return np.asarray(np.einsum("ij,ij->i", np.cross(b - a, c - a), d - a))
-
-    a, b, c = triangle[:, 0], triangle[:, 1], triangle[:, 2]
-    sides = [volume(start, end, p, q) for p, q in ((a, b), (b, c), (c, a))]
-    through = np.all([s > 0 for s in sides], axis=0) | np.all([s < 0 for s in sides], axis=0)
-    return np.asarray(through & (volume(a, b, c, start) * volume(a, b, c, end) < 0))
+    vertices, faces = np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
+    crossing = igl.predicates.find_self_intersections(vertices, faces)[1]
+    return len(np.unique(crossing)) / len(faces)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 __all__ = ["draw_surface"]
 
-PIXEL_MM = 0.4
+PIXEL_MM = 0.6
 SAMPLES = (
     (1, 1, 1),
     (4, 1, 1),
@@ -32,7 +33,7 @@ def draw_surface(
         towards: direction from the surface to the viewer, horizontal: (-1, 0, 0) is the view from the left.
 
     Returns:
-        Picture of shape (rows, columns, 4), uint8: red, green, blue and opacity; a pixel is 0.4 mm.
+        Picture of shape (rows, columns, 4), uint8: red, green, blue and opacity; a pixel is 0.6 mm.
     """
     view = np.array(towards, dtype=np.float64)
     right = np.cross([0.0, 0.0, 1.0], view)  # the viewer's right, superior up
@@ -54,4 +55,8 @@ def draw_surface(
     painted = np.tile(shaded, (len(SAMPLES), 1))[order]
     picture[size[1] - 1 - row[order], column[order], :3] = (painted.clip(0, 1) * 255).astype(np.uint8)
     picture[size[1] - 1 - row, column, 3] = 255
+    seen = picture[..., 3] > 0
+    gaps = ndimage.binary_closing(seen, iterations=2) & ~seen  # pixels that no point of a triangle fell into
+    nearest = ndimage.distance_transform_edt(~seen, return_distances=False, return_indices=True)
+    picture[gaps] = picture[tuple(nearest[:, gaps])]
     return picture
