@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inferers": TABLES | {"networks"},
     "outputs": TABLES | {"functional", "surfaces", "transforms"},
     "slices": TABLES | {"functional"},
-    "report": TABLES | {"outputs", "slices"},
+    "report": TABLES | {"outputs", "slices", "surfaces"},
     "preview": TABLES | {"slices", "synthesis", "data"},
     "prediction": TABLES | {"transforms", "outputs", "report"},
     "data": TABLES | {"slices", "functional", "synthesis", "transforms"},
