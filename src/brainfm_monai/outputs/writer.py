@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,11 @@ class ScanWriter:
         """
         begun = time.monotonic()
         partial = self.output_dir / PARTIAL_FOLDER / f"{_host()}-{uuid4().hex[:12]}"
-        with locked(self.output_dir):  # another process may remove the empty .partial
-            partial.mkdir(parents=True)
         try:
-            with locked(partial):
+            with ExitStack() as held:
+                with locked(self.output_dir):  # meanwhile no other process clears .partial
+                    partial.mkdir(parents=True)
+                    held.enter_context(locked(partial))
                 result = self._result(item, scan, partial)
                 result.warnings.extend(collect_warnings(result))
                 for write in self.writers.values():
@@ -143,10 +144,11 @@ class ScanWriter:
         """Remove what interrupted runs on this machine left in ``.partial``; the folder of a process that works stays."""
         if not (self.output_dir / PARTIAL_FOLDER).is_dir():
             return
-        for folder in (self.output_dir / PARTIAL_FOLDER).glob(f"{_host()}-*"):
-            with locked(folder, wait=False) as alone:
-                if alone:
-                    shutil.rmtree(folder, ignore_errors=True)
+        with locked(self.output_dir):  # meanwhile no other process makes a folder that it does not hold yet
+            for folder in (self.output_dir / PARTIAL_FOLDER).glob(f"{_host()}-*"):
+                with locked(folder, wait=False) as alone:
+                    if alone:
+                        shutil.rmtree(folder, ignore_errors=True)
         self._remove_if_empty(PARTIAL_FOLDER)
 
     def note_failure(self, scan: Mapping[str, Any], message: str) -> None:
