@@ -272,10 +272,10 @@ def bad_scan(folder: Path, kind: str) -> Path:
 
 
 BAD = {
-    "text": "a NIfTI or MGH file is needed, and it cannot be read as one",
+    "text": "a NIfTI header is needed, found b'this' and the magic word b'not'",
     "zero": "an image with contrast is needed, found the value 0 in every voxel",
     "nan": r"finite voxels are needed, found none",
-    "frames": r"4-D image of shape \(16, 16, 16, 2\); one 3-D volume is needed",
+    "frames": r"one 3-D volume is needed, found 4-D data of shape \(16, 16, 16, 2\): pass --frame N",
     "slice": r"a 3-D volume of at least 2 voxels along each axis is needed, found shape \(16, 16\)",
     "thin": r"a 3-D volume of at least 2 voxels along each axis is needed, found shape \(16, 16, 1\)",
 }
@@ -321,8 +321,8 @@ def test_among_many_scans_a_bad_one_is_skipped_and_the_rest_is_done(
     with pytest.raises(SystemExit, match="1 of 3 scans failed; the others are done"):
         predict(tmp_path / "in", tmp_path / "in/out")
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
-        f"{tmp_path / 'in/frames.nii'}: 4-D image of shape (16, 16, 16, 2); "
-        "one 3-D volume is needed: pass --frame N (from 0) or --frame mean"
+        f"{tmp_path / 'in/frames.nii'}: one 3-D volume is needed, found 4-D data of shape (16, 16, 16, 2): "
+        "pass --frame N (from 0) or --frame mean"
     ]
     assert sorted(f.name for f in (tmp_path / "in/out").iterdir()) == sorted([".failed", *RESULTS])
     summary = [line.split("\t")[:4] for line in (tmp_path / "in/out/summary.tsv").read_text().splitlines()]
