@@ -131,9 +131,8 @@ class ScanWriter:
                     write(result)
                 for warning in result.warnings:
                     logger.warning("%s: %s", result.name, warning)
-                marker = self._describe(result, scan, time.monotonic() - begun)
                 with locked(self.output_dir):
-                    folder = self._publish(result, scan, marker)
+                    folder = self._publish(result, scan, self._describe(result, scan, time.monotonic() - begun))
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             self._remove_if_empty(PARTIAL_FOLDER)
