@@ -193,10 +193,16 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.nii.gz" for name in images}
 
 
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the bundle, which both servers use one after the other."""
-    return copy_bundle(tmp_path_factory.mktemp("bundle") / MODEL)
+@pytest.fixture(scope="module", params=["stock", "ours"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which app; the tests of this file run in their order, first with one app, then with the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle for each app: a training adds weights to it."""
+    return copy_bundle(tmp_path_factory.mktemp(f"bundle_{kind}") / MODEL)
 
 
 @pytest.fixture(scope="session")
@@ -209,10 +215,10 @@ def predicted(scans: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return {name: output / name / f"{name}_dseg.nii.gz" for name in scans}
 
 
-@pytest.fixture(scope="module", params=["stock", "ours"])
-def server(request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server; the tests of this file run in their order, first with one app, then with the other."""
-    running = Server(request.param, bundle, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def server(kind: str, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the app."""
+    running = Server(kind, bundle, tmp_path_factory.mktemp(kind))
     yield running
     running.stop()
 
@@ -407,7 +413,7 @@ def test_training_makes_weights_that_answer_differently(
         assert state["status"] == "DONE", state["details"]
         (new,) = set(bundle.glob("models/*.pt")) - known
         known.add(new)
-        labels = _labels(server.infer_file(MODEL, "las", tmp_path / new.name, model_filename=new.name))[0]
+        labels = _labels(server.infer_file(MODEL, "las", tmp_path / f"{new.stem}.nii.gz", model_filename=new.name))[0]
         assert all((labels != other).any() for other in answers)
         answers.append(labels)
     assert _hash(bundle / "models" / "model.pt") == shipped
