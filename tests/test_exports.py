@@ -21,6 +21,7 @@ from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights import load_weights
 
 LAYOUT = TaskLayout(["segmentation", "distance", "mni"])
+torch.manual_seed(0)  # weights of the networks below are the same in every process
 BACKBONES = {
     "UNet": (UNet(1, (8, 16), unit_norm=True), 1),
     "ResidualUNet": (ResidualUNet(1, (8, 16)), 1),
