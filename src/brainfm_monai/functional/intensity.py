@@ -9,18 +9,6 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-__all__ = [
-    "add_noise",
-    "add_texture",
-    "antialias",
-    "apply_bias_field",
-    "apply_gamma",
-    "apply_window",
-    "normalise_percentiles",
-    "paint_labels",
-    "paint_voxels",
-]
-
 FWHM_PER_SIGMA = 2.3548  # of a Gaussian
 NEGLIGIBLE_WIDTH = 0.1  # of the new voxel size: below it smoothing changes nothing that can be seen
 GAMMA_TOP = 300.0  # intensity that a gamma leaves alone (BrainFM)
@@ -28,22 +16,18 @@ QUANTILE_SAMPLES = 2**17  # voxels that are looked at for a percentile: error of
 
 
 def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
-    """Give every label its values.
+    """Give every label its values, (B, C, H, W, D) in channels-last memory.
 
     Args:
         labels: label indices in [0, L), shape (B, 1, H, W, D), integer.
         values: C values per label, shape (B, L, C).
-
-    Returns:
-        Tensor of shape (B, C, H, W, D), in channels-last memory.
 
     Raises:
         ValueError: if the batches differ.
     """
     if len(labels) != len(values):
         raise ValueError(f"paint_labels: 'values' must be for {len(labels)} samples, got {tuple(values.shape)}")
-    count = values.shape[1]
-    first = torch.arange(len(labels), device=labels.device, dtype=torch.int32).reshape(-1, 1, 1, 1) * count
+    first = torch.arange(len(labels), device=labels.device, dtype=torch.int32).reshape(-1, 1, 1, 1) * values.shape[1]
     return nnf.embedding(first + labels[:, 0], values.flatten(0, 1)).movedim(-1, 1)
 
 
@@ -59,18 +43,15 @@ def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: T
     Returns:
         Tensor of shape (B, C, H, W, D), in channels-last memory.
     """
-    batch, size = len(labels), labels.shape[2:]
-    outside = values.shape[1]
+    batch, outside = len(labels), values.shape[1]
     table = nnf.pad(values, (0, 0, 0, 1)).flatten(0, 1)
     first = torch.arange(batch, device=labels.device, dtype=torch.int32)[:, None] * (outside + 1)
     centres, of_map = coordinates.flatten(2), labels.flatten(1)
     held = torch.empty(*centres[:, 0].shape, offsets.shape[2], device=labels.device, dtype=torch.int32)
     for n in range(offsets.shape[2]):
-        index, inside = (
-            torch.zeros_like(centres[:, 0], dtype=torch.int32),
-            torch.ones_like(centres[:, 0], dtype=torch.bool),
-        )
-        for axis, count in enumerate(size):
+        index = torch.zeros_like(centres[:, 0], dtype=torch.int32)
+        inside = torch.ones_like(index, dtype=torch.bool)
+        for axis, count in enumerate(labels.shape[2:]):
             index_along = (centres[:, axis] + offsets[:, axis, n, None]).round_().int()
             inside &= (index_along >= 0) & (index_along < count)
             index = index.mul_(count).add_(index_along.clamp_(0, count - 1))
@@ -89,24 +70,12 @@ def add_texture(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
 
 
 def apply_gamma(image: Tensor, gamma: Tensor) -> Tensor:
-    """Raise intensities to a power around a fixed one: ``top (I / top)^gamma``.
-
-    Args:
-        image: non-negative, shape (B, 1, H, W, D).
-        gamma: exponents, shape (B,).
-
-    Returns:
-        Image of the same shape.
+    """Raise non-negative intensities (B, 1, H, W, D) to powers (B,) around a fixed one: ``top (I / top)^gamma``.
 
     Reference:
         BrainFM (arXiv 2509.00549), generator; ``top`` is 300 there too.
     """
     return GAMMA_TOP * (image / GAMMA_TOP) ** gamma.reshape(-1, 1, 1, 1, 1)
-
-
-def apply_bias_field(image: Tensor, log_bias_field: Tensor) -> Tensor:
-    """Multiply an image by the exponential of a log field, both of shape (B, 1, H, W, D)."""
-    return image * log_bias_field.exp()
 
 
 def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tensor:
@@ -118,9 +87,6 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
             sample is Rician.
         std: standard deviation, shape (B,), units of the image.
         rician: which samples get Rician noise, shape (B,), bool.
-
-    Returns:
-        Image of the same shape, non-negative.
 
     Reference:
         Gudbjartsson and Patz, The Rician distribution of noisy MRI data, Magnetic Resonance in Medicine 34, 1995.
@@ -139,12 +105,9 @@ def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[f
     old size becomes about one of the new size. Edges are continued by their last voxels.
 
     Args:
-        volume: shape (..., H, W, D), floating point.
+        volume: shape (..., H, W, D), floating point; it is returned as it is where no axis becomes coarser.
         spacing_mm: its voxel sizes.
         target_mm: voxel sizes that it is resampled to.
-
-    Returns:
-        Tensor of the same shape; the same tensor where no axis becomes coarser.
     """
     for axis, (spacing, target) in enumerate(zip(spacing_mm, target_mm, strict=True), volume.ndim - 3):
         width_mm = math.sqrt(max(target**2 - spacing**2, 0.0))
@@ -163,31 +126,15 @@ def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[f
 
 
 def apply_window(values: Tensor, window: Tensor) -> Tensor:
-    """Clamp values to a window and map it to [0, 1].
-
-    Args:
-        values: shape (B, C, H, W, D).
-        window: low and high end, shape (B, 2), the high one above the low one; unit of ``values``.
-
-    Returns:
-        Tensor of the same shape.
-    """
+    """Clamp values (B, C, H, W, D) to a window, its low and higher end (B, 2) in the same unit, and map it to [0, 1]."""
     low, high = (window[:, i].reshape(-1, 1, 1, 1, 1) for i in range(2))
     return ((values - low) / (high - low)).clamp_(0, 1)
 
 
 def normalise_percentiles(image: Tensor, lower: float = 0.0, upper: float = 0.999) -> Tensor:
-    """Map two quantiles of every sample to 0 and 1 and clip; a constant image becomes 0.
+    """Map two quantiles, in [0, 1], of every sample (B, C, H, W, D) to 0 and 1 and clip; a constant image becomes 0.
 
     The quantiles are taken on a regular subset of at most about :data:`QUANTILE_SAMPLES` voxels.
-
-    Args:
-        image: shape (B, C, H, W, D), any units.
-        lower: quantile that becomes 0, in [0, 1].
-        upper: quantile that becomes 1, in [0, 1].
-
-    Returns:
-        Image of the same shape in [0, 1].
     """
     step = max(1, math.ceil((math.prod(image.shape[2:]) / QUANTILE_SAMPLES) ** (1 / 3)))
     seen = image[:, :, ::step, ::step, ::step].flatten(1).float()

@@ -8,36 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = [
-    "apply_separable",
-    "count_control_points",
-    "ghost_operator",
-    "lattice_operator",
-    "resize",
-    "slice_operator",
-    "spread_operator",
-    "upsampling_operator",
-]
-
 
 def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
     """Apply one matrix to each axis of a volume.
 
     Args:
         volume: shape (B, C, h, w, d).
-        operators: three tensors of shape (B, H, h), (B, W, w) and (B, D, d).
-
-    Returns:
-        Tensor of shape (B, C, H, W, D).
+        operators: three tensors of shape (B, H, h), (B, W, w) and (B, D, d); the result has shape (B, C, H, W, D).
 
     Raises:
         ValueError: if an operator does not fit its axis.
     """
-    for axis, operator in enumerate(operators):
-        if operator.shape[-1] != volume.shape[2 + axis]:
-            raise ValueError(
-                f"apply_separable: operator {axis} must have {volume.shape[2 + axis]} columns, got {tuple(operator.shape)}"
-            )
+    for axis, (operator, n) in enumerate(zip(operators, volume.shape[2:], strict=True)):
+        if operator.shape[-1] != n:
+            found = tuple(operator.shape)
+            raise ValueError(f"apply_separable: operator {axis} must have {n} columns, got {found}")
     over_h, over_w, over_d = operators
     batch, channels, h, w, d = volume.shape
     out = torch.matmul(volume.reshape(batch, -1, d), over_d.transpose(1, 2)).reshape(batch, channels, h, w, -1)
@@ -51,29 +36,15 @@ def _hat(position: Tensor, columns: int) -> Tensor:
 
 
 def spread_operator(size: int, count: int, *, device: torch.device | None = None) -> Tensor:
-    """Linear interpolation of points that span an axis from its first to its last voxel.
+    """Linear interpolation of ``count`` points, at least 2, that span an axis from its first to its last voxel.
 
-    Args:
-        size: number of voxels.
-        count: number of points, at least 2.
-        device: device of the result.
-
-    Returns:
-        Operator of shape (1, size, count) whose rows sum to 1; exact for what is linear along the axis.
+    The operator has shape (1, size, count), its rows sum to 1, and it is exact for what is linear along the axis.
     """
     return _hat(torch.linspace(0, count - 1, size, device=device)[None], count)
 
 
 def resize(volume: Tensor, size: Sequence[int]) -> Tensor:
-    """Linear interpolation at points spread from the first to the last voxel of each axis.
-
-    Args:
-        volume: shape (B, C, h, w, d).
-        size: (H, W, D), each at least 1.
-
-    Returns:
-        Tensor of shape (B, C, H, W, D).
-    """
+    """Linear interpolation at points spread from the first to the last voxel of each axis, (B, C, h, w, d) to (B, C, *size)."""
     pairs = zip(size, volume.shape[2:], strict=True)
     operators = [spread_operator(n, m, device=volume.device).expand(len(volume), -1, -1) for n, m in pairs]
     return apply_separable(volume, operators)
@@ -101,18 +72,24 @@ def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None
     return _hat((position / spacing[:, None] + (columns - 1) / 2).clamp(0, columns - 1), columns)
 
 
-def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
-    """Ghosts along one axis: every ``count``-th line of k-space is weakened.
+def interpolate_lattice(
+    points: Tensor, spacing: Tensor, size: Sequence[int], counts: Sequence[int | None] = (None, None, None)
+) -> Tensor:
+    """Field of control points (B, C, P, Q, R) of a distance (B, 3), in voxels: (B, C, *size), or at ``counts`` places."""
+    axes = zip(size, points.shape[2:], counts, strict=True)
+    return apply_separable(points, [lattice_operator(spacing[:, i], *axis) for i, axis in enumerate(axes)])
 
-    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly.
+
+def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
+    """Ghosts along one axis, shape (B, size, size): every ``count``-th line of k-space is weakened.
+
+    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly. Shifts by a
+    part of a voxel are interpolated linearly.
 
     Args:
         count: number of copies, shape (B,), at least 1; 1 only scales the image, so a strength of 0 goes with it.
         strength: share by which those lines are weakened, shape (B,), in [0, 1].
         size: number of voxels.
-
-    Returns:
-        Operator of shape (B, size, size). Shifts by a part of a voxel are interpolated linearly.
     """
     index = torch.arange(size, device=count.device, dtype=strength.dtype)
     step = size / count.reshape(-1, 1, 1)
@@ -125,40 +102,30 @@ def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
 
 
 def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
-    """Acquisition along one axis: a Gaussian profile sampled every ``spacing`` voxels.
+    """Acquisition along one axis, shape (B, size, size): a Gaussian profile sampled every ``spacing`` voxels.
+
+    Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and are never
+    read by :func:`upsampling_operator`. Rows sum to 1.
 
     Args:
         spacing: distance of slices, in voxels, shape (B,), at least 1.
         sigma: standard deviation of the profile, in voxels, shape (B,); 0 means linear interpolation.
         size: number of voxels.
 
-    Returns:
-        Operator of shape (B, size, size). Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole
-        slice repeat the last voxel and are never read by :func:`upsampling_operator`. Rows sum to 1.
-
     Reference:
         Billot et al., Partial volume segmentation of brain MRI scans of any resolution and contrast, MICCAI 2020 (profile).
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)
-    offset = centre[..., None] - index
-    smallest = torch.finfo(sigma.dtype).eps
-    profile = torch.exp(-0.5 * (offset / sigma.clamp_min(smallest)[:, None, None]) ** 2)
+    sigma = sigma[:, None, None]
+    profile = torch.exp(-0.5 * ((centre[..., None] - index) / sigma.clamp_min(torch.finfo(sigma.dtype).eps)) ** 2)
     # Below a third of a voxel the sampled Gaussian is narrower than the grid: linear interpolation is the exact sampling there.
-    operator = torch.where(sigma[:, None, None] > 1 / 3, profile, _hat(centre, size))
+    operator = torch.where(sigma > 1 / 3, profile, _hat(centre, size))
     return operator / operator.sum(-1, keepdim=True)
 
 
 def upsampling_operator(spacing: Tensor, size: int) -> Tensor:
-    """Linear interpolation from slices of :func:`slice_operator` back to the voxels of the axis.
-
-    Args:
-        spacing: distance of slices, in voxels, shape (B,), at least 1.
-        size: number of voxels.
-
-    Returns:
-        Operator of shape (B, size, size) whose rows sum to 1.
-    """
+    """Linear interpolation from slices of :func:`slice_operator` back to the voxels of the axis, shape (B, size, size)."""
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     slices = (size / spacing).floor().clamp_min(1)
     position = ((index + 0.5) / spacing[:, None] - 0.5).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Grids, affine matrices, velocity integration and warping, in voxel coordinates."""
+"""Grids, affine matrices, velocity integration and warping, in voxel coordinates: channel i lies along axis i."""
 
 from __future__ import annotations
 
@@ -9,40 +9,19 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-__all__ = [
-    "affine_matrix",
-    "average_neighbours",
-    "gather_nearest",
-    "identity_grid",
-    "integrate_velocity",
-    "jacobian_determinant",
-    "sampling_coordinates",
-    "warp",
-    "warp_all",
-]
-
 SLAB = 2**17  # voxels that are sampled at once on a CPU: corners and weights of a slab stay in its cache
 
 
 def identity_grid(
     size: Sequence[int], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Voxel coordinates of a grid.
-
-    Args:
-        size: (H, W, D).
-        device: device of the result.
-        dtype: floating type of the result.
-
-    Returns:
-        Tensor of shape (1, 3, H, W, D); channel i holds the index along axis i, in voxels.
-    """
+    """Voxel coordinates of a grid of size (H, W, D), shape (1, 3, H, W, D), of a floating type."""
     axes = [torch.arange(n, device=device, dtype=dtype) for n in size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
 def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tensor:
-    """Linear part of an affine map: shears, then rotations, rows multiplied by the scalings.
+    """Linear part of an affine map, (B, 3, 3): shears, then rotations, rows multiplied by the scalings.
 
     A = diag(s) SHx SHy SHz Rx Ry Rz, where SHi adds its two shears of the other axes to row i.
 
@@ -50,9 +29,6 @@ def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tenso
         rotation_deg: angles about the axes H, W, D in degrees, shape (B, 3).
         shear: two off-diagonal shears for each axis, dimensionless, shape (B, 3, 2).
         scaling: factors of the three rows, shape (B, 3).
-
-    Returns:
-        Matrices of shape (B, 3, 3).
 
     Reference:
         BrainFM (arXiv 2509.00549), generator of the published configuration.
@@ -63,14 +39,12 @@ def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tenso
     unit = torch.eye(9, device=scaling.device, dtype=scaling.dtype).reshape(9, 3, 3)
     for i in range(3):
         j, k = (n for n in range(3) if n != i)
-        matrix = matrix @ (
-            eye + shear[:, i, 0, None, None] * unit[3 * i + j] + shear[:, i, 1, None, None] * unit[3 * i + k]
-        )
+        first, second = shear[:, i, :, None, None].unbind(1)
+        matrix = matrix @ (eye + first * unit[3 * i + j] + second * unit[3 * i + k])
     for i in range(3):
         j, k = (i + 1) % 3, (i + 2) % 3
         cos, sin = angle[:, i].cos()[:, None, None], angle[:, i].sin()[:, None, None]
-        rotation = unit[4 * i] + cos * (unit[4 * j] + unit[4 * k]) + sin * (unit[3 * k + j] - unit[3 * j + k])
-        matrix = matrix @ rotation
+        matrix = matrix @ (unit[4 * i] + cos * (unit[4 * j] + unit[4 * k]) + sin * (unit[3 * k + j] - unit[3 * j + k]))
     return matrix
 
 
@@ -99,13 +73,10 @@ def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding
     """Sample a source at voxel coordinates. The one place where (H, W, D) order turns into grid_sample's xyz.
 
     Args:
-        source: shape (B, C, h, w, d), floating.
+        source: shape (B, C, h, w, d), floating; the result has shape (B, C, H, W, D).
         coordinates: shape (B, 3, H, W, D), in voxels of the source, channel i along axis i.
         mode: ``"bilinear"`` (trilinear here) or ``"nearest"``.
         padding_mode: ``"zeros"`` or ``"border"``.
-
-    Returns:
-        Tensor of shape (B, C, H, W, D).
 
     Raises:
         ValueError: if ``coordinates`` has not three channels.
@@ -125,12 +96,9 @@ def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: st
     (``embedding_bag``): the same numbers several times faster, above all for sources in channels-last memory.
 
     Args:
-        sources: tensors of shape (B, C_i, h, w, d), float32.
+        sources: tensors of shape (B, C_i, h, w, d), float32; the results have shape (B, C_i, H, W, D).
         coordinates: shape (B, 3, H, W, D), in voxels of the sources.
         padding_mode: ``"zeros"`` or ``"border"``.
-
-    Returns:
-        Tensors of shape (B, C_i, H, W, D).
 
     Raises:
         ValueError: if the sources do not lie on one grid.
@@ -139,8 +107,7 @@ def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: st
         raise ValueError(f"warp_all: 'sources' must lie on one grid, got {[tuple(s.shape) for s in sources]}")
     if coordinates.device.type != "cpu":
         return [warp(source, coordinates, padding_mode=padding_mode) for source in sources]
-    size = sources[0].shape[2:]
-    voxels = coordinates[0, 0].numel()
+    size, voxels = sources[0].shape[2:], coordinates[0, 0].numel()
     warped = [source.new_empty(len(coordinates), voxels, source.shape[1]) for source in sources]
     index = torch.empty(min(SLAB, voxels), 8, dtype=torch.int32)
     weight = torch.empty(min(SLAB, voxels), 8)
@@ -159,11 +126,9 @@ def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: st
 def _tables(source: Tensor) -> list[Tensor]:
     """A source (C, h, w, d) as tables with a row for each voxel, without a copy: one of C columns, or C of one."""
     last = source.movedim(0, -1)
-    if last.is_contiguous():
-        return [
-            last.reshape(-1).reshape(-1, len(source))
-        ]  # twice: a single column gets the stride of 1 that the kernel wants
-    return [channel.reshape(-1).reshape(-1, 1) for channel in source]
+    channels = [last] if last.is_contiguous() else list(source)
+    # Twice: a single column gets the stride of 1 that the kernel wants.
+    return [channel.reshape(-1).reshape(-1, len(source) // len(channels)) for channel in channels]
 
 
 def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index: Tensor, weight: Tensor) -> None:
@@ -171,8 +136,7 @@ def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index:
     places, shares = [], []
     for position, n, stride in zip(points, size, (size[1] * size[2], size[2], 1), strict=True):
         below = position.floor()
-        after = position - below
-        first = below.int()
+        after, first = position - below, below.int()
         pair, weights = (first, first + 1), (1 - after, after)
         if padding_mode == "zeros":
             weights = tuple(w * ((i >= 0) & (i < n)) for i, w in zip(pair, weights, strict=True))
@@ -189,12 +153,7 @@ def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index:
 def gather_nearest(source: Tensor, coordinates: Tensor) -> Tensor:
     """Values of the nearest voxels, without turning an integer map into a floating one; 0 outside.
 
-    Args:
-        source: shape (B, C, h, w, d), any type.
-        coordinates: shape (B, 3, H, W, D), in voxels of the source, channel i along axis i.
-
-    Returns:
-        Tensor of shape (B, C, H, W, D) and of the source's type.
+    Source (B, C, h, w, d) of any type, coordinates (B, 3, H, W, D) in its voxels: (B, C, H, W, D) of the source's type.
     """
     h, w, d = source.shape[2:]
     x, y, z = coordinates.round().long().unbind(1)
@@ -205,14 +164,7 @@ def gather_nearest(source: Tensor, coordinates: Tensor) -> Tensor:
 
 
 def average_neighbours(volume: Tensor) -> Tensor:
-    """Mean over the 3 x 3 x 3 voxels around each voxel, borders repeated.
-
-    Args:
-        volume: shape (B, C, H, W, D), floating.
-
-    Returns:
-        Tensor of the same shape.
-    """
+    """Mean over the 3 x 3 x 3 voxels around each voxel of a floating volume (B, C, H, W, D), borders repeated."""
     # Sums of shifted views: several times faster on a CPU than a pooling or a convolution of that size.
     padded = nnf.pad(volume, [1] * 6, mode="replicate")
     for dim in (2, 3, 4):
@@ -222,14 +174,7 @@ def average_neighbours(volume: Tensor) -> Tensor:
 
 
 def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
-    """Displacement of a stationary velocity field by scaling and squaring.
-
-    Args:
-        velocity: shape (B, 3, H, W, D), in voxels per unit time.
-        steps: number of squarings.
-
-    Returns:
-        Displacement of the flow at time 1, shape (B, 3, H, W, D), in voxels.
+    """Displacement of the flow of a stationary velocity at time 1, by so many squarings; both (B, 3, H, W, D), in voxels.
 
     Reference:
         Arsigny et al., A Log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
@@ -242,13 +187,6 @@ def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
 
 
 def jacobian_determinant(coordinates: Tensor) -> Tensor:
-    """Determinant of the derivative of a coordinate map, by central differences.
-
-    Args:
-        coordinates: shape (B, 3, H, W, D), in voxels, channel i along axis i.
-
-    Returns:
-        Determinant per voxel, shape (B, 1, H, W, D).
-    """
+    """Determinant (B, 1, H, W, D) of the derivative of a map of voxel coordinates (B, 3, H, W, D), by central differences."""
     over_h, over_w, over_d = torch.gradient(coordinates, dim=(2, 3, 4))
     return (over_h * torch.linalg.cross(over_w, over_d, dim=1)).sum(dim=1, keepdim=True)

@@ -75,7 +75,7 @@ def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor
     """
     size = image.shape[2:]
     log_bias_field = smooth_field(appearance.bias, appearance.bias_spacing, size)
-    image = intensity.apply_bias_field(intensity.apply_gamma(image, appearance.gamma), log_bias_field)
+    image = intensity.apply_gamma(image, appearance.gamma) * log_bias_field.exp()
     slices, back = [], []
     for i, n in enumerate(size):
         ghost = separable.ghost_operator(appearance.ghost_count[:, i], appearance.ghost_strength[:, i], n)
