@@ -19,9 +19,8 @@ from monai.losses import DiceLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brainfm_monai.losses import (
-    MultiTaskLoss,
-    UncertaintyWeights,
+from brainfm_monai.losses import MultiTaskLoss, UncertaintyWeights
+from brainfm_monai.losses.formulas import (
     compute_banded_error,
     compute_centred_mse,
     compute_dice_ce,

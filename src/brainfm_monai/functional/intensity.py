@@ -64,7 +64,7 @@ def add_texture(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
     """Gaussian intensities, without negative ones: ``mean + std noise``; all of one shape.
 
     Reference:
-        Billot et al., SynthSeg: segmentation of brain MRI scans of any contrast and resolution, Medical Image Analysis 86, 2023.
+        Billot et al., SynthSeg: segmentation of brain MRI scans of any contrast and resolution, MedIA 86, 2023.
     """
     return torch.addcmul(mean, std, noise).clamp_min_(0)
 
@@ -83,8 +83,8 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
 
     Args:
         image: shape (B, 1, H, W, D).
-        noise: standard normal draws for the real and the imaginary part, shape (B, 2, H, W, D), or (B, 1, H, W, D) where no
-            sample is Rician.
+        noise: standard normal draws for the real and the imaginary part, shape (B, 2, H, W, D), or (B, 1, H, W, D)
+            where no sample is Rician.
         std: standard deviation, shape (B,), units of the image.
         rician: which samples get Rician noise, shape (B,), bool.
 
@@ -99,10 +99,10 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
 
 
 def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[float]) -> Tensor:
-    """Smooth a volume along the axes along which it is to be sampled more coarsely: a Gaussian as wide as the new voxels.
+    """Smooth a volume along the axes that are to be sampled more coarsely: a Gaussian as wide as the new voxels.
 
-    The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of the
-    old size becomes about one of the new size. Edges are continued by their last voxels.
+    The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of
+    the old size becomes about one of the new size. Edges are continued by their last voxels.
 
     Args:
         volume: shape (..., H, W, D), floating point; it is returned as it is where no axis becomes coarser.
@@ -126,7 +126,7 @@ def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[f
 
 
 def apply_window(values: Tensor, window: Tensor) -> Tensor:
-    """Clamp values (B, C, H, W, D) to a window, its low and higher end (B, 2) in the same unit, and map it to [0, 1]."""
+    """Clamp values (B, C, H, W, D) to a window, low and higher end (B, 2) in their unit, and map it to [0, 1]."""
     low, high = (window[:, i].reshape(-1, 1, 1, 1, 1) for i in range(2))
     return ((values - low) / (high - low)).clamp_(0, 1)
 

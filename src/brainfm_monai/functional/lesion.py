@@ -51,7 +51,7 @@ def carry(soft: Tensor, velocity: Tensor, distance: Tensor) -> Tensor:
         distance: root mean square of the velocity after scaling, in voxels, shape (B,).
 
     Reference:
-        PEPSI (above) advects by an ODE solver; the exponential of a stationary velocity without divergence is such a flow too.
+        PEPSI (above) advects by an ODE solver; the exponential of a velocity without divergence is such a flow too.
     """
     size = velocity.square().sum(1).flatten(1).mean(1).sqrt().clamp_min(torch.finfo(velocity.dtype).tiny)
     flow = spatial.integrate_velocity(velocity * (distance / size).reshape(-1, 1, 1, 1, 1))

@@ -44,7 +44,7 @@ def spread_operator(size: int, count: int, *, device: torch.device | None = None
 
 
 def resize(volume: Tensor, size: Sequence[int]) -> Tensor:
-    """Linear interpolation at points spread from the first to the last voxel of each axis, (B, C, h, w, d) to (B, C, *size)."""
+    """Linear interpolation at points from the first to the last voxel of each axis, (B, C, h, w, d) to (B, C, *size)."""
     pairs = zip(size, volume.shape[2:], strict=True)
     operators = [spread_operator(n, m, device=volume.device).expand(len(volume), -1, -1) for n, m in pairs]
     return apply_separable(volume, operators)
@@ -75,7 +75,7 @@ def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None
 def interpolate_lattice(
     points: Tensor, spacing: Tensor, size: Sequence[int], counts: Sequence[int | None] = (None, None, None)
 ) -> Tensor:
-    """Field of control points (B, C, P, Q, R) of a distance (B, 3), in voxels: (B, C, *size), or at ``counts`` places."""
+    """Field (B, C, *size), or at ``counts`` places, of control points (B, C, P, Q, R) at a distance (B, 3) in voxels."""
     axes = zip(size, points.shape[2:], counts, strict=True)
     return apply_separable(points, [lattice_operator(spacing[:, i], *axis) for i, axis in enumerate(axes)])
 
@@ -83,8 +83,8 @@ def interpolate_lattice(
 def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
     """Ghosts along one axis, shape (B, size, size): every ``count``-th line of k-space is weakened.
 
-    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly. Shifts by a
-    part of a voxel are interpolated linearly.
+    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly. Shifts
+    by a part of a voxel are interpolated linearly.
 
     Args:
         count: number of copies, shape (B,), at least 1; 1 only scales the image, so a strength of 0 goes with it.
@@ -104,8 +104,8 @@ def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
 def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
     """Acquisition along one axis, shape (B, size, size): a Gaussian profile sampled every ``spacing`` voxels.
 
-    Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and are never
-    read by :func:`upsampling_operator`. Rows sum to 1.
+    Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and
+    are never read by :func:`upsampling_operator`. Rows sum to 1.
 
     Args:
         spacing: distance of slices, in voxels, shape (B,), at least 1.
@@ -113,19 +113,19 @@ def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
         size: number of voxels.
 
     Reference:
-        Billot et al., Partial volume segmentation of brain MRI scans of any resolution and contrast, MICCAI 2020 (profile).
+        Billot et al., Partial volume segmentation of brain MRI scans of any resolution and contrast, MICCAI 2020.
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)
     sigma = sigma[:, None, None]
     profile = torch.exp(-0.5 * ((centre[..., None] - index) / sigma.clamp_min(torch.finfo(sigma.dtype).eps)) ** 2)
-    # Below a third of a voxel the sampled Gaussian is narrower than the grid: linear interpolation is the exact sampling there.
+    # Below a third of a voxel the sampled Gaussian is narrower than the grid: linear interpolation is exact there.
     operator = torch.where(sigma > 1 / 3, profile, _hat(centre, size))
     return operator / operator.sum(-1, keepdim=True)
 
 
 def upsampling_operator(spacing: Tensor, size: int) -> Tensor:
-    """Linear interpolation from slices of :func:`slice_operator` back to the voxels of the axis, shape (B, size, size)."""
+    """Linear interpolation from slices of :func:`slice_operator` back to the axis, shape (B, size, size)."""
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     slices = (size / spacing).floor().clamp_min(1)
     position = ((index + 0.5) / spacing[:, None] - 0.5).clamp_min(0)

@@ -91,9 +91,10 @@ def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding
 def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: str = "border") -> list[Tensor]:
     """Linear sampling of several sources on one grid at the same coordinates.
 
-    On a GPU this is :func:`warp` for each source. On a CPU, where ``grid_sample`` goes voxel by voxel and channel by channel, the
-    eight corners and their weights are made once for a slab of voxels, and each source is a weighted sum of rows of a table
-    (``embedding_bag``): the same numbers several times faster, above all for sources in channels-last memory.
+    On a GPU this is :func:`warp` for each source. On a CPU, where ``grid_sample`` goes voxel by voxel and channel by
+    channel, the eight corners and their weights are made once for a slab of voxels, and each source is a weighted sum
+    of rows of a table (``embedding_bag``): the same numbers several times faster, above all for sources in
+    channels-last memory.
 
     Args:
         sources: tensors of shape (B, C_i, h, w, d), float32; the results have shape (B, C_i, H, W, D).
@@ -174,7 +175,7 @@ def average_neighbours(volume: Tensor) -> Tensor:
 
 
 def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
-    """Displacement of the flow of a stationary velocity at time 1, by so many squarings; both (B, 3, H, W, D), in voxels.
+    """Displacement (B, 3, H, W, D) of a stationary velocity at time 1, in voxels, by so many squarings.
 
     Reference:
         Arsigny et al., A Log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
@@ -187,6 +188,6 @@ def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
 
 
 def jacobian_determinant(coordinates: Tensor) -> Tensor:
-    """Determinant (B, 1, H, W, D) of the derivative of a map of voxel coordinates (B, 3, H, W, D), by central differences."""
+    """Determinant (B, 1, H, W, D) of the derivative of voxel coordinates (B, 3, H, W, D), by central differences."""
     over_h, over_w, over_d = torch.gradient(coordinates, dim=(2, 3, 4))
     return (over_h * torch.linalg.cross(over_w, over_d, dim=1)).sum(dim=1, keepdim=True)

@@ -1,0 +1,196 @@
+"""The formula of each kind of task: predictions, targets and masks (B, C, H, W, D) to one loss per sample, (B,)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from brainfm_monai.tasks import MAX_DISTANCE_MM, bound_log_scale
+
+TEMPERATURE = 0.1  # the best of SimCLR's for vectors of length 1 (Chen et al., ICML 2020, table 5)
+LATTICE = 8  # points along each axis: 512 places to distinguish, whatever the size of the volume
+
+
+class _DiceCrossEntropy(torch.autograd.Function):
+    """Both losses and their gradient written out: beside the logits, one volume of their size exists, not five."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
+        """Loss per sample, (B,), of logits (B, L, N) in float32 and labels (B, 1, N) in int64."""
+        batch, classes, voxels = logits.shape
+        normaliser = logits.logsumexp(1, keepdim=True)
+        log_true = logits.gather(1, index) - normaliser
+        predicted = (logits - normaliser).exp_().square_().sum(2)
+        zeros = logits.new_zeros(batch, classes)
+        truth = zeros.scatter_add(1, index[:, 0], torch.ones_like(log_true[:, 0]))
+        overlap = zeros.scatter_add(1, index[:, 0], log_true[:, 0].exp())
+        size = (truth + predicted).clamp_min(1.0)
+        present = (truth > 0) & (torch.arange(classes, device=truth.device) > 0)
+        weight = present / present.sum(1, keepdim=True).clamp_min(1)
+        ctx.save_for_backward(logits, normaliser, index, overlap, size, weight)
+        return ((1 - 2 * overlap / size) * weight).sum(1) - log_true.sum((1, 2)) / voxels
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Gradient of the logits, from those of the probabilities p by p (g - sum p g)."""
+        logits, normaliser, index, overlap, size, weight = ctx.saved_tensors
+        weight = weight * gradient[:, None]
+        of_overlap, of_square = -2 * weight / size, 2 * weight * overlap / size.square()
+        entropy = gradient[:, None] / logits.shape[2]
+        probability = (logits - normaliser).exp_()
+        mean = at_truth = probability.gather(1, index)[:, 0] * of_overlap.gather(1, index[:, 0])
+        for label in range(logits.shape[1]):  # a class at a time, and below in place: no second volume is needed
+            mean = torch.addcmul(mean, probability[:, label].square(), of_square[:, label, None], value=2)
+        for label in range(logits.shape[1]):
+            of_class = torch.addcmul(entropy - mean, probability[:, label], of_square[:, label, None], value=2)
+            probability[:, label].mul_(of_class)
+        return probability.scatter_add_(1, index, (at_truth - entropy)[:, None]), None
+
+
+def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy plus soft Dice over the foreground classes that are present, without a one-hot volume, in float32.
+
+    The sizes of the Dice are sums of squares, ``2 sum(p t) / (sum(p^2) + sum(t))``. Where a voxel is uncertain, the
+    best p is then near the probability, as it is for the cross entropy; with plain sums it is 0 or 1, the latter
+    already from half the Dice on, so that thin structures come out too large.
+
+    Args:
+        logits: shape (B, L, H, W, D).
+        labels: shape (B, 1, H, W, D), integer, in [0, L).
+
+    Reference:
+        Milletari et al., V-Net, 3DV 2016 (Dice, with squares); averaged over present classes, as an absent one adds a
+        constant.
+    """
+    loss: Tensor = _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
+    return loss
+
+
+def compute_mask_loss(logits: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    """Binary cross entropy plus soft Dice of a map that may be empty; truth is 0 or 1, all have one channel.
+
+    Reference:
+        Milletari et al., V-Net, 3DV 2016 (Dice); 1 is added above and below, so that an empty map is met by an empty
+        one.
+    """
+    logits, truth = logits.float(), truth.float()
+    cross_entropy = compute_masked_mean(nnf.binary_cross_entropy_with_logits(logits, truth, reduction="none"), mask)
+    pred, truth = (logits.sigmoid() * mask).flatten(1), (truth * mask).flatten(1)
+    dice = (2 * (pred * truth).sum(1) + 1) / (pred.sum(1) + truth.sum(1) + 1)
+    return cross_entropy + 1 - dice
+
+
+def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the voxels of a mask (B, 1, H, W, D) and all channels; 0 where the mask is empty."""
+    counted = mask.bool()
+    total = torch.where(counted, values, 0.0).sum((1, 2, 3, 4))
+    return total / (counted.sum((1, 2, 3, 4)) * values.shape[1]).clamp_min(1)
+
+
+def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Absolute error of the forward differences along each axis, between two voxels that both count, per voxel.
+
+    The means of the three axes are added.
+
+    Reference:
+        BrainFM (arXiv 2509.00549), gradient loss of images and coordinates.
+    """
+    error = pred.float() - target  # differences are linear: that of the error is the error of that
+    steps = [compute_masked_mean(error.diff(dim=axis).abs(), _count_rows(mask, axis, 2)) for axis in (2, 3, 4)]
+    return torch.stack(steps).sum(0)
+
+
+def compute_roughness(pred: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared second difference along each axis, where three voxels in a row count; the three means are added.
+
+    First differences would pull coordinates towards a constant; second ones leave every affine map alone.
+
+    Reference:
+        Rueckert et al., IEEE Transactions on Medical Imaging 18, 1999 (bending energy), without the mixed derivatives.
+    """
+    values, axes = pred.float(), (2, 3, 4)
+    bends = [compute_masked_mean(values.diff(n=2, dim=i).square(), _count_rows(mask, i, 3)) for i in axes]
+    return torch.stack(bends).sum(0)
+
+
+def _count_rows(mask: Tensor, axis: int, length: int) -> Tensor:
+    """Where ``length`` voxels in a row along an axis count; empty where the axis is shorter."""
+    counted, number = mask.bool(), max(mask.shape[axis] - length + 1, 0)
+    starts = [min(i, mask.shape[axis] - number) for i in range(length)]
+    return torch.stack([counted.narrow(axis, start, number) for start in starts]).all(0)
+
+
+def compute_banded_error(pred: Tensor, target: Tensor) -> Tensor:
+    """Absolute error of signed distances in mm at each voxel, inside +-3 mm.
+
+    Beyond that band only the side matters, and the error keeps a gradient.
+    """
+    pred = pred.float()
+    error = (pred - target).abs()
+    error = torch.where(target >= MAX_DISTANCE_MM, (MAX_DISTANCE_MM - pred).clamp_min(0), error)
+    return torch.where(target <= -MAX_DISTANCE_MM, (pred + MAX_DISTANCE_MM).clamp_min(0), error)
+
+
+def compute_laplace_nll(error: Tensor, log_scale: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log likelihood of absolute errors under a Laplace law of predicted scale b: ``error / b + log b``.
+
+    The constant log 2 is left out. The loss may be negative: b is a length in the unit of the error. ``log_scale`` is
+    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`.
+
+    Reference:
+        Kendall and Gal, What uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.
+    """
+    log_scale = bound_log_scale(log_scale)
+    return compute_masked_mean(torch.addcmul(log_scale, error, (-log_scale).exp()), mask)
+
+
+def compute_centred_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of two log fields up to a constant: a scan does not determine its overall gain."""
+    difference = pred.float() - target
+    offset = compute_masked_mean(difference, mask).reshape(-1, 1, 1, 1, 1)
+    return compute_masked_mean((difference - offset).square(), mask)
+
+
+def compute_pooled_l1(values: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Absolute error of the mean of a map (B, 1, H, W, D) inside a mask; the target is (B,), in the unit of the map."""
+    return (compute_masked_mean(values.float(), mask) - target.reshape(-1)).abs()
+
+
+def compute_info_nce(
+    embedding: Tensor, mask: Tensor, samples: int, temperature: float = TEMPERATURE, lattice: int = LATTICE
+) -> Tensor:
+    """InfoNCE between the scans of one subject, whose geometry is the same: a voxel is found again in another scan.
+
+    Of each pair of scans, a voxel's embedding in the one is compared with those of all places of a fixed lattice in the
+    other; the right one is that of the same place. Embeddings are divided by their length first.
+
+    Args:
+        embedding: shape (B S, C, H, W, D), the S samples of a subject one after the other.
+        mask: places that count, shape (B S, 1, H, W, D); a place counts where it does in all samples of the subject.
+        samples: S, at least 2.
+        temperature: the similarities, in [-1, 1], are divided by it.
+        lattice: places along each axis, at most.
+
+    Returns:
+        Loss per sample, shape (B S,): cross entropy, the mean over the other samples of its subject. It is 0 for all
+        where fewer than two samples are given.
+
+    Reference:
+        van den Oord et al., arXiv 1807.03748 (InfoNCE); Chen et al., SimCLR, ICML 2020 (length 1, temperature).
+    """
+    steps = [max(1, size // lattice) for size in embedding.shape[2:]]
+    places = tuple(slice(step // 2, step // 2 + step * (lattice - 1) + 1, step) for step in steps)
+    vectors = nnf.normalize(embedding[:, :, *places].float().flatten(2), dim=1).unflatten(0, (-1, samples))
+    counted = mask[:, :, *places].bool().flatten(1).unflatten(0, (-1, samples)).all(1)  # (B, P)
+    with torch.autocast(embedding.device.type, enabled=False):  # at this temperature the eight bits of bfloat16 show
+        similarity = torch.einsum("bscp,btcq->bstpq", vectors, vectors) / temperature
+    similarity = similarity.masked_fill(~counted[:, None, None, None], torch.finfo(torch.float32).min / 2)
+    correct = similarity.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (B, S, S, P)
+    others = ~torch.eye(samples, dtype=torch.bool, device=embedding.device)[None, :, :, None]
+    total = torch.where(counted[:, None, None] & others, -correct, 0.0).sum((2, 3))
+    return (total / (counted.sum(1) * (samples - 1)).clamp_min(1)[:, None]).flatten()
