@@ -44,7 +44,7 @@ def spread_operator(size: int, count: int, *, device: torch.device | None = None
 
 
 def resize(volume: Tensor, size: Sequence[int]) -> Tensor:
-    """Linear interpolation at points from the first to the last voxel of each axis, (B, C, h, w, d) to (B, C, *size)."""
+    """Linear interpolation from the first to the last voxel of each axis, (B, C, h, w, d) to (B, C, *size)."""
     pairs = zip(size, volume.shape[2:], strict=True)
     operators = [spread_operator(n, m, device=volume.device).expand(len(volume), -1, -1) for n, m in pairs]
     return apply_separable(volume, operators)
@@ -75,7 +75,7 @@ def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None
 def interpolate_lattice(
     points: Tensor, spacing: Tensor, size: Sequence[int], counts: Sequence[int | None] = (None, None, None)
 ) -> Tensor:
-    """Field (B, C, *size), or at ``counts`` places, of control points (B, C, P, Q, R) at a distance (B, 3) in voxels."""
+    """Field (B, C, *size), or at ``counts`` places, of control points (B, C, P, Q, R) at distances (B, 3), voxels."""
     axes = zip(size, points.shape[2:], counts, strict=True)
     return apply_separable(points, [lattice_operator(spacing[:, i], *axis) for i, axis in enumerate(axes)])
 
