@@ -144,6 +144,20 @@ def test_a_localizer_is_no_scan(tmp_path: Path) -> None:
     check_places(read_scan(folder), PIXELS + 100)  # the one series beside it
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_mosaic_that_does_not_say_how_its_slices_lie_is_refused(tmp_path: Path, times: int) -> None:
+    """Siemens lays all slices of a time point into one picture; without the private header nobody can part them."""
+    picture = np.block([[PIXELS[3 * i + j] for j in range(3)] for i in range(3)])
+    (tmp_path / "epi").mkdir()
+    for time in range(times):
+        tags = {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "Manufacturer": "SIEMENS"}
+        write_slice(tmp_path / f"epi/{time}", time, ORIGIN, picture + time, AcquisitionNumber=time + 1, **tags)
+    rule = "a mosaic whose header says how its slices lie is needed, found one picture of 30 x 36 pixels in 7-T1_sag_3D"
+    for frame in (None, 0, "mean"):
+        with pytest.raises(ScanError, match=f"epi: {rule}$"):
+            read_scan(tmp_path / "epi", frame)
+
+
 def test_frames_of_one_file_lie_where_their_own_groups_put_them(tmp_path: Path) -> None:
     order = [3, 8, 0, 5, 1, 7, 2, 6, 4]
 

@@ -194,3 +194,19 @@ def test_a_bids_dataset_gives_its_anatomical_images(tmp_path: Path) -> None:
         find_scans(tmp_path, None, ["03", 7])
     with pytest.raises(ValueError, match="'participant_label' needs a BIDS dataset"):
         find_scans(tmp_path / "sub-01", None, "01")
+
+
+@pytest.mark.parametrize("folder", ["sub-0\n2", "sub-0\x1b[31m2", os.fsdecode(b"sub-0\xff2"), "sub-" + "x" * 160])
+def test_a_bids_subject_whose_folder_no_results_can_have_is_one_bad_scan(tmp_path: Path, folder: str) -> None:
+    touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", f"{folder}/anat/sub-02_T1w.nii.gz", f"{folder}/anat/notes.txt")
+    found = find_scans(tmp_path)
+    good, bad = sorted((scan for scan in found if not scan.skipped), key=lambda scan: scan.name)
+    assert [good.name, bad.name] == ["sub-01_space-T1w", "sub-02_space-T1w"]
+    assert (good.folder, good.problem) == ("sub-01/anat", "")
+    assert bad.folder == ""
+    assert bad.problem.startswith("the name of a scan must be one visible file name of 1 to 150 bytes without ")
+    assert bad.problem.endswith(f"found {folder!a}")
+    assert left_out(found)["notes.txt"].startswith("not a scan")
+    assert make_scans([scan.item for scan in (good, bad)]) == [good, bad]
+    items = [{"image": "a.nii", "name": "a", "folder": "../.."}, {"image": "b.nii", "name": "b", "folder": "b/anat"}]
+    assert [(scan.folder, bool(scan.problem)) for scan in make_scans(items)] == [("", True), ("b/anat", False)]

@@ -18,8 +18,7 @@ from monai.bundle import ConfigWorkflow
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.annotation.labels import match_structures, read_label_info
-from brainfm_monai.io import ScanError, write_text, write_whole
-from brainfm_monai.io.volumes import read_labels, read_scan
+from brainfm_monai.io import ScanError, read_labels, read_scan, write_text, write_whole
 
 __all__ = ["PROGRESS", "EpochReport", "fine_tune", "prepare_corrected", "train_from_server"]
 

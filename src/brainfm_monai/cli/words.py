@@ -9,7 +9,7 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 
-from brainfm_monai.io.configs import literal
+from brainfm_monai.io import literal
 
 __all__ = ["spell_out"]
 

@@ -1,48 +1,28 @@
 """Files: what is read and written, whole or not at all, and errors in one line."""
 
-from brainfm_monai.io.bundle import DEFAULT_BUNDLE, find_bundle
-from brainfm_monai.io.configs import fingerprint, literal
+from brainfm_monai.io.configs import find_bundle, fingerprint, literal
 from brainfm_monai.io.dicom import Series, is_dicom, list_series
-from brainfm_monai.io.errors import ScanError, exit_on_error, first_line, one_line
-from brainfm_monai.io.files import locked, write_folder, write_text, write_whole
+from brainfm_monai.io.files import (
+    ABSENT,
+    ScanError,
+    exit_on_error,
+    first_line,
+    locked,
+    one_line,
+    read_table,
+    write_folder,
+    write_table,
+    write_text,
+    write_whole,
+)
 from brainfm_monai.io.find import find_scans
 from brainfm_monai.io.modality import decide_modality, find_floor, parse_modality
 from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
-from brainfm_monai.io.tables import ABSENT, read_table, write_table
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
 
 __all__ = [
-    "ABSENT",
-    "DEFAULT_BUNDLE",
-    "SCAN_SUFFIXES",
-    "Scan",
-    "ScanError",
-    "Series",
-    "Volume",
-    "decide_modality",
-    "exit_on_error",
-    "find_bundle",
-    "find_floor",
-    "find_scans",
-    "fingerprint",
-    "first_line",
-    "is_dicom",
-    "list_series",
-    "literal",
-    "locked",
-    "make_scans",
-    "one_line",
-    "parse_modality",
-    "printable",
-    "read_labels",
-    "read_maps",
-    "read_scan",
-    "read_table",
-    "read_volume",
-    "scan_stem",
-    "unique_names",
-    "write_folder",
-    "write_table",
-    "write_text",
-    "write_whole",
-]
+    "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Series", "Volume", "decide_modality",
+    "exit_on_error", "find_bundle", "find_floor", "find_scans", "fingerprint", "first_line", "is_dicom", "list_series",
+    "literal", "locked", "make_scans", "one_line", "parse_modality", "printable", "read_labels", "read_maps", "read_scan",
+    "read_table", "read_volume", "scan_stem", "unique_names", "write_folder", "write_table", "write_text", "write_whole",
+]  # fmt: skip

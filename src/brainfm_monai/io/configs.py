@@ -1,4 +1,4 @@
-"""Configs of the bundle: the fingerprint of what a config resolved to, and strings that the config parser leaves alone."""
+"""The bundle: its folder, the fingerprint of what its configs resolve to, strings that their parser leaves alone."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ import json
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 
-__all__ = ["fingerprint", "literal"]
-
+DEFAULT_BUNDLE = "bundle"  # folder in the working directory
 WITHOUT_STATE = ("device", "Generator", "RandomState")  # types that count by their name alone
 EVALUATED = "$%@#:"  # MONAI's parser gives these characters a meaning, some of them in the middle of a string
+
+
+def find_bundle(bundle: str | Path = DEFAULT_BUNDLE) -> Path:
+    """Folder of the bundle.
+
+    Args:
+        bundle: folder; where the default name is no bundle in the working directory, the bundle that the package carries.
+
+    Returns:
+        The folder, which need not exist if it was named.
+    """
+    folder, carried = Path(bundle), Path(__file__).parents[1] / DEFAULT_BUNDLE
+    missing = not (folder / "configs" / "inference.json").is_file()
+    return carried if missing and str(bundle) == DEFAULT_BUNDLE and carried.is_dir() else folder
 
 
 def literal(text: str) -> str:
@@ -28,12 +41,9 @@ def literal(text: str) -> str:
     Returns:
         The string itself where the parser has nothing to evaluate, else a ``$`` expression of an escaped string literal.
     """
-    if not any(character in text for character in EVALUATED):
+    if not set(EVALUATED) & set(text):
         return text
-    escaped = ascii(text)
-    for character in EVALUATED:
-        escaped = escaped.replace(character, f"\\x{ord(character):02x}")
-    return f"${escaped}"
+    return "$" + ascii(text).translate({ord(character): f"\\x{ord(character):02x}" for character in EVALUATED})
 
 
 def fingerprint(*values: Any) -> str:
@@ -81,12 +91,8 @@ def _parts(value: Any) -> Any:
     import torch  # slow to import: the command starts without it
 
     if isinstance(value, FunctionType):
-        return [
-            value.__qualname__,
-            value.__code__,
-            value.__defaults__,
-            [c.cell_contents for c in value.__closure__ or ()],
-        ]
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__qualname__, value.__code__, value.__defaults__, cells]
     if isinstance(value, CodeType):
         return [value.co_code.hex(), value.co_consts, value.co_names]
     if isinstance(value, MethodType):
@@ -95,9 +101,6 @@ def _parts(value: Any) -> Any:
         return [value.func, value.args, value.keywords]
     if isinstance(value, torch.nn.Module):
         attributes = {key: entry for key, entry in vars(value).items() if not key.startswith("_") and key != "training"}
-        return [
-            attributes,
-            dict(value.named_children()),
-            [[k, list(p.shape)] for k, p in value.named_parameters(recurse=False)],
-        ]
+        shapes = [[name, list(parameter.shape)] for name, parameter in value.named_parameters(recurse=False)]
+        return [attributes, dict(value.named_children()), shapes]
     return getattr(value, "__dict__", None) or ("" if " at 0x" in repr(value) else repr(value))

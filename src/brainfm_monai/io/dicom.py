@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfm_monai.io.errors import first_line
-
-__all__ = ["Series", "convert_series", "is_dicom", "list_series", "place_by_headers"]
+from brainfm_monai.io.files import first_line
 
 MARK, MARK_PLACE = b"DICM", 128
 EXTRA = "reading DICOM needs pydicom and dcm2niix, found neither or one of them: pip install 'brainfm-monai[dicom]'"
@@ -42,10 +40,11 @@ class Series:
         files: its files.
         modality: ``"ct"``, ``"mr"`` or empty.
         affine: voxel indices to RAS mm as the places of the slices say, in the order of dcm2niix (columns to rows upwards,
-            slices along the normal), shape (4, 4); None for a mosaic, whose slices have no places of their own.
+            slices along the normal), shape (4, 4); None for a mosaic.
         problem: why it is not one evenly spaced stack of slices; empty: it is one.
         is_overview: a localizer or a single slice, which nobody means as a scan.
         warnings: what a user should look at.
+        mosaic: columns and rows of a picture in which Siemens lays the slices side by side; they have no places of their own.
     """
 
     name: str
@@ -55,13 +54,14 @@ class Series:
     problem: str = ""
     is_overview: bool = False
     warnings: tuple[str, ...] = ()
+    mosaic: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class _Slice:
     file: Path
     header: Any = field(repr=False)
-    place: np.ndarray | None  # of the first pixel, LPS mm
+    place: tuple[float, ...] | None  # of the first pixel, LPS mm
     axes: tuple[float, ...] | None  # along rows, along columns
     spacing: tuple[float, ...] | None
 
@@ -70,16 +70,12 @@ def is_dicom(path: str | Path) -> bool:
     """Whether a file has the mark of DICOM, whatever its name, or one of the files in a folder has it."""
     path = Path(path)
     if path.is_dir():
-        return any(
-            is_dicom(file) for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")
-        )
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as opened:
-            return opened.read(MARK_PLACE + 4)[MARK_PLACE:] == MARK
-    except OSError:
-        return False
+        return any(is_dicom(file) for file in sorted(path.glob("[!.]*")) if file.is_file())
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as opened:
+                return opened.read(MARK_PLACE + 4)[MARK_PLACE:] == MARK
+    return False
 
 
 def list_series(path: str | Path) -> list[Series]:
@@ -103,25 +99,24 @@ def list_series(path: str | Path) -> list[Series]:
         echo, kind = (float(h.get("EchoTime") or 0), str(h.get("EchoNumbers", ""))), tuple(h.get("ImageType") or ())
         series = int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
         groups[*series, echo, kind, axes, h.Rows, h.Columns].append(one)
-    listed: dict[str, Series] = {}
-    for key, members in sorted(groups.items(), key=lambda item: item[0]):
+    volumes: list[Series] = []
+    for key, members in sorted(groups.items(), key=itemgetter(0)):
         echoes, kinds, turns = (sorted({k[i] for k in groups if k[:2] == key[:2]}) for i in (2, 3, 4))
         name = f"{key[0]}-{members[0].header.get('SeriesDescription') or ''}".strip("-")
         for word, values, value in (("echo", echoes, key[2]), ("type", kinds, key[3])):
             name += f"_{word}-{values.index(value) + 1}" if len(values) > 1 else ""
         if len(turns) > 1 or "LOCALIZER" in key[3]:
             problem = f"a localizer, slices in {len(turns)} directions under one series"
-            volumes = [_describe(name, members, problem, is_overview=True)]
+            volumes.append(_describe(name, members, problem=problem, is_overview=True))
         else:
-            volumes = _split_volumes(name, members)
-        for volume in volumes:
-            number = 1 + sum(
-                known.partition("__")[0] == volume.name for known in listed
-            )  # the same number and description
-            unique = volume.name if number == 1 else f"{volume.name}__{number}"
-            noticed = (f"{copies} files are copies of others and count once",) if copies else ()
-            listed[unique] = replace(volume, name=unique, warnings=volume.warnings + noticed)
-    return list(listed.values())
+            volumes += _split_volumes(name, members)
+    count, listed = Counter[str](), []
+    noticed = (f"{copies} files are copies of others and count once",) if copies else ()
+    for volume in volumes:
+        count[volume.name] += 1
+        ending = f"__{count[volume.name]}" if count[volume.name] > 1 else ""  # the same number and description
+        listed.append(replace(volume, name=volume.name + ending, warnings=volume.warnings + noticed))
+    return listed
 
 
 def _read_slices(files: Sequence[Path]) -> tuple[list[_Slice], int]:
@@ -130,61 +125,62 @@ def _read_slices(files: Sequence[Path]) -> tuple[list[_Slice], int]:
         from pydicom import dcmread
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    slices, known, copies = [], set(), 0
+    slices, uids, copies = [], set(), 0
     for file in files:
         try:
             header = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
         except Exception as error:  # pydicom raises a dozen kinds for a damaged file
             raise ValueError(f"{file.name} is no readable DICOM file: {first_line(error)}") from error
+        uid = str(header.get("SOPInstanceUID", file))
         if "Rows" not in header:
             continue  # an index of a medium, a report, a presentation state
-        uid = str(header.get("SOPInstanceUID", file))
-        copies += uid in known
-        if uid in known:
+        if uid in uids:
+            copies += 1
             continue
-        known.add(uid)
-        frames = header.get("PerFrameFunctionalGroupsSequence") or [None]
+        uids.add(uid)
         shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
-        slices += [_read_slice(file, header, (frame, shared)) for frame in frames]
+        for frame in header.get("PerFrameFunctionalGroupsSequence") or [None]:
+            slices.append(_read_slice(file, header, (frame, shared)))
     return slices, copies
 
 
 def _read_slice(file: Path, header: Any, groups: Sequence[Any]) -> _Slice:
     """Place, axes and spacing of one slice; of a frame from its own group, else from the group that all frames share."""
 
-    def find(sequence: str, tag: str) -> Any:
-        found = [g[sequence].value[0].get(tag) for g in groups if g is not None and sequence in g]
-        value = next((v for v in found if v is not None), header.get(tag))
+    def read(sequence: str, tag: str) -> Any:
+        values = [g[sequence].value[0].get(tag) for g in groups if g is not None and sequence in g]
+        value = next((v for v in values if v is not None), header.get(tag))
         return None if value is None else tuple(float(v) for v in value)
 
-    is_mosaic = "MOSAIC" in (header.get("ImageType") or ())
-    place = None if is_mosaic else find("PlanePositionSequence", "ImagePositionPatient")
-    axes = find("PlaneOrientationSequence", "ImageOrientationPatient")
-    spacing = find("PixelMeasuresSequence", "PixelSpacing")
-    return _Slice(file, header, None if place is None else np.array(place), axes, spacing)
+    place = None if _is_mosaic(header) else read("PlanePositionSequence", "ImagePositionPatient")
+    axes = read("PlaneOrientationSequence", "ImageOrientationPatient")
+    return _Slice(file, header, place, axes, read("PixelMeasuresSequence", "PixelSpacing"))
+
+
+def _is_mosaic(header: Any) -> bool:
+    return "MOSAIC" in (header.get("ImageType") or ())
 
 
 def _split_volumes(name: str, slices: list[_Slice]) -> list[Series]:
     """Volumes of slices of one direction: as many as there are slices at each place."""
-    if "MOSAIC" in (slices[0].header.get("ImageType") or ()):
-        return [_describe(name, slices)]
+    header = slices[0].header
+    if _is_mosaic(header):
+        return [_describe(name, slices, mosaic=(int(header.Columns), int(header.Rows)))]
     if any(s.place is None or s.axes is None or s.spacing is None for s in slices):
-        return [_describe(name, slices, "slices without a place, direction or pixel spacing in their headers")]
-    normal = np.cross(*np.reshape(slices[0].axes or (), (2, 3)))
-    levels: list[tuple[float, list[_Slice]]] = []
-    for height, one in sorted(((float(s.place @ normal), s) for s in slices), key=itemgetter(0)):
-        if not levels or height - levels[-1][0] > PLACE_TOLERANCE_MM:
-            levels.append((height, []))
-        levels[-1][1].append(one)
-    counts = sorted({len(members) for _, members in levels})
-    if len(counts) > 1:
-        return [_describe(name, slices, f"slices are missing: {counts[0]} to {counts[-1]} slices at one place")]
-    if len({s.file for s in slices}) < len(slices):  # dcm2niix makes 4-D data of the frames of one file
-        return [_check_stack(name, slices, [members[0] for _, members in levels])]
+        return [_describe(name, slices, problem="slices without a place, direction or pixel spacing in their headers")]
     order = ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber")
-    for _, members in levels:
-        members.sort(key=lambda s: [float(s.header.get(tag) or 0) for tag in order])
-    volumes = [[members[i] for _, members in levels] for i in range(counts[0])]
+    slices = sorted(slices, key=lambda s: [float(s.header.get(tag) or 0) for tag in order])
+    heights = np.array([s.place for s in slices]) @ np.cross(*np.reshape(slices[0].axes or (), (2, 3)))
+    upwards = np.argsort(heights, kind="stable")
+    starts = np.flatnonzero(np.diff(heights[upwards]) > PLACE_TOLERANCE_MM) + 1
+    levels = [[slices[i] for i in sorted(level)] for level in np.split(upwards, starts)]
+    counts = sorted({len(level) for level in levels})
+    if len(counts) > 1:
+        found = f"{counts[0]} to {counts[-1]} slices at one place"
+        return [_describe(name, slices, problem=f"slices are missing: {found}")]
+    if len({s.file for s in slices}) < len(slices):  # dcm2niix makes 4-D data of the frames of one file
+        return [_check_stack(name, slices, [level[0] for level in levels])]
+    volumes = list(zip(*levels, strict=True))
     ends = [f"_volume-{i + 1}" if len(volumes) > 1 else "" for i in range(len(volumes))]
     return [_check_stack(name + end, volume, volume) for volume, end in zip(volumes, ends, strict=True)]
 
@@ -193,32 +189,32 @@ def _check_stack(name: str, slices: Sequence[_Slice], stack: Sequence[_Slice]) -
     """Whether slices, one at each height, are evenly spaced on one line; their affine."""
     places = np.array([s.place for s in stack])
     if len(places) < 2:
-        return _describe(name, slices, "one slice alone", is_overview=True)
+        return _describe(name, slices, problem="one slice alone", is_overview=True)
     row, column = np.array(stack[0].axes).reshape(2, 3)
     normal = np.cross(row, column)
-    gaps = np.diff(places @ normal)
-    step = (places[-1] - places[0]) / (len(places) - 1)
-    if np.ptp(gaps) > max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM):
+    gaps, step = np.diff(places @ normal), (places[-1] - places[0]) / (len(places) - 1)
+    tolerance_mm = max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM)
+    if np.ptp(gaps) > tolerance_mm:
         found = f"distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
-        return _describe(name, slices, f"slices are missing or unevenly spaced: {found}")
-    off = np.abs(places - places[0] - np.arange(len(places))[:, None] * step).max()
-    if off > max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM):
-        return _describe(name, slices, f"slices do not lie on one line: up to {off:.4g} mm beside it")
+        return _describe(name, slices, problem=f"slices are missing or unevenly spaced: {found}")
+    off_mm = np.abs(places - places[0] - np.arange(len(places))[:, None] * step).max()
+    if off_mm > tolerance_mm:
+        return _describe(name, slices, problem=f"slices do not lie on one line: up to {off_mm:.4g} mm beside it")
     down, across = stack[0].spacing or (1.0, 1.0)
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * across, -column * down, step
     affine[:3, 3] = places[0] + column * down * (stack[0].header.Rows - 1)  # dcm2niix turns the rows around
     tilt_deg = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
     warning = f"the gantry was tilted by {tilt_deg:.1f} degrees; the affine of the scan is sheared"
-    described = _describe(name, slices)
-    return replace(described, affine=LPS_TO_RAS @ affine, warnings=(warning,) if tilt_deg > TILT_TOLERANCE_DEG else ())
+    noticed = (warning,) if tilt_deg > TILT_TOLERANCE_DEG else ()
+    return _describe(name, slices, affine=LPS_TO_RAS @ affine, warnings=noticed)
 
 
-def _describe(name: str, slices: Sequence[_Slice], problem: str = "", is_overview: bool = False) -> Series:
-    files = tuple(dict.fromkeys(s.file for s in slices))
+def _describe(name: str, slices: Sequence[_Slice], **attributes: Any) -> Series:
     modality = str(slices[0].header.get("Modality", "")).lower()
     name = re.sub(r"[^\w.+-]+", "_", name).strip("-_") or "series"
-    return Series(name, files, modality if modality in ("ct", "mr") else "", problem=problem, is_overview=is_overview)
+    files = tuple(dict.fromkeys(s.file for s in slices))
+    return Series(name, files, modality if modality in ("ct", "mr") else "", **attributes)
 
 
 @contextmanager
@@ -240,8 +236,9 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
     if len(usable) != 1:
         kinds = "; ".join(f"{s.name} ({s.problem or f'{len(s.files)} files'})" for s in series)
         raise ValueError(f"one DICOM series of evenly spaced slices is needed, found {len(usable)} in {kinds}")
-    if usable[0].problem:
-        raise ValueError(f"one evenly spaced stack of DICOM slices is needed, found {usable[0].problem}")
+    (chosen,) = usable
+    if chosen.problem:
+        raise ValueError(f"one evenly spaced stack of DICOM slices is needed, found {chosen.problem}")
     try:
         import dcm2niix
     except ImportError as error:
@@ -250,31 +247,25 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
         source, target = Path(folder, "source"), Path(folder, "target")
         source.mkdir()
         target.mkdir()
-        for number, file in enumerate(usable[0].files):  # these files alone, under names that every converter takes
+        for number, file in enumerate(chosen.files):  # these files alone, under names that every converter takes
             (source / f"{number:06d}.dcm").symlink_to(file.resolve())
-        options = "-b n -z n -m y -x i -f scan -o".split()
-        command = [dcm2niix.bin, *options, str(target), str(source)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=CONVERSION_SECONDS, check=False
-        )
+        command = [dcm2niix.bin, *"-b n -z n -m y -x i -f scan -o".split(), str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CONVERSION_SECONDS)
         # beside a volume dcm2niix writes versions that it resampled: without tilt (_Tilt), with even distances (_Eq)
         made = [f for f in sorted(target.glob("*.nii")) if not re.search(r"_(Tilt|Eq)_?\d*\.nii$", f.name)]
         if len(made) != 1:
             said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("Error", "Warning"))]
             raise ValueError(f"dcm2niix must make one volume of the series, found {len(made)}: {'; '.join(said[-2:])}")
-        yield made[0], usable[0]
+        yield made[0], chosen
 
 
 def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarray:
-    """The affine of a converted series by the places of its slices, which keep a tilt.
+    """The affine of a converted series by the places of its slices, which keep a tilt, in the order of dcm2niix.
 
     Args:
         affine: of dcm2niix, shape (4, 4).
         depth: number of slices.
         series: with the affine of its slices.
-
-    Returns:
-        The affine of the slices, in the order in which dcm2niix stores them.
 
     Raises:
         ValueError: if dcm2niix and the headers disagree on anything but a tilt.

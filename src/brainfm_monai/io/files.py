@@ -1,13 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, tab-separated tables as BIDS has them, and errors of one line."""
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any, TypeVar
 from uuid import uuid4
 
 try:
@@ -15,15 +17,52 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["locked", "write_folder", "write_text", "write_whole"]
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheets compute
+ABSENT = "n/a"  # BIDS' word for a missing value in a table
+T = TypeVar("T")
+
+
+class ScanError(ValueError):
+    """A scan that cannot be used. The message is one line that names the file, the rule and what was found."""
+
+
+def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function; configs use it, because MONAI wraps exceptions of an expression in a traceback.
+
+    Raises:
+        SystemExit: with a one-line message, if the function raises ``ValueError``, ``OSError`` or ``FloatingPointError``.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the error's type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(error: BaseException, name: str) -> str:
+    """Message of a failed scan, one line.
+
+    Args:
+        error: exception that was caught; the first :class:`ScanError` in its chain of causes is reported as it is.
+        name: name of the scan, reported with every other error.
+    """
+    while error.__cause__ is not None and not isinstance(error, ScanError):
+        error = error.__cause__
+    line, kind = first_line(error), type(error).__name__
+    return line if isinstance(error, ScanError) else f"{name}: {kind}{'' if line == kind else f': {line}'}"
 
 
 @contextmanager
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, then rename it: the file appears whole or not at all.
 
-    The temporary file lies in the same folder, has a name of its own (several processes may write the same file) and the same
-    suffixes (libraries choose the format by them). The folder is created. The temporary file is removed if the block fails.
+    The temporary file lies in the same folder, has a name of its own (several processes may write the same file) and the
+    same suffixes (libraries choose the format by them). The folder is created. The temporary file is removed if the block
+    fails.
 
     Args:
         path: file to write; an existing file is replaced.
@@ -57,9 +96,8 @@ def write_text(path: str | Path, text: str) -> None:
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder beside its place, then rename it: the folder appears whole or not at all.
 
-    The temporary folder is hidden and locked. It is removed if the block fails. After the process was killed the lock is free,
-    and the next call for the same place removes the temporary folder. Several processes may write the same folder: the last
-    one stays.
+    The temporary folder is hidden and locked. It is removed if the block fails, or, after the process was killed, by the next
+    call for the same place. Several processes may write the same folder: the last one stays.
 
     Args:
         path: folder to write; an existing folder is replaced.
@@ -90,8 +128,8 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder while a block runs: no other process that asks for the folder holds it at the same time.
 
-    Nothing is left on disk, and the operating system frees the folder of a process that dies. Where the system has no such lock
-    (Windows, some network disks) the block runs without.
+    Nothing is left on disk, and the operating system frees the folder of a process that dies. Where the system has no such
+    lock (Windows, some network disks) the block runs without.
 
     Args:
         folder: created if it is absent and ``wait`` is set.
@@ -102,16 +140,62 @@ def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
     """
     if wait:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = None
-    try:
-        if fcntl is not None:
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = handle is not None
-    except OSError:
-        held = False
-    try:
+    held = False
+    with ExitStack() as stack:
+        with suppress(OSError):
+            if fcntl is not None:
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
         yield held
-    finally:
-        if handle is not None:
-            os.close(handle)
+
+
+def read_table(path: str | Path) -> list[dict[str, str]]:
+    """Read a TSV file with a header line.
+
+    Args:
+        path: UTF-8 file, with or without a byte-order mark.
+
+    Returns:
+        One dictionary per row; all cells are strings, exactly as :func:`write_table` was given them.
+
+    Raises:
+        ValueError: if the file is not UTF-8 text, or a row has another number of cells than the header.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            columns, *rows = [row for row in csv.reader(file, delimiter="\t") if row] or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: a tab-separated table in UTF-8 is needed, found {error}") from error
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(columns):
+            raise ValueError(f"{path}: line {number} must have {len(columns)} cells, found {len(row)}")
+    cells = [[cell[1:] if cell.startswith("'") and _is_formula(cell) else cell for cell in row] for row in rows]
+    return [dict(zip(columns, row, strict=True)) for row in cells]
+
+
+def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a TSV file with a header line; the file appears whole or not at all.
+
+    A text that a spreadsheet would take for a formula begins with an apostrophe in the file; a number does not.
+
+    Args:
+        path: file to write.
+        columns: names of the columns.
+        rows: one sequence of cells per row, in the order of the columns.
+    """
+    with write_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row])
+
+
+def _is_formula(cell: str) -> bool:
+    """Whether a spreadsheet would compute a cell, also behind apostrophes; numbers are no formulas."""
+    text = cell.lstrip("'")
+    with suppress(ValueError):
+        float(text)
+        return False
+    return text.startswith(FORMULA)

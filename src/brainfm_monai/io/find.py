@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from brainfm_monai.io.dicom import is_dicom, list_series
+from brainfm_monai.io.files import ABSENT, read_table
 from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
-from brainfm_monai.io.tables import ABSENT, read_table
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, scan_stem
-
-__all__ = ["find_scans"]
 
 BIDS_SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "PDT2", "T2starw", "inplaneT1", "inplaneT2", "UNIT1", "ct")
 BIDS_FOLDERS = ("anat", "ct")
 TABLE_COLUMNS = ("image", "name", "frame", "lesions")
-COMPANIONS = (".json", ".bval", ".bvec", ".img", ".raw", ".raw.gz")  # belong to the scan of the same stem
+COMPANION = re.compile(r"(.+)\.(json|bval|bvec|img|raw|raw\.gz)", re.IGNORECASE | re.DOTALL)  # of the scan of this stem
 MARKERS = ("_finished.json", "_unfinished.json")  # beside the results of a scan, see outputs.writer
+KINDS = ", ".join(SCAN_SUFFIXES)
 Found = tuple[Path, str, str]  # a path, its problem and why it is skipped: attributes of a Scan
 
 
@@ -49,7 +48,7 @@ def find_scans(
         participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
 
     Returns:
-        The scans, whose names differ: see :func:`~brainfm_monai.io.scans.unique_names`. Of BIDS images the suffix becomes the
+        The scans, whose names differ: see :func:`~brainfm_monai.io.unique_names`. Of BIDS images the suffix becomes the
         entity ``space``, and ``folder`` is that of the image.
 
     Raises:
@@ -60,18 +59,17 @@ def find_scans(
         return []
     path, output = Path(source), os.path.realpath(output_dir) if output_dir else None
     if has_magic(str(source)) and not os.path.lexists(path):
-        return _named(_matches(path, output), f"{source}: a pattern of scans")
+        return _name(_match(path, output), f"{source}: a pattern of scans")
     if not path.is_dir():
         return _from_file(path)
     if output == os.path.realpath(path):
-        raise ValueError(
-            f"{source}: results need a folder of their own, found output_dir to be the folder of the scans"
-        )
+        rule = "results need a folder of their own, found output_dir to be the folder of the scans"
+        raise ValueError(f"{source}: {rule}")
     if _is_bids(path):
         return _from_bids(path, output, participant_label)
     if participant_label is not None:
         raise ValueError(f"{source}: 'participant_label' needs a BIDS dataset, found a folder without sub-* folders")
-    return _named(_walk(path, output, {}), f"{source}: a folder of scans", path)
+    return _name(_walk(path, output, {}), f"{source}: a folder of scans", path)
 
 
 def _from_file(path: Path) -> list[Scan]:
@@ -80,16 +78,16 @@ def _from_file(path: Path) -> list[Scan]:
     if path.name.lower().endswith(".tsv"):
         return _from_table(path)
     if not path.name.lower().endswith(SCAN_SUFFIXES) and not is_dicom(path):
-        raise ValueError(f"{path}: a scan is a file of the kind {', '.join(SCAN_SUFFIXES)}, found another suffix")
-    return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_problem(path))]
+        raise ValueError(f"{path}: a scan is a file of the kind {KINDS}, found another suffix")
+    return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_find_problem(path))]
 
 
-def _named(found: Iterator[Found], rule: str, root: Path | None = None) -> list[Scan]:
+def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[Scan]:
     """Scans with names; a list without scans is refused with the rule."""
     listed = list(found)
     scans = [entry for entry in listed if not entry[2]]
     if not scans:
-        raise FileNotFoundError(f"{rule} ({', '.join(SCAN_SUFFIXES)}) is needed, found none{' in it' if root else ''}")
+        raise FileNotFoundError(f"{rule} ({KINDS}) is needed, found none{' in it' if root else ''}")
     common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
     names = unique_names(
         Path(os.path.relpath(path, common)) if path != root else Path(path.resolve().name) for path, *_ in scans
@@ -105,35 +103,29 @@ def _split_series(scan: Scan) -> list[Scan]:
         series = list_series(scan.path)
     except ValueError:  # reading reports it
         return [scan]
-    scans = [one for one in series if not one.is_overview]
-    if len(scans) == 1:
-        split = [replace(scan, series=scans[0].name)]
-    else:
-        names = unique_names(Path(f"{scan.name}_{one.name}.nii".replace("/", "_")) for one in scans)
-        split = [replace(scan, name=name, series=one.name) for name, one in zip(names, scans, strict=True)]
-    reason = "a localizer or a single slice, which is no scan"
-    return [
-        *split,
-        *(replace(scan, series=one.name, skipped=f"{one.name}: {reason}") for one in series if one.is_overview),
+    scans = [one.name for one in series if not one.is_overview]
+    names = unique_names(Path(f"{scan.name}_{name}.nii".replace("/", "_")) for name in scans)
+    split = [
+        replace(scan, name=name if len(scans) > 1 else scan.name, series=one)
+        for name, one in zip(names, scans, strict=True)
     ]
+    reason = "a localizer or a single slice, which is no scan"
+    overviews = [one.name for one in series if one.is_overview]
+    return [*split, *(replace(scan, series=name, skipped=f"{name}: {reason}") for name in overviews)]
 
 
 def _skip(path: Path, reason: str) -> Scan:
     return Scan(unique_names([Path(path.name)])[0], str(path), skipped=reason)
 
 
-def _matches(pattern: Path, output: str | None) -> Iterator[Found]:
+def _match(pattern: Path, output: str | None) -> Iterator[Found]:
     """What a pattern fits; folders at its beginning that exist are no pattern, whatever characters they have."""
     base = next(folder for folder in pattern.parents if folder.is_dir())
     for path in sorted(base.glob(str(pattern.relative_to(base)))):
         if output is not None and Path(output) in (real := Path(os.path.realpath(path)), *real.parents):
             yield path, "", "lies in the folder of the results"
         elif path.is_dir():
-            yield (
-                path,
-                "",
-                "" if is_dicom(path) else "a folder without a DICOM series",
-            )
+            yield path, "", "" if is_dicom(path) else "a folder without a DICOM series"
         elif not path.name.startswith("."):
             yield path, *_judge(path)
 
@@ -156,39 +148,33 @@ def _walk(folder: Path, output: str | None, searched: dict[str, Path]) -> Iterat
 
 
 def _sort_entries(folder: Path, entries: list[Path], output: str | None, searched: dict[str, Path]) -> Iterator[Found]:
-    earlier = {name for entry in entries if entry.name.endswith(MARKERS) for name in _files_of_results(entry)}
-    stems = {scan_stem(entry) for entry in entries if entry.name.lower().endswith(SCAN_SUFFIXES)}
-    slices = [entry for entry in entries if _may_be_slice(entry) and is_dicom(entry)]
-    if slices:
+    named = {entry for entry in entries if entry.name.lower().endswith(SCAN_SUFFIXES)}
+    stems = {scan_stem(entry) for entry in named}
+    silent = {entry.name for entry in entries if (match := COMPANION.fullmatch(entry.name)) and match[1] in stems}
+    silent |= {name for entry in entries if entry.name.endswith(MARKERS) for name in _read_results(entry)}
+    slices = {entry for entry in entries if entry not in named and not entry.name.startswith(".") and entry.is_file()}
+    if slices := {entry for entry in slices if is_dicom(entry)}:
         yield folder, "", ""
     for entry in entries:
         if entry.name.startswith("."):
-            if entry.name.lower().endswith(SCAN_SUFFIXES):
+            if entry in named:
                 yield entry, "", "a hidden file"
         elif entry.name.endswith(MARKERS):
             yield entry, "", "results of an earlier run"
         elif entry.is_dir():
             yield from _walk(entry, output, searched)
-        elif entry.name not in earlier and entry not in slices and not _is_companion(entry.name, stems):
+        elif entry.name not in silent and entry not in slices:
             yield entry, *_judge(entry)
 
 
 def _judge(path: Path) -> tuple[str, str]:
     """Problem of a file, and why it is skipped."""
     if not path.name.lower().endswith(SCAN_SUFFIXES):
-        return "", f"not a scan: a file of the kind {', '.join(SCAN_SUFFIXES)} or a DICOM series is one"
-    return _problem(path), ""
+        return "", f"not a scan: a file of the kind {KINDS} or a DICOM series is one"
+    return _find_problem(path), ""
 
 
-def _may_be_slice(path: Path) -> bool:
-    return not path.name.startswith(".") and not path.name.lower().endswith(SCAN_SUFFIXES) and path.is_file()
-
-
-def _is_companion(name: str, stems: set[str]) -> bool:
-    return any(name.lower().endswith(suffix) and name[: -len(suffix)] in stems for suffix in COMPANIONS)
-
-
-def _problem(path: Path) -> str:
+def _find_problem(path: Path) -> str:
     """Why a file that is named like a scan cannot be read; empty: as far as one sees, it can."""
     try:
         mode = path.stat().st_mode
@@ -203,7 +189,8 @@ def _problem(path: Path) -> str:
     return "" if os.access(path, os.R_OK) else "no permission to read the file"
 
 
-def _files_of_results(marker: Path) -> list[str]:
+def _read_results(marker: Path) -> list[str]:
+    """Names of the files of an earlier run, which its marker lists."""
     try:
         return [str(name) for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -219,27 +206,24 @@ def _from_table(path: Path) -> list[Scan]:
         raise ValueError(f"{path}: every row needs an 'image', found an empty one")
     items: list[dict[str, Any]] = []
     for row in rows:
-        item: dict[str, Any] = {
-            key: cell for key, cell in row.items() if key in TABLE_COLUMNS and cell not in ("", ABSENT)
-        }
+        item: dict[str, Any] = {key: row[key] for key in TABLE_COLUMNS if row.get(key, "") not in ("", ABSENT)}
         item |= {key: str(path.parent / item[key]) for key in ("image", "lesions") if key in item}
         if re.fullmatch(r"[0-9]+", item.get("frame", "")):
             item["frame"] = int(item["frame"])
-        items.append({**item, "problem": _problem(Path(item["image"]))})
+        items.append({**item, "problem": _find_problem(Path(item["image"]))})
     return make_scans(items)
 
 
 def _is_bids(path: Path) -> bool:
+    patterns = [f"sub-*/{session}{folder}" for session in ("", "ses-*/") for folder in BIDS_FOLDERS]
     return (path / "dataset_description.json").is_file() or any(
-        (subject / folder).is_dir() or any(subject.glob(f"ses-*/{folder}"))
-        for subject in path.glob("sub-*")
-        for folder in BIDS_FOLDERS
+        folder.is_dir() for pattern in patterns for folder in path.glob(pattern)
     )
 
 
 def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
     subjects = {folder.name.removeprefix("sub-"): folder for folder in sorted(path.glob("sub-*")) if folder.is_dir()}
-    labels = list(subjects) if participant_label is None else _labels(participant_label)
+    labels = list(subjects) if participant_label is None else _split_labels(participant_label)
     absent = [label for label in labels if label not in subjects]
     if absent and len(absent) == len(labels):
         raise FileNotFoundError(f"{path}: the participants {', '.join(absent)} are wanted, found no such folders sub-*")
@@ -254,23 +238,20 @@ def _from_bids(path: Path, output: str | None, participant_label: str | int | Se
             else:
                 images.append((file, problem, f"{stem}_space-{suffix}" if stem else suffix))
     if not images:
-        raise FileNotFoundError(
-            f"{path}: a BIDS dataset with anatomical images ({', '.join(BIDS_SUFFIXES)}) is needed, found none"
-        )
+        kinds = ", ".join(BIDS_SUFFIXES)
+        raise FileNotFoundError(f"{path}: a BIDS dataset with anatomical images ({kinds}) is needed, found none")
     names = unique_names(Path(name + ".nii") for *_, name in images)
-    scans = [
-        Scan(name, str(file), str(file.parent.relative_to(path)), problem=problem)
+    items: list[dict[str, Any]] = [
+        {"image": file, "name": name, "folder": file.parent.relative_to(path).as_posix(), "problem": problem}
         for name, (file, problem, _) in zip(names, images, strict=True)
     ]
-    scans += [Scan(f"sub-{label}", str(path / f"sub-{label}"), problem="no such folder") for label in absent]
-    skipped += [
-        (path / "sub-*" / name, f"{count} files that are not anatomical images") for name, count in others.items()
-    ]
+    items += [{"image": path / f"sub-{n}", "name": f"sub-{n}", "problem": "no such folder"} for n in absent]
+    skipped += [(path / "sub-*" / name, f"{n} files that are not anatomical images") for name, n in others.items()]
     skipped += [(file, "lies outside the folders sub-*") for file in sorted(path.iterdir()) if _judge(file) == ("", "")]
-    return scans + [_skip(file, reason) for file, reason in skipped]
+    return [*make_scans(items), *(_skip(file, reason) for file, reason in skipped)]
 
 
-def _labels(participant_label: str | int | Sequence[str | int]) -> list[str]:
+def _split_labels(participant_label: str | int | Sequence[str | int]) -> list[str]:
     """Labels of subjects without ``sub-``; a string may hold several, separated by blanks or commas."""
     given = [participant_label] if isinstance(participant_label, str | int) else list(participant_label)
     return [part.removeprefix("sub-") for entry in given for part in re.split(r"[\s,]+", str(entry)) if part]

@@ -6,8 +6,6 @@ import numpy as np
 
 from brainfm_monai.io.volumes import Volume
 
-__all__ = ["decide_modality", "find_floor", "parse_modality"]
-
 MODALITIES = ("auto", "mr", "ct")
 SAMPLES = 500_000  # voxels that are looked at
 AIR_HU = -900.0  # and below: air, and what scanners pad with

@@ -12,16 +12,11 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.io.errors import ScanError
+from brainfm_monai.io.files import ScanError
 from brainfm_monai.io.volumes import scan_stem
 
-__all__ = ["Scan", "make_scans", "printable", "unique_names"]
-
 LONGEST_NAME = 150  # bytes: the names of files, of which it is the beginning, may have 255
-NAME_RULE = (
-    f"the name of a scan must be one visible file name of 1 to {LONGEST_NAME} bytes without separators and control "
-    "characters, found "
-)
+NAME_RULE = f"one visible file name of 1 to {LONGEST_NAME} bytes without separators and control characters"
 RESERVED = ("summary.tsv", "dataset_description.json")  # files in the folder of the results
 
 
@@ -53,17 +48,14 @@ class Scan:
     skipped: str = ""
 
     def __post_init__(self) -> None:
-        for part in (self.name, *(self.folder.split("/") if self.folder else ())):
-            if part != _clean(part):
-                raise ScanError(f"{printable(self.path)}: {NAME_RULE}{part!a}")
+        if problem := _check_names(self.name, self.folder):
+            raise ScanError(f"{printable(self.path)}: {problem}")
 
     @classmethod
     def of(cls, item: Mapping[Any, Any]) -> Scan:
         """The scan of an item of a datalist, whose ``image`` is the path and whose ``name`` is the name."""
-        known = {
-            f.name: item[f.name] for f in fields(cls) if item.get(f.name) is not None and f.name not in ("name", "path")
-        }
-        return cls(name=str(item["name"]), path=str(item.get("image") or ""), **known)
+        attributes = {f.name: item[f.name] for f in fields(cls) if item.get(f.name) is not None}
+        return cls(**{**attributes, "name": str(item["name"]), "path": str(item.get("image") or "")})
 
     @property
     def item(self) -> dict[str, Any]:
@@ -87,12 +79,13 @@ class Scan:
 
     def hash_content(self) -> str:
         """SHA-256 of the bytes of the scan: of the file, or of all files of the folder; empty without a file."""
+        if not self.path:
+            return ""
         digest, path = hashlib.sha256(), Path(self.path)
-        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-        for file in files if self.path else ():
+        for file in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return digest.hexdigest() if self.path else ""
+        return digest.hexdigest()
 
 
 def printable(text: str | os.PathLike[str]) -> str:
@@ -102,7 +95,7 @@ def printable(text: str | os.PathLike[str]) -> str:
 
 
 def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
-    """Scans of the items of a list; a name that is not allowed, or occurs twice, is the ``problem`` of its scan.
+    """Scans of the items of a list; a name or folder that is not allowed, or a second name, is the ``problem`` of its scan.
 
     Args:
         items: with ``image`` (a path) and perhaps ``name`` and the other attributes of a scan. Without a name the stem of the
@@ -116,14 +109,11 @@ def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
     ]
     scans = []
     for item, name in zip(items, unique_names(paths), strict=True):
-        problem = str(item.get("problem") or "")
-        if (given := str(item.get("name") or name)) != name:
-            problem = (
-                f"the names of scans must differ, found {given!r} twice"
-                if given == _clean(given)
-                else NAME_RULE + ascii(given)
-            )
-        scans.append(Scan.of({**item, "name": name, "problem": problem}))
+        given, folder = str(item.get("name") or name), str(item.get("folder") or "")
+        wrong = _check_names(given, folder)
+        twice = "" if given == name else f"the names of scans must differ, found {given!r} twice"
+        problem = wrong or twice or str(item.get("problem") or "")
+        scans.append(Scan.of({**item, "name": name, "folder": "" if wrong else folder, "problem": problem}))
     return scans
 
 
@@ -148,6 +138,14 @@ def unique_names(paths: Iterable[Path]) -> list[str]:
             name = f"{first}-{number}"
         names[_fold(name)] = name
     return list(names.values())
+
+
+def _check_names(name: str, folder: str) -> str:
+    """Why results cannot have a name or lie in a folder; empty: they can."""
+    for part in (name, *(folder.split("/") if folder else ())):
+        if part != _clean(part):
+            return f"the name of a scan must be {NAME_RULE}, found {part!a}"
+    return ""
 
 
 def _clean(text: str) -> str:

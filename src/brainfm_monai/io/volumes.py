@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from brainfm_monai.io import headers
 from brainfm_monai.io.dicom import convert_series, is_dicom, place_by_headers
-from brainfm_monai.io.errors import ScanError, first_line
-from brainfm_monai.io.formats import read_mgh_header, read_nrrd
-from brainfm_monai.io.nifti import read_nifti_header
-from brainfm_monai.io.stored import LARGEST_VOXELS, Stored, open_packed, read_frame
-
-__all__ = ["SCAN_SUFFIXES", "Volume", "read_labels", "read_maps", "read_scan", "read_volume", "scan_stem"]
+from brainfm_monai.io.files import ScanError, first_line
+from brainfm_monai.io.headers import Stored
 
 NIFTI_SUFFIXES, MGH_SUFFIXES, NRRD_SUFFIXES = (".nii.gz", ".nii", ".hdr"), (".mgz", ".mgh"), (".nrrd", ".nhdr")
 SCAN_SUFFIXES = NIFTI_SUFFIXES + MGH_SUFFIXES + NRRD_SUFFIXES
 # a slab of three slices of 4 mm; head and shoulders. Beyond it the voxel size is wrong.
 EXTENT_RANGE_MM = (10.0, 600.0)
-HEADER_BYTES = 540  # of the longest header, NIfTI-2
-SMALLEST_DETERMINANT = 1e-9
 WHOLE_TOLERANCE = 1e-3
 FRAME_ADVICE = "pass --frame N (from 0) or --frame mean"
+GZIP_MARK = b"\x1f\x8b"
+LARGEST_VOXELS = 2**29  # of one volume: 2 GiB in float32, a head at 0.2 mm
+PIECE_BYTES = 2**24  # that are read at once: a header that lies allocates nothing
+TAIL_PIECES, TAIL_BYTES = 16, 2**20  # behind the voxels that are read on for the check sum
 
 
 @dataclass(frozen=True)
@@ -82,41 +84,33 @@ def read_volume(path: str | Path, frame: int | str | None = None, series: str | 
         raise ScanError(f"{path}: {reason if known else f'the voxels cannot be read, found {reason}'}") from error
 
 
-def _read_file(path: Path, frame: int | str | None) -> Volume:
-    stored = _read_header(path)
-    _check_header(stored, frame)
-    return Volume(read_frame(stored, frame), stored.affine, stored.warnings, stored.is_oriented)
-
-
 def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume:
     with convert_series(path, name) as (file, series):
+        if series.mosaic and _read_header(file).shape[:2] == series.mosaic:
+            picture = " x ".join(map(str, series.mosaic))
+            raise ValueError(
+                f"a mosaic whose header says how its slices lie is needed, found one picture of {picture} pixels in {series.name}"
+            )
         volume = _read_file(file, frame)
     affine = place_by_headers(volume.affine, volume.values.shape[2], series)
     return Volume(volume.values, affine, series.warnings, modality=series.modality)
 
 
-def read_maps(path: str | Path) -> Volume:
-    """Read all volumes of a file, channel first.
-
-    Returns:
-        The volumes, of shape (C, H, W, D), as :func:`read_volume` reads one.
-
-    Raises:
-        ScanError: see :func:`read_volume`.
-    """
-    volume = read_volume(path, "all")
-    return replace(volume, values=np.moveaxis(volume.values, 3, 0))
+def _read_file(path: Path, frame: int | str | None) -> Volume:
+    stored = _read_header(path)
+    _check_header(stored, frame)
+    return Volume(_read_frame(stored, frame), stored.affine, stored.warnings, stored.is_oriented)
 
 
 def _read_header(path: Path) -> Stored:
     name = path.name.lower()
     if name.endswith(NRRD_SUFFIXES):
-        return read_nrrd(path)
+        return headers.read_nrrd(path)
     if not name.endswith(NIFTI_SUFFIXES + MGH_SUFFIXES):
         raise ValueError(f"a file of the kind {', '.join(SCAN_SUFFIXES)} is needed, found another suffix")
-    with open_packed(path) as stream:
-        block = stream.read(HEADER_BYTES)
-    return (read_mgh_header if name.endswith(MGH_SUFFIXES) else read_nifti_header)(path, block)
+    with _open_packed(path) as stream:
+        block = stream.read(headers.NIFTI2_BYTES)  # the longest header
+    return (headers.read_mgh_header if name.endswith(MGH_SUFFIXES) else headers.read_nifti_header)(path, block)
 
 
 def _check_header(stored: Stored, frame: int | str | None) -> None:
@@ -130,11 +124,98 @@ def _check_header(stored: Stored, frame: int | str | None) -> None:
         raise ValueError(f"a volume of at most {LARGEST_VOXELS} voxels is needed, found shape {shape}")
     if count > 1 and frame is None:
         raise ValueError(f"one 3-D volume is needed, found {len(shape)}-D data of shape {shape}: {FRAME_ADVICE}")
-    if frame is not None and frame not in ("mean", "all") and not (isinstance(frame, int) and 0 <= frame < count):
+    if frame not in (None, "mean", "all") and not (isinstance(frame, int) and 0 <= frame < count):
         raise ValueError(f"'frame' must be 'mean' or a number from 0 to {count - 1}, found {frame!r}")
     affine = stored.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < SMALLEST_DETERMINANT:
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < headers.SMALLEST_DETERMINANT:
         raise ValueError(f"an affine of three independent axes is needed, found {np.round(affine[:3], 4).tolist()}")
+
+
+@contextmanager
+def _open_packed(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, unpacked where its content, not its name, is gzip."""
+    with path.open("rb") as file:
+        is_packed = file.read(2) == GZIP_MARK
+        file.seek(0)
+        yield gzip.GzipFile(fileobj=file) if is_packed else file  # type: ignore[misc]
+
+
+def _read_frame(stored: Stored, frame: int | str | None) -> np.ndarray:
+    """Read voxels of a file, scaled as its header says.
+
+    Args:
+        stored: from the header.
+        frame: which volume of several: its number, from 0; ``"mean"``; or ``"all"``.
+
+    Returns:
+        Shape (H, W, D), or (H, W, D, C) of all C volumes, of the stored type in the machine's byte order, or float32 where the
+        header scales the numbers or ``frame`` is the mean.
+
+    Raises:
+        ValueError: if the file has fewer voxels than its header says.
+        OSError, EOFError, zlib.error: if the file is damaged.
+    """
+    shape, frames = stored.shape[:3], math.prod(stored.shape[3:])
+    if stored.array is not None:
+        volumes = stored.array.reshape((*shape, frames), order="F")
+        if frame == "mean":
+            return volumes.mean(axis=3, dtype=np.float64).astype(np.float32)
+        return volumes if frame == "all" else volumes[..., int(frame or 0)]
+    count = math.prod(shape) * stored.dtype.itemsize
+    with stored.path.open("rb") as file:
+        ratio = headers.LARGEST_RATIO if file.read(2) == GZIP_MARK else 1
+    needed, size = stored.offset + count * frames, stored.path.stat().st_size
+    if needed > size * ratio:  # before memory is taken
+        raise ValueError(
+            f"the voxels cannot be read: {needed} bytes are promised by the header, found a file of {size}"
+        )
+    with _open_packed(stored.path) as stream:
+        stream.seek(stored.offset + (count * frame if isinstance(frame, int) else 0))
+        if frame == "mean":
+            total = np.zeros(shape, np.float64)
+            for _ in range(frames):
+                total += _read_array(stream, stored.dtype, shape)
+            return _scale(total / frames, stored).astype(np.float32)
+        values = _read_array(stream, stored.dtype, (*shape, frames) if frame == "all" else shape)
+        _check_sum(stream)
+    return _scale(values, stored)
+
+
+def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    count = math.prod(shape) * dtype.itemsize
+    content = bytearray()
+    while len(content) < count and (piece := stream.read(min(PIECE_BYTES, count - len(content)))):
+        content += piece
+    if len(content) < count:
+        raise ValueError(f"the voxels cannot be read: {count} bytes are needed, found {len(content)}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F").astype(dtype.newbyteorder("="), copy=False)
+
+
+def _check_sum(stream: IO[bytes]) -> None:
+    """Let gzip compare its check sum at the end of the stream; what follows the packed file is ignored."""
+    try:
+        for _ in range(TAIL_PIECES):
+            if not stream.read(TAIL_BYTES):
+                return
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" not in str(error):
+            raise
+
+
+def _scale(values: np.ndarray, stored: Stored) -> np.ndarray:
+    """Apply slope and intercept in float64, plane by plane, into float32."""
+    if (stored.slope, stored.intercept) == (1.0, 0.0):
+        return values
+    scaled = np.empty(values.shape, np.float32, order="F")
+    for plane in range(values.shape[2]):
+        scaled[:, :, plane] = values[:, :, plane].astype(np.float64) * stored.slope + stored.intercept
+    return scaled
+
+
+def read_maps(path: str | Path) -> Volume:
+    """Read all volumes of a file, channel first, of shape (C, H, W, D); errors are those of :func:`read_volume`."""
+    volume = read_volume(path, "all")
+    return replace(volume, values=np.moveaxis(volume.values, 3, 0))
 
 
 def read_scan(path: str | Path, frame: int | str | None = None, series: str | None = None) -> Volume:
@@ -151,23 +232,22 @@ def read_scan(path: str | Path, frame: int | str | None = None, series: str | No
     low, high = EXTENT_RANGE_MM
     if extent_mm.min() < low or extent_mm.max() > high:
         found = " x ".join(f"{e:.4g}" for e in extent_mm)
-        raise ScanError(
-            f"{path}: a head scan extends over {low:.0f} to {high:.0f} mm along each axis, found {found} mm: check the voxel size"
-        )
+        rule = f"a head scan extends over {low:.0f} to {high:.0f} mm along each axis"
+        raise ScanError(f"{path}: {rule}, found {found} mm: check the voxel size")
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(volume.values, dtype=np.float32)
     finite = np.isfinite(values)
-    warnings = volume.warnings
+    noticed = volume.warnings
     if not finite.all():
         if not finite.any():
             raise ScanError(f"{path}: finite voxels are needed, found none (NaN or infinite everywhere)")
         if np.isfinite(volume.values).sum() > finite.sum():
             raise ScanError(f"{path}: values up to {np.finfo(np.float32).max:.2g} are needed, found larger ones")
-        warnings = (*warnings, f"{(~finite).sum()} voxels are NaN or infinite and become 0")
+        noticed = (*noticed, f"{(~finite).sum()} voxels are NaN or infinite and become 0")
         values = np.where(finite, values, np.float32(0))
     if values.min() == values.max():
         raise ScanError(f"{path}: an image with contrast is needed, found the value {values.min():g} in every voxel")
-    return replace(volume, values=values, warnings=warnings)
+    return replace(volume, values=values, warnings=noticed)
 
 
 def read_labels(path: str | Path) -> Volume:

@@ -1,0 +1,233 @@
+"""Headers of NIfTI, Analyze, MGH and NRRD files, and the one rule by which the geometry of NIfTI is read."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+NIFTI1_BYTES, NIFTI2_BYTES, MGH_BYTES = 348, 540, 284  # sizes of the headers; in NIfTI also the first number in them
+SINGLE_FILE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic words of header and voxels in one file, and in two
+DIRECTION_TOLERANCE = 0.02  # between unit vectors of two axes, about 1 degree: more than rounding
+SIZE_TOLERANCE = 0.01  # relative difference of two voxel sizes: more than rounding
+SMALLEST_DETERMINANT = 1e-9  # of an affine in mm
+LARGEST_RATIO = 1032  # of gzip: no byte of a packed file can give more
+NOT_STATED = "the header states no orientation; left and right are taken from the order of the voxels"
+LPS, LAS, RAS = (-1, -1, 1), (-1, 1, 1), (1, 1, 1)  # sign of each axis in RAS
+SPACES = {"right-anterior-superior": RAS, "left-anterior-superior": LAS, "left-posterior-superior": LPS}  # of NRRD
+SPACES |= {"ras": RAS, "las": LAS, "lps": LPS}
+COLOURS = ("rgb-color", "rgba-color", "hsv-color", "xyz-color", "3-color", "4-color")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the voxels of a file are stored, by its header.
+
+    Attributes:
+        shape: (H, W, D), and more axes for several volumes.
+        dtype: type of the numbers in the file, with its byte order.
+        affine: voxel indices to RAS mm, shape (4, 4), float64.
+        path: file of the voxels.
+        offset: bytes before the first voxel, in the unpacked file.
+        slope: factor of the stored numbers.
+        intercept: added to the product.
+        is_oriented: whether the header states which side is left.
+        warnings: what else is doubtful in the header, one sentence each.
+        array: the voxels themselves, where a library has read and scaled the whole file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    affine: np.ndarray
+    path: Path
+    offset: int = 0
+    slope: float = 1.0
+    intercept: float = 0.0
+    is_oriented: bool = True
+    warnings: tuple[str, ...] = ()
+    array: np.ndarray | None = None
+
+
+def read_nifti_header(path: Path, block: bytes) -> Stored:
+    """Read the header of a NIfTI-1, NIfTI-2 or Analyze 7.5 file.
+
+    The affine is the sform if its code is above 0 and its axes are independent; else the qform if its code is above 0 and it
+    is valid; else the voxel sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. A form with
+    code 0 is never used.
+
+    Args:
+        path: file, for the place of the voxels; an ``.hdr`` has its voxels in the ``.img`` beside it.
+        block: the first 540 bytes of the file.
+
+    Raises:
+        ValueError: if the block is no such header, or states an orientation that is not valid.
+    """
+    size = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
+    number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in size and len(block) >= n), 0)
+    magic = block[4:7] if number == NIFTI2_BYTES else block[344:347]
+    is_pair = path.name.lower().endswith(".hdr")
+    if not number or not (is_pair or magic in SINGLE_FILE):
+        raise ValueError(f"a NIfTI header is needed, found {block[:4]!r} and the magic word {magic!r}")
+    kind = nib.Nifti2Header if number == NIFTI2_BYTES else nib.Nifti1Header if magic in PAIR + SINGLE_FILE else None
+    header: Any = (kind or nib.AnalyzeHeader)(block[:number], size[number], check=False)
+    count = int(header["dim"][0])
+    shape = tuple(int(n) for n in header["dim"][1 : 1 + count])
+    if not 1 <= count <= 7 or min(shape) < 1:
+        raise ValueError(f"1 to 7 dimensions of at least 1 voxel are needed, found {header['dim'].tolist()}")
+    slope, intercept = header.get_slope_inter() if kind else (None, None)
+    affine, noticed = _choose_affine(header) if kind else (_from_sizes(header), [NOT_STATED])
+    return Stored(
+        shape=shape,
+        dtype=header.get_data_dtype(),
+        affine=affine,
+        path=path.with_suffix(".img") if is_pair else path,
+        offset=0 if kind is None else int(header["vox_offset"]),
+        slope=1.0 if slope is None else float(slope),
+        intercept=float(intercept or 0.0),
+        is_oriented=NOT_STATED not in noticed,
+        warnings=tuple(noticed),
+    )
+
+
+def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
+    """Affine of a NIfTI header, and warnings."""
+    has_sform, has_qform = header["sform_code"] > 0, header["qform_code"] > 0
+    sform = _valid(header.get_sform()) if has_sform else None
+    qform = _read_qform(header) if has_qform else None
+    affine = qform if sform is None else sform
+    if affine is None and (has_sform or has_qform):
+        rows = [np.round(header[row].astype(float), 4).tolist() for row in ("srow_x", "srow_y", "srow_z")]
+        raise ValueError(f"an affine of three independent axes is needed, found the sform {rows} and no valid qform")
+    if affine is None:
+        return _from_sizes(header), [NOT_STATED]
+    noticed = []
+    if sform is not None and qform is not None:
+        if _differ(sform, qform):
+            sides = " on left and right" if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0 else ""
+            forms = f"sform ({_describe(sform)}) and qform ({_describe(qform)})"
+            noticed.append(f"the header's {forms} disagree{sides}; the sform is taken")
+    elif has_sform and has_qform:
+        wrong, right = ("sform", "qform") if sform is None else ("qform", "sform")
+        noticed.append(f"the header's {wrong} is not valid; the {right} is taken")
+    stated, sizes = header["pixdim"][1:4].astype(float), np.linalg.norm(affine[:3, :3], axis=0)
+    if qform is None and (~np.isfinite(stated) | (np.abs(np.abs(stated) - sizes) > SIZE_TOLERANCE * sizes)).any():
+        found = f"voxel sizes {_sizes(stated)} mm and sform ({_describe(affine)})"
+        noticed.append(f"the header's {found} disagree; the sform is taken")
+    return affine, noticed
+
+
+def _read_qform(header: Any) -> np.ndarray | None:
+    """The qform with the magnitude of the voxel sizes; None if it is not valid."""
+    plain = header.copy()
+    plain["pixdim"][1:4] = np.abs(plain["pixdim"][1:4])
+    plain["pixdim"][0] = -1 if plain["pixdim"][0] < 0 else 1  # the standard: what is not -1 is 1
+    try:
+        return _valid(plain.get_qform())
+    except (ValueError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
+        return None
+
+
+def _valid(affine: np.ndarray) -> np.ndarray | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overflow of absurd numbers
+        usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > SMALLEST_DETERMINANT
+    return np.asarray(affine, dtype=np.float64) if usable else None
+
+
+def _from_sizes(header: Any) -> np.ndarray:
+    """Voxel sizes alone: x from right to left, the origin in the middle of the volume."""
+    plain = header.copy()
+    plain["pixdim"][1:4] = sizes = np.abs(header["pixdim"][1:4])
+    if not (np.isfinite(sizes).all() and sizes.min() > 0):
+        raise ValueError(f"voxel sizes above 0 mm are needed where no orientation is stated, found {_sizes(sizes)}")
+    return np.asarray(plain.get_base_affine(), dtype=np.float64)
+
+
+def _differ(one: np.ndarray, two: np.ndarray) -> bool:
+    sizes_one, sizes_two = (np.linalg.norm(affine[:3, :3], axis=0) for affine in (one, two))
+    directions = np.abs(one[:3, :3] / sizes_one - two[:3, :3] / sizes_two).max()
+    return bool(directions > DIRECTION_TOLERANCE or (np.abs(sizes_one / sizes_two - 1) > SIZE_TOLERANCE).any())
+
+
+def _describe(affine: np.ndarray) -> str:
+    """Voxel sizes and axes of an affine: ``2 x 2 x 4 mm, LAS, 10 degrees oblique``."""
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = np.abs(affine[:3, :3] / sizes).max(axis=0)
+    oblique_deg = float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).max())
+    text = f"{_sizes(sizes)} mm, {''.join(str(code) for code in nib.aff2axcodes(affine))}"
+    return text + (f", {oblique_deg:.0f} degrees oblique" if oblique_deg >= 1 else "")
+
+
+def _sizes(sizes: np.ndarray) -> str:
+    return " x ".join(f"{size:.4g}" for size in sizes)
+
+
+def read_mgh_header(path: Path, block: bytes) -> Stored:
+    """Read the header of an MGH or MGZ file; without ``goodRASFlag`` its geometry is FreeSurfer's default, coronal slices.
+
+    Args:
+        path: file.
+        block: its first bytes, unpacked.
+
+    Raises:
+        ValueError: if the block is no such header.
+    """
+    if len(block) < MGH_BYTES:
+        raise ValueError(f"an MGH header of {MGH_BYTES} bytes is needed, found {len(block)}")
+    is_oriented = int.from_bytes(block[28:30], "big") > 0  # goodRASFlag, which nibabel sets where it is absent
+    header: Any = nib.freesurfer.mghformat.MGHHeader.from_fileobj(BytesIO(block[:MGH_BYTES]))
+    shape = tuple(int(n) for n in header["dims"])
+    affine, dtype = np.asarray(header.get_affine(), dtype=np.float64), header.get_data_dtype().newbyteorder(">")
+    noticed = () if is_oriented else (NOT_STATED,)
+    return Stored(shape if shape[3] > 1 else shape[:3], dtype, affine, path, MGH_BYTES, 1.0, 0.0, is_oriented, noticed)
+
+
+def read_nrrd(path: Path) -> Stored:
+    """Read a NRRD file, whose voxels may be packed within it or lie in files of their own.
+
+    A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left, posterior,
+    superior, as ITK does.
+
+    Raises:
+        ValueError: if the file is none, or the header promises more voxels than the file can hold.
+    """
+    import nrrd  # slow to import
+
+    header: Any = nrrd.read_header(str(path))
+    sizes = [int(n) for n in header["sizes"]]
+    vectors = np.atleast_2d(np.asarray(header.get("space directions", np.empty((0, 0))), dtype=np.float64))
+    kinds = [str(kind).lower() for kind in header.get("kinds", ["domain"] * len(sizes))]
+    for name, wrong in (("colours", COLOURS), ("complex numbers", ("complex",))):
+        if set(kinds) & set(wrong):
+            raise ValueError(f"one real number per voxel is needed, found {name}")
+    spatial = [i for i in range(len(sizes)) if len(vectors) != len(sizes) or np.isfinite(vectors[i]).all()][-3:]
+    if not len(vectors):
+        spatial = [i for i in range(len(sizes)) if kinds[i] in ("domain", "space", "???", "none")][:3]
+    rest = [i for i in range(len(sizes)) if i not in spatial]
+    data_files, encoding, needed = header.get("data file", header.get("datafile")), header["encoding"], math.prod(sizes)
+    if encoding in ("raw", "gzip", "gz") and not isinstance(data_files, list):
+        size = (path.parent / data_files if isinstance(data_files, str) else path).stat().st_size
+        held = size * (1 if encoding == "raw" else LARGEST_RATIO)
+        if needed > held:
+            raise ValueError(
+                f"the voxels cannot be read: {needed} are promised by the header, found {held} bytes at most"
+            )
+    affine, is_oriented = np.eye(4), False
+    signs = SPACES.get(str(header.get("space", "")).lower())
+    if len(vectors) and len(spatial) == 3 and vectors.shape[1] == 3:
+        affine[:3, :3] = vectors[spatial].T
+        affine[:3, 3] = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64)
+        is_oriented = signs is not None
+    else:
+        spacings = np.asarray(header.get("spacings", np.ones(len(sizes))), dtype=np.float64)[spatial]
+        affine[range(len(spatial)), range(len(spatial))] = spacings
+    affine = np.diag([*(signs or LPS), 1.0]) @ affine
+    values = nrrd.read(str(path))[0].transpose(spatial + rest)
+    noticed = () if is_oriented else (NOT_STATED,)
+    return Stored(values.shape, values.dtype, affine, path, 0, 1.0, 0.0, is_oriented, noticed, values)
