@@ -23,7 +23,7 @@ STUDIES ?= studies
 PORT ?= 8000
 STRUCTURES ?= head
 
-.PHONY: help demo test test-label label-server format train bundle test-artifact wheel clean
+.PHONY: help demo test test-label label-server format train gpu-kit bundle test-artifact wheel clean
 
 help:
 	@echo "make demo    segment two example scans and show where their report pages lie"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-label  tests with MONAI Label servers, in their own environment"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make train   MAPS=folder of SynthSeg label maps: prepare the subjects, list them, train"
+	@echo "make gpu-kit DATALIST=prepared/datalist.json  a folder for some minutes on a bare GPU machine, in dist/"
 	@echo "make bundle  the zip for a model zoo, with the package inside, in dist/"
 	@echo "make wheel   wheel and sdist, in dist/"
 	@echo "make clean   remove the environment and the demo's files"
@@ -89,6 +90,11 @@ train: $(VENV)/.all
 	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)" --test "$(LEFT_OUT)"
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant coarse,muon
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant release,muon --coarse_weights bundle/training_coarse/model.pt
+
+# what a bare GPU machine without a network needs to test, measure and train: run.sh MINUTES OUT
+DATALIST ?= $(PREPARED)/datalist.json
+gpu-kit: $(VENV)/.all
+	$(BIN)/python packaging/make_gpu_kit.py "$(DATALIST)" --output dist/gpu-kit
 
 # the zip that a model zoo distributes, in dist/; the same files give the same bytes
 bundle:

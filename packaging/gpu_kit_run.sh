@@ -6,7 +6,8 @@ set -uo pipefail
 # CHECKS=no leaves tests and benchmarks out; VARIANT and SETTINGS choose the training.
 MINUTES=${1:?run.sh MINUTES OUT}; mkdir -p "${2:?run.sh MINUTES OUT}"; OUT=$(cd "$2" && pwd)
 KIT=$(cd "$(dirname "$0")" && pwd); WORK=$(mktemp -d); BEGIN=$SECONDS
-VARIANT=${VARIANT:-release,finetune,muon}; SETTINGS=${SETTINGS:---batch_size 4 --learning_rate 0.001 --kernel_learning_rate 0.008}
+VARIANT=${VARIANT:-release,finetune,muon}; SETTINGS=${SETTINGS:---batch_size 4 --learning_rate 0.001 --kernel_learning_rate 0.008 --epoch_length 500 --log_interval 20}
+DEVICE=$(python3 -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 exec > >(tee -a "$OUT/log.txt") 2>&1
 say() { echo "[$((SECONDS - BEGIN)) s] $*"; }
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -49,7 +50,7 @@ left=$(python3 -c "print(max(0.5, $MINUTES - ($SECONDS - $BEGIN) / 60 - 1))")  #
 say "training for $left minutes: $VARIANT $SETTINGS"
 # shellcheck disable=SC2086
 python3 -m brainfm_monai train subjects/datalist.json --variant "$VARIANT" --weights bundle/models/model.pt --minutes "$left" \
-  --max_epochs 1000 --checkpoint_iterations 250 --output_dir "$WORK/training" $SETTINGS > "$OUT/training.txt" 2>&1 &
+  --max_epochs 1000 --checkpoint_iterations 250 --cache_device "$DEVICE" --output_dir "$WORK/training" $SETTINGS > "$OUT/training.txt" 2>&1 &
 trainer=$!
 ( while sleep 120; do keep; done ) & keeper=$!
 wait $trainer; status=$?
