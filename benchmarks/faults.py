@@ -56,9 +56,9 @@ def write_label_map(path: Path) -> None:
     """A head of nested boxes: skin, fluid, cortex and white matter of both sides."""
     labels = np.zeros((60, 70, 60), dtype=np.int16)
     labels[6:54, 6:64, 6:54] = 24
-    for left, right, margin in ((3, 42, 10), (2, 41, 14)):
+    for left, right, margin in ((3, 42, 10), (2, 41, 14)):  # the affine's x falls with the index
         labels[margin:30, margin : 70 - margin, margin : 60 - margin] = right
-        labels[30 : 60 - margin, margin : 70 - margin, margin : 60 - margin] = left  # the affine's x falls with the index
+        labels[30 : 60 - margin, margin : 70 - margin, margin : 60 - margin] = left
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(labels, np.diag([-3.0, 3.0, 3.0, 1.0])), path)
 
