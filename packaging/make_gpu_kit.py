@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import lzma
 import shutil
 import subprocess
 import sys
@@ -75,9 +76,10 @@ def pack_subject(item: dict[str, Any], base: Path) -> dict[str, bytes]:
         ValueError: if one generation label has two labels of the segmentation, so that no table can fold it.
     """
     files = {}
-    labels = nib.load(base / item["generation_labels"])
+    labels: Any = nib.load(base / item["generation_labels"])
     generation = np.asarray(labels.dataobj).astype(np.uint8)
-    segmentation = np.asarray(nib.load(base / item["segmentation"]).dataobj).astype(np.uint8)
+    folded: Any = nib.load(base / item["segmentation"])
+    segmentation = np.asarray(folded.dataobj).astype(np.uint8)
     pairs = np.unique(np.stack([generation.ravel(), segmentation.ravel()]), axis=1)
     if len(np.unique(pairs[0])) != pairs.shape[1]:
         raise ValueError(f"{item['subject']}: one segmentation label for each generation label is needed")
@@ -87,7 +89,7 @@ def pack_subject(item: dict[str, Any], base: Path) -> dict[str, bytes]:
     files["fold.json"] = json.dumps(fold.tolist()).encode()
     for key, factor in GRIDS.items():
         if key in item:
-            stored = nib.load(base / item[key])
+            stored: Any = nib.load(base / item[key])
             raw = shrink(np.asanyarray(stored.dataobj.get_unscaled()), factor)
             shift = np.eye(4)
             shift[:3, :3] *= factor
@@ -116,16 +118,16 @@ def unpack(archive: Path, output: Path) -> Path:
             files.extractall(output, filter="data")
         packed.unlink()
     for table in output.glob("*/fold.json"):
-        labels = nib.load(table.with_name("generation_labels.nii"))
+        labels: Any = nib.load(table.with_name("generation_labels.nii"))
         fold = np.array(json.loads(table.read_text()), dtype=np.uint8)
         nib.save(nib.Nifti1Image(fold[np.asarray(labels.dataobj)], labels.affine), table.with_name("segmentation.nii"))
     return output / "datalist.json"
 
 
-def make_tar(files: Mapping[str, bytes], compression: str = "") -> bytes:
+def make_tar(files: Mapping[str, bytes]) -> bytes:
     """A tar archive of files by their names."""
     content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode=f"w:{compression}") as archive:
+    with tarfile.open(fileobj=content, mode="w") as archive:
         for name, value in sorted(files.items()):
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(value), 0o644
@@ -143,9 +145,8 @@ def pack_subjects(datalist: Path, limit: int) -> tuple[bytes, list[str], list[st
         for item in listed[part]:
             name = item["subject"]
             if f"{name}.tar.xz" not in files and name not in left_out:
-                packed = make_tar(
-                    {f"{name}/{file}": content for file, content in pack_subject(item, datalist.parent).items()}, "xz"
-                )
+                contents = pack_subject(item, datalist.parent)
+                packed = lzma.compress(make_tar({f"{name}/{file}": content for file, content in contents.items()}))
                 if sum(map(len, files.values())) + len(packed) + SPARE > limit:
                     left_out.append(name)
                 else:
