@@ -207,7 +207,7 @@ def make_kit(datalist: Path, output: Path, megabytes: float, weights: Path, whee
 
 
 def main() -> None:
-    """Build the kit, or, inside the kit, unpack its subjects (``--unpack OUT``) or halve weights (``--halve FILE OUT``)."""
+    """Build the kit, or unpack the subjects of one, where ``subjects.tar`` is given in place of a datalist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datalist", type=Path, help="datalist of prepared subjects")
     parser.add_argument("--output", type=Path, default=Path("dist/gpu-kit"))
