@@ -14,7 +14,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from brainfm_monai.io import ScanError, read_table
+from brainfm_monai import io
+from brainfm_monai.io import ScanError
 from brainfm_monai.outputs import (
     ScanResult,
     ScanWriter,
@@ -336,7 +337,7 @@ def test_the_summary_keeps_the_rows_of_earlier_runs_and_lists_what_was_skipped(
     for scan in (entry, second):
         writer.write(item(), scan)
         writer.write_summary([scan, {"image": "x/notes\udcff.txt", "name": "notes", "skipped": "not a scan"}])
-    rows = read_table(tmp_path / "out/summary.tsv")
+    rows = io.read_table(tmp_path / "out/summary.tsv")
     assert [(row["scan"], row["status"], row["folder"]) for row in rows] == [
         ("=1+1", "done", "=1+1"),
         ("notes", "skipped", "n/a"),
