@@ -15,7 +15,8 @@ from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from brainfm_monai.inferers import AutocastInferer, TwoStageInferer, choose_memory, free_memory, memory, two_stage
+from brainfm_monai import inferers, networks
+from brainfm_monai.inferers import AutocastInferer, TwoStageInferer, choose_memory, free_memory, two_stage
 from brainfm_monai.io import exit_on_error
 from brainfm_monai.networks import (
     MultiTaskNet,
@@ -24,7 +25,6 @@ from brainfm_monai.networks import (
     UNet,
     fast_bfloat16,
     planes,
-    precision,
     prepare_network,
     reduced_precision,
 )
@@ -199,7 +199,7 @@ def test_the_memory_mode_follows_from_size_and_free_memory(
     needed = 4 * image.numel() * (2 * LAYOUT.channels + 8 * 24 // 8)  # 24 features, of every eighth voxel
     with caplog.at_level(logging.INFO):
         for free, expected in ((needed, "full"), (needed - 1, "low")):
-            monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+            monkeypatch.setattr(inferers.execution, "free_memory", lambda device, free=free: free)
             assert choose_memory(image, strided) == expected
     assert "of memory are free, mode 'full' needs" in caplog.text
     assert choose_memory(image, foreign) == "windows"
@@ -213,7 +213,7 @@ def test_the_memory_mode_follows_from_size_and_free_memory(
 def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(inferers.execution, "CGROUP", tmp_path)
     assert free_memory(torch.device("cpu")) == 3000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(torch.device("cpu")) > 5000
@@ -233,7 +233,7 @@ def test_compilation_compiles_what_inference_runs(monkeypatch: pytest.MonkeyPatc
 def test_precision_by_wish_and_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert reduced_precision(cpu) == (torch.bfloat16 if fast_bfloat16(cpu) else torch.float32)
-    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(networks.execution, "fast_bfloat16", lambda device: False)
     assert reduced_precision(cpu) == torch.float32
     assert reduced_precision(torch.device("cuda")) == torch.float16
     net = prepare_network(nn.Sequential(nn.Conv3d(2, 4, 3)).train(), cpu)

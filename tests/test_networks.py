@@ -131,9 +131,7 @@ def test_two_scales_put_the_coarse_features_beside_the_detail() -> None:
 
 
 def test_messages() -> None:
-    with pytest.raises(ValueError, match=r"AdditiveUNet: .* of at least two levels, got \(8, 16\), \(1,\) and \(1,\)"):
-        AdditiveUNet(features=(8, 16), encoder_blocks=(1,))
-    with pytest.raises(ValueError, match=r"AdditiveUNet: .* of at least two levels, got \(8,\)"):
+    with pytest.raises(ValueError, match=r"AdditiveUNet: 'features' must name at least two levels, got \(8,\)"):
         AdditiveUNet(features=(8,))
     with pytest.raises(ValueError, match=r"'features' must name at least two levels, got \(8,\)"):
         UNet(features=(8,))

@@ -56,30 +56,21 @@ def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance:
     """
     import onnxruntime
 
-    network, image = network.eval(), _ramp(1, size, size, size)
+    network, image, second = network.eval(), _ramp(1, size, size, size), _ramp(2, size, size * 3 // 2, size * 2)
+    shapes = (dict.fromkeys(DYNAMIC_AXES, torch.export.Dim.DYNAMIC),)
     with write_whole(path) as partial, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch and onnxscript warn of their own plans
         torch.onnx.export(
-            network,
-            (image,),
-            partial,
-            opset_version=ONNX_OPSET,
-            input_names=["image"],
-            output_names=["pred"],
-            dynamic_shapes=(dict.fromkeys(DYNAMIC_AXES, torch.export.Dim.DYNAMIC),),
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
-        second = _ramp(2, size, size * 3 // 2, size * 2)
+            network, (image,), partial, opset_version=ONNX_OPSET, input_names=["image"], output_names=["pred"],
+            dynamic_shapes=shapes, external_data=False, dynamo=True, verbose=False,
+        )  # fmt: skip
         expected = network(second)
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"image": second.numpy()})[0])
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= tolerance:
-            raise ValueError(
-                f"{path}: the graph must agree with the network to {tolerance:g}, found a difference of {difference:g}"
-            )
+            rule = f"the graph must agree with the network to {tolerance:g}"
+            raise ValueError(f"{path}: {rule}, found a difference of {difference:g}")
     return difference
 
 

@@ -23,8 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from brainfm_monai.engines.draws import DrawSampler
 from brainfm_monai.engines.schedules import TimeBudget
-from brainfm_monai.networks import MultiTaskNet, parse_precision
-from brainfm_monai.networks.activations import checkpoint_activations
+from brainfm_monai.networks import MultiTaskNet, checkpoint_activations, parse_precision
 
 __all__ = [
     "MultiTaskTrainer",
@@ -76,7 +75,7 @@ def prepare_for_training(
         network: stays as it is.
         device: of the training.
         precision: see :func:`make_grad_scaler`.
-        activation_checkpointing: see :func:`~brainfm_monai.networks.activations.checkpoint_activations`.
+        activation_checkpointing: see :func:`~brainfm_monai.networks.checkpoint_activations`.
         compile: compile it with ``torch.compile``.
     """
     device = torch.device(device)
@@ -84,7 +83,8 @@ def prepare_for_training(
     if device.type != "cpu" or parse_precision(precision, device) != torch.bfloat16:
         trained = trained.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     trained.stride = 1
-    checkpoint_activations(trained, activation_checkpointing)
+    if activation_checkpointing:
+        checkpoint_activations(trained)
     if compile:
         trained.compile()
     return trained

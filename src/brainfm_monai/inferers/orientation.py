@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as nnf
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
+from brainfm_monai.inferers.two_stage import head_box
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 
@@ -29,11 +29,10 @@ MULTIPLE = 16  # of the size of an image, which the poolings of the network need
 # Misfit in mm of 1 mm scans as they should be, and turned (t1_crop): 3 at 2 mm against 13 and more for every other turn that was
 # tried; 7.5 at 4 mm against 12.6 and more.
 UNSURE_MM = 8.0
-CONFIRMED = 4  # best turns at 4 mm that are looked at again at 2 mm: a brain without skull is not told at 4 mm alone
+CONFIRMED = 4  # best turns at 4 mm that are looked at again at 2 mm: 4 mm alone do not decide for a brain without skull
 CLEARER = 0.75  # the turn has at most so much of the misfit of the header's axes
 MINIMUM_POINTS = 500
 LARGEST_MISFIT_MM = 1000.0  # of a volume without a brain
-THRESHOLD = 0.05  # intensity above which a voxel is head
 ENDS = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 
 
@@ -119,50 +118,41 @@ class OrientationInferer(Inferer):
         inferer: gives the maps of images of 1 mm, in RAS+ order.
         layout: names of the maps; without segmentation or MNI coordinates nothing is compared.
         fix: infer the turned head, and bring its maps back to the grid that was given.
-        threshold_mm: misfit from which the turns are tried.
     """
 
-    def __init__(
-        self, inferer: Inferer, layout: TaskLayout, fix: bool = False, threshold_mm: float = UNSURE_MM
-    ) -> None:
+    def __init__(self, inferer: Inferer, layout: TaskLayout, fix: bool = False) -> None:
         super().__init__()
-        self.inferer, self.layout, self.fix, self.threshold_mm = inferer, layout, fix, threshold_mm
-        self.compares = {"segmentation", "mni"} <= set(layout.tasks)
+        self.inferer, self.layout, self.fix = inferer, layout, fix
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map images of shape (B, 1, H, W, D) to what the inferer gives; a turn is looked for in batches of one."""
         output: Tensor = self.inferer(inputs, network, *args, **kwargs)
-        if not (self.compares and len(inputs) == 1 and isinstance(network, MultiTaskNet)):
+        maps = output.shape[1] in (self.layout.channels, self.layout.label_channels)  # else features
+        compares = maps and {"segmentation", "mni"} <= set(self.layout.tasks)
+        if not (compares and len(inputs) == 1 and isinstance(network, MultiTaskNet)):
             return output
-        if output.shape[1] not in (self.layout.channels, self.layout.label_channels):
-            return output  # features
-        sampled = output[:, :, ::SAMPLE, ::SAMPLE, ::SAMPLE]
-        first = self._misfit(sampled.as_tensor() if isinstance(sampled, MetaTensor) else sampled, float(SAMPLE))
-        if first < self.threshold_mm:
+        first = self._misfit(_plain(output[:, :, ::SAMPLE, ::SAMPLE, ::SAMPLE]), float(SAMPLE))
+        if first < UNSURE_MM:
             return output
-        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        image = _plain(inputs)
         turn = self.find_turn(image, network, first)
         if turn is None:
             _add_warning(
                 inputs,
-                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {self.threshold_mm:.0f} at most are usual), and no "
+                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual), and no "
                 "turn of the head fits clearly better: look at the orientation and at the segmentation",
             )
             return output
         rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
-        message = (
+        _add_warning(
+            inputs,
             f"the orientation of the header does not fit the anatomy: the head is turned by {turn.degrees:.0f} degrees, its "
-            f"right, front and top lie where the header says {turn}; {rule}"
+            f"right, front and top lie where the header says {turn}; {rule}",
         )
-        _add_warning(inputs, message)
-        if self.fix:
-            maps = self.inferer(turn.apply(image), network, *args, **kwargs)
-            output = (
-                MetaTensor(turn.undo(maps)).copy_meta_from(output)
-                if isinstance(output, MetaTensor)
-                else turn.undo(maps)
-            )
-        return output
+        if not self.fix:
+            return output
+        upright = turn.undo(self.inferer(turn.apply(image), network, *args, **kwargs))
+        return MetaTensor(upright).copy_meta_from(output) if isinstance(output, MetaTensor) else upright
 
     def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> Turn | None:
         """The turn that fits the anatomy clearly better than the axes of the image, (1, 1, H, W, D); None if there is none.
@@ -172,16 +162,14 @@ class OrientationInferer(Inferer):
             network: in evaluation mode.
             first_mm: misfit of the image as it is.
         """
-        begin, end = generate_spatial_bounding_box(image[0], lambda x: x > THRESHOLD, allow_smaller=True)
-        head = image[:, :, *(slice(a, b or None) for a, b in zip(begin, end, strict=True))]
+        head = image[:, :, *head_box(image)]
         if min(head.shape[2:]) < network.stride * COARSE:
             return None  # too thin to be seen in coarse voxels
         fine = network.pool(head)
-        coarse = nnf.avg_pool3d(fine, COARSE)
-        turns = list(Turn.all())
+        coarse, turns = nnf.avg_pool3d(fine, COARSE), list(Turn.all())
         scores = [self._look(turn.apply(coarse), network, float(network.stride * COARSE)) for turn in turns]
         ranked = [int(i) for i in np.argsort(scores) if i > 0][:CONFIRMED]
-        limit = min(CLEARER * first_mm, self.threshold_mm)
+        limit = min(CLEARER * first_mm, UNSURE_MM)
         for turn in (turns[i] for i in ranked):
             if self._look(turn.apply(fine), network, float(network.stride)) < limit:
                 return turn
@@ -191,8 +179,7 @@ class OrientationInferer(Inferer):
         """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
         padding = [extra for size in image.shape[:1:-1] for extra in (0, -size % MULTIPLE)]
         features = network.backbone(nnf.pad(image, padding).contiguous())
-        inside: Sequence[slice] = [slice(size) for size in image.shape[2:]]
-        return self._misfit(network.head(features[:, :, *inside]), voxel_mm)
+        return self._misfit(network.head(features[:, :, *(slice(size) for size in image.shape[2:])]), voxel_mm)
 
     def _misfit(self, output: Tensor, voxel_mm: float) -> float:
         maps = self.layout.split(output.float())
@@ -200,6 +187,10 @@ class OrientationInferer(Inferer):
         labels = labels[0, 0].long() if labels.shape[1] == 1 else labels[0].argmax(0)
         brain = torch.as_tensor(self.layout.protocol.is_brain).to(labels.device)[labels]
         return misfit(brain, 100.0 * maps["mni"][0], voxel_mm)  # MNI coordinates leave the network in units of 100 mm
+
+
+def _plain(image: Tensor) -> Tensor:
+    return image.as_tensor() if isinstance(image, MetaTensor) else image
 
 
 def _add_warning(image: Tensor, message: str) -> None:

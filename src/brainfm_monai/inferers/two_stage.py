@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
+from monai.networks.layers import GaussianFilter
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
-from brainfm_monai.inferers.coordinates import centre_box, edge_ramp, smooth_coordinates
-from brainfm_monai.inferers.memory import ALIASES, MEMORY_MODES, choose_memory
-from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet, autocast, encode_by_planes, parse_precision
-from brainfm_monai.networks.planes import plane_ranges
+from brainfm_monai.inferers.execution import ALIASES, MEMORY_MODES, choose_memory
+from brainfm_monai.networks import MultiTaskNet, UNet, autocast, encode_by_planes, parse_precision, plane_ranges
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["TwoStageInferer"]
+__all__ = ["TwoStageInferer", "head_box"]
 
+HEAD = 0.05  # intensity in [0, 1] above which a voxel is head or noise
 TRAINING_SIZE_MM = (144.0, 176.0, 144.0)  # field of view of a scan of train.json
 MINIMUM_BRAIN_MM3 = 1000.0  # a cubic centimetre; a smaller brain has no position
 RAMP_MM = 8.0  # from the faces of the box inwards, in which the second stage gains its weight: no seam in the maps
+STEP_MM = 4.0  # from point to point of the grid on which coordinates are smoothed
+MINIMUM_WEIGHT = 1e-6  # of the brain around a point, below which the rest is taken as 0
 ROI_SIZE = 160  # voxels: the windows of mode "windows", the size of BrainFM's training
 SEARCH_PLANES = 16  # of the backbone's grid, in which the brain is looked for at a time
 PLANES = 4  # of the backbone's grid, decoded at a time: 56 channels of 4 planes of 2 mm are interpolated to 0.1 GB
 MIRROR_AXIS = 2  # left-right in RAS+ order
 
-Maps = Iterator[tuple[slice, Tensor]]
 Planes = Callable[[int, int], Tensor]  # returns the maps of the planes from a to b of the backbone's grid
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Features of an image, (1, C, h, w, d), and the smoothed MNI coordinates of the second stage, (1, 3, h, w, d), if any."""
-
-    features: Tensor
-    coordinates: Tensor | None
-
-    def decode(self, network: MultiTaskNet, first: int, last: int) -> Tensor:
-        """Maps of planes of the backbone's grid, (1, layout.channels, last - first, w, d), float32."""
-        maps = network.head(self.features[:, :, first:last])
-        if self.coordinates is not None:
-            maps[:, network.layout.slices["mni"]] = self.coordinates[:, :, first:last]
-        return maps
 
 
 class TwoStageInferer(Inferer):
@@ -69,7 +53,7 @@ class TwoStageInferer(Inferer):
             :func:`~brainfm_monai.inferers.choose_memory`.
         precision: float32, bfloat16 or float16; ``None``: the fastest of the device. The maps are float32 in any case.
         labels: labels that mode ``low`` may choose; ``None``: all.
-        threshold: intensity in [0, 1] above which a voxel is head or noise; the box contains all of them.
+        threshold: intensity above which a voxel is head or noise; the box contains all of them.
         margin: voxels by which the box is larger on each side.
         multiple: the box is padded with zeros to a multiple of this size, which the poolings of a network need.
         size_mm: size of the second stage's box; the box is padded with zeros where the image is smaller. Voxels are 1 mm.
@@ -80,19 +64,10 @@ class TwoStageInferer(Inferer):
     """
 
     def __init__(
-        self,
-        layout: TaskLayout,
-        mirror: bool = True,
-        second_look: bool = True,
-        memory: str = "auto",
-        precision: str | None = None,
-        labels: Sequence[int] | None = None,
-        threshold: float = 0.05,
-        margin: int = 4,
-        multiple: int = 32,
-        size_mm: Sequence[float] = TRAINING_SIZE_MM,
-        sigma_mm: float = 8.0,
-    ) -> None:
+        self, layout: TaskLayout, mirror: bool = True, second_look: bool = True, memory: str = "auto",
+        precision: str | None = None, labels: Sequence[int] | None = None, threshold: float = HEAD, margin: int = 4,
+        multiple: int = 32, size_mm: Sequence[float] = TRAINING_SIZE_MM, sigma_mm: float = 8.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.memory = ALIASES.get(memory, memory)
         if self.memory not in MEMORY_MODES:
@@ -106,13 +81,7 @@ class TwoStageInferer(Inferer):
         self.size_mm, self.sigma_mm = tuple(size_mm), sigma_mm
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Maps of images in RAS+ order with voxels of 1 mm.
-
-        Args:
-            inputs: shape (B, 1, H, W, D), intensities in [0, 1]; metadata go to the result.
-            network: network in evaluation mode.
-            args: not used.
-            kwargs: not used.
+        """Map images (B, 1, H, W, D) in RAS+ order with voxels of 1 mm, intensities in [0, 1], to maps; metadata are kept.
 
         Returns:
             Float32 of shape (B, layout.channels, H, W, D); in mode ``low`` (B, layout.label_channels, H, W, D).
@@ -131,17 +100,13 @@ class TwoStageInferer(Inferer):
 
     def _infer(self, image: Tensor, network: Callable[..., Tensor]) -> Tensor:
         """Crop, predict chunks of planes, and write them into the values of the air around the head."""
-        first, last = generate_spatial_bounding_box(
-            image[0], lambda x: x > self.threshold, margin=self.margin, allow_smaller=True
-        )
-        box = tuple(slice(a, b or n) for a, b, n in zip(first, last, image.shape[2:], strict=True))  # none found: all
+        box = head_box(image, self.threshold, self.margin)
         head = image[:, :, *box]
         multiple = math.lcm(self.multiple, network.stride if isinstance(network, MultiTaskNet) else 1)
         padding = [extra for size in head.shape[:1:-1] for extra in (0, -size % multiple)]
         memory = choose_memory(head, network) if self.memory == "auto" else self.memory
         output = None
-        padded = nnf.pad(head, padding).contiguous()
-        for planes, maps in self._predict(padded, network, memory):
+        for planes, maps in self._predict(nnf.pad(head, padding).contiguous(), network, memory):
             if output is None:
                 output = self._air(maps.shape[1], image)
                 inside = output[:, :, *box]
@@ -158,12 +123,12 @@ class TwoStageInferer(Inferer):
         fill = torch.tensor(values, device=image.device).reshape(1, -1, 1, 1, 1)
         return fill.expand(-1, -1, *image.shape[2:]).clone()
 
-    def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Maps:
+    def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Iterator[tuple[slice, Tensor]]:
         """Planes of the output, and the maps there."""
         if isinstance(network, MultiTaskNet):
             encode = self._make_encoder(network.backbone, memory, ROI_SIZE // network.stride)
-            grid = network.pool(image)
-            yield from self._decode(self._average(grid, network, encode), network, grid.shape[2:], memory == "low")
+            image = network.pool(image)  # the image itself is freed
+            yield from self._decode(self._average(image, network, encode), network, image.shape[2:], memory == "low")
             return
         name = type(network).__name__
         if self.second_look:
@@ -176,14 +141,12 @@ class TwoStageInferer(Inferer):
             maps.add_(self.layout.mirror(run(image.flip(MIRROR_AXIS)).float())).mul_(0.5)
         yield slice(0, maps.shape[2]), maps
 
-    def _make_encoder(
-        self, network: Callable[[Tensor], Tensor], memory: str, roi_size: int
-    ) -> Callable[[Tensor], Tensor]:
+    def _make_encoder(self, network: Callable[..., Tensor], memory: str, roi_size: int) -> Callable[[Tensor], Tensor]:
         """A backbone, or a whole network, in the precision and the memory mode that are asked for."""
 
         def encode(image: Tensor) -> Tensor:
             dtype = parse_precision(self.precision, image.device)
-            if memory == "low" and isinstance(network, UNet | ResidualUNet):
+            if memory == "low" and isinstance(network, UNet):
                 return encode_by_planes(network, image.to(dtype))
             with autocast(image.device, dtype):
                 return network(image.to(dtype))
@@ -196,29 +159,54 @@ class TwoStageInferer(Inferer):
 
         return encode_windows if memory == "windows" else encode
 
-    def _encode(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> _Encoded:
-        """Both stages of one image on the backbone's grid, (1, 1, h, w, d)."""
+    def _average(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
+        """Maps on the backbone's grid, the mean of those of the image and of the mirror image.
+
+        With a mirror image, the maps of the image take the place of its features, which are larger.
+        """
+        decode = self._encode(image, network, encode)
+        if not self.mirror:
+            return decode
+        size, layout, total = (1, self.layout.channels, *image.shape[2:]), torch.channels_last_3d, image.shape[2]
+        maps = torch.empty(size, device=image.device, memory_format=layout)
+        for a, b in plane_ranges(total, 1, PLANES):
+            maps[:, :, a:b] = decode(a, b)
+        del decode  # and the features
+        decode = self._encode(image.flip(MIRROR_AXIS), network, encode)
+        for a, b in plane_ranges(total, 1, PLANES):
+            maps[:, :, a:b].add_(self.layout.mirror(decode(total - b, total - a))).mul_(0.5)
+        return lambda a, b: maps[:, :, a:b]
+
+    def _encode(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
+        """Both stages of one image on the backbone's grid, (1, 1, h, w, d): decodes planes, (1, channels, b - a, w, d)."""
         features, voxel_mm = encode(image), float(network.stride)
+        coordinates: Tensor | None = None
+
+        def decode(a: int, b: int) -> Tensor:
+            maps = network.head(features[:, :, a:b])
+            if coordinates is not None:
+                maps[:, network.layout.slices["mni"]] = coordinates[:, :, a:b]
+            return maps
+
         if not self.second_look:
-            return _Encoded(features, None)
+            return decode
         size = [round(mm / voxel_mm) for mm in self.size_mm]
         brain = self._find_brain(features, network)
         box = centre_box(brain, size)
-        known = torch.zeros_like(brain)
-        known[box] = brain[box]
-        if float(known.sum()) * voxel_mm**3 < MINIMUM_BRAIN_MM3:
-            return _Encoded(features, None)
+        inside = torch.zeros_like(brain)
+        inside[box] = brain[box]
+        if float(inside.sum()) * voxel_mm**3 < MINIMUM_BRAIN_MM3:
+            return decode
         part = image[:, :, *box]
-        inside = tuple(slice(n) for n in part.shape[2:])
         padding = [extra for n, m in zip(size[::-1], part.shape[:1:-1], strict=True) for extra in (0, n - m)]
-        second = encode(nnf.pad(part, padding).contiguous())[:, :, *inside].float()
+        second = encode(nnf.pad(part, padding).contiguous())[:, :, *(slice(n) for n in part.shape[2:])].float()
         features, mni = features.float(), self.layout.slices["mni"]
         coordinates = features.new_zeros(1, mni.stop - mni.start, *features.shape[2:])
         coordinates[:, :, *box] = network.head(second)[:, mni]
-        coordinates[0] = smooth_coordinates(coordinates[0], known, self.sigma_mm / voxel_mm, voxel_mm)
+        coordinates[0] = smooth_coordinates(coordinates[0], inside, self.sigma_mm / voxel_mm, voxel_mm)
         weight = 0.5 * edge_ramp(second.shape[2:], RAMP_MM / voxel_mm).to(second)
         features[:, :, *box] = torch.lerp(features[:, :, *box], second, weight)
-        return _Encoded(features, coordinates)
+        return decode
 
     def _find_brain(self, features: Tensor, network: MultiTaskNet) -> Tensor:
         """Where a label of the brain is the most probable, (h, w, d)."""
@@ -226,26 +214,9 @@ class TwoStageInferer(Inferer):
         labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
         return torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
 
-    def _average(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
-        """Maps of the planes of the backbone's grid, the mean of those of the image and of the mirror image.
-
-        With a mirror image, the maps of the image take the place of its features, which are larger.
-        """
-        encoded = self._encode(image, network, encode)
-        if not self.mirror:
-            return partial(encoded.decode, network)
-        size, layout = (1, self.layout.channels, *image.shape[2:]), torch.channels_last_3d
-        maps = torch.empty(size, device=image.device, memory_format=layout)
-        total = image.shape[2]
-        for a, b in plane_ranges(total, 1, PLANES):
-            maps[:, :, a:b] = encoded.decode(network, a, b)
-        del encoded
-        mirrored = self._encode(image.flip(MIRROR_AXIS), network, encode)
-        for a, b in plane_ranges(total, 1, PLANES):
-            maps[:, :, a:b].add_(self.layout.mirror(mirrored.decode(network, total - b, total - a))).mul_(0.5)
-        return lambda a, b: maps[:, :, a:b]
-
-    def _decode(self, read: Planes, network: MultiTaskNet, size: Sequence[int], decide: bool) -> Maps:
+    def _decode(
+        self, read: Planes, network: MultiTaskNet, size: Sequence[int], decide: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Interpolation to the image's grid and the choice of a label, a few planes at a time."""
         stride = network.stride
         context = 0 if stride == 1 else 1  # plane on each side that the interpolation reads
@@ -258,3 +229,58 @@ class TwoStageInferer(Inferer):
                     maps[:, self.excluded] = -torch.inf
                 maps = self.layout.choose_labels(maps)
             yield slice(a * stride, b * stride), maps
+
+
+def head_box(image: Tensor, threshold: float = HEAD, margin: int = 0) -> tuple[slice, ...]:
+    """Box around the head in an image, (1, 1, H, W, D); without a head the whole volume."""
+    first, last = generate_spatial_bounding_box(image[0], lambda x: x > threshold, margin=margin, allow_smaller=True)
+    return tuple(slice(a, b or None) for a, b in zip(first, last, strict=True))
+
+
+def centre_box(mask: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
+    """Box of a given size around the middle of a mask, (H, W, D), within the volume; an empty mask has its middle there."""
+    sides = []
+    for axis, (length, total) in enumerate(zip(size, mask.shape, strict=True)):
+        other_axes = [a for a in range(3) if a != axis]
+        occupied = mask.any(other_axes[1]).any(other_axes[0]).nonzero()
+        twice_middle = int(occupied[0]) + int(occupied[-1]) + 1 if len(occupied) else total
+        first = min(max((twice_middle - length) // 2, 0), max(total - length, 0))
+        sides.append(slice(first, min(first + length, total)))
+    return tuple(sides)
+
+
+def edge_ramp(size: Sequence[int], width: float) -> Tensor:
+    """Weight that rises from near 0 at the faces of a box to 1 within ``width`` voxels, shape ``size``."""
+    weight = torch.ones(())
+    for n in size:
+        centres = torch.arange(n) + 0.5
+        weight = weight[..., None] * (torch.minimum(centres, n - centres) / width).clamp_max(1)
+    return weight
+
+
+def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm: float) -> Tensor:
+    """The affine map that fits coordinates best, plus what a Gaussian over a mask leaves of the rest.
+
+    Args:
+        coordinates: of the template, shape (3, H, W, D).
+        mask: voxels that count, shape (H, W, D).
+        sigma: standard deviation of the Gaussian, in voxels.
+        voxel_mm: size of a voxel.
+
+    Returns:
+        Shape (3, H, W, D), defined everywhere.
+    """
+    step = max(round(STEP_MM / voxel_mm), 1)
+    axes = (torch.arange(n, device=mask.device) for n in mask.shape)
+    index = torch.stack(torch.meshgrid(*axes, indexing="ij")).float()
+    points = torch.cat([index, torch.ones_like(index[:1])])
+    # The host's solver takes coordinates that do not span space (an untrained network's), a GPU's does not.
+    matrix, target = (x[:, mask].T.double().cpu() for x in (points, coordinates))
+    fit = torch.linalg.lstsq(matrix, target).solution.T.to(points)
+    affine = torch.einsum("ij,jhwd->ihwd", fit, points)
+    weighted = torch.cat([(coordinates - affine) * mask, mask[None].float()])[None]
+    padding = [extra for size in reversed(mask.shape) for extra in (0, -size % step)]
+    coarse = GaussianFilter(3, sigma / step)(nnf.avg_pool3d(nnf.pad(weighted, padding), step))
+    values = coarse[:, :3] / coarse[:, 3:].clamp_min(MINIMUM_WEIGHT)
+    rest = nnf.interpolate(values, scale_factor=step, mode="trilinear", align_corners=False)[0]
+    return affine + rest[:, *(slice(size) for size in mask.shape)]

@@ -50,22 +50,16 @@ class MultiTaskNet(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        layout: TaskLayout,
-        stride: int = 1,
-        freeze_backbone: bool = False,
+        self, backbone: nn.Module, layout: TaskLayout, stride: int = 1, freeze_backbone: bool = False,
         out_channels: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if stride < 1:
             raise ValueError(f"MultiTaskNet: 'stride' must be at least 1, got {stride}")
         features = getattr(backbone, "out_channels", None) if out_channels is None else out_channels
         if not isinstance(features, int):
             raise ValueError(f"MultiTaskNet: pass 'out_channels', which {type(backbone).__name__} does not have")
-        self.backbone = backbone
-        self.stride = stride
-        self.layout = layout
+        self.backbone, self.stride, self.layout = backbone, stride, layout
         self.head = Head(features, layout.channels)
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
@@ -77,6 +71,11 @@ class MultiTaskNet(nn.Module):
         if self.freeze_backbone:
             self.backbone.eval()
         return self
+
+    @torch.jit.export
+    def pool(self, image: Tensor) -> Tensor:
+        """Mean of every ``stride``^3 voxels: the image on the backbone's grid."""
+        return image if self.stride == 1 else nnf.avg_pool3d(image, self.stride)
 
     @torch.jit.export
     def encode(self, image: Tensor) -> Tensor:
@@ -91,27 +90,15 @@ class MultiTaskNet(nn.Module):
         return self.backbone(self.pool(image))
 
     @torch.jit.export
-    def pool(self, image: Tensor) -> Tensor:
-        """Mean of every ``stride``^3 voxels: the image on the backbone's grid."""
-        return image if self.stride == 1 else nnf.avg_pool3d(image, self.stride)
-
-    @torch.jit.export
-    def decode(self, features: Tensor, size: list[int]) -> Tensor:
-        """Maps of all tasks out of features.
-
-        Args:
-            features: shape (B, head.in_channels, h, w, d).
-            size: size of the maps in voxels, [H, W, D].
-
-        Returns:
-            Shape (B, layout.channels, H, W, D).
-        """
-        return self.upsample(self.head(features), size)
-
-    @torch.jit.export
     def upsample(self, maps: Tensor, size: list[int]) -> Tensor:
         """Maps or features of the backbone's grid, interpolated to the image's grid of that size."""
         return maps if self.stride == 1 else nnf.interpolate(maps, size=size, mode="trilinear", align_corners=False)
+
+    @torch.jit.export
+    def decode(self, features: Tensor, size: list[int]) -> Tensor:
+        """Maps of all tasks, (B, layout.channels, H, W, D), out of features, (B, head.in_channels, h, w, d); size is [H, W, D]."""
+        # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
+        return self.upsample(self.head(features), size)
 
     @torch.jit.export
     def features(self, image: Tensor) -> Tensor:
@@ -120,16 +107,11 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, 1, H, W, D), intensities in [0, 1], to (B, layout.channels, H, W, D)."""
-        # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
         return self.decode(self.encode(image), list(image.shape[2:]))
 
 
 class FeatureMap(nn.Module):
-    """The features of a multi-task network, of length 1 at every voxel: what other tasks can be learnt from.
-
-    Args:
-        network: its backbone makes the features; its head is not used.
-    """
+    """The features of a multi-task network, of length 1 at every voxel: what other tasks can be learnt from."""
 
     def __init__(self, network: MultiTaskNet) -> None:
         super().__init__()

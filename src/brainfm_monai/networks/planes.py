@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from brainfm_monai.networks.unet import ResidualBlock, ResidualUNet, UNet
+from brainfm_monai.networks.unet import ResidualBlock, UNet
 
 __all__ = ["encode_by_planes", "plane_ranges"]
 
@@ -30,7 +30,7 @@ def plane_ranges(size: int, per_plane: int, limit: int = CHUNK_BYTES) -> Iterato
     return ((a, min(a + step, size)) for a in range(0, size, step))
 
 
-def encode_by_planes(backbone: UNet | ResidualUNet, image: Tensor) -> Tensor:
+def encode_by_planes(backbone: UNet, image: Tensor) -> Tensor:
     """Features of a published U-Net, computed in the element type of the image.
 
     Args:
@@ -50,9 +50,8 @@ def encode_by_planes(backbone: UNet | ResidualUNet, image: Tensor) -> Tensor:
         x = skips.pop()
         for decoder in backbone.decoders:
             x = _units(decoder, [skips[-1], x], skips.pop())
-        if isinstance(backbone, UNet) and backbone.unit_norm:
-            for a, b in _chunks(x):
-                x[:, :, a:b] = nnf.normalize(x[:, :, a:b].float(), dim=1)
+        if backbone.unit_norm:
+            _replace(x, lambda part, *_: nnf.normalize(part.float(), dim=1))
     return x
 
 
@@ -66,6 +65,12 @@ def _read(parts: Parts, a: int, b: int) -> Tensor:
     return torch.cat([fine, coarse], dim=1)
 
 
+def _replace(x: Tensor, stage: Callable[[Tensor, int, int], Tensor]) -> None:
+    """Overwrite chunks of planes by what a stage makes of the planes from a to b."""
+    for a, b in plane_ranges(x.shape[2], x[:, :, :1].numel() * x.element_size()):
+        x[:, :, a:b] = stage(x[:, :, a:b], a, b)
+
+
 def _units(units: nn.Module, parts: Parts, out: Tensor | None = None) -> Tensor:
     """Two units, one after the other; the result of the first is written to ``out``, which may be a part of its input."""
     first, second = units.children()
@@ -74,16 +79,14 @@ def _units(units: nn.Module, parts: Parts, out: Tensor | None = None) -> Tensor:
 
 
 def _unit(unit: nn.Module, parts: Parts, out: Tensor | None) -> Tensor:
-    norm_first = isinstance(next(unit.children()), nn.GroupNorm)
     first, second, activation = unit.children()
     slope = cast(nn.LeakyReLU, activation).negative_slope
-    if norm_first:
+    if isinstance(first, nn.GroupNorm):
         normalise = _normalisation(first, parts)
         return _convolve(second, parts, out, normalise, lambda x: nnf.leaky_relu_(x, slope))
     x = _convolve(first, parts, out)
     normalise = _normalisation(second, [x])
-    for a, b in _chunks(x):
-        x[:, :, a:b] = nnf.leaky_relu_(normalise(x[:, :, a:b]), slope)
+    _replace(x, lambda part, *_: nnf.leaky_relu_(normalise(part), slope))
     return x
 
 
@@ -94,9 +97,11 @@ def _residual_block(block: ResidualBlock, image: Tensor) -> Tensor:
     conv, norm = block.second.children()
     x = _convolve(conv, [x], x)
     normalise, slope = _normalisation(norm, [x]), block.activation.negative_slope
-    for a, b in _chunks(x):  # the projection once more, which costs less than its memory
-        part = normalise(x[:, :, a:b]).add_(nnf.conv3d(image[:, :, a:b], weight, bias))
-        x[:, :, a:b] = nnf.leaky_relu_(part, slope)
+
+    def finish(part: Tensor, a: int, b: int) -> Tensor:  # the projection once more, which costs less than its memory
+        return nnf.leaky_relu_(normalise(part).add_(nnf.conv3d(image[:, :, a:b], weight, bias)), slope)
+
+    _replace(x, finish)
     return x
 
 
@@ -105,11 +110,10 @@ def _normalisation(norm: nn.Module, parts: Parts) -> Stage:
     assert isinstance(norm, nn.GroupNorm)
     size, channels, device = parts[0].shape[2:], sum(part.shape[1] for part in parts), parts[0].device
     total = torch.zeros(2, channels, dtype=torch.float64, device=device)  # of values and of squares
+    unused = torch.zeros(channels, device=device)  # running statistics
     for a, b in plane_ranges(size[0], size[1] * size[2], STATISTICS_VOXELS):
-        unused = torch.zeros(channels, device=device)  # running statistics
-        statistics = torch.batch_norm_update_stats(
-            _read(parts, a, b), unused, unused, 0.0
-        )  # 5 times as fast as var_mean
+        # five times as fast as var_mean
+        statistics = torch.batch_norm_update_stats(_read(parts, a, b), unused, unused, 0.0)
         mean, variance = (value.double() for value in statistics)
         total += (b - a) / size[0] * torch.stack([mean, variance + mean.square()])
     mean, square = total.reshape(2, norm.num_groups, -1).mean(2)
@@ -147,7 +151,3 @@ def _convolve(
 
 def _weight(conv: nn.Conv3d, like: Tensor) -> Tensor:
     return conv.weight.to(dtype=like.dtype, memory_format=torch.channels_last_3d)
-
-
-def _chunks(x: Tensor) -> Iterator[tuple[int, int]]:
-    return plane_ranges(x.shape[2], x[:, :, :1].numel() * x.element_size())

@@ -47,8 +47,13 @@ class PreactivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, channels, H, W, D) to the same shape."""
-        y = self.conv1(self.activation(self.norm1(x)))
-        return x + self.conv2(self.activation(self.norm2(y)))
+        y = self.norm1(x)  # one name for all, so that at most three tensors of this size are alive
+        y = self.activation(y)
+        y = self.conv1(y)
+        y = self.norm2(y)
+        y = self.activation(y)
+        y = self.conv2(y)
+        return x + y
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:
@@ -67,47 +72,32 @@ def _to_size(x: Tensor, like: Tensor) -> Tensor:
 class AdditiveUNet(nn.Module):
     """A residual U-Net whose skips are added: image in, feature map of the same size out.
 
+    Every level has two blocks on the way down and one on the way up, the finest level has one on the way down.
+
     Args:
         in_channels: channels of the image.
         features: channels of every level, finest first; multiples of 16 suit the vector units of CPUs.
-        encoder_blocks: blocks of every level on the way down; if not given, one at the finest level and two at the others.
-        decoder_blocks: blocks of every level but the coarsest on the way up; if not given, one each.
 
     Raises:
-        ValueError: if the numbers of levels do not fit together.
+        ValueError: if ``features`` is shorter than two levels.
 
     Reference:
         Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization, BrainLes 2018 (additive skips); Isensee et
         al., nnU-Net, Nature Methods 18, 2021 (instance normalisation, LeakyReLU).
     """
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        features: Sequence[int] = (64, 128, 256),
-        encoder_blocks: Sequence[int] | None = None,
-        decoder_blocks: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256)) -> None:
         super().__init__()
-        encoder_blocks = [1, *[2] * (len(features) - 1)] if encoder_blocks is None else encoder_blocks
-        decoder_blocks = [1] * (len(features) - 1) if decoder_blocks is None else decoder_blocks
-        if not len(features) == len(encoder_blocks) == len(decoder_blocks) + 1 >= 2:
-            raise ValueError(
-                "AdditiveUNet: 'features', 'encoder_blocks' and, but for the coarsest, 'decoder_blocks' need a number for each "
-                f"of at least two levels, got {tuple(features)}, {tuple(encoder_blocks)} and {tuple(decoder_blocks)}"
-            )
+        if len(features) < 2:
+            raise ValueError(f"AdditiveUNet: 'features' must name at least two levels, got {tuple(features)}")
         steps = list(pairwise(features))
         self.in_channels, self.out_channels = in_channels, features[0]
         self.stem = nn.Conv3d(in_channels, features[0], kernel_size=3, padding=1)
-        self.encoders = nn.ModuleList(_blocks(f, n) for f, n in zip(features[:-1], encoder_blocks[:-1], strict=True))
+        self.encoders = nn.ModuleList(_blocks(f, 2 if i else 1) for i, f in enumerate(features[:-1]))
         self.down = nn.ModuleList(nn.Conv3d(fine, coarse, kernel_size=2, stride=2) for fine, coarse in steps)
-        self.bottom = _blocks(features[-1], encoder_blocks[-1])
-        self.up = nn.ModuleList(
-            nn.ConvTranspose3d(coarse, fine, kernel_size=2, stride=2) for fine, coarse in steps[::-1]
-        )
-        self.decoders = nn.ModuleList(
-            _blocks(f, n) for f, n in zip(features[-2::-1], decoder_blocks[::-1], strict=True)
-        )
+        self.bottom = _blocks(features[-1], 2)
+        self.up = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in steps[::-1])
+        self.decoders = nn.ModuleList(_blocks(f, 1) for f in features[-2::-1])
         self.norm = SampleNorm(features[0])
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
 
@@ -141,29 +131,18 @@ class TwoScaleUNet(nn.Module):
 
     The coarse network meets the same images as when it was trained alone, and its features stand, upsampled, beside those of the
     fine level in the output: a head that was trained on them keeps its worth from the first step. Without it, small structures
-    are lost at the start, and do not come back. What the fine level hands down to the coarse network starts at 0.
+    are lost at the start, and do not come back. What the coarse network gets from the fine level starts at 0.
 
     Args:
         in_channels: channels of the image.
         features: channels of every level, finest first; the first is the fine level, the others are the coarse network.
-        encoder_blocks: of the coarse network.
-        decoder_blocks: of the coarse network.
-        fine_blocks: blocks of the fine level on the way up.
     """
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        features: Sequence[int] = (32, 64, 128, 256),
-        encoder_blocks: Sequence[int] | None = None,
-        decoder_blocks: Sequence[int] | None = None,
-        fine_blocks: int = 2,
-    ) -> None:
+    def __init__(self, in_channels: int = 1, features: Sequence[int] = (32, 64, 128, 256)) -> None:
         super().__init__()
         fine, narrow, coarse = features[0], max(features[0] // 2, 1), features[1]
-        self.in_channels, self.out_channels = in_channels, fine + coarse
-        self.fine = fine
-        self.coarse = AdditiveUNet(in_channels, features[1:], encoder_blocks, decoder_blocks)
+        self.in_channels, self.out_channels, self.fine = in_channels, fine + coarse, fine
+        self.coarse = AdditiveUNet(in_channels, features[1:])
         self.encoder = nn.Sequential(
             nn.Conv3d(in_channels, narrow, kernel_size=3, padding=1),
             SampleNorm(narrow),
@@ -177,7 +156,7 @@ class TwoScaleUNet(nn.Module):
             self.up.weight[:, fine:] = torch.eye(coarse).reshape(coarse, coarse, 1, 1, 1)
             assert self.up.bias is not None
             nn.init.zeros_(self.up.bias[fine:])
-        self.decoder = _blocks(fine, fine_blocks)
+        self.decoder = _blocks(fine, 2)
         self.norm = SampleNorm(fine)
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
 
@@ -186,5 +165,17 @@ class TwoScaleUNet(nn.Module):
         detail = self.encoder(image)
         context = self.coarse(nnf.avg_pool3d(image, 2), self.down(detail))
         context = _to_size(self.up(context), detail)
-        x = self.decoder(detail + context[:, : self.fine])
-        return torch.cat([self.activation(self.norm(x)), context[:, self.fine :]], dim=1)
+        detail = detail + context[:, : self.fine]
+        for block in self.decoder:  # not the Sequential, whose caller would keep the input of the first block
+            detail = block(detail)
+        detail = self.norm(detail)
+        detail = self.activation(detail)
+        if not torch.jit.is_scripting():
+            inference = not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            if inference and (detail.dtype, detail.stride(1)) == (
+                context.dtype,
+                context.stride(1),
+            ):  # a copy of the largest tensor less
+                context[:, : self.fine] = detail
+                return context
+        return torch.cat([detail, context[:, self.fine :]], dim=1)

@@ -47,41 +47,13 @@ class ResidualBlock(nn.Module):
         return self.activation(self.second(self.first(x)) + x)
 
 
-class _Levels(nn.Module):
-    """A U-Net whose skips are concatenated."""
-
-    def __init__(
-        self, in_channels: int, features: Sequence[int], encoder: Callable[[int, int], nn.Module], norm_first: bool
-    ) -> None:
-        super().__init__()
-        if len(features) < 2:
-            raise ValueError(f"{type(self).__name__}: 'features' must name at least two levels, got {tuple(features)}")
-        self.in_channels, self.out_channels, self.features = in_channels, features[0], tuple(features)
-        self.encoders = nn.ModuleList(
-            encoder(i, o) for i, o in zip([in_channels, *features[:-1]], features, strict=True)
-        )
-        self.decoders = nn.ModuleList(
-            nn.Sequential(ConvUnit(fine + coarse, fine, norm_first), ConvUnit(fine, fine, norm_first))
-            for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
-        )
-
-    def down_and_up(self, image: Tensor) -> Tensor:
-        """Pool by 2 between encoders; interpolate to the skip's size and put behind it for decoders."""
-        skips: list[Tensor] = []
-        x = image
-        for level, encoder in enumerate(self.encoders):
-            if level > 0:
-                x = nnf.max_pool3d(x, 2)
-            x = encoder(x)
-            skips.append(x)
-        for level, decoder in enumerate(self.decoders):
-            skip = skips[len(skips) - 2 - level]
-            x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
-        return x
+def _double_unit(in_channels: int, out_channels: int) -> nn.Module:
+    between = max(out_channels // 2, in_channels)
+    return nn.Sequential(ConvUnit(in_channels, between, True), ConvUnit(between, out_channels, True))
 
 
-class UNet(_Levels):
-    """The 3-D U-Net of BrainFM: image in, feature map of the same size out.
+class UNet(nn.Module):
+    """The 3-D U-Net of BrainFM, whose skips are concatenated: image in, feature map of the same size out.
 
     Args:
         in_channels: channels of the image.
@@ -95,39 +67,46 @@ class UNet(_Levels):
         BrainFM (arXiv 2509.00549) with 6 levels of 64, 128, ... channels.
     """
 
+    encoder: Callable[[int, int], nn.Module] = staticmethod(_double_unit)
+    norm_first = True
+
     def __init__(
         self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024, 2048), unit_norm: bool = False
     ) -> None:
-        def encoder(i: int, o: int) -> nn.Module:
-            between = max(o // 2, i)
-            return nn.Sequential(ConvUnit(i, between, norm_first=True), ConvUnit(between, o, norm_first=True))
-
-        super().__init__(in_channels, features, encoder, norm_first=True)
+        super().__init__()
+        if len(features) < 2:
+            raise ValueError(f"{type(self).__name__}: 'features' must name at least two levels, got {tuple(features)}")
+        self.in_channels, self.out_channels, self.features = in_channels, features[0], tuple(features)
         self.unit_norm = unit_norm
+        sizes = zip([in_channels, *features[:-1]], features, strict=True)
+        self.encoders = nn.ModuleList(self.encoder(i, o) for i, o in sizes)
+        self.decoders = nn.ModuleList(
+            nn.Sequential(ConvUnit(fine + coarse, fine, self.norm_first), ConvUnit(fine, fine, self.norm_first))
+            for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
-        x = self.down_and_up(image)
+        skips: list[Tensor] = []
+        x = image
+        for level, encoder in enumerate(self.encoders):
+            x = encoder(nnf.max_pool3d(x, 2) if level > 0 else x)
+            skips.append(x)
+        for level, decoder in enumerate(self.decoders):
+            skip = skips[len(skips) - 2 - level]
+            x = decoder(torch.cat([skip, nnf.interpolate(x, size=skip.shape[2:])], dim=1))
         return nnf.normalize(x, dim=1) if self.unit_norm else x
 
 
-class ResidualUNet(_Levels):
-    """The 3-D U-Net of SuperSynth, with a residual encoder: image in, feature map of the same size out.
-
-    Args:
-        in_channels: channels of the image.
-        features: channels of every level, finest first.
-
-    Raises:
-        ValueError: if ``features`` is shorter than two levels.
+class ResidualUNet(UNet):
+    """The 3-D U-Net of SuperSynth, with a residual encoder; as :class:`UNet` without ``unit_norm``.
 
     Reference:
         FreeSurfer 8, mri_super_synth, with 5 levels.
     """
 
-    def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024)) -> None:
-        super().__init__(in_channels, features, ResidualBlock, norm_first=False)
+    encoder = ResidualBlock
+    norm_first = False
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0], H, W, D)."""
-        return self.down_and_up(image)
+    def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024)) -> None:
+        super().__init__(in_channels, features)

@@ -1,16 +1,19 @@
-"""Which memory mode a scan gets: by the size of the scan and the memory that is free."""
+"""How inference is run: the memory mode by the size of a scan and the memory that is free, and batches under autocast."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
-from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
+from brainfm_monai.networks import MultiTaskNet, UNet, autocast, parse_precision
 
-__all__ = ["MEMORY_MODES", "choose_memory", "free_memory"]
+__all__ = ["MEMORY_MODES", "AutocastInferer", "choose_memory", "free_memory"]
 
 MEMORY_MODES = ("auto", "full", "low", "windows")
 ALIASES = {"whole": "full", "slabs": "full"}  # names of version 0.1
@@ -19,6 +22,27 @@ OUTPUTS = 2.0  # copies of the output that mode "full" and what follows the infe
 FEATURES = 8.0  # copies of the features; 7 by the peak of the published network in docs/performance.md
 
 logger = logging.getLogger(__name__)
+
+
+class AutocastInferer(SimpleInferer):
+    """Give the network the whole batch under autocast, in training and in validation.
+
+    Args:
+        precision: see :func:`~brainfm_monai.networks.parse_precision`.
+
+    Raises:
+        ValueError: if there is no such precision.
+    """
+
+    def __init__(self, precision: str | None = None) -> None:
+        super().__init__()
+        parse_precision(precision, torch.device("cpu"))
+        self.precision = precision
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Map images of shape (B, 1, H, W, D) to the network's output."""
+        with autocast(inputs.device, parse_precision(self.precision, inputs.device)):
+            return network(inputs, *args, **kwargs)
 
 
 def free_memory(device: torch.device) -> int:
@@ -48,11 +72,11 @@ def choose_memory(image: Tensor, network: object) -> str:
     """
     if isinstance(network, MultiTaskNet):
         channels, features = network.layout.channels, network.head.in_channels / network.stride**3
-        frugal = network.stride > 1 or isinstance(network.backbone, UNet | ResidualUNet)
+        frugal = network.stride > 1 or isinstance(network.backbone, UNet)
     else:
         modules = network.modules() if isinstance(network, nn.Module) else ()
-        channels, features = 0, max((float(m.out_channels) for m in modules if isinstance(m, nn.Conv3d)), default=0.0)
-        frugal = False
+        features = max((float(m.out_channels) for m in modules if isinstance(m, nn.Conv3d)), default=0.0)
+        channels, frugal = 0, False
     needed, free = int(4 * image.numel() * (OUTPUTS * channels + FEATURES * features)), free_memory(image.device)
     if needed <= free:
         return "full"

@@ -1,16 +1,22 @@
-"""The element type in which a device computes fastest, and networks laid out for the device."""
+"""How a network is run: its element type, its layout in memory, and activations that are computed again instead of kept."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from brainfm_monai.networks.multitask import MultiTaskNet
+from brainfm_monai.networks.residual import PreactivationBlock
+from brainfm_monai.networks.unet import ConvUnit, ResidualBlock
 
-__all__ = ["autocast", "fast_bfloat16", "parse_precision", "prepare_network", "reduced_precision"]
+__all__ = [
+    "autocast", "checkpoint_activations", "fast_bfloat16", "parse_precision", "prepare_network", "reduced_precision",
+]  # fmt: skip
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,3 +72,29 @@ def prepare_network(network: nn.Module, device: torch.device, compile: bool = Fa
     if compile:
         (network.backbone if isinstance(network, MultiTaskNet) else network).compile()
     return network
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Let a network keep only what goes into each level of its U-Nets, and compute the rest again for the gradient.
+
+    Names of parameters stay, and so do the numbers. Training takes about a third longer, and a fraction of the memory.
+
+    Args:
+        network: contains this package's U-Nets; it is changed in place.
+
+    Raises:
+        ValueError: if there is no level in the network; SwinUNETR has an argument ``use_checkpoint`` of its own.
+
+    Reference:
+        Chen et al., Training deep nets with sublinear memory cost, arXiv 1604.06174.
+    """
+    levels = [m for m in network.modules() if isinstance(m, ResidualBlock | PreactivationBlock) or _has_units(m)]
+    if not levels:
+        name = type(network).__name__
+        raise ValueError(f"activation_checkpointing: a network with levels of a U-Net is needed, found {name}")
+    for level in levels:
+        level.forward = partial(checkpoint, level.forward, use_reentrant=False)
+
+
+def _has_units(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and any(isinstance(child, ConvUnit) for child in module)
