@@ -45,7 +45,7 @@ class _InertType(type):
 
 
 class Placeholder(metaclass=_InertType):
-    """Stands for an object of a class that is not imported: its attributes can be read, and do nothing."""
+    """An object of a class that is not imported: its attributes can be read, and do nothing."""
 
     def __new__(cls, *args: Any) -> Placeholder:
         """Make an empty object; a class that needs arguments is refused."""
@@ -148,14 +148,11 @@ def read_checkpoint(path: str | Path) -> Any:
         restricted = SimpleNamespace(__name__="restricted", Unpickler=unpickler, load=load)
         return torch.load(path, "cpu", restricted, weights_only=False, mmap=sizes is not None)
     except _Refused as refused:
-        raise ValueError(
-            f"{path}: a checkpoint of tensors, numbers and text is needed; this one asks for '{refused}', and was not loaded"
-        ) from None
+        rule = f"{path}: a checkpoint of tensors, numbers and text is needed"
+        raise ValueError(f"{rule}; this one asks for '{refused}', and was not loaded") from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(
-            f"{path}: a whole torch checkpoint is needed, and it cannot be read as one: {reason}"
-        ) from error
+        rule, reason = f"{path}: a whole torch checkpoint is needed", f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{rule}, and it cannot be read as one: {reason}") from error
 
 
 def _record_sizes(path: str | Path) -> dict[str, int] | None:

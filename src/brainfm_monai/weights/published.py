@@ -1,79 +1,109 @@
-"""The two published checkpoints of this family, BrainFM and SuperSynth, as networks of this package."""
+"""The two published checkpoints of this family, BrainFM and SuperSynth: as networks of this package, and as files of a bundle."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from brainfm_monai.networks import MultiTaskNet
-from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.weights.checkpoint import read_checkpoint
-from brainfm_monai.weights.recognise import recognise
+import torch
+from torch import Tensor
 
-__all__ = ["Published", "WeightsInfo", "load_published"]
+from brainfm_monai.anatomy import COLUMNS, Protocol, Structure
+from brainfm_monai.io import write_table, write_text, write_whole
+from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
+from brainfm_monai.tasks import TASKS, TaskLayout
+from brainfm_monai.weights.checkpoint import Placeholder, read_checkpoint
+
+__all__ = ["Published", "WeightsInfo", "import_weights", "load_published"]
 
 logger = logging.getLogger(__name__)
 
-LICENCES = {
-    "BrainFM": "of the authors (github.com/jhuldr/BrainFM): you fetched the file, and its terms hold for what is made of it",
-    "SuperSynth": "FreeSurfer software licence: you fetched the file, and its terms hold for what is made of it",
-}
-TEMPLATES = {
-    "BrainFM": "RAS mm of the atlas gca.mgz of the BrainFM repository (FreeSurfer's GCA mean; not MNI152)",
-    "SuperSynth": "RAS mm of the symmetric MNI atlas of mri_super_synth",
-}
-NORMALISATIONS = {
-    "BrainFM": "minimum and maximum of the scan to 0 and 1",
-    "SuperSynth": "divided by the maximum of the scan",
-}
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A published format; ``template_space``, ``input`` and ``licence`` as in :class:`WeightsInfo`."""
+
+    heads: dict[str, tuple[str, ...]]  # the heads of the file that a task is made of, in the order of its channels
+    names: tuple[
+        tuple[str, str], ...
+    ]  # pattern of a tensor's name in the file (units from 1), and its name in the backbone
+    image_kernel: str  # name of the kernel that sees the image
+    level_kernel: str  # name of the kernel whose outputs are the channels of a level
+    template_space: str
+    input: str
+    licence: str
+
+
+FORMATS = {
+    "BrainFM": _Format(
+        {
+            "segmentation": ("segmentation",), "T1w": ("T1",), "T2w": ("T2",), "FLAIR": ("FLAIR",), "CT": ("CT",),
+            "log_bias_field": ("bias_field_log",), "distance": ("distance",), "mni": ("registration",),
+            "super_resolution": ("high_res_residual",),
+        },
+        (
+            (r"(encoders|decoders)\.(\d+)\.basic_module\.SingleConv([12])\.groupnorm\.(weight|bias)", "{0}.{1}.{unit}.0.{3}"),
+            (r"(encoders|decoders)\.(\d+)\.basic_module\.SingleConv([12])\.conv\.(weight)", "{0}.{1}.{unit}.1.{3}"),
+        ),
+        "encoders.0.0.1.weight", "encoders.{}.1.1.weight",
+        "RAS mm of the atlas gca.mgz of the BrainFM repository (FreeSurfer's GCA mean; not MNI152)",
+        "minimum and maximum of the scan to 0 and 1",
+        "of the authors (github.com/jhuldr/BrainFM): you fetched the file, and its terms hold for what is made of it",
+    ),
+    "SuperSynth": _Format(
+        {
+            "segmentation": ("seg",), "T1w": ("T1",), "T2w": ("T2",), "FLAIR": ("FLAIR",),
+            "distance": ("LP", "LW", "RP", "RW"), "mni": ("reg",),
+        },
+        (
+            (r"(encoders)\.(\d+)\.basic_module\.conv(1)\.(weight|bias)", "{0}.{1}.projection.{3}"),
+            (r"(encoders)\.(\d+)\.basic_module\.conv(2)\.conv\.(weight)", "{0}.{1}.first.0.{3}"),
+            (r"(encoders)\.(\d+)\.basic_module\.conv(2)\.groupnorm\.(weight|bias)", "{0}.{1}.first.1.{3}"),
+            (r"(encoders)\.(\d+)\.basic_module\.conv(3)\.conv\.(weight)", "{0}.{1}.second.0.{3}"),
+            (r"(encoders)\.(\d+)\.basic_module\.conv(3)\.groupnorm\.(weight|bias)", "{0}.{1}.second.1.{3}"),
+            (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.conv\.(weight)", "{0}.{1}.{unit}.0.{3}"),
+            (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.groupnorm\.(weight|bias)", "{0}.{1}.{unit}.1.{3}"),
+        ),
+        "encoders.0.projection.weight", "encoders.{}.projection.weight",
+        "RAS mm of the symmetric MNI atlas of mri_super_synth", "divided by the maximum of the scan",
+        "FreeSurfer software licence: you fetched the file, and its terms hold for what is made of it",
+    ),
+}  # fmt: skip
+PROTOCOLS = {56: "brainfm"}  # label protocol by the number of channels of the segmentation
+HEAD = "head.final_conv_"  # BrainFM's prefix of a head
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """Where weights come from, and what their user has to know.
+    """Where weights come from, and what their user has to know: the content of ``source.json``."""
 
-    Attributes:
-        format: ``BrainFM`` or ``SuperSynth``.
-        source: name of the file.
-        sha256: SHA-256 of the file.
-        backbone: class of the backbone in this package.
-        features: channels of every level, finest first.
-        unit_norm: whether the features have length 1 at every voxel.
-        tasks: tasks with a head in the file.
-        protocol: label protocol of the segmentation.
-        template_space: space of the coordinates that ``mni`` gives.
-        input: normalisation of the scans of the training.
-        licence: licence of the weights.
-        epoch: epoch of the training, if the file contains it.
-        ignored: entries of the file that are not used here.
-    """
-
-    format: str
-    source: str
-    sha256: str
-    backbone: str
-    features: tuple[int, ...]
-    unit_norm: bool
-    tasks: tuple[str, ...]
-    protocol: str
-    template_space: str
-    input: str
+    format: str  # BrainFM or SuperSynth
+    source: str  # name of the file
+    sha256: str  # of the file
+    backbone: str  # class in this package
+    features: tuple[int, ...]  # channels of every level, finest first
+    unit_norm: bool  # whether the features have length 1 at every voxel
+    tasks: tuple[str, ...]  # with a head in the file
+    protocol: str  # label protocol of the segmentation
+    template_space: str  # of the coordinates that ``mni`` gives
+    input: str  # normalisation of the scans of the training
     licence: str
-    epoch: int | None = None
-    ignored: tuple[str, ...] = ()
+    epoch: int | None = None  # of the training, if the file contains it
+    ignored: tuple[str, ...] = ()  # entries of the file that are not used here
 
 
 @dataclass(frozen=True)
 class Published:
-    """Published weights, ready to run.
-
-    Attributes:
-        network: network in evaluation mode.
-        layout: names of the channels of its output.
-        info: where the weights come from.
-    """
+    """Published weights: a network in evaluation mode, the names of its output's channels, and where the weights come from."""
 
     network: MultiTaskNet
     layout: TaskLayout
@@ -97,27 +127,174 @@ def load_published(path: str | Path) -> Published:
     """
     content = read_checkpoint(path)
     try:
-        name, network, ignored = recognise(content)
+        name, network, ignored = _recognise(content)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if ignored:
         logger.warning("%s: left out, without use here: %s", path, ", ".join(ignored))
-    backbone, layout = network.backbone, network.layout
     with Path(path).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    layout, backbone, kind = network.layout, network.backbone, FORMATS[name]
+    assert isinstance(backbone, UNet)
+    epoch = content["epoch"] if isinstance(content.get("epoch"), int) else None
     info = WeightsInfo(
-        format=name,
-        source=Path(path).name,
-        sha256=sha256,
-        backbone=type(backbone).__name__,
-        features=backbone.features,  # type: ignore[arg-type]
-        unit_norm=bool(getattr(backbone, "unit_norm", False)),
-        tasks=tuple(layout.tasks),
-        protocol=layout.protocol.name,
-        template_space=TEMPLATES[name],
-        input=NORMALISATIONS[name],
-        licence=LICENCES[name],
-        epoch=content["epoch"] if isinstance(content.get("epoch"), int) else None,
-        ignored=tuple(ignored),
-    )
+        name, Path(path).name, sha256, type(backbone).__name__, backbone.features, backbone.unit_norm, tuple(layout.tasks),
+        layout.protocol.name, kind.template_space, kind.input, kind.licence, epoch, tuple(ignored),
+    )  # fmt: skip
     return Published(network.eval().requires_grad_(False), layout, info)
+
+
+def _recognise(content: Any) -> tuple[str, MultiTaskNet, list[str]]:
+    """Format of a checkpoint by its content, the network that its weights fit, and names of the entries that are not used."""
+    groups: dict[str, Tensors] = defaultdict(dict)  # tensors of the backbone and of every head
+    if isinstance(content, Mapping):
+        if isinstance(content.get("backbone_state_dict"), Mapping):
+            for key, value in content.items():
+                if isinstance(value, Mapping) and str(key).endswith("_state_dict"):
+                    groups[str(key).removesuffix("_state_dict")] = _tensors(value)
+            rest = list(_tensors(content))  # of the network that scores segmentations
+            return "SuperSynth", *_assemble("SuperSynth", groups, rest, False)
+        tensors, rest = _tensors(content["model"] if isinstance(content.get("model"), Mapping) else content), []
+        if any(key.startswith("backbone.encoders.") for key in tensors):
+            for key, tensor in tensors.items():
+                name, _, kind = key.removeprefix(HEAD).rpartition(".")
+                if key.startswith("backbone."):
+                    groups["backbone"][key.removeprefix("backbone.")] = tensor
+                elif key.startswith(HEAD):
+                    groups[name][kind] = tensor
+                else:
+                    rest.append(key)
+            return "BrainFM", *_assemble(
+                "BrainFM", groups, rest, next(_settings(content, "unit_feat"), True) is not False
+            )
+    keys = ", ".join(str(key) for key in list(content)[:5]) if isinstance(content, Mapping) else ""
+    rule = (
+        "a checkpoint of BrainFM ('model' with 'backbone.encoders...') or SuperSynth ('backbone_state_dict') is needed"
+    )
+    raise ValueError(f"{rule}, found {keys or type(content).__name__}")
+
+
+def _assemble(
+    name: str, groups: dict[str, Tensors], rest: list[str], unit_norm: bool
+) -> tuple[MultiTaskNet, list[str]]:
+    """Network with the heads of those tasks of which weight and bias of every part are in the file, and unused names."""
+    kind, kinds = FORMATS[name], ("weight", "bias")
+    state, ignored = _rename(groups.pop("backbone"), kind)
+    in_channels, features = _widths(state, kind)
+    heads: dict[str, Tensors] = {}
+    for task, parts in kind.heads.items():
+        if not all({*kinds} <= set(groups.get(part, {})) for part in parts):
+            continue
+        heads[task] = {k: torch.cat([_float(f"{part}.{k}", groups[part][k]) for part in parts]) for k in kinds}
+        channels, needed = len(heads[task]["bias"]), TASKS[task].channels
+        if needed and channels != needed:
+            raise ValueError(f"the head of {task} needs {needed} channels, found {channels}")
+    if not heads:
+        listed = ", ".join(part for parts in kind.heads.values() for part in parts)
+        raise ValueError(f"at least one head out of {listed} is needed, found none")
+    with torch.device("meta"):
+        backbone = UNet(in_channels, features, unit_norm) if name == "BrainFM" else ResidualUNet(in_channels, features)
+        network = MultiTaskNet(backbone, TaskLayout(list(heads), _protocol(heads)))
+    state = {f"backbone.{key}": _float(key, tensor) for key, tensor in state.items()}
+    state |= {f"head.{k}": torch.cat([heads[task][k] for task in network.layout.tasks]) for k in kinds}
+    network.load_state_dict(state, assign=True)
+    used = {part for task in heads for part in kind.heads[task]}
+    return network, [*ignored, *rest, *(f"head {part}" for part in groups if part not in used)]
+
+
+def _tensors(content: Mapping[Any, Any]) -> Tensors:
+    """Tensors of a state dict, without the prefix of DistributedDataParallel."""
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return {re.sub(r"^(module\.)+", "", key): value for key, value in tensors.items()}
+
+
+def _rename(tensors: Tensors, kind: _Format) -> tuple[Tensors, list[str]]:
+    """Tensors under the backbone's names, and the names that are not the backbone's."""
+    renamed, ignored = {}, []
+    for key, value in tensors.items():
+        matches = ((re.fullmatch(pattern, key), name) for pattern, name in kind.names)
+        match, name = next((pair for pair in matches if pair[0]), (None, ""))
+        if match:
+            renamed[name.format(*match.groups(), unit=int(match[3]) - 1)] = value
+        else:
+            ignored.append(key)
+    return renamed, ignored
+
+
+def _widths(state: Tensors, kind: _Format) -> tuple[int, tuple[int, ...]]:
+    """Channels of the image, and of every level of the backbone."""
+    first, names = kind.image_kernel, [kind.level_kernel.format(level) for level in range(len(state))]
+    kernels = [state[name] for name in names if name in state]
+    if len(kernels) < 2:
+        raise ValueError(f"at least two levels of the backbone are needed, found {len(kernels)}")
+    if first not in state or any(kernel.ndim != 5 for kernel in (state[first], *kernels)):
+        raise ValueError(f"kernels of 3 dimensions are needed in '{first}' and '{kind.level_kernel}', found others")
+    return state[first].shape[1], tuple(len(kernel) for kernel in kernels)
+
+
+def _float(key: str, tensor: Tensor) -> Tensor:
+    """A copy in float32: the tensor itself may be a part of the file."""
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise ValueError(f"finite weights are needed, found others in '{key}' of {tensor.dtype}")
+    return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _protocol(heads: Mapping[str, Tensors]) -> Protocol:
+    """The protocol of that many labels; numbers for names where it is not known."""
+    count = len(heads["segmentation"]["bias"]) if "segmentation" in heads else next(iter(PROTOCOLS))
+    if count in PROTOCOLS:
+        return Protocol.load(PROTOCOLS[count])
+    names = ["Unknown", *(f"label-{i}" for i in range(1, count))]
+    structures = (Structure(i, i, name, "none", i, (i, 255 - i, i)) for i, name in enumerate(names))
+    return Protocol(f"unnamed_{count}", tuple(structures))
+
+
+def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
+    """Values that the settings in a checkpoint have under a name, at any depth down to ``depth``."""
+    children = vars(content) if isinstance(content, Placeholder) else content
+    if not isinstance(children, Mapping) or depth == 0:
+        return
+    for key, value in children.items():
+        if key == name:
+            yield value
+        yield from _settings(value, name, depth - 1)
+
+
+def import_weights(path: str | Path, output: str | Path, half: bool = False) -> Published:
+    """Turn a published checkpoint into files that this package and any plain ``torch.load`` can use.
+
+    The folder ``output`` then contains ``model.pt`` (plain state dict), ``overrides.json`` (for ``inference.json``, whose key
+    ``weights_dir`` names the folder), ``source.json`` (:class:`WeightsInfo`), and ``protocol.tsv`` if the labels have no
+    protocol of the package.
+
+    Args:
+        path: see :func:`load_published`, as for errors.
+        output: folder, made if it is missing.
+        half: write float16, half the size; networks load it as float32.
+
+    """
+    published = load_published(path)
+    folder, info, protocol = Path(output).absolute(), published.info, published.layout.protocol
+    with write_whole(folder / "model.pt") as partial:
+        state = published.network.state_dict()
+        torch.save({key: tensor.half() if half else tensor for key, tensor in state.items()}, partial)
+    shipped = protocol.name in Protocol.names()
+    if not shipped:
+        cells = ((s.label, s.freesurfer_id, s.name, s.side, s.mirror, *s.colour) for s in protocol.structures)
+        write_table(folder / "protocol.tsv", COLUMNS, [(*row, "") for row in cells])
+    backbone = {"_target_": f"brainfm_monai.networks.{info.backbone}"}
+    backbone |= {"in_channels": published.network.backbone.in_channels, "features": list(info.features)}
+    backbone |= {"unit_norm": True} if info.unit_norm else {}
+    overrides = {
+        "weights_dir": str(folder),
+        "weights": "$@weights_dir + '/model.pt'",
+        "layout#tasks": list(info.tasks),
+        "layout#protocol": protocol.name if shipped else "$@weights_dir + '/protocol.tsv'",
+        "network_def#backbone": backbone,
+        "network_def#stride": 1,
+        "second_look": False,  # these coordinates were learnt on whole heads
+    }
+    for name, content in (("source", asdict(info)), ("overrides", overrides)):
+        write_text(folder / f"{name}.json", json.dumps(content, indent=4) + "\n")
+    logger.info("%s weights with %s: %s", info.format, ", ".join(info.tasks), folder)
+    return published

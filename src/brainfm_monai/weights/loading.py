@@ -1,33 +1,68 @@
-"""Given weights as the start of another training: the backbone, and the channels of the head that both layouts have."""
+"""Plain state dicts into networks that they fit: whole, or the backbone and the channels of the head that both layouts have."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from brainfm_monai.io import first_line
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.weights.plain import read_state_dict
 from brainfm_monai.weights.published import load_published
 
-__all__ = ["load_coarse_weights", "load_pretrained", "make_pretrained"]
+__all__ = ["load_coarse_weights", "load_pretrained", "load_weights", "make_pretrained", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
 
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a plain state dict; nothing in the file is run.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a dictionary of tensors.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: a file of weights is needed, found no such file")
+    rule = f"{path}: a plain state dict of tensors is needed"
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own kinds
+        raise ValueError(f"{rule}, and it cannot be read as one: {first_line(error)}") from error
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{rule}, found {'no entries' if isinstance(state, dict) else type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{rule}, found '{key}' of type {type(value).__name__}")
+    return dict(state)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a plain state dict, ``torch.save(network.state_dict(), path)``, into a network that it fits exactly.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a state dict, or a tensor is missing, unknown or of another shape; the first is named.
+    """
+    state, expected = read_state_dict(path), network.state_dict()
+    for key in [*expected, *state]:
+        found, needed = (
+            f"'{key}' of shape {tuple(x[key].shape)}" if key in x else f"no '{key}'" for x in (state, expected)
+        )
+        if found != needed:
+            raise ValueError(f"{path}: the weights must fit the network, found {found} where the network has {needed}")
+    network.load_state_dict(state)
+
+
 def make_pretrained(
-    backbone: nn.Module,
-    layout: TaskLayout,
-    weights: str | Path,
-    weights_layout: TaskLayout | None = None,
-    stride: int = 1,
-    freeze_backbone: bool = False,
-    out_channels: int | None = None,
-) -> MultiTaskNet:
+    backbone: nn.Module, layout: TaskLayout, weights: str | Path, weights_layout: TaskLayout | None = None,
+    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None,
+) -> MultiTaskNet:  # fmt: skip
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
     Args:
@@ -65,7 +100,7 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         ValueError: if the file is neither, the layout is not that of its head, or a tensor of the backbone is missing or of
             another shape.
     """
-    skipped: tuple[str, ...] = ()
+    skipped = ""
     try:
         given, source = read_state_dict(path), layout or network.layout
     except ValueError as plain:
@@ -75,14 +110,8 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
             reasons = "; ".join(str(e).removeprefix(f"{path}: ") for e in (plain, error))
             message = f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
             raise ValueError(message) from error
-        given, source, skipped = published.network.state_dict(), published.layout, ("super_resolution",)
-    pairs = _match_channels(path, network.layout, source, given, skipped)
-    state = network.state_dict()
-    _copy_backbone(path, state, given, {key: key for key in state if key.startswith("backbone.")})
-    for key in ("head.weight", "head.bias"):
-        state[key] = state[key].clone()
-        state[key][list(pairs)] = given[key][list(pairs.values())].to(state[key])
-    return _finish(path, network, state, pairs)
+        given, source, skipped = published.network.state_dict(), published.layout, "super_resolution"
+    return _load_part(path, network, source, given, "backbone.", skipped)
 
 
 def load_coarse_weights(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
@@ -102,32 +131,28 @@ def load_coarse_weights(network: MultiTaskNet, path: str | Path, layout: TaskLay
     """
     if not str(path):
         return []
-    given, state = read_state_dict(path), network.state_dict()
-    coarse = [key for key in state if key.startswith("backbone.coarse.")]
-    pairs = _match_channels(path, network.layout, layout or network.layout, given)
-    _copy_backbone(path, state, given, {key: key.replace("backbone.coarse.", "backbone.") for key in coarse})
+    return _load_part(path, network, layout or network.layout, read_state_dict(path), "backbone.coarse.")
+
+
+def _load_part(
+    path: str | Path, network: MultiTaskNet, layout: TaskLayout, given: Mapping[str, Tensor], prefix: str, skipped: str = ""
+) -> list[str]:  # fmt: skip
+    """Load the backbone under a prefix and the channels that both layouts have, whose weights of other features are 0."""
+    pairs = _match_channels(path, network.layout, layout, given, skipped)
+    state = network.state_dict()
+    for key in (key for key in state if key.startswith(prefix)):
+        source = key.replace(prefix, "backbone.")
+        if source not in given or given[source].shape != state[key].shape:
+            found = f"one of {tuple(given[source].shape)}" if source in given else "none"
+            rule = f"{path}: the weights must fit the network's backbone"
+            raise ValueError(f"{rule}, found {found} for '{source}' of {tuple(state[key].shape)}")
+        state[key] = given[source]
     rows, sources = list(pairs), list(pairs.values())
     weight, bias = state["head.weight"].clone(), state["head.bias"].clone()
     weight[rows] = 0
     weight[rows, -given["head.weight"].shape[1] :] = given["head.weight"][sources].to(weight)
     bias[rows] = given["head.bias"][sources].to(bias)
-    return _finish(path, network, {**state, "head.weight": weight, "head.bias": bias}, pairs)
-
-
-def _copy_backbone(
-    path: str | Path, state: dict[str, Tensor], given: Mapping[str, Tensor], names: dict[str, str]
-) -> None:
-    for key, source in names.items():
-        if source not in given or given[source].shape != state[key].shape:
-            found = f"one of {tuple(given[source].shape)}" if source in given else "none"
-            raise ValueError(
-                f"{path}: the weights must fit the network's backbone, found {found} for '{source}' of {tuple(state[key].shape)}"
-            )
-        state[key] = given[source]
-
-
-def _finish(path: str | Path, network: MultiTaskNet, state: dict[str, Tensor], pairs: dict[int, int]) -> list[str]:
-    network.load_state_dict(state)
+    network.load_state_dict({**state, "head.weight": weight, "head.bias": bias})
     missing = [name for i, name in enumerate(network.layout.channel_names) if i not in pairs]
     new = ", ".join(missing) or "none"
     logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
@@ -135,19 +160,16 @@ def _finish(path: str | Path, network: MultiTaskNet, state: dict[str, Tensor], p
 
 
 def _match_channels(
-    path: str | Path, new: TaskLayout, old: TaskLayout, given: Mapping[str, Tensor], skipped: tuple[str, ...] = ()
+    path: str | Path, new: TaskLayout, old: TaskLayout, given: Mapping[str, Tensor], skipped: str
 ) -> dict[int, int]:
     """Channel of the old layout for every channel of the new one that means the same."""
     tensors = [given.get(f"head.{kind}", torch.empty(0)) for kind in ("weight", "bias")]
     if any(len(tensor) != old.channels for tensor in tensors):
-        found = len(tensors[0]) or "no head"
-        raise ValueError(
-            f"{path}: the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}, "
-            f"found {found}"
-        )
+        rule = f"the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}"
+        raise ValueError(f"{path}: {rule}, found {len(tensors[0]) or 'no head'}")
     pairs: dict[int, int] = {}
     for name, task in new.tasks.items():
-        if name not in old.tasks or name in skipped:
+        if name not in old.tasks or name == skipped:
             continue
         if task.kind == "labels":
             structures = [s for s in old.protocol.structures if s.name != f"label-{s.freesurfer_id}"]  # a mere number
