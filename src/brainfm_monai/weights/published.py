@@ -282,7 +282,7 @@ def import_weights(path: str | Path, output: str | Path, half: bool = False) -> 
     if not shipped:
         cells = ((s.label, s.freesurfer_id, s.name, s.side, s.mirror, *s.colour) for s in protocol.structures)
         write_table(folder / "protocol.tsv", COLUMNS, [(*row, "") for row in cells])
-    backbone = {"_target_": f"brainfm_monai.networks.{info.backbone}"}
+    backbone: dict[str, Any] = {"_target_": f"brainfm_monai.networks.{info.backbone}"}
     backbone |= {"in_channels": published.network.backbone.in_channels, "features": list(info.features)}
     backbone |= {"unit_norm": True} if info.unit_norm else {}
     overrides = {
