@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -10,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["MAXIMUM_LABELS", "Protocol", "Structure", "is_brain", "is_fluid", "is_head"]
-
-SIDES = ("none", "left", "right")
+OPPOSITE = {"none": "none", "left": "right", "right": "left"}  # side of the partner in the mirror
 MAXIMUM_LABELS = 256  # label maps have one byte for each voxel
 HEAD_IDS = ((500, 599), (900, 999))  # SynthSeg's and SuperSynth's ids of what is not brain
 # FreeSurfer ids of ventricles, their choroid plexus and patches of them (SynthSeg), and the fluid around the brain
 FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72, 136, 137, 163, 164)
 SHARE_TOLERANCE = 1e-6  # of the sum of a mixture's shares, which are written with two digits
+SHIPPED = resources.files("brainfm_monai") / "protocols"
 COLUMNS = ("label", "freesurfer_id", "name", "side", "mirror", "red", "green", "blue", "includes")
 
 
@@ -38,27 +38,16 @@ def is_fluid(freesurfer_ids: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Structure:
-    """One row of a protocol table.
+    """One row of a protocol table."""
 
-    Attributes:
-        label: contiguous index, which is also the channel of the structure in the network's output.
-        freesurfer_id: the id of the structure in FreeSurfer's colour table (5xx: SynthSeg's head labels).
-        name: name without blanks.
-        side: ``"none"``, ``"left"`` or ``"right"``.
-        mirror: label of the structure on the other side; the own label where there is none.
-        colour: red, green and blue in [0, 255].
-        includes: further ids in the source maps that become this structure.
-        mixture: for a partial-volume code, (FreeSurfer id, share) of the structures that it mixes; empty for a pure one.
-    """
-
-    label: int
-    freesurfer_id: int
-    name: str
-    side: str
-    mirror: int
-    colour: tuple[int, int, int]
-    includes: tuple[int, ...] = ()
-    mixture: tuple[tuple[int, float], ...] = ()
+    label: int  # contiguous index, which is also the channel of the structure in the network's output
+    freesurfer_id: int  # id of the structure in FreeSurfer's colour table (5xx: SynthSeg's head labels)
+    name: str  # without blanks
+    side: str  # "none", "left" or "right"
+    mirror: int  # label of the structure on the other side; the own label where there is none
+    colour: tuple[int, int, int]  # red, green and blue in [0, 255]
+    includes: tuple[int, ...] = ()  # further ids in the source maps that become this structure
+    mixture: tuple[tuple[int, float], ...] = ()  # (FreeSurfer id, share) of the parts of a partial-volume code
 
 
 @dataclass(frozen=True)
@@ -66,69 +55,61 @@ class Protocol:
     """A named set of structures, background first.
 
     A protocol is one tab-separated table with the columns ``label freesurfer_id name side mirror red green blue
-    includes``; ``includes`` lists, separated by blanks, ids of the source maps that are folded into the structure. A column
-    ``mixture`` may follow: ``2:0.48 3:0.52`` makes a label a partial-volume code of the structures with ids 2 and 3.
+    includes``; ``includes`` lists, separated by blanks, ids of the source maps that are folded into the structure. A
+    column ``mixture`` may follow: ``2:0.48 3:0.52`` makes a label a partial-volume code of the structures with ids 2
+    and 3.
 
     Raises:
-        ValueError: if labels are not 0, 1, 2, ... in order, or more than 256; if an id stands twice, the mirror rule is not its
-            own inverse, or the shares of a mixture do not sum to 1 over pure structures of the table.
+        ValueError: if labels are not 0, 1, 2, ... in order, or more than 256; if an id stands twice, the mirror rule is
+            not its own inverse, or the shares of a mixture do not sum to 1 over pure structures of the table.
     """
 
     name: str
     structures: tuple[Structure, ...]
 
     def __post_init__(self) -> None:
-        labels = [s.label for s in self.structures]
+        start, labels = f"protocol {self.name}:", [s.label for s in self.structures]
         if len(labels) > MAXIMUM_LABELS:
-            raise ValueError(f"protocol {self.name}: at most {MAXIMUM_LABELS} labels are possible, found {len(labels)}")
+            raise ValueError(f"{start} at most {MAXIMUM_LABELS} labels are possible, found {len(labels)}")
         if labels != list(range(len(labels))):
-            raise ValueError(f"protocol {self.name}: labels must be 0, 1, 2, ... in order, got {labels}")
-        ids = [i for s in self.structures for i in (s.freesurfer_id, *s.includes)]
-        twice = sorted({i for i in ids if ids.count(i) > 1})
-        if twice:
-            raise ValueError(f"protocol {self.name}: an id may stand once, found more than once: {twice}")
-        for s in self.structures:
-            other = self.structures[s.mirror] if 0 <= s.mirror < len(labels) else None
-            opposite = {"none": "none", "left": "right", "right": "left"}[s.side]
-            if other is None or other.mirror != s.label or other.side != opposite:
-                raise ValueError(
-                    f"protocol {self.name}: {s.name} ({s.side}) names mirror {s.mirror}, which does not name it back"
-                )
+            raise ValueError(f"{start} labels must be 0, 1, 2, ... in order, got {labels}")
+        counts = Counter(i for s in self.structures for i in (s.freesurfer_id, *s.includes))
+        if len(counts) < counts.total():
+            twice = sorted(i for i, count in counts.items() if count > 1)
+            raise ValueError(f"{start} an id may stand once, found more than once: {twice}")
         pure = {s.freesurfer_id for s in self.structures if not s.mixture}
         for s in self.structures:
-            if s.mixture and (
-                not {i for i, _ in s.mixture} <= pure or abs(sum(w for _, w in s.mixture) - 1) > SHARE_TOLERANCE
-            ):
-                raise ValueError(
-                    f"protocol {self.name}: {s.name} must mix pure structures with shares that sum to 1, got {s.mixture}"
-                )
+            partner = self.structures[s.mirror] if 0 <= s.mirror < len(labels) else None
+            if partner is None or (partner.mirror, partner.side) != (s.label, OPPOSITE[s.side]):
+                raise ValueError(f"{start} {s.name} ({s.side}) names mirror {s.mirror}, which does not name it back")
+            sources, total = {i for i, _ in s.mixture}, sum(share for _, share in s.mixture)
+            if s.mixture and not (sources <= pure and abs(total - 1) <= SHARE_TOLERANCE):
+                rule = "must mix pure structures with shares that sum to 1"
+                raise ValueError(f"{start} {s.name} {rule}, got {s.mixture}")
 
     def __len__(self) -> int:
         return len(self.structures)
 
     @classmethod
     def load(cls, source: str | Path) -> Protocol:
-        """Read a protocol by the name of one that is shipped (``brainfm``, ``synthseg_head``, ...) or from a table file.
+        """Read a protocol by the name of a shipped one (``brainfm``, ``synthseg_head``, ...) or from a table file.
 
         Raises:
             FileNotFoundError: if ``source`` is neither a shipped protocol nor a file.
             ValueError: if the table breaks a rule of the class.
         """
-        shipped = resources.files("brainfm_monai") / "protocols" / f"{source}.tsv"
-        if not Path(source).suffix and shipped.is_file():
+        path, shipped = Path(source), SHIPPED / f"{source}.tsv"
+        if not path.suffix and shipped.is_file():
             return cls(str(source), _parse(shipped.read_text(encoding="utf-8"), str(source)))
-        path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{source}: not a protocol of this package ({', '.join(cls.names())}) and not a file"
-            )
+            known = ", ".join(cls.names())
+            raise FileNotFoundError(f"{source}: not a protocol of this package ({known}) and not a file")
         return cls(path.stem, _parse(path.read_text(encoding="utf-8"), path.name))
 
     @staticmethod
     def names() -> list[str]:
         """Names of the protocols that the package ships."""
-        folder = resources.files("brainfm_monai") / "protocols"
-        return sorted(f.name.removesuffix(".tsv") for f in folder.iterdir() if f.name.endswith(".tsv"))
+        return sorted(f.name.removesuffix(".tsv") for f in SHIPPED.iterdir() if f.name.endswith(".tsv"))
 
     @cached_property
     def label_of_id(self) -> dict[int, int]:
@@ -170,24 +151,16 @@ class Protocol:
         """Share of every pure structure in every label, shape (L, L), float32: the identity where nothing is mixed."""
         weights = np.eye(len(self), dtype=np.float32)
         for s in self.structures:
-            if s.mixture:
-                weights[s.label] = 0
-                for source, share in s.mixture:
-                    weights[s.label, self.label_of_id[source]] += share
+            weights[s.label, s.label] = not s.mixture
+            for source, share in s.mixture:
+                weights[s.label, self.label_of_id[source]] += share
         return weights
 
     def encode(self, ids: np.ndarray, source: str = "label map") -> np.ndarray:
-        """Turn a map of source ids into a map of labels.
-
-        Args:
-            ids: array of ids, any shape, integer-valued.
-            source: name for messages.
-
-        Returns:
-            uint8 array of labels, of the same shape.
+        """Turn a map of integer-valued source ids, any shape, into a map of labels, uint8.
 
         Raises:
-            ValueError: if an id is not in the table.
+            ValueError: if an id is not in the table; ``source`` names the map.
         """
         whole = np.rint(ids).astype(np.int64)
         present = np.unique(whole)
@@ -202,22 +175,21 @@ class Protocol:
 def _parse(text: str, source: str) -> tuple[Structure, ...]:
     rows = list(csv.DictReader(text.splitlines(), delimiter="\t"))
     if not rows or set(COLUMNS) - set(rows[0]):
-        raise ValueError(
-            f"{source}: a protocol table needs the columns {' '.join(COLUMNS)}, found {' '.join(rows[0]) if rows else 'no rows'}"
-        )
+        found = " ".join(rows[0]) if rows else "no rows"
+        raise ValueError(f"{source}: a protocol table needs the columns {' '.join(COLUMNS)}, found {found}")
     structures = []
     for number, row in enumerate(rows, start=2):
-        if row["side"] not in SIDES:
-            raise ValueError(f"{source}, line {number}: side must be one of {SIDES}, found '{row['side']}'")
+        if row["side"] not in OPPOSITE:
+            raise ValueError(f"{source}, line {number}: side must be one of {tuple(OPPOSITE)}, found '{row['side']}'")
         try:
-            colour = (int(row["red"]), int(row["green"]), int(row["blue"]))
+            red, green, blue, label, freesurfer_id, mirror = (
+                int(row[column]) for column in ("red", "green", "blue", "label", "freesurfer_id", "mirror")
+            )
             includes = tuple(int(i) for i in (row["includes"] or "").split())
             parts = [part.split(":") for part in (row.get("mixture") or "").split()]
-            mixture = tuple((int(source), float(share)) for source, share in parts)
-            label, number_of_id, mirror = int(row["label"]), int(row["freesurfer_id"]), int(row["mirror"])
-            structures.append(
-                Structure(label, number_of_id, row["name"], row["side"], mirror, colour, includes, mixture)
-            )
+            mixture = tuple((int(part), float(share)) for part, share in parts)
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: numbers are needed, {error}") from error
+        colour = (red, green, blue)
+        structures.append(Structure(label, freesurfer_id, row["name"], row["side"], mirror, colour, includes, mixture))
     return tuple(structures)

@@ -1,17 +1,17 @@
-"""The table of maps: every task of the network, its channels, its units and its files; and the layout of one output tensor."""
+"""The table of maps: every task of the network, its channels, units and files; and the layout of one output tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-
-__all__ = ["ACTIVATIONS", "MAX_DISTANCE_MM", "TASKS", "Task", "TaskLayout", "bound_log_scale"]
 
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
 CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
@@ -20,13 +20,9 @@ LOG_SCALE_LIMIT = 7.0  # scales lie between e^-7 and e^7 units: 0.1 mm of MNI co
 
 
 def bound_log_scale(value: Tensor) -> Tensor:
-    """Log of a scale of error out of a network's output, within +-7; the bound is smooth, so that no gradient is lost at it.
+    """Log of a scale of error out of a network's output, any shape, within +-7, in float32.
 
-    Args:
-        value: any shape.
-
-    Returns:
-        Tensor of the same shape, in float32.
+    The bound is smooth, so that no gradient is lost at it.
     """
     return LOG_SCALE_LIMIT * torch.tanh(value.float() / LOG_SCALE_LIMIT)
 
@@ -45,47 +41,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Task:
     """One thing that the network predicts, and everything about the map that is made of it.
 
-    Attributes:
-        name: name of the task, and key of its target in a batch.
-        kind: ``labels``, ``mask``, ``image``, ``log_field``, ``distance``, ``coordinates``, ``scalar``, ``embedding`` or
-            ``log_scale``: it decides the loss and the metric. A scalar is the mean of its channel over the head: a 1x1x1
-            convolution and a mean commute, so that one output tensor serves numbers, too.
-        channel_names: names of the channels; empty for the segmentation and the embedding, where the layout gives them.
-        unit: unit of the network's output and of the target.
-        output_unit: unit of the map in memory and in files; the unit of the network if empty.
-        activation: name out of :data:`ACTIVATIONS`: what is done to the network's output first.
-        scale: factor after the activation, from the network's unit to ``output_unit``.
-        entry: key of the map in the items of the inference; the name if empty.
-        mirror_order: channel order after a left-right mirror, empty for the identity.
-        mirror_sign: sign of each channel after a left-right mirror, empty for +1.
-        outside: network's output in the air around the head (of a segmentation: of its background).
-        interpolation: how the map is brought to another grid.
-        stem: end of the name of the map's file; empty where the map has no file of its own.
-        step: quantisation step of the file in ``output_unit``; None: as fine as 16 bits allow.
-        outputs: groups of files (``--outputs``) that are made of the map.
-        picture: how the map is drawn: a key of the painters of page, training pictures and previews; empty: not drawn.
+    The kind is ``labels``, ``mask``, ``image``, ``log_field``, ``distance``, ``coordinates``, ``scalar``, ``embedding``
+    or ``log_scale``: it decides the loss and the metric. A scalar is the mean of its channel over the head: a 1x1x1
+    convolution and a mean commute, so that one output tensor serves numbers, too.
     """
 
-    name: str
+    name: str  # also the key of the target in a batch
     kind: str
-    channel_names: tuple[str, ...] = ()
-    unit: str = "intensity in [0, 1]"
-    output_unit: str = ""
-    activation: str = "identity"
-    scale: float = 1.0
-    entry: str = ""
-    mirror_order: tuple[int, ...] = ()
-    mirror_sign: tuple[int, ...] = ()
-    outside: float = 0.0
-    interpolation: str = "bilinear"
-    stem: str = ""
-    step: float | None = None
-    outputs: tuple[str, ...] = ()
-    picture: str = ""
+    channel_names: tuple[str, ...] = ()  # empty for segmentation and embedding, where the layout gives them
+    unit: str = "intensity in [0, 1]"  # of the network's output and of the target
+    output_unit: str = ""  # of the map in memory and in files; the unit of the network if empty
+    activation: str = "identity"  # name out of ACTIVATIONS: what is done to the network's output first
+    scale: float = 1.0  # factor after the activation, from the network's unit to output_unit
+    entry: str = ""  # key of the map in the items of the inference; the name if empty
+    mirror_order: tuple[int, ...] = ()  # channel order after a left-right mirror; empty for the identity
+    mirror_sign: tuple[int, ...] = ()  # sign of each channel after a left-right mirror; empty for +1
+    outside: float = 0.0  # network's output in the air around the head (of a segmentation: of its background)
+    interpolation: str = "bilinear"  # how the map is brought to another grid
+    stem: str = ""  # end of the name of the map's file; empty where the map has no file of its own
+    step: float | None = None  # quantisation step of the file in output_unit; None: as fine as 16 bits allow
+    outputs: tuple[str, ...] = ()  # groups of files (--outputs) that are made of the map
+    picture: str = ""  # key of the painters of page, training pictures and previews; empty: not drawn
 
     def __post_init__(self) -> None:
-        for field, default in (("output_unit", self.unit), ("entry", self.name)):
-            object.__setattr__(self, field, getattr(self, field) or default)
+        object.__setattr__(self, "output_unit", self.output_unit or self.unit)
+        object.__setattr__(self, "entry", self.entry or self.name)
 
     @property
     def channels(self) -> int:
@@ -101,9 +81,8 @@ class Task:
         return target if self.kind in ("labels", "mask") else self.to_map(target)
 
 
-def _image(name: str, stem: str, **columns: object) -> Task:
-    row = Task(name, "image", (name,), stem=stem, outputs=("contrasts",), picture="image")
-    return replace(row, **columns)  # type: ignore[arg-type]
+def _image(name: str, stem: str, **columns: Any) -> Task:
+    return Task(name, "image", (name,), stem=stem, outputs=("contrasts",), picture="image", **columns)
 
 
 # Units, channel orders and mirror rules: BrainFM (arXiv 2509.00549); distances are lp, lw, rp, rw there.
@@ -162,11 +141,14 @@ LOG_SCALES: dict[str, Task] = {name: _make_log_scale(task) for name, task in TAS
 class TaskLayout:
     """Names the channels of the network's one output tensor, segmentation first.
 
+    Attributes: ``tasks`` and ``maps``, the rows by name and by entry, ``slices``, the channels of each, and
+        ``channels``.
+
     Args:
         tasks: names out of :data:`TASKS`, in the order wanted; the segmentation is moved to the front.
         protocol: label protocol of the segmentation: its name, a table file or a :class:`Protocol`.
-        uncertainty: tasks of images, distances or coordinates whose scale of error is predicted, too. Each brings a task
-            ``<task>_log_scale`` after all others, with one channel for each channel of its own; see :func:`bound_log_scale`.
+        uncertainty: tasks of images, distances or coordinates whose scale of error is predicted, too. Each brings a
+            task ``<task>_log_scale`` after all others, with a channel for each of its own; see :func:`bound_log_scale`.
         embedding_channels: channels of the task ``embedding``.
 
     Raises:
@@ -180,26 +162,21 @@ class TaskLayout:
         uncertainty: Sequence[str] = (),
         embedding_channels: int = EMBEDDING_CHANNELS,
     ) -> None:
-        unknown = [name for name in tasks if name not in TASKS]
-        if unknown or len(set(tasks)) != len(tasks) or not tasks:
+        if not set(tasks) <= set(TASKS) or len(set(tasks)) != len(tasks) or not tasks:
             raise ValueError(f"TaskLayout: 'tasks' must be different names out of {list(TASKS)}, got {list(tasks)}")
         self.protocol = protocol if isinstance(protocol, Protocol) else Protocol.load(protocol)
         possible = [name for name in tasks if name in LOG_SCALES]
         if len(set(uncertainty) & set(possible)) != len(uncertainty):
-            raise ValueError(
-                f"TaskLayout: 'uncertainty' must be different names out of {possible}, got {list(uncertainty)}"
-            )
-        names = sorted(tasks, key=lambda name: name != "segmentation")
+            rule = f"'uncertainty' must be different names out of {possible}"
+            raise ValueError(f"TaskLayout: {rule}, got {list(uncertainty)}")
         self.embedding_channels = embedding_channels
+        names = sorted(tasks, key=lambda name: name != "segmentation")
         rows = [*(self._resolve(TASKS[name]) for name in names), *(LOG_SCALES[name] for name in uncertainty)]
         self.tasks: dict[str, Task] = {task.name: task for task in rows}
         self.maps: dict[str, Task] = {task.entry: task for task in rows}
-        self.slices: dict[str, slice] = {}
-        start = 0
-        for name, task in self.tasks.items():
-            self.slices[name] = slice(start, start + task.channels)
-            start += task.channels
-        self.channels = start
+        ends = list(accumulate((task.channels for task in rows), initial=0))
+        self.slices = {task.name: slice(*pair) for task, pair in zip(rows, pairwise(ends), strict=True)}
+        self.channels = ends[-1]
 
     def _resolve(self, task: Task) -> Task:
         """The row of a task with its channels."""
@@ -212,8 +189,8 @@ class TaskLayout:
 
     def log_scale_of(self, name: str) -> str | None:
         """Name of the task with the log of a task's scale of error, if there is one."""
-        scale = LOG_SCALES.get(name)
-        return scale.name if scale is not None and scale.name in self.tasks else None
+        scale = f"{name}_log_scale"
+        return scale if scale in self.tasks else None
 
     @property
     def channel_names(self) -> list[str]:
@@ -222,9 +199,10 @@ class TaskLayout:
 
     @property
     def outside_values(self) -> list[float]:
-        """Value of every channel in the air around a head: background for certain, far from any surface, no bias, -1000 HU.
+        """Value of every channel in the air around a head: certain background, far from any surface, no bias, -1000 HU.
 
-        MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the least.
+        MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the
+        least.
         """
         values = []
         for task in self.tasks.values():
@@ -232,14 +210,11 @@ class TaskLayout:
         return values
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
-        """Views of the output tensor by task.
+        """Views of the output tensor by task, each of shape (B, channels of the task, H, W, D).
 
         Args:
-            output: shape (B, C, H, W, D) with C the layout's channels, or ``label_channels`` of them where the segmentation
-                has been decided.
-
-        Returns:
-            For each task a view of shape (B, channels of the task, H, W, D); a decided segmentation has one channel.
+            output: shape (B, C, H, W, D) with C the layout's channels, or ``label_channels`` of them where the
+                segmentation has been decided and has one channel.
 
         Raises:
             ValueError: if the number of channels differs from the layout's.
@@ -248,12 +223,10 @@ class TaskLayout:
         if output.shape[1] == self.label_channels and "segmentation" in sizes:
             sizes["segmentation"] = 1
         if output.shape[1] != sum(sizes.values()):
-            raise ValueError(
-                f"TaskLayout.split: 'output' must have {self.channels} channels for {list(self.tasks)}, got {tuple(output.shape)}"
-            )
-        # One split, not a slice for each task: its gradient is one concatenation instead of a zero-filled volume per task.
-        parts = output.split(list(sizes.values()), dim=1)
-        return dict(zip(self.tasks, parts, strict=True))
+            rule = f"'output' must have {self.channels} channels for {list(self.tasks)}"
+            raise ValueError(f"TaskLayout.split: {rule}, got {tuple(output.shape)}")
+        # One split, not a slice for each task: its gradient is one concatenation, not a zero-filled volume per task.
+        return dict(zip(self.tasks, output.split(list(sizes.values()), dim=1), strict=True))
 
     @property
     def label_channels(self) -> int:
@@ -264,11 +237,7 @@ class TaskLayout:
     def choose_labels(self, output: Tensor) -> Tensor:
         """Decide the segmentation of the output tensor: the label of the largest logit in place of all logits.
 
-        Args:
-            output: shape (B, C, H, W, D) with C the layout's channels.
-
-        Returns:
-            Tensor of shape (B, label_channels, H, W, D): labels, then the other tasks as they were.
+        The output (B, C, H, W, D) becomes (B, label_channels, H, W, D): labels, then the other tasks as they were.
         """
         if "segmentation" not in self.tasks:
             return output
@@ -277,18 +246,13 @@ class TaskLayout:
         return torch.cat([labels, output[:, logits.stop :]], dim=1)
 
     def mirror(self, output: Tensor) -> Tensor:
-        """The output of the mirrored head: left-right flip (axis H) with the mirror rule of every task.
+        """The output (B, C, H, W, D), axes RAS+, of the mirrored head.
 
-        Args:
-            output: shape (B, C, H, W, D) with C the layout's channels, RAS+ axes.
-
-        Returns:
-            Tensor of the same shape; mirroring twice is the identity.
+        This is a left-right flip (axis H) with the mirror rule of every task; mirroring twice is the identity.
         """
         order, sign = [], []
         for name, task in self.tasks.items():
-            start = self.slices[name].start
-            order += [start + i for i in (task.mirror_order or range(task.channels))]
+            order += [self.slices[name].start + i for i in (task.mirror_order or range(task.channels))]
             sign += list(task.mirror_sign or (1,) * task.channels)
         factor = torch.tensor(sign, dtype=output.dtype, device=output.device).reshape(1, -1, 1, 1, 1)
         return output[:, order].flip(2) * factor

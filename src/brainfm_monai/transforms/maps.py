@@ -1,4 +1,4 @@
-"""The one output tensor becomes named maps: labels out of those that a mode allows, and the other tasks in their units."""
+"""The one output tensor becomes named maps: labels of those that a mode allows, the other tasks in their units."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.transforms.utils import generate_spatial_bounding_box
+from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.tasks import TaskLayout
-
-__all__ = ["MODES", "Mode", "SplitTasksd", "allowed_labels"]
 
 HINDBRAIN = (7, 8, 15, 16, 46, 47)  # FreeSurfer ids of cerebellum, fourth ventricle and brainstem
 OUTER_FLUID = (24,)
@@ -25,17 +24,11 @@ SLAB = 16  # slices that are turned into probabilities at once: 44 labels of 256
 
 
 class Mode(NamedTuple):
-    """What of a head a scan shows: other labels cannot be found in it.
+    """What of a head a scan shows: other labels cannot be found in it."""
 
-    Attributes:
-        shows_head: whether tissues of the head outside the brain are in the scan.
-        excluded_ids: FreeSurfer ids that are not in the scan.
-        excluded_side: ``"left"`` or ``"right"``: the structures of that side are not in the scan.
-    """
-
-    shows_head: bool = True
-    excluded_ids: tuple[int, ...] = ()
-    excluded_side: str = ""
+    shows_head: bool = True  # whether tissues of the head outside the brain are in the scan
+    excluded_ids: tuple[int, ...] = ()  # FreeSurfer ids that are not in the scan
+    excluded_side: str = ""  # "left" or "right": the structures of that side are not in the scan
 
 
 MODES: dict[str, Mode] = {
@@ -69,16 +62,17 @@ class SplitTasksd(MapTransform):
 
     The entry itself becomes the label map of the segmentation, uint8, shape (1, H, W, D), so that the volume of logits
     is freed before anything is resampled. The other tasks become entries of the name (``Task.entry``) and unit
-    (``Task.output_unit``) that the table of tasks gives them, float32. A scalar stays a map, whose mean over the head is the
-    number.
+    (``Task.output_unit``) that the table of tasks gives them, float32. A scalar stays a map, whose mean over the head
+    is the number.
 
     Args:
         keys: key of the output tensor, shape (C, H, W, D) with C the layout's channels.
         layout: names of the channels.
         mode: name out of :data:`MODES`: excluded labels get no probability.
-        probabilities: add what the files report of the probabilities: ``entropy``, that of the labels relative to its maximum,
-            shape (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum of each label's probability times
-            the voxel's volume in mm^3, shape (L,); and ``segmentation``, a second label map, which stays in the network's grid.
+        probabilities: add what the files report of the probabilities: ``entropy``, that of the labels relative to its
+            maximum, shape (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum of each label's
+            probability times the voxel's volume in mm^3, shape (L,); and ``segmentation``, a second label map, which
+            stays in the network's grid.
 
     Raises:
         ValueError: if there is no such mode, or labels that were decided already include one that the mode excludes.
@@ -97,16 +91,13 @@ class SplitTasksd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             output = d.pop(key)
-            values = output.as_tensor() if isinstance(output, MetaTensor) else torch.as_tensor(output)
-            for name, part in self.layout.split(values.unsqueeze(0)).items():
-                task = self.layout.tasks[name]
-                if task.kind == "labels":
-                    entries = self._decide(key, part.squeeze(0), output)
-                else:
-                    entries = {task.entry: task.to_map(part.squeeze(0))}
-                d |= {
-                    name: value if name == "soft_volumes" else _like(value, output) for name, value in entries.items()
-                }
+            for name, part in self.layout.split(convert_to_tensor(output, track_meta=False)[None]).items():
+                task, part = self.layout.tasks[name], part[0]
+                entries = self._decide(key, part, output) if task.kind == "labels" else {task.entry: task.to_map(part)}
+                for entry, value in entries.items():
+                    d[entry] = value if entry == "soft_volumes" else MetaTensor(value)
+                    if isinstance(output, MetaTensor) and entry != "soft_volumes":
+                        d[entry].copy_meta_from(output)
         return d
 
     def _decide(self, key: Hashable, logits: Tensor, output: Any) -> dict[Hashable, Tensor]:
@@ -119,38 +110,30 @@ class SplitTasksd(MapTransform):
             return {key: decided, **({"segmentation": decided.clone()} if self.probabilities else {})}
         allowed = torch.tensor(self.allowed, device=logits.device)
         possible = logits if len(allowed) == len(logits) else logits[allowed]
-        labels = torch.cat(
-            [allowed[slab.argmax(dim=0, keepdim=True)].to(torch.uint8) for slab in possible.split(SLAB, dim=1)], dim=1
-        )
+        slabs = [allowed[slab.argmax(dim=0, keepdim=True)].to(torch.uint8) for slab in possible.split(SLAB, dim=1)]
+        labels = torch.cat(slabs, dim=1)
         if not self.probabilities:
             return {key: labels}
         entropy = torch.zeros(labels.shape, device=logits.device)
         volumes = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-        corners = generate_spatial_bounding_box(labels)
-        box = [slice(first, end) for first, end in zip(*corners, strict=True)]
+        box = [slice(*ends) for ends in zip(*generate_spatial_bounding_box(labels), strict=True)]
         entropy[:, *box], volumes[allowed] = _measure(possible[:, *box])
         voxel_mm3 = float(torch.det(output.affine[:3, :3]).abs()) if isinstance(output, MetaTensor) else 1.0
         return {key: labels, "segmentation": labels.clone(), "entropy": entropy, "soft_volumes": volumes * voxel_mm3}
 
 
 def _measure(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of each voxel relative to its maximum, shape (1, H, W, D), and sum of each label's probability, shape (L,).
+    """Entropy of each voxel relative to its maximum, (1, H, W, D), and sum of each label's probability, (L,).
 
-    With z the log of the sum of exp(logits), the entropy is z - sum(p logits). One buffer serves all slabs: large new ones
-    cost more time than the arithmetic.
+    With z the log of the sum of exp(logits), the entropy is z - sum(p logits). One buffer serves all slabs: large new
+    ones cost more time than the arithmetic.
     """
-    entropy = torch.zeros(1, *logits.shape[1:], device=logits.device)
-    total = logits.new_zeros(len(logits), dtype=torch.float64)
+    entropies, total = [], logits.new_zeros(len(logits), dtype=torch.float64)
     buffer = torch.empty(0, device=logits.device)
-    for first in range(0, logits.shape[1], SLAB):
-        slab = logits[:, first : first + SLAB].float()
+    for part in logits.split(SLAB, dim=1):
+        slab = part.float()
         normaliser = slab.logsumexp(dim=0, keepdim=True)
         buffer = torch.sub(slab, normaliser, out=buffer.resize_(0)).exp_()
         total += buffer.sum(dim=(1, 2, 3)).double()
-        entropy[:, first : first + SLAB] = normaliser - buffer.mul_(slab).sum(dim=0, keepdim=True)
-    return entropy.clamp_min(0) / math.log(max(len(logits), 2)), total
-
-
-def _like(values: Tensor, source: Any) -> MetaTensor:
-    tensor = MetaTensor(values)
-    return tensor.copy_meta_from(source) if isinstance(source, MetaTensor) else tensor
+        entropies.append(normaliser - buffer.mul_(slab).sum(dim=0, keepdim=True))
+    return torch.cat(entropies, 1).clamp_min(0) / math.log(max(len(logits), 2)), total
