@@ -13,20 +13,13 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import read_table
 
-__all__ = ["CONTRASTS", "read_contrasts"]
-
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
 
 
 def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Means and the stds of these means out of the package's tables.
+    """Means and the stds of these means, both (N, L), out of N of the package's tables for L generation labels.
 
-    Args:
-        names: of tables, N of them; ``CT`` is in HU, the others are in [0, 255].
-        protocol: of the generation labels, L of them.
-
-    Returns:
-        Two tensors of shape (N, L); NaN for labels that a table does not know, as for partial-volume codes.
+    ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
 
     Raises:
         ValueError: if there is no such table.
@@ -34,10 +27,9 @@ def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Te
     unknown = [name for name in names if name not in CONTRASTS]
     if unknown:
         raise ValueError(f"contrast_priors: names must be out of {list(CONTRASTS)}, got {unknown}")
-    tables = [_read(name) for name in names]
-    rows = [[table.get(int(i), (np.nan, np.nan)) for i in protocol.freesurfer_ids] for table in tables]
-    values = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2)
-    return values[..., 0], values[..., 1]
+    rows = [[_read(name).get(int(i), (np.nan, np.nan)) for i in protocol.freesurfer_ids] for name in names]
+    means, stds = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2).unbind(-1)
+    return means, stds
 
 
 @cache

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "AppearanceParams",
-    "GeometryParams",
-    "Range",
-    "SynthesisParams",
-    "SynthesisRanges",
-    "make_mild",
-    "parse_ranges",
-]
+from brainfm_monai.synthesis.contrasts import CONTRASTS
 
 Range = tuple[float, float]
 
@@ -26,11 +19,12 @@ Range = tuple[float, float]
 class SynthesisRanges:
     """Laws of the random quantities; pairs are (low, high) of a uniform law unless said otherwise.
 
-    The numbers are those of the published BrainFM configuration, except where ``docs/sampling.md``, which has a row for every
-    field, says why not.
+    The numbers are those of the published BrainFM configuration, except where ``docs/sampling.md``, which has a row for
+    every field, says why not.
 
     Raises:
-        ValueError: if a pair is not two ascending numbers, a probability is outside [0, 1], or weights are negative or all 0.
+        ValueError: if a pair is not two ascending numbers, a probability is outside [0, 1], or weights are negative or
+            all 0.
     """
 
     rotation_deg: Range = (-15.0, 15.0)
@@ -90,13 +84,20 @@ class SynthesisRanges:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_prob") and not 0 <= value <= 1:
-                raise ValueError(f"SynthesisRanges: '{field.name}' must be in [0, 1], got {value}")
+            name, value = field.name, getattr(self, field.name)
+            if name.endswith("_prob") and not 0 <= value <= 1:
+                raise ValueError(f"SynthesisRanges: '{name}' must be in [0, 1], got {value}")
             if field.type == "Range":
-                object.__setattr__(self, field.name, _ascending(field.name, value))
-            if field.name.endswith("_weights"):
-                object.__setattr__(self, field.name, _weights(field.name, value, len(field.default)))  # type: ignore[arg-type]
+                rule, valid = "two ascending numbers", len(value) == 2 and value[0] <= value[1]
+            elif name.endswith("_weights"):
+                count = len(getattr(SynthesisRanges, name))
+                rule = f"{count} numbers of at least 0, not all 0"
+                valid = len(value) == count and min(value) >= 0 and sum(value) > 0
+            else:
+                continue
+            if not valid:
+                raise ValueError(f"SynthesisRanges: '{name}' must be {rule}, got {tuple(value)}")
+            object.__setattr__(self, name, tuple(float(v) for v in value))
 
 
 def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
@@ -108,162 +109,80 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     unknown = sorted(set(values) - {field.name for field in fields(SynthesisRanges)})
     if unknown:
         raise ValueError(f"SynthesisRanges: docs/sampling.md lists the fields, found no {', '.join(unknown)}")
-    laws: dict[str, Any] = {name: tuple(v) if isinstance(v, list | tuple) else v for name, v in values.items()}
-    return SynthesisRanges(**laws)
+    return SynthesisRanges(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def make_mild(ranges: SynthesisRanges, **changes: Any) -> SynthesisRanges:
     """Laws of the mild samples of a subject: hardly any bias, gamma and noise, at the full resolution.
 
-    Args:
-        ranges: the laws of the severe samples.
-        changes: further fields that differ.
-
-    Returns:
-        A new instance; ``ranges`` stays as it is.
+    ``changes`` are further fields that differ from ``ranges``, the laws of the severe samples.
 
     Reference:
-        BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), configuration of the mild samples: log-bias std up to 0.02, gamma
-        0.01,
-        noise up to 0.02 of the intensity range.
+        BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), configuration of the mild samples: log-bias std up to 0.02,
+        gamma 0.01, noise up to 0.02 of the intensity range.
     """
-    mild: dict[str, Any] = {
-        "bias_log_std": (0.0, 0.02),
-        "gamma_log_std": 0.01,
-        "noise_std": (0.0, 5.0),
-        "real_noise_std": (0.0, 5.0),
-    }
-    mild |= {"resolution_weights": (1.0, 0.0, 0.0, 0.0), "ghost_prob": 0.0, "mixup_prob": 0.0}
-    return replace(ranges, **{**mild, **changes})
-
-
-def _ascending(name: str, value: Sequence[float]) -> Range:
-    if len(value) != 2 or not value[0] <= value[1]:
-        raise ValueError(f"SynthesisRanges: '{name}' must be two ascending numbers, got {tuple(value)}")
-    return float(value[0]), float(value[1])
-
-
-def _weights(name: str, value: Sequence[float], count: int) -> tuple[float, ...]:
-    if len(value) != count or min(value) < 0 or sum(value) <= 0:
-        raise ValueError(
-            f"SynthesisRanges: '{name}' must be {count} numbers of at least 0, not all 0, got {tuple(value)}"
-        )
-    return tuple(float(v) for v in value)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """A value with all tensors in it on another device, without waiting for the copies."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
-    return value
+    mild: dict[str, Any] = {"bias_log_std": (0.0, 0.02), "gamma_log_std": 0.01, "noise_std": (0.0, 5.0)}
+    mild |= {"real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}
+    return replace(ranges, **{**mild, "ghost_prob": 0.0, "mixup_prob": 0.0, **changes})
 
 
 @dataclass(frozen=True)
 class GeometryParams:
-    """What the samples of one subject share: its shape and what of it is there. B subjects, K labels of the segmentation.
+    """What the samples of one of B subjects share: its shape and what of it is there. K: labels of the segmentation."""
 
-    Attributes:
-        matrix: linear map from output to source, (B, 3, 3).
-        translation: (B, 3), source voxels.
-        velocity: control points, (B, 3, P, Q, R), output voxels.
-        velocity_spacing: distance of the control points, (B, 3), output voxels.
-        mirror: (B,), bool.
-        mirror_labels: label of the segmentation on the other side, (K,), int64.
-        is_brain: labels of the segmentation that are brain, (K,), bool.
-        hemispheres: whether the left and the right cerebrum stay, (B, 2), bool.
-        kept: 1 for labels of the segmentation that stay, 0 for removed ones, (B, K).
-        strip_threshold: (B,), share of kept voxels around a voxel above which it stays.
-        stripped: (B,), bool, the removed is exactly 0 in the image; otherwise it is painted as background.
-        field_of_view: first and last visible output voxel on each axis, (B, 3, 2).
-        face: (a, b, d) of the half-space a y + b z > d, in MNI mm, in which a face is removed, (B, 3); all 0 for none.
-        lesion_noise: control points of the lesion's shape, coarse to fine, each (B, 1, P, P, P); none without lesions.
-        lesion_potential: standard normal control points of its flow's vector potential, (B, 3, P, P, P).
-        lesion_flow: root mean square of the flow, (B,), output voxels.
-        lesion_region: labels of the segmentation in which lesions may lie, (K,), bool.
-        lesion_coverage: share of the region, (B,); 0 for none.
-        diffeomorphic: the velocity is integrated; otherwise it is the displacement.
-        spatial_size: (H, W, D) of the output.
-        stride: output voxel in source voxels.
-        voxel_mm: size of an output voxel.
-    """
-
-    matrix: Tensor
-    translation: Tensor
-    velocity: Tensor
-    velocity_spacing: Tensor
-    mirror: Tensor
-    mirror_labels: Tensor
-    is_brain: Tensor
-    hemispheres: Tensor
-    kept: Tensor
-    strip_threshold: Tensor
-    stripped: Tensor
-    field_of_view: Tensor
-    face: Tensor
-    lesion_noise: tuple[Tensor, ...]
-    lesion_potential: Tensor
-    lesion_flow: Tensor
-    lesion_region: Tensor
-    lesion_coverage: Tensor
-    diffeomorphic: bool
-    spatial_size: tuple[int, int, int]
-    stride: int
-    voxel_mm: float
+    matrix: Tensor  # linear map from output to source, (B, 3, 3)
+    translation: Tensor  # (B, 3), source voxels
+    velocity: Tensor  # control points, (B, 3, P, Q, R), output voxels
+    velocity_spacing: Tensor  # distance of the control points, (B, 3), output voxels
+    mirror: Tensor  # (B,), bool
+    mirror_labels: Tensor  # label of the segmentation on the other side, (K,), int64
+    is_brain: Tensor  # labels of the segmentation that are brain, (K,), bool
+    hemispheres: Tensor  # whether the left and the right cerebrum stay, (B, 2), bool
+    kept: Tensor  # 1 for labels of the segmentation that stay, 0 for removed ones, (B, K)
+    strip_threshold: Tensor  # (B,), share of kept voxels around a voxel above which it stays
+    stripped: Tensor  # (B,), bool, the removed is exactly 0 in the image; otherwise it is painted as background
+    field_of_view: Tensor  # first and last visible output voxel on each axis, (B, 3, 2)
+    face: (
+        Tensor  # (a, b, d) of the half-space a y + b z > d, MNI mm, in which a face is removed, (B, 3); all 0 for none
+    )
+    lesion_noise: tuple[
+        Tensor, ...
+    ]  # control points of the shape, coarse to fine, (B, 1, P, P, P); none without lesions
+    lesion_potential: Tensor  # standard normal control points of the flow's vector potential, (B, 3, P, P, P)
+    lesion_flow: Tensor  # root mean square of the flow, (B,), output voxels
+    lesion_region: Tensor  # labels of the segmentation in which lesions may lie, (K,), bool
+    lesion_coverage: Tensor  # share of the region, (B,); 0 for none
+    diffeomorphic: bool  # the velocity is integrated; otherwise it is the displacement
+    spatial_size: tuple[int, int, int]  # (H, W, D) of the output
+    stride: int  # output voxel in source voxels
+    voxel_mm: float  # size of an output voxel
 
 
 @dataclass(frozen=True)
 class AppearanceParams:
-    """What one sample of each subject looks like. L is the number of generation labels.
+    """What one sample of each subject looks like. L: generation labels; spacings are in output voxels."""
 
-    Attributes:
-        mean: (B, L).
-        std: (B, L).
-        paint_noise: standard normal, (B, 1, *spatial_size).
-        cluster_field: control points of the head's clusters, (B, 1, P, P, P).
-        cluster_spacing: distance of those, (B, 3), output voxels.
-        cluster_offset: intensity offset of each cluster, (B, clusters); without columns where heads are never divided.
-        is_head: 1 for generation labels of the head, 0 for others, (L,).
-        blend: share of the synthetic image, T1w, T2w, FLAIR and CT in the image, (B, 5); rows sum to 1.
-        ct_window: low and high end, (B, 2), HU.
-        lesion_goal: intensity towards which lesions change, (B,).
-        lesion_change: share of the way to it, (B,).
-        gamma: (B,).
-        bias: control points of the log field, (B, 1, P, P, P).
-        bias_spacing: distance of those, (B, 3), output voxels.
-        spacing: of the acquisition, (B, 3), output voxels, at least 1.
-        sigma: of the acquisition profile, (B, 3), output voxels.
-        ghost_count: copies along each axis, (B, 3); 1 for none.
-        ghost_strength: (B,).
-        noise: standard normal, (B, 2, *spatial_size); one channel where Rician noise cannot be drawn.
-        noise_std: (B,).
-        rician: (B,), bool.
-    """
-
-    mean: Tensor
-    std: Tensor
-    paint_noise: Tensor
-    cluster_field: Tensor
-    cluster_spacing: Tensor
-    cluster_offset: Tensor
-    is_head: Tensor
-    blend: Tensor
-    ct_window: Tensor
-    lesion_goal: Tensor
-    lesion_change: Tensor
-    gamma: Tensor
-    bias: Tensor
-    bias_spacing: Tensor
-    spacing: Tensor
-    sigma: Tensor
-    ghost_count: Tensor
-    ghost_strength: Tensor
-    noise: Tensor
-    noise_std: Tensor
-    rician: Tensor
+    mean: Tensor  # (B, L)
+    std: Tensor  # (B, L)
+    cluster_field: Tensor  # control points of the head's clusters, (B, 1, P, P, P)
+    cluster_spacing: Tensor  # distance of those, (B, 3)
+    cluster_offset: Tensor  # intensity offset of each cluster, (B, clusters); no columns where heads are never divided
+    is_head: Tensor  # 1 for generation labels of the head, 0 for others, (L,)
+    blend: Tensor  # share of the synthetic image, T1w, T2w, FLAIR and CT in the image, (B, 5); rows sum to 1
+    ct_window: Tensor  # low and high end, (B, 2), HU
+    lesion_goal: Tensor  # intensity towards which lesions change, (B,)
+    lesion_change: Tensor  # share of the way to it, (B,)
+    gamma: Tensor  # (B,)
+    bias: Tensor  # control points of the log field, (B, 1, P, P, P)
+    bias_spacing: Tensor  # distance of those, (B, 3)
+    spacing: Tensor  # of the acquisition, (B, 3), at least 1
+    sigma: Tensor  # of the acquisition profile, (B, 3), output voxels
+    ghost_count: Tensor  # copies along each axis, (B, 3); 1 for none
+    ghost_strength: Tensor  # (B, 3)
+    rician: Tensor  # (B,), bool
+    noise_std: Tensor  # (B,)
+    paint_noise: Tensor  # standard normal, (B, 1, *spatial_size)
+    noise: Tensor  # standard normal, (B, 2, *spatial_size); one channel where Rician noise cannot be drawn
 
 
 @dataclass(frozen=True)
@@ -277,3 +196,36 @@ class SynthesisParams:
         """The same draw on another device, without waiting for it."""
         moved: SynthesisParams = _move(self, device)
         return moved
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """A value with all tensors in it on another device, without waiting for the copies."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
+    return value
+
+
+def describe(params: SynthesisParams, number: int) -> str:
+    """What was drawn for a sample of the first subject, in a few lines."""
+    geometry, look = params.geometry, params.appearances[number]
+    shares = zip(("synthetic", *CONTRASTS), look.blend[0], strict=True)
+    blend = " + ".join(f"{float(share):.2f} {name}" if share < 1 else name for name, share in shares if share > 0)
+    spacing = " x ".join(f"{float(v) * geometry.voxel_mm:.1f}" for v in look.spacing[0])
+    left, _, right = torch.linalg.svd(geometry.matrix[0])  # the nearest rotation, by the polar decomposition
+    turn = math.degrees(math.acos(max(-1.0, min(1.0, float(((left @ right).trace() - 1) / 2)))))
+    events = {"mirrored": geometry.mirror[0], "stripped": geometry.stripped[0], "defaced": geometry.face[0].any()}
+    events |= {"ghosts": look.ghost_strength[0].any(), "lesions": geometry.lesion_coverage[0] > 0}
+    facts = [
+        blend,
+        f"{spacing} mm",
+        f"turned {turn:.0f} deg, scaled {float(torch.linalg.det(geometry.matrix[0])) ** (1 / 3):.2f}",
+        f"velocity {float(geometry.velocity[0].std()) * geometry.voxel_mm:.1f} mm",
+        f"bias {float(look.bias[0].std()):.2f}, gamma {float(look.gamma[0]):.2f}",
+        f"noise {float(look.noise_std[0]):.1f}{' Rician' if look.rician[0] else ''}",
+        ", ".join(name for name, happened in events.items() if happened),
+    ]
+    return "\n".join(facts)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from brainfm_monai.functional import intensity, separable, spatial
-from brainfm_monai.synthesis.acquisition import IMAGES, acquire, blend_inputs, cluster_head
-from brainfm_monai.synthesis.deformation import make_coordinates
-from brainfm_monai.synthesis.pathology import make_lesion_maps, paint_lesions
+from brainfm_monai.synthesis.acquisition import IMAGES, acquire, blend_inputs, cluster_head, paint_lesions
+from brainfm_monai.synthesis.geometry import coarsen, make_coordinates, make_lesion_maps
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, SynthesisParams
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
-
-__all__ = ["render"]
 
 MNI_STEP_MM = 2.0  # distance of the points at which MNI coordinates are read
 FAR_MM = 2 * MAX_DISTANCE_MM  # signed distance of what is absent
@@ -39,47 +35,48 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
         ``available_<task>`` is returned as it is. ``super_resolution`` is the sample with gamma and bias field, before slices and noise,
         between its own percentiles. ``age``, (B S,), only changes its unit: size depends on age, so leave scaling and shear out.
     """
-    geometry = params.geometry
+    geometry, tasks = params.geometry, layout.tasks
     coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])
-    read = _read(subject, params, coordinates)
-    segmentation = _mirror_labels(spatial.gather_nearest(subject["segmentation"], coordinates).long(), geometry)
-    mni = _read_mni(subject, coordinates, geometry)
+    read, mni = _read(subject, params, coordinates), _read_mni(subject, coordinates, geometry)
+    labels = spatial.gather_nearest(subject["segmentation"], coordinates).long()
+    segmentation = torch.where(_voxelwise(geometry.mirror), geometry.mirror_labels[labels], labels)
     visible, stays = _look(geometry, mni, segmentation)
     lesions = make_lesion_maps(subject, geometry, coordinates, segmentation)
     images = {name: read[name] for name in IMAGES if name in read}
-    scans, fields, sharp = [], [], []
+    seen = visible & (stays | ~_voxelwise(geometry.stripped))
+    samples: dict[str, list[Tensor]] = {"image": [], "log_bias_field": [], "super_resolution": []}
     for i, appearance in enumerate(params.appearances):
-        scan, field, undegraded = acquire(_paint(read, i, images, lesions, stays, geometry, appearance), appearance)
-        seen = visible & (stays | ~geometry.stripped.reshape(-1, 1, 1, 1, 1))
-        scans.append(intensity.normalise_percentiles(scan * seen))
-        fields.append(field)
-        if "super_resolution" in layout.tasks:
-            sharp.append(intensity.normalise_percentiles(undegraded * seen))
+        scan, field, sharp = acquire(_paint(read, i, images, lesions, stays, geometry, appearance), appearance)
+        samples["image"].append(intensity.normalise_percentiles(scan * seen))
+        samples["log_bias_field"].append(field)
+        if "super_resolution" in tasks:
+            samples["super_resolution"].append(intensity.normalise_percentiles(sharp * seen))
     targets = {"segmentation": segmentation * (visible & stays), "visible": visible}
     targets |= {n: torch.where(stays, image, IMAGES[n]) / TASKS[n].scale for n, image in images.items()}
-    if "distance" in read:
-        targets["distance"] = _keep_hemispheres(read["distance"], geometry)
+    if "distance" in read:  # distances of a removed hemisphere are far
+        present = geometry.hemispheres.repeat_interleave(2, dim=1)[..., None, None, None]  # channels lp, lw, rp, rw
+        targets["distance"] = torch.where(present, read["distance"], FAR_MM)
     if mni is not None:
         targets["mni"] = mni / TASKS["mni"].scale
-    if "lesion" in layout.tasks:
-        targets["lesion"] = _unite(lesions, visible & stays)
+    if "lesion" in tasks:
+        both = torch.zeros_like(visible) if lesions is None else torch.maximum(*lesions) > 0.5
+        targets["lesion"] = both & visible & stays
     if "age" in subject:
         targets["age"] = subject["age"].float().reshape(-1) / TASKS["age"].scale
     for name in IMAGES:
         if f"{name}_defacing_mask" in subject:
             targets[f"valid_{name}"] = spatial.gather_nearest(subject[f"{name}_defacing_mask"], coordinates) == 0
-    targets |= {key: subject[key] for key in (f"available_{name}" for name in layout.tasks) if key in subject}
-    return _collect(targets, scans, {"log_bias_field": fields, "super_resolution": sharp}, layout)
+    targets |= {key: subject[key] for key in (f"available_{name}" for name in tasks) if key in subject}
+    # What the samples of a subject share is repeated for each; what each has of its own has the same order.
+    made, count = {n: v for n, v in targets.items() if n not in TASKS or n in tasks}, len(params.appearances)
+    if count > 1:
+        made = {name: value.repeat_interleave(count, 0) for name, value in made.items()}
+    return made | {n: torch.stack(v, 1).flatten(0, 1) for n, v in samples.items() if n == "image" or n in tasks}
 
 
-def _collect(
-    targets: Mapping[str, Tensor], scans: list[Tensor], of_samples: Mapping[str, list[Tensor]], layout: TaskLayout
-) -> dict[str, Tensor]:
-    """What the samples of a subject share is repeated for each; what each has of its own follows in the same order."""
-    kept = {name: value for name, value in targets.items() if name not in TASKS or name in layout.tasks}
-    out = {name: value.repeat_interleave(len(scans), 0) if len(scans) > 1 else value for name, value in kept.items()}
-    out |= {name: torch.stack(values, 1).flatten(0, 1) for name, values in of_samples.items() if name in layout.tasks}
-    return {"image": torch.stack(scans, 1).flatten(0, 1), **out}
+def _voxelwise(values: Tensor) -> Tensor:
+    """A number for each sample, (B,), as (B, 1, 1, 1, 1)."""
+    return values.reshape(-1, 1, 1, 1, 1)
 
 
 def _coarser(coordinates: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
@@ -92,39 +89,32 @@ def _coarser(coordinates: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
 
 def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: Tensor) -> dict[str, Tensor]:
     """Everything dense at the output's voxels: painted means and stds, real images, distances."""
-    geometry, labels = params.geometry, subject["generation_labels"]
-    first = params.appearances[0]
+    geometry, labels, first = params.geometry, subject["generation_labels"], params.appearances[0]
     columns = [torch.ones_like(first.mean), first.is_head.expand_as(first.mean)]
-    columns += [value for a in params.appearances for value in (a.mean, a.std)]
+    values = torch.stack([*columns, *(v for a in params.appearances for v in (a.mean, a.std))], -1)
     sources = {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
     read: dict[str, Tensor] = {}
     if geometry.stride > 1:
-        read["painted"] = intensity.paint_voxels(
-            labels, torch.stack(columns, -1), coordinates, _places_in_voxel(geometry)
-        )
+        # Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source voxels.
+        along = torch.arange(geometry.stride, device=geometry.matrix.device, dtype=geometry.matrix.dtype)
+        places = geometry.matrix @ torch.cartesian_prod(*[along - (geometry.stride - 1) / 2] * 3).T
+        read["painted"] = intensity.paint_voxels(labels, values, coordinates, places)
     else:
-        sources["painted"] = intensity.paint_labels(labels, torch.stack(columns, -1))
+        sources["painted"] = intensity.paint_labels(labels, values)
     for size in dict.fromkeys(source.shape[2:] for source in sources.values()):
         together = {name: source for name, source in sources.items() if source.shape[2:] == size}
         places = _coarser(coordinates, labels, next(iter(together.values())))
-        read |= dict(
-            zip(together, spatial.warp_all(list(together.values()), places, padding_mode="zeros"), strict=True)
-        )
+        warped = spatial.warp_all(list(together.values()), places, padding_mode="zeros")
+        read |= dict(zip(together, warped, strict=True))
     # The first painted channel is 1 in the subject's box: what lies outside is air, far from everything.
     outside = 1 - read["painted"][:, :1]
     for name, air in IMAGES.items():
         if name in read and air != 0:
             read[name] = read[name] + air * outside
     if "distance" in read:
-        shrink = torch.linalg.det(geometry.matrix).abs().pow(-1 / 3).reshape(-1, 1, 1, 1, 1)
+        shrink = _voxelwise(torch.linalg.det(geometry.matrix).abs().pow(-1 / 3))
         read["distance"] = _mirror_channels(read["distance"] * shrink + FAR_MM * outside, "distance", geometry)
     return read
-
-
-def _places_in_voxel(geometry: GeometryParams) -> Tensor:
-    """Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source voxels."""
-    along = torch.arange(geometry.stride, device=geometry.matrix.device, dtype=geometry.matrix.dtype)
-    return geometry.matrix @ torch.cartesian_prod(*[along - (geometry.stride - 1) / 2] * 3).T
 
 
 def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: GeometryParams) -> Tensor | None:
@@ -135,8 +125,7 @@ def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: Geom
     """
     if "mni" not in subject:
         return None
-    source = subject["mni"].float()
-    counts = [max(2, math.ceil(n * min(1.0, geometry.voxel_mm / MNI_STEP_MM))) for n in geometry.spatial_size]
+    source, counts = subject["mni"].float(), coarsen(geometry.spatial_size, min(1.0, geometry.voxel_mm / MNI_STEP_MM))
     places = _coarser(separable.resize(coordinates, counts), subject["generation_labels"], source)
     read = separable.resize(spatial.warp_all([source], places)[0], geometry.spatial_size)
     return _mirror_channels(read, "mni", geometry)
@@ -145,14 +134,14 @@ def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: Geom
 def _look(geometry: GeometryParams, mni: Tensor | None, segmentation: Tensor) -> tuple[Tensor, Tensor]:
     """What is in the field of view and not defaced, and what of the anatomy stays, two masks of (B, 1, H, W, D)."""
     grid = spatial.identity_grid(segmentation.shape[2:], device=segmentation.device)
-    first, last = (geometry.field_of_view[..., i].reshape(-1, 3, 1, 1, 1) for i in range(2))
+    first, last = geometry.field_of_view[:, :, None, None, None].unbind(-1)
     visible = ((grid >= first) & (grid <= last)).all(dim=1, keepdim=True)
     if mni is not None:
         along_y, along_z, offset = geometry.face.reshape(-1, 3, 1, 1, 1, 1).unbind(1)
         face = mni[:, 1:2] * along_y + mni[:, 2:3] * along_z > offset
         visible = visible & ~(face & ~geometry.is_brain[segmentation])
     kept = torch.gather(geometry.kept, 1, segmentation.flatten(1)).reshape(segmentation.shape)
-    return visible, spatial.average_neighbours(kept) > geometry.strip_threshold.reshape(-1, 1, 1, 1, 1)
+    return visible, spatial.average_neighbours(kept) > _voxelwise(geometry.strip_threshold)
 
 
 def _paint(
@@ -167,35 +156,21 @@ def _paint(
     """The undegraded image of one sample, in [0, 255] or a little above."""
     inside, head = read["painted"][:, :1], read["painted"][:, 1:2]
     mean, std = (read["painted"][:, 2 + 2 * number + i, None] for i in range(2))
-    air_mean, air_std = (value[:, 0].reshape(-1, 1, 1, 1, 1) for value in (appearance.mean, appearance.std))
+    air_mean, air_std = (_voxelwise(value[:, 0]) for value in (appearance.mean, appearance.std))
     mean, std = mean + (1 - inside) * air_mean, std + (1 - inside) * air_std
     if appearance.cluster_offset.shape[1]:
         mean = cluster_head(mean, head, appearance)
-    removed = ~(stays | geometry.stripped.reshape(-1, 1, 1, 1, 1))
+    removed = ~(stays | _voxelwise(geometry.stripped))
     mean, std = torch.where(removed, air_mean, mean), torch.where(removed, air_std, std)
     painted = intensity.add_texture(mean, std, appearance.paint_noise)
     blended = blend_inputs(painted, images, appearance)
     if images:  # what is removed shows no real image either
-        blended = torch.where(removed, painted * appearance.blend[:, 0].reshape(-1, 1, 1, 1, 1), blended)
+        blended = torch.where(removed, painted * _voxelwise(appearance.blend[:, 0]), blended)
     return paint_lesions(blended, lesions, appearance)
-
-
-def _unite(lesions: tuple[Tensor, Tensor] | None, seen: Tensor) -> Tensor:
-    return torch.zeros_like(seen) if lesions is None else (torch.maximum(*lesions) > 0.5) & seen
-
-
-def _keep_hemispheres(distance: Tensor, geometry: GeometryParams) -> Tensor:
-    """Distances of a removed hemisphere are far: channels are left, left, right, right."""
-    present = geometry.hemispheres.repeat_interleave(2, dim=1).reshape(-1, 4, 1, 1, 1)
-    return torch.where(present, distance, FAR_MM)
-
-
-def _mirror_labels(labels: Tensor, geometry: GeometryParams) -> Tensor:
-    return torch.where(geometry.mirror.reshape(-1, 1, 1, 1, 1), geometry.mirror_labels[labels], labels)
 
 
 def _mirror_channels(values: Tensor, name: str, geometry: GeometryParams) -> Tensor:
     task = TASKS[name]
     signs = task.mirror_sign or (1,) * task.channels
     mirrored = [values[:, i] * sign for i, sign in zip(task.mirror_order or range(task.channels), signs, strict=True)]
-    return torch.where(geometry.mirror.reshape(-1, 1, 1, 1, 1), torch.stack(mirrored, 1), values)
+    return torch.where(_voxelwise(geometry.mirror), torch.stack(mirrored, 1), values)

@@ -12,7 +12,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import separable, spatial
 from brainfm_monai.synthesis.acquisition import IMAGES, INTENSITY_TOP, QUARTILES
 from brainfm_monai.synthesis.contrasts import read_contrasts
-from brainfm_monai.synthesis.pathology import LESION_FLOW_SPACING_MM, LESION_SPACING_MM
+from brainfm_monai.synthesis.geometry import LESION_FLOW_SPACING_MM, LESION_SPACING_MM
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisParams, SynthesisRanges
 
 __all__ = ["sample"]
