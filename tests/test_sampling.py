@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.synthesis import AppearanceParams, GeometryParams, SynthesisParams, SynthesisRanges, sample
+from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, sample
+from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams
 
 COUNT = 10_000
 SIGMAS = 5  # beyond which a mean would lie once in a million tests

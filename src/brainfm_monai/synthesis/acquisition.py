@@ -21,8 +21,8 @@ QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 def cluster_head(mean: Tensor, head: Tensor, appearance: AppearanceParams) -> Tensor:
     """Divide the head into connected clusters with means of their own.
 
-    Clusters lie between the levels of a smooth field, at the quartiles of its law. ``mean`` are the painted means, ``head``
-    is the share of head in a voxel, both (B, 1, H, W, D).
+    Clusters lie between the levels of a smooth field, at the quartiles of its law. ``mean`` are the painted means,
+    ``head`` is the share of head in a voxel, both (B, 1, H, W, D).
     """
     field = separable.interpolate_lattice(appearance.cluster_field, appearance.cluster_spacing, mean.shape[2:])
     offset, *following = appearance.cluster_offset[:, None, :, None, None, None].unbind(2)

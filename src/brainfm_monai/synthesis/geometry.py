@@ -19,8 +19,8 @@ LESION_FLOW_SPACING_MM = 24.0  # control points of the flow's potential
 def make_coordinates(geometry: GeometryParams, source_size: Sequence[int]) -> Tensor:
     """Source voxel of every output voxel: x = A s (phi(i) - c_out) + c_source + t, i mirrored where the draw says so.
 
-    The coordinates are (B, 3, H, W, D), in voxels of a source of a size (H, W, D);
-    ``spatial.jacobian_determinant`` of them shows folds.
+    The coordinates are (B, 3, H, W, D), in voxels of a source of a size (H, W, D); ``spatial.jacobian_determinant`` of
+    them shows folds.
     """
     size, device = geometry.spatial_size, geometry.velocity.device
     counts = coarsen(size, 1 / VELOCITY_STEP)
@@ -56,8 +56,9 @@ def make_lesion_maps(
         segmentation: at the output's voxels, (B, 1, H, W, D).
 
     Returns:
-        Two maps of 0 and 1, (B, 1, H, W, D), or None if neither can exist. Own lesions only move with the subject, because
-        real images show them; given ones, out of noise or of another subject's shape, are carried by a flow of their own.
+        Two maps of 0 and 1, (B, 1, H, W, D), or None if neither can exist. Own lesions only move with the subject,
+        because real images show them; given ones, out of noise or of another subject's shape, are carried by a flow of
+        their own.
     """
     if not geometry.lesion_noise and "lesion" not in subject:
         return None

@@ -109,7 +109,8 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     unknown = sorted(set(values) - {field.name for field in fields(SynthesisRanges)})
     if unknown:
         raise ValueError(f"SynthesisRanges: docs/sampling.md lists the fields, found no {', '.join(unknown)}")
-    return SynthesisRanges(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    laws: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return SynthesisRanges(**laws)
 
 
 def make_mild(ranges: SynthesisRanges, **changes: Any) -> SynthesisRanges:

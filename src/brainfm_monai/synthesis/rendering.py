@@ -21,19 +21,21 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     """Make images and targets of a batch: pure, of fixed shape, batch element by batch element the same as alone.
 
     Args:
-        subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``, ``T2w``,
-            ``FLAIR``, ``CT``, ``distance`` and ``mni`` in the unit of their files, on the same grid or on a coarser one that
-            covers the same box; non-zero where something was removed or is ill, ``<image>_defacing_mask``, ``lesion``
-            (the subject's own) and ``lesion_shape`` (somebody else's); ``age`` in years and ``available_<task>``, (B,).
+        subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``,
+            ``T2w``, ``FLAIR``, ``CT``, ``distance`` and ``mni`` in the unit of their files, on the same grid or on a
+            coarser one that covers the same box; non-zero where something was removed or is ill,
+            ``<image>_defacing_mask``, ``lesion`` (the subject's own) and ``lesion_shape`` (somebody else's); ``age`` in
+            years and ``available_<task>``, (B,).
         params: the draw, with S samples for each subject.
         layout: the tasks whose targets are made.
 
     Returns:
-        ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every task with a
-        target, in the unit of the task table, repeated for the samples; ``segmentation`` is a label map, int64. ``visible`` marks
-        the field of view without a removed face, ``valid_<image>`` what a given defacing mask leaves of a target;
-        ``available_<task>`` is returned as it is. ``super_resolution`` is the sample with gamma and bias field, before slices and noise,
-        between its own percentiles. ``age``, (B S,), only changes its unit: size depends on age, so leave scaling and shear out.
+        ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every
+        task with a target, in the unit of the task table, repeated for the samples; ``segmentation`` is a label map,
+        int64. ``visible`` marks the field of view without a removed face, ``valid_<image>`` what a given defacing mask
+        leaves of a target; ``available_<task>`` is returned as it is. ``super_resolution`` is the sample with gamma and
+        bias field, before slices and noise, between its own percentiles. ``age``, (B S,), only changes its unit: size
+        depends on age, so leave scaling and shear out.
     """
     geometry, tasks = params.geometry, layout.tasks
     coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])
@@ -95,7 +97,8 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
     sources = {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
     read: dict[str, Tensor] = {}
     if geometry.stride > 1:
-        # Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source voxels.
+        # Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source
+        # voxels.
         along = torch.arange(geometry.stride, device=geometry.matrix.device, dtype=geometry.matrix.dtype)
         places = geometry.matrix @ torch.cartesian_prod(*[along - (geometry.stride - 1) / 2] * 3).T
         read["painted"] = intensity.paint_voxels(labels, values, coordinates, places)
@@ -120,8 +123,8 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
 def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: GeometryParams) -> Tensor | None:
     """MNI coordinates in mm; the subject's box is continued by its border.
 
-    They are read every 2 mm and interpolated, for an eighth of the cost at 1 mm: maps and deformation are smooth at that scale
-    (0.02 mm off on average).
+    They are read every 2 mm and interpolated, for an eighth of the cost at 1 mm: maps and deformation are smooth at
+    that scale (0.02 mm off on average).
     """
     if "mni" not in subject:
         return None

@@ -19,30 +19,14 @@ from brainfm_monai.synthesis.rendering import render
 from brainfm_monai.synthesis.sampling import sample
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["FLAGS", "LARGEST_SEED", "SUBJECT_KEYS", "Synthesizer"]
-
 LARGEST_SEED = 2**31 - 1
 VOXEL_TOLERANCE_MM = 1e-4
-
-DEFACING_KEYS = tuple(f"{name}_defacing_mask" for name in IMAGES)
-SUBJECT_KEYS = (
-    "generation_labels",
-    "segmentation",
-    *IMAGES,
-    *DEFACING_KEYS,
-    "distance",
-    "mni",
-    "lesion",
-    "lesion_shape",
-    "age",
-)
-# Before a key of a subject: 1 if the subject has it, and, for an image, 1 if a scanner made it, so that it may be an input.
+MAPS = ("distance", "mni", "lesion", "lesion_shape", "age")
+SUBJECT_KEYS = ("generation_labels", "segmentation", *IMAGES, *(f"{name}_defacing_mask" for name in IMAGES), *MAPS)
+# Before a key of a subject: 1 if the subject has it; for an image, 1 if a scanner made it, so that it may be an input.
 FLAGS = ("available_", "real_")
 
-
-@cache
-def _load_protocol(name: str) -> Protocol:
-    return Protocol.load(name)
+_load_protocol = cache(Protocol.load)
 
 
 class Synthesizer:
@@ -77,18 +61,16 @@ class Synthesizer:
         image_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if not 0 <= mild_samples <= samples or samples < 1:
-            raise ValueError(
-                f"Synthesizer: 'mild_samples' must be in [0, {samples}] of at least one sample, got {mild_samples}"
-            )
+            rule = f"'mild_samples' must be in [0, {samples}] of at least one sample"
+            raise ValueError(f"Synthesizer: {rule}, got {mild_samples}")
         self.label_mm = scan_mm if label_mm is None else label_mm
         self.stride = round(scan_mm / self.label_mm)
         if abs(self.stride * self.label_mm - scan_mm) > VOXEL_TOLERANCE_MM or self.stride < 1:
             raise ValueError(f"Synthesizer: 'label_mm' must divide 'scan_mm' {scan_mm}, got {self.label_mm}")
         self.layout, self.spatial_size = layout, tuple(spatial_size)
-        self.generation_protocol = generation_protocol
+        self.generation_protocol, self.image_transform = generation_protocol, image_transform
         # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
         self.ranges = [make_mild(ranges)] * mild_samples + [ranges] * (samples - mild_samples)
-        self.image_transform = image_transform
 
     def draw(
         self,
@@ -97,14 +79,15 @@ class Synthesizer:
         generation_protocol: str | None = None,
         device: str | torch.device | None = None,
     ) -> SynthesisParams:
-        """Everything random of the subjects' samples; see the call for the arguments.
+        """Everything random of the subjects' samples, on ``device``, or where the subjects are; further, see the call.
 
-        Args:
-            subject: batch of subjects; without a ``device`` its volumes are needed, with one its flags alone.
-            seeds: one for each subject.
-            generation_protocol: see the call.
-            device: of the draw; that of the subjects if not given.
+        Without a device the subjects' volumes are needed, with one their flags alone.
         """
+        inputs = {}
+        for name in IMAGES:
+            flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
+            if flags or name in subject:
+                inputs[name] = torch.stack(flags or [torch.ones(len(seeds), dtype=torch.bool)]).all(0)
         return sample(
             self.ranges,
             [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -113,7 +96,7 @@ class Synthesizer:
             generation_protocol=_load_protocol(generation_protocol or self.generation_protocol),
             stride=self.stride,
             source_mm=self.label_mm,
-            available=_find_inputs(subject, len(seeds)),
+            available=inputs,
             device=device or subject["generation_labels"].device,
         )
 
@@ -121,53 +104,26 @@ class Synthesizer:
     def __call__(
         self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None
     ) -> dict[str, Tensor]:
-        """Scans and targets.
+        """Scans and targets, see :func:`render`.
 
         Args:
-            subject: batch of subjects, see :func:`render`. On the host, (B,): ``available_<key>``, 0 for subjects without the key,
-                and ``real_<image>``, 0 for images that are targets but no inputs.
+            subject: batch of subjects, see :func:`render`. On the host, (B,): ``available_<key>``, 0 for subjects
+                without the key, and ``real_<image>``, 0 for images that are targets but no inputs.
             seeds: one for each subject.
             generation_protocol: of these subjects, where it is not that of the synthesizer.
-
-        Returns:
-            See :func:`render`.
         """
+        parts = [(subject, seeds)]
         if subject["generation_labels"].device.type == "cpu":
             # One after the other: the same numbers, and a subject's volumes stay in the processor's cache.
-            alone = [
-                self._make({key: value[i : i + 1] for key, value in subject.items()}, [seed], generation_protocol)
-                for i, seed in enumerate(seeds)
-            ]
-            out = {name: torch.cat([one[name] for one in alone]) for name in alone[0]} if len(alone) > 1 else alone[0]
-        else:
-            out = self._make(subject, seeds, generation_protocol)
+            parts = [({k: v[i : i + 1] for k, v in subject.items()}, seeds[i : i + 1]) for i in range(len(seeds))]
+        made = [render(some, self.draw(some, own, generation_protocol), self.layout) for some, own in parts]
+        out = {name: torch.cat([part[name] for part in made]) for name in made[0]} if len(made) > 1 else made[0]
         if self.image_transform is not None:
-            images = self._transform_images(self.image_transform, out["image"], seeds)
+            images = []
+            for index, image in enumerate(out["image"]):
+                number, place = divmod(index, len(self.ranges))
+                if isinstance(self.image_transform, Randomizable):
+                    self.image_transform.set_random_state(seed=(seeds[number] + place) % LARGEST_SEED)
+                images.append(convert_to_tensor(self.image_transform(image), track_meta=False))
             out["image"] = intensity.normalise_percentiles(torch.stack(images))
         return out
-
-    def _make(
-        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None
-    ) -> dict[str, Tensor]:
-        return render(subject, self.draw(subject, seeds, generation_protocol), self.layout)
-
-    def _transform_images(self, transform: Callable[[Any], Any], images: Tensor, seeds: Sequence[int]) -> list[Tensor]:
-        transformed = []
-        for index, image in enumerate(images):
-            subject, number = divmod(index, len(self.ranges))
-            if isinstance(transform, Randomizable):
-                transform.set_random_state(seed=(seeds[subject] + number) % LARGEST_SEED)
-            transformed.append(convert_to_tensor(transform(image), track_meta=False))
-        return transformed
-
-
-def _find_inputs(subject: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Which subjects have an image that may be an input, (count,) for each image."""
-    inputs = {}
-    for name in IMAGES:
-        flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
-        if flags:
-            inputs[name] = torch.stack(flags).all(0)
-        elif name in subject:
-            inputs[name] = torch.ones(count, dtype=torch.bool)
-    return inputs
