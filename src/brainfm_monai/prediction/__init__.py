@@ -1,21 +1,11 @@
 """From scans to finished folders: which outputs, which share of the list, one scan after the other, or one image in Python."""
 
-from __future__ import annotations
-
 from brainfm_monai.prediction.catalogue import OUTPUTS, select_outputs
 from brainfm_monai.prediction.loop import WriteScans, predict_scans
-from brainfm_monai.prediction.scans import ScanDataset, ScanLoader
-from brainfm_monai.prediction.shards import local_device, share_of
+from brainfm_monai.prediction.scans import ScanDataset, ScanLoader, local_device, share_of
 from brainfm_monai.prediction.single import predict
 
 __all__ = [
-    "OUTPUTS",
-    "ScanDataset",
-    "ScanLoader",
-    "WriteScans",
-    "local_device",
-    "predict",
-    "predict_scans",
-    "select_outputs",
+    "OUTPUTS", "ScanDataset", "ScanLoader", "WriteScans", "local_device", "predict", "predict_scans", "select_outputs",
     "share_of",
-]
+]  # fmt: skip

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,13 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainfm_monai.io import fingerprint, literal, one_line
+from brainfm_monai.io import literal, one_line
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.prediction.loop import choose_scans, finish_run, run_scans
 from brainfm_monai.prediction.scans import ScanDataset
 
 if TYPE_CHECKING:
     from distributed import Client
-
-__all__ = ["predict_on_cluster"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,6 @@ PATHS = (
     "datalist",
 )  # keys of the config
 _one_at_a_time = Lock()  # a worker of several threads has one network
-_parsers: dict[str, ConfigParser] = {}  # of this process, by the fingerprint of the settings
 
 
 def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
@@ -57,63 +55,58 @@ def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
         ValueError: if the cluster is not of that form, or cannot be reached.
     """
     settings = _with_absolute_paths(settings)
-    parser = _build(settings)
-    dataset: ScanDataset = parser.get_parsed_content("dataset")
-    writer: ScanWriter = parser.get_parsed_content("writer")
-    shard, overwrite = (parser.get_parsed_content(key) for key in ("shard", "overwrite"))
+    dataset, writer, shard, overwrite = map(
+        _build(json.dumps(settings)).get_parsed_content, ("dataset", "writer", "shard", "overwrite")
+    )
     numbers = choose_scans(dataset, writer, shard, overwrite)
-    failures = _compute(cluster, {**settings, "scans": []}, dataset, writer, numbers) if numbers else []
+    failures = _compute(cluster, json.dumps({**settings, "scans": []}), dataset, writer, numbers) if numbers else []
     writer.clear()
     finish_run(dataset, writer, failures)
 
 
-def _compute(
-    cluster: str, settings: dict[str, Any], dataset: ScanDataset, writer: ScanWriter, numbers: list[int]
-) -> list[str]:
+def _compute(cluster: str, settings: str, dataset: ScanDataset, writer: ScanWriter, numbers: list[int]) -> list[str]:
     """Give each scan to a worker; one line for each scan that failed."""
     from distributed import as_completed
 
     failures: list[str] = []
-    with _connected(cluster, len(numbers)) as client, logging_redirect_tqdm():
-        items = {f"{number}-{dataset.data[number]['name']}": _absolute(dataset.data[number]) for number in numbers}
+    items = {f"{number}-{dataset.data[number]['name']}": dict(dataset.data[number]) for number in numbers}
+    for item in items.values():
+        item |= {key: str(Path(item[key]).absolute()) for key in ("image", "lesions") if item.get(key)}
+    with (
+        _connect(cluster, len(numbers)) as client,
+        logging_redirect_tqdm(),
+        tqdm(total=len(numbers), unit="scan") as bar,
+    ):
         futures = client.map(predict_one, list(items.values()), key=list(items), settings=settings, pure=False)
-        with tqdm(total=len(numbers), unit="scan") as bar:
-            for future in as_completed(futures):
-                item, error = items[future.key], future.exception()
-                message = one_line(error, str(item["name"])) if error is not None else future.result()
-                if message:
-                    failures.append(message)
-                    logger.error("%s", message)
-                if error is not None and len(dataset) > 1:  # the worker could not note it
-                    writer.note_failure(item, message)
-                future.release()
-                bar.update()
+        for future in as_completed(futures):
+            item, error = items[future.key], future.exception()
+            message = one_line(error, str(item["name"])) if error is not None else future.result()
+            if message:
+                failures.append(message)
+                logger.error("%s", message)
+            if error is not None and len(dataset) > 1:  # the worker could not note it
+                writer.note_failure(item, message)
+            future.release()
+            bar.update()
     return failures
 
 
-def predict_one(item: dict[str, Any], settings: dict[str, Any]) -> str:
+def predict_one(item: dict[str, Any], settings: str) -> str:
     """Predict one scan in a worker; returns why it failed, or nothing."""
     with _one_at_a_time:
-        key = fingerprint(settings)
-        if key not in _parsers:
-            _parsers.clear()
-            _parsers[key] = _build(settings)
-        parser = _parsers[key]
-        evaluator = parser.get_parsed_content("evaluator")
-        dataset: ScanDataset = parser.get_parsed_content("dataset")
-        dataset.data = [item]
-        return "".join(run_scans(evaluator, parser.get_parsed_content("writer"), [0], show_bar=False))
+        parser = _build(settings)
+        parser.get_parsed_content("dataset").data = [item]
+        evaluator, writer = map(parser.get_parsed_content, ("evaluator", "writer"))
+        return "".join(run_scans(evaluator, writer, [0], show_bar=False))
 
 
-def _build(settings: Mapping[str, Any]) -> ConfigParser:
-    workflow = ConfigWorkflow(workflow_type="inference", **settings)
+@lru_cache(maxsize=1)
+def _build(settings: str) -> ConfigParser:
+    """The parsed config, which a process keeps for its next scan; settings as JSON."""
+    workflow = ConfigWorkflow(workflow_type="inference", **json.loads(settings))
     workflow.initialize()
     parser: ConfigParser = workflow.parser
     return parser
-
-
-def _absolute(item: dict[str, Any]) -> dict[str, Any]:
-    return {**item, **{key: str(Path(item[key]).absolute()) for key in ("image", "lesions") if item.get(key)}}
 
 
 def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,19 +114,17 @@ def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(settings)
     if "args_file" in merged:
         merged = {**json.loads(Path(merged.pop("args_file")).read_text(encoding="utf-8")), **merged}
-    for key, value in merged.items():
-        path = (
-            ConfigParser({"path": value}).get_parsed_content("path") if key in PATHS and "@" not in str(value) else None
-        )
+    for key in PATHS:
+        value = merged.get(key, "")
+        path = "" if "@" in str(value) else ConfigParser({"path": value}).get_parsed_content("path")
         if isinstance(path, str) and path and (key == "output_dir" or Path(path).exists()):
             merged[key] = literal(str(Path(path).absolute()))
-    merged["config_file"] = [str(Path(file).absolute()) for file in merged["config_file"]]
-    merged["meta_file"] = str(Path(merged["meta_file"]).absolute())
-    return {**merged, "logging_file": False}
+    files = {"config_file": [str(Path(file).absolute()) for file in merged["config_file"]]}
+    return {**merged, **files, "meta_file": str(Path(merged["meta_file"]).absolute()), "logging_file": False}
 
 
 @contextmanager
-def _connected(cluster: str, tasks: int) -> Iterator[Client]:
+def _connect(cluster: str, tasks: int) -> Iterator[Client]:
     """A client of the cluster; local workers share the cores, and end with the block."""
     try:
         import dask
@@ -142,26 +133,23 @@ def _connected(cluster: str, tasks: int) -> Iterator[Client]:
         raise ValueError("cluster: the extra 'cluster' is needed: pip install 'brainfm-monai[cluster]'") from error
     local = re.fullmatch(r"local:([1-9]\d*)", cluster)
     if not local and "://" not in cluster:
-        raise ValueError(
-            f"cluster: the address of a scheduler (tcp://host:port) or local:N is needed, found '{cluster}'"
-        )
-    threads = str(max(1, torch.get_num_threads() // int(local[1]))) if local else ""
-    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    with dask.config.set(
-        {
-            "distributed.scheduler.allowed-failures": MOST_LOSSES,
-            **({"distributed.nanny.pre-spawn-environ": environment} if local else {}),
-        }
-    ):
-        local_cluster = None
+        rule = "the address of a scheduler (tcp://host:port) or local:N is needed"
+        raise ValueError(f"cluster: {rule}, found '{cluster}'")
+    options: dict[str, Any] = {"distributed.scheduler.allowed-failures": MOST_LOSSES}
+    if local:
+        threads = str(max(1, torch.get_num_threads() // int(local[1])))
+        variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        options["distributed.nanny.pre-spawn-environ"] = dict.fromkeys(variables, threads)
+    with dask.config.set(options):
+        workers: Any = None
         try:
             if local:
-                workers = min(int(local[1]), tasks)
-                local_cluster = LocalCluster(workers, threads_per_worker=1, memory_limit=0, dashboard_address=":0")
-            client = Client(local_cluster or cluster)
+                count = min(int(local[1]), tasks)
+                workers = LocalCluster(count, threads_per_worker=1, memory_limit=0, dashboard_address=":0")
+            client = Client(workers or cluster)
         except (OSError, TimeoutError) as error:
             raise ValueError(f"cluster: a scheduler must answer at {cluster}, found {error}") from error
-        with client, local_cluster or nullcontext():
+        with client, workers or nullcontext():
             count = len(client.scheduler_info(n_workers=-1)["workers"])
             logger.info("%d scans for %d workers; progress: %s", tasks, count, client.dashboard_link)
             yield client

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm_monai.io import one_line, printable
 from brainfm_monai.outputs import ScanWriter
-from brainfm_monai.prediction.scans import ScanDataset, ScanLoader
-from brainfm_monai.prediction.shards import share_of
-
-__all__ = ["WriteScans", "choose_scans", "engine_logger", "finish_run", "predict_scans", "run_scans"]
+from brainfm_monai.prediction.scans import ScanDataset, ScanLoader, share_of
 
 logger = logging.getLogger(__name__)
 engine_logger = logging.getLogger(f"{__name__}.engine")
-engine_logger.setLevel(
-    logging.CRITICAL
-)  # ignite logs every run and every exception, which are reported here in one line
+engine_logger.setLevel(logging.CRITICAL)  # ignite logs every run and exception, which are reported here in one line
 MOST_LINES = 20  # of skipped files in the log; all are in the summary
 
 
@@ -47,8 +41,7 @@ def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = 
     loader: Any = evaluator.data_loader
     dataset: ScanDataset = loader.dataset
     numbers = choose_scans(dataset, writer, shard, overwrite)
-    failures = run_scans(evaluator, writer, numbers, keep_notes=len(dataset) > 1)
-    finish_run(dataset, writer, failures)
+    finish_run(dataset, writer, run_scans(evaluator, writer, numbers, keep_notes=len(dataset) > 1))
 
 
 def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, overwrite: bool) -> list[int]:
@@ -98,7 +91,7 @@ def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]
 def run_scans(
     evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], keep_notes: bool = True, show_bar: bool = True
 ) -> list[str]:
-    """Run an evaluator over some of its scans and write their files.
+    """Run an evaluator over some of its scans, each as an epoch of its own, and write their files.
 
     Three scans at most are in memory: the next one, this one, and the one that is being written.
 
@@ -113,18 +106,59 @@ def run_scans(
         One line for each scan that failed.
     """
     loader: Any = evaluator.data_loader
+    failures: list[str] = []
+    raised: list[BaseException] = []  # by the evaluator, which cannot run again after an exception that nobody handles
+    writing: list[tuple[dict[str, Any], Future[Path]]] = []
+    notes, bar = writer if keep_notes else None, tqdm(total=len(numbers), unit="scan", disable=not show_bar)
+
+    def finish_writing() -> None:
+        while writing:
+            scan, future = writing.pop()
+            bar.set_postfix_str("writing")
+            with _reported(scan, failures, notes, bar):
+                logger.info("%s: results are in %s", scan["name"], future.result())
+                bar.update()
+
+    def compute(scan: dict[str, Any], batch: Any) -> dict[str, Any]:
+        writer.check_place(scan)
+        bar.set_description_str(str(scan["name"]))
+        bar.set_postfix_str("network")
+        evaluator.data_loader, evaluator.state.epoch_length, evaluator.state.output = [batch], 1, None
+        evaluator.run()
+        if raised:
+            raise raised.pop()
+        return maps_of(evaluator)
+
+    forward = evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda _: bar.set_postfix_str("maps"))
+    catch = evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: raised.append(error))
     evaluator.logger = engine_logger
-    run = _Run(loader, writer, keep_notes, tqdm(total=len(numbers), unit="scan", disable=not show_bar))
-    loader.waiting, loader.report = deque(numbers), run.fail
-    with logging_redirect_tqdm(), run.bar, ThreadPoolExecutor(1, "write") as run.pool, run.attached(evaluator):
-        while loader.waiting:
-            left = len(loader.waiting)
-            evaluator.state.epoch_length = None  # until the loader ends
-            evaluator.run()  # one epoch; a scan that fails ends it, and the next one goes on after this scan
-            if len(loader.waiting) == left:
-                raise RuntimeError(f"the evaluator must take scans, found none taken: {' '.join(run.failures[-1:])}")
-        run.finish_writing()
-    return run.failures
+    with logging_redirect_tqdm(), bar, ThreadPoolExecutor(1, "write") as pool, forward, catch:
+        for number, wait in loader.read_ahead(numbers):
+            scan = loader.dataset.data[number]
+            bar.set_postfix_str("reading")
+            with _reported(scan, failures, notes, bar):
+                future = pool.submit(writer.write, compute(scan, wait()), scan)
+                finish_writing()
+                writing.append((scan, future))
+        finish_writing()
+    evaluator.data_loader, evaluator.state.epoch_length = loader, None
+    return failures
+
+
+@contextmanager
+def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | None, bar: tqdm[Any]) -> Iterator[None]:
+    """A scan that fails in the block is one more line of ``failures``, in the log and in the notes where there are any."""
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error, str(scan["name"]))
+        failures.append(message)
+        logger.debug("%s", message, exc_info=error)
+        if notes is not None:
+            logger.error("%s", message)
+            with suppress(OSError):  # a full disk takes no notes
+                notes.note_failure(scan, message)
+        bar.update()
 
 
 class WriteScans:
@@ -144,7 +178,7 @@ class WriteScans:
     def __call__(self, engine: Engine) -> None:
         """Write the files of the scan that was computed last."""
         loader = getattr(engine, "data_loader", None)
-        if isinstance(loader, ScanLoader) and loader.report is None:  # :func:`run_scans` sets it, and writes itself
+        if isinstance(loader, ScanLoader):  # :func:`run_scans` puts a batch in its place, and writes itself
             folder = self.writer.write(maps_of(engine), loader.dataset.data[loader.current])
             logger.info("results are in %s", folder)
 
@@ -154,71 +188,3 @@ def maps_of(engine: Engine) -> dict[str, Any]:
     batch: Any = engine.state.batch
     output: Any = engine.state.output
     return {**({"original": batch[0]["original"]} if "original" in batch[0] else {}), **output[0]}
-
-
-class _Run:
-    """What the handlers of one run share: the scan that is being written, the bar and the failures."""
-
-    pool: ThreadPoolExecutor
-
-    def __init__(self, loader: ScanLoader, writer: ScanWriter, keep_notes: bool, bar: tqdm[Any]) -> None:
-        self.loader, self.writer, self.keep_notes, self.bar = loader, writer, keep_notes, bar
-        self.failures: list[str] = []
-        self.writing: tuple[int, Future[Path]] | None = None
-
-    @contextmanager
-    def attached(self, evaluator: Evaluator) -> Iterator[None]:
-        """Handlers of the run, on an evaluator that may have others."""
-        reactions: dict[Any, Callable[..., None]] = {
-            Events.GET_BATCH_STARTED: lambda _: self.bar.set_postfix_str("reading"),
-            Events.ITERATION_STARTED: self._begin,
-            IterationEvents.FORWARD_COMPLETED: lambda _: self.bar.set_postfix_str("maps"),
-            Events.ITERATION_COMPLETED: self._write,
-            Events.EXCEPTION_RAISED: self._catch,
-        }
-        with ExitStack() as handlers:
-            for event, handler in reactions.items():
-                handlers.enter_context(evaluator.add_event_handler(event, handler))
-            yield
-
-    def fail(self, number: int, error: BaseException) -> None:
-        """Report a scan that failed."""
-        scan = self.loader.dataset.data[number]
-        message = one_line(error, str(scan["name"]))
-        self.failures.append(message)
-        logger.debug("%s", message, exc_info=error)
-        if self.keep_notes:
-            logger.error("%s", message)
-            with suppress(OSError):  # a full disk takes no notes
-                self.writer.note_failure(scan, message)
-        self.bar.update()
-
-    def finish_writing(self) -> None:
-        """Wait until the scan that is being written is on disk."""
-        if self.writing is None:
-            return
-        (number, future), self.writing = self.writing, None
-        self.bar.set_postfix_str("writing")
-        try:
-            logger.info("%s: results are in %s", self.loader.dataset.data[number]["name"], future.result())
-        except Exception as error:
-            self.fail(number, error)
-        else:
-            self.bar.update()
-
-    def _begin(self, engine: Engine) -> None:
-        scan = self.loader.dataset.data[self.loader.current]
-        self.writer.check_place(scan)
-        self.bar.set_description_str(str(scan["name"]))
-        self.bar.set_postfix_str("network")
-
-    def _write(self, engine: Engine) -> None:
-        self.finish_writing()
-        number = self.loader.current
-        scan = self.loader.dataset.data[number]
-        self.writing = (number, self.pool.submit(self.writer.write, maps_of(engine), scan))
-
-    def _catch(self, engine: Engine, error: BaseException) -> None:
-        if not isinstance(error, Exception):
-            raise error
-        self.fail(self.loader.current, error)

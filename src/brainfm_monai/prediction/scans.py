@@ -1,17 +1,18 @@
-"""The scans of a run as MONAI's data set and data loader: each is read while the one before is computed."""
+"""The scans of a run: MONAI's data set and data loader of them, and which of them this process does, on which device."""
 
 from __future__ import annotations
 
-from collections import deque
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from monai.data import Dataset, list_data_collate
 
 from brainfm_monai.io import Scan, ScanError, make_scans, printable
-
-__all__ = ["ScanDataset", "ScanLoader"]
 
 
 class ScanDataset(Dataset):
@@ -29,9 +30,9 @@ class ScanDataset(Dataset):
         items = [entry.item if isinstance(entry, Scan) else dict(entry) for entry in data]
         self.skipped = [item for item in items if item.get("skipped")]
         items = [item for item in items if not item.get("skipped")]
-        super().__init__(
-            [{**item, **scan.item} for item, scan in zip(items, make_scans(items), strict=True)], transform
-        )
+        scans = [scan.item for scan in make_scans(items)]
+        rest = [{key: value for key, value in item.items() if key != "folder"} for item in items]  # may be no folder
+        super().__init__([{**item, **scan} for item, scan in zip(rest, scans, strict=True)], transform)
 
     def _transform(self, index: int) -> Any:
         item = self.data[index]
@@ -47,32 +48,57 @@ class ScanLoader(Iterable[dict[str, Any]]):
         dataset: the scans.
 
     Attributes:
-        waiting: numbers of the scans that are still to come.
         current: number of the scan of the last batch.
-        report: called with the number of a scan that cannot be read and the error; the scan is left out. None: raises it.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self.waiting = deque(range(len(dataset)))
-        self.current = -1
-        self.report: Callable[[int, Exception], None] | None = None
+        self.dataset, self.current = dataset, -1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the batches of the scans that are waiting."""
-        with ThreadPoolExecutor(1, "read") as reader:
-            ahead = self._read_next(reader)
-            while ahead is not None:
-                self.current = self.waiting.popleft()
-                reading, ahead = ahead, self._read_next(reader)
-                try:
-                    batch = list_data_collate([reading.result()])
-                except Exception as error:
-                    if self.report is None:
-                        raise
-                    self.report(self.current, error)
-                    continue
-                yield batch
+        """Yield the batches of all scans."""
+        for number, wait in self.read_ahead(range(len(self.dataset))):
+            self.current = number
+            yield wait()
 
-    def _read_next(self, reader: ThreadPoolExecutor) -> Future[Any] | None:
-        return reader.submit(self.dataset.__getitem__, self.waiting[0]) if self.waiting else None
+    def read_ahead(self, numbers: Sequence[int]) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+        """Yield the number of each scan, and a function that waits for its batch; meanwhile the next scan is read."""
+        with ThreadPoolExecutor(1, "read") as reader:
+            ahead = [reader.submit(self._read, number) for number in numbers[:1]]
+            for number, following in zip_longest(numbers, numbers[1:]):
+                if following is not None:
+                    ahead.append(reader.submit(self._read, following))
+                yield number, ahead.pop(0).result
+
+    def _read(self, number: int) -> dict[str, Any]:
+        batch: dict[str, Any] = list_data_collate([self.dataset[number]])
+        return batch
+
+
+def share_of(count: int, shard: str | None = None) -> list[int]:
+    """Which of ``count`` scans this process works on.
+
+    Args:
+        count: number of scans.
+        shard: ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all. torchrun's ``RANK`` and ``WORLD_SIZE`` in
+            the environment divide the shard further.
+
+    Returns:
+        Their numbers, from 0. The shares of all processes hold every scan once.
+
+    Raises:
+        ValueError: if the shard is not of that form.
+    """
+    numbers = list(range(count))
+    if shard is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", str(shard).strip())
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(f"shard: i/n with i from 1 to n is needed, found '{shard}'")
+        numbers = numbers[int(match[1]) - 1 :: int(match[2])]
+    return numbers[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+
+
+def local_device() -> torch.device:
+    """The GPU of this process (torchrun's ``LOCAL_RANK``, else the first), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -9,22 +9,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
+from brainfm_monai import outputs
 from brainfm_monai.io import ScanError, find_bundle, literal
-from brainfm_monai.outputs import (
-    RunSettings,
-    ScanResult,
-    collect_warnings,
-    compute_volumes_mm3,
-    fit_scan_to_template,
-    resample,
-)
 from brainfm_monai.prediction.loop import engine_logger
 from brainfm_monai.tasks import TaskLayout
-
-__all__ = ["predict"]
 
 
 def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict[str, Any]:
@@ -48,35 +39,29 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
         ValueError: if a setting or the weights do not fit.
     """
     bundle = find_bundle(bundle)
-    configs = bundle / "configs"
-    if not (configs / "inference.json").is_file():
-        raise FileNotFoundError(
-            f"{configs / 'inference.json'}: a config of the bundle is needed, found no such file: pass bundle=FOLDER"
-        )
+    config = bundle / "configs" / "inference.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: a config of the bundle is needed, found no such file: pass bundle=FOLDER")
     with TemporaryDirectory() as folder:
         path = _as_file(image, Path(folder))
-        workflow = ConfigWorkflow(
-            workflow_type="inference",
-            config_file=str(configs / "inference.json"),
-            meta_file=str(configs / "metadata.json"),
-            logging_file=False,
-            **{
-                "bundle_root": literal(str(bundle)),
-                "scans": [{"image": literal(str(path)), "name": "scan"}],
-                "handlers": [],  # that of the config writes files
-                **overrides,
-            },
-        )
+        settings = {
+            "bundle_root": literal(str(bundle)),
+            "scans": [{"image": literal(str(path)), "name": "scan"}],
+            "handlers": [],  # that of the config writes files
+            **overrides,
+        }
+        files = {"config_file": str(config), "meta_file": str(config.with_name("metadata.json"))}
+        workflow = ConfigWorkflow(workflow_type="inference", **files, logging_file=False, **settings)
         try:
             workflow.initialize()
-            item = _run(workflow.parser)
+            evaluator, layout, run = map(workflow.parser.get_parsed_content, ("evaluator", "layout", "settings"))
+            evaluator.logger = engine_logger
+            evaluator.run()
         except SystemExit as end:  # the config reports wrong weights so
             raise ValueError(str(end)) from end
         except RuntimeError as error:  # MONAI's way of reporting that a transform failed
             raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
-        return _describe(
-            item, workflow.parser.get_parsed_content("layout"), workflow.parser.get_parsed_content("settings"), path
-        )
+        return _describe(evaluator.state.output[0], layout, run, path)
 
 
 def _as_file(image: Any, folder: Path) -> Path:
@@ -86,49 +71,35 @@ def _as_file(image: Any, folder: Path) -> Path:
     if isinstance(image, MetaTensor):
         values = image.as_tensor().detach().cpu()
         if values.ndim != 4 or len(values) != 1 or values.is_complex():
-            raise ScanError(
-                f"image: real numbers of shape (1, H, W, D) are needed, found {values.dtype} of {tuple(values.shape)}"
-            )
+            found = f"{values.dtype} of {tuple(values.shape)}"
+            raise ScanError(f"image: real numbers of shape (1, H, W, D) are needed, found {found}")
         image = nib.Nifti1Image(values.float().numpy()[0], np.asarray(image.affine, dtype=np.float64))
     path = folder / "scan.nii"
     nib.save(image, path)
     return path
 
 
-def _run(parser: ConfigParser) -> dict[str, Any]:
-    evaluator = parser.get_parsed_content("evaluator")
-    evaluator.logger = engine_logger
-    evaluator.run()
-    item: dict[str, Any] = evaluator.state.output[0]
-    return item
-
-
-def _describe(item: dict[str, Any], layout: TaskLayout, settings: RunSettings, path: Path) -> dict[str, Any]:
+def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSettings, path: Path) -> dict[str, Any]:
+    """The maps of an item in the grid of its scan, volumes, and what else :func:`predict` returns."""
     labels: MetaTensor = item["pred"]
-    maps = {
-        key: value
-        for key, value in item.items()
-        if isinstance(value, MetaTensor) and key not in ("image", "original", "pred")
-    }
-    affine = np.asarray(labels.affine, dtype=np.float64)
-    array = np.asarray(labels[0].cpu(), dtype=np.uint8)
+    hidden = ("image", "original", "pred")
+    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in hidden}
+    affine, array = np.asarray(labels.affine, dtype=np.float64), np.asarray(labels[0].cpu(), dtype=np.uint8)
     soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
-    scan = ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
+    scan = outputs.ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
+    hard = outputs.compute_volumes_mm3(array, affine, len(layout.protocol))
     names = [s.name for s in layout.protocol.structures[1:]]
-    hard = compute_volumes_mm3(array, affine, len(layout.protocol))
-    found: dict[str, Any] = {
-        name: resample(value.cpu(), array.shape, affine) for name, value in maps.items() if name != "segmentation"
-    }
     try:
-        matrix = fit_scan_to_template(scan).matrix if "mni" in maps else None
+        matrix = outputs.fit_scan_to_template(scan).matrix if "mni" in maps else None
     except ValueError:  # no brain
         matrix = None
+    shown = {key: value for key, value in maps.items() if key != "segmentation"}
     return {
         "segmentation": labels.cpu().to(torch.uint8),
-        **found,
+        **{key: outputs.resample(value.cpu(), array.shape, affine) for key, value in shown.items()},
         "volumes_mm3": dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
         "hard_volumes_mm3": dict(zip(names, hard[1:].tolist(), strict=True)),
         "affine_to_template": matrix,
-        "warnings": collect_warnings(scan),
+        "warnings": outputs.collect_warnings(scan),
         "layout": layout,
     }
