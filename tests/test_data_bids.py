@@ -11,8 +11,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import freesurfer, selftraining
-from brainfm_monai.data.bids import find_sessions, prepare_bids
+from brainfm_monai.data import bids, making
+from brainfm_monai.data.bids import find_sessions, predicted_file, prepare_bids
 from brainfm_monai.data.contrasts import (
     BoxScan,
     align_scan,
@@ -24,7 +24,6 @@ from brainfm_monai.data.contrasts import (
 from brainfm_monai.data.intensities import read_scan, resample_to_box
 from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.registration import coarsen_affine
-from brainfm_monai.data.selftraining import predicted_file
 from brainfm_monai.data.subjects import read_record
 from brainfm_monai.io import read_table
 
@@ -78,7 +77,7 @@ def _no_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(ids: np.ndarray, affine: np.ndarray, factor: int, initial: object) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((*(n // factor for n in ids.shape), 3), dtype=np.float32), coarsen_affine(affine, factor)
 
-    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", fake)
+    monkeypatch.setattr(making, "compute_mni_coordinates", fake)
 
 
 def load(path: Path) -> Any:
@@ -268,7 +267,7 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
         save(predicted_file(Path(settings["output_dir"]), "sub-01"), make_head(), AFFINE)
         raise SystemExit("1 of 2 scans failed")
 
-    monkeypatch.setattr(selftraining, "run", run)
+    monkeypatch.setattr(bids, "run", run)
     with pytest.raises(PreparationError, match=r"sub-02_desc-freesurfer_dseg\.nii\.gz.* found no such file"):
         prepare_bids(root, tmp_path / "out", bundle=bundle, size=SIZE)
     assert read_record(tmp_path / "out" / "sub-01")["labels_from"] == "model"

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from monai.data import load_decathlon_datalist
 
-from brainfm_monai.data.datalist import count_subjects, read_datalist, write_datalist
-from brainfm_monai.data.persons import find_persons
+from brainfm_monai.data.datalist import count_subjects, find_persons, read_datalist, write_datalist
 
 KEYS = ("generation_labels", "segmentation", "distance", "mni")
 

@@ -12,12 +12,12 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import freesurfer, prepare, subjects
 from brainfm_monai.data import jobs as data_jobs
+from brainfm_monai.data import making, subjects
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.jobs import Job, PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import prepare_label, prepare_label_map, prepare_labels
+from brainfm_monai.data.prepare import prepare_label, prepare_labels
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.io import write_folder
 
@@ -51,7 +51,9 @@ def save_head(path: Path, ids: np.ndarray | None = None) -> Path:
     return path
 
 
-def fake_coordinates(ids: np.ndarray, affine: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+def fake_coordinates(
+    ids: np.ndarray, affine: np.ndarray, factor: int, initial: object
+) -> tuple[np.ndarray, np.ndarray]:
     """World coordinates shifted by 2 mm to the right: stands in for the registration, which has tests of its own."""
     grid = coarsen_affine(affine, factor)
     index = np.stack(np.meshgrid(*(np.arange(n // factor) for n in ids.shape), indexing="ij"), axis=-1)
@@ -61,11 +63,11 @@ def fake_coordinates(ids: np.ndarray, affine: np.ndarray, factor: int) -> tuple[
 @pytest.fixture(autouse=True)
 def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.node.get_closest_marker("shared_data"):
-        monkeypatch.setattr(prepare, "compute_mni_coordinates", fake_coordinates)
+        monkeypatch.setattr(making, "compute_mni_coordinates", fake_coordinates)
 
 
 def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", size=SIZE)
+    (folder,) = prepare_labels(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", size=SIZE)
     assert folder == tmp_path / "out" / "sub-01"
     assert sorted(f.name for f in folder.iterdir()) == sorted((*FILES, "subject.json"))
     images = {name: load(folder / name) for name in FILES}
@@ -89,7 +91,7 @@ def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
 
 
 def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=SIZE)
+    (folder,) = prepare_labels(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=SIZE)
     protocol = Protocol.load("synthseg_head")
     segmentation = load(folder / "segmentation.nii.gz")
     labels = np.asarray(segmentation.dataobj)
@@ -120,7 +122,7 @@ def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
 
 
 def test_the_box_is_around_the_brain(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=(64, 64, 64))
+    (folder,) = prepare_labels(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=(64, 64, 64))
     labels = Protocol.load("synthseg_head").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
     where = np.argwhere(np.isin(labels, (2, 3, 4, 8, 41, 42)))
     np.testing.assert_allclose((where.min(axis=0) + where.max(axis=0)) / 2, 31.5, atol=0.5)
@@ -154,7 +156,7 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(
     assert prepare_labels(sources, tmp_path / "out", size=SIZE) == [tmp_path / "out" / name for name in "abc"]
     done: list[str] = []
 
-    def note(job: Job, _: Path) -> list[str]:
+    def note(job: Job, output_dir: Path) -> list[str]:
         done.append(job.source.name)
         return []
 
@@ -179,19 +181,19 @@ def test_an_interrupted_subject_leaves_nothing_and_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_head(tmp_path / "a.nii.gz")
-    save, written = subjects._save, []
+    save, written = nib.save, []
 
-    def stop_at_the_third(path: Path, *parts: object) -> None:
+    def stop_at_the_third(image: Any, path: Path) -> None:
         written.append(path)
         if len(written) == 3:
             raise KeyboardInterrupt
-        save(path, *parts)  # type: ignore[arg-type]
+        save(image, path)
 
-    monkeypatch.setattr(subjects, "_save", stop_at_the_third)
+    monkeypatch.setattr(subjects.nib, "save", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         prepare_labels(source, tmp_path / "out", size=SIZE)
     assert not list((tmp_path / "out").iterdir())
-    monkeypatch.setattr(subjects, "_save", save)
+    monkeypatch.setattr(subjects.nib, "save", save)
     leftover = tmp_path / "out" / ".0123abcd.partial.a"  # as a power cut leaves it
     leftover.mkdir()
     (leftover / "mni.nii.gz").write_text("half", encoding="utf-8")
@@ -234,9 +236,9 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
 
     def count(ids: np.ndarray, affine: np.ndarray, factor: int, initial: object) -> tuple[np.ndarray, np.ndarray]:
         made.append(1)
-        return fake_coordinates(ids, affine, factor)
+        return fake_coordinates(ids, affine, factor, initial)
 
-    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", count)
+    monkeypatch.setattr(making, "compute_mni_coordinates", count)
     ids = make_head()
     names: dict[int, int | str] = {2: "left cerebral white matter", 3: "Left-Cerebral-Cortex", 41: "41", 511: "skin"}
     names |= {i: i for i in (4, 8, 24, 42)}
@@ -278,8 +280,8 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
 )
 def test_heads_on_the_wrong_side_are_refused(tmp_path: Path, axes: tuple[int, ...], rule: str) -> None:
     source = save_head(tmp_path / "a.nii.gz", np.flip(make_head(), axes))
-    with pytest.raises(ValueError, match=rf"^{source}: {rule}"):
-        prepare_label_map(source, tmp_path / "out", size=SIZE)
+    with pytest.raises(ValueError, match=rf"\n{source}: {rule}"):
+        prepare_labels(source, tmp_path / "out", size=SIZE)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -317,7 +319,7 @@ def test_inputs_that_cannot_be_prepared(tmp_path: Path, inputs: str, rule: str) 
 
 def test_sizes_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"three positive multiples of 4, got \(30, 32, 32\)"):
-        prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, size=(30, 32, 32))
+        prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=(30, 32, 32))
     with pytest.raises(PreparationError, match=r"b\.nii\.gz: .* found no such file"):
         prepare_labels(tmp_path / "b.nii.gz", tmp_path / "out", size=SIZE)
 
@@ -333,7 +335,7 @@ def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:
 @pytest.mark.shared_data
 def test_a_real_map_with_its_registration(tmp_path: Path, shared_data: Path) -> None:
     source = shared_data / "synthseg" / "training_label_maps" / "training_seg_09.nii.gz"
-    folder = prepare_label_map(source, tmp_path)
+    (folder,) = prepare_labels(source, tmp_path)
     assert sum(f.stat().st_size for f in folder.iterdir()) < 25e6
     generation, mni = load(folder / "generation_labels.nii.gz"), load(folder / "mni.nii.gz")
     ids = Protocol.load("synthseg_generation").freesurfer_ids[np.asarray(generation.dataobj)][2::4, 2::4, 2::4]

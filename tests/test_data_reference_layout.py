@@ -14,8 +14,7 @@ from monai.data import load_decathlon_datalist
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.check import check_set
 from brainfm_monai.data.datalist import write_datalist
-from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.reference_layout import decode_reference, find_reference_subjects
+from brainfm_monai.data.loading import LoadSubjectd, decode_reference, find_reference_subjects
 
 SIZE = (40, 24, 20)
 AFFINE = np.array([[1.0, 0, 0, -19.5], [0, 1, 0, -30], [0, 0, 1, 7], [0, 0, 0, 1]])

@@ -15,12 +15,12 @@ from monai.data import load_decathlon_datalist
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import prepare, simulated
+from brainfm_monai.data import generation, making
 from brainfm_monai.data.datalist import count_subjects, make_entry, read_datalist, write_datalist
+from brainfm_monai.data.generation import choose_contrasts, simulate_contrasts
 from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import prepare_label_map, prepare_labels
-from brainfm_monai.data.simulated import choose_contrasts, simulate_contrasts
+from brainfm_monai.data.prepare import prepare_labels
 
 SIZE = (32, 40, 36)
 LARGE = (48, 48, 48)  # the whole head and some air
@@ -69,11 +69,11 @@ def registrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Something in place of the registration, which has tests of its own; the list grows with every subject that is made."""
     done: list[int] = []
 
-    def fake(ids: np.ndarray, affine: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    def fake(ids: np.ndarray, affine: np.ndarray, factor: int, initial: None) -> tuple[np.ndarray, np.ndarray]:
         done.append(1)
         return np.zeros((*(n // factor for n in ids.shape), 3), dtype=np.float32), affine
 
-    monkeypatch.setattr(prepare, "compute_mni_coordinates", fake)
+    monkeypatch.setattr(making, "compute_mni_coordinates", fake)
     return done
 
 
@@ -85,7 +85,7 @@ def read_painted(folder: Path, *names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_tables_values_lie_where_the_affine_says(tmp_path: Path, name: str) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, size=SIZE, contrasts=[name])
+    (folder,) = prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=SIZE, contrasts=[name])
     assert not (folder / f"{name}.nii.gz").exists()
     item = read_painted(folder, name)
     image, labels = item[name], item["generation_labels"]
@@ -99,7 +99,7 @@ def test_the_tables_values_lie_where_the_affine_says(tmp_path: Path, name: str) 
 
 
 def test_every_voxel_away_from_a_boundary_has_its_mean_and_boundaries_lie_between(tmp_path: Path) -> None:
-    folder = prepare_label_map(save_head(tmp_path / "a.nii.gz"), tmp_path, size=LARGE, contrasts="CT,T1w")
+    (folder,) = prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=LARGE, contrasts="CT,T1w")
     item = read_painted(folder, "T1w", "CT")
     labels = item["generation_labels"][0].numpy()
     same = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
@@ -134,11 +134,11 @@ def test_a_list_names_painted_contrasts_and_the_subjects_of_earlier_versions_kee
 
 def test_the_record_names_what_is_simulated(tmp_path: Path) -> None:
     source = save_head(tmp_path / "a.nii.gz")
-    folder = prepare_label_map(source, tmp_path / "out", size=SIZE, contrasts="CT, T1w,CT")
+    (folder,) = prepare_labels(source, tmp_path / "out", size=SIZE, contrasts="CT, T1w,CT")
     record = read_record(folder)
     assert record["simulated"] == ["T1w", "CT"]
     assert set(record["keys"]) == {"generation_labels", "segmentation", "distance", "mni"}
-    plain = prepare_label_map(source, tmp_path / "plain", size=SIZE)
+    (plain,) = prepare_labels(source, tmp_path / "plain", size=SIZE)
     assert "simulated" not in read_record(plain)
     with pytest.raises(KeyError, match="a: the item has no 'T1w'"):
         read_painted(plain, "T1w")
@@ -206,10 +206,10 @@ def test_contrasts_that_are_none(tmp_path: Path, names: str | list[str]) -> None
 
 
 def test_the_smoothing_is_in_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulated, "SMOOTHING_MM", 1.0)
+    monkeypatch.setattr(generation, "SMOOTHING_MM", 1.0)
     labels = np.zeros((21, 21, 21), dtype=np.uint8)
     labels[10:] = PROTOCOL.label_of_id[2]
     fine = simulate_contrasts(labels, np.diag([0.5, 0.5, 0.5, 1]), PROTOCOL, ["T1w"], "a")["T1w"]
-    monkeypatch.setattr(simulated, "SMOOTHING_MM", 2.0)
+    monkeypatch.setattr(generation, "SMOOTHING_MM", 2.0)
     coarse = simulate_contrasts(labels, np.eye(4), PROTOCOL, choose_contrasts("T1w"), "a")["T1w"]
     np.testing.assert_array_equal(fine, coarse)

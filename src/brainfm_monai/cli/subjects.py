@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 __all__ = ["Data", "Prepare", "check_data", "demo_scans"]
@@ -14,47 +15,37 @@ logger = logging.getLogger(__name__)
 Command = Callable[..., Any]
 
 
+def _lazy(module: str, name: str, doc: str, *, is_shown: bool = False) -> property:
+    """A command of a module of ``data``, which is imported when the command is asked for.
+
+    Fire prints what a command returns, and a list of thousand folders tells nobody anything: None is returned but for ``is_shown``.
+    """
+
+    def load(_: object) -> Command:
+        function: Command = getattr(import_module(f"brainfm_monai.data.{module}"), name)
+
+        @wraps(function)
+        def command(*args: Any, **kwargs: Any) -> None:
+            function(*args, **kwargs)
+
+        return function if is_shown else command
+
+    return property(load, doc=doc)
+
+
 class Prepare:
     """Prepare subjects for training from label maps, from FreeSurfer's results, or from a BIDS folder."""
 
-    @property
-    def labels(self) -> Command:
-        """Out of label maps."""
-        from brainfm_monai.data.prepare import prepare_labels
-
-        return _without_result(prepare_labels)
-
-    @property
-    def freesurfer(self) -> Command:
-        """Out of FreeSurfer's or FastSurfer's results."""
-        from brainfm_monai.data.freesurfer import prepare_freesurfer
-
-        return _without_result(prepare_freesurfer)
-
-    @property
-    def bids(self) -> Command:
-        """Out of a BIDS folder."""
-        from brainfm_monai.data.bids import prepare_bids
-
-        return _without_result(prepare_bids)
+    labels = _lazy("prepare", "prepare_labels", "Out of label maps.")
+    freesurfer = _lazy("prepare", "prepare_freesurfer", "Out of FreeSurfer's or FastSurfer's results.")
+    bids = _lazy("bids", "prepare_bids", "Out of a BIDS folder.")
 
 
 class Data:
     """Download open data, write the datalist of prepared subjects, and look for faults in subjects."""
 
-    @property
-    def fetch(self) -> Command:
-        """Download an open data set."""
-        from brainfm_monai.data.fetch import fetch_dataset
-
-        return _without_result(fetch_dataset)
-
-    @property
-    def list(self) -> Command:
-        """Write the datalist of folders of subjects."""
-        from brainfm_monai.data.datalist import write_datalist
-
-        return write_datalist
+    fetch = _lazy("fetch", "fetch_dataset", "Download an open data set.")
+    list = _lazy("datalist", "write_datalist", "Write the datalist of folders of subjects.", is_shown=True)
 
     @property
     def check(self) -> Command:
@@ -92,13 +83,3 @@ def demo_scans(output: str) -> None:
     from brainfm_monai.data.demo import write_demo_scans
 
     write_demo_scans(str(output))
-
-
-def _without_result(function: Command) -> Command:
-    """The function as a command: Fire prints what a command returns, and a list of thousand folders tells nobody anything."""
-
-    @wraps(function)
-    def command(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)
-
-    return command

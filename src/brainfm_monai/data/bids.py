@@ -1,71 +1,69 @@
-"""Prepared subjects out of a BIDS folder: scans of several contrasts, with labels from derivatives or from the model."""
+"""Prepared subjects out of a BIDS folder: scans of several contrasts, with labels from derivatives or from the bundle's model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from brainfm_monai.data.freesurfer import BRAIN_PROTOCOL, find_files, make_from_scans
-from brainfm_monai.data.jobs import Job, run_jobs
-from brainfm_monai.data.registration import TEMPLATE_NAME
-from brainfm_monai.data.selftraining import predict_labels, predicted_file
-from brainfm_monai.data.subjects import SIZE, check_size
-from brainfm_monai.io import scan_stem
+from monai.bundle import run
 
-__all__ = ["Session", "find_sessions", "prepare_bids"]
+from brainfm_monai.data.jobs import Job, common_settings, run_jobs
+from brainfm_monai.data.prepare import BRAIN_PROTOCOL, find_files
+from brainfm_monai.data.subjects import CONTRASTS, SIZE
+from brainfm_monai.io import find_bundle, scan_stem, write_table
+
+__all__ = ["Session", "find_sessions", "predict_labels", "predicted_file", "prepare_bids"]
 
 logger = logging.getLogger(__name__)
 
-CONTRAST_OF_SUFFIX = {"T1w": "T1w", "T2w": "T2w", "FLAIR": "FLAIR", "CT": "CT", "ct": "CT"}
+CONTRAST_OF_SUFFIX = {**{contrast: contrast for contrast in CONTRASTS}, "ct": "CT"}
 # Label maps with FreeSurfer ids in derivatives: fMRIPrep's two, and those of SynthSeg. A bare _dseg may hold any ids.
 LABEL_PATTERNS = ("*_desc-aparcaseg_dseg.nii.gz", "*_desc-aseg_dseg.nii.gz", "*synthseg*.nii.gz", "*synthseg*.mgz")
 LESION_PATTERNS = ("*_label-lesion_mask.nii.gz", "*_label-lesion_roi.nii.gz")
 # entities that say what was made of a scan; all others say which scan it was made of
 DERIVED = {"space", "desc", "label", "res", "den", "hemi", "seg", "atlas", "mod", "model", "part"}
-NATIVE_SPACES = {"orig", "native", "individual", "scanner"}  # of the scan that a file was made of
+NATIVE_SPACES = {"orig", "native", "individual", "scanner", *CONTRAST_OF_SUFFIX}  # of the scan that a file was made of
 PREDICTIONS = ".predicted"
 
 
 class BidsFile(NamedTuple):
-    """A file of a BIDS folder.
-
-    Attributes:
-        path: the file.
-        scan: the entities that tell which scan it is or was made of: ``{("sub", "01"), ("run", "02")}``.
-        contrast: of the scan that it is or was made of; empty where its name does not tell.
-        is_native: whether it lies in the space of that scan.
-    """
+    """A file of a BIDS folder."""
 
     path: Path
-    scan: frozenset[tuple[str, str]]
-    contrast: str
-    is_native: bool
+    entities: dict[str, str]  # of its name; that of the session may stand in the folder alone
+    contrast: str  # of the scan that it is or was made of; empty where its name does not tell
+
+    @property
+    def scan(self) -> set[tuple[str, str]]:
+        """The entities that tell which scan it is or was made of: ``{("sub", "01"), ("run", "02")}``."""
+        return {(key, value) for key, value in self.entities.items() if key not in DERIVED}
+
+    @property
+    def is_scan(self) -> bool:
+        """Whether a raw file is a scan of a known contrast: magnitudes, not phases."""
+        is_image = self.path.name.endswith((".nii", ".nii.gz")) and self.entities.get("part", "mag") == "mag"
+        return is_image and scan_stem(self.path).split("_")[-1] in CONTRAST_OF_SUFFIX
 
 
 @dataclass(frozen=True)
 class Session:
-    """One visit of one person.
+    """One visit of one person."""
 
-    Attributes:
-        name: ``sub-01`` or ``sub-01_ses-1``.
-        person: ``sub-01``.
-        scans: file of each contrast; the first one is the reference, on which the labels lie.
-        masks: defacing masks that the folder holds, by contrast.
-        labels: files of the labels by role, see :func:`brainfm_monai.data.freesurfer.find_files`; empty where there are none.
-        lesion: mask of lesions on one of the scans, if there is one.
-        lesion_of: contrast of that scan; empty where the name of the mask does not tell.
-    """
+    name: str  # sub-01 or sub-01_ses-1
+    scans: dict[str, Path]  # file of each contrast; the first one is the reference, on which the labels lie
+    masks: dict[str, Path]  # defacing masks that the folder holds, by contrast
+    labels: dict[str, Path]  # by role, see find_files; empty where there are none
+    lesion: Path | None = None  # mask of lesions on one of the scans
+    lesion_of: str = ""  # contrast of that scan; empty where the name of the mask does not tell
 
-    name: str
-    person: str
-    scans: dict[str, Path]
-    masks: dict[str, Path] = field(default_factory=dict)
-    labels: dict[str, Path] = field(default_factory=dict)
-    lesion: Path | None = None
-    lesion_of: str = ""
+    @property
+    def person(self) -> str:
+        """Name of the person: ``sub-01``."""
+        return self.name.split("_")[0]
 
 
 def find_sessions(root: str | Path) -> list[Session]:
@@ -80,83 +78,72 @@ def find_sessions(root: str | Path) -> list[Session]:
     Raises:
         FileNotFoundError: if there is none.
     """
-    root = Path(root)
+    derivatives = Path(root) / "derivatives"
     derived: dict[str, list[BidsFile]] = {}
-    for path in sorted((root / "derivatives").rglob("sub-*_*")):
+    for path in sorted(derivatives.rglob("sub-*_*")):
         derived.setdefault(path.name.split("_")[0], []).append(_parse(path))
     sessions = []
-    for person in sorted(f for f in root.glob("sub-*") if f.is_dir()):
+    for person in sorted(f for f in Path(root).glob("sub-*") if f.is_dir()):
         raw = [_parse(f) for f in sorted(person.glob("*/*")) + sorted(person.glob("ses-*/*/*")) if f.is_file()]
-        scans = [f for f in raw if _is_scan(f)]
-        visits = sorted({_entities(f.path).get("ses", "") for f in scans})
+        scans, files = [f for f in raw if f.is_scan], [*raw, *derived.get(person.name, [])]
+        visits = sorted({f.entities.get("ses", "") for f in scans})
         for visit in visits:
             name = f"{person.name}_ses-{visit}" if visit else person.name
-            sessions.append(_make_session(root, name, visit, scans, [*raw, *derived.get(person.name, [])]))
-        for folder in (root / "derivatives").glob(f"*/{person.name}/mri") if len(visits) > 1 and visits[0] else ():
+            of_visit = [f for f in files if f.entities.get("ses", visit) == visit]
+            sessions.append(_make_session(derivatives, name, scans, of_visit))
+        for folder in derivatives.glob(f"*/{person.name}/mri") if len(visits) > 1 and visits[0] else ():
             logger.warning("%s: not used: it does not tell of which visit of %s it is", folder.parent, person.name)
     if not sessions:
-        raise FileNotFoundError(
-            f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed, found none"
-        )
+        needed = f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed"
+        raise FileNotFoundError(f"{needed}, found none")
     return sessions
 
 
-def _make_session(
-    root: Path, name: str, visit: str, scans_of_person: Sequence[BidsFile], files: Iterable[BidsFile]
-) -> Session:
-    """A visit: its scans, and what belongs to them among the files of the person."""
-    candidates = [f for f in files if _entities(f.path).get("ses", visit) == visit]
-    scans = [f for f in scans_of_person if f in candidates]
-    labels, reference = _find_labels(root, name, scans, scans_of_person, candidates)
+def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], files: Sequence[BidsFile]) -> Session:
+    """A visit: its scans, and what belongs to them among the files of the visit; ``rivals`` are all scans of the person."""
+    scans = [f for f in rivals if f in files]
+    labels, reference = _find_labels(derivatives, name, scans, rivals, files)
     chosen = {reference.contrast: reference} if reference else {}
-    order = [contrast for contrast in dict.fromkeys(CONTRAST_OF_SUFFIX.values()) if contrast not in chosen]
-    chosen |= {c: first for c in order if (first := next((f for f in scans if f.contrast == c), None))}
+    for scan in sorted(scans, key=lambda f: CONTRASTS.index(f.contrast)):
+        chosen.setdefault(scan.contrast, scan)
     paths = {contrast: scan.path for contrast, scan in chosen.items()}
-    if reference and "T1w" in labels:
-        paths["T1w"] = labels.pop("T1w")
+    paths |= {"T1w": labels.pop("T1w")} if "T1w" in labels else {}
     masks, lesions = {}, []
-    for f in candidates:
-        if f.path.match("*_defacemask.nii*") and f.contrast in chosen:
-            if _belongs(f, chosen[f.contrast], scans_of_person):
-                masks[f.contrast] = f.path
+    for f in files:
+        of = [c for c, scan in chosen.items() if f.contrast in ("", c) and _belongs(f, scan, rivals)]
+        if f.path.match("*_defacemask.nii*") and f.contrast in of:
+            masks[f.contrast] = f.path
+        elif any(f.path.match(pattern) for pattern in LESION_PATTERNS) and of:
+            lesions.append(f)
         elif any(f.path.match(pattern) for pattern in LESION_PATTERNS):
-            of = [c for c, scan in chosen.items() if f.contrast in ("", c) and _belongs(f, scan, scans_of_person)]
-            lesions += [f] if of else []
-            if not of:
-                logger.warning(
-                    "%s: not used: its entities and contrast are those of no scan in use of %s", f.path, name
-                )
-    lesion = lesions[0] if lesions else None
+            reason = "not used: its entities and contrast are those of no scan in use of"
+            logger.warning("%s: %s %s", f.path, reason, name)
     for f in lesions[1:]:
         logger.warning("%s: not used: %s is", f.path, lesions[0].path.name)
-    contrast = lesion.contrast if lesion else ""
-    return Session(name, name.split("_")[0], paths, masks, labels, lesion.path if lesion else None, contrast)
+    lesion, contrast = (lesions[0].path, lesions[0].contrast) if lesions else (None, "")
+    return Session(name, paths, masks, labels, lesion, contrast)
 
 
 def _find_labels(
-    root: Path, name: str, scans: Sequence[BidsFile], rivals: Sequence[BidsFile], files: Sequence[BidsFile]
+    derivatives: Path, name: str, scans: Sequence[BidsFile], rivals: Sequence[BidsFile], files: Sequence[BidsFile]
 ) -> tuple[dict[str, Path], BidsFile | None]:
     """Files of the labels of a visit by role, and the scan that they belong to: FreeSurfer's folder before a label map."""
-    first_t1w = next((f for f in scans if f.contrast == "T1w"), None)
-    is_only_visit = all(_entities(f.path).get("ses") == _entities(scans[0].path).get("ses") for f in rivals)
+    t1w = [f for f in scans if f.contrast == "T1w"]
+    is_only_visit = len({f.entities.get("ses") for f in rivals}) == 1
     names = {name, name.split("_")[0]} if is_only_visit else {name}
-    for folder in sorted(f for n in names for f in (root / "derivatives").glob(f"*/{n}/mri")):
-        found = find_files(folder.parent)
-        if found["labels"].is_file():
-            is_only = sum(f.contrast == "T1w" for f in scans) == 1
-            if is_only or "T1w" not in found:
-                found.pop("T1w", None)  # the raw scan, not FreeSurfer's copy of it
-            if first_t1w or "T1w" in found:
-                own = BidsFile(found["T1w"], frozenset(), "T1w", True) if "T1w" in found else first_t1w
-                return found, own
+    for folder in sorted(f for n in names for f in derivatives.glob(f"*/{n}/mri")):
+        roles = find_files(folder.parent)
+        if len(t1w) == 1:
+            roles.pop("T1w", None)  # the raw scan, not FreeSurfer's copy of it
+        if roles["labels"].is_file() and (t1w or "T1w" in roles):
+            return roles, BidsFile(roles["T1w"], {}, "T1w") if "T1w" in roles else t1w[0]
     maps = [f for pattern in LABEL_PATTERNS for f in files if f.path.match(pattern)]
-    for contrast in dict.fromkeys(CONTRAST_OF_SUFFIX.values()):
-        for label in maps:
-            of_contrast = label.contrast or ("T1w" if first_t1w else contrast)
-            for scan in scans:
-                is_sure = label.contrast or first_t1w or len({f.contrast for f in scans}) == 1
-                if scan.contrast == contrast == of_contrast and is_sure and _belongs(label, scan, rivals):
-                    return {"labels": label.path}, scan
+    contrasts = {f.contrast for f in scans}
+    unnamed = "T1w" if t1w else contrasts.pop() if len(contrasts) == 1 else ""  # contrast of labels that name none
+    for contrast in CONTRASTS:
+        for label in (f for f in maps if (f.contrast or unnamed) == contrast):
+            for scan in (f for f in scans if f.contrast == contrast and _belongs(label, f, rivals)):
+                return {"labels": label.path}, scan
     for label in maps:
         logger.warning("%s: not used: its entities, space and contrast are those of no scan of %s", label.path, name)
     return {}, None
@@ -164,32 +151,17 @@ def _find_labels(
 
 def _belongs(made: BidsFile, scan: BidsFile, rivals: Sequence[BidsFile]) -> bool:
     """Whether a file was made of a scan and lies in its space; ``rivals`` are all scans of the person."""
-    if not made.is_native:
-        return False
     meant = [f for f in rivals if f.contrast == scan.contrast and made.scan <= f.scan]
-    return made.scan == scan.scan or meant == [scan]
+    is_native = (made.entities.get("space") or "orig") in NATIVE_SPACES
+    return is_native and (made.scan == scan.scan or meant == [scan])
 
 
 def _parse(path: Path) -> BidsFile:
-    entities = _entities(path)
-    words = [part for part in scan_stem(path).split("_") if "-" not in part]
-    space = entities.get("space", "")
-    named = [space, *words, entities.get("mod", "")]
-    contrast = next((CONTRAST_OF_SUFFIX[word] for word in named if word in CONTRAST_OF_SUFFIX), "")
-    scan = frozenset((key, value) for key, value in entities.items() if key not in DERIVED)
-    return BidsFile(path, scan, contrast, not space or space in NATIVE_SPACES or space in CONTRAST_OF_SUFFIX)
-
-
-def _entities(path: Path) -> dict[str, str]:
-    """Entities of a file's name; that of the session may stand in the folder alone."""
     parts = [part.partition("-") for part in (path.parent.parent.name, *scan_stem(path).split("_"))]
-    return {key: value for key, dash, value in parts if dash}
-
-
-def _is_scan(file: BidsFile) -> bool:
-    """Whether a raw file is a scan of a known contrast: magnitudes, not phases."""
-    suffix, part = scan_stem(file.path).split("_")[-1], _entities(file.path).get("part", "mag")
-    return suffix in CONTRAST_OF_SUFFIX and part == "mag" and file.path.name.endswith((".nii", ".nii.gz"))
+    entities = {key: value for key, dash, value in parts if dash}
+    words = [part for part in scan_stem(path).split("_") if "-" not in part]
+    named = [entities.get("space", ""), *words, entities.get("mod", "")]
+    return BidsFile(path, entities, next((CONTRAST_OF_SUFFIX[w] for w in named if w in CONTRAST_OF_SUFFIX), ""))
 
 
 def prepare_bids(
@@ -228,24 +200,61 @@ def prepare_bids(
         FileNotFoundError: if there is no scan, or labels are missing and there is no bundle.
         PreparationError: at the end, if some visits failed: one line for each.
     """
-    box = list(check_size(size))
+    settings = common_settings(dataset or Path(input).resolve().name, protocol, size)
     sessions, predictions = find_sessions(input), Path(output) / PREDICTIONS
     if not dry_run:
         predict_labels({s.name: next(iter(s.scans.values())) for s in sessions if not s.labels}, predictions, bundle)
     work = []
     for session in sessions:
-        settings: dict[str, Any] = {
-            "dataset": dataset or Path(input).resolve().name,
-            "person": session.person,
-            "labels_from": "derivatives" if session.labels else "model",
-            "protocol": Path(protocol).name,
-            "spatial_size": box,
-            "template": TEMPLATE_NAME,
-        }
+        own: dict[str, Any] = {"person": session.person, "labels_from": "derivatives" if session.labels else "model"}
         files = session.scans | (session.labels or {"labels": predicted_file(predictions, session.name)})
         files |= {f"{key}_mask": path for key, path in session.masks.items()}
         if session.lesion:
             files["lesion"] = session.lesion
-            settings |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
-        work.append(Job(session.name, "bids", files, settings, make_from_scans, {"protocol": protocol}))
+            own |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
+        work.append(Job(session.name, "bids", files, settings | own, {"protocol": protocol}))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+
+
+def predicted_file(folder: Path, name: str) -> Path:
+    """Where the bundle's inference writes the label map with FreeSurfer ids of a scan."""
+    return folder / name / f"{name}_desc-freesurfer_dseg.nii.gz"
+
+
+def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Path) -> None:
+    """Run the bundle's inference on scans, with labels of 1 mm; those that have a result already are left out.
+
+    A scan that fails leaves no result; the inference itself reports why.
+
+    Args:
+        scans: by subject, the scan to label.
+        output_dir: folder for the results, see :func:`predicted_file`.
+        bundle: folder of the bundle.
+
+    Raises:
+        FileNotFoundError: if the bundle has no inference config.
+    """
+    waiting = {name: scan for name, scan in scans.items() if not predicted_file(output_dir, name).is_file()}
+    if not waiting:
+        return
+    bundle = find_bundle(bundle)
+    configs = bundle / "configs"
+    if not (configs / "inference.json").is_file():
+        needed = "subjects have no labels and need the bundle's model"
+        raise FileNotFoundError(f"{configs / 'inference.json'}: {len(waiting)} {needed}")
+    with TemporaryDirectory() as scratch:
+        table = Path(scratch) / "scans.tsv"
+        write_table(table, ("image", "name"), [(scan.resolve(), name) for name, scan in waiting.items()])
+        try:
+            run(
+                config_file=str(configs / "inference.json"),
+                meta_file=str(configs / "metadata.json"),
+                logging_file=str(configs / "logging.conf"),
+                bundle_root=str(bundle),
+                input=str(table),
+                output_dir=str(output_dir),
+                outputs="segmentation",
+                grid="1mm",
+            )
+        except SystemExit as end:  # some scans failed; they are reported as subjects without labels
+            logger.error("%s", end)

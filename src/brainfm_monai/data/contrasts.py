@@ -17,16 +17,8 @@ from brainfm_monai.data.elastix import RIGID, register_linear
 from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box
 from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 
-__all__ = [
-    "BoxScan",
-    "align_scan",
-    "carry_lesion",
-    "check_hounsfield",
-    "find_removed",
-    "gather_scans",
-    "measure_motion",
-    "recognise_contrast",
-]
+__all__ = ["BoxScan", "align_scan", "carry_lesion", "check_hounsfield", "find_removed", "gather_scans"]
+__all__ += ["measure_motion", "recognise_contrast"]
 
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
 MINIMUM_AIR_SHARE = 0.01
@@ -44,19 +36,12 @@ MINIMUM_VOXELS = 100  # of a structure whose brightness is compared
 
 
 class BoxScan(NamedTuple):
-    """A scan on the box of its subject.
+    """A scan on the box of its subject."""
 
-    Attributes:
-        values: in the unit of the file, shape (H, W, D); air where the scan does not reach.
-        seen: mask of the field of view, same shape, bool.
-        motion: rigid map from RAS mm of the reference to RAS mm of this scan, shape (4, 4).
-        corners: the corners of the file's grid in RAS mm, shape (8, 3).
-    """
-
-    values: np.ndarray
-    seen: np.ndarray
-    motion: np.ndarray
-    corners: np.ndarray
+    values: np.ndarray  # in the unit of the file, shape (H, W, D); air where the scan does not reach
+    seen: np.ndarray  # mask of the field of view, same shape, bool
+    motion: np.ndarray  # rigid map from RAS mm of the reference to RAS mm of this scan, shape (4, 4)
+    corners: np.ndarray  # centres of the corner voxels of the file's grid in RAS mm, shape (8, 3)
 
 
 def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:
@@ -74,39 +59,29 @@ def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray)
         ValueError: if a file holds no scan, a CT is not in HU, or the labels do not lie on the head of the reference.
     """
     scans: dict[str, BoxScan] = {}
-    for key, path in files.items():
-        if key not in CONTRASTS:
-            continue
+    for key, path in ((key, path) for key, path in files.items() if key in CONTRASTS):
         values, file_affine = read_scan(path)
+        outside, reference, motion = 0.0, next(iter(scans.values()), None), np.eye(4)
         if key == "CT":
-            values = check_hounsfield(values, str(path))
-        reference = next(iter(scans.values())).values if scans else None
-        motion = np.eye(4)
+            values, outside = check_hounsfield(values, str(path)), AIR_HU
         if reference is not None:
-            motion = align_scan((reference, affine), (values, file_affine), key == "CT")
+            motion = align_scan((reference.values, affine), (values, file_affine), key == "CT")
         grid = (motion @ affine, ids.shape)
-        outside = AIR_HU if key == "CT" else 0.0
         on_box = resample_to_box(values, file_affine, *grid, outside=outside)
         seen = resample_to_box(np.ones_like(values), file_affine, *grid) > 0.5
         scans[key] = BoxScan(on_box, seen, motion, _corners(values.shape, file_affine))
-        if reference is None:
-            brain = is_brain(ids) & seen
-            cover = find_head(on_box - outside)[brain].mean() if brain.any() else 0.0
-            if cover < MINIMUM_COVER:
-                raise ValueError(
-                    f"{path}: a scan on whose head the labels of {files['labels'].name} lie is needed, "
-                    f"found {100 * cover:.0f} % of the labelled brain in it"
-                )
+        brain = is_brain(ids) & seen
+        cover = find_head(on_box - outside)[brain].mean() if reference is None and brain.any() else 0.0
+        if reference is None and cover < MINIMUM_COVER:
+            needed = f"{path}: a scan on whose head the labels of {files['labels'].name} lie is needed"
+            raise ValueError(f"{needed}, found {100 * cover:.0f} % of the labelled brain in it")
     return scans
 
 
 def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
     """The contrast of a scan: CT if it is in HU, else that in whose table the structures have the most similar brightness.
 
-    Args:
-        path: the scan.
-        ids: FreeSurfer ids on the box, shape (H, W, D).
-        affine: voxels of the box to RAS mm.
+    ``ids`` are FreeSurfer ids on the box, shape (H, W, D); ``affine`` takes its voxels to RAS mm.
     """
     values, file_affine = read_scan(path)
     if values.min() < AIR_HU / 2 and (values < AIR_HU / 2).mean() > MINIMUM_AIR_SHARE and values.max() > -AIR_HU / 2:
@@ -166,9 +141,8 @@ def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
     """
     dark = float((values < AIR_HU / 2).mean())
     if dark < MINIMUM_AIR_SHARE:
-        raise ValueError(
-            f"{source}: a CT in HU with air at about -1000 is needed, found {100 * dark:.2f} % of it below -500"
-        )
+        needed = f"{source}: a CT in HU with air at about -1000 is needed"
+        raise ValueError(f"{needed}, found {100 * dark:.2f} % of it below -500")
     return np.maximum(values, LOWEST_HU)
 
 
@@ -189,15 +163,15 @@ def carry_lesion(
     values, file_affine = read_scan(files["lesion"])
     corners = _corners(values.shape, file_affine)
     fits = [key for key, scan in scans.items() if cdist(corners, scan.corners).min(axis=1).max() < SAME_GRID_MM]
-    drawn_on = contrast or next(iter([*fits, *(scans if len(scans) == 1 else ())]), "")
+    drawn_on = contrast or next(iter(fits or (scans if len(scans) == 1 else ())), "")
     if drawn_on not in scans:
         needed = f"that of {' or '.join(scans)}" if not contrast else f"a scan of {contrast}"
         return None, f"{files['lesion'].name} is left out: its grid must be {needed}, or its name tell space-<contrast>"
-    scan = scans[drawn_on]
-    share = resample_to_box((values > 0.5).astype(np.float32), file_affine, scan.motion @ affine, scan.values.shape)
-    if (values > 0.5).any() and not (share > 0.5).any():
+    scan, drawn = scans[drawn_on], values > 0.5
+    lesion = resample_to_box(drawn.astype(np.float32), file_affine, scan.motion @ affine, scan.values.shape) > 0.5
+    if drawn.any() and not lesion.any():
         return None, f"{files['lesion'].name} is left out: no lesion of it lies in the box"
-    return (share > 0.5).astype(np.uint8), ""
+    return lesion.astype(np.uint8), ""
 
 
 def find_removed(

@@ -6,30 +6,37 @@ import json
 import logging
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.data.persons import find_persons
-from brainfm_monai.data.reference_layout import find_reference_subjects
-from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, subject_file
+from brainfm_monai.data.loading import find_reference_subjects
+from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
 from brainfm_monai.io import SCAN_SUFFIXES, write_text
 
 __all__ = [
     "SECTIONS",
+    "check_protocols",
     "count_subjects",
+    "find_persons",
     "find_subjects",
-    "read_datalist",
-    "split_names",
-    "write_datalist",
+    "format_counts",
+    "make_entry",
 ]
+__all__ += ["read_datalist", "write_datalist"]
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("training", "validation", "test")
 PROTOCOLS = ("generation_protocol", "protocol")
 FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from", "simulated")
+LONGITUDINAL = ".long."  # FreeSurfer names a visit of its longitudinal stream VISIT.long.TEMPLATE
+VISIT = re.compile(  # what studies append to the name of a person: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _20240131
+    r"(?i)[._-](?:(?:ses|session|visit|tp|timepoint|time|scan|run|base|baseline|template|followup|fu|bl|mr)[._-]?\d*"
+    r"|[vtmy][._-]?\d\d?|d\d{3,}|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d)$"
+)
 NAMES = {"subject", "name", "layout", "dataset", "person", "labels_from", "simulated"}  # never paths
 
 
@@ -95,9 +102,8 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
     entries = [make_entry(folder) for folder in folders] or find_reference_subjects(root)
     if not entries:
-        raise ValueError(
-            f"{root}: prepared subjects (folders with {SIDECAR}) or <dataset>.<subject>.T1w.nii are needed, found none"
-        )
+        needed = f"{root}: prepared subjects (folders with {SIDECAR}) or <dataset>.<subject>.T1w.nii are needed"
+        raise ValueError(f"{needed}, found none")
     return entries
 
 
@@ -179,10 +185,43 @@ def format_counts(counts: Mapping[str, Counter[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def split_names(names: Sequence[str | Path] | str) -> list[str]:
-    """Names out of a list, or out of a text in which commas separate them."""
-    parts = names.split(",") if isinstance(names, str) else names
-    return [str(part).strip() for part in parts if str(part).strip()]
+def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Which subjects are one person.
+
+    Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names differ
+    in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's longitudinal
+    stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
+
+    Args:
+        entries: items of a datalist by name.
+
+    Returns:
+        A key of the person by name.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for entry in entries.values():
+        subject, parts = str(entry["subject"]), str(entry["subject"]).split(LONGITUDINAL)
+        persons = [str(entry["person"])] if "person" in entry else [_strip_visit(part) for part in parts]
+        keys = [f"{entry.get('dataset', '')}/{name}" for name in (subject, *parts, *persons)]
+        for key in keys[1:]:
+            parent[root(key)] = root(keys[0])
+    return {name: root(f"{entry.get('dataset', '')}/{entry['subject']}") for name, entry in entries.items()}
+
+
+def _strip_visit(name: str) -> str:
+    """Name of a person out of the name of a visit."""
+    bids = re.search(r"sub-[A-Za-z0-9]+", name)
+    if bids:
+        return bids[0]
+    while (shorter := VISIT.sub("", name)) not in ("", name):
+        name = shorter
+    return name
 
 
 def _draw(
@@ -213,26 +252,22 @@ def _draw(
         drawn += count
     kept = {name: section_of_person[person] for name, person in person_of.items() if person in section_of_person}
     if len(kept) == len(person_of):
-        raise ValueError(
-            f"{where}: a subject must be left for training, found all {len(kept)} in 'validation' or 'test'"
-        )
+        needed = f"{where}: a subject must be left for training"
+        raise ValueError(f"{needed}, found all {len(kept)} in 'validation' or 'test'")
     return kept
 
 
 def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
-    count = Counter(entry["subject"] for entry in entries)
-    named = [
-        {**e, "person": e.get("person", e["subject"]), "subject": f"{e.get('dataset', '')}_{e['subject']}"}
-        if count[e["subject"]] > 1
-        else e
-        for e in entries
-    ]
+    count, named = Counter(entry["subject"] for entry in entries), []
+    for entry in entries:
+        name = entry["subject"]
+        own = {"person": entry.get("person", name), "subject": f"{entry.get('dataset', '')}_{name}"}
+        named.append(entry | own if count[name] > 1 else entry)
     twice = sorted(name for name, times in Counter(entry["subject"] for entry in named).items() if times > 1)
     if twice:
-        raise ValueError(
-            f"datalist: subjects of one set need different names, found twice: {', '.join(twice)}: pass --dataset NAME"
-        )
+        needed = "datalist: subjects of one set need different names"
+        raise ValueError(f"{needed}, found twice: {', '.join(twice)}: pass --dataset NAME")
     return {entry["subject"]: entry for entry in named}
 
 
@@ -240,9 +275,9 @@ def _relative(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """An entry with the paths of its files relative to a folder."""
 
     def shorten(value: Any) -> Any:
-        return (
-            [shorten(v) for v in value] if isinstance(value, list) else Path(os.path.relpath(value, folder)).as_posix()
-        )
+        if isinstance(value, list):
+            return [shorten(v) for v in value]
+        return Path(os.path.relpath(value, folder)).as_posix()
 
     tables = [key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute()]
     return {key: shorten(value) if key in (*STORAGE, *tables) else value for key, value in entry.items()}

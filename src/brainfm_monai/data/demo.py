@@ -27,7 +27,7 @@ def write_demo_scans(output_dir: str | Path) -> list[Path]:
     Returns:
         Paths of the two scans.
     """
-    from nilearn.datasets import load_mni152_template  # an optional dependency, and slow to import
+    from nilearn.datasets import load_mni152_template  # slow to import
 
     folder = Path(output_dir)
     template = load_mni152_template(resolution=1)
@@ -57,14 +57,17 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     scale = float(np.percentile(image[brain], 99.5))
     inverted = np.where(brain, 1.0 - 0.8 * np.clip(image / scale, 0, 1), 0.0).astype(np.float32)
     fine_shape, fine_affine = _oblique_grid(t1w)
-    fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (fine_shape, fine_affine), order=1).get_fdata(
-        dtype=np.float32
-    )
-    slices = fine.reshape(*fine_shape[:2], -1, SLICE_THICKNESS_MM).mean(axis=-1)
+    fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (fine_shape, fine_affine), order=1)
+    values = fine.get_fdata(dtype=np.float32)
+    slices = values.reshape(*fine_shape[:2], -1, SLICE_THICKNESS_MM).mean(axis=-1)
     affine = fine_affine @ np.diag([1, 1, SLICE_THICKNESS_MM, 1])
     affine[:3, 3] += fine_affine[:3, 2] * (SLICE_THICKNESS_MM - 1) / 2
     noise = np.random.default_rng(seed).normal(0, NOISE_STD, (2, *slices.shape))
-    magnitude = np.hypot(slices * _shading(slices.shape) + noise[0], noise[1])  # Rician: noise of a magnitude image
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in slices.shape), indexing="ij")
+    shading = np.exp(BIAS_LOG_AMPLITUDE * (0.6 * x + 0.5 * y * y - 0.4 * z)).astype(
+        np.float32
+    )  # brighter to one corner
+    magnitude = np.hypot(slices * shading + noise[0], noise[1])  # Rician: noise of a magnitude image
     return nib.Nifti1Image(np.rint(magnitude * 1000).astype(np.int16), affine)
 
 
@@ -77,9 +80,3 @@ def _oblique_grid(reference: nib.Nifti1Image) -> tuple[tuple[int, int, int], np.
     centre = apply_affine(reference.affine, (np.array(reference.shape) - 1) / 2)
     height, width, depth = (int(n) for n in shape)
     return (height, width, depth), from_matvec(matrix, centre - matrix @ ((shape - 1) / 2))
-
-
-def _shading(shape: tuple[int, ...]) -> np.ndarray:
-    """Multiplicative field, brighter towards one corner."""
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
-    return np.exp(BIAS_LOG_AMPLITUDE * (0.6 * x + 0.5 * y * y - 0.4 * z)).astype(np.float32)

@@ -1,11 +1,20 @@
-"""Signed distances to the white and pial boundaries of the cerebral hemispheres, out of a label map."""
+"""Signed distances to the white and pial boundaries of the cerebral hemispheres, out of labels or of triangle surfaces."""
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+from typing import Any
+
 import edt
+import igl
+import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
+from scipy import ndimage
 
 __all__ = ["PIAL_IDS", "WHITE_IDS", "compute_hemisphere_distances", "compute_signed_distance"]
+__all__ += ["compute_surface_distance", "read_surface"]
 
 # What FreeSurfer's white surface encloses: white matter, ventricles, deep grey matter, lesions, vessels in them, and the patches
 # of SynthSeg's maps. Its surface passes around hippocampus and amygdala without following them, so both count as inside, too.
@@ -15,6 +24,8 @@ WHITE_IDS: dict[str, tuple[int, ...]] = {
     "right": (41, 43, 44, 49, 50, 51, 52, 53, 54, 57, 58, 60, 62, 63, 79, 163, 164),
 }
 PIAL_IDS: dict[str, tuple[int, ...]] = {"left": (*WHITE_IDS["left"], 3), "right": (*WHITE_IDS["right"], 42)}
+LIMIT_MM = 7.0  # beyond the 6.4 mm at which stored distances saturate
+CENTRE_TOLERANCE_MM = 0.5
 
 
 def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
@@ -33,8 +44,7 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
     region = np.ascontiguousarray(inside, dtype=bool)
     if not region.any() or region.all():
         return np.full(region.shape, -np.inf if region.any() else np.inf, dtype=np.float32)
-    within = edt.edt(region, anisotropy=(spacing_mm,) * 3, parallel=1)
-    beyond = edt.edt(~region, anisotropy=(spacing_mm,) * 3, parallel=1)
+    within, beyond = (edt.edt(part, anisotropy=(spacing_mm,) * 3, parallel=1) for part in (region, ~region))
     return np.where(region, spacing_mm / 2 - within, beyond - spacing_mm / 2).astype(np.float32)
 
 
@@ -50,3 +60,82 @@ def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np
     """
     regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
     return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
+
+
+def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Read a FreeSurfer surface and take its vertices from surface RAS to scanner RAS.
+
+    Surface RAS has its origin in the middle of the conformed volume; scanner RAS is what the affines of volumes speak of.
+
+    Args:
+        path: surface file (``lh.white``, ``rh.pial``, ...).
+        volume: the subject's conformed volume (``nibabel.freesurfer.MGHImage`` of ``orig.mgz`` or one on its grid).
+
+    Returns:
+        Vertices in scanner RAS mm, shape (V, 3), and triangles, shape (T, 3).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no surface, or was made on another volume.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: a FreeSurfer surface is needed, found no such file")
+    try:
+        with warnings.catch_warnings():  # older surfaces do not name their volume, of which nibabel warns
+            warnings.simplefilter("ignore", UserWarning)
+            vertices, triangles, info = nib.freesurfer.read_geometry(path, read_metadata=True)
+    except Exception as error:  # numpy and nibabel raise several kinds for a damaged file
+        raise ValueError(f"{path}: a FreeSurfer surface is needed, found {' '.join(str(error).split())}") from error
+    centre = volume.header["Pxyz_c"].astype(float)
+    stated = np.asarray(info.get("cras", centre), dtype=float)
+    if np.abs(stated - centre).max() > CENTRE_TOLERANCE_MM:
+        needed = f"{path}: a surface of the volume centred on {centre.round(1)} is needed"
+        raise ValueError(f"{needed}, found one of {stated.round(1)}")
+    to_scanner = np.asarray(volume.affine) @ np.linalg.inv(volume.header.get_vox2ras_tkr())
+    return vertices @ to_scanner[:3, :3].T + to_scanner[:3, 3], np.asarray(triangles, dtype=np.int64)
+
+
+def compute_surface_distance(
+    vertices: np.ndarray, triangles: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Signed distance of voxel centres to a closed triangle surface, negative inside.
+
+    The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and crossings do
+    not upset. Voxels further away than 7 mm get that distance.
+
+    Args:
+        vertices: in mm, shape (V, 3).
+        triangles: shape (T, 3), all turned the same way.
+        affine: voxels of about 1 mm to the vertices' mm, shape (4, 4).
+        shape: size of the volume.
+
+    Returns:
+        Distance in mm, shape (H, W, D), float32.
+    """
+    near = _near_surface(vertices, affine, shape)
+    index = np.argwhere(near)
+    distance = np.full(shape, LIMIT_MM, dtype=np.float32)
+    if len(index):
+        points = index @ affine[:3, :3].T + affine[:3, 3]
+        squared = igl.point_mesh_squared_distance(points, vertices, triangles)[0]
+        distance[near] = np.minimum(np.sqrt(squared), LIMIT_MM)
+    # away from the surface the sign changes nowhere inside a connected region: one voxel tells for all of it
+    regions, count = ndimage.label(~near)
+    firsts = np.unique(regions, return_index=True)[1][1:] if count and near.any() else np.flatnonzero(regions == 1)[:1]
+    representatives = np.stack(np.unravel_index(firsts, shape), axis=-1)
+    asked = np.concatenate([index, representatives]) @ affine[:3, :3].T + affine[:3, 3]
+    inside = np.abs(igl.fast_winding_number(vertices, triangles, asked)) > 0.5
+    distance[tuple(index[inside[: len(index)]].T)] *= -1
+    distance[np.isin(regions, regions.ravel()[firsts][inside[len(index) :]])] *= -1
+    return distance
+
+
+def _near_surface(vertices: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Voxels that may lie within the limit of a surface with edges of at most 2 mm, shape (H, W, D), bool."""
+    voxels = np.rint(apply_affine(np.linalg.inv(affine), vertices)).astype(int)
+    margin = int(np.ceil(LIMIT_MM)) + 2
+    padded = np.zeros([n + 2 * margin for n in shape], dtype=bool)  # surfaces may leave the box
+    voxels = voxels[((voxels >= -margin) & (voxels < np.array(shape) + margin)).all(axis=1)] + margin
+    padded[tuple(voxels.T)] = True
+    far = ndimage.distance_transform_edt(~padded) if padded.any() else np.full(padded.shape, np.inf)
+    return np.asarray(far[margin:-margin, margin:-margin, margin:-margin] <= margin)

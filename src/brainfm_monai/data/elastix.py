@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import itk
@@ -13,54 +14,16 @@ from monai.data.itk_torch_bridge import metatensor_to_itk_image
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 
 from brainfm_monai.data.intensities import resample_to_box
+from brainfm_monai.io import read_table
 
-__all__ = ["register_linear"]
+__all__ = ["AFFINE", "RIGID", "register_linear"]
 
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ORTHOGONAL_TOLERANCE_MM = 1e-4  # per voxel
-
-COMMON: dict[str, Sequence[str]] = {
-    "FixedInternalImagePixelType": ["float"],
-    "MovingInternalImagePixelType": ["float"],
-    "Registration": ["MultiResolutionRegistration"],
-    "FixedImagePyramid": ["FixedSmoothingImagePyramid"],
-    "MovingImagePyramid": ["MovingSmoothingImagePyramid"],
-    "Optimizer": ["AdaptiveStochasticGradientDescent"],
-    "AutomaticParameterEstimation": ["true"],
-    "ASGDParameterEstimationMethod": ["DisplacementDistribution"],
-    "NumberOfSamplesForExactGradient": ["10000"],
-    "ImageSampler": ["RandomCoordinate"],
-    "NewSamplesEveryIteration": ["true"],
-    "Interpolator": ["LinearInterpolator"],
-    "ResampleInterpolator": ["FinalLinearInterpolator"],
-    "Resampler": ["DefaultResampler"],
-    "UseDirectionCosines": ["true"],
-    "AutomaticScalesEstimation": ["true"],
-    "AutomaticTransformInitialization": ["true"],
-    "AutomaticTransformInitializationMethod": ["CenterOfGravity"],
-    # mm; the usual step, a voxel, sends coarse scans off
-    "MaximumStepLength": ["0.5"],
-    "RequiredRatioOfValidSamples": ["0.05"],
-    "RandomSeed": ["20"],
-    "WriteResultImage": ["false"],
-}
-AFFINE: dict[str, Sequence[str]] = COMMON | {
-    "Transform": ["AffineTransform"],
-    "Metric": ["AdvancedNormalizedCorrelation"],
-    "NumberOfResolutions": ["2"],
-    "ImagePyramidSchedule": ["4", "4", "4", "2", "2", "2"],
-    "NumberOfSpatialSamples": ["4000"],
-    "MaximumNumberOfIterations": ["400"],
-}
-RIGID: dict[str, Sequence[str]] = COMMON | {
-    "Transform": ["EulerTransform"],
-    "Metric": ["AdvancedMattesMutualInformation"],
-    "NumberOfHistogramBins": ["32"],
-    "NumberOfResolutions": ["3"],
-    "ImagePyramidSchedule": ["4", "4", "4", "2", "2", "2", "1", "1", "1"],
-    "NumberOfSpatialSamples": ["5000"],
-    "MaximumNumberOfIterations": ["300"],
-}
+_ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "elastix.tsv"))
+# what differs from elastix's own parameters of affine registrations: of images of one contrast, and of any two contrasts
+AFFINE: dict[str, Sequence[str]] = {row["parameter"]: row["affine"].split() for row in _ROWS if row["affine"]}
+RIGID: dict[str, Sequence[str]] = {row["parameter"]: row["rigid"].split() for row in _ROWS if row["rigid"]}
 
 
 def register_linear(
@@ -75,7 +38,7 @@ def register_linear(
     Args:
         fixed: volume, shape (H, W, D), and its affine to RAS mm.
         moving: the same of the other image.
-        parameters: :data:`AFFINE` (one contrast) or :data:`RIGID` (any two contrasts), or a variation of them.
+        parameters: :data:`AFFINE` or :data:`RIGID`, or a variation of them.
         from_headers: start where the affines place the images; else with the centres of gravity on each other.
 
     Returns:
@@ -84,9 +47,9 @@ def register_linear(
     Raises:
         RuntimeError: if elastix fails, as for an image without contrast.
     """
-    chosen = dict(parameters) | ({"AutomaticTransformInitialization": ["false"]} if from_headers else {})
     stages = itk.ParameterObject.New()
-    stages.AddParameterMap({key: [str(v) for v in value] for key, value in chosen.items()})
+    start = {"AutomaticTransformInitialization": ["false"]} if from_headers else {}
+    stages.AddParameterMap(dict(stages.GetDefaultParameterMap("affine")) | dict(parameters) | start)
     try:
         elastix = itk.ElastixRegistrationMethod.New(_to_itk(*fixed), _to_itk(*moving), parameter_object=stages)
         elastix.SetLogToConsole(False)
@@ -112,5 +75,4 @@ def _to_itk(volume: np.ndarray, affine: np.ndarray) -> Any:
         grid[:3, 3] = apply_affine(affine, middle) - apply_affine(grid, middle)
         volume, affine = resample_to_box(volume, affine, grid, volume.shape, outside=float(volume.min())), grid
     values = torch.from_numpy(np.ascontiguousarray(volume[None], dtype=np.float32))
-    channel_first = MetaTensor(values, affine=torch.from_numpy(affine))
-    return metatensor_to_itk_image(channel_first, dtype=np.float32)
+    return metatensor_to_itk_image(MetaTensor(values, affine=torch.from_numpy(affine)), dtype=np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,6 @@ __all__ = ["DownloadError", "NoNetworkError", "OpenFile", "fetch_dataset", "read
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30
-BLOCK_BYTES = 2**20
 
 
 class DownloadError(OSError):
@@ -33,25 +33,15 @@ class NoNetworkError(ConnectionError):
 
 
 class OpenFile(NamedTuple):
-    """One file of an open data set: a row of the table.
+    """One file of an open data set: a row of the table."""
 
-    Attributes:
-        name: name of the set.
-        file: path below the folder of the download.
-        address: where it is.
-        sha256: hash of its content.
-        bytes: its size.
-        licence: of the set.
-        content: what the set holds.
-    """
-
-    name: str
-    file: str
+    name: str  # of the set
+    file: str  # path below the folder of the download
     address: str
     sha256: str
     bytes: int
     licence: str
-    content: str
+    content: str  # what the set holds
 
 
 def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]:
@@ -61,21 +51,18 @@ def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]
         FileNotFoundError: if there is no such table.
         ValueError: if a row is not what it should be, or would lead out of the folder of the download.
     """
-    with resources.as_file(resources.files("brainfm_monai") / "datasets" / "open.tsv") as shipped:
-        source = Path(table) if table is not None else shipped
-        if not source.is_file():
-            raise FileNotFoundError(f"{table}: a table of open data sets is needed, found no such file")
-        rows = read_table(source)
+    source = Path(table or str(resources.files("brainfm_monai") / "datasets" / "open.tsv"))
+    if not source.is_file():
+        raise FileNotFoundError(f"{table}: a table of open data sets is needed, found no such file")
     sets: dict[str, list[OpenFile]] = {}
-    for row in rows:
+    for row in read_table(source):
         if set(OpenFile._fields) - set(row) or not row["bytes"].isdigit():
             raise ValueError(f"{source}: the columns {' '.join(OpenFile._fields)} are needed, found {list(row)}")
         file = OpenFile._make(int(row[key]) if key == "bytes" else row[key] for key in OpenFile._fields)
         path = PurePosixPath(file.file)
         if path.is_absolute() or ".." in path.parts or urlsplit(file.address).scheme not in ("http", "https"):
-            raise ValueError(
-                f"{source}: a relative path and an http address are needed, found {file.file} {file.address}"
-            )
+            needed = f"{source}: a relative path and an http address are needed"
+            raise ValueError(f"{needed}, found {file.file} {file.address}")
         sets.setdefault(file.name, []).append(file)
     return sets
 
@@ -100,16 +87,14 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
         NoNetworkError: if a server cannot be reached.
         DownloadError: at the end, if files could not be fetched or are not what the table says: one line for each.
     """
-    sets = read_open_sets(table)
+    sets, failures = read_open_sets(table), []
     if name not in sets:
-        known = ", ".join(sorted(sets))
-        raise ValueError(f"{name}: an open data set of the table is needed ({known}), found no such name")
-    files = sets[name]
+        needed = f"an open data set of the table is needed ({', '.join(sorted(sets))})"
+        raise ValueError(f"{name}: {needed}, found no such name")
+    files, pool = sets[name], ThreadPoolExecutor(max(1, jobs))
     targets = [Path(output) / file.file for file in files]
-    failures = []
-    with tqdm(total=sum(file.bytes for file in files), desc=name, unit="B", unit_scale=True) as bar:
-        pool = ThreadPoolExecutor(max(1, jobs))
-        try:
+    try:
+        with tqdm(total=sum(file.bytes for file in files), desc=name, unit="B", unit_scale=True) as bar:
             running = [pool.submit(_fetch, file, target) for file, target in zip(files, targets, strict=True)]
             for file, done in zip(files, running, strict=True):
                 try:
@@ -117,8 +102,8 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
                 except DownloadError as error:
                     failures.append(str(error))
                 bar.update(file.bytes)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
     if failures:
         raise DownloadError(f"{len(failures)} of {len(files)} files were not fetched:\n" + "\n".join(failures))
     logger.info("%d files of %s in %s", len(files), name, output)
@@ -132,18 +117,15 @@ def _fetch(file: OpenFile, target: Path) -> None:
     try:
         with urlopen(file.address, timeout=TIMEOUT_S) as response, write_whole(target) as partial:
             with partial.open("wb") as stream:
-                while block := response.read(BLOCK_BYTES):
-                    stream.write(block)
+                shutil.copyfileobj(response, stream)
             found = hash_file(partial)
             if found != file.sha256:
-                raise DownloadError(
-                    f"{file.file}: SHA-256 {file.sha256[:12]}... is needed, found {found[:12]}... at {file.address}"
-                )
+                needed = f"{file.file}: SHA-256 {file.sha256[:12]}... is needed"
+                raise DownloadError(f"{needed}, found {found[:12]}... at {file.address}")
     except HTTPError as error:
         error.close()  # it holds the connection
         raise DownloadError(f"{file.file}: the server of {file.address} answers {error.code} {error.reason}") from error
     except (URLError, ConnectionError, TimeoutError) as error:
         host, reason = urlsplit(file.address).hostname, getattr(error, "reason", error)
-        raise NoNetworkError(
-            f"{file.file}: {host} cannot be reached ({reason}): is there a network? Whole files stay, run it again to continue"
-        ) from error
+        advice = "is there a network? Whole files stay, run it again to continue"
+        raise NoNetworkError(f"{file.file}: {host} cannot be reached ({reason}): {advice}") from error

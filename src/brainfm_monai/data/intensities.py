@@ -60,20 +60,17 @@ def resample_to_box(
         Values on the box, float32.
     """
     target_mm = [float(voxel_sizes(box_affine).mean())] * 3
-    smooth = antialias(
-        torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), voxel_sizes(affine).tolist(), target_mm
-    )
-    image = nib.Nifti1Image(smooth.numpy(), affine)
+    volume = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    image = nib.Nifti1Image(antialias(volume, voxel_sizes(affine).tolist(), target_mm).numpy(), affine)
     moved = resample_from_to(image, (shape, box_affine), order=1, mode="constant", cval=outside)
     return np.asarray(moved.dataobj, dtype=np.float32)
 
 
-def find_head(values: np.ndarray, floor: float | None = None) -> np.ndarray:
-    """The head in a scan: what is brighter than air, closed, without holes, in its largest piece.
+def find_head(values: np.ndarray) -> np.ndarray:
+    """The head in a scan: what is brighter than air (Otsu's threshold), closed, without holes, in its largest piece.
 
     Args:
         values: shape (H, W, D).
-        floor: threshold between air and head; Otsu's, between voxels that are not exactly 0, where it is None.
 
     Returns:
         Mask, shape (H, W, D), bool; empty for a constant scan.
@@ -81,15 +78,13 @@ def find_head(values: np.ndarray, floor: float | None = None) -> np.ndarray:
     seen = values[values != 0]
     if not len(seen) or seen.min() == seen.max():
         return np.zeros(values.shape, dtype=bool)
-    if floor is None:  # the square root brings dark tissue and bright tissue closer together than either is to air
-        floor = float(threshold_otsu(np.sqrt(np.clip(seen - min(seen.min(), 0), 0, None)))) ** 2 / 2
-    padded = np.pad(values > floor, CLOSING_VOX)
-    closed = ndimage.binary_closing(padded, iterations=CLOSING_VOX)
+    # the square root brings dark tissue and bright tissue closer together than either is to air
+    floor = float(threshold_otsu(np.sqrt(np.clip(seen - min(seen.min(), 0), 0, None)))) ** 2 / 2
+    closed = ndimage.binary_closing(np.pad(values > floor, CLOSING_VOX), iterations=CLOSING_VOX)
     inner = (slice(CLOSING_VOX, -CLOSING_VOX),) * 3
     regions, count = ndimage.label(ndimage.binary_fill_holes(closed)[inner])
-    if not count:
-        return np.zeros(values.shape, dtype=bool)
-    return np.asarray(regions == 1 + np.bincount(regions.ravel())[1:].argmax())
+    largest = 1 + np.bincount(regions.ravel())[1:].argmax() if count else 1
+    return np.asarray(regions == largest)
 
 
 def scale_intensities(values: np.ndarray) -> np.ndarray:

@@ -17,14 +17,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.io import ScanError, read_labels, read_table
 
-__all__ = [
-    "crop_to_box",
-    "cut_to_brain",
-    "find_brain_centre",
-    "fold_ids",
-    "load_label_map",
-    "read_id_table",
-]
+__all__ = ["crop_to_box", "cut_to_brain", "find_brain_centre", "fold_ids", "load_label_map", "read_id_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +50,22 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[
     """
     volume = read_labels(path)
     if not volume.is_oriented:
-        raise ScanError(
-            f"{path}: a label map that states which side is left is needed, found no orientation in its header"
-        )
+        needed = f"{path}: a label map that states which side is left is needed"
+        raise ScanError(f"{needed}, found no orientation in its header")
     for warning in volume.warnings:
         logger.warning("%s: %s", path, warning)
-    values = volume.values if table is None else _translate(volume.values, table, str(path))
+    values = volume.values
+    if table is not None:
+        present, inverse = np.unique(values, return_inverse=True)
+        unknown = [int(i) for i in present if int(i) not in table and i]
+        if unknown:
+            raise ValueError(f"{path}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
+        values = np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
     ids: Any = MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(volume.affine))
     ids = Orientation(axcodes="RAS", labels=None)(ids)
-    if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:
-        # float64 holds every id of 32 bits
-        ids = Spacing(pixdim=1.0, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float64)(
-            ids.double()
-        )
+    if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:  # float64 holds every id of 32 bits
+        resample = Spacing(pixdim=1.0, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float64)
+        ids = resample(ids.double())
     return ids.as_tensor()[0].round().int().numpy(), ids.affine.numpy().astype(np.float64)
 
 
@@ -94,17 +90,16 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
         try:
             pairs = [(int(row["id"]), row.get("freesurfer_id") or row["name"]) for row in read_table(path)]
         except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' (or 'name') are needed, found {error}"
-            ) from error
+            needed = f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' (or 'name') are needed"
+            raise ValueError(f"{needed}, found {error}") from error
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice or not pairs:
         raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
-    known: dict[str, int] = {}
+    id_of_name: dict[str, int] = {}
     for name in (*Protocol.names(), protocol):
-        known |= {_plain(s.name): s.freesurfer_id for s in Protocol.load(name).structures if not s.mixture}
-    table = {int(key): known.get(_plain(value), value) for key, value in pairs}
+        id_of_name |= {_plain(s.name): s.freesurfer_id for s in Protocol.load(name).structures if not s.mixture}
+    table = {int(key): id_of_name.get(_plain(value), value) for key, value in pairs}
     unknown = [str(value) for value in table.values() if not str(value).lstrip("-").isdigit()]
     if unknown:
         raise ValueError(f"{path}: whole numbers or names of structures are needed, found {', '.join(unknown[:5])}")
@@ -145,24 +140,13 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
     return folded
 
 
-def _translate(values: np.ndarray, table: Mapping[int, int], source: str) -> np.ndarray:
-    present, inverse = np.unique(values, return_inverse=True)
-    unknown = [int(i) for i in present if int(i) not in table and i]
-    if unknown:
-        raise ValueError(f"{source}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
-    return np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
-
-
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:
-    """Centre of the bounding box of the brain.
+    """Centre of the bounding box of the brain in voxels, shape (3,), a multiple of one half.
 
     Args:
         ids: map of ids, shape (H, W, D).
         brain_ids: the ids that make the box; without those that reach down the neck.
         source: name for messages.
-
-    Returns:
-        The centre in voxels, shape (3,), a multiple of one half.
 
     Raises:
         ValueError: if none of the ids is there.

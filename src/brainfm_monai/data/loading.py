@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,30 @@ from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.reference_layout import LAYOUT, decode_reference
-from brainfm_monai.data.simulated import simulate_contrasts
+from brainfm_monai.data.generation import simulate_contrasts
+from brainfm_monai.data.labels import read_id_table
+from brainfm_monai.data.subjects import CONTRASTS
+from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import read_maps
 from brainfm_monai.tasks import TASKS
 
-__all__ = ["HoldSubjectd", "LoadSubjectd"]
+__all__ = ["HoldSubjectd", "LoadSubjectd", "decode_reference", "find_reference_subjects"]
 
 MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
 BOX_TOLERANCE_MM = 0.01
+# the layout of the reference implementation: <dataset>.<subject>.T1w.nii and its siblings
+LAYOUT, GENERATION_PROTOCOL, PROTOCOL = "brainfm", "brainfm_generation", "brainfm"
+SUFFIXES = (".nii", ".nii.gz")
+# file names after the prefix, by key; several become the channels of one volume
+FILES: dict[str, tuple[str, ...]] = {
+    **{contrast: (contrast,) for contrast in CONTRASTS},
+    **{f"{contrast}_defacing_mask": (f"{contrast}.defacingmask",) for contrast in CONTRASTS},
+    "generation_labels": ("generation_labels",),
+    "segmentation": ("brainseg_with_extracerebral",),
+    "distance": ("lp_dist_map", "lw_dist_map", "rp_dist_map", "rw_dist_map"),
+    "mni": ("mni_reg.x", "mni_reg.y", "mni_reg.z"),
+}
+STEPS = {"distance": (128.0, 20.0), "mni": (0.0, 100.0)}  # stored zero, and steps per mm
 
 
 class LoadSubjectd(MapTransform):
@@ -44,17 +61,17 @@ class LoadSubjectd(MapTransform):
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Replace the paths by MetaTensors of shape (C, H, W, D)."""
         d = dict(data)
-        foreign = Path(str(d.get("layout", ""))).name == LAYOUT
+        is_reference = Path(str(d.get("layout", ""))).name == LAYOUT
         painted = [str(key) for key in self.keys if key not in d and key in d.get("simulated", ())]
         for key in self.keys:
             if key in d:
-                d[key] = _load(str(key), d[key], foreign)
+                d[key] = _load(str(key), d[key], is_reference)
             elif key not in painted and not self.allow_missing_keys:
                 raise KeyError(f"{d.get('subject')}: the item has no '{key}'")
         if painted:
             labels = d["generation_labels"]
             if not isinstance(labels, MetaTensor):
-                labels = _load("generation_labels", labels, foreign)
+                labels = _load("generation_labels", labels, is_reference)
             protocol = Protocol.load(str(d["generation_protocol"]))
             values, affine = labels.as_tensor()[0].numpy(), labels.affine.numpy()
             for key, image in simulate_contrasts(values, affine, protocol, painted, str(d.get("subject"))).items():
@@ -62,7 +79,7 @@ class LoadSubjectd(MapTransform):
         return d
 
 
-def _load(key: str, value: Any, foreign: bool) -> MetaTensor:
+def _load(key: str, value: Any, is_reference: bool) -> MetaTensor:
     """One volume of an item, out of one file or of one file per channel."""
     paths = value if isinstance(value, (list, tuple)) else [value]
     parts = [read_maps(path) for path in paths]
@@ -70,7 +87,7 @@ def _load(key: str, value: Any, foreign: bool) -> MetaTensor:
         torch.from_numpy(part.values) for part in parts
     ]  # in the file's order of memory: a crop copies itself alone
     values = maps[0] if len(maps) == 1 else torch.cat(maps)
-    values = decode_reference(key, values) if foreign else values
+    values = decode_reference(key, values) if is_reference else values
     return MetaTensor(values, affine=torch.from_numpy(parts[0].affine), meta={"filename_or_obj": str(paths[0])})
 
 
@@ -104,8 +121,8 @@ class HoldSubjectd(Transform):
         device: str | torch.device | None = None,
     ) -> None:
         self.images, self.scalars, self.device = tuple(images), tuple(scalars), device
-        self.grids: dict[str, tuple[float | None, bool]] = {"generation_labels": (label_mm, True)}
-        self.grids |= dict.fromkeys(("segmentation", *masks), (label_mm, True))
+        self.grids: dict[str, tuple[float | None, bool]] = {}  # voxel, and whether the numbers are whole
+        self.grids |= dict.fromkeys(("generation_labels", "segmentation", *masks), (label_mm, True))
         self.grids |= dict.fromkeys(("distance", *images), (image_mm, False)) | {"mni": (MNI_MM, False)}
         self.load = LoadSubjectd(list(self.grids))
 
@@ -116,30 +133,26 @@ class HoldSubjectd(Transform):
         if absent:
             raise ValueError(f"{subject}: a subject with {absent[0]} is needed, found {', '.join(map(str, data))}")
         loaded = self.load(data)
-        box_mm = [n * mm for n, mm in zip(*_grid(loaded["generation_labels"]), strict=True)]
+        labels = loaded["generation_labels"]
+        spacing_mm = labels.affine[:3, :3].norm(dim=0).tolist()
+        box_mm = [n * mm for n, mm in zip(labels.shape[1:], spacing_mm, strict=True)]
         held: dict[str, Any] = {"subject": subject}
         held |= {key: data[key] for key in ("generation_protocol",) if key in data}
         for key, (voxel_mm, whole) in self.grids.items():
             volume = loaded.get(key)
-            size = _divide(box_mm, voxel_mm or _grid(loaded["generation_labels"])[1][0], subject)
+            size = _divide(box_mm, voxel_mm or spacing_mm[0], subject)
             if key not in ("generation_labels", "segmentation"):
                 held[f"available_{key}"] = torch.tensor(float(volume is not None))
             if key in self.images:
                 held[f"real_{key}"] = torch.tensor(float(volume is not None and key not in data.get("simulated", ())))
             channels = TASKS[key].channels if key in TASKS and TASKS[key].channels else 1
-            values = (
-                torch.zeros(()).expand(channels, *size) if volume is None else _resize(volume.as_tensor(), size, whole)
-            )
+            empty = torch.zeros(()).expand(channels, *size)
+            values = empty if volume is None else _resize(volume.as_tensor(), size, whole)
             held[key] = values.to(device=self.device, dtype=torch.uint8 if whole else torch.float32)
         for key in self.scalars:
             held[f"available_{key}"] = torch.tensor(float(key in data))
             held[key] = torch.as_tensor(data.get(key, 0.0), dtype=torch.float32)
         return held
-
-
-def _grid(volume: MetaTensor) -> tuple[list[int], list[float]]:
-    """Size of a volume (C, H, W, D) in voxels, and its voxel along each axis in mm."""
-    return list(volume.shape[1:]), volume.affine[:3, :3].norm(dim=0).tolist()
 
 
 def _divide(box_mm: Sequence[float], voxel_mm: float, subject: str) -> list[int]:
@@ -157,3 +170,61 @@ def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
     coarser = all(n <= m for n, m in zip(size, values.shape[1:], strict=True))
     mode = "nearest-exact" if whole else "area" if coarser else "trilinear"
     return nnf.interpolate(values[None] if whole else values[None].float(), size=list(size), mode=mode)[0]
+
+
+def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
+    """List the subjects of a folder in the reference's layout.
+
+    Args:
+        root: the folder; a subject is a T1w scan with siblings of the same prefix.
+
+    Returns:
+        By subject, in the order of their names: ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file
+        that is there; ``distance`` and ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
+    """
+    entries = []
+    for scan in sorted(f for suffix in SUFFIXES for f in Path(root).glob(f"[!.]*.*.T1w{suffix}")):
+        prefix = scan.name[: scan.name.rindex(".T1w.")]
+        stem_of = {key: [scan.with_name(f"{prefix}.{name}") for name in names] for key, names in FILES.items()}
+        paths = {key: [_existing(stem) for stem in stems] for key, stems in stem_of.items()}
+        facts: dict[str, Any] = {"layout": LAYOUT, "generation_protocol": GENERATION_PROTOCOL, "protocol": PROTOCOL}
+        facts |= {key: parts[0] if len(parts) == 1 else parts for key, parts in paths.items() if all(parts)}
+        entries.append({"subject": prefix, "dataset": prefix.split(".")[0], **facts})
+    return entries
+
+
+def _existing(stem: Path) -> str:
+    return next((f"{stem}{suffix}" for suffix in SUFFIXES if Path(f"{stem}{suffix}").is_file()), "")
+
+
+def decode_reference(key: str, values: Tensor) -> Tensor:
+    """Values of a file of the reference in this package's units.
+
+    Args:
+        key: what the file is, a key of a datalist's entry.
+        values: as they are read, shape (C, H, W, D).
+
+    Returns:
+        mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic resonance
+        (quantiles 0 and 99.9 % of the volume), and everything else as it is; same shape.
+
+    Raises:
+        ValueError: if the segmentation holds an id that the reference does not know.
+    """
+    if key in STEPS:
+        zero, steps_per_mm = STEPS[key]
+        return (values.float() - zero) / steps_per_mm
+    if key == "segmentation":
+        table, index = _label_table(), values.round().long()
+        if int(index.max()) >= len(table) or int(table[index].min()) < 0:
+            raise ValueError(f"segmentation: ids of the reference (0 to {len(table) - 1}) are needed, found others")
+        return table[index].to(torch.uint8)
+    return normalise_percentiles(values.float()[None])[0] if key in ("T1w", "T2w", "FLAIR") else values
+
+
+@lru_cache(maxsize=1)
+def _label_table() -> Tensor:
+    """Label of the protocol ``brainfm`` for each of the reference's own ids, -1 where there is none."""
+    ids = read_id_table(str(resources.files("brainfm_monai") / "ids" / "brainfm_internal.tsv"))
+    labels = Protocol.load(PROTOCOL).label_of_id
+    return torch.tensor([labels[ids[own]] if own in ids else -1 for own in range(max(ids) + 1)])

@@ -1,4 +1,4 @@
-"""Prepared subjects out of label maps: everything a training needs of an anatomy, written once to disk."""
+"""Prepared subjects out of label maps, of FreeSurfer's results, and of corrected scans: what a training needs, written once."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.datalist import make_entry
-from brainfm_monai.data.distances import compute_hemisphere_distances
-from brainfm_monai.data.freesurfer import make_from_scans
-from brainfm_monai.data.jobs import Job, PreparationError, is_finished, make_subject, run_jobs
-from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map, read_id_table
-from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
-from brainfm_monai.data.simulated import choose_contrasts, read_means
-from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, check_size, hash_file
+from brainfm_monai.data.datalist import LONGITUDINAL, make_entry
+from brainfm_monai.data.generation import choose_contrasts
+from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
+from brainfm_monai.data.labels import read_id_table
+from brainfm_monai.data.making import SURFACES
+from brainfm_monai.data.subjects import SIZE, hash_file
 from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
 
-__all__ = ["prepare_label", "prepare_label_map", "prepare_labels"]
+__all__ = ["BRAIN_PROTOCOL", "find_files", "prepare_freesurfer", "prepare_label", "prepare_labels"]
+
+BRAIN_PROTOCOL = "synthseg_brain"
+# best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
+SEGMENTATIONS: tuple[str, ...] = (
+    "aparc+aseg",
+    "aparc.DKTatlas+aseg",
+    "aparc.a2009s+aseg",
+    "aparc.DKTatlas+aseg.mapped",
+)
+SEGMENTATIONS += ("aparc.DKTatlas+aseg.deep.withCC", "aparc.DKTatlas+aseg.deep", "aseg", "aseg.presurf", "aseg.auto")
+SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where there is one
 
 
 def prepare_labels(
@@ -66,36 +72,103 @@ def prepare_labels(
         PreparationError: at the end, if some label maps failed: one line for each.
     """
     simulated = choose_contrasts(contrasts)
-    settings: dict[str, Any] = {
-        "generation_protocol": Path(generation_protocol).name,
-        "protocol": Path(protocol).name,
-        "spatial_size": list(check_size(size)),
-        "template": TEMPLATE_NAME,
-        **({"simulated": simulated} if simulated else {}),  # a finished subject keeps its own
-    }
+    settings = common_settings(dataset, protocol, size) | {"generation_protocol": Path(generation_protocol).name}
+    settings |= {"simulated": simulated} if simulated else {}  # a finished subject keeps its own
     options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
     work = []
     for source in _find_sources(input):
         files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
         of_set = {"dataset": dataset or source.resolve().parent.name}
-        work.append(Job(scan_stem(source), "labels", files, of_set | settings, make_from_labels, options))
+        work.append(Job(scan_stem(source), "labels", files, settings | of_set, options))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
-def prepare_label_map(source: str | Path, output_dir: str | Path, **settings: Any) -> Path:
-    """Prepare the subject of one label map, also if it is finished; the settings are those of :func:`prepare_labels`.
+def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
+    sources: list[Path] = []
+    for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
+        path = Path(item)
+        if path.is_dir():
+            found = [f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
+        elif path.exists() or not glob.has_magic(str(item)):
+            found = [path]
+        else:
+            found = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        if not found:
+            raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
+        sources += sorted(found)
+    return sources
+
+
+def prepare_freesurfer(
+    input: str | Path,
+    output: str | Path,
+    *,
+    jobs: int = 1,
+    overwrite: bool = False,
+    protocol: str = BRAIN_PROTOCOL,
+    size: Sequence[int] | str = SIZE,
+    dataset: str = "",
+    dry_run: bool = False,
+) -> list[Path]:
+    """Prepare subjects for training from FreeSurfer's or FastSurfer's results; finished ones are skipped.
+
+    Args:
+        input: SUBJECTS_DIR, or the folder of one subject.
+        output: folder for the prepared subjects, one folder each.
+        jobs: subjects that are prepared at once; each needs about 4 GB.
+        overwrite: prepare finished subjects again.
+        protocol: label protocol of the segmentation: a name or a table file.
+        size: box around the brain, in voxels of 1 mm, multiples of 4.
+        dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives of a BIDS
+            folder, that of the BIDS folder, so that its persons are the same).
+        dry_run: log what would be done, and do nothing.
 
     Returns:
-        The subject's folder.
+        The subjects' folders, in alphabetical order.
 
     Raises:
-        ValueError: if the label map is not one volume of known ids, ``size`` does not fit, a contrast or its table lacks what is
-            asked of it, or left and right are exchanged.
+        FileNotFoundError: if there is no such folder, or no subject in it.
+        PreparationError: at the end, if some subjects failed: one line for each.
     """
-    try:
-        return prepare_labels([source], output_dir, overwrite=True, **settings)[0]
-    except PreparationError as error:
-        raise ValueError(str(error).splitlines()[-1]) from error
+    root = Path(input)
+    is_subject = (root / "mri").is_dir()
+    folders = [root] if is_subject else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
+    folders = [f for f in folders if not f.name.startswith("fsaverage")]  # templates, which FreeSurfer links here
+    if not folders:
+        needed = f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed"
+        raise FileNotFoundError(f"{needed}, found none")
+    home = root.resolve().parent if is_subject else root.resolve()
+    home = home.parent.parent if home.parent.name == "derivatives" else home
+    settings, template_of = common_settings(dataset or home.name, protocol, size), _find_templates(folders)
+    work = []
+    for f in folders:
+        person = {"person": template_of[f.name]} if f.name in template_of else {}
+        work.append(Job(f.name, "freesurfer", find_files(f), settings | person, {"protocol": protocol}))
+    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+
+
+def _find_templates(folders: Sequence[Path]) -> dict[str, str]:
+    """Template of the longitudinal stream by folder, for the templates themselves and all visits that were used for them."""
+    template_of = {f.name: f.name.split(LONGITUDINAL)[1] for f in folders if LONGITUDINAL in f.name}
+    template_of |= {visit.split(LONGITUDINAL)[0]: template for visit, template in template_of.items()}
+    for folder in folders:
+        visits = folder / "base-tps"  # FreeSurfer lists the visits of a template there
+        if visits.is_file():
+            names = visits.read_text(encoding="utf-8", errors="replace").split()
+            template_of |= dict.fromkeys(names, folder.name)
+    return template_of | {template: template for template in template_of.values()}
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """The files of a subject that its preparation uses, by role; a missing segmentation is reported when it is read."""
+    candidates = [folder / "mri" / f"{name}.mgz" for name in SEGMENTATIONS]
+    files = {"labels": next((f for f in candidates if f.is_file()), candidates[0])}
+    scans = [f for name in SCANS if (f := folder / "mri" / name).is_file()]
+    files |= {"T1w": scans[0]} if scans else {}
+    surfaces = {name: folder / "surf" / name for name in SURFACES}
+    files |= surfaces if all(f.is_file() for f in surfaces.values()) else {}
+    talairach = folder / "mri" / "transforms" / "talairach.xfm"
+    return files | ({"talairach": talairach} if talairach.is_file() else {})
 
 
 def prepare_label(
@@ -131,58 +204,11 @@ def prepare_label(
     """
     files = {"labels": Path(label), "image": Path(image)}
     table = None if ids is None else read_id_table(ids, protocol)
-    settings = {
-        "dataset": "annotated",
-        "protocol": Path(protocol).name,
-        "spatial_size": list(check_size(size)),
-        "template": TEMPLATE_NAME,
-        "contrast": contrast,
-        "ids": {str(key): value for key, value in (table or {}).items()},
-    }
-    parts = [*(hash_file(path) for path in files.values()), repr(settings)]
-    content = hashlib.sha256("".join(parts).encode()).hexdigest()
-    options = {"protocol": protocol, "ids": table}
-    job = Job(f"{scan_stem(label)}_{content[:12]}", "annotated", files, settings, make_from_scans, options)
-    target = Path(output_dir) / job.name
-    if not is_finished(target, job):
-        make_subject(job, target)
-    return make_entry(target)
-
-
-def make_from_labels(job: Job) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
-    """The volumes of a label map, see :func:`prepare_labels`."""
-    settings, options = job.settings, job.options
-    ids, affine = load_label_map(
-        job.source, read_id_table(options["ids"], options["protocol"]) if options["ids"] else None
-    )
-    ids = fold_ids(ids)
-    generation_protocol, protocol = (Protocol.load(options[name]) for name in ("generation_protocol", "protocol"))
-    for known in (generation_protocol, protocol):
-        known.encode(np.unique(ids), str(job.source))  # the whole map, not only what the box will keep of it
-    box, box_affine = cut_to_brain(ids, affine, settings["spatial_size"], str(job.source))
-    generation = generation_protocol.encode(box)
-    # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the registration
-    read_means(generation, generation_protocol, settings.get("simulated", []), str(job.source))
-    volumes = {
-        "generation_labels": (generation, box_affine),
-        "segmentation": (protocol.encode(box), box_affine),
-        "distance": (compute_hemisphere_distances(box), box_affine),
-        "mni": compute_mni_coordinates(box, box_affine, factor=MNI_FACTOR),
-    }
-    return volumes, {}
-
-
-def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
-    sources: list[Path] = []
-    for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
-        path = Path(item)
-        if path.is_dir():
-            found = [f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
-        elif path.exists() or not glob.has_magic(str(item)):
-            found = [path]
-        else:
-            found = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        if not found:
-            raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
-        sources += sorted(found)
-    return sources
+    settings = common_settings("annotated", protocol, size)
+    settings |= {"contrast": contrast, "ids": {str(key): value for key, value in (table or {}).items()}}
+    content = hashlib.sha256("".join([*map(hash_file, files.values()), repr(settings)]).encode()).hexdigest()
+    name = f"{scan_stem(label)}_{content[:12]}"
+    job = Job(name, "annotated", files, settings, {"protocol": protocol, "ids": table})
+    if not is_finished(job, Path(output_dir)):
+        make_subject(job, Path(output_dir))
+    return make_entry(Path(output_dir) / name)

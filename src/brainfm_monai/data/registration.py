@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import edt
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from nibabel.affines import apply_affine
+from nibabel.affines import apply_affine, from_matvec
 from nilearn import datasets as mni
 from scipy.ndimage import gaussian_filter, maximum_filter
 from torch import Tensor
@@ -20,54 +20,15 @@ from brainfm_monai.data.elastix import AFFINE, register_linear
 from brainfm_monai.functional.spatial import identity_grid, integrate_velocity, jacobian_determinant, warp
 from brainfm_monai.io import read_table
 
-__all__ = [
-    "LEVELS",
-    "T1_OF_ID",
-    "TEMPLATE_NAME",
-    "Level",
-    "coarsen_affine",
-    "compute_jacobian",
-    "compute_mni_coordinates",
-    "load_template",
-    "load_tissue_maps",
-    "render_t1",
-    "render_tissues",
-    "unfold_coordinates",
-]
+__all__ = ["LEVELS", "T1_OF_ID", "TEMPLATE_NAME", "Level", "coarsen_affine", "compute_jacobian"]
+__all__ += ["compute_mni_coordinates", "load_template", "load_tissue_maps", "render_t1", "render_tissues"]
+__all__ += ["unfold_coordinates"]
 
 TEMPLATE_NAME = "MNI152 ICBM 2009a symmetric, T1 and tissue maps as shipped with nilearn"
 SPACING_VOX = 2
 MINIMUM_JACOBIAN, UNFOLDING_ROUNDS = 0.2, 100
 FLUID_OUTSIDE = 24
-
-
-def _read_table() -> tuple[dict[int, float], dict[int, tuple[float, float]]]:
-    with resources.as_file(resources.files("brainfm_monai") / "datasets" / "registration.tsv") as path:
-        rows = {int(row["freesurfer_id"]): row for row in read_table(path)}
-    t1 = {i: float(row["t1"]) for i, row in rows.items()}
-    return t1, {i: (float(row["white"]), float(row["grey"])) for i, row in rows.items()}
-
-
-# Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110; and shares of white and
-# grey matter: where the template's maps mix both, as in the nuclei, these are its means in the structure.
-T1_OF_ID, TISSUES_OF_ID = _read_table()
-
-
-class Level(NamedTuple):
-    """One resolution of the registration.
-
-    Attributes:
-        image_mm: voxel of the tissue maps, a multiple of 2.
-        velocity_mm: voxel of the velocity field.
-        iterations: steps of the optimiser.
-    """
-
-    image_mm: int
-    velocity_mm: int
-    iterations: int
-
-
-LEVELS = (Level(4, 8, 60), Level(2, 4, 40))
+FLUID_RIM_VOX = 2.0  # fluid further than this from any brain tissue is left out, as in a brain-extracted template
 # Chosen on one label map: white matter overlaps with a Dice of 0.803, 0.789 and 0.776 at 0.6, 1 and 1.5, and 223, 133 and 87
 # voxels of the 4 mm grid come below MINIMUM_JACOBIAN.
 STIFFNESS = 1.0
@@ -76,25 +37,43 @@ STEP_VOX = 0.1  # of the optimiser, in voxels of the velocity field
 SMOOTHING_MM = 0.7
 MARGIN_VOX = 3  # around tissue, within which the images are compared
 
+_ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "registration.tsv"))
+# Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110; and shares of white and
+# grey matter: where the template's maps mix both, as in the nuclei, these are its means in the structure.
+T1_OF_ID = {int(row["freesurfer_id"]): float(row["t1"]) for row in _ROWS}
+TISSUES_OF_ID = {int(row["freesurfer_id"]): (float(row["white"]), float(row["grey"])) for row in _ROWS}
 
-def render_t1(ids: np.ndarray, fluid_rim_vox: float = 2.0) -> np.ndarray:
-    """Brain-only picture with the contrasts of a T1, one mean per label.
 
-    Args:
-        ids: map of FreeSurfer ids, shape (H, W, D).
-        fluid_rim_vox: fluid further than this from any brain tissue is left out, as in a brain-extracted template.
+class Level(NamedTuple):
+    """One resolution of the registration: the voxels of its images and of its velocity field, and its number of steps."""
 
-    Returns:
-        Intensities in [0, 110], shape (H, W, D), float32.
-    """
-    table = np.zeros(max(int(ids.max()), *T1_OF_ID) + 1, dtype=np.float32)
-    for i, value in T1_OF_ID.items():
-        table[i] = value
-    picture = table[ids]
+    image_mm: int  # a multiple of 2
+    velocity_mm: int
+    iterations: int
+
+
+LEVELS = (Level(4, 8, 60), Level(2, 4, 40))
+
+
+def _look_up(ids: np.ndarray, values: Mapping[int, Sequence[float]]) -> np.ndarray:
+    """Values of the ids of a map, shape (N, H, W, D), float32; 0 for other ids."""
+    table = np.zeros((len(next(iter(values.values()))), max(int(ids.max()), *values) + 1), dtype=np.float32)
+    table[:, list(values)] = np.transpose(list(values.values()))
+    return table[:, ids]
+
+
+def render_t1(ids: np.ndarray) -> np.ndarray:
+    """Brain-only picture with the contrasts of a T1, one mean per id: intensities in [0, 110], shape of ``ids``, float32."""
+    picture = _look_up(ids, {i: (value,) for i, value in T1_OF_ID.items()})[0]
     tissue = (picture > 0) & (ids != FLUID_OUTSIDE)
-    far = edt.edt(np.ascontiguousarray(~tissue), parallel=1) > fluid_rim_vox
+    far = edt.edt(np.ascontiguousarray(~tissue), parallel=1) > FLUID_RIM_VOX
     picture[far & (ids == FLUID_OUTSIDE)] = 0
     return picture
+
+
+def render_tissues(ids: np.ndarray) -> np.ndarray:
+    """Shares of white and grey matter of a map of FreeSurfer ids (H, W, D): in [0, 1], shape (2, H, W, D), float32."""
+    return _look_up(ids, TISSUES_OF_ID)
 
 
 @lru_cache(maxsize=1)
@@ -111,21 +90,6 @@ def load_tissue_maps() -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of white and grey matter in MNI152 at 2 mm, shape (2, H, W, D), and their affine; nilearn ships them."""
     maps = [load(resolution=SPACING_VOX) for load in (mni.load_mni152_wm_template, mni.load_mni152_gm_template)]
     return np.stack([m.get_fdata(dtype=np.float32) for m in maps]), np.asarray(maps[0].affine, dtype=np.float64)
-
-
-def render_tissues(ids: np.ndarray) -> np.ndarray:
-    """Shares of white and grey matter by structure.
-
-    Args:
-        ids: map of FreeSurfer ids, shape (H, W, D).
-
-    Returns:
-        Shares in [0, 1], shape (2, H, W, D), float32.
-    """
-    table = np.zeros((2, max(int(ids.max()), *TISSUES_OF_ID) + 1), dtype=np.float32)
-    for i, shares in TISSUES_OF_ID.items():
-        table[:, i] = shares
-    return table[:, ids]
 
 
 def compute_mni_coordinates(
@@ -161,16 +125,14 @@ def compute_mni_coordinates(
         Ashburner, A fast diffeomorphic image registration algorithm, NeuroImage 38, 2007 (velocity fields on tissue maps).
     """
     if any(n % factor or n % SPACING_VOX for n in ids.shape):
-        raise ValueError(
-            f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}, got {ids.shape}"
-        )
+        needed = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
+        raise ValueError(f"{needed}, got {ids.shape}")
     fixed_affine = coarsen_affine(affine, SPACING_VOX)
-    fixed = _block_mean(gaussian_filter(render_t1(ids), 1.0, truncate=3.0), SPACING_VOX)
+    fixed = _halve(render_t1(ids)[None], sigma_vox=1.0)[0].numpy()
     start = np.eye(4) if initial is None else initial
     moving = load_template()
     matrix = register_linear((fixed, start @ fixed_affine), moving, AFFINE, from_headers=initial is not None) @ start
-    tissues = [_block_mean(gaussian_filter(t, SMOOTHING_MM, truncate=3.0), SPACING_VOX) for t in render_tissues(ids)]
-    velocity_mm = _flow(torch.from_numpy(np.stack(tissues))[None], fixed_affine, matrix, levels)
+    velocity_mm = _flow(_halve(render_tissues(ids), SMOOTHING_MM)[None], fixed_affine, matrix, levels)
     grid_affine = coarsen_affine(affine, factor)
     spacing = levels[-1].velocity_mm
     ddf = _resize(integrate_velocity(velocity_mm / spacing) * (spacing / factor), [n // factor for n in ids.shape])
@@ -178,6 +140,12 @@ def compute_mni_coordinates(
     to_mni = matrix @ grid_affine
     points = apply_affine(to_mni, np.moveaxis(np.indices(displacement.shape[:3]), 0, -1))
     return unfold_coordinates(points, displacement @ to_mni[:3, :3].T, to_mni).astype(np.float32), grid_affine
+
+
+def _halve(volumes: np.ndarray, sigma_vox: float) -> Tensor:
+    """Volumes of shape (C, H, W, D), smoothed, at twice the voxel size."""
+    smooth = np.stack([gaussian_filter(volume, sigma_vox, truncate=3.0) for volume in volumes])
+    return nnf.avg_pool3d(torch.from_numpy(smooth), SPACING_VOX)
 
 
 def _flow(fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, levels: Sequence[Level]) -> Tensor:
@@ -218,8 +186,7 @@ def _descend(velocity: Tensor, subject: Tensor, template: Tensor, to_template: T
         moved = grid + _resize(integrate_velocity(velocity), subject.shape[2:]) * scale
         difference = read_template(moved.flatten(2)[..., near]) - target
         roughness = STIFFNESS * (level.velocity_mm / 4) ** 2 * _roughness(velocity)
-        loss = difference.square().sum() / target.square().sum().clamp_min(1) + roughness
-        loss.backward()
+        (difference.square().sum() / target.square().sum().clamp_min(1) + roughness).backward()
         optimiser.step()
     return velocity.detach()
 
@@ -238,16 +205,13 @@ def _resize(field: Tensor, size: Sequence[int]) -> Tensor:
     return nnf.interpolate(field, size=tuple(size), mode="trilinear")
 
 
-def unfold_coordinates(
-    points: np.ndarray, displacement: np.ndarray, affine: np.ndarray, minimum: float = MINIMUM_JACOBIAN
-) -> np.ndarray:
-    """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least ``minimum``.
+def unfold_coordinates(points: np.ndarray, displacement: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least 0.2.
 
     Args:
         points: positions of the voxels in mm, shape (H, W, D, 3).
         displacement: from these positions to the template, in mm, same shape.
         affine: voxels to mm.
-        minimum: smallest determinant that is left, relative to no change of volume.
 
     Returns:
         Template coordinates in mm, shape (H, W, D, 3).
@@ -256,38 +220,30 @@ def unfold_coordinates(
         RuntimeError: if the folds do not go away.
     """
     for _ in range(UNFOLDING_ROUNDS):
-        folded = compute_jacobian(points + displacement, affine) < minimum
+        folded = compute_jacobian(points + displacement, affine) < MINIMUM_JACOBIAN
         if not folded.any():
             return points + displacement
         # around a lone voxel the weight is still one, and it fades out over some three voxels
         weight = np.clip(gaussian_filter(folded.astype(np.float32), 1.0) * 16, 0, 1)[..., None]
-        smoother = gaussian_filter(displacement, 1.0, axes=(0, 1, 2))
-        displacement = displacement + weight * (smoother - displacement)
-    raise RuntimeError(
-        f"the map to the template has a Jacobian below {minimum} at {int(folded.sum())} voxels, and smoothing does not help"
-    )
+        displacement = displacement + weight * (gaussian_filter(displacement, 1.0, axes=(0, 1, 2)) - displacement)
+    found = f"the map to the template has a Jacobian below {MINIMUM_JACOBIAN} at {int(folded.sum())} voxels"
+    raise RuntimeError(f"{found}, and smoothing does not help")
 
 
 def coarsen_affine(affine: np.ndarray, factor: int) -> np.ndarray:
     """Affine of the grid whose voxels are blocks of ``factor`` voxels along each axis."""
-    scale = np.diag([factor, factor, factor, 1.0])
-    scale[:3, 3] = (factor - 1) / 2
-    return affine @ scale
+    return affine @ from_matvec(np.eye(3) * factor, [(factor - 1) / 2] * 3)
 
 
 def compute_jacobian(coordinates: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Jacobian determinant of a coordinate map; folds are where it is not positive.
+    """Jacobian determinant of a coordinate map, from subject mm to template mm; folds are where it is not positive.
 
     Args:
         coordinates: template coordinates in mm, shape (H, W, D, 3).
         affine: voxels of that grid to RAS mm.
 
     Returns:
-        Determinant of the map from subject mm to template mm, shape (H, W, D).
+        The determinant, shape (H, W, D).
     """
     in_mm = torch.from_numpy(np.moveaxis(coordinates, -1, 0)[None])
     return jacobian_determinant(in_mm)[0, 0].numpy() / np.linalg.det(affine[:3, :3])
-
-
-def _block_mean(volume: np.ndarray, factor: int) -> np.ndarray:
-    return nnf.avg_pool3d(torch.from_numpy(volume)[None], factor)[0].numpy()

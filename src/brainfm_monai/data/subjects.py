@@ -1,4 +1,4 @@
-"""A prepared subject on disk: its files, their number formats, and the record that tells what they were made of."""
+"""A prepared subject on disk: its files, their number formats, and the record of what the subject was made of."""
 
 from __future__ import annotations
 
@@ -7,36 +7,25 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import Distribution, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import nibabel as nib
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from brainfm_monai.io import write_text
 
-__all__ = [
-    "CONTRASTS",
-    "MNI_FACTOR",
-    "SIDECAR",
-    "SIZE",
-    "STORAGE",
-    "Storage",
-    "check_size",
-    "describe_subject",
-    "hash_file",
-    "read_record",
-    "run_parallel",
-    "subject_file",
-    "write_subject",
-]
+__all__ = ["CONTRASTS", "MNI_FACTOR", "SIDECAR", "SIZE", "STORAGE", "Storage", "Volumes", "check_size"]
+__all__ += ["describe_subject", "hash_file", "read_record", "run_parallel", "split_names", "subject_file"]
+__all__ += ["write_record", "write_subject"]
 
 T = TypeVar("T")
 R = TypeVar("R")
+Volumes = dict[str, tuple[np.ndarray, np.ndarray]]  # values and affine by key of STORAGE
 
 SIDECAR = "subject.json"
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
@@ -45,19 +34,12 @@ MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each ax
 PACKAGES = "brainfm-monai numpy nibabel monai itk itk-elastix edt libigl nilearn scikit-learn".split()
 
 
-@dataclass(frozen=True)
-class Storage:
-    """How the values of a file are kept: ``value = step * stored + offset``; what does not fit saturates.
-
-    Attributes:
-        dtype: type of the stored whole numbers.
-        step: value of one step, in the unit of the file.
-        offset: value of the stored 0.
-    """
+class Storage(NamedTuple):
+    """How the values of a file are kept: ``value = step * stored + offset``; what does not fit saturates."""
 
     dtype: type[np.integer]
-    step: float = 1.0
-    offset: float = 0.0
+    step: float = 1.0  # value of one step, in the unit of the file
+    offset: float = 0.0  # value of the stored 0
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Values of the file's unit as stored numbers."""
@@ -71,32 +53,23 @@ MASK = Storage(np.uint8)
 # 8 bits are what FreeSurfer's conformed scans keep, and a step of 1/255 is below the noise of a scan
 INTENSITY = Storage(np.uint8, 1 / 255)
 STORAGE: dict[str, Storage] = {
-    "generation_labels": MASK,
-    "segmentation": MASK,
+    **dict.fromkeys(("generation_labels", "segmentation"), MASK),
     "distance": Storage(np.uint8, 0.05, -6.4),  # mm, saturating at -6.4 and 6.35
     "mni": Storage(np.int16, 0.01),  # mm
-    "T1w": INTENSITY,
-    "T2w": INTENSITY,
-    "FLAIR": INTENSITY,
+    **dict.fromkeys(("T1w", "T2w", "FLAIR"), INTENSITY),
     "CT": Storage(np.int16),  # HU
-    **{f"{contrast}_defacing_mask": MASK for contrast in CONTRASTS},
-    "lesion": MASK,
+    **dict.fromkeys((*(f"{contrast}_defacing_mask" for contrast in CONTRASTS), "lesion"), MASK),
 }
 
 
 def run_parallel(work: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[tuple[T, R | BaseException]]:
-    """Do some work for many items, with a progress bar.
+    """Do some work for many items in processes, with a progress bar; yield each item, in order, with its result or error.
 
     Args:
         work: a function of a module, so that other processes can import it.
         items: its arguments.
         processes: how many items are worked on at once.
-
-    Yields:
-        Each item, in order, with the result or the error.
     """
-    from tqdm import tqdm  # an optional dependency
-
     show = partial(tqdm, total=len(items), desc="subjects", unit="subject")
     if processes <= 1 or len(items) <= 1:
         for item in show(items):
@@ -109,8 +82,7 @@ def run_parallel(work: Callable[[T], R], items: Sequence[T], processes: int) -> 
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(processes, len(items)), context, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        running = [(item, pool.submit(work, item)) for item in items]
-        for item, done in show(running):
+        for item, done in show([(item, pool.submit(work, item)) for item in items]):
             yield item, done.exception() or done.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -121,20 +93,27 @@ def subject_file(folder: Path, key: str) -> Path:
     return folder / f"{key}.nii.gz"
 
 
-def write_subject(
-    folder: Path, volumes: Mapping[str, tuple[np.ndarray, np.ndarray]], record: Mapping[str, Any]
-) -> None:
-    """Write the files of a subject into a folder.
+def write_subject(folder: Path, volumes: Volumes, record: Mapping[str, Any]) -> None:
+    """Write the files of a subject into a folder, which :func:`brainfm_monai.io.write_folder` makes appear whole.
 
     Args:
-        folder: the folder, which is made; :func:`brainfm_monai.io.write_folder` makes it appear whole.
+        folder: the folder, which is made.
         volumes: by key of :data:`STORAGE`, values in the file's unit, shape (H, W, D) or (H, W, D, C), and their affine.
         record: what ``subject.json`` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for key, (values, affine) in volumes.items():
-        _save(subject_file(folder, key), values, affine, STORAGE[key])
-    write_text(folder / SIDECAR, json.dumps({**record, "keys": sorted(volumes)}, indent=2) + "\n")
+        storage = STORAGE[key]
+        image = nib.Nifti1Image(storage.encode(values), affine, dtype=storage.dtype)
+        image.header.set_xyzt_units("mm")
+        image.header.set_slope_inter(storage.step, storage.offset)
+        nib.save(image, subject_file(folder, key))
+    write_record(folder, {**record, "keys": sorted(volumes)})
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a subject."""
+    write_text(folder / SIDECAR, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -191,8 +170,7 @@ def check_size(size: Sequence[int] | str) -> tuple[int, int, int]:
     return whole[0], whole[1], whole[2]
 
 
-def _save(path: Path, values: np.ndarray, affine: np.ndarray, storage: Storage) -> None:
-    image = nib.Nifti1Image(storage.encode(values), affine, dtype=storage.dtype)
-    image.header.set_xyzt_units("mm")
-    image.header.set_slope_inter(storage.step, storage.offset)
-    nib.save(image, path)
+def split_names(names: Sequence[str | Path] | str) -> list[str]:
+    """Names out of a list, or out of a text in which commas separate them."""
+    parts = names.split(",") if isinstance(names, str) else names
+    return [str(part).strip() for part in parts if str(part).strip()]
