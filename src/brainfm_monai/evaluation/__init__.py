@@ -1,23 +1,10 @@
 """The evaluation: scans under conditions, measures of every task, tables, curves and a page; two evaluations compared."""
 
-from __future__ import annotations
-
 from brainfm_monai.evaluation.cases import make_generated_cases, make_pair_cases
-from brainfm_monai.evaluation.comparison import compare_evaluations
-from brainfm_monai.evaluation.conditions import Condition, parse_conditions
-from brainfm_monai.evaluation.degradations import DegradeScand, GenerateScan
+from brainfm_monai.evaluation.conditions import Condition, DegradeScand, GenerateScan, parse_conditions
 from brainfm_monai.evaluation.measuring import LoadReferences, MeasureMaps
+from brainfm_monai.evaluation.pages import compare_evaluations
 from brainfm_monai.evaluation.writer import EvaluationWriter
 
-__all__ = [
-    "Condition",
-    "DegradeScand",
-    "EvaluationWriter",
-    "GenerateScan",
-    "LoadReferences",
-    "MeasureMaps",
-    "compare_evaluations",
-    "make_generated_cases",
-    "make_pair_cases",
-    "parse_conditions",
-]
+__all__ = ["Condition", "DegradeScand", "EvaluationWriter", "GenerateScan", "LoadReferences", "MeasureMaps"]
+__all__ += ["compare_evaluations", "make_generated_cases", "make_pair_cases", "parse_conditions"]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from brainfm_monai.data.datalist import read_datalist
-from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans
+from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans, find_repeated
 from brainfm_monai.io import scan_stem
 from brainfm_monai.tasks import TASKS
-
-__all__ = ["REFERENCES", "SURFACES", "make_generated_cases", "make_pair_cases"]
 
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
 # what an item may have beside its scan: entry of the list and task that it is the reference of
 REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
-
 SURFACES = ("left_white", "left_pial", "right_white", "right_pial")  # files of reference surfaces, for --surfaces
 
 Case = dict[str, Any]
@@ -45,20 +42,18 @@ def make_pair_cases(
         FileNotFoundError: if the list or one of its files is missing.
         ValueError: if the list is not such a list, two cases have one name, or a condition is for generated scans alone.
     """
+    references = {*REFERENCES, *SURFACES}
     files = ["image", *(key for key in REFERENCES if key != "age"), *SURFACES]
-    cases: list[Case] = []
     check_for_real_scans(conditions)
-    for item in _read_items(datalist, section):
+    scans: list[tuple[str, Case]] = []
+    rule = "item needs 'image' and 'label' or another reference"
+    for item in _read_items(datalist, section, rule, lambda item: "image" in item and not references.isdisjoint(item)):
         item |= {key: str(Path(datalist).parent / item[key]) for key in SURFACES if key in item}
-        if "image" not in item or not any(key in item for key in (*REFERENCES, *SURFACES)):
-            raise ValueError(
-                f"{datalist}: every item needs 'image' and 'label' or another reference, found {sorted(item)}"
-            )
         for path in [item[key] for key in files if key in item]:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: named in {datalist}, found no such file")
-        cases += _under_conditions(item, str(item.get("name") or scan_stem(item["image"])), conditions, seed)
-    return _check_names(cases, datalist)
+        scans.append((str(item.get("name") or scan_stem(item["image"])), item))
+    return _under_conditions(scans, conditions, seed, datalist)
 
 
 def make_generated_cases(
@@ -85,43 +80,36 @@ def make_generated_cases(
         FileNotFoundError: if there is no such list.
         ValueError: if it has no such section or no subject in it, or two cases have one name.
     """
-    cases: list[Case] = []
-    for subject in _read_items(datalist, section):
-        if "generation_labels" not in subject or "segmentation" not in subject:
-            raise ValueError(
-                f"{datalist}: every subject needs 'generation_labels' and 'segmentation', found {sorted(subject)}"
-            )
-        for number in range(1, scans_per_subject + 1):
-            cases += _under_conditions(subject, f"{subject['subject']}_{number:02}", conditions, seed)
-    return _check_names(cases, datalist)
+    rule = "subject needs 'generation_labels' and 'segmentation'"
+    subjects = _read_items(datalist, section, rule, {"generation_labels", "segmentation"}.issubset)
+    numbers = range(1, scans_per_subject + 1)
+    scans = [(f"{subject['subject']}_{number:02}", subject) for subject in subjects for number in numbers]
+    return _under_conditions(scans, conditions, seed, datalist)
 
 
-def _read_items(datalist: str | Path, section: str) -> list[dict[str, Any]]:
+def _read_items(datalist: str | Path, section: str, rule: str, is_complete: Callable[[Case], bool]) -> list[Case]:
     if not Path(datalist).is_file():
         raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file: pass --datalist FILE")
-    return read_datalist(datalist, section)
+    items = read_datalist(datalist, section)
+    for item in items:
+        if not is_complete(item):
+            raise ValueError(f"{datalist}: every {rule}, found {sorted(item)}")
+    return items
 
 
-def _under_conditions(item: Mapping[str, Any], scan: str, conditions: Sequence[Condition], seed: int) -> list[Case]:
-    own = {"scan": scan, "seed": seed + zlib.crc32(scan.encode())}
-    return [
-        {
-            **item,
-            **own,
-            "name": f"{scan}_{condition.name}" if condition.settings else scan,
-            "condition": condition.name,
-            "settings": dict(condition.settings),
-        }
-        for condition in conditions
-    ]
-
-
-def _check_names(cases: list[Case], datalist: str | Path) -> list[Case]:
-    names = [case["name"] for case in cases]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+def _under_conditions(
+    scans: Iterable[tuple[str, Case]], conditions: Sequence[Condition], seed: int, datalist: str | Path
+) -> list[Case]:
+    cases = []
+    for scan, item in scans:
+        own = {"scan": scan, "seed": seed + zlib.crc32(scan.encode())}
+        for condition in conditions:
+            name = f"{scan}_{condition.name}" if condition.settings else scan
+            cases.append(
+                {**item, **own, "name": name, "condition": condition.name, "settings": dict(condition.settings)}
+            )
+    repeated = find_repeated([case["name"] for case in cases])
     if repeated or not cases:
-        found = f"twice: {repeated}" if repeated else "none"
-        raise ValueError(
-            f"{datalist}: items whose names, with those of the conditions, differ are needed, found {found}"
-        )
+        rule = "items whose names, with those of the conditions, differ are needed"
+        raise ValueError(f"{datalist}: {rule}, found {f'twice: {repeated}' if repeated else 'none'}")
     return cases

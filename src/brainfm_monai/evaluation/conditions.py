@@ -1,23 +1,38 @@
-"""The conditions of an evaluation: what is done to every scan before the network sees it, by name and value."""
+"""The conditions of an evaluation: what is done to real scans, and how scans are generated, by name and value."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from monai.utils import convert_to_tensor
+from torch import Tensor
 
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import read_table
-from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, parse_ranges
-from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
+from brainfm_monai.synthesis import (
+    SUBJECT_KEYS,
+    SynthesisParams,
+    SynthesisRanges,
+    Synthesizer,
+    parse_ranges,
+    render,
+    sample,
+)
+from brainfm_monai.synthesis.acquisition import INTENSITY_TOP, acquire
 from brainfm_monai.synthesis.contrasts import CONTRASTS
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
-
-__all__ = ["SETTINGS", "Condition", "check_for_real_scans", "fix_acquisition", "make_laws", "parse_conditions"]
+from brainfm_monai.tasks import TASKS, TaskLayout
 
 AXES = {"sagittal_slices_mm": 0, "coronal_slices_mm": 1, "axial_slices_mm": 2}
 _TABLE = read_table(Path(__file__).with_name("settings.tsv"))
@@ -25,6 +40,12 @@ SETTINGS = {row["setting"]: row["meaning"] for row in _TABLE}  # what a conditio
 GENERATED_ALONE = [row["setting"] for row in _TABLE if row["scans"] == "generated"]
 INVERTED = "inverted"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # it becomes part of file names
+TARGET = "target_"  # before the name of a task: the truth, beside the prediction of that name
+# laws under which the generator's acquisition leaves an image as it is
+UNCHANGED = SynthesisRanges(
+    gamma_log_std=0.0, bias_log_std=(0.0, 0.0), resolution_weights=(1.0, 0.0, 0.0, 0.0), noise_std=(0.0, 0.0),
+    real_noise_std=(0.0, 0.0), rician_prob=0.0, head_cluster_prob=0.0,
+)  # fmt: skip
 STD_OF_FWHM = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian
 
 
@@ -51,14 +72,11 @@ class Condition:
 
 
 def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    """Read the conditions of a bundle config.
+    """Read the conditions of a bundle config, in the table's order.
 
     Args:
         table: for each name its settings. A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value,
             ``<name>-<value>``, which together make a curve.
-
-    Returns:
-        The conditions, in the table's order.
 
     Raises:
         ValueError: if there is none, a name, a setting or a value is not one, or two settings of a condition are swept.
@@ -68,9 +86,8 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
         unknown = sorted(set(settings) - set(SETTINGS))
         if unknown or not re.fullmatch(NAME, name):
             found = f"the setting {', '.join(unknown)}" if unknown else "this name"
-            raise ValueError(
-                f"condition {name}: letters and digits name it, and {', '.join(SETTINGS)} set it; found {found}"
-            )
+            rule = f"letters and digits name it, and {', '.join(SETTINGS)} set it"
+            raise ValueError(f"condition {name}: {rule}; found {found}")
         swept = [key for key, value in settings.items() if isinstance(value, Mapping) and "sweep" in value]
         if len(swept) > 1:
             raise ValueError(f"condition {name}: one setting may be swept, found {', '.join(swept)}")
@@ -78,28 +95,30 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
             fixed = {**settings, swept[0]: value} if swept else dict(settings)
             _check(name, fixed)
             conditions.append(Condition(f"{name}-{value}" if swept else name, fixed, name if swept else "", value))
-    names = [condition.name for condition in conditions]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated or not names:
+    repeated = find_repeated([condition.name for condition in conditions])
+    if repeated or not conditions:
         raise ValueError(f"conditions: different ones are needed, found {f'twice: {repeated}' if repeated else 'none'}")
     return tuple(conditions)
+
+
+def find_repeated(names: Sequence[str]) -> list[str]:
+    """The names that occur more than once, sorted."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
     contrasts = (*CONTRASTS, "random", INVERTED)
     if settings.get("contrast", INVERTED) not in contrasts:
-        raise ValueError(
-            f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {settings['contrast']}"
-        )
+        found = settings["contrast"]
+        raise ValueError(f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {found}")
     spacing = settings.get("spacing_mm")
     slices = [settings[key] for key in AXES if key in settings]
     if spacing is not None and slices:
         raise ValueError(f"condition {name}: either 'spacing_mm' or slices are set, found both")
     lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]
     if any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or AXES) != len(AXES):
-        raise ValueError(
-            f"condition {name}: slices, their profile and the three spacings must be positive numbers of mm, got {lengths}"
-        )
+        rule = "slices, their profile and the three spacings must be positive numbers of mm"
+        raise ValueError(f"condition {name}: {rule}, got {lengths}")
     make_laws(SynthesisRanges(), settings)
 
 
@@ -111,12 +130,11 @@ def check_for_real_scans(conditions: Sequence[Condition]) -> None:
     """
     for condition in conditions:
         impossible = [key for key in GENERATED_ALONE if key in condition.settings]
-        if condition.settings.get("contrast", INVERTED) != INVERTED:
-            impossible.append(f"contrast {condition.settings['contrast']}")
+        if (contrast := condition.settings.get("contrast", INVERTED)) != INVERTED:
+            impossible.append(f"contrast {contrast}")
         if impossible:
-            raise ValueError(
-                f"condition {condition.name}: for generated scans alone, found {', '.join(impossible)} on real ones"
-            )
+            found = ", ".join(impossible)
+            raise ValueError(f"condition {condition.name}: for generated scans alone, found {found} on real ones")
 
 
 def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRanges:
@@ -153,20 +171,17 @@ def _pair(value: Any) -> tuple[float, float]:
 
 
 def fix_acquisition(params: SynthesisParams, settings: Mapping[str, Any]) -> SynthesisParams:
-    """Put the slices and the gamma of a condition in place of the drawn ones.
+    """A draw with the slices and the gamma of a condition in place of the drawn ones.
 
-    Args:
-        params: a draw.
-        settings: of a :class:`Condition`; a slice has a Gaussian profile, and is as thick as the distance to the next.
+    A slice has a Gaussian profile, and is as thick as the distance to the next.
     """
     voxel_mm = params.geometry.voxel_mm
-    spacing_mm = list(settings.get("spacing_mm", [voxel_mm] * len(AXES)))
-    for key, axis in AXES.items():
-        spacing_mm[axis] = settings.get(key, spacing_mm[axis])
+    by_axis = {axis: settings[key] for key, axis in AXES.items() if key in settings}
+    spacing_mm = settings.get("spacing_mm", [by_axis.get(axis, voxel_mm) for axis in range(len(AXES))])
     appearances = []
     for appearance in params.appearances:
         changes = {}
-        if "spacing_mm" in settings or any(key in settings for key in AXES):
+        if "spacing_mm" in settings or by_axis:
             mm = appearance.spacing.new_tensor(spacing_mm).expand_as(appearance.spacing)
             fwhm_mm = settings.get("slice_fwhm_mm")
             sigma_mm = PROFILE_SIGMA * mm if fwhm_mm is None else torch.full_like(mm, STD_OF_FWHM * fwhm_mm)
@@ -176,3 +191,108 @@ def fix_acquisition(params: SynthesisParams, settings: Mapping[str, Any]) -> Syn
             changes["gamma"] = torch.full_like(appearance.gamma, float(settings["gamma"]))
         appearances.append(replace(appearance, **changes))
     return replace(params, appearances=tuple(appearances))
+
+
+def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:
+    """FreeSurfer ids of the labels of a protocol, same shape, int64, without metadata."""
+    plain = convert_to_tensor(labels, dtype=torch.long, track_meta=False)
+    return torch.as_tensor(protocol.freesurfer_ids, device=plain.device)[plain]
+
+
+class DegradeScand(MapTransform):
+    """Make real scans worse in a stated way: the acquisition of the generator, on the scan in place of a painted head.
+
+    Intensities go through the condition's inversion, gamma and bias field, slices with their profile, noise, and the
+    interpolation back to the voxels; references stay at the resolution that they have. Voxels that were exactly 0 (an
+    extracted brain's surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field becomes the entry
+    ``target_log_bias_field``, added to one that is there: of a scan whose own field is unknown, the added one is the whole target.
+
+    Args:
+        keys: scans of shape (1, H, W, D) in [0, 1], RAS axes, 1 mm.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+        # the generator's draw asks for them; nothing is painted here
+        self.protocol, self.generation_protocol = (Protocol.load(f"synthseg_{name}") for name in ("head", "generation"))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Degrade the scans by the entries ``settings``, which is removed, and ``seed``."""
+        d = dict(data)
+        settings = d.pop("settings")
+        for key in self.key_iterator(d) if settings else ():
+            scan, field = self._degrade(d[key], settings, int(d["seed"]))
+            d[key] = MetaTensor(scan).copy_meta_from(d[key])
+            if "bias_log_std" in settings:
+                own = d.get(f"{TARGET}log_bias_field", 0)
+                d[f"{TARGET}log_bias_field"] = MetaTensor(field + own, affine=d[key].affine)
+        return d
+
+    def _degrade(self, image: MetaTensor, settings: Mapping[str, Any], seed: int) -> tuple[Tensor, Tensor]:
+        values = image.as_tensor()[None].float()
+        nonzero = values > 0
+        if "contrast" in settings:  # the one that real scans have is the inverted one
+            values = torch.where(nonzero, values.amax() - values, 0.0)
+        laws = make_laws(UNCHANGED, {key: value for key, value in settings.items() if key != "contrast"})
+        drawn = sample(
+            laws,
+            [torch.Generator().manual_seed(seed)],
+            spatial_size=values.shape[2:],
+            protocol=self.protocol,
+            generation_protocol=self.generation_protocol,
+            device=values.device,
+        )
+        scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
+        return normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0], field[0]
+
+
+class GenerateScan(Transform):
+    """Turn a prepared subject into a generated scan under a condition, and its truth.
+
+    Args:
+        ranges: laws of what the conditions do not set.
+        layout: tasks whose truth is wanted.
+        spatial_size: (H, W, D) of the scans.
+        stride: their voxel in voxels of the subjects.
+        source_mm: voxel of the subjects.
+        device: of the generator; volumes of noise differ between kinds of devices, all other numbers do not.
+    """
+
+    def __init__(
+        self,
+        ranges: SynthesisRanges,
+        layout: TaskLayout,
+        spatial_size: Sequence[int],
+        stride: int = 1,
+        source_mm: float = 1.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.ranges, self.layout, self.device = ranges, layout, torch.device(device)
+        self.spatial_size, self.voxel_mm, self.source_mm = tuple(spatial_size), stride * source_mm, source_mm
+
+    @torch.no_grad()
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the subject's volumes by ``image``, (1, H, W, D) in [0, 1], and ``target_<task>`` in the units of the files.
+
+        The entries ``settings``, which is removed, and ``seed`` say how. ``target_segmentation`` holds FreeSurfer ids,
+        ``target_distance`` and ``target_mni`` are in mm, ``target_CT`` in HU; ``target_visible`` marks the field of view. They
+        lie in a grid with RAS axes, whose centre is the origin.
+        """
+        d = {key: value for key, value in data.items() if key not in SUBJECT_KEYS}
+        settings = d.pop("settings")
+        present = [key for key in SUBJECT_KEYS if key in data]
+        subject = {key: convert_to_tensor(data[key], device=self.device, track_meta=False)[None] for key in present}
+        laws = make_laws(self.ranges, settings)
+        synthesizer = Synthesizer(laws, self.layout, self.spatial_size, self.voxel_mm, self.source_mm)
+        drawn = synthesizer.draw(subject, [int(d["seed"])], d.get("generation_protocol"))
+        made = render(subject, fix_acquisition(drawn, settings), self.layout)
+        affine = torch.diag(torch.tensor([self.voxel_mm] * 3 + [1.0], dtype=torch.float64))
+        affine[:3, 3] = affine[:3, :3] @ (1 - torch.tensor(self.spatial_size, dtype=torch.float64)) / 2
+        made["segmentation"] = to_freesurfer_ids(made["segmentation"], self.layout.protocol)
+        for name, value in made.items():
+            scale = TASKS[name].scale if name in TASKS else 1
+            if value.ndim == 5:
+                in_file = value[0] if scale == 1 else value[0] * scale
+                d["image" if name == "image" else TARGET + name] = MetaTensor(in_file, affine=affine)
+        d["image"].meta["scan_name"] = str(d["name"])
+        return d

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from brainfm_monai.evaluation.conditions import Condition
-from brainfm_monai.evaluation.definitions import Headline
-from brainfm_monai.metrics import bootstrap_interval
+from brainfm_monai.metrics import Headline, bootstrap_interval
 from brainfm_monai.report.html import data_address
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["draw_curves", "draw_rows"]
 
 SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}  # colour, place in the row
 ROW_INCHES, PANEL_INCHES = 0.34, 3.4
@@ -83,17 +78,16 @@ def draw_curves(
         numeric = all(isinstance(c.value, int | float) for c in conditions)
         for axes, headline in zip(line, headlines, strict=True):
             _tidy(axes, conditions[0].axis_label if numeric else "", headline.label)
-            rows = [(c.value, statistics.get((c.name, headline.title))) for c in conditions]
-            points = [(value if numeric else str(value), row) for value, row in rows if row]
+            rows = {c.value: statistics.get((c.name, headline.title)) for c in conditions}
+            points = {value if numeric else str(value): row for value, row in rows.items() if row}
             if not points:
                 axes.set_axis_off()
                 axes.text(0.5, 0.5, "no reference", ha="center", color=REFERENCE_COLOUR, fontsize=8)
                 continue
-            positions = [position for position, _ in points]
-            means, low, high = (np.array([getattr(row, key) for _, row in points]) for key in ("mean", "low", "high"))
+            means, low, high = np.array([(row.mean, row.low, row.high) for row in points.values()]).T
             bars = np.nan_to_num([means - low, high - means]).clip(min=0)  # of one scan there is none
             style = "-o" if numeric else "o"
-            axes.errorbar(positions, means, bars, fmt=style, color=CURVE_COLOUR, ms=4, capsize=3, lw=1.2)
+            axes.errorbar(list(points), means, bars, fmt=style, color=CURVE_COLOUR, ms=4, capsize=3, lw=1.2)
             if (native, headline.title) in statistics:
                 axes.axhline(statistics[native, headline.title].mean, color=REFERENCE_COLOUR, lw=0.9, ls="--")
         line[0].set_ylabel(sweep.replace("_", " "), fontsize=9, fontweight="bold")

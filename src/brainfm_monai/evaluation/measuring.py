@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,21 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
 from brainfm_monai.evaluation.cases import REFERENCES
-from brainfm_monai.evaluation.degradations import TARGET, to_freesurfer_ids
-from brainfm_monai.evaluation.pictures import draw_case
+from brainfm_monai.evaluation.conditions import TARGET, to_freesurfer_ids
 from brainfm_monai.evaluation.tables import mean_dice_rows
 from brainfm_monai.io import read_maps
-from brainfm_monai.metrics import (
-    MetricRow,
-    TemplateTissues,
-    compute_structure_overlap,
-    measure_scan,
-    parse_structures,
-)
+from brainfm_monai.metrics import EvaluatedStructure, TemplateTissues, measure_scan, parse_structures
+from brainfm_monai.metrics.segmentation import compute_structure_overlap
 from brainfm_monai.outputs import resample
+from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
 from brainfm_monai.tasks import TASKS, TaskLayout
-
-__all__ = ["GRIDS", "LoadReferences", "MeasureMaps"]
 
 GRIDS = ("scan", "network")
 HEAD = "head"  # entry of the mask of the head
 MAGNITUDES = [name for name, task in TASKS.items() if task.kind == "image" and name != "CT"]  # scans without a unit
 FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map says what is
+POSITIONS = {"axial": (0.4, 0.6), "coronal": (0.5,), "sagittal": (0.35,)}  # shares of the box around the structures
+OPACITY = 0.5
 
 
 class LoadReferences(Transform):
@@ -56,7 +51,9 @@ class LoadReferences(Transform):
             elif key in d and TASKS[task].kind == "scalar":
                 d[TARGET + task] = torch.tensor([float(d.pop(key))])
             elif key in d:
-                d[TARGET + task] = _read_reference(d.pop(key))
+                volume = read_maps(d.pop(key))
+                values = torch.from_numpy(volume.values.astype(np.float32))
+                d[TARGET + task] = MetaTensor(values, affine=torch.from_numpy(volume.affine))
         labels = d.get(f"{TARGET}segmentation")
         if labels is None:
             d[HEAD] = d["image"] > FOREGROUND
@@ -64,6 +61,18 @@ class LoadReferences(Transform):
             ids = to_freesurfer_ids(labels, Protocol.load(str(d["label_protocol"])))
             d[f"{TARGET}segmentation"] = MetaTensor(ids, affine=labels.affine)
         return d
+
+
+def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
+    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; both (1, H, W, D), float32."""
+    values, affine = read_scan(path)
+    height, width, depth = grid.shape[1:]
+    moved, seen = (
+        resample_to_box(one, affine, np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
+        for one in (values, np.ones_like(values))
+    )
+    pair = (scale_intensities(moved), seen > 0.5)
+    return [MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in pair]
 
 
 class MeasureMaps(Transform):
@@ -95,8 +104,9 @@ class MeasureMaps(Transform):
             raise ValueError(f"comparison_grid: one of {', '.join(GRIDS)} is needed, found '{comparison_grid}'")
         self.layout, self.template = layout, template
         self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
-        self.structures = parse_structures(structures)
-        self.dice_structures = None if dice_structures is None else parse_structures(dice_structures)
+        self.structures, self.dice_structures = (
+            parse_structures(table or {}) for table in (structures, dice_structures)
+        )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the measures of one case, whose maps are those of :class:`~brainfm_monai.transforms.SplitTasksd`."""
@@ -106,50 +116,31 @@ class MeasureMaps(Transform):
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
         maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
         labels = maps.pop("segmentation", None)
+        shown = [] if labels is None else [to_freesurfer_ids(labels, self.layout.protocol)]
         dense = _bring_to_grid(targets, maps, image)
-        rows: list[MetricRow] = []
+        d["rows"] = []
         if labels is not None and "segmentation" in targets:
             compared: MetaTensor = d[self.compared_entry]
-            pair = (
-                to_freesurfer_ids(compared, self.layout.protocol),
-                _match(targets["segmentation"], compared, "nearest"),
-            )
-            measured = measure_scan(
-                {"segmentation": pair[0]}, {"segmentation": pair[1]}, self.structures, compared.affine, **names
-            )
-            rows += mean_dice_rows(measured)
-            if self.dice_structures is not None:
-                d["dice"] = compute_structure_overlap(*pair, self.dice_structures, compared.affine)["dice"]
-        head = None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0
-        shown = [] if labels is None else [to_freesurfer_ids(labels, self.layout.protocol)]
-        options: dict[str, Any] = {
-            "mask": head,
-            "labels": shown[0] if shown else None,
-            "template": self.template,
+            pred = to_freesurfer_ids(compared, self.layout.protocol)
+            true = _match(targets["segmentation"], compared, "nearest")
+            pair = ({"segmentation": pred}, {"segmentation": true})
+            d["rows"] = mean_dice_rows(measure_scan(*pair, self.structures, compared.affine, **names))
+            if self.dice_structures:
+                d["dice"] = compute_structure_overlap(pred, true, self.dice_structures, compared.affine)["dice"]
+        d["rows"] += measure_scan(
+            maps,
+            dense,
+            self.structures,
+            image.affine,
+            mask=None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0,
+            labels=shown[0] if shown else None,
+            image=image.as_tensor(),
+            template=self.template,
             **names,
-        }
-        rows += measure_scan(maps, dense, self.structures, image.affine, image=image.as_tensor(), **options)
+        )
         shown += [dense["segmentation"]] if "segmentation" in dense else []
-        affine = np.asarray(image.affine, dtype=np.float64)
-        picture = draw_case(image.as_tensor(), shown, affine, self.structures, self.layout.protocol)
-        return d | {"rows": rows, "picture": picture}
-
-
-def _read_reference(path: str) -> MetaTensor:
-    """A reference map in its own grid, shape (C, H, W, D), float32."""
-    volume = read_maps(path)
-    return MetaTensor(torch.from_numpy(volume.values.astype(np.float32)), affine=torch.from_numpy(volume.affine))
-
-
-def _read_magnitude(path: Path, grid: MetaTensor) -> tuple[MetaTensor, MetaTensor]:
-    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; both (1, H, W, D), float32."""
-    values, affine = read_scan(path)
-    height, width, depth = grid.shape[1:]
-    box = np.asarray(grid.affine, dtype=np.float64)
-    moved = scale_intensities(resample_to_box(values, affine, box, (height, width, depth)))
-    seen = resample_to_box(np.ones_like(values), affine, box, (height, width, depth)) > 0.5
-    image, mask = (MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in (moved, seen))
-    return image, mask
+        d["picture"] = draw_case(image, shown, self.structures, self.layout.protocol)
+        return d
 
 
 def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
@@ -172,3 +163,32 @@ def _bring_to_grid(
         everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
         dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
     return dense
+
+
+def draw_case(
+    scan: MetaTensor, maps: Sequence[Tensor], structures: Sequence[EvaluatedStructure], protocol: Protocol
+) -> bytes:
+    """A WebP picture with one row for the scan alone and one for each label map over it.
+
+    Args:
+        scan: shape (1, H, W, D), in [0, 1].
+        maps: label maps of FreeSurfer ids in its grid, shape (1, H, W, D); slices are chosen by the last one.
+        structures: that are shown, in the colours of the protocol; white where the protocol has no such structure.
+        protocol: knows the colours.
+    """
+    image, affine = scan.as_tensor(), np.asarray(scan.affine, dtype=np.float64)
+    colours = np.zeros((max(i for s in structures for i in s.ids) + 2, 4))  # the last one is that of all higher ids
+    for structure in structures:
+        for ids in map(sorted, (structure.left | structure.middle | structure.unsided, structure.right)):
+            labels = [protocol.label_of_id[i] for i in ids if i in protocol.label_of_id]
+            colours[ids, :3] = np.array(protocol.structures[labels[0]].colour) / 255 if labels else 1.0
+            colours[ids, 3] = OPACITY
+    clipped = [one.long().clamp(0, len(colours) - 1) for one in maps]
+    shown = colours[clipped[-1][0].cpu().numpy(), 3] > 0 if maps else image[0].cpu().numpy() > 0
+    slices = cut_slices(shown, affine, POSITIONS)
+    plain = [shade(one.read(image, affine)[..., 0]) for one in slices]
+    rows = [[Cell(picture, one.plane.marks) for picture, one in zip(plain, slices, strict=True)]]
+    for label_map in clipped:
+        over = [colours[one.read(label_map, affine, nearest=True)[..., 0]] for one in slices]
+        rows.append([Cell(blend(picture, colour)) for picture, colour in zip(plain, over, strict=True)])
+    return encode(compose(rows))

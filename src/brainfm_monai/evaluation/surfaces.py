@@ -6,27 +6,97 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import igl
 import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor
 from monai.transforms import Transform
 from scipy import ndimage
+from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.evaluation.cases import SURFACES
-from brainfm_monai.evaluation.degradations import TARGET
+from brainfm_monai.evaluation.conditions import TARGET
 from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.metrics import MetricRow
-from brainfm_monai.metrics.surfaces import Mesh, compare_surfaces, compare_thickness
+from brainfm_monai.metrics.results import unit_of
 from brainfm_monai.outputs import resample
-from brainfm_monai.surfaces import grow_hemisphere
-
-__all__ = ["MeasureSurfaces", "extract_level", "read_mesh"]
+from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, grow_hemisphere
 
 # FreeSurfer's surface RAS: directions of the axes of a conformed volume, by columns
 SURFACE_AXES = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-PURE = ("found", "euler_number", "crossing_share", "vertex_thickness_correlation")  # numbers; the others are in mm
+CHANNELS = ("left_pial", "left_white", "right_pial", "right_white")  # of distances: lp, lw, rp, rw
+MEDIAL_WALL_MM = 0.1  # below it a reference has no cortex: both of its surfaces are one there
+
+Mesh = tuple[np.ndarray, np.ndarray]  # vertices in mm, (V, 3), and their numbers in each triangle, (F, 3)
+
+
+def _find_nearest(points: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of points, (N, 3), to the triangles of a mesh, (N,), and the nearest points on them, (N, 3)."""
+    vertices, faces = (np.ascontiguousarray(a, dtype=t) for a, t in zip(mesh, (np.float64, np.int64), strict=True))
+    squared, _, nearest = igl.point_mesh_squared_distance(np.ascontiguousarray(points, np.float64), vertices, faces)
+    return np.sqrt(squared), nearest
+
+
+def compare_surfaces(pred: Mesh, reference: Mesh) -> dict[str, float]:
+    """Distances between two surfaces of the same space, and what is wrong with the predicted one by itself.
+
+    Returns:
+        ``to_reference_mean``, ``_median`` and ``_p95`` (95th percentile) of the distances from the vertices of the prediction to the
+        triangles of the reference, mm; ``from_reference_*`` of those from the vertices of the reference to the prediction;
+        ``euler_number`` of the prediction, 2 for a sphere and 2 less for each handle; ``crossing_share`` of its faces that cross
+        another face.
+    """
+    measures = {}
+    for name, points, mesh in (("to_reference", pred[0], reference), ("from_reference", reference[0], pred)):
+        distance = _find_nearest(points, mesh)[0]
+        measures[f"{name}_mean"] = float(distance.mean())
+        measures[f"{name}_median"] = float(np.median(distance))
+        measures[f"{name}_p95"] = float(np.percentile(distance, 95))
+    own = {"euler_number": float(compute_euler_number(pred[1])), "crossing_share": compute_crossing_share(*pred)}
+    return measures | own
+
+
+def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
+    """Thickness of the cortex in mm at the vertices of the white surface, shape (V,); both are of one hemisphere.
+
+    It is the mean of two distances: from the vertex to the nearest point of the pial surface, and from that point back to the
+    nearest one of the white surface. They are those to the triangles, without the error of those to vertices alone.
+
+    Reference:
+        Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance images, PNAS 97, 2000.
+    """
+    outwards, nearest = _find_nearest(white[0], pial)
+    inwards, _ = _find_nearest(nearest, white)
+    return np.asarray((outwards + inwards) / 2)
+
+
+def compare_thickness(pred: Sequence[Mesh], reference: Sequence[Mesh]) -> dict[str, float]:
+    """Error of the thickness at the vertices of the reference's white surface, without the medial wall.
+
+    Args:
+        pred: white and pial surface; the thickness at its vertex nearest to one of the reference is compared.
+        reference: white and pial surface; the medial wall is where both are less than 0.1 mm apart.
+
+    Returns:
+        ``vertex_thickness`` and ``vertex_thickness_reference``, the means, ``vertex_thickness_bias``, their signed difference,
+        ``vertex_thickness_error``, the mean of the magnitudes of the differences, mm; ``vertex_thickness_correlation``, Pearson's
+        over the vertices. All are NaN without a vertex, the correlation also where one of both does not vary.
+    """
+    true = compute_vertex_thickness(*reference)
+    nearest = cKDTree(pred[0][0]).query(reference[0][0])[1]
+    predicted = compute_vertex_thickness(*pred)[nearest]
+    predicted, true = predicted[true > MEDIAL_WALL_MM], true[true > MEDIAL_WALL_MM]
+    means = (predicted, true, predicted - true, np.abs(predicted - true))
+    varies = len(true) > 1 and min(np.ptp(predicted), np.ptp(true)) > 0
+    return {
+        **{
+            f"vertex_thickness{name}": float(one.mean()) if len(true) else np.nan
+            for name, one in zip(("", "_reference", "_bias", "_error"), means, strict=True)
+        },
+        "vertex_thickness_correlation": float(np.corrcoef(predicted, true)[0, 1]) if varies else np.nan,
+    }
 
 
 def read_mesh(path: str | Path) -> Mesh:
@@ -50,9 +120,8 @@ def read_mesh(path: str | Path) -> Mesh:
         axes = np.stack([info["xras"], info["yras"], info["zras"]], axis=1)
         return vertices @ (axes @ SURFACE_AXES.T).T + info["cras"], np.asarray(faces, np.int64)
     except Exception as error:  # damaged files show as many kinds of errors of the libraries
-        raise ScanError(
-            f"{path}: a GIFTI or FreeSurfer surface with its volume is needed, found {first_line(error)}"
-        ) from error
+        rule = "a GIFTI or FreeSurfer surface with its volume is needed"
+        raise ScanError(f"{path}: {rule}, found {first_line(error)}") from error
 
 
 class MeasureSurfaces(Transform):
@@ -76,47 +145,39 @@ class MeasureSurfaces(Transform):
         if "distance" not in d or not reference:
             return d
         pred = self._grow(d["distance"])
-        rows: list[MetricRow] = []
+        rows = list(d.get("rows", ()))
         for side in ("left", "right"):
-            pairs = {kind: (pred.get(f"{side}_{kind}"), reference.get(f"{side}_{kind}")) for kind in ("white", "pial")}
-            matched = {kind: (a, b) for kind, (a, b) in pairs.items() if a is not None and b is not None}
-            measures = {
-                f"surface_{k}": {"found": float(k in matched)} for k, pair in pairs.items() if pair[1] is not None
-            }
-            for kind, pair in matched.items():
-                measures[f"surface_{kind}"] |= compare_surfaces(*pair)
-            if len(matched) == len(pairs):
-                white, pial = matched["white"], matched["pial"]
-                measures["surface_thickness"] = compare_thickness((white[0], pial[0]), (white[1], pial[1]))
-            names = (str(d["scan"]), str(d["condition"]))
+            measures: dict[str, dict[str, float]] = {}
+            names = {kind: f"{side}_{kind}" for kind in ("white", "pial")}
+            for kind, name in names.items():
+                if name in reference:
+                    own = compare_surfaces(pred[name], reference[name]) if name in pred else {}
+                    measures[f"surface_{kind}"] = {"found": float(name in pred), **own}
+            if all(name in pred and name in reference for name in names.values()):
+                pairs = ([meshes[name] for name in names.values()] for meshes in (pred, reference))
+                measures["surface_thickness"] = compare_thickness(*pairs)
             rows += [
-                MetricRow(*names, task, "cortex", side, metric, value, "1" if metric in PURE else "mm")
+                MetricRow(str(d["scan"]), str(d["condition"]), task, "cortex", side, metric, value, unit_of(metric))
                 for task, values in measures.items()
                 for metric, value in values.items()
             ]
-        return d | {"rows": [*d.get("rows", ()), *rows]}
+        return d | {"rows": rows}
 
     def _grow(self, distance: MetaTensor) -> dict[str, Mesh]:
         """The surfaces that ``predict`` makes of distances lp, lw, rp, rw, shape (4, H, W, D)."""
         affine = np.asarray(distance.affine, dtype=np.float64)
-        left_pial, left_white, right_pial, right_white = distance.as_tensor().cpu().float()
+        level = dict(zip(CHANNELS, distance.as_tensor().cpu().float(), strict=True))
         surfaces: dict[str, Mesh] = {}
-        for side, white, pial, opposite in (
-            ("left", left_white, left_pial, right_pial),
-            ("right", right_white, right_pial, left_pial),
-        ):
-            grown = grow_hemisphere(white, pial, opposite, affine, self.levels_mm)
-            if grown is not None:
-                surfaces |= {
-                    f"{side}_white": (grown.white_mm, grown.faces),
-                    f"{side}_pial": (grown.pial_mm, grown.faces),
-                }
+        for side, opposite in (("left", "right"), ("right", "left")):
+            channels = (level[f"{side}_white"], level[f"{side}_pial"], level[f"{opposite}_pial"])
+            if (grown := grow_hemisphere(*channels, affine, self.levels_mm)) is not None:
+                surfaces[f"{side}_white"] = (grown.white_mm, grown.faces)
+                surfaces[f"{side}_pial"] = (grown.pial_mm, grown.faces)
         return surfaces
 
 
 def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:
-    files = {name: read_mesh(str(data[name])) for name in SURFACES if name in data}
-    if files:
+    if files := {name: read_mesh(str(data[name])) for name in SURFACES if name in data}:
         return files
     if f"{TARGET}distance" in data:
         distance: MetaTensor = data[f"{TARGET}distance"]
@@ -130,10 +191,8 @@ def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:
         channels = np.moveaxis(channels, -1, 0)
     else:
         return {}
-    names = ("left_pial", "left_white", "right_pial", "right_white")  # lp, lw, rp, rw
-    return {
-        name: extract_level(one, affine) for name, one in zip(names, channels, strict=True) if one.min() < 0 < one.max()
-    }
+    levels = zip(CHANNELS, channels, strict=True)
+    return {name: extract_level(one, affine) for name, one in levels if one.min() < 0 < one.max()}
 
 
 def extract_level(distance: np.ndarray, affine: np.ndarray) -> Mesh:
@@ -141,9 +200,7 @@ def extract_level(distance: np.ndarray, affine: np.ndarray) -> Mesh:
     inside = distance < 0
     regions, _ = ndimage.label(inside)
     largest = np.bincount(regions.ravel())[1:].argmax() + 1
+    level = np.where(inside & (regions != largest), -distance, distance)
     # what is beyond the image is outside: the surface is closed there
-    level = np.pad(
-        np.where(inside & (regions != largest), -distance, distance), 1, constant_values=np.abs(distance).max()
-    )
-    vertices, faces, _, _ = marching_cubes(level, 0.0)
+    vertices, faces, _, _ = marching_cubes(np.pad(level, 1, constant_values=np.abs(distance).max()), 0.0)
     return nib.affines.apply_affine(affine, vertices - 1), faces

@@ -6,29 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from numpy.typing import ArrayLike
 
-from brainfm_monai.evaluation.definitions import HEADLINES
-from brainfm_monai.metrics import MetricRow, summarise, write_frame
+from brainfm_monai.metrics import HEADLINES, MetricRow, summarise, write_frame
+from brainfm_monai.metrics.segmentation import SIDES
 from brainfm_monai.metrics.statistics import KEYS
-from brainfm_monai.metrics.structures import SIDES
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "ALL",
-    "MEAN_DICE",
-    "METRICS_FILE",
-    "SUMMARY_FILE",
-    "drop_merged_sides",
-    "make_headlines",
-    "mean_dice_rows",
-    "write_dice_tables",
-    "write_tables",
-]
 
 METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
 ALL = "all"  # structure of a mean over structures
@@ -54,12 +38,8 @@ def mean_dice_rows(rows: Sequence[MetricRow]) -> list[MetricRow]:
 def write_tables(output_dir: Path, table: pd.DataFrame) -> pd.DataFrame:
     """Write ``metrics.tsv``, one row for each measure of a case, and ``summary.tsv``, their statistics over the scans.
 
-    Args:
-        output_dir: folder of both.
-        table: of all cases, see :func:`~brainfm_monai.metrics.make_table`.
-
-    Returns:
-        The summary; see :func:`~brainfm_monai.metrics.summarise`.
+    The table is that of :func:`~brainfm_monai.metrics.make_table`, the summary that is returned that of
+    :func:`~brainfm_monai.metrics.summarise`.
     """
     write_frame(output_dir / METRICS_FILE, table)
     summary = summarise(table)
@@ -75,8 +55,6 @@ def write_dice_tables(output_dir: Path, dice: Mapping[str, ArrayLike], structure
         dice: of each scan, shape (S, 3): left, right, both; NaN where a structure is absent or has no sides.
         structures: S names.
     """
-    import pandas as pd
-
     scans = {scan: pd.DataFrame(values, index=structures, columns=SIDES) for scan, values in dice.items()}
     table = pd.concat(scans, names=["scan", "structure"])
     write_frame(output_dir / "dice.tsv", table.reset_index(), ".4f")
@@ -89,26 +67,20 @@ def write_dice_tables(output_dir: Path, dice: Mapping[str, ArrayLike], structure
     write_frame(output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), ".4f")
 
 
-def drop_merged_sides(table: pd.DataFrame, column: str = "structure") -> pd.DataFrame:
+def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:
     """Rows without those that merge a left and a right part of the table: a structure counts by its sides."""
-    paired = table[column].isin(table[table["side"] == "left"][column])
-    return table[~(paired & (table["side"] == "both"))]
+    part = pd.MultiIndex.from_frame(table[["task", "metric", "structure"]])
+    return table[~(part.isin(part[table["side"] == "left"]) & (table["side"] == "both"))]
 
 
 def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
     """One row of every case for each headline: the mean of its metric over structures and sides.
 
-    Args:
-        table: see :func:`~brainfm_monai.metrics.make_table`.
-
     Returns:
-        A table with the same columns, without undefined values; ``structure`` is the title of the headline.
+        A table with the columns of :func:`~brainfm_monai.metrics.make_table`, without undefined values; ``structure`` is the
+        title of the headline.
     """
-    import pandas as pd
-
-    parts = []
-    for headline in HEADLINES:
-        rows = drop_merged_sides(table[(table["task"] == headline.task) & (table["metric"] == headline.metric)])
-        parts.append(rows.assign(structure=headline.title, side="both"))
-    rows = pd.concat(parts)
+    titles = pd.DataFrame([(h.task, h.metric, h.title) for h in HEADLINES], columns=["task", "metric", "title"])
+    rows = titles.merge(drop_merged_sides(table), on=["task", "metric"])
+    rows = rows.assign(structure=rows["title"], side="both")
     return rows.groupby([*KEYS, "scan"], sort=False)["value"].mean().dropna().reset_index()

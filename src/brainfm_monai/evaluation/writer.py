@@ -14,13 +14,11 @@ from typing import Any
 import ignite.distributed as idist
 
 from brainfm_monai.evaluation.conditions import Condition
-from brainfm_monai.evaluation.page import Evaluation, compose_page
+from brainfm_monai.evaluation.pages import compose_page
 from brainfm_monai.evaluation.tables import MEAN_DICE, write_dice_tables, write_tables
 from brainfm_monai.io import fingerprint, write_text, write_whole
 from brainfm_monai.metrics import MetricRow, make_table
 from brainfm_monai.outputs import ScanWriter
-
-__all__ = ["EvaluationWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +49,15 @@ class EvaluationWriter:
         dice_structures: Iterable[str] = (),
         definition: Mapping[str, Any] | None = None,
     ) -> None:
-        self.files, self.output_dir = files, files.output_dir
+        self.files, self.output_dir, self.definition = files, files.output_dir, dict(definition or {})
         self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
-        self.definition = dict(definition or {})
+        # see the same methods of ScanWriter
+        self.clear, self.note_failure = files.clear, files.note_failure
 
     def is_finished(self, scan: Case) -> bool:
         """Whether a case was measured with the same configuration, weights, condition and files."""
-        measured = (self._read_measures(scan) or {}).get("key") == self._key(scan)
+        measured = self._read_measures(scan).get("key") == self._key(scan)
         return measured and (not self._keeps_files(scan) or self.files.is_finished(scan))
-
-    def clear(self) -> None:
-        """See :meth:`~brainfm_monai.outputs.ScanWriter.clear`."""
-        self.files.clear()
 
     def check_place(self, scan: Case) -> None:
         """Check that the place of the files of a prediction holds no results of another scan."""
@@ -83,16 +78,11 @@ class EvaluationWriter:
         with write_whole(self._stored(scan).with_suffix(".webp")) as partial:
             partial.write_bytes(item["picture"])
         dice = item["dice"].tolist() if "dice" in item else None
-        content = {"key": self._key(scan), "rows": item["rows"], "dice": dice}
-        write_text(self._stored(scan), json.dumps(content))
+        write_text(self._stored(scan), json.dumps({"key": self._key(scan), "rows": item["rows"], "dice": dice}))
         self.files.forget_failure(scan)
         means = [f"mean Dice {row.value:.3f}" for row in item["rows"] if row.metric == MEAN_DICE]
         logger.info("%s: %s", scan["name"], ", ".join(means) or "measured")
         return folder
-
-    def note_failure(self, scan: Case, message: str) -> None:
-        """Keep the reason why a case failed, for the page."""
-        self.files.note_failure(scan, message)
 
     def write_summary(self, scans: Sequence[Case]) -> Path:
         """Write the tables and the page of all cases, when every process has done its share; the first process writes them."""
@@ -106,36 +96,30 @@ class EvaluationWriter:
         return self.output_dir / PAGE
 
     def _write_all(self, scans: Sequence[Case]) -> None:
-        stored = {str(scan["name"]): self._read_measures(scan) for scan in scans}
-        measured = {name: content for name, content in stored.items() if content is not None}
-        native = [str(scan["name"]) for scan in scans if not scan["settings"]]
-        dice = {name: measured[name]["dice"] for name in native if measured.get(name, {}).get("dice")}
-        if dice:
+        measured = {str(scan["name"]): content for scan in scans if (content := self._read_measures(scan))}
+        done = [scan for scan in scans if scan["name"] in measured]
+        native = [str(scan["name"]) for scan in done if not scan["settings"]]
+        if dice := {name: measured[name]["dice"] for name in native if measured[name]["dice"]}:
             write_dice_tables(self.output_dir, dice, self.dice_structures)
         table = make_table(MetricRow(*row) for content in measured.values() for row in content["rows"])
-        entries = {str(scan["name"]): scan for scan in scans}
-        evaluation = Evaluation(
-            output_dir=self.output_dir,
-            table=table,
-            summary=write_tables(self.output_dir, table),
-            conditions=self.conditions,
-            cases={(str(entries[name]["scan"]), str(entries[name]["condition"])): name for name in measured},
-            failures={
-                name: self.files.read_failure(scan) or "not measured yet"
-                for name, scan in entries.items()
-                if name not in measured
-            },
-            settings=self.files.settings,
-            definition=self.definition,
+        page = compose_page(
+            self.output_dir,
+            table,
+            write_tables(self.output_dir, table),
+            self.conditions,
+            {(str(scan["scan"]), str(scan["condition"])): str(scan["name"]) for scan in done},
+            {s["name"]: self.files.read_failure(s) or "not measured yet" for s in scans if s["name"] not in measured},
+            self.files.settings,
+            self.definition,
         )
-        write_text(self.output_dir / PAGE, compose_page(evaluation))
+        write_text(self.output_dir / PAGE, page)
 
-    def _read_measures(self, scan: Case) -> dict[str, Any] | None:
-        """What is stored of a case; None where it was not measured."""
+    def _read_measures(self, scan: Case) -> dict[str, Any]:
+        """What is stored of a case; empty where it was not measured."""
         try:
             content: dict[str, Any] = json.loads(self._stored(scan).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
+            return {}
         return content
 
     def _keeps_files(self, scan: Case) -> bool:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from monai.metrics import compute_dice
 from torch import Tensor
 
-from brainfm_monai.functional.spatial import jacobian_determinant
-from brainfm_monai.metrics.structures import box_around
+from brainfm_monai.functional.spatial import jacobian_determinant, warp
+from brainfm_monai.metrics.segmentation import box_around
 from brainfm_monai.tasks import MAX_DISTANCE_MM
 
-__all__ = [
-    "compute_bias_error",
-    "compute_distance_mae",
-    "compute_fold_fraction",
-    "compute_mean_inside",
-    "compute_mni_error",
-    "compute_thickness_error",
-]
+MINIMUM_SHARE = 0.5  # probability of a tissue above which a voxel counts as it
+RESOLUTION_MM = 2  # as the coordinates of prepared subjects are registered
+# white and grey matter of cerebrum and cerebellum; hippocampus and amygdala are grey in the template, deep nuclei are neither
+TISSUE_IDS = {
+    "white_matter": frozenset({2, 41, 7, 46, 77, 78, 79}),
+    "grey_matter": frozenset({3, 42, 8, 47, 17, 18, 53, 54}),
+}
 
 
 def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of each sample and channel over a mask.
+    """Mean of each sample and channel of values, (B, C, H, W, D), over a mask, (B, C or 1, H, W, D): shape (B, C).
 
-    Args:
-        values: shape (B, C, H, W, D).
-        mask: shape (B, C or 1, H, W, D), bool.
-
-    Returns:
-        Shape (B, C); NaN where the mask is empty.
+    It is NaN where the mask is empty.
     """
     mask = mask.expand_as(values)
     total = torch.where(mask, values, 0.0).sum((2, 3, 4), dtype=torch.float64)
@@ -67,7 +65,7 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor |
 
 
 def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error of signed distances where the true one is within +-3 mm.
+    """Mean absolute error of signed distances in mm where the true one is within +-3 mm.
 
     Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too.
 
@@ -84,15 +82,10 @@ def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Error of the thickness of the cortex, as the distances give it.
+    """Error of the thickness of the cortex, as the distances give it; arguments as in :func:`compute_distance_mae`.
 
     A voxel is cortex of a hemisphere where it lies inside its pial and not inside its white surface; the thickness there is the
     distance to the one plus the distance to the other, as in the thickness map of the outputs.
-
-    Args:
-        pred: distances lp, lw, rp, rw in mm, shape (B, 4, H, W, D).
-        target: same shape, mm.
-        mask: shape (B, 1, H, W, D), bool.
 
     Returns:
         For left and right, each of shape (B, 2), mm, NaN where there is no cortex: ``thickness`` and ``reference_thickness``, the
@@ -111,12 +104,7 @@ def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[
 
 
 def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Euclidean distance between predicted and true template coordinates.
-
-    Args:
-        pred_mm: shape (B, 3, H, W, D), mm.
-        target_mm: same shape, mm.
-        mask: shape (B, 1, H, W, D), bool.
+    """Euclidean distance between predicted and true template coordinates, (B, 3, H, W, D), in a mask, (B, 1, H, W, D).
 
     Returns:
         ``error_mean`` and ``error_p95`` (95th percentile), each of shape (B,), mm; NaN where the mask is empty.
@@ -143,3 +131,60 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
     box = box_around(mask.flatten(0, 1).any(0), margin=1)
     folded = jacobian_determinant(coords_mm[..., *box].float()) * sign <= 0
     return compute_mean_inside(folded.float(), mask[..., *box].bool())[:, 0]
+
+
+@dataclass(frozen=True)
+class TemplateTissues:
+    """Tissues of the template, to be laid over a scan by its template coordinates.
+
+    Attributes:
+        names: K names.
+        probability: in [0, 1], shape (K, h, w, d).
+        affine: its voxel indices to RAS mm of the template, shape (4, 4).
+        ids: FreeSurfer ids that each tissue has in a label map.
+    """
+
+    names: tuple[str, ...]
+    probability: Tensor
+    affine: Tensor
+    ids: tuple[frozenset[int], ...]
+
+
+def load_template_tissues() -> TemplateTissues:
+    """White and grey matter of MNI152, as nilearn ships them, 2 mm."""
+    from nilearn import datasets  # slow to import
+
+    loaders = (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template)
+    maps = [load(resolution=RESOLUTION_MM) for load in loaders]
+    probability = torch.from_numpy(np.stack([one.get_fdata(dtype=np.float32) for one in maps]))
+    affine = torch.as_tensor(maps[0].affine, dtype=torch.float64)
+    return TemplateTissues(tuple(TISSUE_IDS), probability, affine, tuple(TISSUE_IDS.values()))
+
+
+def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
+    """Tissues of the template at the template coordinates of each voxel, (B, 3, H, W, D), RAS mm.
+
+    Returns:
+        Where the probability, linearly interpolated, is above one half, shape (B, K, H, W, D), bool.
+    """
+    inverse = torch.linalg.inv(template.affine.double()).to(coords_mm.device, torch.float32)
+    index = torch.einsum("ij,bjhwd->bihwd", inverse[:3, :3], coords_mm.float()) + inverse[:3, 3].reshape(1, 3, 1, 1, 1)
+    source = template.probability.to(coords_mm.device, torch.float32)[None].expand(len(index), -1, -1, -1, -1)
+    return warp(source, index) > MINIMUM_SHARE
+
+
+def compute_warped_dice(pred_mm: Tensor, reference: Tensor, template: TemplateTissues, mask: Tensor) -> Tensor:
+    """Dice of the template's tissues, pulled through predicted coordinates, and a reference.
+
+    Args:
+        pred_mm: predicted template coordinates, RAS mm, shape (B, 3, H, W, D).
+        reference: bool, shape (B, K, H, W, D): the same tissues pulled through true coordinates (:func:`pull_template`), or those
+            of a segmentation.
+        template: K tissues.
+        mask: where it counts, shape (B, 1, H, W, D), bool.
+
+    Returns:
+        Shape (B, K); NaN where the reference lacks the tissue.
+    """
+    inside = mask.bool()
+    return compute_dice(pull_template(pred_mm, template) & inside, reference & inside, include_background=True)

@@ -10,9 +10,7 @@ from monai.metrics import MAEMetric, PSNRMetric
 from torch import Tensor
 
 from brainfm_monai.functional.separable import apply_separable
-from brainfm_monai.metrics.structures import box_around
-
-__all__ = ["compute_image_metrics", "compute_ms_ssim", "compute_ssim", "fit_intensities", "normalise_to_target"]
+from brainfm_monai.metrics.segmentation import box_around
 
 LOWER, UPPER = 0.001, 0.999  # quantiles of the target in the mask that become 0 and 1
 RADIUS, SIGMA = 5, 1.5  # window of 11 voxels, Wang et al. 2004
@@ -22,57 +20,31 @@ SLAB = 32  # planes that are filtered at once, so that memory does not grow with
 SMALLEST_SHARE = 0.5  # of a voxel of a coarser scale that has to lie in the mask
 
 
-def normalise_to_target(
-    pred: Tensor, target: Tensor, mask: Tensor, lower: float = LOWER, upper: float = UPPER
-) -> tuple[Tensor, Tensor]:
-    """Both images in units in which two quantiles of the target inside the mask are 0 and 1; nothing is clipped.
+def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both images in units in which 0.1 and 99.9 % of the target inside the mask are 0 and 1; nothing is clipped.
 
-    The prediction gets the target's gain and offset, and none of its own: an error of its scale stays an error.
-
-    Args:
-        pred: shape (B, 1, H, W, D), unit of the target.
-        target: same shape, any unit.
-        mask: same shape, bool.
-        lower: quantile that becomes 0, in [0, 1].
-        upper: quantile that becomes 1, in [0, 1].
-
-    Returns:
-        Prediction and target; NaN where the mask is empty or the target constant in it.
+    The prediction gets the target's gain and offset, and none of its own: an error of its scale stays an error. Both images and
+    the mask (bool) have one shape and the images one unit. The results are NaN where the mask is empty or the target constant.
     """
-    scaled = []
-    for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True):
-        inside = t[m]
-        if not len(inside):
-            scaled.append((torch.full_like(p, torch.nan), torch.full_like(t, torch.nan)))
-            continue
-        ranks = [1 + round(level * (len(inside) - 1)) for level in (lower, upper)]
-        low, high = (inside.kthvalue(rank).values for rank in ranks)
-        width = torch.where(high > low, high - low, torch.nan)
-        scaled.append(((p - low) / width, (t - low) / width))
-    first, second = zip(*scaled, strict=True)
-    return torch.stack(first), torch.stack(second)
+    pred, inside = pred.float(), target.float()[mask.bool()]
+    low = high = inside.new_tensor(torch.nan)
+    if len(inside):
+        low, high = (inside.kthvalue(1 + round(level * (len(inside) - 1))).values for level in (LOWER, UPPER))
+    width = torch.where(high > low, high - low, torch.nan)
+    return (pred - low) / width, (target.float() - low) / width
 
 
 def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The prediction with the gain and the offset that fit it best to the target, by least squares inside the mask.
 
-    The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure.
-
-    Args:
-        pred: shape (B, 1, H, W, D).
-        target: same shape.
-        mask: same shape, bool.
-
-    Returns:
-        Image of the same shape; the target's mean where the prediction is constant in the mask, NaN where the mask is empty.
+    The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure. All have one
+    shape. The result is the target's mean where the prediction is constant in the mask, NaN where the mask is empty.
     """
-    fitted = []
-    for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True):
-        x, y = p[m].double(), t[m].double()
-        from_mean = x - x.mean()
-        gain = (from_mean * (y - y.mean())).sum() / from_mean.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-        fitted.append(p * gain.float() + (y.mean() - gain * x.mean()).float())
-    return torch.stack(fitted)
+    pred = pred.float()
+    x, y = (one.float()[mask.bool()].double() for one in (pred, target))
+    from_mean = x - x.mean()
+    gain = (from_mean * (y - y.mean())).sum() / from_mean.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return pred * gain.float() + (y.mean() - gain * x.mean()).float()
 
 
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0) -> dict[str, Tensor]:
@@ -81,34 +53,30 @@ def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range
     The images are taken as they are; :func:`normalise_to_target` brings them to a range of 1 first.
 
     Args:
-        pred: shape (B, 1, H, W, D).
+        pred: shape (1, 1, H, W, D).
         target: same shape and unit.
         mask: where they are compared, same shape, bool.
         data_range: width of the range of intensities, unit of the images.
 
     Returns:
-        ``l1`` (unit of the images), ``psnr`` (dB, infinite for equal images), ``ssim`` and ``ms_ssim``, each of shape (B,) and
+        ``l1`` (unit of the images), ``psnr`` (dB, infinite for equal images), ``ssim`` and ``ms_ssim``, each of one element and
         NaN where the mask is empty.
 
     Raises:
-        ValueError: if the shapes differ or are not (B, 1, H, W, D).
+        ValueError: if the shapes differ or are not (1, 1, H, W, D).
 
     Reference:
         Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE Transactions on Image
         Processing 13, 2004; Wang et al., Multiscale structural similarity for image quality assessment, Asilomar 2003.
     """
-    if pred.ndim != 5 or pred.shape[1] != 1 or not pred.shape == target.shape == mask.shape:
-        found = [tuple(one.shape) for one in (pred, target, mask)]
-        raise ValueError(
-            f"compute_image_metrics: 'pred', 'target' and 'mask' must share one shape (B, 1, H, W, D), got {found}"
-        )
-    inside = [(p[m][None], t[m][None]) for p, t, m in zip(pred.float(), target.float(), mask.bool(), strict=True)]
+    if pred.ndim != 5 or pred.shape[:2] != (1, 1) or not pred.shape == target.shape == mask.shape:
+        shapes = [tuple(one.shape) for one in (pred, target, mask)]
+        rule = "'pred', 'target' and 'mask' must share one shape (1, 1, H, W, D)"
+        raise ValueError(f"compute_image_metrics: {rule}, got {shapes}")
     over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(data_range, reduction="none")}
+    inside = [one.float()[mask.bool()][None] for one in (pred, target)]
     return {
-        **{
-            name: torch.cat([torch.as_tensor(metric(p, t)).flatten() for p, t in inside])
-            for name, metric in over_mask.items()
-        },
+        **{name: torch.as_tensor(metric(*inside)).flatten() for name, metric in over_mask.items()},
         "ssim": compute_ssim(pred, target, mask, data_range),
         "ms_ssim": compute_ms_ssim(pred, target, mask, data_range),
     }
@@ -139,21 +107,12 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor, data_range: float =
 def compute_ms_ssim(
     pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0, weights: Sequence[float] = SCALE_WEIGHTS
 ) -> Tensor:
-    """Multi-scale structural similarity inside a mask.
+    """Multi-scale structural similarity inside a mask; arguments and result as in :func:`compute_ssim`.
 
-    From each scale to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. Axes that are too
-    short for the window of the coarsest scale, 176 voxels for five, are continued by their last voxels, which are not in the
-    mask. Else the same as MONAI's ``MultiScaleSSIMMetric`` over a whole image.
-
-    Args:
-        pred: shape (B, 1, H, W, D).
-        target: same shape and unit.
-        mask: same shape, bool.
-        data_range: width of the range of intensities.
-        weights: exponent of each scale, finest first.
-
-    Returns:
-        Shape (B,), NaN where at some scale no window lies in mask and image.
+    From each scale to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. The ``weights``
+    are the exponents of the scales, finest first. Axes that are too short for the window of the coarsest scale, 176 voxels for
+    five, are continued by their last voxels, which are not in the mask. Else the same as MONAI's ``MultiScaleSSIMMetric`` over
+    a whole image.
 
     Reference:
         Wang et al., Multiscale structural similarity for image quality assessment, Asilomar 2003, equation 7.
@@ -180,8 +139,7 @@ def _average_similarity(x: Tensor, y: Tensor, mask: Tensor, data_range: float) -
     x, y, mask = (one[..., *box] for one in (x, y, mask))
     size = x.shape[2:]
     if min(size) <= 2 * RADIUS:
-        nothing = torch.full((len(x),), torch.nan, device=x.device)
-        return nothing, nothing
+        return x.new_full((len(x),), torch.nan), x.new_full((len(x),), torch.nan)
     inside = mask[..., RADIUS:-RADIUS, RADIUS:-RADIUS, RADIUS:-RADIUS]
     sums = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
     across = [_window_operator(n, x) for n in size[1:]]
@@ -196,9 +154,8 @@ def _average_similarity(x: Tensor, y: Tensor, mask: Tensor, data_range: float) -
         variances = square_a - mean_a**2 + square_b - mean_b**2
         contrast = (2 * covariance + c2) / (variances + c2)
         similarity = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * contrast
-        sums += torch.stack(
-            [torch.where(part, one, 0.0).sum((1, 2, 3, 4), dtype=torch.float64) for one in (similarity, contrast)]
-        )
+        values = torch.stack([similarity, contrast]).where(part, 0.0)
+        sums += values.sum((2, 3, 4, 5), dtype=torch.float64)
     means = (sums / inside.sum((1, 2, 3, 4))).float()  # 0 / 0 is the NaN of an empty mask
     return means[0], means[1]
 

@@ -1,4 +1,4 @@
-"""One tidy table for every measure: a row is one value of one scan."""
+"""One tidy table for every measure, a row is one value of one scan; and what the measures mean, by ``measures.tsv``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from brainfm_monai.io import ABSENT, read_table, write_table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["MetricRow", "make_table", "read_metrics", "write_frame"]
+FITTED = "_fitted"  # end of the name of a measure of images
 
 
 class MetricRow(NamedTuple):
@@ -39,9 +39,62 @@ class MetricRow(NamedTuple):
     unit: str
 
 
+class Headline(NamedTuple):
+    """A number at the top of the page, and a row of curves: the mean of a metric over its structures and sides.
+
+    Attributes:
+        title: what the page calls it.
+        task: of the rows.
+        metric: of the rows.
+        unit: shown behind values; empty for pure numbers.
+        digits: after the point.
+        higher_is_better: which way is good.
+    """
+
+    title: str
+    task: str
+    metric: str
+    unit: str
+    digits: int
+    higher_is_better: bool
+
+    @property
+    def label(self) -> str:
+        """The title with the unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def format(self, value: float, sign: str = "") -> str:
+        """A value with the headline's digits."""
+        return f"{value:{sign}.{self.digits}f}"
+
+
+_MEASURES = read_table(Path(__file__).with_name("measures.tsv"))
+_BY_METRIC = {row["metric"]: row for row in reversed(_MEASURES)}  # the first of a name counts
+HEADLINES = tuple(
+    Headline(title.format(task=task), task, row["metric"], row["unit"], int(row["digits"]), row["better"] == "higher")
+    for tasks in dict.fromkeys(row["tasks"] for row in _MEASURES)
+    for task in tasks.split()
+    for row in _MEASURES
+    if row["tasks"] == tasks and (title := row["headline"])
+)
+
+
+def define(metric: str) -> str:
+    """Definition of a metric by its name; empty for an unknown one."""
+    if metric.endswith(FITTED):
+        image = metric.removesuffix(FITTED)
+        return f"{image} after the gain and offset that fit the prediction best to the reference there"
+    return _BY_METRIC[metric]["definition"] if metric in _BY_METRIC else ""
+
+
+def unit_of(metric: str) -> str:
+    """Unit of a metric of ``measures.tsv``, ``1`` for a pure number."""
+    return _BY_METRIC[metric.removesuffix(FITTED)]["unit"] or "1"
+
+
 def make_table(rows: Iterable[MetricRow]) -> pd.DataFrame:
     """Rows as a pandas table with one column for each field."""
-    import pandas as pd  # an optional dependency
+    import pandas as pd  # slow to import
 
     return pd.DataFrame(list(rows), columns=list(MetricRow._fields))
 

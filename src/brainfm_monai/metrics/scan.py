@@ -11,18 +11,14 @@ from torch import Tensor
 from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.images import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
-from brainfm_monai.metrics.results import MetricRow
-from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around
-from brainfm_monai.metrics.template import TemplateTissues, compute_warped_dice, pull_template
+from brainfm_monai.metrics.results import FITTED, MetricRow, unit_of
+from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure, box_around
 from brainfm_monai.tasks import TASKS
-
-__all__ = ["measure_scan"]
 
 CT_WINDOW_HU = (0.0, 80.0)  # window of the brain, in which BrainFM reads CT, too
 HEMISPHERES = ("left", "right")
-UNITS = {"hd95": "mm", "volume": "mL", "reference_volume": "mL", "psnr": "dB"}  # of the others: a pure number
 
-Cells = tuple[str, str, str, float, str]  # structure, side, metric, value, unit
+Values = dict[tuple[str, str, str], float]  # by structure, side and metric
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class _Scene:
     ids: Tensor | None
     labels: Tensor | None
     image: Tensor | None
-    template: TemplateTissues | None
+    template: fields.TemplateTissues | None
 
 
 def measure_scan(
@@ -49,7 +45,7 @@ def measure_scan(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     image: Tensor | None = None,
-    template: TemplateTissues | None = None,
+    template: fields.TemplateTissues | None = None,
 ) -> list[MetricRow]:
     """Measure every task that is in both dictionaries.
 
@@ -72,9 +68,10 @@ def measure_scan(
     Returns:
         Rows. What is undefined has the value NaN; the sides of a structure that has none have no row. Coordinates are compared
         within the evaluated structures, where the target has a segmentation; images are in units of the target (see
-        :func:`~brainfm_monai.metrics.normalise_to_target`), CT in the window of the brain but for its ``mae``; ``*_fitted``
-        are after the best gain and offset, ``*_brain`` within the evaluated structures, and beside these are the same of two
-        baselines: of the input itself, ``*_brain_input``, and of the reference's mean in each label, ``*_brain_painted``.
+        :func:`~brainfm_monai.metrics.images.normalise_to_target`), CT in the window of the brain but for its ``mae``;
+        ``*_fitted`` are after the best gain and offset, ``*_brain`` within the evaluated structures, and beside these are the
+        same of two baselines: of the input itself, ``*_brain_input``, and of the reference's mean in each label,
+        ``*_brain_painted``.
 
     Raises:
         ScanError: if a task has no measure, or shapes differ.
@@ -90,7 +87,7 @@ def measure_scan(
     if "visible" in target:
         head = head & target["visible"][None].bool()
     labels = ids if ids is not None or labels is None else labels[None]
-    brain = head if ids is None else head & _is_one_of(ids, {i for s in structures for i in s.ids})
+    brain = head if ids is None else head & _is_evaluated(ids, structures)
     scene = _Scene(structures, affine, brain, ids, labels, None if image is None else image[None], template)
     rows: list[MetricRow] = []
     for name in [name for name in pred if name in target]:
@@ -101,9 +98,8 @@ def measure_scan(
             shapes = f"{tuple(pred[name].shape)} and {tuple(target[name].shape)}"
             raise ScanError(f"{scan}: {name} must have one shape in prediction and reference, found {shapes}")
         valid = head & target[f"valid_{name}"][None].bool() if f"valid_{name}" in target else head
-        measure = _measure_ct if name == "CT" else MEASURES[kind]
-        cells = measure(pred[name][None], target[name][None], valid, scene)
-        rows += [MetricRow(scan, condition, name, *cell) for cell in cells]
+        values = (_measure_ct if name == "CT" else MEASURES[kind])(pred[name][None], target[name][None], valid, scene)
+        rows += [MetricRow(scan, condition, name, *key, x, unit_of(key[-1])) for key, x in values.items()]
     return rows
 
 
@@ -111,112 +107,99 @@ def _is_one_of(ids: Tensor, members: Iterable[int]) -> Tensor:
     return torch.isin(ids.long(), torch.tensor(sorted(members), device=ids.device))
 
 
-def _plain_cells(values: Mapping[str, Tensor], unit: str | None = None, structure: str = ABSENT) -> list[Cells]:
-    """One row without a side for each named number."""
-    return [
-        (structure, ABSENT, name, float(x), UNITS.get(name, "1") if unit is None else unit)
-        for name, x in values.items()
-    ]
+def _is_evaluated(ids: Tensor, structures: Sequence[EvaluatedStructure]) -> Tensor:
+    return _is_one_of(ids, {i for s in structures for i in s.ids})
 
 
-def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> list[Cells]:
+def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
+    """Numbers without a side."""
+    return {(structure, ABSENT, metric): float(x) for metric, x in values.items()}
+
+
+def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> Values:
     arguments = (pred[0], target[0], scene.structures, scene.affine)
     measures = segmentation.compute_structure_overlap(*arguments)
     measures["hd95"] = segmentation.compute_structure_hausdorff(*arguments, percentile=95.0)
-    return [
-        (structure.name, side, metric, float(values[row, column]), UNITS.get(metric, "1"))
+    return {
+        (structure.name, side, metric): float(values[row, column])
         for row, structure in enumerate(scene.structures)
         for column, side in enumerate(SIDES)
         if not structure.middle or side == "both"
         for metric, values in measures.items()
-    ]
+    }
 
 
-def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
-    cells = _compare_images(*normalise_to_target(pred, target, mask), mask)
+def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> Values:
+    measures = _compare_images(*normalise_to_target(pred, target, mask), mask)
     if scene.labels is None or scene.image is None:
-        return cells
-    brain = mask & _is_one_of(scene.labels, {i for s in scene.structures for i in s.ids})
+        return measures
+    brain = mask & _is_evaluated(scene.labels, scene.structures)
     images = {"": pred, "_input": scene.image, "_painted": _paint_means(target, scene.labels, mask)}
     for name, image in images.items():
         scaled, reference = normalise_to_target(image, target, brain)
         psnr = -10 * (scaled - reference)[brain].square().mean().log10()
-        measures = {f"psnr_brain{name}": psnr, f"ssim_brain{name}": compute_ssim(scaled, reference, brain)}
-        cells += [
-            (ABSENT, ABSENT, key, float(x), "dB" if key.startswith("psnr") else "1") for key, x in measures.items()
-        ]
-    return cells
+        measures |= _name({f"psnr_brain{name}": psnr, f"ssim_brain{name}": compute_ssim(scaled, reference, brain)})
+    return measures
 
 
 def _paint_means(target: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """An image of the target's mean in each label: what one knows of a contrast who knows the anatomy alone."""
     index = labels.long().clamp_min(0)
-    count, total = (
-        torch.bincount(index[mask], weights, minlength=int(index.max()) + 1)
-        for weights in (None, target[mask].double())
-    )
+    weights = (None, target[mask].double())
+    count, total = (torch.bincount(index[mask], one, minlength=int(index.max()) + 1) for one in weights)
     return (total / count.clamp_min(1)).float()[index]
 
 
-def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
+def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> Values:
     low, high = CT_WINDOW_HU
-    error = {"mae": (pred.float() - target)[mask].abs().mean()}
+    error = (pred.float() - target)[mask].abs().mean()
     pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
-    return _plain_cells(error, "HU") + _compare_images(pred, target, mask)
+    return _name({"mae": error}) | _compare_images(pred, target, mask)
 
 
-def _compare_images(pred: Tensor, target: Tensor, mask: Tensor) -> list[Cells]:
-    plain = compute_image_metrics(pred, target, mask)
+def _compare_images(pred: Tensor, target: Tensor, mask: Tensor) -> Values:
     fitted = compute_image_metrics(fit_intensities(pred, target, mask), target, mask)
-    return _plain_cells(plain) + [(*row[:2], f"{row[2]}_fitted", *row[3:]) for row in _plain_cells(fitted)]
+    measures = compute_image_metrics(pred, target, mask)
+    return _name(measures | {f"{name}{FITTED}": value for name, value in fitted.items()})
 
 
-def _measure_bias_field(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
-    return _plain_cells(fields.compute_bias_error(pred, target, mask, scene.image))
-
-
-def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
+def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> Values:
     error = fields.compute_distance_mae(pred, target, mask)[0].tolist()
     channels = [(surface, side) for side in HEMISPHERES for surface in ("pial", "white")]  # lp, lw, rp, rw
-    cells: list[Cells] = [(*channel, "distance_error", x, "mm") for channel, x in zip(channels, error, strict=True)]
-    for metric, values in fields.compute_thickness_error(pred, target, mask).items():
-        cells += [("cortex", side, metric, x, "mm") for side, x in zip(HEMISPHERES, values[0].tolist(), strict=True)]
-    return cells
+    values = {(*channel, "distance_error"): x for channel, x in zip(channels, error, strict=True)}
+    for metric, of_sides in fields.compute_thickness_error(pred, target, mask).items():
+        values |= {("cortex", side, metric): x for side, x in zip(HEMISPHERES, of_sides[0].tolist(), strict=True)}
+    return values
 
 
-def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> list[Cells]:
-    cells = _plain_cells(fields.compute_mni_error(pred, target, scene.brain), "mm", "brain")
+def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> Values:
     folds = fields.compute_fold_fraction(pred, scene.brain, scene.affine)
-    cells += _plain_cells({"fold_fraction": folds}, structure="brain")
+    values = _name(fields.compute_mni_error(pred, target, scene.brain) | {"fold_fraction": folds}, "brain")
     if scene.template is None:
-        return cells
+        return values
     box = box_around(mask[0, 0])
     pred, target, mask = (one[..., *box] for one in (pred, target, mask))
-    references = {"warped_dice": pull_template(target, scene.template)}
+    references = {"warped_dice": fields.pull_template(target, scene.template)}
     if scene.ids is not None:
         tissues = [_is_one_of(scene.ids[..., *box], of_tissue) for of_tissue in scene.template.ids]
         references["warped_dice_labels"] = torch.cat(tissues, dim=1)
     for metric, reference in references.items():
-        dice = compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()
-        cells += [(name, "both", metric, x, "1") for name, x in zip(scene.template.names, dice, strict=True)]
-    return cells
+        dice = fields.compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()
+        values |= {(name, "both", metric): x for name, x in zip(scene.template.names, dice, strict=True)}
+    return values
 
 
-def _measure_lesion(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> list[Cells]:
-    return _plain_cells(segmentation.compute_lesion_metrics(pred, target, mask), structure="lesion")
-
-
-def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: _Scene) -> list[Cells]:
+def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: _Scene) -> Values:
     error = pred.float().mean() - target.float().mean()
-    return _plain_cells({"error": error, "absolute_error": error.abs()}, "years")
+    return _name({"error": error, "absolute_error": error.abs()})
 
 
-MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, _Scene], list[Cells]]] = {
+MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, _Scene], Values]] = {
     "labels": _measure_labels,
     "image": _measure_image,
-    "log_field": _measure_bias_field,
+    "log_field": lambda pred, target, mask, scene: _name(fields.compute_bias_error(pred, target, mask, scene.image)),
     "distance": _measure_distance,
     "coordinates": _measure_coordinates,
-    "mask": _measure_lesion,
+    "mask": lambda pred, target, mask, _: _name(segmentation.compute_lesion_metrics(pred, target, mask), "lesion"),
     "scalar": _measure_number,
 }

@@ -3,18 +3,122 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from monai.metrics import compute_hausdorff_distance
+from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
-from brainfm_monai.metrics.structures import SIDES, EvaluatedStructure, box_around, index_structures
-
-__all__ = ["compute_lesion_metrics", "compute_structure_hausdorff", "compute_structure_overlap"]
-
+SIDES = ("left", "right", "both")
 ML_PER_MM3 = 1e-3
 LESION_THRESHOLD = 0.5  # probability above which a voxel counts as lesion
+
+Ids = Sequence[int | Sequence[int]]  # FreeSurfer ids, and [first, last] ranges of them
+
+
+@dataclass(frozen=True)
+class EvaluatedStructure:
+    """The FreeSurfer ids that make up one evaluated structure.
+
+    Attributes:
+        name: name in the tables.
+        left: ids on the left.
+        right: ids on the right.
+        unsided: ids of both sides: each voxel belongs to the side of the midplane on which it lies.
+        middle: ids of a structure without sides; then there are no others.
+    """
+
+    name: str
+    left: frozenset[int] = frozenset()
+    right: frozenset[int] = frozenset()
+    unsided: frozenset[int] = frozenset()
+    middle: frozenset[int] = frozenset()
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All ids of the structure."""
+        return self.left | self.right | self.unsided | self.middle
+
+
+def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedStructure, ...]:
+    """Read the structures of an evaluation from a table of a bundle config.
+
+    Args:
+        table: for each name the FreeSurfer ids ``left`` and ``right``, and ``unsided`` where there are such, or ``middle``;
+            ids are numbers and ``[first, last]`` ranges.
+
+    Raises:
+        ValueError: if a structure has another entry, no ids, or an id of another structure.
+    """
+    structures: list[EvaluatedStructure] = []
+    owner: dict[int, str] = {}
+    for name, entry in table.items():
+        if unknown := sorted(set(entry) - {"left", "right", "unsided", "middle"}):
+            raise ValueError(f"structure {name}: the entries are left, right, unsided and middle, found {unknown}")
+        one = EvaluatedStructure(name, **{part: _expand(ids) for part, ids in entry.items()})
+        if bool(one.left) != bool(one.right) or bool(one.middle) == bool(one.left) or (one.middle and one.unsided):
+            raise ValueError(f"structure {name}: ids are needed either on 'left' and 'right' or in the 'middle' alone")
+        if shared := sorted(one.ids & owner.keys()):
+            found = f"{shared[0]} in {owner[shared[0]]}, too"
+            raise ValueError(f"structure {name}: an id may stand in one structure, found {found}")
+        owner |= dict.fromkeys(one.ids, name)
+        structures.append(one)
+    return tuple(structures)
+
+
+def _expand(ids: Ids) -> frozenset[int]:
+    ranges = [(i, i) if isinstance(i, int) else (i[0], i[-1]) for i in ids]
+    return frozenset(i for first, last in ranges for i in range(first, last + 1))
+
+
+def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
+    """Box around a mask of shape (H, W, D), wider by a margin within the image; the whole image if the mask is empty."""
+    start, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
+    height, width, depth = (slice(a, b or None) for a, b in zip(start, stop, strict=True))
+    return height, width, depth
+
+
+def _index_structures(ids: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor) -> Tensor:
+    """Label map of structure sides: 2 s + 1 for the left (or the middle) and 2 s + 2 for the right of structure s, else 0.
+
+    An unsided voxel belongs to the side of the plane on which it lies: the plane halfway between the centroids of everything
+    left and everything right, normal to their line.
+    """
+    tables = torch.zeros(3, max(i for s in structures for i in s.ids) + 2, dtype=torch.int16, device=ids.device)
+    for number, structure in enumerate(structures):
+        tables[0, sorted(structure.left | structure.middle)] = 2 * number + 1
+        tables[0, sorted(structure.right)] = 2 * number + 2
+        tables[1, sorted(structure.unsided)] = 2 * number + 1
+        tables[2, sorted(structure.left)], tables[2, sorted(structure.right)] = 1, 2
+    in_table = torch.where(ids < 0, 0, ids.round().long().clamp(max=tables.shape[1] - 1))
+    index, unsided, side = (table[in_table] for table in tables)
+    voxels = unsided.nonzero()
+    if len(voxels) and all((side == number).any() for number in (1, 2)):
+        left, right = ((side == number).nonzero().double().mean(0) for number in (1, 2))
+        axes = affine[:3, :3].to(left)
+        normal = axes.T @ axes @ (left - right)  # in voxel indices
+        on_right = (voxels.to(left) - (left + right) / 2) @ normal <= 0
+        index[voxels.unbind(1)] = unsided[voxels.unbind(1)] + on_right
+    return index
+
+
+def _index_pair(
+    prediction: Tensor, reference: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both maps as labels of :func:`_index_structures`, cut to the box of all structures, shape (h, w, d)."""
+    if prediction.shape != reference.shape or prediction.ndim != 4:
+        shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
+        raise ValueError(f"structures: prediction and reference must share one shape (1, H, W, D), found {shapes}")
+    # first the box of all labels, because the table of structures is read for each voxel
+    ids = _cut(prediction[0], reference[0].to(prediction.device))
+    return _cut(*(_index_structures(one, structures, affine) for one in ids))
+
+
+def _cut(pred: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    box = box_around((pred != 0) | (truth != 0))
+    return pred[box], truth[box]
 
 
 def compute_structure_overlap(
@@ -39,12 +143,8 @@ def compute_structure_overlap(
     pred, truth = _index_pair(prediction, reference, structures, affine)
     count = len(structures)
     labels = 2 * count + 1
-    pairs = (
-        torch.bincount((pred.int() * labels + truth).flatten(), minlength=labels**2)
-        .reshape(labels, labels)
-        .cpu()
-        .double()
-    )
+    pairs = torch.bincount((pred.int() * labels + truth).flatten(), minlength=labels**2).cpu().double()
+    pairs = pairs.reshape(labels, labels)
     matches = pairs[1:, 1:].reshape(count, 2, count, 2)  # voxels by predicted structure and side, and by the true ones
     overlap = torch.cat([torch.einsum("sasa->sa", matches), torch.einsum("sasb->s", matches)[:, None]], dim=1)
     sides = [pairs.sum(axis)[1:].reshape(count, 2) for axis in (1, 0)]
@@ -69,23 +169,14 @@ def compute_structure_hausdorff(
 ) -> Tensor:
     """Hausdorff distance between the surfaces of each structure: of its left part, its right part, and both together.
 
-    The surface is the voxels of a part that touch what is not the part. Of the distances from one surface to the other, and of
-    those back, the percentile is taken, and the larger of the two counts (MONAI's definition). Each part is cut to the box
-    around it first, so that memory depends on the largest structure and not on the image times the structures.
-
-    Args:
-        prediction: FreeSurfer ids, shape (1, H, W, D).
-        reference: FreeSurfer ids, same shape.
-        structures: S structures.
-        affine: voxel indices to RAS mm, shape (4, 4), without shear; voxels may be anisotropic.
-        percentile: in (0, 100]; the maximum if None.
+    MONAI's definition: the surface is the voxels of a part that touch what is not the part; the percentile of the distances from
+    one surface to the other and that of those back are taken, and the larger counts. Each part is cut to the box around it, so
+    that memory depends on the largest structure. Arguments and errors are those of :func:`compute_structure_overlap`; the
+    affine has no shear, and the ``percentile`` is in (0, 100], the maximum if None.
 
     Returns:
         Distance in mm, shape (S, 3): left, right, both. It is NaN where one of the two maps lacks the part, because there is
         no surface to be distant from (Dice is 0 where the prediction lacks it), and for the sides of a structure that has none.
-
-    Raises:
-        ValueError: if the shapes differ.
 
     Reference:
         Huttenlocher et al., Comparing images using the Hausdorff distance, IEEE TPAMI 15, 1993; the percentile: Taha and Hanbury,
@@ -100,24 +191,20 @@ def compute_structure_hausdorff(
             masks = [(index >= first) & (index <= last) for index in (pred, truth)]
             if (structure.middle and SIDES[column] != "both") or not all(mask.any() for mask in masks):
                 continue
-            box = box_around(masks[0] | masks[1])
-            pred_part, true_part = (mask[box][None, None].cpu() for mask in masks)  # neighbours are found on the host
+            predicted, true = (mask[None, None].cpu() for mask in _cut(*masks))  # neighbours are found on the host
             with warnings.catch_warnings():
                 # MONAI 1.6 calls a function of its own with an argument that it has deprecated
                 warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
                 distances[row, column] = compute_hausdorff_distance(
-                    pred_part, true_part, include_background=True, percentile=percentile, spacing=spacing_mm
+                    predicted, true, include_background=True, percentile=percentile, spacing=spacing_mm
                 )
     return distances
 
 
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Overlap of lesions, voxel by voxel.
+    """Overlap of lesions, voxel by voxel, inside a mask.
 
-    Args:
-        prediction: probability, any shape; a voxel above 0.5 is lesion.
-        reference: 0 or 1, same shape.
-        mask: where it counts, same shape, bool.
+    The prediction is a probability, above 0.5 a voxel is lesion; the reference is 0 or 1; the mask is bool; all have one shape.
 
     Returns:
         Numbers: ``dice``, ``sensitivity`` (share of the reference that is predicted) and ``precision`` (share of the prediction
@@ -127,24 +214,6 @@ def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) 
     hit, predicted, present = (one.sum().double() for one in (pred & truth, pred, truth))
     return {
         "dice": torch.where(present > 0, 2 * hit / (predicted + present), torch.nan),
-        "sensitivity": torch.where(present > 0, hit / present, torch.nan),
-        "precision": torch.where(predicted > 0, hit / predicted, torch.nan),
+        "sensitivity": hit / present,  # 0 / 0 is NaN
+        "precision": hit / predicted,
     }
-
-
-def _index_pair(
-    prediction: Tensor, reference: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both maps as labels of :func:`index_structures`, cut to the box of all structures, shape (h, w, d)."""
-    if prediction.shape != reference.shape or prediction.ndim != 4:
-        shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
-        raise ValueError(f"structures: prediction and reference must share one shape (1, H, W, D), found {shapes}")
-    # first the box of all labels, because the table of structures is read for each voxel
-    ids = _cut(prediction[0], reference[0].to(prediction.device))
-    return _cut(*(index_structures(one, structures, affine) for one in ids))
-
-
-def _cut(pred: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Both label maps in the box around all that is not 0 in one of them."""
-    box = box_around((pred != 0) | (truth != 0))
-    return pred[box], truth[box]

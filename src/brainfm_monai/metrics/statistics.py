@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,31 +10,12 @@ from numpy.typing import ArrayLike
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Interval", "SignedRank", "adjust_holm", "bootstrap_interval", "compare", "compute_signed_rank", "summarise"]
-
 KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # a statistic is taken within them, over the scans
-FAMILY = [
-    "condition",
-    "task",
-    "metric",
-    "unit",
-]  # the tests of all structures and sides within it are corrected together
+FAMILY = ["condition", "task", "metric", "unit"]  # the tests of its structures and sides are corrected together
 RESAMPLES = 2000  # DiCiccio and Efron, Bootstrap confidence intervals, Statistical Science 11, 1996
 SMALLEST_BCA = 10  # scans; below, the acceleration rests on too few values, and the plain percentiles are taken
 
-
-class Interval(NamedTuple):
-    """Ends of a confidence interval, NaN where it is undefined."""
-
-    low: float
-    high: float
-
-
-class SignedRank(NamedTuple):
-    """P value of a signed-rank test, and the matched-pairs rank-biserial correlation in [-1, 1]."""
-
-    p: float
-    effect_size: float
+Interval = tuple[float, float]
 
 
 def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95) -> Interval:
@@ -50,7 +30,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
         level: share of intervals that should contain the true mean, in (0, 1).
 
     Returns:
-        The interval; NaN for fewer than two values or an infinite one, and a point where all values are equal.
+        Its ends; NaN for fewer than two values or an infinite one, and a point where all values are equal.
 
     Reference:
         Efron, Better bootstrap confidence intervals, Journal of the American Statistical Association 82, 1987.
@@ -58,25 +38,23 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
     sample = np.asarray(values, dtype=np.float64).ravel()
     sample = sample[~np.isnan(sample)]
     if len(sample) < 2 or np.isinf(sample).any():
-        return Interval(np.nan, np.nan)
+        return np.nan, np.nan
     if np.ptp(sample) == 0:
-        return Interval(float(sample[0]), float(sample[0]))
-    from scipy.stats import bootstrap  # an optional dependency
+        return float(sample[0]), float(sample[0])
+    from scipy.stats import bootstrap  # slow to import
 
     method = "BCa" if len(sample) >= SMALLEST_BCA else "percentile"
     options = {"n_resamples": resamples, "batch": RESAMPLES, "confidence_level": level, "random_state": seed}
     interval = bootstrap((sample,), np.mean, method=method, **options).confidence_interval
-    return Interval(float(interval.low), float(interval.high))
+    return float(interval.low), float(interval.high)
 
 
-def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95) -> pd.DataFrame:
+def summarise(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Statistics over the scans, for each condition, task, structure, side and metric.
 
     Args:
         table: see :func:`~brainfm_monai.metrics.make_table`.
-        seed: see :func:`bootstrap_interval`.
         resamples: see :func:`bootstrap_interval`.
-        level: of the confidence intervals of the mean.
 
     Returns:
         One row for each group, in the order in which they appear: the keys, ``n`` (scans with a value), ``mean``, ``sd`` (n - 1),
@@ -85,13 +63,11 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES, le
     groups = table.groupby(KEYS, sort=False, dropna=False)["value"]
     with np.errstate(invalid="ignore"):  # the deviation of infinite values is undefined
         summary = groups.agg(n="count", mean="mean", sd="std", median="median").reset_index()
-    intervals = [bootstrap_interval(values, seed, resamples, level) for _, values in groups]
-    return summary.assign(low=[i.low for i in intervals], high=[i.high for i in intervals])
+    intervals = [bootstrap_interval(values, resamples=resamples) for _, values in groups]
+    return summary.assign(low=[low for low, _ in intervals], high=[high for _, high in intervals])
 
 
-def compare(
-    first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
-) -> pd.DataFrame:
+def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Compare two results of the same scans, pair by pair.
 
     Args:
@@ -99,7 +75,6 @@ def compare(
         second: same scans, conditions, tasks, structures and metrics.
         seed: see :func:`bootstrap_interval`.
         resamples: see :func:`bootstrap_interval`.
-        level: of the confidence intervals of the mean difference.
 
     Returns:
         One row for each condition, task, structure, side and metric: the keys, ``n`` (scans that have a value in both),
@@ -118,7 +93,7 @@ def compare(
         left, right = (pairs[f"value_{name}"].to_numpy(dtype=np.float64) for name in ("first", "second"))
         # two infinite values are equal, and not inf - inf
         difference = np.subtract(right, left, out=np.zeros_like(left), where=left != right)
-        interval = bootstrap_interval(difference, seed, resamples, level)
+        interval = bootstrap_interval(difference, seed, resamples)
         means = [float(one.mean()) if len(one) else np.nan for one in (left, right, difference)]
         rows.append((*key, len(pairs), *means, *interval, *compute_signed_rank(difference)))
     columns = [*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p", "effect_size"]
@@ -128,7 +103,21 @@ def compare(
     return result
 
 
-def compute_signed_rank(differences: ArrayLike) -> SignedRank:
+def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Rows of both tables side by side."""
+    keys = ["scan", *KEYS]
+    pairs = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
+    for rows, rule in (
+        (first[first.duplicated(keys)], "a row may be once in a table, found twice in 'first'"),
+        (second[second.duplicated(keys)], "a row may be once in a table, found twice in 'second'"),
+        (pairs[pairs["_merge"] != "both"], "both tables must have the same rows, found in one alone"),
+    ):
+        if len(rows):
+            raise ValueError(f"compare: {rule}: {' '.join(map(str, rows[keys].iloc[0]))} ({len(rows)} in all)")
+    return pairs
+
+
+def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
     """Two-sided Wilcoxon signed-rank test of paired differences; zeros are left out.
 
     Args:
@@ -136,7 +125,7 @@ def compute_signed_rank(differences: ArrayLike) -> SignedRank:
 
     Returns:
         The P value, 1 where no difference is other than zero, NaN where there is no pair; and the matched-pairs rank-biserial
-        correlation, the rank sum of positive differences minus that of negative ones over the sum of both.
+        correlation in [-1, 1], the rank sum of positive differences minus that of negative ones over the sum of both.
 
     Reference:
         Wilcoxon, Individual comparisons by ranking methods, Biometrics Bulletin 1, 1945; Kerby, The simple difference formula,
@@ -145,13 +134,11 @@ def compute_signed_rank(differences: ArrayLike) -> SignedRank:
     from scipy.stats import wilcoxon
 
     values = np.asarray(differences, dtype=np.float64).ravel()
-    if not len(values):
-        return SignedRank(np.nan, np.nan)
+    if not values.any():
+        return (1.0, 0.0) if len(values) else (np.nan, np.nan)
     values = values[values != 0]
-    if not len(values):
-        return SignedRank(1.0, 0.0)
     positive = wilcoxon(values, alternative="greater").statistic  # sum of the ranks of positive differences
-    return SignedRank(float(wilcoxon(values).pvalue), float(4 * positive / (len(values) * (len(values) + 1)) - 1))
+    return float(wilcoxon(values).pvalue), float(4 * positive / (len(values) * (len(values) + 1)) - 1)
 
 
 def adjust_holm(p: ArrayLike) -> np.ndarray:
@@ -166,24 +153,3 @@ def adjust_holm(p: ArrayLike) -> np.ndarray:
     steps = values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
-
-
-def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Rows of both tables side by side."""
-    keys = ["scan", *KEYS]
-    for name, table in (("first", first), ("second", second)):
-        repeated = table[table.duplicated(keys)]
-        if len(repeated):
-            raise ValueError(f"compare: a row may be once in a table, found twice in '{name}': {_name(repeated, keys)}")
-    scans = set(first["scan"]) ^ set(second["scan"])
-    if scans:
-        raise ValueError(f"compare: both tables must have the same scans, found in one alone: {sorted(scans)}")
-    pairs = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
-    alone = pairs[pairs["_merge"] != "both"]
-    if len(alone):
-        raise ValueError(f"compare: both tables must have the same rows, found in one alone: {_name(alone, keys)}")
-    return pairs
-
-
-def _name(rows: pd.DataFrame, keys: Sequence[str]) -> str:
-    return f"{' '.join(str(rows.iloc[0][key]) for key in keys)} ({len(rows)} in all)"
