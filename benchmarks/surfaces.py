@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brainfm_monai.metrics.surfaces import compare_surfaces, compare_thickness
+from brainfm_monai.evaluation.surfaces import compare_surfaces, compare_thickness
 from brainfm_monai.surfaces import Hemisphere, grow_hemisphere
 
 CONFIG = Path(__file__).parents[1] / "bundle/configs/inference.json"

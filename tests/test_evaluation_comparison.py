@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from brainfm_monai.evaluation import compare_evaluations
-from brainfm_monai.evaluation.definitions import HEADLINES, define
 from brainfm_monai.evaluation.tables import make_headlines, mean_dice_rows, write_tables
-from brainfm_monai.metrics import MetricRow, make_table
+from brainfm_monai.metrics import HEADLINES, MetricRow, define, make_table
 
 
 def make_rows(shift: float, scans: int = 8, condition: str = "native") -> list[MetricRow]:

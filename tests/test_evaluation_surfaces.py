@@ -13,9 +13,16 @@ import torch
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
 
-from brainfm_monai.evaluation.surfaces import MeasureSurfaces, extract_level, read_mesh
+from brainfm_monai.evaluation.surfaces import (
+    MeasureSurfaces,
+    Mesh,
+    compare_surfaces,
+    compare_thickness,
+    compute_vertex_thickness,
+    extract_level,
+    read_mesh,
+)
 from brainfm_monai.io import ScanError
-from brainfm_monai.metrics.surfaces import Mesh, compare_surfaces, compare_thickness, compute_vertex_thickness
 
 SIZE = (64, 44, 40)
 CENTRES = {"l": (17.0, 21, 20), "r": (46.0, 22, 19)}  # RAS: left is at low indices

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.data.registration import compute_jacobian
-from brainfm_monai.metrics import (
+from brainfm_monai.metrics.fields import (
     TemplateTissues,
     compute_bias_error,
     compute_distance_mae,

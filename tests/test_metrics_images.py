@@ -12,7 +12,7 @@ from monai.metrics.regression import compute_ssim_and_cs
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from brainfm_monai.metrics import (
+from brainfm_monai.metrics.images import (
     compute_image_metrics,
     compute_ms_ssim,
     compute_ssim,
@@ -40,8 +40,8 @@ def make_mask(truth: Tensor, margin: int) -> Tensor:
 
 def test_ssim_over_the_image_is_monais() -> None:
     pred, truth = draw_pair()
-    expected = SSIMMetric(spatial_dims=3, data_range=2.0, reduction="none")(pred, truth)
-    found = compute_ssim(pred, truth, torch.ones_like(truth, dtype=torch.bool), data_range=2.0)
+    expected = SSIMMetric(spatial_dims=3, data_range=1.0, reduction="none")(pred, truth)
+    found = compute_ssim(pred, truth, torch.ones_like(truth, dtype=torch.bool))
     # float32 sums in another order: axis by axis, and the mean in double
     torch.testing.assert_close(found[:, None], expected, rtol=0, atol=1e-5)
     assert 0.2 < found.min() < found.max() < 0.95
@@ -105,79 +105,72 @@ def test_a_short_image_has_all_five_scales() -> None:
 
 
 def test_psnr_and_l1_are_those_of_the_mask() -> None:
-    pred, truth = draw_pair(6, (16, 15, 14))
+    pred, truth = draw_pair(6, (16, 15, 14), batch=1)
     mask = truth > 0.5
-    spoiled = torch.where(mask, pred, 99.0)
-    found = compute_image_metrics(spoiled, truth, mask, data_range=1.5)
+    found = compute_image_metrics(torch.where(mask, pred, 99.0), truth, mask)
     assert list(found) == NAMES
-    for i in range(2):
-        p, t = pred[i][mask[i]], truth[i][mask[i]]
-        assert found["psnr"][i].item() == pytest.approx(
-            peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1.5), abs=1e-4
-        )
-        assert found["psnr"][i] == PSNRMetric(1.5, reduction="none")(p[None], t[None])
-        assert found["l1"][i].item() == pytest.approx((p - t).abs().mean().item(), rel=1e-6)
+    p, t = pred[mask], truth[mask]
+    expected = peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1.0)
+    assert found["psnr"].item() == pytest.approx(expected, abs=1e-4)
+    assert found["psnr"] == PSNRMetric(1.0, reduction="none")(p[None], t[None])
+    assert found["l1"].item() == pytest.approx((p - t).abs().mean().item(), rel=1e-6)
     equal = compute_image_metrics(truth, truth, mask)
-    assert (equal["l1"] == 0).all()
-    assert equal["psnr"].isinf().all()
+    assert equal["l1"] == 0
+    assert equal["psnr"].isinf()
 
 
 def test_an_empty_mask_has_no_value() -> None:
-    pred, truth = draw_pair(7, (16, 15, 14))
+    pred, truth = draw_pair(7, (16, 15, 14), batch=1)
     mask = make_mask(truth, 2)
-    mask[1] = False
     found = compute_image_metrics(*normalise_to_target(pred, truth, mask), mask)
-    fitted = fit_intensities(pred, truth, mask)
-    for name in NAMES[:3]:
-        assert not found[name][0].isnan(), name
-        assert found[name][1].isnan(), name
-    assert found["ms_ssim"][1].isnan()
-    assert fitted[1].isnan().all()
-    assert not fitted[0].isnan().any()
+    assert not any(found[name].isnan() for name in NAMES[:3])
+    assert not fit_intensities(pred, truth, mask).isnan().any()
+    found = compute_image_metrics(*normalise_to_target(pred, truth, ~truth.isfinite()), ~truth.isfinite())
+    assert all(value.isnan() for value in found.values())
+    assert fit_intensities(pred, truth, ~truth.isfinite()).isnan().all()
 
 
 def test_both_images_take_the_targets_scale() -> None:
-    pred, truth = draw_pair(8, (16, 15, 14))
+    pred, truth = draw_pair(8, (16, 15, 14), batch=1)
     mask = make_mask(truth, 3)
     scaled_pred, scaled_truth = normalise_to_target(pred, truth, mask)
-    for original, target, inside in zip(truth, scaled_truth, mask, strict=True):
-        low, high = np.quantile(original[inside].numpy(), [0.001, 0.999], method="nearest")
-        assert target[inside].min() <= 0 < 1 <= target[inside].max()
-        torch.testing.assert_close(target, (original - low) / (high - low), rtol=0, atol=1e-5)
+    low, high = np.quantile(truth[mask].numpy(), [0.001, 0.999], method="nearest")
+    assert scaled_truth[mask].min() <= 0 < 1 <= scaled_truth[mask].max()
+    torch.testing.assert_close(scaled_truth, (truth - low) / (high - low), rtol=0, atol=1e-5)
     # a change of unit of both images is no error, one of the prediction is
     other_pred, other_truth = normalise_to_target(300 * pred + 7, 300 * truth + 7, mask)
     torch.testing.assert_close(other_pred, scaled_pred, rtol=0, atol=1e-4)
     torch.testing.assert_close(other_truth, scaled_truth, rtol=0, atol=1e-4)
     wrong, _ = normalise_to_target(2 * truth, truth, mask)
     assert ((wrong - scaled_truth).abs()[mask].mean()) > 0.1
+    assert normalise_to_target(pred, torch.ones_like(truth), mask)[0].isnan().all()
 
 
 def test_the_fit_takes_gain_and_offset_away() -> None:
-    pred, truth = draw_pair(9, (16, 15, 14))
+    pred, truth = draw_pair(9, (16, 15, 14), batch=1)
     mask = make_mask(truth, 3)
     torch.testing.assert_close(fit_intensities(0.2 * truth - 4, truth, mask), truth, rtol=0, atol=1e-4)
-    fitted = fit_intensities(pred, truth, mask)
-    for p, t, f, m in zip(pred, truth, fitted, mask, strict=True):
-        gain, offset = np.polyfit(p[m].numpy(), t[m].numpy(), 1)
-        torch.testing.assert_close(f, (p * gain + offset).float(), rtol=0, atol=1e-5)
+    gain, offset = np.polyfit(pred[mask].numpy(), truth[mask].numpy(), 1)
+    expected = (pred * gain + offset).float()
+    torch.testing.assert_close(fit_intensities(pred, truth, mask), expected, rtol=0, atol=1e-5)
     flat = fit_intensities(torch.full_like(truth, 3.0), truth, mask)
-    assert flat[0].mean().item() == pytest.approx(truth[0][mask[0]].mean().item(), abs=1e-5)
+    assert flat.mean().item() == pytest.approx(truth[mask].mean().item(), abs=1e-5)
 
 
 def test_each_sample_of_a_batch_is_measured_alone() -> None:
     pred, truth = draw_pair(10, (20, 21, 22))
     mask = make_mask(truth, 3)
     mask[1, :, :8] = False
-    together = compute_image_metrics(pred, truth, mask)
-    for i in range(2):
-        alone = compute_image_metrics(pred[i : i + 1], truth[i : i + 1], mask[i : i + 1])
-        for name in NAMES:
-            torch.testing.assert_close(together[name][i : i + 1], alone[name], equal_nan=True)
-    assert not math.isclose(float(together["ssim"][0]), float(together["ssim"][1]))
+    for measure in (compute_ssim, compute_ms_ssim):
+        together = measure(pred, truth, mask)
+        for i in range(2):
+            alone = measure(pred[i : i + 1], truth[i : i + 1], mask[i : i + 1])
+            torch.testing.assert_close(together[i : i + 1], alone)
+        assert not math.isclose(float(together[0]), float(together[1]))
 
 
 def test_shapes_must_agree() -> None:
     with pytest.raises(
-        ValueError, match=r"^compute_image_metrics: .* share one shape \(B, 1, H, W, D\), got \[\(1, 2, 3, 3, 3\)"
+        ValueError, match=r"^compute_image_metrics: .* share one shape \(1, 1, H, W, D\), got \[\(1, 2, 3, 3, 3\)"
     ):
         compute_image_metrics(torch.zeros(1, 2, 3, 3, 3), torch.zeros(1, 2, 3, 3, 3), torch.ones(1, 2, 3, 3, 3))

@@ -14,7 +14,6 @@ from torch import Tensor
 from brainfm_monai.metrics import (
     MetricRow,
     TemplateTissues,
-    compute_ssim,
     make_table,
     measure_scan,
     parse_structures,
@@ -22,6 +21,7 @@ from brainfm_monai.metrics import (
     summarise,
     write_frame,
 )
+from brainfm_monai.metrics.images import compute_ssim
 
 TASKS = ["segmentation", "T1w", "CT", "log_bias_field", "distance", "mni", "lesion", "super_resolution"]
 STRUCTURES = parse_structures({"cortex": {"left": [3], "right": [42]}, "brainstem": {"middle": [16]}})

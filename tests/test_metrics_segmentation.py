@@ -12,7 +12,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from torch import Tensor
 
-from brainfm_monai.metrics import (
+from brainfm_monai.metrics.segmentation import (
     compute_lesion_metrics,
     compute_structure_hausdorff,
     compute_structure_overlap,

@@ -47,20 +47,14 @@ def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return pred * gain.float() + (y.mean() - gain * x.mean()).float()
 
 
-def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0) -> dict[str, Tensor]:
-    """Mean absolute error, PSNR, SSIM and MS-SSIM of two images inside a mask.
+def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Mean absolute error, PSNR, SSIM and MS-SSIM of two images, (1, 1, H, W, D), inside a mask of the same shape, bool.
 
-    The images are taken as they are; :func:`normalise_to_target` brings them to a range of 1 first.
-
-    Args:
-        pred: shape (1, 1, H, W, D).
-        target: same shape and unit.
-        mask: where they are compared, same shape, bool.
-        data_range: width of the range of intensities, unit of the images.
+    The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it.
 
     Returns:
-        ``l1`` (unit of the images), ``psnr`` (dB, infinite for equal images), ``ssim`` and ``ms_ssim``, each of one element and
-        NaN where the mask is empty.
+        ``l1``, ``psnr`` (dB, infinite for equal images), ``ssim`` and ``ms_ssim``, each of one element and NaN where the mask is
+        empty.
 
     Raises:
         ValueError: if the shapes differ or are not (1, 1, H, W, D).
@@ -73,16 +67,16 @@ def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor, data_range
         shapes = [tuple(one.shape) for one in (pred, target, mask)]
         rule = "'pred', 'target' and 'mask' must share one shape (1, 1, H, W, D)"
         raise ValueError(f"compute_image_metrics: {rule}, got {shapes}")
-    over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(data_range, reduction="none")}
+    over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(1.0, reduction="none")}
     inside = [one.float()[mask.bool()][None] for one in (pred, target)]
     return {
         **{name: torch.as_tensor(metric(*inside)).flatten() for name, metric in over_mask.items()},
-        "ssim": compute_ssim(pred, target, mask, data_range),
-        "ms_ssim": compute_ms_ssim(pred, target, mask, data_range),
+        "ssim": compute_ssim(pred, target, mask),
+        "ms_ssim": compute_ms_ssim(pred, target, mask),
     }
 
 
-def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0) -> Tensor:
+def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Structural similarity with a Gaussian window, averaged over the voxels of a mask whose window lies in the image.
 
     The same as MONAI's ``SSIMMetric`` over a whole image, and as scikit-image's ``structural_similarity`` with
@@ -90,10 +84,9 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor, data_range: float =
     1,331 products for each voxel, and all voxels at once.
 
     Args:
-        pred: shape (B, 1, H, W, D).
+        pred: shape (B, 1, H, W, D), in a range of 1.
         target: same shape and unit.
         mask: same shape, bool.
-        data_range: width of the range of intensities.
 
     Returns:
         Shape (B,), NaN where no window lies in mask and image.
@@ -101,12 +94,10 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor, data_range: float =
     Reference:
         Wang et al., IEEE Transactions on Image Processing 13, 2004, equation 13.
     """
-    return _average_similarity(pred.float(), target.float(), mask.bool(), data_range)[0]
+    return _average_similarity(pred.float(), target.float(), mask.bool())[0]
 
 
-def compute_ms_ssim(
-    pred: Tensor, target: Tensor, mask: Tensor, data_range: float = 1.0, weights: Sequence[float] = SCALE_WEIGHTS
-) -> Tensor:
+def compute_ms_ssim(pred: Tensor, target: Tensor, mask: Tensor, weights: Sequence[float] = SCALE_WEIGHTS) -> Tensor:
     """Multi-scale structural similarity inside a mask; arguments and result as in :func:`compute_ssim`.
 
     From each scale to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. The ``weights``
@@ -127,14 +118,14 @@ def compute_ms_ssim(
         if scale:
             x, y, inside = (nnf.avg_pool3d(one, 2) for one in (x, y, inside))
             inside = (inside >= SMALLEST_SHARE).float()
-        similarity, contrast = _average_similarity(x, y, inside.bool(), data_range)
+        similarity, contrast = _average_similarity(x, y, inside.bool())
         product = product * (similarity if scale == len(weights) - 1 else contrast).relu() ** weight
     return product
 
 
-def _average_similarity(x: Tensor, y: Tensor, mask: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+def _average_similarity(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Means over a mask of SSIM and of its contrast-structure term, each of shape (B,)."""
-    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    c1, c2 = K1**2, K2**2
     box = box_around(mask.flatten(0, 1).any(0), margin=RADIUS)
     x, y, mask = (one[..., *box] for one in (x, y, mask))
     size = x.shape[2:]
