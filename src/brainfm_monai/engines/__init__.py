@@ -1,7 +1,6 @@
 """What MONAI's engines need from us: numbered draws of subjects, batches made on the device, and the step of the training."""
 
-from brainfm_monai.engines.batches import SynthesisPrepareBatch
-from brainfm_monai.engines.draws import DrawnSubjects, DrawSampler
+from brainfm_monai.engines.batches import DrawnSubjects, DrawSampler, SynthesisPrepareBatch
 from brainfm_monai.engines.nonfinite import NonFiniteStop
 from brainfm_monai.engines.optimizers import MuonAdamW, make_ema_multi_avg_fn
 from brainfm_monai.engines.schedules import TimeBudget, make_warmup_stable_decay
@@ -15,18 +14,7 @@ from brainfm_monai.engines.trainer import (
 )
 
 __all__ = [
-    "DrawSampler",
-    "DrawnSubjects",
-    "MultiTaskTrainer",
-    "MuonAdamW",
-    "NonFiniteStop",
-    "SynthesisPrepareBatch",
-    "TimeBudget",
-    "check_shards",
-    "make_ema_multi_avg_fn",
-    "make_grad_scaler",
-    "make_warmup_stable_decay",
-    "prepare_for_training",
-    "split_batch",
-    "start_processes",
-]
+    "DrawSampler", "DrawnSubjects", "MultiTaskTrainer", "MuonAdamW", "NonFiniteStop", "SynthesisPrepareBatch", "TimeBudget",
+    "check_shards", "make_ema_multi_avg_fn", "make_grad_scaler", "make_warmup_stable_decay", "prepare_for_training",
+    "split_batch", "start_processes",
+]  # fmt: skip

@@ -1,48 +1,106 @@
-"""A batch of subjects becomes images and targets on the device."""
+"""A training is a sequence of draws 0, 1, 2, ...: the number of a draw decides its subject and its seed, and so its scan.
+
+So there is no stream of random numbers to store: a training that resumes at draw n sees what an uninterrupted training would see,
+and two processes with one subject each see what one process with two subjects would see.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.engines import PrepareBatch
 from monai.utils import convert_to_tensor
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
-from brainfm_monai.engines.draws import hash_key
 from brainfm_monai.synthesis import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer
 
-__all__ = ["SynthesisPrepareBatch"]
+__all__ = ["DrawSampler", "DrawnSubjects", "SynthesisPrepareBatch", "hash_key"]
+
+
+def hash_key(*key: int | str) -> int:
+    """Deterministic 64-bit hash of a key, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+class DrawnSubjects(Dataset[dict[str, Any]]):
+    """The subjects in an endless sequence of shuffled passes, each with the ``seed`` of its draw.
+
+    Args:
+        data: the subjects, such as a MONAI ``CacheDataset`` of dictionaries.
+        seed: of the sequence.
+
+    Raises:
+        ValueError: if there are no subjects.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
+        if not len(data):
+            raise ValueError("DrawnSubjects: 'data' must hold at least one subject, got none")
+        self.data, self.seed = data, seed
+        self._pass: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each of them once."""
+        number, position = divmod(draw, len(self.data))
+        if self._pass[0] != number:
+            order = sorted(range(len(self.data)), key=lambda i: hash_key(self.seed, number, i))
+            self._pass = (number, order)
+        return {**self.data[self._pass[1][position]], "seed": hash_key(self.seed, draw) % LARGEST_SEED}
+
+
+class DrawSampler(Sampler[list[int]]):
+    """Numbers of the draws of this process, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
+
+    Batch i of all processes together consists of the draws from ``i * step`` on; process r takes the r-th part.
+
+    Args:
+        batch_size: subjects of one process in one step.
+        rank: of this process.
+        processes: number of processes.
+
+    Attributes:
+        first: the draw at which the next iterator starts.
+        step: draws of all processes in one step.
+    """
+
+    def __init__(self, batch_size: int = 1, rank: int = 0, processes: int = 1) -> None:
+        self.batch_size, self.rank = batch_size, rank
+        self.first, self.step = 0, batch_size * processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches of numbers, from ``first`` on."""
+        start = self.first + self.rank * self.batch_size
+        while True:
+            yield list(range(start, start + self.batch_size))
+            start += self.step
 
 
 class SynthesisPrepareBatch(PrepareBatch):
     """Turns a batch of cached subjects into generated scans and their targets, on the engine's device.
 
-    The seed of a subject is its entry ``seed``, which :class:`~brainfm_monai.engines.DrawnSubjects` adds. Without the entry the
-    seed is a hash of the subject's name.
+    The seed of a subject is its entry ``seed``, which :class:`DrawnSubjects` adds. Without the entry, as in a validation, the seed is
+    a hash of the subject's name: every pass draws the same sample of a subject.
 
     Args:
         synthesizer: makes scans and targets.
-        fixed: take the hash of the name in any case: every pass draws the same sample of a subject.
     """
 
-    def __init__(self, synthesizer: Synthesizer, fixed: bool = False) -> None:
-        self.synthesizer, self.fixed = synthesizer, fixed
+    def __init__(self, synthesizer: Synthesizer) -> None:
+        self.synthesizer = synthesizer
 
     def seeds(self, batch: Mapping[str, Any]) -> list[int]:
         """One seed for each subject of a batch."""
-        if "seed" in batch and not self.fixed:
+        if "seed" in batch:
             return [int(seed) for seed in batch["seed"]]
         return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
 
     def __call__(
-        self,
-        batchdata: dict[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 
         Raises:

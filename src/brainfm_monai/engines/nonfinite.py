@@ -44,8 +44,7 @@ class NonFiniteStop:
         self, synthesizer: Synthesizer, output_dir: str | Path, max_in_row: int = 10, interval: int = 1
     ) -> None:
         self.synthesizer, self.output_dir = synthesizer, Path(output_dir)
-        self.max_in_row, self.interval = max_in_row, interval
-        self.in_row = 0
+        self.max_in_row, self.interval, self.in_row = max_in_row, interval, 0
         self._steps: list[tuple[int, dict[str, Any], Tensor, dict[str, Tensor]]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -74,28 +73,20 @@ class NonFiniteStop:
         # A scaled loss may overflow in its gradients: the scaler leaves that step out and scales less.
         judged = values[:, :-1] if engine.grad_scaler.is_enabled() else values
         bad = (~judged.isfinite()).any(1).float()
-        if (
-            idist.get_world_size() > 1
-        ):  # a loss of one process is enough for all, or the others would wait for it for ever
+        if idist.get_world_size() > 1:  # a loss of one process is enough for all, or the others would wait for it
             bad = cast(Tensor, idist.all_reduce(bad))
         for (iteration, facts, _, tasks), row, is_bad in zip(steps, values.tolist(), (bad > 0).tolist(), strict=True):
             self.in_row = self.in_row + 1 if is_bad else 0
             if is_bad:
                 self._report(engine, iteration, facts, row, tasks)
             if self.in_row >= self.max_in_row:
-                raise FloatingPointError(
-                    f"training: the loss must be finite, found {self.in_row} steps in a row up to iteration {iteration} where it is "
-                    f"not: see {self.output_dir}/nonfinite_*.json"
-                )
+                found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
+                report = f"{self.output_dir}/nonfinite_*.json"
+                raise FloatingPointError(f"training: the loss must be finite, found {found}: see {report}")
 
     def _report(
-        self,
-        engine: MultiTaskTrainer,
-        iteration: int,
-        facts: Mapping[str, Any],
-        row: list[float],
-        tasks: Mapping[str, Tensor],
-    ) -> None:
+        self, engine: MultiTaskTrainer, iteration: int, facts: dict[str, Any], row: list[float], tasks: Mapping[str, Tensor]
+    ) -> None:  # fmt: skip
         *losses, norm = row
         parts = split_batch(facts, engine.accumulation) if facts else []
         bad_parts = [part for part, loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]
@@ -104,7 +95,7 @@ class NonFiniteStop:
         content = {"iteration": iteration, "rank": idist.get_rank(), "losses_of_parts": [str(loss) for loss in losses]}
         content |= {"gradient_norm": str(norm), "tasks": named, "samples": samples}
         path = self.output_dir / f"nonfinite_{iteration:08d}_rank{idist.get_rank()}.json"
-        write_text(path, json.dumps(content, indent=1, default=_plain))
+        write_text(path, json.dumps(content, indent=1, default=_to_json))
         who = "; ".join(f"{s['subject']}, seed {s['seed']} ({s['summary']})" for s in samples) or "another process"
         what = f"loss of {', '.join(named)}" if named else "gradient"
         logger.warning("iteration %d: the %s is not finite: %s; step left out, see %s", iteration, what, who, path)
@@ -114,16 +105,15 @@ class NonFiniteStop:
         flags = {key: value.reshape(1).cpu() for key, value in facts.items() if isinstance(value, Tensor)}
         seed, protocol = int(flags.pop("seed")), facts.get("generation_protocol")
         params = self.synthesizer.draw(flags, [seed], protocol, device="cpu")
+        summary = " | ".join(", ".join(describe(params, i).splitlines()) for i in range(len(params.appearances)))
+        drawn = {"geometry": vars(params.geometry), "appearances": [vars(a) for a in params.appearances]}
+        values = {key: float(value) for key, value in flags.items()}
         return {
-            "subject": facts["subject"],
-            "seed": seed,
-            "generation_protocol": protocol,
-            "flags": {key: float(value) for key, value in flags.items()},
-            "summary": " | ".join(", ".join(describe(params, i).splitlines()) for i in range(len(params.appearances))),
-            "drawn": {"geometry": vars(params.geometry), "appearances": [vars(a) for a in params.appearances]},
-        }
+            "subject": facts["subject"], "seed": seed, "generation_protocol": protocol, "flags": values,
+            "summary": summary, "drawn": drawn,
+        }  # fmt: skip
 
 
-def _plain(value: Tensor) -> Any:
+def _to_json(value: Tensor) -> Any:
     """A drawn tensor as JSON; of a large one the shape."""
     return value.tolist() if value.numel() <= LARGEST_LISTED else f"shape {tuple(value.shape)}"

@@ -16,18 +16,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 EPS = 1e-7
 
+Weights = tuple[Tensor, ...] | list[Tensor]
+
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Bring the singular values of matrices near 1, by five steps of a Newton-Schulz iteration.
+    """Bring the singular values of matrices, (..., N, M), to 0.6 to 1.3 (negligible ones aside), in float32.
 
-    The steps multiply a matrix by polynomials of its Gram matrix, which commute: they are computed on the (small) Gram matrix,
-    and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the matrix, in bfloat16, which most CPUs emulate.
-
-    Args:
-        matrices: shape (..., N, M).
-
-    Returns:
-        Same shape, float32; singular values that were not negligible lie between 0.6 and 1.3.
+    Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are computed
+    on the (small) Gram matrix, and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the matrix, in bfloat16,
+    which most CPUs emulate.
 
     Reference:
         Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
@@ -56,7 +53,6 @@ class MuonAdamW(torch.optim.AdamW):
         lr: learning rate of AdamW.
         kernel_lr: learning rate of Muon, whose steps change a kernel by so much of a matrix with singular values near 1.
         momentum: of Muon.
-        betas: of AdamW.
         weight_decay: of both, decoupled from the gradient.
         fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without waiting for the device.
 
@@ -64,20 +60,13 @@ class MuonAdamW(torch.optim.AdamW):
         ValueError: if a rate is negative.
 
     Reference:
-        Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024; Loshchilov and Hutter, Decoupled weight
-        decay regularization, ICLR 2019.
+        Jordan et al., Muon, 2024; Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        lr: float = 2e-3,
-        kernel_lr: float = 0.02,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.01,
-        fused: bool = False,
-    ) -> None:
+        self, network: nn.Module, lr: float = 2e-3, kernel_lr: float = 0.02, momentum: float = 0.95,
+        weight_decay: float = 0.01, fused: bool = False,
+    ) -> None:  # fmt: skip
         for name, rate in (("lr", lr), ("kernel_lr", kernel_lr)):
             if rate < 0:
                 raise ValueError(f"MuonAdamW: '{name}' must not be negative, got {rate}")
@@ -88,12 +77,7 @@ class MuonAdamW(torch.optim.AdamW):
             {"params": list(kernels.values()), "lr": kernel_lr, "momentum": momentum},
             {"params": rest, "lr": lr, "momentum": None},
         ]
-        super().__init__(
-            [group for group in groups if group["params"]],
-            betas=(betas[0], betas[1]),
-            weight_decay=weight_decay,
-            fused=fused or None,
-        )
+        super().__init__([g for g in groups if g["params"]], weight_decay=weight_decay, fused=fused or None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -132,19 +116,10 @@ class MuonAdamW(torch.optim.AdamW):
                 p.add_(step.reshape(p.shape), alpha=-group["lr"])
 
 
-Weights = tuple[Tensor, ...] | list[Tensor]
-
-
 def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
-    """Exponential average whose first steps forget faster: neither random nor given weights of the start remain in it.
+    """``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel`: an average whose first steps forget the start faster.
 
-    Step n takes the smaller of ``decay`` and (1 + n) / (10 + n), the law of TensorFlow's ExponentialMovingAverage.
-
-    Args:
-        decay: share of the average that stays, in [0, 1].
-
-    Returns:
-        ``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel`.
+    Step n keeps the smaller of ``decay`` and (1 + n) / (10 + n) of the average, the law of TensorFlow's ExponentialMovingAverage.
 
     Raises:
         ValueError: if ``decay`` is not in [0, 1].

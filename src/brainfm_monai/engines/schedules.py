@@ -32,18 +32,13 @@ class TimeBudget:
     @property
     def share(self) -> float | None:
         """Share of the budget that is used up, at least 0; None without a budget."""
-        if self.minutes is None:
-            return None
-        return self.elapsed / max(60 * self.minutes - self.longest_pause, 1e-3)
+        return None if self.minutes is None else self.elapsed / max(60 * self.minutes - self.longest_pause, 1e-3)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
         if self.minutes is not None:
-            engine.add_event_handler(Events.STARTED, self._prolong)
+            engine.add_event_handler(Events.STARTED, lambda: setattr(engine.state, "max_epochs", ENDLESS))
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
-
-    def _prolong(self, engine: Engine) -> None:
-        engine.state.max_epochs = ENDLESS
 
     def _count(self, engine: Engine) -> None:
         pause = time.monotonic() - self._since
@@ -74,16 +69,13 @@ class TimeBudget:
 def make_warmup_stable_decay(
     warmup: int, total: int, decay_fraction: float = 0.2, budget: TimeBudget | None = None
 ) -> Callable[[int], float]:
-    """Factor of the learning rate: linear warm-up, constant, linear decay to zero over the last part.
+    """Factor of the learning rate, in [0, 1], by the iteration from 0: linear warm-up, constant, linear decay to zero.
 
     Args:
         warmup: iterations of warm-up.
         total: iterations of the whole training.
         decay_fraction: share of the training in which the rate falls.
         budget: with minutes, they take the place of ``total``.
-
-    Returns:
-        Function from the iteration, counted from 0, to a factor in [0, 1].
     """
 
     def factor(iteration: int) -> float:

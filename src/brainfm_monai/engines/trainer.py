@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,24 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
-from brainfm_monai.engines.draws import DrawSampler
+from brainfm_monai.engines.batches import DrawSampler
 from brainfm_monai.engines.schedules import TimeBudget
 from brainfm_monai.networks import MultiTaskNet, checkpoint_activations, parse_precision
 
 __all__ = [
-    "MultiTaskTrainer",
-    "check_shards",
-    "make_grad_scaler",
-    "prepare_for_training",
-    "split_batch",
-    "start_processes",
-]
+    "MultiTaskTrainer", "check_shards", "make_grad_scaler", "prepare_for_training", "split_batch", "start_processes",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 
 def start_processes(backend: str | None = None) -> None:
-    """Join the group of processes that torchrun started; nothing is done if this process has joined.
+    """Join the group of processes that torchrun started, unless this process has joined.
 
     Args:
         backend: of torch.distributed; nccl where there are GPUs and gloo elsewhere, if not given.
@@ -47,29 +42,25 @@ def start_processes(backend: str | None = None) -> None:
         idist.initialize(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
 
 
-def check_shards(data: Sized, processes: int, name: str = "validation") -> None:
-    """Check that each process gets a part of the data.
+def check_shards(data: Sized, processes: int) -> None:
+    """Check that each process gets a part of the data of the validation.
 
     Raises:
         ValueError: if there are fewer items than processes.
     """
     if len(data) < processes:
-        raise ValueError(
-            f"{name}: each of {processes} processes needs a subject, found {len(data)}: list more or start fewer"
-        )
+        rule = f"validation: each of {processes} processes needs a subject"
+        raise ValueError(f"{rule}, found {len(data)}: list more or start fewer")
 
 
 def prepare_for_training(
-    network: MultiTaskNet,
-    device: str | torch.device,
-    precision: str | None = None,
-    activation_checkpointing: bool = False,
-    compile: bool = False,
-) -> MultiTaskNet:
-    """A copy of a network for scans in the voxels of its backbone, on a device.
+    network: MultiTaskNet, device: str | torch.device, precision: str | None = None,
+    activation_checkpointing: bool = False, compile: bool = False,
+) -> MultiTaskNet:  # fmt: skip
+    """A copy of a network for scans in the voxels of its backbone (stride 1), on a device.
 
-    Scans of the training have the voxels of the backbone, so that the copy has stride 1. The channels of a voxel lie side by side
-    in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32 and 18 % more in bfloat16 (TwoScaleUNet on AVX512).
+    The channels of a voxel lie side by side in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32 and 18 %
+    more in bfloat16 (TwoScaleUNet on AVX512).
 
     Args:
         network: stays as it is.
@@ -105,12 +96,7 @@ def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch
 
 
 def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Cut a batch along its first axis.
-
-    Args:
-        batch: tensors and lists of one length B.
-        parts: number of parts, at most B are made; the first ones are larger by one where B is no multiple.
-    """
+    """Cut a batch, tensors and lists of one length B, along its first axis into at most B parts; the first may be larger by one."""
     size = len(next(iter(batch.values())))
     parts = min(parts, size)
     bounds = [-(-i * size // parts) for i in range(parts + 1)]
@@ -141,15 +127,9 @@ class MultiTaskTrainer(SupervisedTrainer):
     """
 
     def __init__(
-        self,
-        *,
-        accumulation: int = 1,
-        max_norm: float | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        average: AveragedModel | None = None,
-        budget: TimeBudget | None = None,
-        **options: Any,
-    ) -> None:
+        self, *, accumulation: int = 1, max_norm: float | None = None, scaler: torch.amp.GradScaler | None = None,
+        average: AveragedModel | None = None, budget: TimeBudget | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         for name, value in {"accumulation": accumulation, "max_norm": 1.0 if max_norm is None else max_norm}.items():
             if value <= 0:
                 raise ValueError(f"MultiTaskTrainer: '{name}' must be positive, got {value}")
@@ -179,14 +159,15 @@ class MultiTaskTrainer(SupervisedTrainer):
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        size = len(next(iter(batchdata.values())))
-        parts = split_batch(batchdata, self.accumulation)
-        losses, weights, samples = [], [], 0
+        size, parts = len(next(iter(batchdata.values()))), split_batch(batchdata, self.accumulation)
+        weights = [len(next(iter(part.values()))) / size for part in parts]
+        losses, samples = [], 0
         components: list[dict[str, Tensor]] = []
-        for number, part in enumerate(parts, start=1):
-            weights.append(len(next(iter(part.values()))) / size)
-            with self._gradients(reduce=number == len(parts)):
-                losses.append(self._compute_part(part, weights[-1]))
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True), start=1):
+            # Gradients of all processes are summed once for a batch, with those of its last part.
+            waits = isinstance(self.network, DistributedDataParallel) and number < len(parts)
+            with self.network.no_sync() if waits else nullcontext():
+                losses.append(self._compute_part(part, weight))
             components.append(dict(getattr(self.loss_function, "components", {})))
             samples += len(self.state.output[CommonKeys.IMAGE])
         self.state.output["part_losses"] = torch.stack(losses)
@@ -199,11 +180,6 @@ class MultiTaskTrainer(SupervisedTrainer):
         self.state.draws += self.sampler.step if self.sampler is not None else 0
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return cast(dict[str, Any], self.state.output)
-
-    def _gradients(self, reduce: bool) -> AbstractContextManager[Any]:
-        """Gradients of all processes are summed once for a batch, with those of its last part."""
-        network = self.network
-        return network.no_sync() if isinstance(network, DistributedDataParallel) and not reduce else nullcontext()
 
     def _compute_part(self, part: dict[str, Any], weight: float) -> Tensor:
         """Loss of a part, its gradients added to those of the parts before."""
@@ -236,14 +212,13 @@ class MultiTaskTrainer(SupervisedTrainer):
         if self.grad_scaler.is_enabled():
             self.grad_scaler.step(self.optimizer)  # checks the gradients itself
             self.grad_scaler.update()
-        elif self.optimizer.defaults.get("fused"):
+            return norm
+        if self.optimizer.defaults.get("fused"):
             # A fused optimizer reads this number on the device, as a GradScaler sets it.
             vars(self.optimizer).update(found_inf=(~norm.isfinite()).float(), grad_scale=None)
-            self.optimizer.step()
-        else:
-            if not bool(norm.isfinite()):
-                self.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
-            self.optimizer.step()
+        elif not bool(norm.isfinite()):
+            self.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+        self.optimizer.step()
         return norm
 
 

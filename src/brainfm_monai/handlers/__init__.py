@@ -6,10 +6,5 @@ from brainfm_monai.handlers.scores import SegmentationDice, TaskErrors
 from brainfm_monai.handlers.statistics import TrainingStatistics
 
 __all__ = [
-    "BestWeights",
-    "SegmentationDice",
-    "TaskErrors",
-    "TrainingCheckpoint",
-    "TrainingStatistics",
-    "ValidationPanels",
-]
+    "BestWeights", "SegmentationDice", "TaskErrors", "TrainingCheckpoint", "TrainingStatistics", "ValidationPanels",
+]  # fmt: skip

@@ -36,15 +36,10 @@ class TrainingCheckpoint:
     """
 
     def __init__(
-        self,
-        save_dir: str | Path,
-        to_save: Mapping[str, Any],
-        interval: int = 1,
-        iterations: int | None = None,
+        self, save_dir: str | Path, to_save: Mapping[str, Any], interval: int = 1, iterations: int | None = None,
         n_saved: int = 2,
-    ) -> None:
-        self.save_dir = Path(save_dir)
-        self.to_save = dict(to_save)
+    ) -> None:  # fmt: skip
+        self.save_dir, self.to_save = Path(save_dir), dict(to_save)
         self.interval, self.iterations, self.n_saved = interval, iterations, n_saved
         self._random: dict[str, Tensor] = {}
 
@@ -96,9 +91,8 @@ class TrainingCheckpoint:
         try:
             Checkpoint.load_objects({"trainer": engine, **self.to_save}, content)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"{path}: a checkpoint of this training is needed, found another: {first_line(error)}"
-            ) from error
+            rule = f"{path}: a checkpoint of this training is needed"
+            raise ValueError(f"{rule}, found another: {first_line(error)}") from error
         engine.state.max_epochs = max_epochs
         logger.info("resumes at iteration %d from %s", engine.state.iteration, path)
 
@@ -110,9 +104,8 @@ class TrainingCheckpoint:
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
                 logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, first_line(error))
         if saved:
-            raise ValueError(
-                f"{self.save_dir}: one whole checkpoint is needed to resume, found none: remove them to begin anew"
-            )
+            rule = f"{self.save_dir}: one whole checkpoint is needed to resume"
+            raise ValueError(f"{rule}, found none: remove them to begin anew")
         return None, None
 
     def _restore_random(self) -> None:
@@ -138,10 +131,10 @@ class BestWeights:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI evaluator with a key metric."""
-        engine.add_event_handler(Events.STARTED, self.remind)
+        engine.add_event_handler(Events.STARTED, self._remind)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def remind(self, engine: Any) -> None:
+    def _remind(self, engine: Any) -> None:
         """Set the evaluator's best metric to the best of earlier sittings."""
         if self.best_epoch >= 0:
             engine.state.best_metric, engine.state.best_metric_epoch = self.best_metric, self.best_epoch

@@ -44,10 +44,9 @@ class ValidationPanels:
 
     def __call__(self, engine: Any) -> None:
         """Draw the first sample of a batch, if it is one of the first batches."""
-        number = engine.state.iteration
+        number, output = engine.state.iteration, engine.state.output
         if number > self.count:
             return
-        output = engine.state.output
         target = {name: value[0] for name, value in output[CommonKeys.LABEL].items()}
         picture = compose_panel(output[CommonKeys.IMAGE][0], output[CommonKeys.PRED][0], target, self.layout)
         name = Path(str(engine.state.batch.get("subject", [f"subject_{number}"])[0])).name
@@ -74,16 +73,14 @@ def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], lay
         task = layout.tasks[name]
         if not task.picture:
             continue
-        columns.append(
-            (name, task, output[0].argmax(0, keepdim=True) if task.kind == "labels" else task.to_map(output[0]))
-        )
+        values = output[0].argmax(0, keepdim=True) if task.kind == "labels" else task.to_map(output[0])
+        columns.append((name, task, values))
         if name in target and float(target.get(f"available_{name}", 1)) > 0:
             columns.append((f"{name} (true)", task, task.target_to_map(target[name])))
     shape = tuple(image.shape[1:])
+    cuts = cut_slices(np.ones(shape), VOXELS, MIDDLE, pixel_mm=min(1.0, max(shape) / SMALLEST_PANEL))
     rows = []
-    for number, cut in enumerate(
-        cut_slices(np.ones(shape), VOXELS, MIDDLE, pixel_mm=min(1.0, max(shape) / SMALLEST_PANEL))
-    ):
+    for number, cut in enumerate(cuts):
         base = shade(cut.read(image, VOXELS)[..., 0])
         row = [Cell(base, cut.plane.marks, "" if number else "input")]
         for title, task, values in columns:

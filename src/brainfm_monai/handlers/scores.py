@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from ignite.metrics import Metric
@@ -12,77 +12,17 @@ from monai.handlers import from_engine
 from monai.metrics import compute_dice
 from torch import Tensor
 
-from brainfm_monai.metrics.fields import (
-    compute_bias_error,
-    compute_distance_mae,
-    compute_mean_inside,
-    compute_mni_error,
-)
+from brainfm_monai.metrics import fields
 from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["SegmentationDice", "TaskErrors"]
 
 PRED_LABEL = from_engine(["pred", "label"])
+NAMES = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
 
 
-class _SampleMeans(Metric):
-    """Means of scores over the samples of all processes; samples without a score do not count."""
-
-    def __init__(
-        self,
-        layout: TaskLayout,
-        output_transform: Callable[[Any], Any],
-        names: Mapping[str, str],
-        mode: Literal["flatten", "both"],
-    ) -> None:
-        self.layout, self.names = layout, dict(names)
-        super().__init__(output_transform=output_transform, metrics_result_mode=mode)
-
-    @reinit__is_reduced
-    def reset(self) -> None:
-        """Forget all samples."""
-        self.total = torch.zeros(2, len(self.names), dtype=torch.float64)  # sums of the scores, and their numbers
-
-    def _add(self, task: str, scores: Tensor, available: Tensor | None = None) -> None:
-        """Add the scores of a task, (B,); those that are not finite or not available are left out."""
-        counted = scores.isfinite() if available is None else scores.isfinite() & (available.to(scores.device) > 0)
-        sums = torch.stack([torch.where(counted, scores, 0.0).sum(), counted.sum()])
-        self.total[:, list(self.names).index(task)] += sums.cpu()
-
-    @sync_all_reduce("total")
-    def _means(self) -> dict[str, float]:
-        sums, counts = self.total.tolist()
-        return {name: s / n for name, s, n in zip(self.names.values(), sums, counts, strict=True) if n}
-
-
-class SegmentationDice(_SampleMeans):
-    """Mean hard Dice over the foreground structures that occur in the reference, over all samples of all processes.
-
-    A sample that shows no structure does not count.
-
-    Args:
-        layout: names the channels of the prediction.
-        output_transform: from the engine's output to (prediction, targets); ``pred`` and ``label`` if not given.
-    """
-
-    def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = PRED_LABEL) -> None:
-        super().__init__(layout, output_transform, {"segmentation": "mean_dice"}, "both")
-
-    @reinit__is_reduced
-    def update(self, output: tuple[Tensor, Mapping[str, Tensor]]) -> None:
-        """Add a batch: prediction (B, layout.channels, H, W, D) and targets with ``segmentation`` (B, 1, H, W, D)."""
-        labels = self.layout.split(output[0])["segmentation"].argmax(1, keepdim=True)
-        count = len(self.layout.protocol)
-        dice = compute_dice(labels, output[1]["segmentation"], include_background=False, num_classes=count)
-        self._add("segmentation", dice.nanmean(1))
-
-    def compute(self) -> float:
-        """Mean over the samples seen; NaN without any."""
-        return self._means().get("mean_dice", float("nan"))
-
-
-class TaskErrors(_SampleMeans):
-    """Errors of the tasks beside the segmentation, each a mean over the samples that have the target.
+class TaskErrors(Metric):
+    """Errors of the tasks beside the segmentation, each a mean over the samples of all processes that have the target.
 
     ``distance_mae_mm``, ``mni_error_mm`` and ``log_bias_error`` (normalised L2) are those of the evaluation, see
     :mod:`brainfm_monai.metrics.fields`; ``<image>_mae`` is the mean absolute error in the head, in the unit of the files. A task
@@ -93,32 +33,69 @@ class TaskErrors(_SampleMeans):
         output_transform: from the engine's output to (prediction, targets); ``pred`` and ``label`` if not given.
     """
 
+    mode: Any = "flatten"  # of ignite: how a dictionary of results enters the metrics of the engine
+
     def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = PRED_LABEL) -> None:
-        names = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
-        names |= {name: f"{name}_mae" for name, task in layout.tasks.items() if task.kind == "image"}
-        super().__init__(layout, output_transform, {n: names[n] for n in layout.tasks if n in names}, "flatten")
+        self.layout, self.names = layout, self._name_scores(layout)
+        super().__init__(output_transform=output_transform, metrics_result_mode=self.mode)
+
+    def _name_scores(self, layout: TaskLayout) -> dict[str, str]:
+        """Name of the score of every task that has one."""
+        names = NAMES | {name: f"{name}_mae" for name, task in layout.tasks.items() if task.kind == "image"}
+        return {name: names[name] for name in layout.tasks if name in names}
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Forget all samples."""
+        self.total = torch.zeros(2, len(self.names), dtype=torch.float64)  # sums of the scores, and their numbers
 
     @reinit__is_reduced
     def update(self, output: tuple[Tensor, Mapping[str, Tensor]]) -> None:
         """Add a batch: prediction (B, layout.channels, H, W, D), and the targets of the loss."""
-        target, parts = output[1], self.layout.split(output[0])
-        visible = target["visible"]
-        head = visible & (target["segmentation"] > 0) if "segmentation" in target else visible
-        for task in self.names:
+        parts, target = self.layout.split(output[0]), output[1]
+        for number, task in enumerate(self.names):
             if task not in target:
                 continue
-            pred, true = (self.layout.tasks[task].to_map(values) for values in (parts[task], target[task]))
-            if task == "distance":
-                error = compute_distance_mae(pred, true, visible).nanmean(1)
-            elif task == "mni":
-                error = compute_mni_error(pred, true, head)["error_mean"]
-            elif task == "log_bias_field":
-                error = compute_bias_error(pred, true, head)["normalised_l2"]
-            else:
-                inside = head & target[f"valid_{task}"] if f"valid_{task}" in target else head
-                error = compute_mean_inside((pred - true).abs(), inside)[:, 0]
-            self._add(task, error, target.get(f"available_{task}"))
+            scores, available = self._score(task, parts[task], target), target.get(f"available_{task}")
+            counted = scores.isfinite() if available is None else scores.isfinite() & (available.to(scores.device) > 0)
+            self.total[:, number] += torch.stack([torch.where(counted, scores, 0.0).sum(), counted.sum()]).cpu()
 
-    def compute(self) -> dict[str, float]:
-        """Means over the samples seen; tasks that none of them has are left out."""
-        return self._means()
+    def _score(self, task: str, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+        """Score of every sample, (B,); not finite where there is none."""
+        visible = target["visible"]
+        head = visible & (target["segmentation"] > 0) if "segmentation" in target else visible
+        pred, true = (self.layout.tasks[task].to_map(values) for values in (pred, target[task]))
+        if task == "distance":
+            return fields.compute_distance_mae(pred, true, visible).nanmean(1)
+        if task == "mni":
+            return fields.compute_mni_error(pred, true, head)["error_mean"]
+        if task == "log_bias_field":
+            return fields.compute_bias_error(pred, true, head)["normalised_l2"]
+        inside = head & target[f"valid_{task}"] if f"valid_{task}" in target else head
+        return fields.compute_mean_inside((pred - true).abs(), inside)[:, 0]
+
+    @sync_all_reduce("total")
+    def compute(self) -> Any:
+        """Means over the samples seen, by name; tasks that none of them has are left out."""
+        sums, counts = self.total.tolist()
+        return {name: s / n for name, s, n in zip(self.names.values(), sums, counts, strict=True) if n}
+
+
+class SegmentationDice(TaskErrors):
+    """Mean hard Dice over the foreground structures that occur in the reference, over all samples of all processes.
+
+    A sample that shows no structure does not count. Arguments: see :class:`TaskErrors`.
+    """
+
+    mode = "both"
+
+    def _name_scores(self, layout: TaskLayout) -> dict[str, str]:
+        return {"segmentation": "mean_dice"}
+
+    def _score(self, task: str, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+        labels, count = pred.argmax(1, keepdim=True), len(self.layout.protocol)
+        return compute_dice(labels, target[task], include_background=False, num_classes=count).nanmean(1)
+
+    def compute(self) -> float:
+        """Mean over the samples seen; NaN without any."""
+        return float(super().compute().get("mean_dice", float("nan")))

@@ -27,8 +27,7 @@ class TrainingStatistics:
 
     They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``, ``learning_rate``,
     ``samples_per_second`` of all processes since the last time, without validation, and ``memory_gib``, the most that this
-    process has held: of the GPU, or of the computer where there is none (not on Windows). It stands before the handlers that
-    log them.
+    process has held: of the GPU, or of the computer where there is none (not on Windows). Handlers that log them come after it.
 
     Args:
         loss_function: names the tasks.
@@ -39,7 +38,7 @@ class TrainingStatistics:
     def __init__(self, loss_function: MultiTaskLoss, optimizer: Optimizer, interval: int = 1) -> None:
         self.tasks, self.optimizer, self.interval = list(loss_function.layout.tasks), optimizer, interval
         self.latest: dict[str, float] = {}
-        self._samples, self._since = 0, time.perf_counter()
+        self._start()
 
     def attach(self, engine: Engine) -> None:
         """Attach to a :class:`~brainfm_monai.engines.MultiTaskTrainer`."""
@@ -47,11 +46,9 @@ class TrainingStatistics:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
         if idist.get_rank() == 0:
+            shown = ("loss", *self.tasks)
             bar = ProgressBar(persist=True)
-            bar.attach(
-                engine,
-                output_transform=lambda _: {n: self.latest[n] for n in ("loss", *self.tasks) if n in self.latest},
-            )
+            bar.attach(engine, output_transform=lambda _: {n: self.latest[n] for n in shown if n in self.latest})
 
     def _start(self) -> None:
         self._samples, self._since = 0, time.perf_counter()
@@ -70,8 +67,8 @@ class TrainingStatistics:
         if idist.get_world_size() > 1:
             pairs = cast(Tensor, idist.all_reduce(pairs))
         means = {name: value / count for name, (value, count) in zip(names, pairs.tolist(), strict=True) if count}
-        seconds = time.perf_counter() - self._since
         means["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        seconds = time.perf_counter() - self._since
         means["samples_per_second"] = self._samples * idist.get_world_size() / seconds
         self.latest = output["statistics"] = means | _measure_memory(device)
         self._start()
