@@ -161,12 +161,12 @@ class MultiTaskTrainer(SupervisedTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         size, parts = len(next(iter(batchdata.values()))), split_batch(batchdata, self.accumulation)
         weights = [len(next(iter(part.values()))) / size for part in parts]
-        losses, samples = [], 0
+        losses, samples, network = [], 0, self.network
         components: list[dict[str, Tensor]] = []
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True), start=1):
             # Gradients of all processes are summed once for a batch, with those of its last part.
-            waits = isinstance(self.network, DistributedDataParallel) and number < len(parts)
-            with self.network.no_sync() if waits else nullcontext():
+            waits = isinstance(network, DistributedDataParallel) and number < len(parts)
+            with cast(DistributedDataParallel, network).no_sync() if waits else nullcontext():
                 losses.append(self._compute_part(part, weight))
             components.append(dict(getattr(self.loss_function, "components", {})))
             samples += len(self.state.output[CommonKeys.IMAGE])
