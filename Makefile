@@ -30,6 +30,7 @@ help:
 	@echo "make test    formatting, lint, types and tests"
 	@echo "make label-server STUDIES=folder  MONAI Label on this machine, for 3D Slicer and OHIF"
 	@echo "make test-label  tests with MONAI Label servers, in their own environment"
+	@echo "make test-artifact  the zip, the wheel and the sdist, each in an environment of its own"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make train   MAPS=folder of SynthSeg label maps: prepare the subjects, list them, train"
 	@echo "make gpu-kit DATALIST=prepared/datalist.json  a folder for some minutes on a bare GPU machine, in dist/"
@@ -108,13 +109,21 @@ $(ARTIFACT)/.done: bundle/configs/metadata.json constraints.txt
 	$(PYTHON) packaging/make_bundle.py --requirements | xargs $(ARTIFACT)/bin/python -m pip install --quiet --disable-pip-version-check
 	@touch $@
 
-test-artifact: $(VENV)/.all $(ARTIFACT)/.done
-	ARTIFACT_PYTHON=$(ARTIFACT)/bin/python $(BIN)/pytest -m artifact tests/test_artifact.py
+# what the wheel requires, and nothing of ours
+WHEEL := .venv-wheel
+$(WHEEL)/.done: setup.cfg constraints.txt
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt .
+	$(WHEEL)/bin/python -m pip uninstall --quiet --yes brainfm-monai
+	@touch $@
+
+test-artifact: $(VENV)/.all $(ARTIFACT)/.done $(WHEEL)/.done
+	ARTIFACT_PYTHON=$(ARTIFACT)/bin/python WHEEL_PYTHON=$(WHEEL)/bin/python $(BIN)/pytest -m artifact tests/test_artifact.py tests/test_distribution.py
 
 # wheel and sdist, in dist/; the wheel carries the bundle
-wheel: $(BIN)/python
-	$(INSTALL) build
-	$(BIN)/python -m build --outdir dist .
+wheel: $(VENV)/.all
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf $(VENV) .venv-label demo
+	rm -rf $(VENV) .venv-label $(ARTIFACT) $(WHEEL) demo

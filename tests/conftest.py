@@ -16,6 +16,9 @@ os.environ["MPLBACKEND"] = "Agg"
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+BUNDLE = REPOSITORY / "bundle"
+if not BUNDLE.exists():  # an unpacked sdist, which holds the bundle inside the package alone
+    BUNDLE.symlink_to("src/brainfm_monai/bundle", target_is_directory=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
