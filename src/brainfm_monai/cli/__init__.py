@@ -9,22 +9,13 @@ from typing import Any
 
 import fire
 
-from brainfm_monai import __version__
-from brainfm_monai.cli.bundle import predict, train
-from brainfm_monai.cli.doctor import doctor
+from brainfm_monai.cli.bundle import export, import_weights, predict, preview, train
+from brainfm_monai.cli.doctor import doctor, version
 from brainfm_monai.cli.evaluation import compare, evaluate
-from brainfm_monai.cli.preview import preview
 from brainfm_monai.cli.subjects import Data, Prepare, demo_scans
-from brainfm_monai.cli.weights import export, import_weights
 from brainfm_monai.cli.words import spell_out
 
 __all__ = ["COMMANDS", "main"]
-
-
-def version() -> str:
-    """Print the version."""
-    return __version__
-
 
 COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
     "predict": predict,

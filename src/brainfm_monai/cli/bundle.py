@@ -1,4 +1,4 @@
-"""Commands that run a config of the bundle."""
+"""Commands that run a config of the bundle, bring weights in and networks out, and show what the generator makes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 from brainfm_monai.io import find_bundle, literal
 
-__all__ = ["existing_datalist", "find_config", "predict", "run_bundle", "train"]
-
 PRECISIONS = ("float32", "bfloat16", "float16")
-MEMORY_MODES = ("auto", "full", "low", "windows", "whole", "slabs")  # the last two: names of version 0.1 for full
+MEMORY_MODES = ("auto", "full", "low", "windows")
+FULL_BEFORE = ("whole", "slabs")  # names of version 0.1 for full
 
 
 def predict(
@@ -52,20 +51,20 @@ def predict(
         raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: one of {', '.join(PRECISIONS)} is needed, found '{precision}'")
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory: one of {', '.join(MEMORY_MODES[:4])} is needed, found '{memory}'")
+    if memory not in MEMORY_MODES + FULL_BEFORE:
+        raise ValueError(f"memory: one of {', '.join(MEMORY_MODES)} is needed, found '{memory}'")
     settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs)}
     settings |= {"mirror": bool(mirror), "memory": memory, **({"precision": precision} if precision else {})}
     if participant_label is not None:
         labels = [participant_label] if isinstance(participant_label, str | int) else participant_label
         settings["participant_label"] = [literal(str(label)) for label in labels]
-    settings |= {"input": literal(str(input)), "output_dir": literal(str(output))}
+    settings |= {"input": literal(str(input)), "output_dir": literal(str(output)), **overrides}
     if cluster is None:
-        run_bundle(bundle, ["inference.json"], **{**settings, **overrides})
+        run_bundle(bundle, ["inference.json"], **settings)
     else:
         from brainfm_monai.prediction.cluster import predict_on_cluster
 
-        predict_on_cluster(cluster, _settings(bundle, ["inference.json"], **{**settings, **overrides}))
+        predict_on_cluster(cluster, _settings(bundle, ["inference.json"], **settings))
 
 
 def train(
@@ -89,10 +88,84 @@ def train(
             --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']", --log_interval 10,
             --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
     """
-    asked = variant.split(",") if isinstance(variant, str) else [str(name) for name in variant]
-    names = [*(["coarse"] if coarse else []), *filter(None, asked)]
-    configs = ["train.json", *(name if name.endswith(".json") else f"{name}.json" for name in names)]
+    asked = variant.split(",") if isinstance(variant, str) else map(str, variant)
+    names = ["train", *(["coarse"] if coarse else []), *filter(None, asked)]
+    configs = [name if name.endswith(".json") else f"{name}.json" for name in names]
     run_bundle(bundle, configs, datalist=existing_datalist(datalist), **overrides)
+
+
+def import_weights(file: str, output: str, half: bool = False) -> str:
+    """Turn the published weights of BrainFM or SuperSynth into files that the bundle uses.
+
+    The file is yours to fetch, and its licence to accept: brainfm_pretrained.pth of github.com/jhuldr/BrainFM, or
+    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in the file is run. The folder can be moved. Use it by
+
+        brainfm-monai predict SCAN OUT --args_file OUTPUT/overrides.json
+
+    Args:
+        file: the published checkpoint.
+        output: folder for model.pt, overrides.json and source.json (format, SHA-256, template space, licence).
+        half: write half precision, half the size.
+
+    Returns:
+        What was found in the file.
+    """
+    from brainfm_monai.weights import import_weights as import_file
+
+    info = import_file(str(file), str(output), half=half).info
+    use = f"use it with --args_file {output}/overrides.json"
+    return f"{info.format}: {', '.join(info.tasks)}; licence {info.licence}; {use}"
+
+
+def export(output: str, bundle: str = "bundle", overrides: str = "", size: int = 64) -> str:
+    """Write the bundle's network with its weights as TorchScript (.ts) or ONNX (.onnx), for any size of scan.
+
+    Args:
+        output: the file; its suffix decides.
+        bundle: folder of the bundle.
+        overrides: overrides.json of imported weights; empty: the bundle's own.
+        size: side of the cube that an ONNX graph is traced with, an even multiple of what the network needs.
+
+    Returns:
+        Path of the file.
+    """
+    from brainfm_monai.exports import export_bundle
+
+    configs = [find_bundle(bundle) / "configs" / "inference.json", *([Path(str(overrides))] if overrides else [])]
+    return str(export_bundle(configs, str(bundle), str(output), size=size))
+
+
+def preview(
+    input: str,
+    output: str = "preview.png",
+    count: int = 24,
+    seed: int = 0,
+    size: Sequence[int] = (160, 192, 160),
+    samples: int = 1,
+    mild_samples: int = 0,
+    **ranges: Any,
+) -> str:
+    """Draw a contact sheet of generated scans with their targets and what was drawn for them.
+
+    Args:
+        input: datalist (JSON) of prepared subjects, or one label map with FreeSurfer ids.
+        output: PNG file.
+        count: number of scans.
+        seed: seed of the first scan; the next ones count up.
+        size: size of the scans, in voxels of 1 mm.
+        samples: scans that share one deformation and its targets.
+        mild_samples: how many of them are mild.
+        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists them.
+
+    Returns:
+        Path of the sheet.
+    """
+    from brainfm_monai.preview import write_preview
+    from brainfm_monai.synthesis import parse_ranges
+
+    settings: dict[str, Any] = {"count": count, "seed": seed, "samples": samples, "mild_samples": mild_samples}
+    laws = parse_ranges(ranges)
+    return str(write_preview(str(input), str(output), spatial_size=size, ranges=laws, **settings))
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
@@ -118,13 +191,11 @@ def _settings(bundle: str | Path, names: Sequence[str], **overrides: Any) -> dic
     folder = find_bundle(bundle)
     if folder != Path(str(bundle)):  # the bundle that the package carries, where nothing is written
         overrides = {"output_dir": literal(str(Path("training").resolve())), **overrides}
-    configs = folder / "configs"
-    files = [find_config(bundle, name) for name in names]
     return {
-        "config_file": [str(file) for file in files],
+        "config_file": [str(find_config(bundle, name)) for name in names],
         "bundle_root": literal(str(folder)),
-        "meta_file": str(configs / "metadata.json"),
-        "logging_file": str(configs / "logging.conf"),
+        "meta_file": str(folder / "configs" / "metadata.json"),
+        "logging_file": str(folder / "configs" / "logging.conf"),
         **overrides,
     }
 

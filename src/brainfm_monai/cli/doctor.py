@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 
-__all__ = ["doctor"]
+from brainfm_monai import __version__
 
 CORE = "core"  # what is installed without an extra
+
+
+def version() -> str:
+    """Print the version."""
+    return __version__
 
 
 def doctor() -> str:
@@ -17,7 +23,6 @@ def doctor() -> str:
     import psutil
     import torch
 
-    import brainfm_monai
     from brainfm_monai.io import find_bundle
     from brainfm_monai.networks import reduced_precision
 
@@ -25,9 +30,9 @@ def doctor() -> str:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     precision = str(reduced_precision(torch.device(kind))).removeprefix("torch.")
-    memory = psutil.virtual_memory()
+    memory, python = psutil.virtual_memory(), f"Python {platform.python_version()} on {sys.platform}"
     lines = [
-        f"brainfm-monai {brainfm_monai.__version__}, Python {platform.python_version()} on {sys.platform}, torch {torch.__version__}",
+        f"brainfm-monai {__version__}, {python}, torch {torch.__version__}",
         f"device: {kind} ({name}), fast in {precision}",
         f"memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free",
         f"weights: {weights if weights.is_file() else f'{weights} is missing: pass --bundle FOLDER or --weights FILE'}",
@@ -48,11 +53,8 @@ def _missing_packages() -> dict[str, list[str]]:
         return {}
     for requirement in requirements:
         package, _, condition = requirement.partition(";")
-        extra = condition.split("==")[-1].strip(" \"'") if "extra" in condition else CORE
-        name = package.split("[")[0].split("<")[0].split(">")[0].split("=")[0].split("!")[0].strip()
-        rows = missing.setdefault(extra, [])
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            rows.append(name)
+        (name,) = re.findall(r"^[\w.-]+", package)
+        extras = re.findall(r"extra == ['\"]([\w-]+)", condition) or [CORE]
+        absent = [] if any(metadata.distributions(name=name)) else [name]
+        missing.setdefault(extras[0], []).extend(absent)
     return missing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,11 @@ from fire.parser import DefaultParseValue
 
 from brainfm_monai.io import literal
 
-__all__ = ["spell_out"]
-
 SWITCHES = ("True", "False", "true", "false", "1", "0")
 # overrides of configs that are not parameters of a command: switches, which need no value, and texts
 SWITCH_KEYS = (
-    "overwrite",
-    "keep_lesions",
-    "compile",
-    "second_look",
-    "fix_orientation",
-    "mlflow",
-    "activation_checkpointing",
-)
+    "overwrite", "keep_lesions", "compile", "second_look", "fix_orientation", "mlflow", "activation_checkpointing",
+)  # fmt: skip
 TEXT_KEYS = ("input", "section", "name", "shard")
 TEXT_ENDINGS = ("_dir", "_root", "_file", "weights", "datalist")
 
@@ -50,26 +42,26 @@ def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
     function, rest = _find_command(words, commands)
     if function is None or {"--help", "-h"} & set(rest):
         return words
-    kinds = {
-        name: str(parameter.annotation)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    spelled, loose = _take_flags(rest, kinds)
-    free = [name for name in kinds if name not in spelled]
+    named = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    kinds = {parameter.name: str(parameter.annotation) for parameter in named}
+    flags, loose = _take_flags(rest, kinds)
+    free = [name for name in kinds if name not in flags]
     command = words[: len(words) - len(rest)]
     if len(loose) > len(free):
         raise ValueError(f"{' '.join(command)}: {len(free)} more words are possible, found {' '.join(loose)}")
-    spelled = {name: _spell(name, [word], kinds) for name, word in zip(free, loose, strict=False)} | spelled
-    return [*command, *(f"--{name}={text}" for name, text in spelled.items())]
+    values = {name: [word] for name, word in zip(free, loose, strict=False)} | flags
+    return [*command, *(f"--{name}={_spell(name, value, kinds)}" for name, value in values.items())]
 
 
 def _find_command(words: list[str], commands: Any) -> tuple[Callable[..., Any] | None, list[str]]:
     """The function that the first words name, and the words after it."""
     for position, word in enumerate(words, 1):
-        commands = (
-            commands.get(word) if isinstance(commands, Mapping) else getattr(commands, word.replace("-", "_"), None)
-        )
+        is_table = isinstance(commands, Mapping)
+        commands = commands.get(word) if is_table else getattr(commands, word.replace("-", "_"), None)
         if inspect.isroutine(commands):
             return commands, words[position:]
         if commands is None:
@@ -77,32 +69,28 @@ def _find_command(words: list[str], commands: Any) -> tuple[Callable[..., Any] |
     return None, []
 
 
-def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Literals of the flags by name, and the words that belong to no flag."""
-    spelled: dict[str, str] = {}
+def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Words of the flags by name, and the words that belong to no flag."""
+    flags: dict[str, list[str]] = {}
     loose: list[str] = []
     left = list(words)
     while left:
         word = left.pop(0)
         if word == "--":
-            return spelled, loose + left
+            return flags, loose + left
         if not (word.startswith("--") and word[2:3].isidentifier()):
             loose.append(word)
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        values = [value] if equals else list(_take_values(name, left, kinds))
-        spelled[name] = _spell(name, values, kinds)
-    return spelled, loose
-
-
-def _take_values(name: str, left: list[str], kinds: Mapping[str, str]) -> Iterator[str]:
-    """Remove the values of a flag from the words that are left."""
-    is_switch = kinds.get(name) == "bool" or (name not in kinds and name in SWITCH_KEYS)
-    most = len(left) if _is_list(name, kinds) else 1
-    while left and most and not left[0].startswith("--") and (not is_switch or left[0] in SWITCHES):
-        most -= 1
-        yield left.pop(0)
+        is_switch = kinds.get(name) == "bool" or (name not in kinds and name in SWITCH_KEYS)
+        flags[name] = [value] if equals else []
+        most = 0 if equals else len(left) if _is_list(name, kinds) else 1
+        while (
+            left and len(flags[name]) < most and not left[0].startswith("--") and (not is_switch or left[0] in SWITCHES)
+        ):
+            flags[name].append(left.pop(0))
+    return flags, loose
 
 
 def _spell(name: str, values: list[str], kinds: Mapping[str, str]) -> str:

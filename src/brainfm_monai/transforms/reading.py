@@ -1,9 +1,8 @@
-"""Reading any scan into a MetaTensor, channel first, with every refusal in one line."""
+"""From any scan to what the network sees: reading it, CT or MR, window and padding, voxel size, percentiles."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,18 +10,93 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImaged, MapTransform
+from monai.data.utils import affine_to_spacing
+from monai.transforms import LoadImaged, MapTransform, Spacingd
+from monai.utils import convert_to_tensor
 
 from brainfm_monai import io
-from brainfm_monai.transforms.intensities import BRAIN_WINDOW_HU, parse_window
+from brainfm_monai.functional.intensity import antialias, normalise_percentiles
 
-__all__ = ["LoadScand", "read_scan"]
+BRAIN_WINDOW_HU = (0.0, 80.0)  # BrainFM's window for CT
+MODALITIES = ("auto", "mr", "ct")
+SAMPLES = 500_000  # voxels that are looked at
+AIR_HU = -900.0  # and below: air, and what scanners pad with
+FAT_HU, EDGE_HU = (-150.0, -30.0), (-800.0, -300.0)  # fat; voxels that are part air, of which a CT has few
+NEGATIVE_HU, WATER_HU, BONE_HU = (-200.0, -10.0), (-30.0, 100.0), (300.0, 3100.0)
+# Shares in the CT template of the clinical toolbox: air 0.35; of the head -200 to -10 HU 0.21, water 0.70, bone 0.07; fat is 8
+# times as frequent per HU as edges. In MR scans padded with -1024, also resampled ones: -200 to -10 0.01 at most.
+MINIMUM_AIR, MINIMUM_NEGATIVE, MINIMUM_WATER, BONE_RANGE = 0.02, 0.03, 0.3, (0.01, 0.4)
+FAT_PER_EDGE = 2.0
+MINIMUM_PADDING = 0.01  # share of voxels of the one lowest value
+LARGEST_NEGATIVE = 0.05  # share of other negative values in a magnitude image, at the edges of its padding
 
 
-def read_scan(path: str | Path, frame: int | str | None = None) -> MetaTensor:
-    """Read one scan as an image: float32, shape (1, H, W, D); see :func:`brainfm_monai.io.read_scan`."""
-    volume = io.read_scan(path, frame)
-    return MetaTensor(torch.from_numpy(volume.values)[None], affine=torch.from_numpy(volume.affine))
+def parse_window(window: Any) -> tuple[float, float] | str | None:
+    """Check a window of intensities: ``[low, high]``, ``"auto"`` or None.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if window is None or window == "auto":
+        return window
+    try:
+        low, high = (float(value) for value in window)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if low >= high:
+        raise ValueError(f"window: 'auto' or two rising numbers [low, high] are needed, found {window!r}")
+    return (low, high)
+
+
+def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
+    """Decide whether a scan is a CT in Hounsfield units, which is clipped to the brain's window before the network.
+
+    A CT has air, water and bone where Hounsfield put them, and fat between air and water, where no magnitude image of MR has
+    anything.
+
+    Args:
+        volume: the scan.
+        asked: ``"mr"`` or ``"ct"`` decides; ``"auto"``: the file's header if it says, else the values.
+
+    Returns:
+        ``"mr"`` or ``"ct"``, and the reason.
+    """
+    if asked != "auto":
+        return asked, "as asked by --modality"
+    if volume.modality:
+        return volume.modality, "the DICOM header says so"
+    values = volume.values.reshape(-1)
+    values = values[:: max(1, len(values) // SAMPLES)]
+    head = values[values > NEGATIVE_HU[0]]
+
+    def measure(part: np.ndarray, limits: tuple[float, float]) -> float:
+        return float(((part >= limits[0]) & (part < limits[1])).mean()) if len(part) else 0.0
+
+    air = float((values <= AIR_HU).mean())
+    negative, water, bone = (measure(head, limits) for limits in (NEGATIVE_HU, WATER_HU, BONE_HU))
+    fat, edge = (measure(values, limits) / (limits[1] - limits[0]) for limits in (FAT_HU, EDGE_HU))
+    found = f"{air:.0%} air, and of the head {negative:.0%} from -200 to -10, {water:.0%} water, {bone:.0%} bone"
+    is_ct = air >= MINIMUM_AIR and negative >= MINIMUM_NEGATIVE and fat >= FAT_PER_EDGE * edge
+    if is_ct and water >= MINIMUM_WATER and BONE_RANGE[0] <= bone <= BONE_RANGE[1]:
+        return "ct", f"the values are those of Hounsfield units: {found}"
+    return "mr", "the values are not those of Hounsfield units" + (f": {found}" if air >= MINIMUM_AIR else "")
+
+
+def find_floor(values: np.ndarray) -> tuple[float, str]:
+    """The padding of a magnitude image: one negative value that many voxels share, where hardly another voxel is negative.
+
+    Args:
+        values: MR scan, shape (H, W, D).
+
+    Returns:
+        The value below which voxels are lifted, and a warning; minus infinity and an empty string without padding.
+    """
+    lowest = float(values.min())
+    padded = float((values == lowest).mean()) if lowest < 0 else 0.0
+    if padded < MINIMUM_PADDING or float((values < 0).mean()) - padded > LARGEST_NEGATIVE * (1 - padded):
+        return -np.inf, ""
+    found = f"{padded:.0%} of the voxels are {lowest:g}"
+    return 0.0, f"{found}: taken for padding of an MR scan and set to 0 (--modality ct: a CT)"
 
 
 class LoadScand(LoadImaged):
@@ -40,7 +114,7 @@ class LoadScand(LoadImaged):
         frame: which volume of a 4-D file: its number, from 0, or ``"mean"``; None refuses such a file. An entry ``frame`` of the
             data comes first, and an entry ``series`` names the series of a DICOM folder.
         window: intensities are clipped to ``[low, high]``; ``"auto"``: a CT to 0 to 80 HU; None: not at all.
-        modality: ``"mr"``, ``"ct"`` or ``"auto"``, see :func:`brainfm_monai.io.decide_modality`.
+        modality: ``"mr"``, ``"ct"`` or ``"auto"``, see :func:`decide_modality`.
 
     Raises:
         ValueError: if ``window`` or ``modality`` is none of these.
@@ -57,8 +131,9 @@ class LoadScand(LoadImaged):
     ) -> None:
         MapTransform.__init__(self, keys)
         self._loader: Any = SimpleNamespace(image_only=True)  # MONAI Label sets it in every LoadImaged of a bundle
-        self.name_key, self.frame = name_key, frame
-        self.window, self.modality = parse_window(window), io.parse_modality(modality)
+        if modality not in MODALITIES:
+            raise ValueError(f"modality: one of {', '.join(MODALITIES)} is needed, found {modality!r}")
+        self.name_key, self.frame, self.window, self.modality = name_key, frame, parse_window(window), modality
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         """Replace the path by a float32 MetaTensor of shape (1, H, W, D), and add ``original``, of the same shape."""
@@ -67,9 +142,9 @@ class LoadScand(LoadImaged):
         for key in self.key_iterator(dict(data)):
             path = str(data[key])
             volume = io.read_scan(path, frame, data.get("series"))
-            modality, reason = io.decide_modality(volume, self.modality)
+            modality, reason = decide_modality(volume, self.modality)
             limits = BRAIN_WINDOW_HU if self.window == "auto" and modality == "ct" else self.window
-            floor, padding = io.find_floor(volume.values) if modality == "mr" else (-np.inf, "")
+            floor, padding = find_floor(volume.values) if modality == "mr" else (-np.inf, "")
             low, high = (floor, np.inf) if limits is None or isinstance(limits, str) else limits
             meta = {
                 "filename_or_obj": path,
@@ -81,9 +156,46 @@ class LoadScand(LoadImaged):
                 meta["window"] = f"{low:g} to {high:g}"
             if frame is not None:
                 meta["frame"] = str(frame)  # MONAI's collation of metadata takes no None
-            original = torch.from_numpy(volume.values)[None]
+            original, affine = torch.from_numpy(volume.values)[None], torch.from_numpy(volume.affine)
             shown = original if low == -np.inf else original.clamp(low, high)
-            affine = torch.from_numpy(volume.affine)
             loaded["original"] = MetaTensor(original, affine=affine)
             loaded[key] = MetaTensor(shown, affine=affine, meta=meta)
         return loaded
+
+
+class ScanSpacingd(Spacingd):
+    """:class:`monai.transforms.Spacingd` that smooths what becomes coarser, and leaves entries named ``<key>_...`` alone.
+
+    Without smoothing, detail that the new voxels cannot show comes back as noise, see
+    :func:`~brainfm_monai.functional.intensity.antialias`. Spacingd (MONAI 1.6.0 and 1.6.1) calls ``update`` on entries whose
+    name begins with the key, which fails on the ``image_path`` of MONAI Label.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """See :class:`monai.transforms.Spacingd`."""
+        begin = tuple(f"{key}_" for key in self.keys)
+        held = {k: v for k, v in data.items() if str(k).startswith(begin) and not isinstance(v, dict)}
+        d = {k: v for k, v in data.items() if k not in held}
+        target_mm = [float(size) for size in self.spacing_transform.pixdim]
+        for key in self.key_iterator(d):
+            smooth = antialias(d[key].as_tensor(), affine_to_spacing(d[key].affine).tolist(), target_mm)
+            d[key] = MetaTensor(smooth).copy_meta_from(d[key])
+        resampled: dict[Hashable, Any] = super().__call__(d, lazy)
+        return resampled | held
+
+
+class NormalisePercentilesd(MapTransform):
+    """See :func:`brainfm_monai.functional.intensity.normalise_percentiles`; the same function as in training."""
+
+    def __init__(self, keys: KeysCollection, lower: float = 0.0, upper: float = 0.999) -> None:
+        super().__init__(keys)
+        self.lower, self.upper = lower, upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Map images of shape (C, H, W, D) to [0, 1]."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = convert_to_tensor(d[key], track_meta=True)
+            normalised = normalise_percentiles(image.as_tensor()[None], self.lower, self.upper)[0]
+            d[key] = MetaTensor(normalised).copy_meta_from(image)
+        return d
