@@ -87,14 +87,15 @@ class SynthesisPrepareBatch(PrepareBatch):
 
     Args:
         synthesizer: makes scans and targets.
+        fixed: take the hash of the name in any case.
     """
 
-    def __init__(self, synthesizer: Synthesizer) -> None:
-        self.synthesizer = synthesizer
+    def __init__(self, synthesizer: Synthesizer, fixed: bool = False) -> None:
+        self.synthesizer, self.fixed = synthesizer, fixed
 
     def seeds(self, batch: Mapping[str, Any]) -> list[int]:
         """One seed for each subject of a batch."""
-        if "seed" in batch:
+        if "seed" in batch and not self.fixed:
             return [int(seed) for seed in batch["seed"]]
         return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
 
