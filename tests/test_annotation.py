@@ -12,16 +12,15 @@ import pytest
 import torch
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.annotation.finetuning import (
-    _choose_anatomies,
-    _cut_to_labels,
-    _next_weights,
+from brainfm_monai.annotation import (
+    brain_uncertainty,
+    choose,
     fine_tune,
+    match_structures,
+    read_label_info,
     train_from_server,
 )
-from brainfm_monai.annotation.labels import match_structures, read_label_info
-from brainfm_monai.annotation.settings import choose
-from brainfm_monai.annotation.uncertainty import brain_uncertainty
+from brainfm_monai.annotation.finetuning import _choose_anatomies, _cut_to_labels, _next_weights
 from brainfm_monai.io import ScanError
 from brainfm_monai.networks import MultiTaskNet, UNet
 from brainfm_monai.tasks import TaskLayout

@@ -64,7 +64,15 @@ OPTIONAL = [
     "tqdm",
 ]
 OPTIONAL += ["distributed", "onnx", "onnxruntime", "onnxscript", "monailabel", "jsonschema"]
-OPTIONAL_ROOMS = {"data", "evaluation", "prediction", "preview", "report", "surfaces"}  # the extras prepare and report
+OPTIONAL_ROOMS = {
+    "data",
+    "evaluation",
+    "outputs",
+    "prediction",
+    "preview",
+    "report",
+    "surfaces",
+}  # the extras prepare and report
 
 DRAWS = {
     "rand",

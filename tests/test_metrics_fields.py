@@ -21,7 +21,7 @@ from brainfm_monai.metrics.fields import (
     load_template_tissues,
     pull_template,
 )
-from brainfm_monai.outputs import surfaces
+from brainfm_monai.outputs import cortex
 
 SIZE = (12, 10, 8)
 LAS = torch.diag(torch.tensor([-2.0, 1.0, 3.0, 1.0], dtype=torch.float64))
@@ -106,8 +106,8 @@ def test_the_thickness_of_a_flat_cortex_is_the_distance_of_its_surfaces() -> Non
 def test_thickness_is_that_of_the_outputs() -> None:
     truth = draw(6, channels=4, batch=1)
     distance = {name: truth[0, i].numpy() for i, name in enumerate(("lp", "lw"))}
-    thickness = surfaces.compute_ribbon_thickness_mm(distance, surfaces.compute_ribbon(distance))
-    expected = thickness[surfaces.compute_ribbon(distance) == 3].mean()
+    thickness = cortex.compute_ribbon_thickness_mm(distance, cortex.compute_ribbon(distance))
+    expected = thickness[cortex.compute_ribbon(distance) == 3].mean()
     mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
     assert compute_thickness_error(truth, truth, mask)["reference_thickness"][0, 0].item() == pytest.approx(
         expected, rel=1e-5

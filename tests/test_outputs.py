@@ -16,16 +16,8 @@ from monai.data import MetaTensor
 
 from brainfm_monai import io
 from brainfm_monai.io import ScanError
-from brainfm_monai.outputs import (
-    ScanResult,
-    ScanWriter,
-    compute_totals_mm3,
-    compute_volumes_mm3,
-    write_label_table,
-    write_segmentation,
-    write_volumes,
-)
-from brainfm_monai.outputs.result import RunSettings
+from brainfm_monai.outputs import RunSettings, ScanResult, ScanWriter, compute_totals_mm3, compute_volumes_mm3
+from brainfm_monai.outputs.maps import write_segmentation, write_volumes
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation"], "synthseg_head")
@@ -83,7 +75,7 @@ def test_totals_are_sums_of_the_stated_structures() -> None:
 
 
 def test_the_label_tables_give_ids_and_colours(scan: ScanResult) -> None:
-    write_label_table(scan)
+    write_segmentation(scan)
     rows = read_table(scan.folder / "sub-01_dseg.tsv")
     assert [int(row["index"]) for row in rows] == list(range(44))
     assert rows[11] == {"index": "11", "name": "Left-Thalamus", "mapping": "10", "side": "left", "color": "#00760e"}

@@ -13,26 +13,11 @@ from monai.data import MetaTensor
 from nibabel.affines import apply_affine
 
 from brainfm_monai.io import read_table
-from brainfm_monai.outputs import (
-    ScanResult,
-    collect_warnings,
-    resample,
-    result,
-    write_lesions,
-    write_quality,
-    write_synthetic_images,
-)
-from brainfm_monai.outputs.images import insert_lesions, sharpen
-from brainfm_monai.outputs.result import RunSettings
-from brainfm_monai.outputs.surfaces import compute_ribbon, compute_ribbon_thickness_mm
-from brainfm_monai.outputs.template import (
-    Warp,
-    fit_affine,
-    fit_warp,
-    fold_fraction,
-    grid_points,
-    invert_warp,
-)
+from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result
+from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thickness_mm
+from brainfm_monai.outputs.maps import insert_lesions, sharpen, write_lesions, write_synthetic_images
+from brainfm_monai.outputs.quality import write_quality
+from brainfm_monai.outputs.template import Warp, fit_affine, fit_warp, fold_fraction, grid_points, invert_warp
 from brainfm_monai.prediction import OUTPUTS, select_outputs
 from brainfm_monai.tasks import TaskLayout
 

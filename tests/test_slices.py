@@ -148,7 +148,7 @@ def test_labels_are_not_mixed_and_tensors_are_read() -> None:
 
 
 def test_pages_escape_what_they_are_given() -> None:
-    from brainfm_monai.report.html import data_address, render
+    from brainfm_monai.report import data_address, render
 
     page = render("base.html", title="<script>alert(1)</script>")
     assert "<script>" not in page

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy import ndimage
 
-from brainfm_monai.report.surfaces import draw_contour
 from brainfm_monai.slices import Slice, cut_slices
 from brainfm_monai.surfaces import (
     compute_areas_mm2,
@@ -17,6 +16,7 @@ from brainfm_monai.surfaces import (
     compute_mean_curvature,
     compute_thickness_mm,
     compute_volume_mm3,
+    draw_contour,
     draw_surface,
     extract_sphere,
     grow_ball,
@@ -206,11 +206,11 @@ def test_a_contour_is_the_line_in_which_a_surface_passes_through_a_slice() -> No
     affine = np.eye(4)
     affine[:3, 3] = -19.5
     for cut in cut_slices(mask, affine, {"axial": (0.5,), "sagittal": (0.75,)}, pixel_mm=0.5):
-        picture = draw_contour(np.zeros((*cut.points_mm.shape[:2], 3)), cut, place, faces, (1.0, 0.5, 0.0))
+        picture = draw_contour(np.zeros((*cut.points_mm.shape[:2], 3)), cut.points_mm, place, faces, (1.0, 0.5, 0.0))
         drawn = picture[..., 0] == 1
         radius = np.linalg.norm(cut.points_mm[drawn], axis=-1)
         assert np.abs(radius - 12).max() < 0.6
         height = np.abs(cut.points_mm[0, 0, cut.plane.axis])
         assert drawn.sum() > 0.8 * 2 * np.pi * np.sqrt(12**2 - height**2) / 0.5 / np.sqrt(2)
     outside = Slice(cut.plane, cut.points_mm + 40)
-    assert not draw_contour(np.zeros((*cut.points_mm.shape[:2], 3)), outside, place, faces, (1, 1, 1)).any()
+    assert not draw_contour(np.zeros((*cut.points_mm.shape[:2], 3)), outside.points_mm, place, faces, (1, 1, 1)).any()

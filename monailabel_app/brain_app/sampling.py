@@ -13,7 +13,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.utils.others.generic import name_to_device
 
 from brain_app.segmentation import UNUSABLE, SegmentationTask, guarded, list_weights
-from brainfm_monai.annotation.uncertainty import brain_uncertainty
+from brainfm_monai.annotation import brain_uncertainty
 
 __all__ = ["Uncertainty"]
 

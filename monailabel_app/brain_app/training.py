@@ -11,7 +11,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
 from brain_app.segmentation import SegmentationTask, list_weights
-from brainfm_monai.annotation.finetuning import FOLDER, PROGRESS, fine_tune
+from brainfm_monai.annotation import FOLDER, PROGRESS, fine_tune
 
 __all__ = ["FineTuning"]
 

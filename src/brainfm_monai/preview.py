@@ -1,7 +1,5 @@
 """A contact sheet of generated scans with their targets and what was drawn for them."""
 
-from __future__ import annotations
-
 import logging
 import math
 import textwrap
@@ -25,13 +23,12 @@ from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisRanges, Synthesizer, describe, render
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-__all__ = ["load_subjects", "write_preview"]
-
 logger = logging.getLogger(__name__)
 
 BOX = (192, 224, 224)  # mm around the brain of a single label map
 BRAIN_IDS = (2, 3, 7, 8, 41, 42, 46, 47)  # which place that box
 LABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+TARGETS = ("segmentation", "distance", "mni", "log_bias_field", "T1w", "T2w", "FLAIR", "CT", "lesion")
 COLUMNS = 2  # samples side by side
 PIXEL_MM, SMALLEST_CELL = 0.75, 180  # pixels: the text of a sample fits into a cell
 CHARACTER_PIXELS = 7  # width of a letter, about
@@ -65,20 +62,18 @@ def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: s
     ids, affine = load_label_map(source)
     ids, _ = crop_to_box(ids, affine, find_brain_centre(ids, BRAIN_IDS, str(source)), BOX)
     labels = {"generation_labels": Protocol.load(generation_protocol), "segmentation": protocol}
-    return [
-        {"subject": source.name, **{k: torch.from_numpy(p.encode(ids, str(source)))[None] for k, p in labels.items()}}
-    ]
+    volumes = {key: torch.from_numpy(table.encode(ids, str(source)))[None] for key, table in labels.items()}
+    return [{"subject": source.name, **volumes}]
 
 
 def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     """Volumes of an entry as a batch of one, in the unit of the files."""
-    has = [*entry, *entry.get("simulated", ())]
-    keys = [key for key in SUBJECT_KEYS if key in has and (key not in TASKS or TASKS[key].kind != "scalar")]
+    simulated = entry.get("simulated", ())
+    names = {*entry, *simulated}
+    keys = [key for key in SUBJECT_KEYS if key in names and (key not in TASKS or TASKS[key].kind != "scalar")]
     item = entry if all(isinstance(entry.get(key), Tensor) for key in keys) else LoadSubjectd(keys)(entry)
     subject = {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
-    return subject | {
-        f"real_{name}": torch.zeros(1) for name in entry.get("simulated", ())
-    }  # never inputs, as in training
+    return subject | {f"real_{name}": torch.zeros(1) for name in simulated}  # never inputs, as in training
 
 
 def write_preview(
@@ -114,17 +109,13 @@ def write_preview(
     Raises:
         ValueError: if the file is not to be a PNG, or see :func:`load_subjects`.
     """
-    output = Path(output)
+    output, layout = Path(output), TaskLayout(TARGETS, protocol)
     if output.suffix.lower() != ".png":
         raise ValueError(f"{output}: the sheet is a PNG, found suffix '{output.suffix}'")
-    tasks = ["segmentation", "distance", "mni", "log_bias_field", "T1w", "T2w", "FLAIR", "CT", "lesion"]
-    layout = TaskLayout(tasks, protocol)
-    synthesizer = Synthesizer(
-        ranges or SynthesisRanges(), layout, spatial_size, generation_protocol=generation_protocol, samples=samples,
-        mild_samples=mild_samples,
-    )  # fmt: skip
+    options: dict[str, Any] = {"generation_protocol": generation_protocol, "mild_samples": mild_samples}
+    synthesizer = Synthesizer(ranges or SynthesisRanges(), layout, spatial_size, samples=samples, **options)
     subjects = load_subjects(source, layout.protocol, generation_protocol)
-    scans: list[tuple[dict[str, np.ndarray], str]] = []
+    rows: list[list[Cell]] = []
     for number in tqdm(range(math.ceil(count / samples)), desc="scans", unit="subject"):
         entry = subjects[number % len(subjects)]
         subject = _load(entry)
@@ -134,8 +125,8 @@ def write_preview(
         for place in range(samples):
             maps = {name: np.asarray(value[place]) for name, value in out.items() if value.ndim == 5}
             name = f"{Path(str(entry.get('subject', number))).name}  seed {seed + number}"
-            scans.append((maps, f"{name}\n{describe(params, place)}"))
-    rows = [_draw_row(maps, text, layout) for maps, text in scans[:count]]
+            rows.append(_draw_row(maps, f"{name}\n{describe(params, place)}", layout))
+    del rows[count:]
     pairs = [list(chain(*rows[first : first + COLUMNS])) for first in range(0, len(rows), COLUMNS)]
     with write_whole(output) as partial:
         partial.write_bytes(encode(compose(pairs), "png"))
@@ -147,19 +138,18 @@ def _draw_row(maps: Mapping[str, np.ndarray], text: str, layout: TaskLayout) -> 
     """What was drawn for a sample, its image in three planes, and its targets, as the table of tasks says."""
     image = maps["image"]
     pixel_mm = min(PIXEL_MM, max(image.shape[1:]) / SMALLEST_CELL)
-    slices = cut_slices(np.ones(image.shape[1:]), VOXELS, MIDDLE, pixel_mm=pixel_mm)
-    bases = [shade(cut.read(image, VOXELS)[..., 0]) for cut in slices]
-    width = bases[0].shape[1] // CHARACTER_PIXELS
-    lines = "\n".join(textwrap.fill(line, max(width, 10)) for line in text.split("\n"))
+    cuts = cut_slices(np.ones(image.shape[1:]), VOXELS, MIDDLE, pixel_mm=pixel_mm)
+    bases = [shade(cut.read(image, VOXELS)[..., 0]) for cut in cuts]
+    width = max(bases[0].shape[1] // CHARACTER_PIXELS, 10)
+    lines = "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
     cells = [Cell(np.zeros_like(bases[0]), caption=lines)]
-    cells += [Cell(base, cut.plane.marks) for cut, base in zip(slices, bases, strict=True)]
-    axial, coronal, _ = zip(slices, bases, strict=True)
+    cells += [Cell(base, cut.plane.marks) for cut, base in zip(cuts, bases, strict=True)]
     for name, values in maps.items():
         task = layout.tasks.get(name)
         if task is None or not task.picture or (task.kind == "mask" and not values.any()):
             continue
-        drawn = task.target_to_map(torch.as_tensor(values))
-        for cut, base in [axial, coronal] if task.kind == "labels" else [axial]:
-            read = cut.read(drawn, VOXELS, nearest=task.kind == "labels")
+        drawn, is_labels = task.target_to_map(torch.as_tensor(values)), task.kind == "labels"
+        for cut, base in list(zip(cuts, bases, strict=True))[: 2 if is_labels else 1]:  # axial, and coronal for labels
+            read = cut.read(drawn, VOXELS, nearest=is_labels)
             cells.append(Cell(paint(task, read, base, layout.protocol, cut.plane), caption=name))
     return cells

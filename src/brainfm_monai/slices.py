@@ -4,8 +4,6 @@ A slice is a plane of points in RAS mm, in which every volume is read by its own
 Pictures follow the radiological convention: the patient's right is on the left of a picture, and in sagittal slices anterior is.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +13,12 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.spatial import gather_nearest, warp
 from brainfm_monai.tasks import Task
-
-__all__ = ["BONE_WINDOW_HU", "BRAIN_WINDOW_HU", "Cell", "Slice", "blend", "compose", "cut_slices", "encode"]
-__all__ += ["find_box", "heat", "label_colours", "outline", "paint", "shade", "signed"]
 
 BRAIN_WINDOW_HU, BONE_WINDOW_HU = (0.0, 80.0), (-450.0, 1050.0)
 BOX_QUANTILES = (0.002, 0.998)  # of a mask's voxels along an axis: a stray voxel does not widen the box
@@ -37,6 +33,9 @@ LARGEST_OPACITY = 0.8  # of a probability over the scan
 QUALITY = 88  # of WebP
 TEXT_PIXELS = 13
 TIE = 0.499  # edge of the last voxel: a pixel between two voxels takes the one that the order of voxels does not decide
+
+
+Window = tuple[float, float]  # values that are black and white
 
 
 class Plane(NamedTuple):
@@ -105,7 +104,7 @@ def cut_slices(
     """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
 
     Args:
-        mask: what decides where the slices lie, bool, shape (H, W, D).
+        mask: decides where the slices lie, bool, shape (H, W, D).
         affine: its voxel indices to RAS mm, shape (4, 4); any order and direction of axes, sheared ones, too.
         positions: for each of ``axial``, ``coronal`` and ``sagittal`` shares of the box, from inferior, posterior, left;
             a slice lies in the middle of a voxel.
@@ -119,13 +118,11 @@ def cut_slices(
     ras = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)  # the grid with its axes closest to R, A, S
     turned = nib.orientations.apply_orientation(np.asarray(mask), turn)
     zooms, box = nib.affines.voxel_sizes(ras), find_box(turned)
-    extent = [
-        (0, n - 1) if margin_mm is None else (max(first - round(margin_mm / z), 0), min(last + round(margin_mm / z), n - 1))
-        for (first, last), z, n in zip(box, zooms, turned.shape, strict=True)
-    ]  # fmt: skip
 
     def pixels(axis: int) -> np.ndarray:
-        first, last = extent[axis]
+        end = turned.shape[axis] - 1
+        margin = end if margin_mm is None else round(margin_mm / zooms[axis])
+        first, last = max(box[axis][0] - margin, 0), min(box[axis][1] + margin, end)
         count = max(round((last - first + 1) * zooms[axis] / pixel_mm), 1)
         return last + TIE - (np.arange(count) + 0.5) * (last - first + 1) / count
 
@@ -142,7 +139,7 @@ def cut_slices(
     return slices
 
 
-def shade(values: np.ndarray, window: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+def shade(values: np.ndarray, window: Window = (0.0, 1.0)) -> np.ndarray:
     """Grey values: shape (rows, columns) to (rows, columns, 3), in [0, 1]; the window's limits are black and white."""
     low, high = window
     return np.repeat(np.clip((values - low) / max(high - low, 1e-6), 0, 1)[..., None], 3, axis=-1)
@@ -190,12 +187,7 @@ def label_colours(protocol: Protocol) -> np.ndarray:
 
 
 def paint(
-    task: Task,
-    values: np.ndarray,
-    base: np.ndarray,
-    protocol: Protocol,
-    plane: Plane,
-    window: tuple[float, float] | None = None,
+    task: Task, values: np.ndarray, base: np.ndarray, protocol: Protocol, plane: Plane, window: Window | None = None
 ) -> np.ndarray:
     """Draw a slice of a task's map by the column ``picture`` of the table of tasks.
 
@@ -205,7 +197,7 @@ def paint(
         base: the scan there, shape (rows, columns, 3), in [0, 1].
         protocol: colours of labels.
         plane: of the slice.
-        window: values that are black and white in an image.
+        window: of an image.
 
     Returns:
         Shape (rows, columns, 3), in [0, 1].
@@ -220,7 +212,7 @@ def paint(
         "bias_field": lambda: signed(np.log(first.clip(min=1e-6)), LARGEST_LOG_BIAS),
         "probability": lambda: blend(base, np.dstack([heat(first), first.clip(0, LARGEST_OPACITY)])),
         "scale": lambda: heat(values.max(axis=-1), max(float(values.max()), 1e-6)),
-        "distance": lambda: _draw_surfaces(values, base),
+        "distance": lambda: _draw_boundaries(values, base),
         "coordinates": lambda: _draw_grid(values, base, plane),
     }
     if task.picture not in painters:
@@ -228,7 +220,7 @@ def paint(
     return painters[task.picture]()
 
 
-def _draw_surfaces(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
+def _draw_boundaries(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
     for channel, colour in enumerate((PIAL_COLOUR, WHITE_COLOUR) * 2):  # lp, lw, rp, rw
         base = outline(base, distance[..., channel], 0.0, colour)
     return base
@@ -269,8 +261,6 @@ def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] =
     Returns:
         Shape (rows, columns, 3), uint8.
     """
-    from PIL import Image, ImageDraw, ImageFont  # of the extras train and report
-
     height, width = (max(cell.picture.shape[i] for row in rows for cell in row) + 2 for i in (0, 1))
     top = len(heading) * (TEXT_PIXELS + 4)
     sheet = np.zeros((top + height * len(rows), width * max(map(len, rows)), 3), dtype=np.uint8)
@@ -293,8 +283,6 @@ def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] =
 
 def encode(picture: np.ndarray, kind: str = "webp") -> bytes:
     """A picture, (rows, columns, 3) uint8, as the bytes of a ``webp`` or ``png`` file."""
-    from PIL import Image  # of the extras train and report
-
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format=kind, quality=QUALITY)
     return buffer.getvalue()

@@ -1,7 +1,5 @@
 """Training from a MONAI Label server: corrected scans become subjects, and each click a fine-tuning of the weights in use."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -17,19 +15,15 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.annotation.labels import match_structures, read_label_info
+from brainfm_monai.annotation.server import match_structures, read_label_info
 from brainfm_monai.io import ScanError, read_labels, read_scan, write_text, write_whole
-
-__all__ = ["PROGRESS", "EpochReport", "fine_tune", "prepare_corrected", "train_from_server"]
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "training_label"  # in the bundle: prepared subjects, and what a training reports
 ANATOMIES = "anatomies"  # in the bundle: prepared subjects of other persons, a folder or a link to one
 PROGRESS = "progress.json"
-ANATOMIES_PER_SCAN = (
-    2  # others in each pass over the corrected scans, so that other contrasts and persons are not forgotten
-)
+ANATOMIES_PER_SCAN = 2  # in each pass over the corrected scans, so that other contrasts and persons are not forgotten
 BLEND = 0.5  # share of the new weights where there are no anatomies (Wortsman et al., Robust fine-tuning, CVPR 2022)
 GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, which clients write in float32
 
@@ -83,19 +77,17 @@ def fine_tune(
         config_file=[str(bundle / "configs" / name) for name in ("train.json", "label_train.json")],
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=False,
-        **{
-            "bundle_root": str(bundle),
-            "weights": str(start),
-            "output_dir": str(bundle / FOLDER),
-            "train#dataset#data": [*subjects, *others],
-            **overrides,
-        },
+        bundle_root=str(bundle),
+        weights=str(start),
+        output_dir=str(bundle / FOLDER),
+        **{"train#dataset#data": [*subjects, *others], **overrides},
     )
     workflow.initialize()
     workflow.run()
     state = workflow.parser.get_parsed_content("average").module.state_dict()
     if not others:
-        state = _blend(torch.load(start, map_location="cpu", weights_only=True), state, BLEND)
+        old = torch.load(start, map_location="cpu", weights_only=True)
+        state = {key: torch.lerp(old[key].float(), value.float().cpu(), BLEND) for key, value in state.items()}
     with write_whole(target) as partial:
         torch.save({key: value.half().cpu() for key, value in state.items()}, partial)
     workflow.finalize()
@@ -108,7 +100,7 @@ def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[
 
     Args:
         items: each with ``image`` and ``label``, paths, and perhaps ``label_info``, see
-            :func:`~brainfm_monai.annotation.labels.match_structures`.
+            :func:`~brainfm_monai.annotation.match_structures`.
         folder: for the subjects.
 
     Returns:
@@ -129,8 +121,7 @@ def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[
             values = np.unique(read_labels(label).values).tolist()
             info = item.get("label_info") or read_label_info(label)
             ids = match_structures(values, info, protocol, Path(label).name)
-            visible = _cut_to_labels(image, label, ids, protocol, folder)
-            subjects.append(prepare_label(visible, label, folder, ids=ids))
+            subjects.append(prepare_label(_cut_to_labels(image, label, ids, protocol, folder), label, folder, ids=ids))
         except (ValueError, OSError) as error:
             faults.append(str(error))
             logger.error("%s", error)
@@ -145,10 +136,9 @@ def _cut_to_labels(image: str, label: str, ids: Mapping[int, int], protocol: Pro
     if head & set(ids.values()):
         return image
     scan, labels = read_scan(image), read_labels(label)
-    if scan.values.shape != labels.values.shape or not np.allclose(scan.affine, labels.affine, atol=GRID_TOLERANCE_MM):
-        raise ScanError(
-            f"{label}: labels of the brain alone must have the grid of the scan, found {labels.values.shape}"
-        )
+    shape = labels.values.shape
+    if scan.values.shape != shape or not np.allclose(scan.affine, labels.affine, atol=GRID_TOLERANCE_MM):
+        raise ScanError(f"{label}: labels of the brain alone must have the grid of the scan, found {shape}")
     path = folder / "brains" / Path(image).name
     with write_whole(path) as partial:
         nib.save(nib.Nifti1Image(scan.values * (labels.values > 0), scan.affine), partial)
@@ -168,12 +158,8 @@ def _choose_anatomies(folder: Path, count: int, seed: str) -> list[dict[str, Any
 
 def _next_weights(bundle: Path) -> Path:
     """A name that no weights have yet."""
-    numbers = [path.stem.rsplit("_", 1)[1] for path in bundle.glob("models/model_tuned_*.pt")]
-    return bundle / "models" / f"model_tuned_{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}.pt"
-
-
-def _blend(old: Mapping[str, Any], new: Mapping[str, Any], share: float) -> dict[str, Any]:
-    return {key: torch.lerp(old[key].float(), value.float().cpu(), share) for key, value in new.items()}
+    endings = [path.stem.rsplit("_", 1)[1] for path in bundle.glob("models/model_tuned_*.pt")]
+    return bundle / "models" / f"model_tuned_{max([0, *(int(n) for n in endings if n.isdigit())]) + 1}.pt"
 
 
 class EpochReport:
@@ -188,9 +174,8 @@ class EpochReport:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED, self)
+        engine.add_event_handler(Events.STARTED | Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.keep)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def keep(self, engine: Engine) -> None:
         """Keep the loss of a step."""
@@ -199,12 +184,10 @@ class EpochReport:
 
     def __call__(self, engine: Engine) -> None:
         """Report an epoch."""
-        state, losses = engine.state, self.losses
+        epoch, epochs, losses = engine.state.epoch, engine.state.max_epochs, self.losses
         loss = sum(losses) / len(losses) if losses else None
-        report = {"epoch": state.epoch, "total_epochs": state.max_epochs, "start_ts": int(self.began), "loss": loss}
+        report = {"epoch": epoch, "total_epochs": epochs, "start_ts": int(self.began), "loss": loss}
         write_text(self.path, json.dumps(report))
         if losses:
-            logger.info(
-                "epoch %d of %d: loss %.3f, %.0f s", state.epoch, state.max_epochs, loss, time.time() - self.began
-            )
+            logger.info("epoch %d of %d: loss %.3f, %.0f s", epoch, epochs, loss, time.time() - self.began)
         losses.clear()

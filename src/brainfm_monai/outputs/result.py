@@ -1,7 +1,5 @@
 """Everything that is known about one scan after the network, and how its files are named, coded and described."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +18,6 @@ from torch import Tensor
 import brainfm_monai
 from brainfm_monai.io import fingerprint
 from brainfm_monai.tasks import TaskLayout
-
-__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "describe_run", "once_per_scan", "resample"]
 
 T = TypeVar("T")
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
@@ -79,20 +75,12 @@ def describe_run(
             resolved config; see :func:`~brainfm_monai.io.fingerprint`.
         choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
     """
-    path = Path(weights)
-    digest = ""
+    path, digest = Path(weights), ""
     if path.is_file():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return RunSettings(
-        model,
-        brainfm_monai.__version__,
-        path.name,
-        digest,
-        layout.protocol.name,
-        configuration=fingerprint(layout, *depends),
-        **choices,
-    )
+    key, version = fingerprint(layout, *depends), brainfm_monai.__version__
+    return RunSettings(model, version, path.name, digest, layout.protocol.name, configuration=key, **choices)
 
 
 @dataclass(eq=False)
@@ -153,9 +141,13 @@ class ScanResult:
         """Voxel indices of :attr:`maps` to RAS mm, shape (4, 4)."""
         return np.asarray(next(iter(self.maps.values())).affine, dtype=np.float64)
 
-    def in_grid(self, name: str) -> np.ndarray:
+    def in_network_grid(self, entry: str) -> np.ndarray:
+        """A map as the network gives it, shape (C, h, w, d)."""
+        return self.maps[entry].cpu().numpy()
+
+    def in_grid(self, entry: str) -> np.ndarray:
         """A map in the grid of the files, linearly interpolated, shape (C, H, W, D), float32."""
-        return resample(self.maps[name], self.labels.shape, self.affine).cpu().numpy()
+        return resample(self.maps[entry], self.labels.shape, self.affine).cpu().numpy()
 
     def save_image(
         self,
@@ -172,31 +164,44 @@ class ScanResult:
             volume: shape (H, W, D), or (H, W, D, C).
             affine: voxel indices to RAS mm; that of the grid of the files if None.
             step: what is not integer is stored as 16-bit integers times this; None: as many steps as these can tell apart.
-            sidecar: what the sidecar tells beside the settings.
+            sidecar: what the sidecar contains beside the settings.
         """
-        place = self.affine if affine is None else affine
-        if np.issubdtype(volume.dtype, np.integer):
-            image = nib.Nifti1Image(volume, place)
-        else:
+        values, slope = volume, None
+        if not np.issubdtype(volume.dtype, np.integer):
             largest = max(float(volume.max()), -float(volume.min()), float(np.finfo(np.float32).tiny))
-            # a range of whole steps around 0, so that 0 stays 0
-            slope = step or largest * 2 / INT16_LEVELS
+            slope = step or largest * 2 / INT16_LEVELS  # a range of whole steps around 0, so that 0 stays 0
             limits = np.iinfo(np.int16)
-            steps = np.divide(
+            values = np.divide(
                 volume, slope, order="F", dtype=np.float32
-            )  # the order of the file; large copies cost time
-            np.clip(np.rint(steps, out=steps), limits.min, limits.max, out=steps)
-            image = nib.Nifti1Image(steps.astype(np.int16), place)
-            image.header.set_slope_inter(slope, 0)
+            )  # the order of the file: large copies cost time
+            values = np.clip(np.rint(values, out=values), limits.min, limits.max, out=values).astype(np.int16)
+        image = nib.Nifti1Image(values, self.affine if affine is None else affine)
+        image.header.set_slope_inter(slope, None if slope is None else 0)
         image.header.set_xyzt_units("mm")
         nib.save(image, self.path(f"{suffix}.nii.gz"))
         self.write_sidecar(suffix, **sidecar)
 
+    def save_map(
+        self, entry: str, values: np.ndarray, text: str, affine: np.ndarray | None = None, **sidecar: object
+    ) -> None:
+        """Write a map, (C, H, W, D), under the name, in the unit and in the steps of its row in the table of tasks."""
+        task = self.layout.maps[entry]
+        entries = {"Units": task.output_unit, "Description": text, **sidecar}
+        if task.channels > 1:
+            entries["Channels"] = list(task.channel_names)
+        self.save_image(
+            task.stem, np.moveaxis(values, 0, -1) if task.channels > 1 else values[0], affine, task.step, **entries
+        )
+
     def write_sidecar(self, suffix: str, **entries: Any) -> None:
         """Write ``<suffix>.json``: the entries, the source and the settings."""
         content = {**entries, "Sources": [str(self.source)], "GeneratedBy": asdict(self.settings)}
-        text = json.dumps(content, indent=2, default=str)
-        self.path(f"{suffix}.json").write_text(text + "\n", encoding="utf-8")
+        self.path(f"{suffix}.json").write_text(as_json(content), encoding="utf-8")
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(content, indent=2, default=str) + "\n"
 
 
 def once_per_scan(compute: Callable[[ScanResult], T]) -> Callable[[ScanResult], T]:
@@ -206,8 +211,7 @@ def once_per_scan(compute: Callable[[ScanResult], T]) -> Callable[[ScanResult], 
     def cached(scan: ScanResult) -> T:
         if compute not in scan.computed:
             scan.computed[compute] = compute(scan)
-        result: T = scan.computed[compute]
-        return result
+        return cast(T, scan.computed[compute])
 
     return cached
 
@@ -229,15 +233,11 @@ def resample(
 def _turn(source: MetaTensor, shape: Sequence[int], affine: np.ndarray) -> MetaTensor | None:
     """A volume on a grid of the same voxels in another order of axes, without interpolation; None if the voxels differ."""
     to_source = np.linalg.inv(np.asarray(source.affine, dtype=np.float64)) @ affine
-    axes = np.abs(to_source[:3, :3]).argmax(axis=0)  # of the source, for every axis of the grid
-    signs = np.sign(to_source[axes, range(3)])
-    ends = np.array([0.0 if sign > 0 else source.shape[1 + axis] - 1.0 for axis, sign in zip(axes, signs, strict=True)])
-    expected = np.zeros((3, 4))
-    expected[axes, range(3)] = signs
-    expected[axes, 3] = ends
-    same_size = sorted(axes) == [0, 1, 2] and tuple(source.shape[1 + axis] for axis in axes) == tuple(shape)
-    if not same_size or not np.allclose(to_source[:3], expected, atol=SAME_VOXELS):
+    turn = nib.orientations.io_orientation(np.linalg.inv(to_source))
+    order = [1 + int(axis) for axis in turn[:, 0].argsort()]
+    expected = nib.orientations.inv_ornt_aff(turn, source.shape[1:])
+    same_size = [source.shape[axis] for axis in order] == list(shape)
+    if not same_size or not np.allclose(to_source[:3], expected[:3], atol=SAME_VOXELS):
         return None
-    turned = source.as_tensor().permute(0, *(1 + int(axis) for axis in axes))
-    turned = turned.flip([1 + i for i in range(3) if signs[i] < 0])
+    turned = source.as_tensor().flip([1 + axis for axis in range(3) if turn[axis, 1] < 0]).permute(0, *order)
     return MetaTensor(turned, affine=torch.from_numpy(np.array(affine)))

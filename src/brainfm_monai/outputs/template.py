@@ -12,19 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from nibabel.affines import apply_affine
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
 
 from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.functional.spatial import warp as sample
-
-__all__ = [
-    "Warp",
-    "fit_affine",
-    "fit_warp",
-    "fold_fraction",
-    "grid_points",
-    "invert_warp",
-    "load_template",
-]
 
 ROUNDS, STILL = 30, 1e-7  # of reweighting, at most; it ends when no element of the matrix moves by more
 HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
@@ -36,11 +28,12 @@ SMOOTHING_GROWTH, SMOOTHING_ROUNDS = 1.5, 8  # until nothing folds: 5 mm become 
 MINIMUM_JACOBIAN = 0.05  # a voxel of the brain that shrinks to less counts as folded
 DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual goes to 0, and the affine alone is left
 INVERSION_ROUNDS, INVERSION_TOLERANCE_MM = 60, 0.01
+SLAB = 32  # slices that are resampled at once
 
 
 def grid_points(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """RAS mm of every voxel, shape (*shape, 3), float32."""
-    index = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"), axis=-1)
+    index = np.moveaxis(np.indices(shape, dtype=np.float32), 0, -1)
     return apply_affine(affine, index).astype(np.float32)
 
 
@@ -59,16 +52,16 @@ class Warp:
     matrix: np.ndarray
 
     @cached_property
-    def residual(self) -> np.ndarray:
-        """What the map adds to its affine part, mm, shape (H, W, D, 3)."""
-        return np.asarray(self.points - apply_affine(self.matrix, grid_points(self.points.shape[:3], self.affine)))
+    def residual(self) -> Tensor:
+        """What the map adds to its affine part, mm, shape (1, 3, H, W, D), float32."""
+        residual = self.points - apply_affine(self.matrix, grid_points(self.points.shape[:3], self.affine))
+        return torch.from_numpy(residual.astype(np.float32)).movedim(-1, 0)[None]
 
     def residual_at(self, points: np.ndarray) -> np.ndarray:
         """The residual at points of shape (..., 3), linearly interpolated, 0 beyond the grid."""
         index = apply_affine(np.linalg.inv(self.affine), points.reshape(-1, 3))
         coordinates = torch.from_numpy(index.T.astype(np.float32)).reshape(1, 3, -1, 1, 1)
-        field = torch.from_numpy(self.residual.astype(np.float32)).movedim(-1, 0)[None]
-        return np.asarray(sample(field, coordinates)[0, :, :, 0, 0].T.numpy()).reshape(points.shape)
+        return sample(self.residual, coordinates)[0, :, :, 0, 0].T.numpy().reshape(points.shape)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Map points of shape (..., 3)."""
@@ -94,18 +87,17 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         ValueError: if the points do not determine it.
     """
     step = max(1, len(source) // SAMPLES)
-    known = np.column_stack([source[::step], np.ones(len(source[::step]))]).astype(np.float64)
+    points = np.column_stack([source[::step], np.ones(len(source[::step]))]).astype(np.float64)
     goal = target[::step].astype(np.float64)
-    if len(known) < 4 or np.linalg.matrix_rank(known - known.mean(axis=0), tol=1e-3) < 3:
-        raise ValueError(f"affine fit: points that fill a volume are needed, found {len(known)} that do not")
-    weight = np.ones(len(known))
-    matrix = np.eye(4)
+    if len(points) < 4 or np.linalg.matrix_rank(points - points.mean(axis=0), tol=1e-3) < 3:
+        raise ValueError(f"affine fit: points that fill a volume are needed, found {len(points)} that do not")
+    weight, matrix = np.ones(len(points)), np.eye(4)
     for _ in range(ROUNDS):
-        weighted, last = known * weight[:, None], matrix.copy()
-        matrix[:3] = np.linalg.solve(weighted.T @ known, weighted.T @ goal).T
+        weighted, last = points * weight[:, None], matrix.copy()
+        matrix[:3] = np.linalg.solve(weighted.T @ points, weighted.T @ goal).T
         if np.abs(matrix - last).max() < STILL:
             break
-        error = np.linalg.norm(known @ matrix[:3].T - goal, axis=1)
+        error = np.linalg.norm(points @ matrix[:3].T - goal, axis=1)
         weight = HUBER_MM / np.maximum(error, HUBER_MM)
     return matrix
 
@@ -128,10 +120,8 @@ def fit_warp(
     Returns:
         The map on a coarser grid that covers the given one.
     """
-    from scipy.ndimage import gaussian_filter  # an optional dependency
-
     coarse = affine @ np.diag([spacing_vox] * 3 + [1.0])
-    cut = tuple(slice(None, None, spacing_vox) for _ in range(3))
+    cut = (slice(None, None, spacing_vox),) * 3
     mask = brain[cut].astype(np.float32)
     spread = apply_affine(matrix, grid_points(mask.shape, coarse))
     residual = (np.moveaxis(coordinates[(slice(None), *cut)], 0, -1) - spread) * mask[..., None]
@@ -140,15 +130,13 @@ def fit_warp(
     limit = 5 * max(float(np.median(length[mask > 0])), HUBER_MM)
     residual *= np.minimum(1.0, limit / np.maximum(length, 1e-6))
     zooms = np.linalg.norm(coarse[:3, :3], axis=0)
-    sigma_mm = SMOOTHING_MM
-    for _ in range(SMOOTHING_ROUNDS):
-        sigma = sigma_mm / zooms
-        weight = gaussian_filter(mask, sigma, mode="constant")
+    for number in range(SMOOTHING_ROUNDS):
+        sigma = SMOOTHING_MM * SMOOTHING_GROWTH**number / zooms
+        weight = gaussian_filter(mask, sigma, mode="constant")[..., None]
         smooth = np.stack([gaussian_filter(residual[..., i], sigma, mode="constant") for i in range(3)], axis=-1)
-        warp = Warp((spread + smooth / (weight + DECAY)[..., None]).astype(np.float32), coarse, matrix)
+        warp = Warp((spread + smooth / (weight + DECAY)).astype(np.float32), coarse, matrix)
         if fold_fraction(warp, minimum=MINIMUM_JACOBIAN) == 0:
             break
-        sigma_mm *= SMOOTHING_GROWTH
     return warp
 
 
@@ -177,22 +165,53 @@ def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
         shape: size of the grid of the inverse.
         affine: its voxel indices to RAS mm of the target space.
     """
-    inverse = np.linalg.inv(warp.matrix)
-    goal = grid_points(shape, affine).reshape(-1, 3)
+    inverse, goal = np.linalg.inv(warp.matrix), grid_points(shape, affine).reshape(-1, 3)
     points = apply_affine(inverse, goal)
     for _ in range(INVERSION_ROUNDS):
-        better = apply_affine(inverse, goal - warp.residual_at(points))
-        step = float(np.abs(better - points).max())
-        points = better
-        if step < INVERSION_TOLERANCE_MM:
+        last, points = points, apply_affine(inverse, goal - warp.residual_at(points))
+        if float(np.abs(points - last).max()) < INVERSION_TOLERANCE_MM:
             break
     return Warp(points.reshape(*shape, 3).astype(np.float32), affine, inverse)
+
+
+def resample_through(
+    image: Tensor, affine: np.ndarray, shape: tuple[int, ...], grid_affine: np.ndarray, to_image: Warp
+) -> np.ndarray:
+    """Read an image where a map sends each voxel of another grid.
+
+    Args:
+        image: shape (1, h, w, d).
+        affine: its voxel indices to RAS mm.
+        shape: size of the other grid.
+        grid_affine: its voxel indices to RAS mm.
+        to_image: map from the space of the grid to that of the image.
+
+    Returns:
+        float32 array of the other grid, 0 beyond the image.
+    """
+    source, to_index, parts = image[None].float(), np.linalg.inv(affine), []
+    turn = torch.from_numpy(to_index[:3, :3].astype(np.float32))
+    for first in range(0, shape[0], SLAB):
+        size = (min(SLAB, shape[0] - first), *shape[1:])
+        residual = sample(to_image.residual, _coordinates(np.linalg.inv(to_image.affine) @ grid_affine, size, first))
+        places = _coordinates(to_index @ to_image.matrix @ grid_affine, size, first)
+        places += torch.einsum("ij,bjhwd->bihwd", turn, residual)
+        parts.append(sample(source, places)[0, 0].numpy())
+    return np.concatenate(parts)
+
+
+def _coordinates(matrix: np.ndarray, size: tuple[int, ...], first: int) -> Tensor:
+    """A matrix applied to the indices of a slab that begins at ``first``, shape (1, 3, *size)."""
+    axes = np.ogrid[first : first + size[0], : size[1], : size[2]]
+    x, y, z = (torch.from_numpy(axis).float() for axis in axes)
+    rows = torch.from_numpy(matrix[:3].astype(np.float32))
+    return torch.stack([row[0] * x + row[1] * y + row[2] * z + row[3] for row in rows])[None]
 
 
 @lru_cache(maxsize=1)
 def load_template() -> tuple[np.ndarray, np.ndarray]:
     """The MNI152 T1 that nilearn ships, brain only, 1 mm: intensities, shape (H, W, D), and affine to RAS mm."""
-    from nilearn.datasets import load_mni152_template  # an optional dependency, and slow to import
+    from nilearn.datasets import load_mni152_template  # slow to import
 
     image: Any = load_mni152_template(resolution=1)
     return np.asarray(image.get_fdata(dtype=np.float32)), np.asarray(image.affine, dtype=np.float64)

@@ -1,7 +1,5 @@
 """The folder of a scan: it appears when all of its files are whole, and a marker, written last, says so."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -22,10 +20,8 @@ from torch import Tensor
 
 from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, write_table, write_text
 from brainfm_monai.outputs.quality import collect_warnings
-from brainfm_monai.outputs.result import RunSettings, ScanResult
+from brainfm_monai.outputs.result import RunSettings, ScanResult, as_json
 from brainfm_monai.tasks import TaskLayout
-
-__all__ = ["FINISHED", "PARTIAL_FOLDER", "ScanWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +30,10 @@ FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
-BIDS_VERSION = "1.10.0"
+DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
+HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
+
+Entry = Mapping[str, Any]  # of the list of scans
 
 
 class ScanWriter:
@@ -60,36 +59,32 @@ class ScanWriter:
         settings: RunSettings | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.output_dir = Path(output_dir)
-        self.layout = layout
-        self.writers = dict(writers)
+        self.output_dir, self.layout, self.writers, self.overwrite = Path(output_dir), layout, dict(writers), overwrite
         self.settings = settings or RunSettings(protocol=layout.protocol.name)
-        self.overwrite = overwrite
 
-    def folder_of(self, scan: Mapping[str, Any]) -> Path:
-        """Where the files of a scan belong: ``folder`` of its entry, or its name."""
-        return self.output_dir / Scan.of(scan).results
+    def _marker(self, scan: Entry, ending: str = FINISHED) -> Path:
+        return self.output_dir / Scan.of(scan).results / f"{scan['name']}_{ending}"
 
-    def read_marker(self, scan: Mapping[str, Any], ending: str = FINISHED) -> dict[str, Any] | None:
+    def read_marker(self, scan: Entry, ending: str = FINISHED) -> dict[str, Any] | None:
         """What the marker of a finished scan says; None where there is none."""
-        path = self.folder_of(scan) / f"{scan['name']}_{ending}"
+        path = self._marker(scan, ending)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return content if isinstance(content, dict) and isinstance(content.get("source"), dict) else None
 
-    def is_finished(self, scan: Mapping[str, Any]) -> bool:
+    def is_finished(self, scan: Entry) -> bool:
         """Whether a scan was done with these settings, has at least these outputs, and its file is the same as then."""
         marker = self.read_marker(scan)
         return (
             marker is not None
             and marker.get("settings") == asdict(self.settings)
             and set(self.writers) <= set(marker.get("outputs", ()))
-            and _is_unchanged(Scan.of(scan), marker)
+            and _is_unchanged(Scan.of(scan), marker["source"])
         )
 
-    def check_place(self, scan: Mapping[str, Any]) -> None:
+    def check_place(self, scan: Entry) -> None:
         """Check that the place of a scan's results holds no results of another scan.
 
         Raises:
@@ -101,11 +96,12 @@ class ScanWriter:
         earlier = str(marker["source"]["path"])
         if earlier != entry.identify()["path"] and marker["source"]["sha256"] != entry.hash_content():
             raise FileExistsError(
-                f"{printable(entry.path)}: {self.folder_of(scan)} must hold results of this scan or none, found those of "
-                f"another scan, {printable(earlier)}: give this one another name or folder, or pass --overwrite to replace them"
+                f"{printable(entry.path)}: {self.output_dir / entry.results} must hold results of this scan or none, found "
+                f"those of another scan, {printable(earlier)}: give this one another name or folder, or pass --overwrite to "
+                "replace them"
             )
 
-    def write(self, item: Mapping[str, Any], scan: Mapping[str, Any]) -> Path:
+    def write(self, item: Mapping[str, Any], scan: Entry) -> Path:
         """Write all files of a scan.
 
         Args:
@@ -118,8 +114,7 @@ class ScanWriter:
         Raises:
             FileExistsError: see :meth:`check_place`; or if a file of the user's has the name of a result.
         """
-        begun = time.monotonic()
-        partial = self.output_dir / PARTIAL_FOLDER / f"{_host()}-{uuid4().hex[:12]}"
+        begun, partial = time.monotonic(), self.output_dir / PARTIAL_FOLDER / f"{HOST}-{uuid4().hex[:12]}"
         try:
             with ExitStack() as held:
                 with locked(self.output_dir):  # meanwhile no other process clears .partial
@@ -132,94 +127,18 @@ class ScanWriter:
                 for warning in result.warnings:
                     logger.warning("%s: %s", result.name, warning)
                 with locked(self.output_dir):
-                    folder = self._publish(result, scan, self._describe(result, scan, time.monotonic() - begun))
+                    folder = self._publish(result, scan, time.monotonic() - begun)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             self._remove_if_empty(PARTIAL_FOLDER)
         self.forget_failure(scan)
         return folder
 
-    def clear(self) -> None:
-        """Remove what interrupted runs on this machine left in ``.partial``; the folder of a process that works stays."""
-        if not (self.output_dir / PARTIAL_FOLDER).is_dir():
-            return
-        with locked(self.output_dir):  # meanwhile no other process makes a folder that it does not hold yet
-            for folder in (self.output_dir / PARTIAL_FOLDER).glob(f"{_host()}-*"):
-                with locked(folder, wait=False) as alone:
-                    if alone:
-                        shutil.rmtree(folder, ignore_errors=True)
-        self._remove_if_empty(PARTIAL_FOLDER)
-
-    def note_failure(self, scan: Mapping[str, Any], message: str) -> None:
-        """Keep the reason why a scan failed, for the table over all scans."""
-        write_text(self._failure_note(scan), message + "\n")
-
-    def forget_failure(self, scan: Mapping[str, Any]) -> None:
-        """Remove the note of a scan that failed earlier."""
-        self._failure_note(scan).unlink(missing_ok=True)
-        self._remove_if_empty(FAILED_FOLDER)
-
-    def read_failure(self, scan: Mapping[str, Any]) -> str:
-        """Why a scan failed; empty if it did not."""
-        note = self._failure_note(scan)
-        return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-
-    def write_summary(self, scans: Sequence[Mapping[str, Any]]) -> Path:
-        """Write ``summary.tsv``: one row per scan with its status, warnings, volumes and other numbers.
-
-        It is made of the markers of all scans, so that of several processes the one that ends last writes the whole table. Rows
-        of an earlier table whose results are still there stay.
-
-        Args:
-            scans: entries of the list; those with ``skipped`` are listed with the reason.
-        """
-        path = self.output_dir / "summary.tsv"
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with locked(self.output_dir):
-            rows = [self._row(scan) for scan in scans]
-            names = {row["scan"] for row in rows if row["status"] != "skipped"}
-            rows += [row for row in self._earlier_rows(path) if row["scan"] not in names]
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            write_table(path, columns, [[row.get(column, ABSENT) for column in columns] for row in rows])
-            self._describe_dataset()
-        return path
-
-    def _row(self, scan: Mapping[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {"scan": scan["name"], "image": printable(scan["image"])}
-        if scan.get("skipped"):
-            return row | {"status": "skipped", "message": scan["skipped"]}
-        failure, marker = self.read_failure(scan), self.read_marker(scan)
-        folder = {"folder": Scan.of(scan).results}
-        if failure:
-            return row | {"status": "failed", "message": failure} | folder
-        if marker is None:
-            return row | {"status": "missing", "message": ""} | folder
-        return row | {"status": "done", "message": "; ".join(marker["warnings"])} | folder | marker["summary"]
-
-    def _earlier_rows(self, path: Path) -> list[dict[str, str]]:
-        try:
-            rows = read_table(path)
-        except (OSError, ValueError):  # none, or a table of something else
-            return []
-        return [
-            row
-            for row in rows
-            if row.get("status") == "done" and (self.output_dir / row["folder"] / f"{row['scan']}_{FINISHED}").is_file()
-        ]
-
-    def _failure_note(self, scan: Mapping[str, Any]) -> Path:
-        return self.output_dir / FAILED_FOLDER / f"{Scan.of(scan).name}.txt"
-
-    def _remove_if_empty(self, name: str) -> None:
-        with locked(self.output_dir), suppress(OSError):  # not there, or another process works in it
-            (self.output_dir / name).rmdir()
-
-    def _result(self, item: Mapping[str, Any], scan: Mapping[str, Any], folder: Path) -> ScanResult:
-        image: MetaTensor = item["image"]
+    def _result(self, item: Mapping[str, Any], scan: Entry, folder: Path) -> ScanResult:
+        meta, soft = item["image"].meta, item.get("soft_volumes")
         maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in NOT_MAPS}
         labels = maps["segmentation"] if self.settings.grid == "1mm" else item["pred"]
-        soft = item.get("soft_volumes")
-        frame, modality = image.meta.get("frame"), str(image.meta.get("modality") or "")
+        frame, modality = meta.get("frame"), str(meta.get("modality") or "")
         return ScanResult(
             name=str(scan["name"]),
             source=Path(printable(scan["image"])),
@@ -230,32 +149,22 @@ class ScanWriter:
             maps=maps,
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
             frame=int(str(frame)) if str(frame).isdigit() else frame,
-            window=str(image.meta.get("window") or ""),
+            window=str(meta.get("window") or ""),
             lesions=str(scan.get("lesions") or ""),
             settings=self.settings,
             original=item.get("original"),
             modality=modality,
-            warnings=[line for line in str(image.meta.get("warnings") or "").split("\n") if line],
+            warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
             summary={"modality": modality} if modality else {},
         )
 
-    def _describe(self, result: ScanResult, scan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Content of the marker."""
-        entry = Scan.of(scan)
-        return {
-            "outputs": list(self.writers),
-            "settings": asdict(self.settings),
-            "source": {**entry.identify(), "sha256": entry.hash_content()},
-            "files": sorted(file.name for file in result.folder.iterdir()),
-            "warnings": result.warnings,
-            "summary": {"warnings": len(result.warnings), **result.summary},
-            "seconds_to_write": round(seconds, 1),
-        }
-
-    def _publish(self, result: ScanResult, scan: Mapping[str, Any], content: dict[str, Any]) -> Path:
+    def _publish(self, result: ScanResult, scan: Entry, seconds: float) -> Path:
         """Move the files to their place; the marker is absent meanwhile, and a second one names the files, old and new."""
         self.check_place(scan)
-        final, new = self.folder_of(scan), content["files"]
+        entry, new = Scan.of(scan), sorted(file.name for file in result.folder.iterdir())
+        source = {**entry.identify(), "sha256": entry.hash_content()}
+        finished, unfinished = self._marker(scan), self._marker(scan, UNFINISHED)
+        final = finished.parent
         markers = [self.read_marker(scan, ending) or {} for ending in (FINISHED, UNFINISHED)]
         earlier = {name for marker in markers for name in marker.get("files", ())}
         for file in [] if self.overwrite else new:
@@ -263,38 +172,101 @@ class ScanWriter:
                 raise FileExistsError(
                     f"{final / file}: no file of this name must be there, found one that is no result"
                 )
-        finished, unfinished = (final / f"{result.name}_{ending}" for ending in (FINISHED, UNFINISHED))
-        write_text(unfinished, json.dumps({"source": content["source"], "files": sorted({*earlier, *new})}))
+        write_text(unfinished, json.dumps({"source": source, "files": sorted({*earlier, *new})}))
         finished.unlink(missing_ok=True)
         for file in earlier - set(new):
             (final / file).unlink(missing_ok=True)
         for file in new:
             (result.folder / file).replace(final / file)
-        write_text(finished, json.dumps(content, indent=2) + "\n")
+        content = {
+            "outputs": list(self.writers),
+            "settings": asdict(self.settings),
+            "source": source,
+            "files": new,
+            "warnings": result.warnings,
+            "summary": {"warnings": len(result.warnings), **result.summary},
+            "seconds_to_write": round(seconds, 1),
+        }
+        write_text(finished, as_json(content))
         unfinished.unlink()
         return final
 
-    def _describe_dataset(self) -> None:
-        path = self.output_dir / "dataset_description.json"
-        if not path.exists():
-            generated = [{"Name": "brainfm-monai", "Version": self.settings.version}]
-            content = {
-                "Name": "BrainFM maps",
-                "BIDSVersion": BIDS_VERSION,
-                "DatasetType": "derivative",
-                "GeneratedBy": generated,
-            }
-            write_text(path, json.dumps(content, indent=2) + "\n")
+    def clear(self) -> None:
+        """Remove what interrupted runs on this machine left in ``.partial``; the folder of a process that works stays."""
+        if not (self.output_dir / PARTIAL_FOLDER).is_dir():
+            return
+        with locked(self.output_dir):  # meanwhile no other process makes a folder that it does not hold yet
+            for folder in (self.output_dir / PARTIAL_FOLDER).glob(f"{HOST}-*"):
+                with locked(folder, wait=False) as alone:
+                    if alone:
+                        shutil.rmtree(folder, ignore_errors=True)
+        self._remove_if_empty(PARTIAL_FOLDER)
+
+    def _remove_if_empty(self, name: str) -> None:
+        with locked(self.output_dir), suppress(OSError):  # not there, or another process works in it
+            (self.output_dir / name).rmdir()
+
+    def _failure_note(self, scan: Entry) -> Path:
+        return self.output_dir / FAILED_FOLDER / f"{Scan.of(scan).name}.txt"
+
+    def note_failure(self, scan: Entry, message: str) -> None:
+        """Keep the reason why a scan failed, for the table over all scans."""
+        write_text(self._failure_note(scan), message + "\n")
+
+    def forget_failure(self, scan: Entry) -> None:
+        """Remove the note of a scan that failed earlier."""
+        self._failure_note(scan).unlink(missing_ok=True)
+        self._remove_if_empty(FAILED_FOLDER)
+
+    def read_failure(self, scan: Entry) -> str:
+        """Why a scan failed; empty if it did not."""
+        note = self._failure_note(scan)
+        return note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+
+    def write_summary(self, scans: Sequence[Entry]) -> Path:
+        """Write ``summary.tsv``: one row per scan with its status, warnings, volumes and other numbers.
+
+        It is made of the markers of all scans, so that of several processes the one that ends last writes the whole table. Rows
+        of an earlier table whose results are still there stay.
+
+        Args:
+            scans: entries of the list; those with ``skipped`` are listed with the reason.
+        """
+        path, dataset = self.output_dir / "summary.tsv", self.output_dir / "dataset_description.json"
+        with locked(self.output_dir):
+            rows = [self._row(scan) for scan in scans]
+            names = {row["scan"] for row in rows if row["status"] != "skipped"}
+            rows += [row for row in self._earlier_rows(path) if row["scan"] not in names]
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            write_table(path, columns, [[row.get(column, ABSENT) for column in columns] for row in rows])
+            if not dataset.exists():
+                generated = [{"Name": "brainfm-monai", "Version": self.settings.version}]
+                write_text(dataset, as_json({**DATASET, "GeneratedBy": generated}))
+        return path
+
+    def _row(self, scan: Entry) -> dict[str, Any]:
+        row: dict[str, Any] = {"scan": scan["name"], "image": printable(scan["image"])}
+        if scan.get("skipped"):
+            return row | {"status": "skipped", "message": scan["skipped"]}
+        failure, marker, folder = self.read_failure(scan), self.read_marker(scan), Scan.of(scan).results
+        if failure or marker is None:
+            return row | {"status": "failed" if failure else "missing", "message": failure, "folder": folder}
+        message = "; ".join(marker["warnings"])
+        return row | {"status": "done", "message": message, "folder": folder} | marker["summary"]
+
+    def _earlier_rows(self, path: Path) -> list[dict[str, str]]:
+        try:
+            rows = read_table(path)
+        except (OSError, ValueError):  # none, or a table of something else
+            return []
+        done = [row for row in rows if row.get("status") == "done"]
+        return [row for row in done if (self.output_dir / row["folder"] / f"{row['scan']}_{FINISHED}").is_file()]
 
 
-def _is_unchanged(scan: Scan, marker: Mapping[str, Any]) -> bool:
-    """Whether the scan of a marker has this content, and the same frame and lesions, wherever it lies now."""
-    identity, earlier = scan.identify(), marker["source"]
+def _is_unchanged(scan: Scan, earlier: Mapping[str, Any]) -> bool:
+    """Whether a scan has the content, and the frame and lesions, of an earlier source, wherever it lies now."""
+    identity = scan.identify()
     if any(identity[key] != earlier[key] for key in ("part", "lesions")):
         return False
     same_file = all(identity[key] == earlier[key] for key in ("path", "changed_ns"))
     return same_file or (bool(scan.path) and Path(scan.path).exists() and scan.hash_content() == earlier["sha256"])
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", platform.node())

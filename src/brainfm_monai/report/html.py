@@ -1,24 +1,16 @@
 """Pages as HTML: one template engine and one stylesheet for the page of a scan, evaluations and comparisons."""
 
-from __future__ import annotations
-
 import base64
-from functools import lru_cache
 
 import jinja2
 
-__all__ = ["data_address", "render"]
-
-
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("brainfm_monai", "report/templates"),
-        autoescape=True,  # names of scans and structures are text, whatever they contain
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("brainfm_monai", "report/templates"),
+    autoescape=True,  # names of scans and structures are text, whatever they contain
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def render(template: str, **values: object) -> str:
@@ -31,7 +23,7 @@ def render(template: str, **values: object) -> str:
     Raises:
         jinja2.UndefinedError: if the template uses a name that is not given.
     """
-    return _environment().get_template(template).render(**values)
+    return ENVIRONMENT.get_template(template).render(**values)
 
 
 def data_address(content: bytes, kind: str = "image/webp") -> str:

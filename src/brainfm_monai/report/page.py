@@ -1,46 +1,24 @@
 """The page of one scan: warnings, pictures of every map, volumes, and what was used, in one file that needs nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import nibabel as nib
 import numpy as np
 
-from brainfm_monai.anatomy import Protocol
+from brainfm_monai import outputs, slices, surfaces
 from brainfm_monai.io import write_text
-from brainfm_monai.outputs import (
-    ScanResult,
-    compute_totals_mm3,
-    compute_volumes_mm3,
-    fit_scan_to_template,
-    grow_surfaces,
-)
-from brainfm_monai.outputs.template import load_template
+from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report.html import data_address, render
-from brainfm_monai.report.surfaces import draw_surface_cells, surface_caption
-from brainfm_monai.slices import (
-    BONE_WINDOW_HU,
-    BRAIN_WINDOW_HU,
-    Cell,
-    Slice,
-    blend,
-    compose,
-    cut_slices,
-    encode,
-    heat,
-    outline,
-    paint,
-    shade,
-)
+from brainfm_monai.slices import BONE_WINDOW_HU, BRAIN_WINDOW_HU, Cell, Slice, compose, cut_slices, heat, shade
 from brainfm_monai.tasks import Task
-
-__all__ = ["compose_page", "draw_sections", "write_report"]
 
 PIXEL_MM, MARGIN_MM = 0.8, 22.0  # margin around cerebrum and cerebellum: skull and scalp, not the neck
 MANY = (0.1, 0.25, 0.4, 0.5, 0.62, 0.75, 0.9)  # positions within the brain's box, from inferior, posterior, left
-# nuclei, ventricles, vertex; thalami; one side
-FEW = {"axial": (0.35, 0.5, 0.68), "coronal": (0.5,), "sagittal": (0.32,)}
+FEW = {
+    "axial": (0.35, 0.5, 0.68),
+    "coronal": (0.5,),
+    "sagittal": (0.32,),
+}  # nuclei, ventricles, vertex; thalami; one side
 WINDOW_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, so that skin fat or bone does not darken it
 RIBBON_COLOURS = ((1.0, 0.25, 0.25, 0.55), (1.0, 1.0, 1.0, 0.25))  # of cortex and white matter
 TEMPLATE_LEVELS = ((0.35, (0.25, 0.75, 1.0)), (0.75, (1.0, 0.82, 0.25)))  # shares of its maximum: outline, white matter
@@ -53,9 +31,15 @@ SECTIONS = {
     "probability": "Lesions",
     "scale": "Expected error",
 }
+WHITE_COLOUR, PIAL_COLOUR = (1.0, 0.9, 0.2), (1.0, 0.25, 0.25)  # of contours
+THICKEST_MM = 5.0  # white in the views of surfaces
+LEFT, RIGHT = (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0)  # directions towards the viewer
+VIEWS = {
+    "L": (("left hemisphere, from the left", LEFT, "AP"), ("left hemisphere, medial side", RIGHT, "PA")),
+    "R": (("right hemisphere, from the right", RIGHT, "PA"), ("right hemisphere, medial side", LEFT, "AP")),
+}
 
-Draw = Callable[[Slice], np.ndarray]  # the picture of a slice
-Row = tuple[str, Draw]  # with its title
+Row = tuple[str, Callable[[Slice], np.ndarray]]  # a title, and what draws a slice
 
 
 def write_report(scan: ScanResult) -> None:
@@ -65,99 +49,75 @@ def write_report(scan: ScanResult) -> None:
 
 def compose_page(scan: ScanResult) -> str:
     """The page of one scan as HTML."""
-    protocol = scan.layout.protocol
-    soft = scan.soft_volumes_mm3
-    volumes = compute_volumes_mm3(scan.labels, scan.affine, len(protocol)) if soft is None else soft
-    facts = [
-        "" if scan.frame is None else f"volume {scan.frame} of its file",
-        f"intensities clipped to {scan.window}" if scan.window else "",
-        scan.modality and f"taken for {scan.modality}",
-    ]
-    view = scan.path("view.html")
+    protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
+    hard = outputs.compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
+    volumes_ml = (hard if soft is None else soft) / 1000
+    sections = [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
     return render(
         "scan.html",
         title=scan.name,
         scan=scan,
-        size=" x ".join(str(n) for n in scan.labels.shape),
-        voxels=" x ".join(f"{z:.2f}" for z in nib.affines.voxel_sizes(scan.affine)),
+        brain=[s for s in protocol.structures if protocol.is_brain[s.label]],
+        zooms=nib.affines.voxel_sizes(scan.affine),
         axes="".join(nib.orientations.aff2axcodes(scan.affine)),
-        facts=[fact for fact in facts if fact],
-        view=view.name if view.is_file() else "",
-        sections=[(heading, text, data_address(encode(sheet))) for heading, text, sheet in draw_sections(scan)],
-        soft=soft is not None,
+        sections=sections,
         numbers={name: value for name, value in scan.summary.items() if not name.endswith("_mm3")},
-        totals=compute_totals_mm3(np.asarray(volumes), protocol),
-        **_volume_rows(protocol, np.asarray(volumes) / 1000),
+        volumes_ml=volumes_ml,
+        totals=outputs.compute_totals_mm3(volumes_ml, protocol),
     )
-
-
-def _volume_rows(protocol: Protocol, volumes_ml: np.ndarray) -> dict[str, list[tuple[str, str, float, float]]]:
-    """Structures of the brain with and without sides: name, colour, volume in mL, and that of the right side."""
-    rows: dict[str, list[tuple[str, str, float, float]]] = {"paired": [], "single": []}
-    for s in protocol.structures:
-        if protocol.is_brain[s.label] and s.side != "right":
-            name, colour = s.name.removeprefix("Left-").replace("-", " "), "#{:02x}{:02x}{:02x}".format(*s.colour)
-            row = (name, colour, float(volumes_ml[s.label]), float(volumes_ml[s.mirror]))
-            rows["paired" if s.side == "left" else "single"].append(row)
-    return rows
 
 
 def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
     """Heading, caption and picture, (rows, columns, 3) uint8, of every section of the page that the scan has maps for."""
-    mask, labels = scan.layout.protocol.is_hemisphere[scan.labels], scan.layout.tasks["segmentation"]
-    window = _grey_window(scan)
-
-    def draw_scan(cut: Slice) -> np.ndarray:
-        return shade(cut.read(scan.image, scan.affine)[..., 0], window)
+    mask, labels, draw_scan = (
+        scan.layout.protocol.is_hemisphere[scan.labels],
+        scan.layout.tasks["segmentation"],
+        _grey(scan),
+    )
 
     def draw_labels(cut: Slice) -> np.ndarray:
         values = cut.read(scan.labels[None], scan.affine, nearest=True)
-        return paint(labels, values, draw_scan(cut), scan.layout.protocol, cut.plane)
-
-    def cut_at(positions: dict[str, tuple[float, ...]]) -> list[Slice]:
-        return cut_slices(mask, scan.affine, positions, MARGIN_MM, PIXEL_MM)
+        return slices.paint(labels, values, draw_scan(cut), scan.layout.protocol, cut.plane)
 
     cells: list[list[Cell]] = []
     for plane in FEW:
-        cells += _cells(cut_at({plane: MANY}), [(plane, draw_scan), ("", draw_labels)])
+        cuts = cut_slices(mask, scan.affine, {plane: MANY}, MARGIN_MM, PIXEL_MM)
+        cells += _cells(cuts, [(plane, draw_scan), ("", draw_labels)])
     caption = "colours as in the table of volumes; tissues of the head are faint"
     yield "Scan and segmentation", caption, compose(cells)
-    few = cut_at(FEW)
-    for heading, rows in _sections_of_maps(scan, draw_scan).items():
+    cuts = cut_slices(mask, scan.affine, FEW, MARGIN_MM, PIXEL_MM)
+    for heading, rows in _sections_of_maps(scan).items():
         if rows:
-            yield heading, "; ".join(title for title, _ in rows), compose(_cells(few, rows))
-    if scan.path("surfaces.tsv").is_file() and grow_surfaces(scan):  # they were asked for
-        yield "White and pial surface", surface_caption(scan), compose(draw_surface_cells(scan, few, draw_scan))
+            yield heading, "; ".join(title for title, _ in rows), compose(_cells(cuts, rows))
+    if scan.path("surfaces.tsv").is_file() and outputs.grow_surfaces(scan):  # they were asked for
+        cells = _cells(cuts, [("pial (red) and white (yellow) surface", lambda cut: _draw_contours(scan, cut))])
+        yield "White and pial surface", _describe_surfaces(scan), compose([*cells, _draw_hemispheres(scan)])
 
 
-def _sections_of_maps(scan: ScanResult, draw_scan: Draw) -> dict[str, list[Row]]:
-    """Rows of pictures below each heading; a heading whose maps are absent has none."""
-    rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
-    if _is_ct(scan):
-        rows["The CT in two windows"] = _ct_rows("", lambda cut: cut.read(scan.image, scan.affine))
-    for entry, task in scan.layout.maps.items():
-        if task.picture in SECTIONS and entry in scan.maps:
-            rows[SECTIONS[task.picture]] += _map_rows(scan, task, draw_scan)
-    if "entropy" in scan.maps:
-        title = f"entropy of the labels: black certain, white {ENTROPY_TOP:g} of the maximum"
-        entropy = scan.maps["entropy"]
-        rows["Certainty"].append((title, lambda cut: heat(cut.read(entropy, scan.network_affine)[..., 0], ENTROPY_TOP)))
-    return rows
-
-
-def _cells(slices: Sequence[Slice], rows: Sequence[Row]) -> list[list[Cell]]:
+def _cells(cuts: Sequence[Slice], rows: Sequence[Row]) -> list[list[Cell]]:
     return [
-        [Cell(draw(cut), cut.plane.marks, "" if i else title) for i, cut in enumerate(slices)] for title, draw in rows
+        [Cell(draw(cut), cut.plane.marks, "" if i else title) for i, cut in enumerate(cuts)] for title, draw in rows
     ]
 
 
-def _is_ct(scan: ScanResult) -> bool:
-    return scan.modality.startswith("ct")
+def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
+    """Rows of pictures below each heading; a heading whose maps are absent has none."""
+    rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
+    if scan.modality.startswith("ct"):
+        rows["The CT in two windows"] = _ct_rows("", lambda cut: cut.read(scan.image, scan.affine))
+    for entry, task in scan.layout.maps.items():
+        if task.picture in SECTIONS and entry in scan.maps:
+            rows[SECTIONS[task.picture]] += _map_rows(scan, task)
+    if "entropy" in scan.maps:
+        title = f"entropy of the labels: black certain, white {ENTROPY_TOP:g} of the maximum"
+        entropy, affine = scan.maps["entropy"], scan.network_affine
+        rows["Certainty"].append((title, lambda cut: heat(cut.read(entropy, affine)[..., 0], ENTROPY_TOP)))
+    return rows
 
 
 def _grey_window(scan: ScanResult) -> tuple[float, float]:
     """Intensities of the scan that are black and white: of a CT the brain's window, else percentiles within the brain."""
-    if _is_ct(scan):
+    if scan.modality.startswith("ct"):
         return BRAIN_WINDOW_HU
     image = scan.image.cpu().numpy()[0]
     brain = image[scan.layout.protocol.is_brain[scan.labels]]
@@ -166,7 +126,14 @@ def _grey_window(scan: ScanResult) -> tuple[float, float]:
     return max(float(low - margin), float(image.min())), float(high + margin)
 
 
-def _ct_rows(prefix: str, read: Draw) -> list[Row]:
+@outputs.once_per_scan
+def _grey(scan: ScanResult) -> Callable[[Slice], np.ndarray]:
+    """What draws a slice of the scan in grey."""
+    window = _grey_window(scan)
+    return lambda cut: shade(cut.read(scan.image, scan.affine)[..., 0], window)
+
+
+def _ct_rows(prefix: str, read: Callable[[Slice], np.ndarray]) -> list[Row]:
     """A CT in the window of the brain and in that of bone."""
 
     def row(window: tuple[float, float]) -> Row:
@@ -175,61 +142,60 @@ def _ct_rows(prefix: str, read: Draw) -> list[Row]:
     return [row(BRAIN_WINDOW_HU), row(BONE_WINDOW_HU)]
 
 
-def _map_rows(scan: ScanResult, task: Task, draw_scan: Draw) -> list[Row]:
+def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
     """Rows of pictures of one map."""
-    values, affine = scan.maps[task.entry].cpu(), scan.network_affine
+    values, affine, draw_scan = scan.maps[task.entry].cpu(), scan.network_affine, _grey(scan)
 
     def read(cut: Slice) -> np.ndarray:
         return cut.read(values, affine)
 
     def draw(cut: Slice, factor: float = 1.0, window: tuple[float, float] | None = None) -> np.ndarray:
-        return paint(task, read(cut) / factor, draw_scan(cut), scan.layout.protocol, cut.plane, window)
+        return slices.paint(task, read(cut) / factor, draw_scan(cut), scan.layout.protocol, cut.plane, window)
 
-    if task.output_unit == "HU" and task.picture == "image":
-        return _ct_rows(f"{task.entry}, ", read)
     if task.picture == "image":
+        if task.output_unit == "HU":
+            return _ct_rows(f"{task.entry}, ", read)
         low, high = np.percentile(values.numpy()[:, ::2, ::2, ::2], WINDOW_PERCENTILES)
         return [(task.entry, lambda cut: draw(cut, window=(float(low), float(high))))]
     if task.picture == "distance":
+        ribbon = "ribbon (red) and white matter"
         return [
             ("pial (red) and white (yellow) surface", draw),
-            ("ribbon (red) and white matter", lambda cut: _ribbon(read(cut), draw_scan(cut))),
+            (ribbon, lambda cut: _ribbon(read(cut), draw_scan(cut))),
         ]
     if task.picture == "bias_field":
         head = scan.maps["segmentation"].cpu() > 0
         middle = float(values[head].median()) if head.any() else 1.0  # the scale of a bias field is free
         window = _grey_window(scan)
 
-        def inside(cut: Slice) -> np.ndarray:
-            return cut.read(scan.labels[None], scan.affine, nearest=True) > 0
+        def draw_field(cut: Slice) -> np.ndarray:
+            return draw(cut, middle) * (cut.read(scan.labels[None], scan.affine, nearest=True) > 0)
 
-        return [
-            ("bias field (red: too bright, full colour at a factor of 2)", lambda cut: draw(cut, middle) * inside(cut)),
-            (
-                "scan without it",
-                lambda cut: shade(cut.read(scan.image, scan.affine)[..., 0] * middle / read(cut)[..., 0], window),
-            ),
-        ]
+        def draw_corrected(cut: Slice) -> np.ndarray:
+            return shade(cut.read(scan.image, scan.affine)[..., 0] * middle / read(cut)[..., 0], window)
+
+        title = "bias field (red: too bright, full colour at a factor of 2)"
+        return [(title, draw_field), ("scan without it", draw_corrected)]
     if task.picture == "coordinates":
-        return [*_template_rows(scan, draw_scan), ("predicted coordinates, lines every 20 mm", draw)]
+        return [*_template_rows(scan), ("predicted coordinates, lines every 20 mm", draw)]
     return [(f"{task.entry}, {task.output_unit}", draw)]
 
 
 def _ribbon(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
     pial, white = distance[..., [0, 2]].min(axis=-1) < 0, distance[..., [1, 3]].min(axis=-1) < 0
-    for mask, colour in ((pial & ~white, RIBBON_COLOURS[0]), (white, RIBBON_COLOURS[1])):
-        base = blend(base, mask[..., None] * np.array(colour))
+    for mask, colour in zip((pial & ~white, white), RIBBON_COLOURS, strict=True):
+        base = slices.blend(base, mask[..., None] * np.array(colour))
     return base
 
 
-def _template_rows(scan: ScanResult, draw_scan: Draw) -> list[Row]:
+def _template_rows(scan: ScanResult) -> list[Row]:
     """The template laid over the scan, and its outlines on the scan; nothing where there is too little brain for a fit."""
-    template, template_affine = load_template()
+    template, template_affine = outputs.load_template()
     try:
-        warp = fit_scan_to_template(scan)
+        warp = outputs.fit_scan_to_template(scan)
     except ValueError:
         return []
-    top = float(template.max())
+    top, draw_scan = float(template.max()), _grey(scan)
 
     def read(cut: Slice) -> np.ndarray:
         return Slice(cut.plane, warp(cut.points_mm)).read(template[None], template_affine)[..., 0]
@@ -237,10 +203,40 @@ def _template_rows(scan: ScanResult, draw_scan: Draw) -> list[Row]:
     def draw_outlines(cut: Slice) -> np.ndarray:
         picture, values = draw_scan(cut), read(cut)
         for share, colour in TEMPLATE_LEVELS:
-            picture = outline(picture, values, share * top, colour)
+            picture = slices.outline(picture, values, share * top, colour)
         return picture
 
-    return [
-        ("MNI152 laid over the scan", lambda cut: shade(read(cut), (0, top))),
-        ("its outlines on the scan", draw_outlines),
-    ]
+    laid_over = ("MNI152 laid over the scan", lambda cut: shade(read(cut), (0, top)))
+    return [laid_over, ("its outlines on the scan", draw_outlines)]
+
+
+def _draw_contours(scan: ScanResult, cut: Slice) -> np.ndarray:
+    """A slice of the scan with the lines in which the surfaces pass through it."""
+    picture = _grey(scan)(cut)
+    for surface in outputs.grow_surfaces(scan).values():
+        for vertices, colour in ((surface.white_mm, WHITE_COLOUR), (surface.pial_mm, PIAL_COLOUR)):
+            picture = surfaces.draw_contour(picture, cut.points_mm, vertices, surface.faces, colour)
+    return picture
+
+
+def _draw_hemispheres(scan: ScanResult) -> list[Cell]:
+    """Both hemispheres from both sides, coloured by thickness."""
+    cells = []
+    for letter, surface in outputs.grow_surfaces(scan).items():
+        colours = heat(outputs.measure_thickness(scan)[letter][:, None], THICKEST_MM)[:, 0]
+        for title, towards, marks in VIEWS[letter]:
+            picture = surfaces.draw_surface(surface.pial_mm, surface.faces, colours, towards)
+            cells.append(Cell(picture[..., :3] / 255, marks, title))
+    return cells
+
+
+def _describe_surfaces(scan: ScanResult) -> str:
+    """What the pictures of the surfaces show, and the quality of the surfaces."""
+    words = [f"the pial surface is coloured by thickness: black 0, white {THICKEST_MM:g} mm"]
+    for letter, surface in outputs.grow_surfaces(scan).items():
+        euler, crossing = (scan.summary.get(f"{n}_{letter}_pial", "n/a") for n in ("euler_number", "crossing_share"))
+        words.append(
+            f"{letter}: Euler number {euler}, share of crossing triangles {crossing}, "
+            f"of vertices in closed sulci {float(surface.closed.mean()):.2f}"
+        )
+    return "; ".join(words)

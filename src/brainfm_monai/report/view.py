@@ -1,7 +1,5 @@
 """The interactive view: one HTML file with the scan, its segmentation, and NiiVue out of the wheel of ipyniivue."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import logging
@@ -19,8 +17,6 @@ from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report.html import render
 
-__all__ = ["compose_view", "find_niivue", "write_view"]
-
 logger = logging.getLogger(__name__)
 
 WINDOW_PERCENTILES = (0.5, 99.8)  # of the head
@@ -35,12 +31,11 @@ def find_niivue() -> str | None:
 
     Where the script is missing one line reports it, once for each run.
     """
-    package = util.find_spec("ipyniivue")
-    reason = "found no package ipyniivue"
+    package, reason = util.find_spec("ipyniivue"), "found no package ipyniivue"
     if package is not None and package.origin:
         widget = Path(package.origin).parent / "static" / "widget.js"
-        found = BUNDLE.search(widget.read_text(encoding="utf-8")) if widget.is_file() else None
-        script, count = EXPORT.subn("", unquote(found[1])) if found else ("", 0)
+        bundle = BUNDLE.search(widget.read_text(encoding="utf-8")) if widget.is_file() else None
+        script, count = EXPORT.subn("", unquote(bundle[1])) if bundle else ("", 0)
         if count:
             return script
         reason = f"found an ipyniivue without it ({widget})"
@@ -50,33 +45,17 @@ def find_niivue() -> str | None:
 
 def write_view(scan: ScanResult) -> None:
     """Write the interactive view, ``_view.html``, where NiiVue is installed; it opens without a network."""
-    script = find_niivue()
-    if script is not None:
+    if (script := find_niivue()) is not None:
         write_text(scan.path("view.html"), compose_view(scan, script))
 
 
 def compose_view(scan: ScanResult, script: str) -> str:
     """The view as HTML: the scan in 256 grey values, the label map, names and colours, and NiiVue's script."""
-    image = scan.image.cpu().numpy()[0]
-    low, high = np.percentile(image[scan.labels > 0] if (scan.labels > 0).any() else image, WINDOW_PERCENTILES)
+    image, head = scan.image.cpu().numpy()[0], scan.labels > 0
+    low, high = np.percentile(image[head] if head.any() else image, WINDOW_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-    protocol = scan.layout.protocol
-    structures = protocol.structures
-    colours: dict[str, list[object]] = {
-        channel: [s.colour[i] for s in structures] for i, channel in enumerate(("R", "G", "B"))
-    }
-    colours["A"] = [255 if protocol.is_brain[s.label] else 90 * (s.label > 0) for s in structures]
-    colours |= {"I": [s.label for s in structures], "labels": [s.name for s in structures]}
-    data = {
-        "scan": _encode(grey, scan.affine),
-        "labels": _encode(scan.labels, scan.affine),
-        "names": [s.name if s.label else "" for s in structures],
-        "colours": colours,
-    }
+    volumes = [nib.Nifti1Image(volume, scan.affine).to_bytes() for volume in (grey, scan.labels)]
+    packed = [base64.b64encode(gzip.compress(volume, 3, mtime=0)).decode("ascii") for volume in volumes]
     safe = Markup(script.replace("</script", "<\\/script"))  # a script of a package, not of a scan
-    return render("view.html", title=scan.name, script=safe, data=data)
-
-
-def _encode(volume: np.ndarray, affine: np.ndarray) -> str:
-    image = nib.Nifti1Image(volume, affine)
-    return base64.b64encode(gzip.compress(image.to_bytes(), compresslevel=3)).decode("ascii")
+    values = {"scan": packed[0], "labels": packed[1], "protocol": scan.layout.protocol}
+    return render("view.html", title=scan.name, script=safe, **values)

@@ -1,7 +1,5 @@
 """White and pial surfaces of a hemisphere out of its signed distances, vertex by vertex in correspondence."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,16 +12,12 @@ from torch import Tensor
 
 from brainfm_monai.surfaces.topology import extract_sphere
 
-__all__ = ["Hemisphere", "grow_hemisphere"]
-
 GRID_MM = 1.4  # of the level from which the white surface is taken: vertices lie about 0.8 mm apart
 RELAXATIONS = 12  # rounds in which vertices spread along the white surface and return to its level
 STEPS, STEP = 36, 0.25  # of the growth from white to pial, in units of a fall of the distance to 1/e
 FASTEST_MM = 1.0  # per unit: distance to the pial surface beyond which a vertex does not move faster
 SMOOTHING_MM = 0.7  # standard deviation of the Gaussian of the field whose gradient vertices follow
-RIDGE_STEEPNESS = (
-    0.4  # of that field, which is 2 away from ridges: vertices stop there, some tenths of a mm before the ridge
-)
+RIDGE_STEEPNESS = 0.4  # of that field, which is 2 away from ridges: vertices stop there, some tenths of a mm before
 CLOSED_MM = 0.5  # a vertex that ends further from the zero of the pial distance saw no boundary: the sulcus is closed
 
 
@@ -70,11 +64,13 @@ def grow_hemisphere(
     """
     if opposite_pial is not None:
         pial = torch.maximum(pial, (pial - opposite_pial) / 2)
-    pial = torch.minimum(pial - levels_mm[1], white - levels_mm[0])
-    white = white - levels_mm[0]
-    box = _box(pial)
-    if box is None:
+    white, pial = white - levels_mm[0], pial - levels_mm[1]
+    pial = torch.minimum(pial, white)
+    inside = (pial < 0).nonzero()
+    if not len(inside):
         return None
+    first = (inside.amin(0) - 3).clamp_min(0).tolist()  # a box around the inside and 3 voxels around it
+    box = tuple(slice(start, stop + 4) for start, stop in zip(first, inside.amax(0).tolist(), strict=True))
     white, pial = white[box], pial[box]
     voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
     size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
@@ -85,27 +81,17 @@ def grow_hemisphere(
     step = (np.array(white.shape) - 1) / (np.array(size) - 1)
     edited = torch.from_numpy(level).float() - coarse  # where voxels changed sides
     edited = nnf.interpolate(edited[None, None], size=white.shape, mode="trilinear", align_corners=True)[0, 0]
-    vertices = torch.from_numpy(index * step).float()
-    white_vertices = _relax(vertices, white + edited, _mean_of_neighbours(faces, len(index)), voxel_mm)
+    white_vertices = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
     pial_vertices = _flow(white_vertices, white, pial, voxel_mm)
-    closed = _sample(pial[None], pial_vertices)[0].abs() > CLOSED_MM
+    closed = (_sample(pial[None], pial_vertices)[0].abs() > CLOSED_MM).numpy()
     to_mm = np.array(affine, dtype=np.float64)
-    to_mm[:3, 3] += to_mm[:3, :3] @ [axis.start for axis in box]
+    to_mm[:3, 3] += to_mm[:3, :3] @ first
     if np.linalg.det(to_mm[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
         faces = faces[:, ::-1]
     white_mm, pial_mm = (
         (v.numpy() @ to_mm[:3, :3].T + to_mm[:3, 3]).astype(np.float32) for v in (white_vertices, pial_vertices)
     )
-    return Hemisphere(white_mm, pial_mm, np.ascontiguousarray(faces, dtype=np.int32), closed.numpy())
-
-
-def _box(pial: Tensor) -> tuple[slice, ...] | None:
-    """Box around the inside of the pial surface and 3 voxels around it."""
-    inside = (pial < 0).nonzero()
-    if not len(inside):
-        return None
-    first, last = inside.amin(0).tolist(), inside.amax(0).tolist()
-    return tuple(slice(max(a - 3, 0), b + 4) for a, b in zip(first, last, strict=True))
+    return Hemisphere(white_mm, pial_mm, np.ascontiguousarray(faces, dtype=np.int32), closed)
 
 
 def _sample(fields: Tensor, vertices: Tensor) -> Tensor:
@@ -115,20 +101,12 @@ def _sample(fields: Tensor, vertices: Tensor) -> Tensor:
     return nnf.grid_sample(fields[None], place, padding_mode="border", align_corners=True)[0, :, 0, 0]
 
 
-def _gradient(field: Tensor, voxel_mm: float) -> Tensor:
-    """Gradient of a field (H, W, D) per mm, shape (3, H, W, D)."""
-    return torch.stack(torch.gradient(field, spacing=voxel_mm))
-
-
-def _mean_of_neighbours(faces: np.ndarray, count: int) -> sparse.csr_matrix:
-    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])  # each edge once in each direction
-    matrix = sparse.csr_matrix((np.ones(len(edges), np.float32), edges.T), shape=(count, count))
-    return sparse.diags(1 / np.asarray(matrix.sum(1)).ravel()).astype(np.float32) @ matrix
-
-
-def _relax(vertices: Tensor, level: Tensor, neighbours: sparse.csr_matrix, voxel_mm: float) -> Tensor:
+def _relax(vertices: Tensor, level: Tensor, faces: np.ndarray, voxel_mm: float) -> Tensor:
     """Vertices spread evenly over the surface, and moved along the gradient to the zero of the level."""
-    fields = torch.cat([level[None], _gradient(level, voxel_mm)])
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])  # each edge once in each direction
+    adjacency = sparse.csr_matrix((np.ones(len(edges), np.float32), edges.T), shape=[len(vertices)] * 2)
+    neighbours = sparse.diags(1 / np.asarray(adjacency.sum(1)).ravel()).astype(np.float32) @ adjacency
+    fields = torch.stack([level, *torch.gradient(level, spacing=voxel_mm)])
     for _ in range(RELAXATIONS):
         step = torch.from_numpy(neighbours @ vertices.numpy()) - vertices
         values = _sample(fields, vertices)
@@ -142,7 +120,7 @@ def _relax(vertices: Tensor, level: Tensor, neighbours: sparse.csr_matrix, voxel
 def _flow(vertices: Tensor, white: Tensor, pial: Tensor, voxel_mm: float) -> Tensor:
     """Vertices moved from the white surface to the pial one; see :func:`grow_hemisphere`."""
     smooth = GaussianFilter(3, SMOOTHING_MM / voxel_mm)((white + pial)[None, None])[0, 0]
-    fields = torch.cat([pial[None], _gradient(smooth, voxel_mm)])
+    fields = torch.stack([pial, *torch.gradient(smooth, spacing=voxel_mm)])
     for _ in range(STEPS):
         values = _sample(fields, vertices)
         steepness = values[1:].norm(dim=0)

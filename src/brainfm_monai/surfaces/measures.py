@@ -1,21 +1,9 @@
 """What is measured on triangle surfaces: thickness, area, volume, curvature, topology and crossings."""
 
-from __future__ import annotations
-
 import igl.predicates
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
-
-__all__ = [
-    "compute_areas_mm2",
-    "compute_crossing_share",
-    "compute_distances_mm",
-    "compute_euler_number",
-    "compute_mean_curvature",
-    "compute_thickness_mm",
-    "compute_volume_mm3",
-]
 
 
 def compute_euler_number(faces: np.ndarray) -> int:
@@ -42,10 +30,9 @@ def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.nda
 
 
 def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Thickness of the cortex at each vertex, as FreeSurfer defines it.
+    """Thickness of the cortex at each vertex, as FreeSurfer defines it: the mean of the distances to the other surface.
 
-    It is the mean of the distance from the white vertex to the pial surface and of that from the pial vertex to the white surface
-    (Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance images, PNAS 2000).
+    Reference: Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance images, PNAS 2000.
 
     Args:
         white: vertices in mm, shape (V, 3).
@@ -59,20 +46,16 @@ def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray)
     return ((outwards + inwards) / 2).astype(np.float32)
 
 
-def _corners(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return vertices[faces[:, 0]], vertices[faces[:, 1]], vertices[faces[:, 2]]
-
-
 def compute_areas_mm2(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Area that belongs to each vertex, a third of its triangles, shape (V,); the sum is that of the surface."""
-    a, b, c = _corners(vertices, faces)
+    a, b, c = vertices[faces.T]
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 6
     return np.bincount(faces.reshape(-1), np.repeat(area, 3), minlength=len(vertices))
 
 
 def compute_volume_mm3(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Volume inside a closed surface whose triangles are counter-clockwise seen from outside (divergence theorem)."""
-    a, b, c = (corner.astype(np.float64) for corner in _corners(vertices - vertices.mean(axis=0), faces))
+    a, b, c = (vertices - vertices.mean(axis=0))[faces.T].astype(np.float64)
     return float(np.einsum("ij,ij->", np.cross(a, b), c) / 6)
 
 
@@ -108,15 +91,7 @@ def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarra
 
 
 def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
-    """Share of the triangles of a surface that another one of its triangles crosses.
-
-    Args:
-        vertices: mm, shape (V, 3).
-        faces: shape (F, 3).
-
-    Returns:
-        A number from 0 to 1.
-    """
+    """Share, from 0 to 1, of the triangles (F, 3) of a surface with vertices (V, 3) that another of its triangles crosses."""
     vertices, faces = np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
     crossing = igl.predicates.find_self_intersections(vertices, faces)[1]
     return len(np.unique(crossing)) / len(faces)

@@ -1,22 +1,14 @@
-"""A view of a surface from one side, coloured by a number at each vertex."""
+"""Pictures of a surface: a view from one side, and the line in which it passes through a slice."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["draw_surface"]
-
 PIXEL_MM = 0.6
-SAMPLES = (
-    (1, 1, 1),
-    (4, 1, 1),
-    (1, 4, 1),
-    (1, 1, 4),
-    (2, 2, 0),
-    (0, 2, 2),
-    (2, 0, 2),
-)  # places in a triangle, by its corners
+# places in a triangle, by its corners
+SAMPLES = ((1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 0), (0, 2, 2), (2, 0, 2))
+CONTOUR_POINTS = np.linspace(0, 1, 6)[:, None]  # on each piece of a contour, which is at most 1.5 mm long
 AMBIENT = 0.35  # share of the light that comes from everywhere
 LIGHT = (0.35, 0.45, 0.82)  # to the right, above and towards the viewer
 
@@ -60,3 +52,36 @@ def draw_surface(
     nearest = ndimage.distance_transform_edt(~seen, return_distances=False, return_indices=True)
     picture[gaps] = picture[tuple(nearest[:, gaps])]
     return picture
+
+
+def draw_contour(
+    base: np.ndarray, points_mm: np.ndarray, vertices_mm: np.ndarray, faces: np.ndarray, colour: Sequence[float]
+) -> np.ndarray:
+    """Draw the line in which a surface passes through a slice.
+
+    Args:
+        base: picture of the slice, shape (rows, columns, 3), in [0, 1].
+        points_mm: RAS mm of its pixels, of the same shape.
+        vertices_mm: RAS mm, shape (V, 3).
+        faces: shape (F, 3).
+        colour: of the line.
+
+    Returns:
+        A picture of the same shape.
+    """
+    origin = points_mm[0, 0]
+    down, right = points_mm[1, 0] - origin, points_mm[0, 1] - origin
+    height = (vertices_mm - origin) @ np.cross(down, right)
+    edges = faces[:, [[0, 1], [1, 2], [2, 0]]]
+    above = height[edges] > 0
+    one, two = edges[
+        above[..., 0] != above[..., 1]
+    ].T  # two edges of each triangle that the slice cuts, one after the other
+    share = (height[one] / (height[one] - height[two]))[:, None]
+    crossings = (vertices_mm[one] + share * (vertices_mm[two] - vertices_mm[one])).reshape(-1, 2, 1, 3)
+    points = (crossings[:, 0] + (crossings[:, 1] - crossings[:, 0]) * CONTOUR_POINTS).reshape(-1, 3) - origin
+    place = np.rint(np.linalg.lstsq(np.stack([down, right], axis=1), points.T, rcond=None)[0]).astype(int).T
+    place = place[((place >= 0) & (place < base.shape[:2])).all(axis=1)]
+    drawn = base.copy()
+    drawn[place[:, 0], place[:, 1]] = colour
+    return drawn

@@ -8,15 +8,11 @@ correction of segmented medical images using a fast marching algorithm, 2007): i
 boundary, which is a sphere by construction: no table of ambiguous cubes is needed.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
 from scipy import ndimage
-
-__all__ = ["extract_sphere", "grow_ball"]
 
 EDGES = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)][1:])  # the seven directions of edges
 NEIGHBOURS = np.concatenate([EDGES, -EDGES])
@@ -57,13 +53,10 @@ def grow_ball(level: np.ndarray) -> np.ndarray:
     negative = level < 0
     border = [negative[[0, -1]].any(), negative[:, [0, -1]].any(), negative[:, :, [0, -1]].any()]
     if not negative.any() or any(border):
-        raise ValueError(
-            "grow_ball: a level with an inside that does not reach the border is needed, found none or one that does"
-        )
+        needed = "a level with an inside that does not reach the border"
+        raise ValueError(f"grow_ball: {needed} is needed, found none or one that does")
     simple = _simple_configurations()
-    offsets = np.ravel_multi_index(tuple((NEIGHBOURS + 1).T), level.shape) - np.ravel_multi_index(
-        (1, 1, 1), level.shape
-    )
+    offsets = NEIGHBOURS @ [level.shape[1] * level.shape[2], level.shape[2], 1]
     flat = level.reshape(-1)
     candidates = np.flatnonzero(negative)
     candidates = candidates[np.argsort(flat[candidates], kind="stable")]
@@ -72,18 +65,14 @@ def grow_ball(level: np.ndarray) -> np.ndarray:
     inside, waiting = np.zeros(flat.size, dtype=bool), np.zeros(flat.size, dtype=bool)
     inside[candidates[0]] = True
     waiting[candidates[0] + offsets] = True
-    ends = np.linspace(0, len(candidates), LEVELS + 1).astype(int)[1:]
-    for end in ends:
-        reachable, of = candidates[:end], parity[:end]
-        left = ~inside[reachable]
-        groups = [reachable[left & (of == i)] for i in range(8)]
+    for end in np.linspace(0, len(candidates), LEVELS + 1).astype(int)[1:]:
+        reachable, outside = candidates[:end], ~inside[candidates[:end]]
+        groups = [reachable[outside & (parity[:end] == i)] for i in range(8)]
         grown = True
         while grown:
             grown = False
             for i, group in enumerate(groups):
                 tested = group[waiting[group]]
-                if not len(tested):
-                    continue
                 waiting[tested] = False
                 bits = inside[tested[:, None] + offsets] @ (1 << np.arange(14))
                 added = tested[simple[bits]]
@@ -91,8 +80,7 @@ def grow_ball(level: np.ndarray) -> np.ndarray:
                     inside[added] = True
                     waiting[(added[:, None] + offsets).reshape(-1)] = True
                     waiting[added] = False
-                    groups[i] = group[~inside[group]]
-                    grown = True
+                    groups[i], grown = group[~inside[group]], True
     return inside.reshape(level.shape)
 
 

@@ -1,35 +1,18 @@
 """The cortex: distance maps, ribbon, thickness, and white and pial surfaces in scanner coordinates."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from brainfm_monai import surfaces
 from brainfm_monai.io import write_table
-from brainfm_monai.outputs.images import save_map
 from brainfm_monai.outputs.result import ScanResult, once_per_scan
 from brainfm_monai.transforms import MODES
 
-if TYPE_CHECKING:
-    from brainfm_monai.surfaces import Hemisphere
-
-__all__ = [
-    "compute_ribbon",
-    "compute_ribbon_thickness_mm",
-    "grow_surfaces",
-    "measure_thickness",
-    "write_distances",
-    "write_surfaces",
-]
-
-HEMISPHERES = {
-    "left": ("L", "l", 2, 3),
-    "right": ("R", "r", 41, 42),
-}  # BIDS letter, channel letter, ids of white matter and cortex
-OPPOSITE = {"l": "r", "r": "l"}
-DISTANCE_STEP_MM = 0.01
+# By BIDS letter: channel letters of the hemisphere and of the opposite one, FreeSurfer ids of white matter and cortex.
+HEMISPHERES = {"L": ("l", "r", 2, 3), "R": ("r", "l", 41, 42)}
+THICKNESS_STEP_MM = 0.01
 TABLE = (
     "hemisphere", "surface", "vertices", "faces", "euler_number", "crossing_share", "closed_share", "area_mm2",
     "volume_mm3", "mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm",
@@ -47,9 +30,9 @@ def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
     """
     shape = next(iter(distance.values())).shape
     ribbon, depth = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
-    for _, letter, white_id, cortex_id in HEMISPHERES.values():
-        if letter + "p" in distance:
-            pial, white = distance[letter + "p"], distance[letter + "w"]
+    for side, _, white_id, cortex_id in HEMISPHERES.values():
+        if side + "p" in distance:
+            pial, white = distance[side + "p"], distance[side + "w"]
             nearest = np.minimum(pial, white)
             deeper = nearest < depth
             ribbon[deeper] = np.where(white < 0, white_id, cortex_id)[deeper]
@@ -63,49 +46,49 @@ def compute_ribbon_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndar
     Distances end at 3 mm, so that no voxel can show more than 6 mm.
     """
     thickness = np.zeros(ribbon.shape, dtype=np.float32)
-    for _, letter, _, cortex_id in HEMISPHERES.values():
-        if letter + "p" in distance:
+    for side, _, _, cortex_id in HEMISPHERES.values():
+        if side + "p" in distance:
             cortex = ribbon == cortex_id
-            thickness[cortex] = (distance[letter + "w"] - distance[letter + "p"])[cortex]
+            thickness[cortex] = (distance[side + "w"] - distance[side + "p"])[cortex]
     return thickness.clip(min=0)
 
 
 def write_distances(scan: ScanResult) -> None:
     """Write the distance maps, the cortical ribbon and the thickness map, in the grid of the files."""
     distance = scan.in_grid("distance")
-    names = scan.layout.tasks["distance"].channel_names
     text = "signed distance to the surfaces, negative inside, clipped at 3 mm; l, r: hemisphere, p, w: pial, white"
-    save_map(scan, "distance", np.moveaxis(distance, 0, -1), text)
-    known = _shown_hemispheres(scan, dict(zip(names, distance, strict=True)))
-    ribbon = compute_ribbon(known)
-    thickness = compute_ribbon_thickness_mm(known, ribbon)
-    scan.save_image(
-        "desc-ribbon_dseg", ribbon, Description="2, 41: left and right white matter; 3, 42: left and right cortex"
-    )
-    scan.save_image(
-        "thickness", thickness, step=DISTANCE_STEP_MM, Units="mm", Description="distance to white + to pial surface"
-    )
+    scan.save_map("distance", distance, text)
+    shown = _shown_hemispheres(scan, distance)
+    ribbon = compute_ribbon(shown)
+    thickness = compute_ribbon_thickness_mm(shown, ribbon)
+    text = "2, 41: left and right white matter; 3, 42: left and right cortex"
+    scan.save_image("desc-ribbon_dseg", ribbon, Description=text)
+    text = "distance to white + to pial surface"
+    scan.save_image("thickness", thickness, step=THICKNESS_STEP_MM, Units="mm", Description=text)
     cortex = thickness[thickness > 0]
     scan.summary["cortical_thickness_mm"] = round(float(np.median(cortex)), 3) if cortex.size else "n/a"
 
 
+def _shown_hemispheres(scan: ScanResult, distance: Any) -> dict[str, Any]:
+    """The channels of the distances by name, without those of a hemisphere that the mode leaves out."""
+    channels = zip(scan.layout.tasks["distance"].channel_names, distance, strict=True)
+    left_out = MODES[scan.settings.mode].excluded_side[:1]
+    return {name: value for name, value in channels if not left_out or not name.startswith(left_out)}
+
+
 @once_per_scan
-def grow_surfaces(scan: ScanResult) -> dict[str, Hemisphere]:
+def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
     """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan.
 
     They are grown from the distances in the network's grid, where these were computed.
     """
-    from brainfm_monai.surfaces import grow_hemisphere  # needs scipy, which an extra brings
-
-    names = scan.layout.tasks["distance"].channel_names
-    distance: dict[str, Any] = dict(zip(names, scan.maps["distance"].as_tensor().cpu().float(), strict=True))
-    levels = scan.settings.surface_levels_mm
-    shown = _shown_hemispheres(scan, distance)
+    shown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float())
+    affine, levels_mm = scan.network_affine, scan.settings.surface_levels_mm
     grown = {
-        letter: grow_hemisphere(
-            shown[side + "w"], shown[side + "p"], shown.get(OPPOSITE[side] + "p"), scan.network_affine, levels
+        letter: surfaces.grow_hemisphere(
+            shown[side + "w"], shown[side + "p"], shown.get(opposite + "p"), affine, levels_mm
         )
-        for letter, side, _, _ in HEMISPHERES.values()
+        for letter, (side, opposite, _, _) in HEMISPHERES.items()
         if side + "w" in shown
     }
     return {letter: surface for letter, surface in grown.items() if surface is not None}
@@ -114,37 +97,31 @@ def grow_surfaces(scan: ScanResult) -> dict[str, Hemisphere]:
 @once_per_scan
 def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
     """Thickness in mm at the vertices of each hemisphere, by its letter."""
-    from brainfm_monai.surfaces import compute_thickness_mm  # needs scipy, which an extra brings
-
     return {
-        letter: compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
+        letter: surfaces.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
         for letter, surface in grow_surfaces(scan).items()
     }
 
 
 def write_surfaces(scan: ScanResult) -> None:
     """Write white and pial surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of both."""
-    from brainfm_monai import surfaces as of_triangles  # needs scipy, which an extra brings
-
     rows = []
     for letter, surface in grow_surfaces(scan).items():
-        thickness = measure_thickness(scan)[letter]
-        white_areas = of_triangles.compute_areas_mm2(surface.white_mm, surface.faces)
-        mean = float(np.average(thickness, weights=white_areas))
+        faces, thickness = surface.faces, measure_thickness(scan)[letter]
+        mean = float(np.average(thickness, weights=surfaces.compute_areas_mm2(surface.white_mm, faces)))
         for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):
-            curvature = of_triangles.compute_mean_curvature(vertices, surface.faces)
-            areas = of_triangles.compute_areas_mm2(vertices, surface.faces)
-            crossing = of_triangles.compute_crossing_share(vertices, surface.faces)
-            euler = of_triangles.compute_euler_number(surface.faces)
-            closed = float(surface.closed.mean())
+            curvature = surfaces.compute_mean_curvature(vertices, faces)
+            areas, volume = surfaces.compute_areas_mm2(vertices, faces), surfaces.compute_volume_mm3(vertices, faces)
+            crossing = surfaces.compute_crossing_share(vertices, faces)
+            euler = surfaces.compute_euler_number(faces)
             rows.append(
                 (
-                    letter, name, len(vertices), len(surface.faces), euler, f"{crossing:.5f}", f"{closed:.4f}",
-                    f"{areas.sum():.0f}", f"{of_triangles.compute_volume_mm3(vertices, surface.faces):.0f}",
-                    f"{np.average(curvature, weights=areas):.4f}", f"{mean:.3f}", f"{np.median(thickness):.3f}",
+                    letter, name, len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}",
+                    f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}",
+                    f"{mean:.3f}", f"{np.median(thickness):.3f}",
                 )
             )  # fmt: skip
-            _save_surface(scan, f"hemi-{letter}_{name}", vertices, surface.faces, euler)
+            _save_surface(scan, f"hemi-{letter}_{name}.surf", vertices, faces, euler)
             scan.summary[f"euler_number_{letter}_{name}"] = euler
             scan.summary[f"crossing_share_{letter}_{name}"] = round(crossing, 5)
             if name == "white":
@@ -155,20 +132,12 @@ def write_surfaces(scan: ScanResult) -> None:
     write_table(scan.path("surfaces.tsv"), TABLE, rows)
 
 
-def _shown_hemispheres(scan: ScanResult, distance: dict[str, Any]) -> dict[str, Any]:
-    """Distances of the hemispheres that the mode leaves in."""
-    left_out = MODES[scan.settings.mode].excluded_side[:1]
-    return {name: value for name, value in distance.items() if not left_out or not name.startswith(left_out)}
-
-
 def _save_surface(scan: ScanResult, suffix: str, vertices: np.ndarray, faces: np.ndarray, euler: int) -> None:
     scanner: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
-    arrays = [
-        nib.gifti.GiftiDataArray(vertices, "NIFTI_INTENT_POINTSET", coordsys=scanner),
-        nib.gifti.GiftiDataArray(faces, "NIFTI_INTENT_TRIANGLE"),
-    ]
-    nib.save(nib.GiftiImage(darrays=arrays), scan.path(f"{suffix}.surf.gii"))
-    scan.write_sidecar(f"{suffix}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
+    points = nib.gifti.GiftiDataArray(vertices, "NIFTI_INTENT_POINTSET", coordsys=scanner)
+    triangles = nib.gifti.GiftiDataArray(faces, "NIFTI_INTENT_TRIANGLE")
+    nib.save(nib.GiftiImage(darrays=[points, triangles]), scan.path(f"{suffix}.gii"))
+    scan.write_sidecar(suffix, Units="mm, RAS of the scanner", EulerNumber=euler)
 
 
 def _save_shape(scan: ScanResult, suffix: str, values: np.ndarray) -> None:

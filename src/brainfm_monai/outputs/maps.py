@@ -1,0 +1,195 @@
+"""Maps as files: labels and volumes, synthetic contrasts, bias field, lesions, age, embedding, scales of error."""
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.io import ABSENT, read_volume, write_table, write_text
+from brainfm_monai.outputs.result import ScanResult, resample
+
+TOTALS = {
+    "Total-Brain": "all structures of the brain without the ventricles and the fluid around it",
+    "Intracranial-Volume": "all structures of the brain, the ventricles and the fluid around it",
+}
+LESION_IDS = frozenset({25, 57, 77, 78, 79, 99})  # FreeSurfer ids of lesions and white-matter hypointensities
+SHARPEN_SIGMA_MM = 1.0  # of the Gaussian whose difference is added: the width of a voxel
+SMALLEST_FACTOR = 1e-3  # of a bias field that a scan is divided by
+LESION_THRESHOLD = 0.5
+FAR_MM = 10  # healthy tissue around a lesion, from which the scan's and the synthetic intensities are related
+
+
+def compute_volumes_mm3(labels: np.ndarray, affine: np.ndarray, count: int) -> np.ndarray:
+    """Volume of every label: its number of voxels times the volume of a voxel.
+
+    Args:
+        labels: label map, any shape, integer in [0, count).
+        affine: voxel indices to mm, shape (4, 4).
+        count: number of labels.
+
+    Returns:
+        Volumes in mm^3, shape (count,).
+    """
+    return np.asarray(np.bincount(labels.reshape(-1), minlength=count) * abs(np.linalg.det(affine[:3, :3])))
+
+
+def compute_totals_mm3(volumes: np.ndarray, protocol: Protocol) -> dict[str, float]:
+    """Sums of volumes, shape (L,): :data:`TOTALS` says of which structures."""
+    parts = (protocol.is_brain & ~protocol.is_fluid, protocol.is_brain)
+    return {name: float(volumes[part].sum()) for name, part in zip(TOTALS, parts, strict=True)}
+
+
+def write_segmentation(scan: ScanResult) -> None:
+    """Write the label map with the protocol's labels (``_dseg``) and with FreeSurfer's ids, and the tables of its labels.
+
+    ``_dseg.tsv`` has the columns of a BIDS look-up table, ``_desc-lut_dseg.txt`` is a colour table for FreeView and 3D Slicer,
+    ``_desc-itksnap_dseg.txt`` a label description for ITK-SNAP; all are of ``_dseg.nii.gz``.
+    """
+    protocol = scan.layout.protocol
+    ids = protocol.freesurfer_ids.astype(np.int16)[scan.labels]
+    scan.save_image("dseg", scan.labels, Description=f"labels of the protocol {protocol.name}; names in _dseg.tsv")
+    scan.save_image("desc-freesurfer_dseg", ids, Description="FreeSurfer ids; 5xx and 9xx are tissues of the head")
+    structures = protocol.structures
+    rows = [(s.label, s.name, s.freesurfer_id, s.side, "#{:02x}{:02x}{:02x}".format(*s.colour)) for s in structures]
+    write_table(scan.path("dseg.tsv"), ("index", "name", "mapping", "side", "color"), rows)
+    colours = [(s, " ".join(map(str, s.colour)), int(s.label > 0)) for s in structures]
+    freeview = [f"{s.label} {s.name} {colour} {255 * shown}" for s, colour, shown in colours]
+    write_text(scan.path("desc-lut_dseg.txt"), "\n".join(["# label name red green blue alpha", *freeview, ""]))
+    snap = [f'{s.label} {colour} {shown} {shown} 1 "{s.name}"' for s, colour, shown in colours]
+    write_text(scan.path("desc-itksnap_dseg.txt"), "\n".join(["# IDX -R- -G- -B- -A-- VIS MSH LABEL", *snap, ""]))
+
+
+def write_volumes(scan: ScanResult) -> None:
+    """Write the volume in mm^3 of every structure but the background: ``_volumes.tsv``.
+
+    ``soft_mm3`` is the sum of the structure's probability over the voxels of the network's grid, ``hard_mm3`` counts voxels of
+    ``_dseg``. The last rows are sums, defined in :data:`TOTALS`.
+    """
+    protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
+    hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
+    best = hard if soft is None else soft
+    totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
+    rows = [
+        (s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label]) for s in protocol.structures[1:]
+    ] + [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name]) for name in TOTALS]
+    table = [(*row[:4], ABSENT if soft is None else f"{row[4]:.1f}", f"{row[5]:.1f}") for row in rows]
+    write_table(scan.path("volumes.tsv"), ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"), table)
+    soft_text = "sum of the structure's probability over the 1 mm voxels of the network"
+    texts = {"soft_mm3": soft_text, "hard_mm3": "voxels of _dseg times the volume of a voxel", **TOTALS}
+    scan.write_sidecar("volumes", **{key: {"Units": "mm^3", "Description": text} for key, text in texts.items()})
+    scan.summary.update({f"{name}_mm3": round(volume, 1) for name, volume in totals.items()})
+    scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in protocol.structures[1:]})
+
+
+def sharpen(image: np.ndarray, strength: float, sigma_mm: float = SHARPEN_SIGMA_MM) -> np.ndarray:
+    """Add the difference from a Gaussian average: image + strength (image - average); 0 changes nothing.
+
+    Args:
+        image: shape (H, W, D), voxels of 1 mm.
+        strength: factor of the difference, from 0.
+        sigma_mm: width of the Gaussian.
+    """
+    return image if strength == 0 else np.asarray(image + strength * (image - ndimage.gaussian_filter(image, sigma_mm)))
+
+
+def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Put the scan's own lesions into a synthetic image.
+
+    The scan's intensities are taken to those of the synthetic image by the straight line that fits healthy tissue around the
+    lesions best (least squares): where the contrast of tissues is turned around, that of the lesion is, too.
+
+    Args:
+        synthetic: shape (H, W, D).
+        scan: the scan in the same grid.
+        lesions: bool, shape (H, W, D).
+        brain: bool, shape (H, W, D), where intensities are compared.
+
+    Returns:
+        The synthetic image, changed within the lesions alone; unchanged where there are none, or no tissue around.
+    """
+    if not lesions.any():
+        return synthetic
+    around = brain & ~lesions & (ndimage.distance_transform_edt(~lesions) <= FAR_MM)
+    if around.sum() < 2 or np.ptp(scan[around]) == 0:
+        return synthetic
+    slope, offset = np.polyfit(scan[around].astype(np.float64), synthetic[around].astype(np.float64), 1)
+    return np.where(lesions, slope * scan + offset, synthetic).astype(np.float32)
+
+
+def write_synthetic_images(scan: ScanResult) -> None:
+    """Write ``_T1w``, ``_T2w``, ``_FLAIR``, ``_ct`` (HU) and the super-resolved scan, as far as the network has them, at 1 mm."""
+    labels = scan.in_network_grid("segmentation")[0]
+    keep = scan.settings.keep_lesions
+    lesions = _lesion_mask(scan, scan.layout.protocol.freesurfer_ids[labels]) if keep else np.zeros(1, dtype=bool)
+    own = resample(scan.image, labels.shape, scan.network_affine).cpu().numpy()[0] if keep else labels
+    for entry, task in scan.layout.maps.items():
+        if task.kind == "image" and entry in scan.maps:
+            image = sharpen(scan.in_network_grid(entry)[0], scan.settings.sharpen)
+            image = insert_lesions(image, own, lesions, labels > 0)
+            text = f"{entry} as the network makes it of the scan, 1 mm"
+            scan.save_map(entry, image[None], text, scan.network_affine, LesionsOfTheScan=keep)
+
+
+def _lesion_mask(scan: ScanResult, ids: np.ndarray) -> np.ndarray:
+    """Where the scan has lesions, in the network's grid: labels of lesions, and the mask that came with the scan."""
+    mask = np.isin(ids, sorted(LESION_IDS))
+    if scan.lesions:
+        given = read_volume(scan.lesions)  # which may be empty
+        values = torch.from_numpy((given.values > 0).astype(np.float32))[None]
+        lesions = MetaTensor(values, affine=torch.from_numpy(given.affine))
+        moved = resample(lesions, ids.shape, scan.network_affine, mode="nearest", padding_mode="zeros")
+        mask |= moved.numpy()[0] > 0
+    return mask
+
+
+def write_bias_field(scan: ScanResult) -> None:
+    """Write the bias field, a factor, and the scan divided by it; the field's median in the head is 1.
+
+    The scale of a bias field is free: the network's is that of its training, and of no meaning in a scan.
+    """
+    field, head = scan.in_grid("bias_field"), scan.labels > 0
+    field = field / (np.median(field[0][head]) if head.any() else 1.0)
+    scan.save_map("bias_field", field, "the scan is too bright by this factor; median in the head 1")
+    corrected, text = scan.image.cpu().numpy() / field.clip(min=SMALLEST_FACTOR), "the scan divided by the bias field"
+    scan.save_image("desc-biascorrected_image", corrected[0], Units="as in the scan", Description=text)
+
+
+def write_lesions(scan: ScanResult) -> None:
+    """Write the probability of lesions, the mask where it is above a half, and the volume and place of each lesion."""
+    probability = scan.in_grid("lesion")
+    mask = probability[0] > LESION_THRESHOLD
+    scan.save_map("lesion", probability, "probability of a lesion")
+    scan.save_image("label-lesion_mask", mask.astype(np.uint8), Description=f"probability above {LESION_THRESHOLD}")
+    pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    volumes = compute_volumes_mm3(pieces, scan.affine, count + 1)[1:]
+    centres = np.reshape(ndimage.center_of_mass(mask, pieces, range(1, count + 1)), (-1, 3))
+    places_mm = nib.affines.apply_affine(scan.affine, centres)
+    rows = [
+        (index, *(f"{number:.1f}" for number in (volume, *place)))
+        for index, (volume, place) in enumerate(zip(volumes, places_mm, strict=True), 1)
+    ]
+    write_table(scan.path("lesions.tsv"), ("index", "volume_mm3", "x_mm", "y_mm", "z_mm"), rows)
+    scan.summary.update({"lesion_count": count, "lesion_volume_ml": round(float(volumes.sum()) / 1000, 3)})
+
+
+def write_age(scan: ScanResult) -> None:
+    """Write the age, the mean of its map over the head, in years: ``_age.json``, and a column of the summary."""
+    head, ages = scan.in_network_grid("segmentation") > 0, scan.in_network_grid("age")
+    scan.summary["age_years"] = round(float(ages[head].mean() if head.any() else ages.mean()), 1)
+    scan.write_sidecar("age", Age=scan.summary["age_years"], Units=scan.layout.maps["age"].output_unit)
+
+
+def write_embedding(scan: ScanResult) -> None:
+    """Write the embedding of every voxel in the network's grid, a vector of length 1: ``_desc-embedding_features``."""
+    text = "vectors of length 1, to be compared by their cosine"
+    scan.save_map("embedding", scan.in_network_grid("embedding"), text, scan.network_affine)
+
+
+def write_uncertainty(scan: ScanResult) -> None:
+    """Write the scale of the error of every map that has one, in the unit of the map: ``_<file of the map>scale``."""
+    text = "scale b of the error by Laplace's law exp(-|error| / b) / 2b, as the network predicts it"
+    for entry, task in scan.layout.maps.items():
+        if task.kind == "log_scale" and entry in scan.maps:
+            scan.save_map(entry, scan.in_grid(entry), text)
