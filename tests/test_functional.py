@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from brainfm_monai.functional import intensity, lesion, separable, spatial
+from brainfm_monai.functional import intensity, separable, spatial
 
 
 def volume(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -274,14 +274,6 @@ def test_painting_names_a_batch_that_does_not_fit() -> None:
         intensity.paint_labels(torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8), torch.zeros(2, 3, 1))
 
 
-def test_texture_has_its_mean_and_std_and_is_never_negative() -> None:
-    noise = torch.randn(1, 1, 30, 30, 30, generator=torch.Generator().manual_seed(0))
-    out = intensity.add_texture(torch.full_like(noise, 100.0), torch.full_like(noise, 7.0), noise)
-    assert float(out.mean()) == pytest.approx(100, abs=5 * 7 / 27000**0.5)
-    assert float(out.std()) == pytest.approx(7, rel=0.03)
-    assert float(intensity.add_texture(torch.zeros_like(noise), torch.ones_like(noise), noise).min()) == 0
-
-
 def test_gamma_turns_about_its_top() -> None:
     image = volume(2, 1, 4, 4, 4) * 400
     out = intensity.apply_gamma(image, torch.tensor([1.0, 2.0]))
@@ -341,11 +333,11 @@ def test_curl_of_a_known_potential_and_no_divergence() -> None:
     grid = spatial.identity_grid((9, 10, 11))
     x, y = grid[:, 0] - 4, grid[:, 1] - 4.5
     nothing = torch.zeros_like(x)
-    rotation = lesion.compute_curl(torch.stack([nothing, nothing, -(x**2 + y**2) / 2], 1))
+    rotation = spatial.compute_curl(torch.stack([nothing, nothing, -(x**2 + y**2) / 2], 1))
     inner = (slice(None), slice(1, -1), slice(1, -1), slice(1, -1))
     torch.testing.assert_close(rotation[:, 0][inner], -y[inner])
     torch.testing.assert_close(rotation[:, 1][inner], x[inner])
-    velocity = lesion.compute_curl(volume(1, 3, 9, 10, 11))
+    velocity = spatial.compute_curl(volume(1, 3, 9, 10, 11))
     divergence = torch.stack([torch.gradient(velocity[:, i], dim=i + 1)[0] for i in range(3)]).sum(0)
     assert float(velocity.abs().max()) > 0.1
     assert float(divergence[:, 2:-2, 2:-2, 2:-2].abs().max()) < 1e-6
@@ -353,10 +345,10 @@ def test_curl_of_a_known_potential_and_no_divergence() -> None:
 
 def test_a_threshold_leaves_the_share_of_the_region() -> None:
     field, region = volume(3, 1, 10, 10, 10), volume(3, 1, 10, 10, 10, seed=1) > 0.4
-    level = lesion.threshold_share(field, region, torch.tensor([0.1, 0.5, 0.0]))
+    level = spatial.threshold_share(field, region, torch.tensor([0.1, 0.5, 0.0]))
     shares = ((field >= level) & region).flatten(1).sum(1) / region.flatten(1).sum(1)
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.5, 0.0]), atol=2e-3, rtol=0)
-    assert not (field >= lesion.threshold_share(field, torch.zeros_like(region), torch.tensor([0.5] * 3))).any()
+    assert not (field >= spatial.threshold_share(field, torch.zeros_like(region), torch.tensor([0.5] * 3))).any()
 
 
 def test_lesions_keep_their_volume_in_the_flow() -> None:
@@ -364,18 +356,18 @@ def test_lesions_keep_their_volume_in_the_flow() -> None:
     grid = spatial.identity_grid(size)
     ball = ((grid - torch.tensor([14.0, 16, 17]).reshape(1, 3, 1, 1, 1)).square().sum(1, keepdim=True) < 36).float()
     ball = spatial.average_neighbours(ball)
-    velocity = lesion.compute_curl(torch.sin(grid.flip(1) * 0.3))
-    carried = lesion.carry(ball, velocity, torch.tensor([3.0]))
+    velocity = spatial.compute_curl(torch.sin(grid.flip(1) * 0.3))
+    carried = spatial.carry(ball, velocity, torch.tensor([3.0]))
     assert float((carried - ball).abs().sum() / ball.sum()) > 0.3
     assert float(carried.sum()) == pytest.approx(float(ball.sum()), rel=0.03)
-    torch.testing.assert_close(lesion.carry(ball, velocity, torch.zeros(1)), ball, atol=1e-5, rtol=0)
+    torch.testing.assert_close(spatial.carry(ball, velocity, torch.zeros(1)), ball, atol=1e-5, rtol=0)
 
 
 def test_lesions_start_in_their_region_with_their_share() -> None:
     field = volume(2, 1, 16, 16, 16)
     region = torch.zeros(2, 1, 16, 16, 16, dtype=torch.bool)
     region[:, :, :8] = True
-    soft = lesion.make_lesions(field, region, torch.tensor([0.2, 0.0]))
+    soft = spatial.make_lesions(field, region, torch.tensor([0.2, 0.0]))
     assert float((soft > 0.5)[0].sum() / region[0].sum()) == pytest.approx(0.2, abs=0.01)
     assert float(soft[~region].max()) == 0
     assert float(soft[1].max()) == 0

@@ -16,11 +16,7 @@ QUANTILE_SAMPLES = 2**17  # voxels that are looked at for a percentile: error of
 
 
 def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
-    """Give every label its values, (B, C, H, W, D) in channels-last memory.
-
-    Args:
-        labels: label indices in [0, L), shape (B, 1, H, W, D), integer.
-        values: C values per label, shape (B, L, C).
+    """Give labels (B, 1, H, W, D) in [0, L) their C values (B, L, C): (B, C, H, W, D), channels last in memory.
 
     Raises:
         ValueError: if the batches differ.
@@ -34,14 +30,13 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
 def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: Tensor) -> Tensor:
     """Give voxels the mean of the values of the labels that they hold: partial volumes, without painting the whole map.
 
+    The result is (B, C, H, W, D), in channels-last memory.
+
     Args:
         labels: label indices in [0, L), shape (B, 1, h, w, d), integer.
         values: C values per label, shape (B, L, C); outside of the map they are 0.
         coordinates: centres of the voxels, shape (B, 3, H, W, D), in voxels of ``labels``.
         offsets: from a voxel's centre to N places in it, whose nearest labels count alike, shape (B, 3, N), same unit.
-
-    Returns:
-        Tensor of shape (B, C, H, W, D), in channels-last memory.
     """
     batch, outside = len(labels), values.shape[1]
     table = nnf.pad(values, (0, 0, 0, 1)).flatten(0, 1)
@@ -60,36 +55,22 @@ def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: T
     return means.reshape(batch, *coordinates.shape[2:], -1).movedim(-1, 1)
 
 
-def add_texture(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """Gaussian intensities, without negative ones: ``mean + std noise``; all of one shape.
-
-    Reference:
-        Billot et al., SynthSeg: segmentation of brain MRI scans of any contrast and resolution, MedIA 86, 2023.
-    """
-    return torch.addcmul(mean, std, noise).clamp_min_(0)
-
-
 def apply_gamma(image: Tensor, gamma: Tensor) -> Tensor:
-    """Raise non-negative intensities (B, 1, H, W, D) to powers (B,) around a fixed one: ``top (I / top)^gamma``.
-
-    Reference:
-        BrainFM (arXiv 2509.00549), generator; ``top`` is 300 there too.
-    """
+    """Raise non-negative intensities (B, 1, H, W, D) to powers (B,): ``top (I / top)^gamma`` (generator of BrainFM)."""
     return GAMMA_TOP * (image / GAMMA_TOP) ** gamma.reshape(-1, 1, 1, 1, 1)
 
 
 def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tensor:
     """Add noise: the magnitude of a complex signal (Rician), or Gaussian noise without negative intensities.
 
+    Rician noise: Gudbjartsson and Patz, Magnetic Resonance in Medicine 34, 1995.
+
     Args:
         image: shape (B, 1, H, W, D).
-        noise: standard normal draws for the real and the imaginary part, shape (B, 2, H, W, D), or (B, 1, H, W, D)
-            where no sample is Rician.
+        noise: standard normal draws of the real and the imaginary part, shape (B, 2, H, W, D); one where none is
+            Rician.
         std: standard deviation, shape (B,), units of the image.
         rician: which samples get Rician noise, shape (B,), bool.
-
-    Reference:
-        Gudbjartsson and Patz, The Rician distribution of noisy MRI data, Magnetic Resonance in Medicine 34, 1995.
     """
     std = std.reshape(-1, 1, 1, 1, 1)
     signal = torch.addcmul(image, noise[:, :1], std)
@@ -99,15 +80,11 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
 
 
 def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[float]) -> Tensor:
-    """Smooth a volume along the axes that are to be sampled more coarsely: a Gaussian as wide as the new voxels.
+    """Smooth a floating volume (..., H, W, D) along the axes that are to be sampled more coarsely.
 
     The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of
-    the old size becomes about one of the new size. Edges are continued by their last voxels.
-
-    Args:
-        volume: shape (..., H, W, D), floating point; it is returned as it is where no axis becomes coarser.
-        spacing_mm: its voxel sizes.
-        target_mm: voxel sizes that it is resampled to.
+    the old size becomes about one of the new size. Edges are continued by their last voxels. The volume is returned as
+    it is where no axis becomes coarser.
     """
     for axis, (spacing, target) in enumerate(zip(spacing_mm, target_mm, strict=True), volume.ndim - 3):
         width_mm = math.sqrt(max(target**2 - spacing**2, 0.0))

@@ -10,11 +10,7 @@ from torch import Tensor
 
 
 def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
-    """Apply one matrix to each axis of a volume.
-
-    Args:
-        volume: shape (B, C, h, w, d).
-        operators: three tensors of shape (B, H, h), (B, W, w) and (B, D, d); the result has shape (B, C, H, W, D).
+    """Apply matrices (B, H, h), (B, W, w) and (B, D, d) to the axes of a volume (B, C, h, w, d): (B, C, H, W, D).
 
     Raises:
         ValueError: if an operator does not fit its axis.
@@ -56,16 +52,13 @@ def count_control_points(extent: float, smallest_spacing: float) -> int:
 
 
 def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None = None) -> Tensor:
-    """Linear interpolation of control points at a physical distance, centred on an axis.
+    """Linear interpolation of control points that are centred on an axis: (B, count, columns), rows sum to 1.
 
     Args:
         spacing: distance of the control points, in voxels, shape (B,).
         size: number of voxels.
         columns: number of control points, odd; see :func:`count_control_points`.
         count: number of places, spread from the first to the last voxel; every voxel if not given.
-
-    Returns:
-        Operator of shape (B, count, columns) whose rows sum to 1.
     """
     half = (size - 1) / 2
     position = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
@@ -81,15 +74,11 @@ def interpolate_lattice(
 
 
 def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
-    """Ghosts along one axis, shape (B, size, size): every ``count``-th line of k-space is weakened.
+    """Ghosts along one axis, (B, size, size): every ``count``-th line of k-space is weakened by a share ``strength``.
 
     The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly. Shifts
-    by a part of a voxel are interpolated linearly.
-
-    Args:
-        count: number of copies, shape (B,), at least 1; 1 only scales the image, so a strength of 0 goes with it.
-        strength: share by which those lines are weakened, shape (B,), in [0, 1].
-        size: number of voxels.
+    by a part of a voxel are interpolated linearly. Both are (B,); a count of 1 only scales the image, so its strength
+    is 0.
     """
     index = torch.arange(size, device=count.device, dtype=strength.dtype)
     step = size / count.reshape(-1, 1, 1)
@@ -102,18 +91,16 @@ def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
 
 
 def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
-    """Acquisition along one axis, shape (B, size, size): a Gaussian profile sampled every ``spacing`` voxels.
+    """Acquisition along one axis, (B, size, size): a Gaussian profile sampled every ``spacing`` voxels, rows sum to 1.
 
     Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and
-    are never read by :func:`upsampling_operator`. Rows sum to 1.
+    are never read by :func:`upsampling_operator`. Profile: Billot et al., Partial volume segmentation of brain MRI
+    scans of any resolution and contrast, MICCAI 2020.
 
     Args:
         spacing: distance of slices, in voxels, shape (B,), at least 1.
         sigma: standard deviation of the profile, in voxels, shape (B,); 0 means linear interpolation.
         size: number of voxels.
-
-    Reference:
-        Billot et al., Partial volume segmentation of brain MRI scans of any resolution and contrast, MICCAI 2020.
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)

@@ -1,4 +1,4 @@
-"""Grids, affine matrices, velocity integration and warping, in voxel coordinates: channel i lies along axis i."""
+"""Grids, affine matrices, flows, warping and lesions, in voxel coordinates: channel i lies along axis i."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+LESION_EDGE = 0.2  # width of a lesion's soft edge before it is carried, in stds of the noise
 SLAB = 2**17  # voxels that are sampled at once on a CPU: corners and weights of a slab stay in its cache
 
 
@@ -21,7 +22,7 @@ def identity_grid(
 
 
 def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tensor:
-    """Linear part of an affine map, (B, 3, 3): shears, then rotations, rows multiplied by the scalings.
+    """Linear part of an affine map, (B, 3, 3): shears, then rotations, rows multiplied by the scalings (as in BrainFM).
 
     A = diag(s) SHx SHy SHz Rx Ry Rz, where SHi adds its two shears of the other axes to row i.
 
@@ -29,9 +30,6 @@ def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tenso
         rotation_deg: angles about the axes H, W, D in degrees, shape (B, 3).
         shear: two off-diagonal shears for each axis, dimensionless, shape (B, 3, 2).
         scaling: factors of the three rows, shape (B, 3).
-
-    Reference:
-        BrainFM (arXiv 2509.00549), generator of the published configuration.
     """
     angle = rotation_deg * (math.pi / 180.0)
     matrix = torch.diag_embed(scaling)
@@ -51,7 +49,7 @@ def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tenso
 def sampling_coordinates(
     matrix: Tensor, translation: Tensor, points: Tensor, size: Sequence[int], source_size: Sequence[int], stride: int
 ) -> Tensor:
-    """Where in the source points of the output look: x = A s (p - c_out) + c_source + t.
+    """Where in the source points of the output look, in source voxels: x = A s (p - c_out) + c_source + t.
 
     Args:
         matrix: linear maps A from output to source, shape (B, 3, 3).
@@ -60,9 +58,6 @@ def sampling_coordinates(
         size: (H, W, D) of the output, whose centre is c_out.
         source_size: (H, W, D) of the source.
         stride: s, the size of an output voxel in source voxels.
-
-    Returns:
-        Coordinates of the shape of ``points``, in source voxels.
     """
     moved = torch.stack([points[:, i] - (n - 1) / 2 for i, n in enumerate(size)], 1) * stride
     turned = torch.bmm(matrix, moved.flatten(2)) + translation[:, :, None]
@@ -177,8 +172,7 @@ def average_neighbours(volume: Tensor) -> Tensor:
 def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
     """Displacement (B, 3, H, W, D) of a stationary velocity at time 1, in voxels, by so many squarings.
 
-    Reference:
-        Arsigny et al., A Log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
+    Arsigny et al., A Log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
     """
     grid = identity_grid(velocity.shape[2:], device=velocity.device, dtype=velocity.dtype)
     displacement = velocity / 2**steps
@@ -191,3 +185,44 @@ def jacobian_determinant(coordinates: Tensor) -> Tensor:
     """Determinant (B, 1, H, W, D) of the derivative of voxel coordinates (B, 3, H, W, D), by central differences."""
     over_h, over_w, over_d = torch.gradient(coordinates, dim=(2, 3, 4))
     return (over_h * torch.linalg.cross(over_w, over_d, dim=1)).sum(dim=1, keepdim=True)
+
+
+def compute_curl(potential: Tensor) -> Tensor:
+    """Curl of a vector potential (B, 3, H, W, D) by central differences: a velocity without divergence, per voxel."""
+    over_h, over_w, over_d = torch.gradient(potential, dim=(2, 3, 4))
+    curl = [over_w[:, 2] - over_d[:, 1], over_d[:, 0] - over_h[:, 2], over_h[:, 1] - over_w[:, 0]]
+    return torch.stack(curl, dim=1)
+
+
+def threshold_share(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
+    """Level (B, 1, 1, 1, 1) of a field (B, 1, H, W, D) above which a share (B,) of a region, a mask of its shape, lies.
+
+    The level is above everything where the share or the region is empty.
+    """
+    limits = torch.finfo(field.dtype)
+    values = torch.where(region, field, limits.min).flatten(1).sort(dim=1, descending=True).values
+    count = (share * region.flatten(1).sum(1)).round().long().clamp_max(values.shape[1] - 1)
+    level = torch.gather(values, 1, (count - 1).clamp_min(0)[:, None]).reshape(-1, 1, 1, 1, 1)
+    return torch.where(count.reshape(-1, 1, 1, 1, 1) > 0, level, limits.max)
+
+
+def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
+    """Lesions with soft edges where a smooth field is highest in a region, in [0, 1]; a lesion exceeds 0.5.
+
+    Arguments as of :func:`threshold_share`. Liu et al., PEPSI: pathology-enhanced pulse-sequence-invariant
+    representations for brain MRI, MICCAI 2024.
+    """
+    scale = field.flatten(1).std(dim=1).reshape(-1, 1, 1, 1, 1).clamp_min(torch.finfo(field.dtype).tiny)
+    level = threshold_share(field, region, share)
+    return ((field - level) / (LESION_EDGE * scale) + 0.5).clamp(0, 1) * region
+
+
+def carry(soft: Tensor, velocity: Tensor, distance: Tensor) -> Tensor:
+    """Carry a map (B, C, H, W, D) along a stationary velocity (B, 3, H, W, D) of any scale.
+
+    The velocity is scaled to a root mean square of ``distance`` (B,), in voxels. PEPSI (above) advects by an ODE
+    solver; the exponential of a velocity without divergence is such a flow too.
+    """
+    size = velocity.square().sum(1).flatten(1).mean(1).sqrt().clamp_min(torch.finfo(velocity.dtype).tiny)
+    flow = integrate_velocity(velocity * (distance / size).reshape(-1, 1, 1, 1, 1))
+    return warp(soft, identity_grid(soft.shape[2:], device=soft.device, dtype=soft.dtype) + flow)

@@ -55,17 +55,10 @@ class _DiceCrossEntropy(torch.autograd.Function):
 def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy plus soft Dice over the foreground classes that are present, without a one-hot volume, in float32.
 
-    The sizes of the Dice are sums of squares, ``2 sum(p t) / (sum(p^2) + sum(t))``. Where a voxel is uncertain, the
-    best p is then near the probability, as it is for the cross entropy; with plain sums it is 0 or 1, the latter
-    already from half the Dice on, so that thin structures come out too large.
-
-    Args:
-        logits: shape (B, L, H, W, D).
-        labels: shape (B, 1, H, W, D), integer, in [0, L).
-
-    Reference:
-        Milletari et al., V-Net, 3DV 2016 (Dice, with squares); averaged over present classes, as an absent one adds a
-        constant.
+    Logits are (B, L, H, W, D), labels (B, 1, H, W, D), integers in [0, L). The sizes of the Dice are sums of squares,
+    ``2 sum(p t) / (sum(p^2) + sum(t))`` (Milletari et al., V-Net, 3DV 2016). Where a voxel is uncertain, the best p is
+    then near the probability, as it is for the cross entropy; with plain sums it is 0 or 1, the latter already from
+    half the Dice on, so that thin structures come out too large. An absent class would add a constant.
     """
     loss: Tensor = _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
     return loss
@@ -74,9 +67,7 @@ def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
 def compute_mask_loss(logits: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
     """Binary cross entropy plus soft Dice of a map that may be empty; truth is 0 or 1, all have one channel.
 
-    Reference:
-        Milletari et al., V-Net, 3DV 2016 (Dice); 1 is added above and below, so that an empty map is met by an empty
-        one.
+    1 is added above and below in the Dice, so that an empty map is met by an empty one.
     """
     logits, truth = logits.float(), truth.float()
     cross_entropy = compute_masked_mean(nnf.binary_cross_entropy_with_logits(logits, truth, reduction="none"), mask)
@@ -95,10 +86,7 @@ def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Absolute error of the forward differences along each axis, between two voxels that both count, per voxel.
 
-    The means of the three axes are added.
-
-    Reference:
-        BrainFM (arXiv 2509.00549), gradient loss of images and coordinates.
+    The means of the three axes are added (gradient loss of BrainFM, arXiv 2509.00549).
     """
     error = pred.float() - target  # differences are linear: that of the error is the error of that
     steps = [compute_masked_mean(error.diff(dim=axis).abs(), _count_rows(mask, axis, 2)) for axis in (2, 3, 4)]
@@ -108,10 +96,8 @@ def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def compute_roughness(pred: Tensor, mask: Tensor) -> Tensor:
     """Mean squared second difference along each axis, where three voxels in a row count; the three means are added.
 
-    First differences would pull coordinates towards a constant; second ones leave every affine map alone.
-
-    Reference:
-        Rueckert et al., IEEE Transactions on Medical Imaging 18, 1999 (bending energy), without the mixed derivatives.
+    First differences would pull coordinates towards a constant; second ones leave every affine map alone. Bending
+    energy (Rueckert et al., IEEE Transactions on Medical Imaging 18, 1999) without the mixed derivatives.
     """
     values, axes = pred.float(), (2, 3, 4)
     bends = [compute_masked_mean(values.diff(n=2, dim=i).square(), _count_rows(mask, i, 3)) for i in axes]
@@ -126,10 +112,7 @@ def _count_rows(mask: Tensor, axis: int, length: int) -> Tensor:
 
 
 def compute_banded_error(pred: Tensor, target: Tensor) -> Tensor:
-    """Absolute error of signed distances in mm at each voxel, inside +-3 mm.
-
-    Beyond that band only the side matters, and the error keeps a gradient.
-    """
+    """Absolute error of signed distances in mm at each voxel; beyond +-3 mm only the side matters, with a gradient."""
     pred = pred.float()
     error = (pred - target).abs()
     error = torch.where(target >= MAX_DISTANCE_MM, (MAX_DISTANCE_MM - pred).clamp_min(0), error)
@@ -140,10 +123,8 @@ def compute_laplace_nll(error: Tensor, log_scale: Tensor, mask: Tensor) -> Tenso
     """Mean negative log likelihood of absolute errors under a Laplace law of predicted scale b: ``error / b + log b``.
 
     The constant log 2 is left out. The loss may be negative: b is a length in the unit of the error. ``log_scale`` is
-    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`.
-
-    Reference:
-        Kendall and Gal, What uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.
+    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`. Kendall and Gal, What
+    uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.
     """
     log_scale = bound_log_scale(log_scale)
     return compute_masked_mean(torch.addcmul(log_scale, error, (-log_scale).exp()), mask)
@@ -167,21 +148,16 @@ def compute_info_nce(
     """InfoNCE between the scans of one subject, whose geometry is the same: a voxel is found again in another scan.
 
     Of each pair of scans, a voxel's embedding in the one is compared with those of all places of a fixed lattice in the
-    other; the right one is that of the same place. Embeddings are divided by their length first.
+    other; the right one is that of the same place. The loss is the cross entropy, its mean over the other samples of a
+    subject, and 0 where ``samples`` is smaller than 2. van den Oord et al., arXiv 1807.03748 (InfoNCE); Chen et al.,
+    SimCLR, ICML 2020 (embeddings of length 1, temperature).
 
     Args:
         embedding: shape (B S, C, H, W, D), the S samples of a subject one after the other.
         mask: places that count, shape (B S, 1, H, W, D); a place counts where it does in all samples of the subject.
-        samples: S, at least 2.
+        samples: S.
         temperature: the similarities, in [-1, 1], are divided by it.
         lattice: places along each axis, at most.
-
-    Returns:
-        Loss per sample, shape (B S,): cross entropy, the mean over the other samples of its subject. It is 0 for all
-        where fewer than two samples are given.
-
-    Reference:
-        van den Oord et al., arXiv 1807.03748 (InfoNCE); Chen et al., SimCLR, ICML 2020 (length 1, temperature).
     """
     steps = [max(1, size // lattice) for size in embedding.shape[2:]]
     places = tuple(slice(step // 2, step // 2 + step * (lattice - 1) + 1, step) for step in steps)

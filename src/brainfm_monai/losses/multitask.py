@@ -170,14 +170,8 @@ class UncertaintyWeights(nn.Module):
 
     The parameters belong into the optimizer, without weight decay, and into the checkpoints. Their gradient comes from
     the losses of all ranks, see :class:`MultiTaskLoss`: it is the same on each, so that they stay equal without
-    ``DistributedDataParallel``.
-
-    Args:
-        layout: its tasks get a parameter each. A task with uncertainty of its own has none: its loss is a likelihood.
-        device: of the parameters: that of the network, so that no step waits for a copy.
-
-    Reference:
-        Kendall, Gal and Cipolla, Multi-task learning using uncertainty to weigh losses, CVPR 2018.
+    ``DistributedDataParallel``. A task with uncertainty of its own has no parameter: its loss is a likelihood. Kendall,
+    Gal and Cipolla, Multi-task learning using uncertainty to weigh losses, CVPR 2018.
     """
 
     def __init__(self, layout: TaskLayout, device: str | torch.device | None = None) -> None:
@@ -190,11 +184,8 @@ class UncertaintyWeights(nn.Module):
     def forward(self, name: str, loss: Tensor, mean: Tensor, present: Tensor) -> Tensor:
         """Weighted loss of a task, a scalar; the loss itself for a task without a parameter.
 
-        Args:
-            name: of the task.
-            loss: its loss on this rank, whose gradient is for the network, a scalar.
-            mean: its loss on all ranks, without gradient, a scalar; the scale learns from it.
-            present: 1 if any sample on any rank has the target, else 0, a scalar.
+        ``loss``, that of this rank, has the gradient for the network; from ``mean``, that of all ranks without
+        gradient, the scale learns; ``present`` is 1 if any sample on any rank has the target, else 0. All are scalars.
         """
         if name not in self.places:
             return loss

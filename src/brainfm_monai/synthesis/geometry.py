@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from brainfm_monai.functional import lesion, separable, spatial
+from brainfm_monai.functional import separable, spatial
 from brainfm_monai.synthesis.ranges import GeometryParams
 
 VELOCITY_STEP, LESION_STEP = 4, 2  # output voxels per point of the grids on which velocity and lesions are made
@@ -81,13 +81,13 @@ def _give_lesions(
 
     octaves = zip(geometry.lesion_noise, LESION_SPACING_MM, strict=True)
     noise = torch.stack([spread(points, spacing) * 0.5**i for i, (points, spacing) in enumerate(octaves)]).sum(0)
-    shape = lesion.make_lesions(noise, separable.resize(region.float(), counts) > 0.5, geometry.lesion_coverage)
+    shape = spatial.make_lesions(noise, separable.resize(region.float(), counts) > 0.5, geometry.lesion_coverage)
     if "lesion_shape" in subject:
         drawn = (spatial.gather_nearest(subject["lesion_shape"], coordinates) > 0).float()
         drawn = separable.resize(spatial.average_neighbours(drawn), counts)  # shares keep the edge where it was
         has_shape = drawn.amax((1, 2, 3, 4), keepdim=True) > 0
         has_lesion = geometry.lesion_coverage.reshape(-1, 1, 1, 1, 1) > 0
         shape = torch.where(has_shape, drawn * has_lesion, shape)
-    velocity = lesion.compute_curl(spread(geometry.lesion_potential, LESION_FLOW_SPACING_MM))
-    soft = lesion.carry(shape, velocity, geometry.lesion_flow / LESION_STEP)
+    velocity = spatial.compute_curl(spread(geometry.lesion_potential, LESION_FLOW_SPACING_MM))
+    soft = spatial.carry(shape, velocity, geometry.lesion_flow / LESION_STEP)
     return ((separable.resize(soft, size) > 0.5) & region).float()

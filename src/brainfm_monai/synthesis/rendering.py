@@ -165,7 +165,7 @@ def _paint(
         mean = cluster_head(mean, head, appearance)
     removed = ~(stays | _voxelwise(geometry.stripped))
     mean, std = torch.where(removed, air_mean, mean), torch.where(removed, air_std, std)
-    painted = intensity.add_texture(mean, std, appearance.paint_noise)
+    painted = torch.addcmul(mean, std, appearance.paint_noise).clamp_min_(0)  # SynthSeg (Billot et al., MedIA 86, 2023)
     blended = blend_inputs(painted, images, appearance)
     if images:  # what is removed shows no real image either
         blended = torch.where(removed, painted * _voxelwise(appearance.blend[:, 0]), blended)
