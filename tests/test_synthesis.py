@@ -409,6 +409,13 @@ def test_partial_volume_codes_are_painted_between_their_tissues() -> None:
     torch.testing.assert_close(mean[77], mean[2])
 
 
+def test_texture_has_the_std_of_its_law() -> None:
+    subject = make_subject()
+    image = render(subject, draw(change(mean=(100, 100), std=(7, 7)), 0), LAYOUT)["image"]
+    inner = image[subject["segmentation"] == LEFT_CORTEX]
+    assert float(inner.std() / inner.mean()) == pytest.approx(0.07, rel=0.1)
+
+
 def test_both_sides_of_a_structure_share_their_contrast() -> None:
     appearance = draw(SynthesisRanges(contrast_prior_prob=0.5), 0, 1, 2, 3).appearances[0]
     mirror = GENERATION.mirror_permutation

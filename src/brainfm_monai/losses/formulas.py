@@ -119,13 +119,15 @@ def compute_banded_error(pred: Tensor, target: Tensor) -> Tensor:
     return torch.where(target <= -MAX_DISTANCE_MM, (pred + MAX_DISTANCE_MM).clamp_min(0), error)
 
 
-def compute_laplace_nll(error: Tensor, log_scale: Tensor, mask: Tensor) -> Tensor:
+def compute_laplace_nll(error: Tensor, log_scale: Tensor | None, mask: Tensor) -> Tensor:
     """Mean negative log likelihood of absolute errors under a Laplace law of predicted scale b: ``error / b + log b``.
 
     The constant log 2 is left out. The loss may be negative: b is a length in the unit of the error. ``log_scale`` is
-    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`. Kendall and Gal, What
-    uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.
+    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`, None for b = 1. Kendall and Gal,
+    What uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.
     """
+    if log_scale is None:
+        return compute_masked_mean(error, mask)
     log_scale = bound_log_scale(log_scale)
     return compute_masked_mean(torch.addcmul(log_scale, error, (-log_scale).exp()), mask)
 

@@ -30,8 +30,7 @@ class MultiTaskLoss(nn.Module):
         weights: weight by task name, 1 for a task without one; tasks that are not in the layout do not matter.
         gradient_weights: weight of the error of the gradient, relative to the task's, for images and coordinates;
             images without one have weight 1, coordinates 0.
-        smoothness_weights: weight of squared second differences of the prediction, relative to the task's; 0 without
-            one.
+        smoothness_weights: weight of squared second differences of the prediction, relative to the task's, or 0.
         samples: scans of each subject in a batch, one after the other; the embedding is learnt from their agreement,
             and is left out where there is one.
         balance: learns weights, by which the given ones are multiplied, such as :class:`UncertaintyWeights`.
@@ -54,21 +53,16 @@ class MultiTaskLoss(nn.Module):
         kinds = {name: task.kind for name, task in layout.tasks.items() if task.kind != "log_scale"}
         images = {name: 1.0 for name, kind in kinds.items() if kind == "image"}
         self.weights = _check_names("weights", weights, list(TASKS))
-        self.gradient_weights = images | _check_names(
-            "gradient_weights", gradient_weights, [name for name in kinds if kinds[name] in GRADIENT_KINDS]
-        )
-        self.smoothness_weights = _check_names(
-            "smoothness_weights", smoothness_weights, [name for name in kinds if kinds[name] in SMOOTH_KINDS]
-        )
+        edged, smooth = ([n for n, kind in kinds.items() if kind in some] for some in (GRADIENT_KINDS, SMOOTH_KINDS))
+        self.gradient_weights = images | _check_names("gradient_weights", gradient_weights, edged)
+        self.smoothness_weights = _check_names("smoothness_weights", smoothness_weights, smooth)
         if samples < 1:
             raise ValueError(f"MultiTaskLoss: 'samples' must be at least 1, got {samples}")
         self.layout, self.kinds, self.samples, self.balance = layout, kinds, samples, balance
         self.components: dict[str, Tensor] = {}
 
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
-        """Loss of a batch, a scalar.
-
-        ``components`` holds the unweighted loss of every task on this rank until the next call.
+        """Loss of a batch, a scalar; ``components`` keeps the unweighted loss of every task on this rank.
 
         Args:
             pred: shape (B, layout.channels, H, W, D).
@@ -83,8 +77,7 @@ class MultiTaskLoss(nn.Module):
             found = tuple(pred.shape)
             raise ValueError(f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject, got {found}")
         parts = self.layout.split(pred)
-        visible = target["visible"].bool()
-        head = visible
+        visible = head = target["visible"].bool()
         if "segmentation" in target:
             head = visible & (target["segmentation"] > 0)
             if "available_segmentation" in target:  # where labels are absent, nobody knows what is head
@@ -97,15 +90,15 @@ class MultiTaskLoss(nn.Module):
                 sums[name] = torch.where(available, losses, 0.0).sum()
                 counts[name] = available.sum().to(losses.dtype)
         self.components = {name: loss.detach() / counts[name].clamp_min(1) for name, loss in sums.items()}
-        return self._join(sums, counts, pred.new_zeros((), dtype=torch.float32)) if sums else pred[:0].sum()
+        # Without any target, the loss is 0 with a gradient of nothing.
+        return self._join(sums, counts, pred.new_zeros((), dtype=torch.float32) if sums else pred[:0].sum().float())
 
     def _join(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], zero: Tensor) -> Tensor:
         """Weighted sum of the tasks, each divided by the number of samples that have it."""
         totals = torch.stack([torch.stack([sums.get(n, zero).detach(), counts.get(n, zero)]) for n in self.kinds])
         ranks = 1
-        # Without gradients, a rank measures for itself.
         if torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(totals)
+            distributed.all_reduce(totals)  # without gradients, a rank measures for itself
             ranks = distributed.get_world_size()
         terms = []
         for name, (total, count) in zip(self.kinds, totals, strict=True):
@@ -139,13 +132,9 @@ class MultiTaskLoss(nn.Module):
         if kind == "log_field":
             loss = formulas.compute_centred_mse(output, truth, counted)
         else:
-            distances, scale = kind == "distance", self.layout.log_scale_of(name)
-            error = formulas.compute_banded_error(output, truth) if distances else (output.float() - truth).abs()
-            loss = (
-                formulas.compute_masked_mean(error, counted)
-                if scale is None
-                else formulas.compute_laplace_nll(error, parts[scale], counted)
-            )
+            banded = kind == "distance"
+            error = formulas.compute_banded_error(output, truth) if banded else (output.float() - truth).abs()
+            loss = formulas.compute_laplace_nll(error, parts.get(f"{name}_log_scale"), counted)
         if self.gradient_weights.get(name, 0.0):
             loss = loss + self.gradient_weights[name] * formulas.compute_gradient_l1(output, truth, counted)
         if self.smoothness_weights.get(name, 0.0):
