@@ -42,7 +42,7 @@ STAGES = {
     "_read": "painting and sampling",
     "_read_mni": "MNI",
     "_look": "masks",
-    "_paint": "texture, mix-up, lesions",
+    "paint": "texture, mix-up, lesions",
     "acquire": "acquisition",
 }
 

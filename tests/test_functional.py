@@ -343,12 +343,12 @@ def test_curl_of_a_known_potential_and_no_divergence() -> None:
     assert float(divergence[:, 2:-2, 2:-2, 2:-2].abs().max()) < 1e-6
 
 
-def test_a_threshold_leaves_the_share_of_the_region() -> None:
+def test_lesions_cover_their_share_of_the_region() -> None:
     field, region = volume(3, 1, 10, 10, 10), volume(3, 1, 10, 10, 10, seed=1) > 0.4
-    level = spatial.threshold_share(field, region, torch.tensor([0.1, 0.5, 0.0]))
-    shares = ((field >= level) & region).flatten(1).sum(1) / region.flatten(1).sum(1)
+    soft = spatial.make_lesions(field, region, torch.tensor([0.1, 0.5, 0.0]))
+    shares = (soft >= 0.5).flatten(1).sum(1) / region.flatten(1).sum(1)
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.5, 0.0]), atol=2e-3, rtol=0)
-    assert not (field >= spatial.threshold_share(field, torch.zeros_like(region), torch.tensor([0.5] * 3))).any()
+    assert not spatial.make_lesions(field, torch.zeros_like(region), torch.tensor([0.5] * 3)).any()
 
 
 def test_lesions_keep_their_volume_in_the_flow() -> None:

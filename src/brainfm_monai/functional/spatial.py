@@ -194,27 +194,19 @@ def compute_curl(potential: Tensor) -> Tensor:
     return torch.stack(curl, dim=1)
 
 
-def threshold_share(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
-    """Level (B, 1, 1, 1, 1) of a field (B, 1, H, W, D) above which a share (B,) of a region, a mask of its shape, lies.
+def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
+    """Lesions with soft edges where a smooth field (B, 1, H, W, D) is highest, in [0, 1]; a lesion exceeds one half.
 
-    The level is above everything where the share or the region is empty.
+    They cover a share (B,) of a region, a mask of the field's shape; there are none where the share or the region is
+    empty. Liu et al., PEPSI: pathology-enhanced pulse-sequence-invariant representations for brain MRI, MICCAI 2024.
     """
     limits = torch.finfo(field.dtype)
     values = torch.where(region, field, limits.min).flatten(1).sort(dim=1, descending=True).values
-    count = (share * region.flatten(1).sum(1)).round().long().clamp_max(values.shape[1] - 1)
-    level = torch.gather(values, 1, (count - 1).clamp_min(0)[:, None]).reshape(-1, 1, 1, 1, 1)
-    return torch.where(count.reshape(-1, 1, 1, 1, 1) > 0, level, limits.max)
-
-
-def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
-    """Lesions with soft edges where a smooth field is highest in a region, in [0, 1]; a lesion exceeds 0.5.
-
-    Arguments as of :func:`threshold_share`. Liu et al., PEPSI: pathology-enhanced pulse-sequence-invariant
-    representations for brain MRI, MICCAI 2024.
-    """
-    scale = field.flatten(1).std(dim=1).reshape(-1, 1, 1, 1, 1).clamp_min(torch.finfo(field.dtype).tiny)
-    level = threshold_share(field, region, share)
-    return ((field - level) / (LESION_EDGE * scale) + 0.5).clamp(0, 1) * region
+    count = (share * region.flatten(1).sum(1)).round().long().clamp_max(values.shape[1] - 1)[:, None]
+    level = torch.where(count > 0, values.gather(1, (count - 1).clamp_min(0)), limits.max)
+    edge = LESION_EDGE * field.flatten(1).std(dim=1).clamp_min(limits.tiny)
+    level, edge = (value.reshape(-1, 1, 1, 1, 1) for value in (level, edge))
+    return ((field - level) / edge + 0.5).clamp(0, 1) * region
 
 
 def carry(soft: Tensor, velocity: Tensor, distance: Tensor) -> Tensor:

@@ -18,42 +18,53 @@ INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are br
 QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 
 
-def cluster_head(mean: Tensor, head: Tensor, appearance: AppearanceParams) -> Tensor:
-    """Divide the head into connected clusters with means of their own.
+def paint(
+    painted: Tensor,
+    number: int,
+    images: Mapping[str, Tensor],
+    lesions: tuple[Tensor, Tensor] | None,
+    removed: Tensor,
+    appearance: AppearanceParams,
+) -> Tensor:
+    """The undegraded image of one sample, (B, 1, H, W, D), in [0, 255] or a little above.
 
-    Clusters lie between the levels of a smooth field, at the quartiles of its law. ``mean`` are the painted means,
-    ``head`` is the share of head in a voxel, both (B, 1, H, W, D).
+    Args:
+        painted: share of the subject's box and of head in a voxel, then means and stds of each sample, (B, 2 + 2 S, H,
+            W, D).
+        number: of the sample.
+        images: real images in the unit of the files.
+        lesions: own and given ones, or None.
+        removed: what is painted as background.
+        appearance: the draw of the sample.
     """
-    field = separable.interpolate_lattice(appearance.cluster_field, appearance.cluster_spacing, mean.shape[2:])
-    offset, *following = appearance.cluster_offset[:, None, :, None, None, None].unbind(2)
-    for level, above in zip(QUARTILES, following, strict=True):
-        offset = torch.where(field > level, above, offset)
-    return (mean + head * offset).clamp_min_(0)
-
-
-def blend_inputs(painted: Tensor, images: Mapping[str, Tensor], appearance: AppearanceParams) -> Tensor:
-    """Convex mixture of the synthetic image and the real images, all on one scale; one-hot but for mixtures.
-
-    ``painted`` is (B, 1, H, W, D), in [0, 255] or a little above; the images are in the unit of the files.
-    """
-    weights = dict(zip(("synthetic", *IMAGES), appearance.blend[..., None, None, None, None].unbind(1), strict=True))
-    out = painted * weights["synthetic"]
-    for name, image in images.items():
-        scaled = intensity.apply_window(image, appearance.ct_window) if name == "CT" else image
-        out = torch.addcmul(out, scaled, weights[name] * INTENSITY_TOP)
-    return out
-
-
-def paint_lesions(image: Tensor, lesions: tuple[Tensor, Tensor] | None, appearance: AppearanceParams) -> Tensor:
-    """Make lesions, own and given ones, brighter or darker; real images already show the subject's own.
-
-    ``image``, in [0, 255] or a little above, and lesions are (B, 1, H, W, D).
-    """
+    outside, head = 1 - painted[:, :1], painted[:, 1:2]
+    air_mean, air_std, goal, change = (
+        value.reshape(-1, 1, 1, 1, 1)
+        for value in (appearance.mean[:, 0], appearance.std[:, 0], appearance.lesion_goal, appearance.lesion_change)
+    )
+    shares = dict(zip(("synthetic", *IMAGES), appearance.blend[..., None, None, None, None].unbind(1), strict=True))
+    mean = painted[:, 2 + 2 * number, None] + outside * air_mean
+    std = painted[:, 3 + 2 * number, None] + outside * air_std
+    if appearance.cluster_offset.shape[1]:
+        # Connected clusters of the head lie between the levels of a smooth field, at the quartiles of its law.
+        field = separable.interpolate_lattice(appearance.cluster_field, appearance.cluster_spacing, mean.shape[2:])
+        offset, *following = appearance.cluster_offset[:, None, :, None, None, None].unbind(2)
+        for level, above in zip(QUARTILES, following, strict=True):
+            offset = torch.where(field > level, above, offset)
+        mean = (mean + head * offset).clamp_min_(0)
+    mean, std = torch.where(removed, air_mean, mean), torch.where(removed, air_std, std)
+    # Texture of SynthSeg (Billot et al., Medical Image Analysis 86, 2023), and a convex mixture with the real images
+    synthetic = torch.addcmul(mean, std, appearance.paint_noise).clamp_min_(0)
+    image = synthetic * shares["synthetic"]
+    for name, values in images.items():
+        scaled = intensity.apply_window(values, appearance.ct_window) if name == "CT" else values
+        image = torch.addcmul(image, scaled, shares[name] * INTENSITY_TOP)
+    if images:  # what is removed shows no real image either
+        image = torch.where(removed, synthetic * shares["synthetic"], image)
     if lesions is None:
         return image
-    looks = (appearance.lesion_goal, appearance.lesion_change, appearance.blend[:, 0])
-    goal, change, synthetic = (value.reshape(-1, 1, 1, 1, 1) for value in looks)
-    amount = torch.maximum(lesions[0] * synthetic, lesions[1])
+    # Real images already show the subject's own lesions.
+    amount = torch.maximum(lesions[0] * shares["synthetic"], lesions[1])
     return torch.lerp(image, goal.expand_as(image), amount * change)
 
 

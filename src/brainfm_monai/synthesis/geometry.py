@@ -47,38 +47,31 @@ def coarsen(size: Sequence[int], share: float) -> list[int]:
 def make_lesion_maps(
     subject: Mapping[str, Tensor], geometry: GeometryParams, coordinates: Tensor, segmentation: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Lesions that a subject has, and lesions that it is given.
+    """Lesions that a subject has, and lesions that it is given: two maps of 0 and 1, (B, 1, H, W, D), or None.
+
+    Own lesions only move with the subject, because real images show them; given ones, out of noise or of another
+    subject's shape, are carried by a flow of their own. There is None if neither can exist.
 
     Args:
         subject: ``lesion``, its own, and ``lesion_shape``, another subject's, if present; see ``render``.
         geometry: the draw.
         coordinates: of the output voxels in the source.
         segmentation: at the output's voxels, (B, 1, H, W, D).
-
-    Returns:
-        Two maps of 0 and 1, (B, 1, H, W, D), or None if neither can exist. Own lesions only move with the subject,
-        because real images show them; given ones, out of noise or of another subject's shape, are carried by a flow of
-        their own.
     """
     if not geometry.lesion_noise and "lesion" not in subject:
         return None
-    own = given = torch.zeros_like(segmentation, dtype=torch.float32)
+    size, counts = geometry.spatial_size, coarsen(geometry.spatial_size, 1 / LESION_STEP)
+    own = torch.zeros_like(segmentation, dtype=torch.float32)
     if "lesion" in subject:
         own = (spatial.gather_nearest(subject["lesion"], coordinates) > 0).float()
-    if geometry.lesion_noise:
-        given = _give_lesions(subject, geometry, coordinates, geometry.lesion_region[segmentation])
-    return own, given
-
-
-def _give_lesions(
-    subject: Mapping[str, Tensor], geometry: GeometryParams, coordinates: Tensor, region: Tensor
-) -> Tensor:
-    size, counts = geometry.spatial_size, coarsen(geometry.spatial_size, 1 / LESION_STEP)
+    if not geometry.lesion_noise:
+        return own, torch.zeros_like(own)
 
     def spread(points: Tensor, spacing_mm: float) -> Tensor:
         spacing = torch.full((len(points), 3), spacing_mm / geometry.voxel_mm, device=points.device)
         return separable.interpolate_lattice(points, spacing, size, counts)
 
+    region = geometry.lesion_region[segmentation]
     octaves = zip(geometry.lesion_noise, LESION_SPACING_MM, strict=True)
     noise = torch.stack([spread(points, spacing) * 0.5**i for i, (points, spacing) in enumerate(octaves)]).sum(0)
     shape = spatial.make_lesions(noise, separable.resize(region.float(), counts) > 0.5, geometry.lesion_coverage)
@@ -90,4 +83,4 @@ def _give_lesions(
         shape = torch.where(has_shape, drawn * has_lesion, shape)
     velocity = spatial.compute_curl(spread(geometry.lesion_potential, LESION_FLOW_SPACING_MM))
     soft = spatial.carry(shape, velocity, geometry.lesion_flow / LESION_STEP)
-    return ((separable.resize(soft, size) > 0.5) & region).float()
+    return own, ((separable.resize(soft, size) > 0.5) & region).float()

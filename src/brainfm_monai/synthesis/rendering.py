@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.functional import intensity, separable, spatial
-from brainfm_monai.synthesis.acquisition import IMAGES, acquire, blend_inputs, cluster_head, paint_lesions
+from brainfm_monai.synthesis.acquisition import IMAGES, acquire, paint
 from brainfm_monai.synthesis.geometry import coarsen, make_coordinates, make_lesion_maps
-from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, SynthesisParams
+from brainfm_monai.synthesis.ranges import GeometryParams, SynthesisParams
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
 
 MNI_STEP_MM = 2.0  # distance of the points at which MNI coordinates are read
@@ -45,10 +45,12 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     visible, stays = _look(geometry, mni, segmentation)
     lesions = make_lesion_maps(subject, geometry, coordinates, segmentation)
     images = {name: read[name] for name in IMAGES if name in read}
-    seen = visible & (stays | ~_voxelwise(geometry.stripped))
+    stripped = _voxelwise(geometry.stripped)
+    seen, removed = visible & (stays | ~stripped), ~(stays | stripped)
     samples: dict[str, list[Tensor]] = {"image": [], "log_bias_field": [], "super_resolution": []}
     for i, appearance in enumerate(params.appearances):
-        scan, field, sharp = acquire(_paint(read, i, images, lesions, stays, geometry, appearance), appearance)
+        painted = paint(read["painted"], i, images, lesions, removed, appearance)
+        scan, field, sharp = acquire(painted, appearance)
         samples["image"].append(intensity.normalise_percentiles(scan * seen))
         samples["log_bias_field"].append(field)
         if "super_resolution" in tasks:
@@ -145,31 +147,6 @@ def _look(geometry: GeometryParams, mni: Tensor | None, segmentation: Tensor) ->
         visible = visible & ~(face & ~geometry.is_brain[segmentation])
     kept = torch.gather(geometry.kept, 1, segmentation.flatten(1)).reshape(segmentation.shape)
     return visible, spatial.average_neighbours(kept) > _voxelwise(geometry.strip_threshold)
-
-
-def _paint(
-    read: Mapping[str, Tensor],
-    number: int,
-    images: Mapping[str, Tensor],
-    lesions: tuple[Tensor, Tensor] | None,
-    stays: Tensor,
-    geometry: GeometryParams,
-    appearance: AppearanceParams,
-) -> Tensor:
-    """The undegraded image of one sample, in [0, 255] or a little above."""
-    inside, head = read["painted"][:, :1], read["painted"][:, 1:2]
-    mean, std = (read["painted"][:, 2 + 2 * number + i, None] for i in range(2))
-    air_mean, air_std = (_voxelwise(value[:, 0]) for value in (appearance.mean, appearance.std))
-    mean, std = mean + (1 - inside) * air_mean, std + (1 - inside) * air_std
-    if appearance.cluster_offset.shape[1]:
-        mean = cluster_head(mean, head, appearance)
-    removed = ~(stays | _voxelwise(geometry.stripped))
-    mean, std = torch.where(removed, air_mean, mean), torch.where(removed, air_std, std)
-    painted = torch.addcmul(mean, std, appearance.paint_noise).clamp_min_(0)  # SynthSeg (Billot et al., MedIA 86, 2023)
-    blended = blend_inputs(painted, images, appearance)
-    if images:  # what is removed shows no real image either
-        blended = torch.where(removed, painted * _voxelwise(appearance.blend[:, 0]), blended)
-    return paint_lesions(blended, lesions, appearance)
 
 
 def _mirror_channels(values: Tensor, name: str, geometry: GeometryParams) -> Tensor:
