@@ -18,8 +18,8 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
 from brainfm_monai.functional import separable, spatial
 from brainfm_monai.synthesis import FLAGS, SynthesisParams, SynthesisRanges, Synthesizer, render, sample
-from brainfm_monai.synthesis.geometry import make_coordinates
 from brainfm_monai.synthesis.ranges import make_mild
+from brainfm_monai.synthesis.rendering import make_coordinates
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 SIZE = (24, 28, 20)

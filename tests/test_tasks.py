@@ -156,8 +156,6 @@ def test_scales_of_error_come_last_with_a_channel_for_each_channel() -> None:
     assert {name: layout.slices[name] for name in plain.slices} == plain.slices
     assert list(layout.tasks)[-2:] == ["mni_log_scale", "distance_log_scale"]
     assert layout.channel_names[52:55] == ["x_log_scale", "y_log_scale", "z_log_scale"]
-    assert layout.log_scale_of("mni") == "mni_log_scale"
-    assert layout.log_scale_of("segmentation") is None
     assert (layout.label_channels, plain.label_channels) == (16, 9)
     output = make_output(layout)
     decided = layout.split(layout.choose_labels(output))

@@ -1,13 +1,12 @@
 """Label protocols: one table each, from which look-up tables, mirror rules and colours follow."""
 
-from __future__ import annotations
-
 import csv
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -91,7 +90,7 @@ class Protocol:
         return len(self.structures)
 
     @classmethod
-    def load(cls, source: str | Path) -> Protocol:
+    def load(cls, source: str | Path) -> Self:
         """Read a protocol by the name of a shipped one (``brainfm``, ``synthseg_head``, ...) or from a table file.
 
         Raises:

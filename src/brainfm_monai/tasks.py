@@ -1,7 +1,5 @@
 """The table of maps: every task of the network, its channels, units and files; and the layout of one output tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -75,6 +73,11 @@ class Task:
     def to_map(self, output: Tensor) -> Tensor:
         """The map in ``output_unit`` out of the network's output, shape (C, ...), float32."""
         return ACTIVATIONS[self.activation](output.float()) * self.scale
+
+    def mirror(self, values: Tensor) -> Tensor:
+        """The channels (B, C, H, W, D) of the mirrored head, whose grid has been flipped or will be."""
+        order, sign = self.mirror_order or range(self.channels), self.mirror_sign or (1,) * self.channels
+        return torch.stack([values[:, i] * factor for i, factor in zip(order, sign, strict=True)], 1)
 
     def target_to_map(self, target: Tensor) -> Tensor:
         """The map that a target of the training stands for: labels and masks as they are, others in ``output_unit``."""
@@ -187,11 +190,6 @@ class TaskLayout:
         names = tuple(s.name for s in self.protocol.structures)
         return replace(task, channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation))
 
-    def log_scale_of(self, name: str) -> str | None:
-        """Name of the task with the log of a task's scale of error, if there is one."""
-        scale = f"{name}_log_scale"
-        return scale if scale in self.tasks else None
-
     @property
     def channel_names(self) -> list[str]:
         """Name of every channel of the output tensor."""
@@ -204,10 +202,8 @@ class TaskLayout:
         MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the
         least.
         """
-        values = []
-        for task in self.tasks.values():
-            values += [task.outside if task.kind != "labels" or i == 0 else 0.0 for i in range(task.channels)]
-        return values
+        tasks = self.tasks.values()
+        return [t.outside * (t.kind != "labels" or i == 0) for t in tasks for i in range(t.channels)]
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
         """Views of the output tensor by task, each of shape (B, channels of the task, H, W, D).
@@ -250,9 +246,4 @@ class TaskLayout:
 
         This is a left-right flip (axis H) with the mirror rule of every task; mirroring twice is the identity.
         """
-        order, sign = [], []
-        for name, task in self.tasks.items():
-            order += [self.slices[name].start + i for i in (task.mirror_order or range(task.channels))]
-            sign += list(task.mirror_sign or (1,) * task.channels)
-        factor = torch.tensor(sign, dtype=output.dtype, device=output.device).reshape(1, -1, 1, 1, 1)
-        return output[:, order].flip(2) * factor
+        return torch.cat([task.mirror(output[:, self.slices[name]]) for name, task in self.tasks.items()], 1).flip(2)

@@ -1,7 +1,5 @@
 """Painting of labels, bias field, gamma, noise and normalisation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Per-axis linear operators of shape (B, n_out, n_in), and their application to a volume."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Grids, affine matrices, flows, warping and lesions, in voxel coordinates: channel i lies along axis i."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

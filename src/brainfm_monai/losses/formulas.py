@@ -1,7 +1,5 @@
 """The formula of each kind of task: predictions, targets and masks (B, C, H, W, D) to one loss per sample, (B,)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

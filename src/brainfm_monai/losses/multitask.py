@@ -1,7 +1,5 @@
 """The loss of a batch: weighted sum of the losses of all tasks; and weights that are learnt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch
@@ -165,7 +163,7 @@ class UncertaintyWeights(nn.Module):
 
     def __init__(self, layout: TaskLayout, device: str | torch.device | None = None) -> None:
         super().__init__()
-        kinds = {name: task.kind for name, task in layout.tasks.items() if layout.log_scale_of(name) is None}
+        kinds = {name: task.kind for name, task in layout.tasks.items() if f"{name}_log_scale" not in layout.tasks}
         self.factors = {name: LIKELIHOODS.get(kind, (1.0, 1.0)) for name, kind in kinds.items() if kind != "log_scale"}
         self.places = {name: i for i, name in enumerate(self.factors)}
         self.log_scale = nn.Parameter(torch.zeros(len(self.places), device=device))

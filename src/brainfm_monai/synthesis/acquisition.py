@@ -1,7 +1,5 @@
 """From anatomy to a scan: contrast, lesions, field, acquisition and noise of one sample."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +13,8 @@ from brainfm_monai.tasks import TASKS
 # Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the files.
 IMAGES = {name: TASKS[name].outside * TASKS[name].scale for name in CONTRASTS}
 INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
+LESION_NOISE_MM = (64.0, 32.0, 16.0, 8.0)  # control points of the noise, by octaves, each with half the amplitude
+LESION_FLOW_MM = 24.0  # control points of the flow's potential
 QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 
 

@@ -1,7 +1,5 @@
 """Tables of contrasts: the mean intensity of every tissue in a kind of scan."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources

@@ -1,11 +1,9 @@
 """The laws of the generator's random quantities, and what one draw of them consists of."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -87,7 +85,7 @@ class SynthesisRanges:
             name, value = field.name, getattr(self, field.name)
             if name.endswith("_prob") and not 0 <= value <= 1:
                 raise ValueError(f"SynthesisRanges: '{name}' must be in [0, 1], got {value}")
-            if field.type == "Range":
+            if field.type == Range:
                 rule, valid = "two ascending numbers", len(value) == 2 and value[0] <= value[1]
             elif name.endswith("_weights"):
                 count = len(getattr(SynthesisRanges, name))
@@ -193,9 +191,9 @@ class SynthesisParams:
     geometry: GeometryParams
     appearances: tuple[AppearanceParams, ...]
 
-    def to(self, device: torch.device) -> SynthesisParams:
+    def to(self, device: torch.device) -> Self:
         """The same draw on another device, without waiting for it."""
-        moved: SynthesisParams = _move(self, device)
+        moved: Self = _move(self, device)
         return moved
 
 

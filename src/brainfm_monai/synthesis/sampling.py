@@ -1,7 +1,5 @@
 """Drawing: the one place where the generator is random."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +9,14 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import separable, spatial
-from brainfm_monai.synthesis.acquisition import IMAGES, INTENSITY_TOP, QUARTILES
+from brainfm_monai.synthesis.acquisition import (
+    IMAGES,
+    INTENSITY_TOP,
+    LESION_FLOW_MM,
+    LESION_NOISE_MM,
+    QUARTILES,
+)
 from brainfm_monai.synthesis.contrasts import read_contrasts
-from brainfm_monai.synthesis.geometry import LESION_FLOW_SPACING_MM, LESION_SPACING_MM
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisParams, SynthesisRanges
 
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
@@ -117,7 +120,7 @@ def _sample_geometry(
     velocity = draws.normal(3, *columns) * (std / voxel_mm).reshape(-1, 3, 1, 1, 1)
     mirror = draws.chance(laws.mirror_prob)
     kept, stripped, hemispheres = _sample_kept(laws, draws, protocol, photo)
-    lesion_columns = [_columns(size, mm / voxel_mm) for mm in LESION_SPACING_MM] if laws.lesion_prob > 0 else []
+    lesion_columns = [_columns(size, mm / voxel_mm) for mm in LESION_NOISE_MM] if laws.lesion_prob > 0 else []
     rotation, shear = draws.uniform(laws.rotation_deg, 3), draws.uniform(laws.shear, 3, 2)
     matrix = spatial.affine_matrix(rotation, shear, draws.uniform(laws.scaling, 3))
     translation, threshold = draws.uniform(laws.translation_mm, 3) / source_mm, draws.uniform(laws.strip_threshold)
@@ -141,7 +144,7 @@ def _sample_geometry(
         field_of_view=torch.stack([cut[..., 0] * extent, (1 - cut[..., 1]) * extent - 1], dim=-1),
         face=plane * draws.chance(laws.deface_prob)[:, None],
         lesion_noise=tuple(draws.normal(1, *c) for c in lesion_columns),
-        lesion_potential=draws.normal(3, *_columns(size, LESION_FLOW_SPACING_MM / voxel_mm)),
+        lesion_potential=draws.normal(3, *_columns(size, LESION_FLOW_MM / voxel_mm)),
         lesion_flow=draws.uniform(laws.lesion_flow_mm) / voxel_mm,
         lesion_region=torch.as_tensor(protocol.is_brain & ~protocol.is_fluid),
         lesion_coverage=draws.uniform(laws.lesion_coverage) * draws.chance(laws.lesion_prob),
@@ -179,7 +182,12 @@ def _sample_appearance(
     size, voxel_mm = geometry.spatial_size, geometry.voxel_mm
     window = torch.stack([draws.uniform(laws.ct_low_hu), draws.uniform(laws.ct_high_hu)], 1)
     mean, std, is_ct, brighter = _sample_contrast(laws, draws, protocol, window, photo_mm > 0)
-    blend = _sample_blend(laws, draws, present)
+    # The synthetic image or one of the present real ones, or a mixture in place of the synthetic image.
+    chosen = draws.choose(torch.tensor(laws.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
+    alone = torch.nn.functional.one_hot(chosen, len(IMAGES) + 1).float()
+    shares = draws.uniform((0.0, 1.0), len(IMAGES) + 1) * present
+    mixed = draws.chance(laws.mixup_prob) & (chosen == 0)
+    blend = torch.where(mixed[:, None], shares / shares.sum(1, keepdim=True), alone)
     is_ct = torch.where(blend[:, 0] > 0, is_ct, blend[:, -1] == 1)
     real = blend[:, 0] == 0
     dark_in_real = (blend[:, 1] > 0) | (blend[:, -1] > 0)  # T1w and CT; lesions are bright in T2w and FLAIR
@@ -243,15 +251,6 @@ def _sample_contrast(
     mixture = torch.as_tensor(protocol.mixture_weights)
     white, grey = (protocol.label_of_id[i] for i in (WHITE_ID, GREY_ID))
     return mean @ mixture.T, (std.square() @ mixture.T).sqrt(), is_ct, mean[:, grey] > mean[:, white]
-
-
-def _sample_blend(laws: SynthesisRanges, draws: _Draws, present: Tensor) -> Tensor:
-    """Share of the synthetic image and of each real one: one of the present ones, or a mixture for the synthetic."""
-    chosen = draws.choose(torch.tensor(laws.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
-    alone = torch.nn.functional.one_hot(chosen, len(IMAGES) + 1).float()
-    shares = draws.uniform((0.0, 1.0), len(IMAGES) + 1) * present
-    mixed = shares / shares.sum(1, keepdim=True)
-    return torch.where((draws.chance(laws.mixup_prob) & (chosen == 0))[:, None], mixed, alone)
 
 
 def _sample_resolution(laws: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_mm: Tensor) -> tuple[Tensor, ...]:

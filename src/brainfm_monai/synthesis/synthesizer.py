@@ -1,7 +1,5 @@
 """One draw and its rendering behind one call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """The one output tensor becomes named maps: labels of those that a mode allows, the other tasks in their units."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
