@@ -44,7 +44,7 @@ class Structure:
     name: str  # without blanks
     side: str  # "none", "left" or "right"
     mirror: int  # label of the structure on the other side; the own label where there is none
-    colour: tuple[int, int, int]  # red, green and blue in [0, 255]
+    colour: tuple[int, ...]  # red, green and blue in [0, 255]
     includes: tuple[int, ...] = ()  # further ids in the source maps that become this structure
     mixture: tuple[tuple[int, float], ...] = ()  # (FreeSurfer id, share) of the parts of a partial-volume code
 
@@ -178,17 +178,16 @@ def _parse(text: str, source: str) -> tuple[Structure, ...]:
         raise ValueError(f"{source}: a protocol table needs the columns {' '.join(COLUMNS)}, found {found}")
     structures = []
     for number, row in enumerate(rows, start=2):
-        if row["side"] not in OPPOSITE:
-            raise ValueError(f"{source}, line {number}: side must be one of {tuple(OPPOSITE)}, found '{row['side']}'")
+        name, side = row["name"], row["side"]
+        if side not in OPPOSITE:
+            raise ValueError(f"{source}, line {number}: side must be one of {tuple(OPPOSITE)}, found '{side}'")
         try:
-            red, green, blue, label, freesurfer_id, mirror = (
-                int(row[column]) for column in ("red", "green", "blue", "label", "freesurfer_id", "mirror")
-            )
+            columns = ("label", "freesurfer_id", "mirror", "red", "green", "blue")
+            label, freesurfer_id, mirror, *colour = (int(row[column]) for column in columns)
             includes = tuple(int(i) for i in (row["includes"] or "").split())
             parts = [part.split(":") for part in (row.get("mixture") or "").split()]
             mixture = tuple((int(part), float(share)) for part, share in parts)
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: numbers are needed, {error}") from error
-        colour = (red, green, blue)
-        structures.append(Structure(label, freesurfer_id, row["name"], row["side"], mirror, colour, includes, mixture))
+        structures.append(Structure(label, freesurfer_id, name, side, mirror, tuple(colour), includes, mixture))
     return tuple(structures)

@@ -144,9 +144,6 @@ LOG_SCALES: dict[str, Task] = {name: _make_log_scale(task) for name, task in TAS
 class TaskLayout:
     """Names the channels of the network's one output tensor, segmentation first.
 
-    Attributes: ``tasks`` and ``maps``, the rows by name and by entry, ``slices``, the channels of each, and
-        ``channels``.
-
     Args:
         tasks: names out of :data:`TASKS`, in the order wanted; the segmentation is moved to the front.
         protocol: label protocol of the segmentation: its name, a table file or a :class:`Protocol`.
@@ -172,23 +169,19 @@ class TaskLayout:
         if len(set(uncertainty) & set(possible)) != len(uncertainty):
             rule = f"'uncertainty' must be different names out of {possible}"
             raise ValueError(f"TaskLayout: {rule}, got {list(uncertainty)}")
-        self.embedding_channels = embedding_channels
         names = sorted(tasks, key=lambda name: name != "segmentation")
-        rows = [*(self._resolve(TASKS[name]) for name in names), *(LOG_SCALES[name] for name in uncertainty)]
+        segmentation = {
+            "channel_names": tuple(structure.name for structure in self.protocol.structures),
+            "mirror_order": tuple(self.protocol.mirror_permutation),
+        }
+        embedding = {"channel_names": tuple(f"embedding_{i}" for i in range(embedding_channels))}
+        channels: dict[str, dict[str, Any]] = {"segmentation": segmentation, "embedding": embedding}
+        rows = [replace(TASKS[name], **channels.get(name, {})) for name in names] + [LOG_SCALES[n] for n in uncertainty]
         self.tasks: dict[str, Task] = {task.name: task for task in rows}
         self.maps: dict[str, Task] = {task.entry: task for task in rows}
         ends = list(accumulate((task.channels for task in rows), initial=0))
         self.slices = {task.name: slice(*pair) for task, pair in zip(rows, pairwise(ends), strict=True)}
         self.channels = ends[-1]
-
-    def _resolve(self, task: Task) -> Task:
-        """The row of a task with its channels."""
-        if task.kind == "embedding":
-            return replace(task, channel_names=tuple(f"{task.name}_{i}" for i in range(self.embedding_channels)))
-        if task.kind != "labels":
-            return task
-        names = tuple(s.name for s in self.protocol.structures)
-        return replace(task, channel_names=names, mirror_order=tuple(self.protocol.mirror_permutation))
 
     @property
     def channel_names(self) -> list[str]:
@@ -199,7 +192,7 @@ class TaskLayout:
     def outside_values(self) -> list[float]:
         """Value of every channel in the air around a head: certain background, far from any surface, no bias, -1000 HU.
 
-        MNI coordinates are not defined there and are 0, with a scale of error of one unit; elsewhere that scale is the
+        MNI coordinates are not defined there: they are 0 with a scale of error of one unit; else that scale is the
         least.
         """
         tasks = self.tasks.values()
@@ -208,9 +201,8 @@ class TaskLayout:
     def split(self, output: Tensor) -> dict[str, Tensor]:
         """Views of the output tensor by task, each of shape (B, channels of the task, H, W, D).
 
-        Args:
-            output: shape (B, C, H, W, D) with C the layout's channels, or ``label_channels`` of them where the
-                segmentation has been decided and has one channel.
+        The output is (B, C, H, W, D) with C the layout's channels, or ``label_channels`` where the segmentation has
+        been decided and has one channel.
 
         Raises:
             ValueError: if the number of channels differs from the layout's.
@@ -231,10 +223,7 @@ class TaskLayout:
         return self.channels if labels is None else self.channels - labels.channels + 1
 
     def choose_labels(self, output: Tensor) -> Tensor:
-        """Decide the segmentation of the output tensor: the label of the largest logit in place of all logits.
-
-        The output (B, C, H, W, D) becomes (B, label_channels, H, W, D): labels, then the other tasks as they were.
-        """
+        """Put the label of the largest logit in place of logits: (B, C, H, W, D) to (B, label_channels, H, W, D)."""
         if "segmentation" not in self.tasks:
             return output
         logits = self.slices["segmentation"]
@@ -242,8 +231,5 @@ class TaskLayout:
         return torch.cat([labels, output[:, logits.stop :]], dim=1)
 
     def mirror(self, output: Tensor) -> Tensor:
-        """The output (B, C, H, W, D), axes RAS+, of the mirrored head.
-
-        This is a left-right flip (axis H) with the mirror rule of every task; mirroring twice is the identity.
-        """
+        """The output (B, C, H, W, D) of the mirrored head: flipped left-right (axis H) by the rule of every task."""
         return torch.cat([task.mirror(output[:, self.slices[name]]) for name, task in self.tasks.items()], 1).flip(2)

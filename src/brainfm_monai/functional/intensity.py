@@ -28,13 +28,10 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
 def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: Tensor) -> Tensor:
     """Give voxels the mean of the values of the labels that they hold: partial volumes, without painting the whole map.
 
-    The result is (B, C, H, W, D), in channels-last memory.
-
-    Args:
-        labels: label indices in [0, L), shape (B, 1, h, w, d), integer.
-        values: C values per label, shape (B, L, C); outside of the map they are 0.
-        coordinates: centres of the voxels, shape (B, 3, H, W, D), in voxels of ``labels``.
-        offsets: from a voxel's centre to N places in it, whose nearest labels count alike, shape (B, 3, N), same unit.
+    Labels (B, 1, h, w, d) are integers in [0, L), with C values each, (B, L, C); outside of the map values are 0. The
+    voxels have their centres at ``coordinates``, (B, 3, H, W, D), in voxels of the labels. The nearest labels at N
+    places count alike, whose ``offsets`` from the centre are (B, 3, N). The result is (B, C, H, W, D), in channels-last
+    memory.
     """
     batch, outside = len(labels), values.shape[1]
     table = nnf.pad(values, (0, 0, 0, 1)).flatten(0, 1)
@@ -59,16 +56,11 @@ def apply_gamma(image: Tensor, gamma: Tensor) -> Tensor:
 
 
 def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tensor:
-    """Add noise: the magnitude of a complex signal (Rician), or Gaussian noise without negative intensities.
+    """Add noise to an image (B, 1, H, W, D), of a standard deviation (B,) in its unit.
 
-    Rician noise: Gudbjartsson and Patz, Magnetic Resonance in Medicine 34, 1995.
-
-    Args:
-        image: shape (B, 1, H, W, D).
-        noise: standard normal draws of the real and the imaginary part, shape (B, 2, H, W, D); one where none is
-            Rician.
-        std: standard deviation, shape (B,), units of the image.
-        rician: which samples get Rician noise, shape (B,), bool.
+    Where ``rician`` (B,) is true, this is the magnitude of a complex signal (Gudbjartsson and Patz, Magnetic Resonance
+    in Medicine 34, 1995), elsewhere Gaussian noise without negative intensities. ``noise`` are standard normal draws of
+    the real and the imaginary part, (B, 2, H, W, D), or (B, 1, H, W, D) where no sample is Rician.
     """
     std = std.reshape(-1, 1, 1, 1, 1)
     signal = torch.addcmul(image, noise[:, :1], std)

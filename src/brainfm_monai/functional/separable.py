@@ -52,11 +52,9 @@ def count_control_points(extent: float, smallest_spacing: float) -> int:
 def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None = None) -> Tensor:
     """Linear interpolation of control points that are centred on an axis: (B, count, columns), rows sum to 1.
 
-    Args:
-        spacing: distance of the control points, in voxels, shape (B,).
-        size: number of voxels.
-        columns: number of control points, odd; see :func:`count_control_points`.
-        count: number of places, spread from the first to the last voxel; every voxel if not given.
+    The axis has ``size`` voxels, the ``columns`` control points, an odd number (see :func:`count_control_points`), have
+    distances (B,) in voxels, and ``count`` places are spread from the first to the last voxel: every voxel if not
+    given.
     """
     half = (size - 1) / 2
     position = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
@@ -91,14 +89,10 @@ def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
 def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
     """Acquisition along one axis, (B, size, size): a Gaussian profile sampled every ``spacing`` voxels, rows sum to 1.
 
-    Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and
-    are never read by :func:`upsampling_operator`. Profile: Billot et al., Partial volume segmentation of brain MRI
-    scans of any resolution and contrast, MICCAI 2020.
-
-    Args:
-        spacing: distance of slices, in voxels, shape (B,), at least 1.
-        sigma: standard deviation of the profile, in voxels, shape (B,); 0 means linear interpolation.
-        size: number of voxels.
+    Spacing, at least 1, and standard deviation ``sigma`` of the profile are (B,), in voxels; 0 means linear
+    interpolation. Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the
+    last voxel and are never read by :func:`upsampling_operator`. Profile: Billot et al., Partial volume segmentation of
+    brain MRI scans of any resolution and contrast, MICCAI 2020.
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)

@@ -22,12 +22,8 @@ def identity_grid(
 def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tensor:
     """Linear part of an affine map, (B, 3, 3): shears, then rotations, rows multiplied by the scalings (as in BrainFM).
 
-    A = diag(s) SHx SHy SHz Rx Ry Rz, where SHi adds its two shears of the other axes to row i.
-
-    Args:
-        rotation_deg: angles about the axes H, W, D in degrees, shape (B, 3).
-        shear: two off-diagonal shears for each axis, dimensionless, shape (B, 3, 2).
-        scaling: factors of the three rows, shape (B, 3).
+    A = diag(s) SHx SHy SHz Rx Ry Rz, where SHi adds its two shears of the other axes to row i. Rotations about the axes
+    H, W, D are (B, 3), in degrees, shears (B, 3, 2), dimensionless, scalings (B, 3).
     """
     angle = rotation_deg * (math.pi / 180.0)
     matrix = torch.diag_embed(scaling)
@@ -49,13 +45,9 @@ def sampling_coordinates(
 ) -> Tensor:
     """Where in the source points of the output look, in source voxels: x = A s (p - c_out) + c_source + t.
 
-    Args:
-        matrix: linear maps A from output to source, shape (B, 3, 3).
-        translation: t, shape (B, 3), in source voxels.
-        points: p, shape (B, 3, H, W, D), in output voxels.
-        size: (H, W, D) of the output, whose centre is c_out.
-        source_size: (H, W, D) of the source.
-        stride: s, the size of an output voxel in source voxels.
+    A are matrices (B, 3, 3), t translations (B, 3) in source voxels, p points (B, 3, H, W, D) in output voxels; output
+    and source have their centres at c_out and c_source, and s is the stride: the size of an output voxel in source
+    voxels.
     """
     moved = torch.stack([points[:, i] - (n - 1) / 2 for i, n in enumerate(size)], 1) * stride
     turned = torch.bmm(matrix, moved.flatten(2)) + translation[:, :, None]
@@ -65,11 +57,9 @@ def sampling_coordinates(
 def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
     """Sample a source at voxel coordinates. The one place where (H, W, D) order turns into grid_sample's xyz.
 
-    Args:
-        source: shape (B, C, h, w, d), floating; the result has shape (B, C, H, W, D).
-        coordinates: shape (B, 3, H, W, D), in voxels of the source, channel i along axis i.
-        mode: ``"bilinear"`` (trilinear here) or ``"nearest"``.
-        padding_mode: ``"zeros"`` or ``"border"``.
+    The source is (B, C, h, w, d), floating, coordinates (B, 3, H, W, D) are in its voxels, channel i along axis i, and
+    the result is (B, C, H, W, D). Modes are ``"bilinear"`` (trilinear here) and ``"nearest"``, paddings ``"zeros"`` and
+    ``"border"``.
 
     Raises:
         ValueError: if ``coordinates`` has not three channels.
@@ -82,17 +72,12 @@ def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding
 
 
 def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: str = "border") -> list[Tensor]:
-    """Linear sampling of several sources on one grid at the same coordinates.
+    """Linear sampling of several sources (B, C_i, h, w, d), float32, at the same coordinates; see :func:`warp`.
 
     On a GPU this is :func:`warp` for each source. On a CPU, where ``grid_sample`` goes voxel by voxel and channel by
     channel, the eight corners and their weights are made once for a slab of voxels, and each source is a weighted sum
     of rows of a table (``embedding_bag``): the same numbers several times faster, above all for sources in
     channels-last memory.
-
-    Args:
-        sources: tensors of shape (B, C_i, h, w, d), float32; the results have shape (B, C_i, H, W, D).
-        coordinates: shape (B, 3, H, W, D), in voxels of the sources.
-        padding_mode: ``"zeros"`` or ``"border"``.
 
     Raises:
         ValueError: if the sources do not lie on one grid.

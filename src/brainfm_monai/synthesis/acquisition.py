@@ -28,14 +28,9 @@ def paint(
 ) -> Tensor:
     """The undegraded image of one sample, (B, 1, H, W, D), in [0, 255] or a little above.
 
-    Args:
-        painted: share of the subject's box and of head in a voxel, then means and stds of each sample, (B, 2 + 2 S, H,
-            W, D).
-        number: of the sample.
-        images: real images in the unit of the files.
-        lesions: own and given ones, or None.
-        removed: what is painted as background.
-        appearance: the draw of the sample.
+    ``painted`` are the shares of the subject's box and of head in a voxel, then mean and std of each sample, of which
+    this is one ``number``. Real images are in the unit of the files, lesions are own and given ones, and what is
+    ``removed`` is painted as background.
     """
     outside, head = 1 - painted[:, :1], painted[:, 1:2]
     air_mean, air_std, goal, change = (
@@ -71,12 +66,8 @@ def paint(
 def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor, Tensor]:
     """Gamma, bias field, slices with their profile and ghosts, noise, and interpolation back to the voxels.
 
-    Args:
-        image: non-negative, (B, 1, H, W, D).
-        appearance: the draw.
-
-    Returns:
-        The scan on the same grid, the log of the bias field, and the image before slices and noise.
+    A non-negative image (B, 1, H, W, D) becomes the scan on the same grid, the log of the bias field, and the image
+    before slices and noise.
     """
     size = image.shape[2:]
     log_bias_field = separable.interpolate_lattice(appearance.bias, appearance.bias_spacing, size)

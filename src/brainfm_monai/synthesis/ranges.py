@@ -114,11 +114,9 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
 def make_mild(ranges: SynthesisRanges, **changes: Any) -> SynthesisRanges:
     """Laws of the mild samples of a subject: hardly any bias, gamma and noise, at the full resolution.
 
-    ``changes`` are further fields that differ from ``ranges``, the laws of the severe samples.
-
-    Reference:
-        BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), configuration of the mild samples: log-bias std up to 0.02,
-        gamma 0.01, noise up to 0.02 of the intensity range.
+    ``changes`` are further fields that differ from ``ranges``, the laws of the severe samples. Source: configuration of
+    the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), with a log-bias std up to 0.02, gamma 0.01,
+    noise up to 0.02 of the intensity range.
     """
     mild: dict[str, Any] = {"bias_log_std": (0.0, 0.02), "gamma_log_std": 0.01, "noise_std": (0.0, 5.0)}
     mild |= {"real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}
@@ -141,12 +139,8 @@ class GeometryParams:
     strip_threshold: Tensor  # (B,), share of kept voxels around a voxel above which it stays
     stripped: Tensor  # (B,), bool, the removed is exactly 0 in the image; otherwise it is painted as background
     field_of_view: Tensor  # first and last visible output voxel on each axis, (B, 3, 2)
-    face: (
-        Tensor  # (a, b, d) of the half-space a y + b z > d, MNI mm, in which a face is removed, (B, 3); all 0 for none
-    )
-    lesion_noise: tuple[
-        Tensor, ...
-    ]  # control points of the shape, coarse to fine, (B, 1, P, P, P); none without lesions
+    face: Tensor  # (a, b, d) of the half-space a y + b z > d, MNI mm, in which a face is removed, (B, 3); or all 0
+    lesion_noise: tuple[Tensor, ...]  # control points of the shape, coarse to fine, (B, 1, P, P, P); or empty
     lesion_potential: Tensor  # standard normal control points of the flow's vector potential, (B, 3, P, P, P)
     lesion_flow: Tensor  # root mean square of the flow, (B,), output voxels
     lesion_region: Tensor  # labels of the segmentation in which lesions may lie, (K,), bool

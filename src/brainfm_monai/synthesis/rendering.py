@@ -48,8 +48,8 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     seen, removed = visible & (stays | ~stripped), ~(stays | stripped)
     samples: dict[str, list[Tensor]] = {"image": [], "log_bias_field": [], "super_resolution": []}
     for i, appearance in enumerate(params.appearances):
-        painted = paint(read["painted"], i, images, lesions, removed, appearance)
-        scan, field, sharp = acquire(painted, appearance)
+        image = paint(read["painted"], i, images, lesions, removed, appearance)
+        scan, field, sharp = acquire(image, appearance)
         samples["image"].append(intensity.normalise_percentiles(scan * seen))
         samples["log_bias_field"].append(field)
         if "super_resolution" in tasks:
@@ -110,14 +110,9 @@ def make_lesion_maps(
 ) -> tuple[Tensor, Tensor] | None:
     """Lesions that a subject has, and lesions that it is given: two maps of 0 and 1, (B, 1, H, W, D), or None.
 
-    Own lesions only move with the subject, because real images show them; given ones, out of noise or of another
-    subject's shape, are carried by a flow of their own. There is None if neither can exist.
-
-    Args:
-        subject: ``lesion``, its own, and ``lesion_shape``, another subject's, if present; see ``render``.
-        geometry: the draw.
-        coordinates: of the output voxels in the source.
-        segmentation: at the output's voxels, (B, 1, H, W, D).
+    Own lesions, ``lesion`` of the subject, only move with it, because real images show them; given ones, out of noise
+    or of another subject's ``lesion_shape``, are carried by a flow of their own. There is None if neither can exist.
+    ``coordinates`` are those of the output voxels, at which ``segmentation`` (B, 1, H, W, D) is given.
     """
     if not geometry.lesion_noise and "lesion" not in subject:
         return None
@@ -168,8 +163,7 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
     sources = {name: subject[name].float() for name in (*IMAGES, "distance") if name in subject}
     read: dict[str, Tensor] = {}
     if geometry.stride > 1:
-        # Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3), source
-        # voxels.
+        # Where the source voxels lie that an output voxel would hold if nothing bent it, (B, 3, stride^3)
         along = torch.arange(geometry.stride, device=geometry.matrix.device, dtype=geometry.matrix.dtype)
         places = geometry.matrix @ torch.cartesian_prod(*[along - (geometry.stride - 1) / 2] * 3).T
         read["painted"] = intensity.paint_voxels(labels, values, coordinates, places)

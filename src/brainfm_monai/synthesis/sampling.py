@@ -87,12 +87,12 @@ def sample(
         device: of the draw.
     """
     laws = [ranges] if isinstance(ranges, SynthesisRanges) else ranges
-    draws, device = _Draws(generators, torch.device(device)), torch.device(device)
+    draws = _Draws(generators, torch.device(device))
     geometry, photo_mm = _sample_geometry(laws[0], draws, spatial_size, protocol, stride, source_mm)
     none = torch.zeros(draws.batch, dtype=torch.bool)
     present = torch.stack([~none, *((available or {}).get(name, none) for name in IMAGES)], 1)
     looks = [_sample_appearance(law, draws, geometry, generation_protocol, present, photo_mm) for law in laws]
-    return SynthesisParams(geometry, tuple(looks)).to(device)
+    return SynthesisParams(geometry, tuple(looks)).to(draws.device)
 
 
 def _one_of(protocol: Protocol, *ids: int) -> Tensor:

@@ -77,7 +77,7 @@ class Synthesizer:
         generation_protocol: str | None = None,
         device: str | torch.device | None = None,
     ) -> SynthesisParams:
-        """Everything random of the subjects' samples, on ``device``, or where the subjects are; further, see the call.
+        """Everything random of the subjects' samples, on ``device`` or where the subjects are; see the call.
 
         Without a device the subjects' volumes are needed, with one their flags alone.
         """
@@ -102,13 +102,11 @@ class Synthesizer:
     def __call__(
         self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None
     ) -> dict[str, Tensor]:
-        """Scans and targets, see :func:`render`.
+        """Scans and targets of a batch of subjects; see :func:`render` for both.
 
-        Args:
-            subject: batch of subjects, see :func:`render`. On the host, (B,): ``available_<key>``, 0 for subjects
-                without the key, and ``real_<image>``, 0 for images that are targets but no inputs.
-            seeds: one for each subject.
-            generation_protocol: of these subjects, where it is not that of the synthesizer.
+        Flags of the subjects are on the host, (B,): ``available_<key>``, 0 for subjects without the key, and
+        ``real_<image>``, 0 for images that are targets but no inputs. Each subject has a seed; ``generation_protocol``
+        is that of these subjects, where it is not that of the synthesizer.
         """
         parts = [(subject, seeds)]
         if subject["generation_labels"].device.type == "cpu":

@@ -56,7 +56,7 @@ def allowed_labels(protocol: Protocol, mode: str) -> list[int]:
 
 
 class SplitTasksd(MapTransform):
-    """Turn the network's one output tensor into one entry for each task.
+    """Turn the network's one output tensor, (C, H, W, D), into one entry for each task.
 
     The entry itself becomes the label map of the segmentation, uint8, shape (1, H, W, D), so that the volume of logits
     is freed before anything is resampled. The other tasks become entries of the name (``Task.entry``) and unit
@@ -64,13 +64,12 @@ class SplitTasksd(MapTransform):
     is the number.
 
     Args:
-        keys: key of the output tensor, shape (C, H, W, D) with C the layout's channels.
+        keys: key of the output tensor.
         layout: names of the channels.
         mode: name out of :data:`MODES`: excluded labels get no probability.
         probabilities: add what the files report of the probabilities: ``entropy``, that of the labels relative to its
-            maximum, shape (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum of each label's
-            probability times the voxel's volume in mm^3, shape (L,); and ``segmentation``, a second label map, which
-            stays in the network's grid.
+            maximum, (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum of each label's probability
+            times the voxel's volume in mm^3, (L,); ``segmentation``, a second label map, which stays in this grid.
 
     Raises:
         ValueError: if there is no such mode, or labels that were decided already include one that the mode excludes.
