@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-from brainfm_monai.data.generation import make_generation_labels
 from brainfm_monai.data.intensities import (
     cluster_extracerebral,
     find_head,
@@ -17,6 +16,7 @@ from brainfm_monai.data.intensities import (
     resample_to_box,
     scale_intensities,
 )
+from brainfm_monai.data.labels import make_generation_labels
 from brainfm_monai.io import ScanError
 
 SIZE = (48, 44, 40)

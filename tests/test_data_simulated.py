@@ -15,10 +15,11 @@ from monai.data import load_decathlon_datalist
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import generation, making
+from brainfm_monai.data import labels as label_maps
+from brainfm_monai.data import making
 from brainfm_monai.data.datalist import count_subjects, make_entry, read_datalist, write_datalist
-from brainfm_monai.data.generation import choose_contrasts, simulate_contrasts
 from brainfm_monai.data.jobs import PreparationError
+from brainfm_monai.data.labels import choose_contrasts, simulate_contrasts
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.prepare import prepare_labels
 
@@ -206,10 +207,10 @@ def test_contrasts_that_are_none(tmp_path: Path, names: str | list[str]) -> None
 
 
 def test_the_smoothing_is_in_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "SMOOTHING_MM", 1.0)
+    monkeypatch.setattr(label_maps, "SMOOTHING_MM", 1.0)
     labels = np.zeros((21, 21, 21), dtype=np.uint8)
     labels[10:] = PROTOCOL.label_of_id[2]
     fine = simulate_contrasts(labels, np.diag([0.5, 0.5, 0.5, 1]), PROTOCOL, ["T1w"], "a")["T1w"]
-    monkeypatch.setattr(generation, "SMOOTHING_MM", 2.0)
+    monkeypatch.setattr(label_maps, "SMOOTHING_MM", 2.0)
     coarse = simulate_contrasts(labels, np.eye(4), PROTOCOL, choose_contrasts("T1w"), "a")["T1w"]
     np.testing.assert_array_equal(fine, coarse)

@@ -8,18 +8,13 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Data", "Prepare", "check_data", "demo_scans"]
-
 logger = logging.getLogger(__name__)
 
 Command = Callable[..., Any]
 
 
 def _lazy(module: str, name: str, doc: str, *, is_shown: bool = False) -> property:
-    """A command of a module of ``data``, which is imported when the command is asked for.
-
-    Fire prints what a command returns, and a list of thousand folders tells nobody anything: None is returned but for ``is_shown``.
-    """
+    """A command of a module of ``data``, imported when it is asked for. Fire prints what it returns, but for lists of folders."""
 
     def load(_: object) -> Command:
         function: Command = getattr(import_module(f"brainfm_monai.data.{module}"), name)
@@ -41,18 +36,6 @@ class Prepare:
     bids = _lazy("bids", "prepare_bids", "Out of a BIDS folder.")
 
 
-class Data:
-    """Download open data, write the datalist of prepared subjects, and look for faults in subjects."""
-
-    fetch = _lazy("fetch", "fetch_dataset", "Download an open data set.")
-    list = _lazy("datalist", "write_datalist", "Write the datalist of folders of subjects.", is_shown=True)
-
-    @property
-    def check(self) -> Command:
-        """Look for the faults of a set of subjects."""
-        return check_data
-
-
 def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
     """Look for the faults of a set of subjects; the exit status is 1 if there are any.
 
@@ -72,6 +55,14 @@ def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
     if findings:
         lines = [f"{finding.subject}: {finding.rule}: {finding.found}" for finding in findings]
         raise SystemExit("\n".join([f"{len(findings)} faults in {len(entries)} subjects:", *lines]))
+
+
+class Data:
+    """Download open data, write the datalist of prepared subjects, and look for faults in subjects."""
+
+    fetch = _lazy("fetch", "fetch_dataset", "Download an open data set.")
+    list = _lazy("datalist", "write_datalist", "Write the datalist of folders of subjects.", is_shown=True)
+    check = staticmethod(check_data)
 
 
 def demo_scans(output: str) -> None:

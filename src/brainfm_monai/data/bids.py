@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -16,8 +15,6 @@ from brainfm_monai.data.prepare import BRAIN_PROTOCOL, find_files
 from brainfm_monai.data.subjects import CONTRASTS, SIZE
 from brainfm_monai.io import find_bundle, scan_stem, write_table
 
-__all__ = ["Session", "find_sessions", "predict_labels", "predicted_file", "prepare_bids"]
-
 logger = logging.getLogger(__name__)
 
 CONTRAST_OF_SUFFIX = {**{contrast: contrast for contrast in CONTRASTS}, "ct": "CT"}
@@ -26,8 +23,9 @@ LABEL_PATTERNS = ("*_desc-aparcaseg_dseg.nii.gz", "*_desc-aseg_dseg.nii.gz", "*s
 LESION_PATTERNS = ("*_label-lesion_mask.nii.gz", "*_label-lesion_roi.nii.gz")
 # entities that say what was made of a scan; all others say which scan it was made of
 DERIVED = {"space", "desc", "label", "res", "den", "hemi", "seg", "atlas", "mod", "model", "part"}
-NATIVE_SPACES = {"orig", "native", "individual", "scanner", *CONTRAST_OF_SUFFIX}  # of the scan that a file was made of
-PREDICTIONS = ".predicted"
+# spaces of the scan that a file was made of
+NATIVE_SPACES = {"", "orig", "native", "individual", "scanner", *CONTRAST_OF_SUFFIX}
+UNUSED = "%s: not used: its entities, space and contrast are those of no scan in use of %s"
 
 
 class BidsFile(NamedTuple):
@@ -48,22 +46,22 @@ class BidsFile(NamedTuple):
         is_image = self.path.name.endswith((".nii", ".nii.gz")) and self.entities.get("part", "mag") == "mag"
         return is_image and scan_stem(self.path).split("_")[-1] in CONTRAST_OF_SUFFIX
 
+    def is_of(self, scan: BidsFile, rivals: Sequence[BidsFile]) -> bool:
+        """Whether the file was made of a scan and lies in its space; ``rivals`` are all scans of the person."""
+        meant = [f for f in rivals if f.contrast == scan.contrast and self.scan <= f.scan]
+        return self.entities.get("space", "") in NATIVE_SPACES and (self.scan == scan.scan or meant == [scan])
 
-@dataclass(frozen=True)
-class Session:
+
+class Session(NamedTuple):
     """One visit of one person."""
 
     name: str  # sub-01 or sub-01_ses-1
+    person: str  # sub-01
     scans: dict[str, Path]  # file of each contrast; the first one is the reference, on which the labels lie
     masks: dict[str, Path]  # defacing masks that the folder holds, by contrast
     labels: dict[str, Path]  # by role, see find_files; empty where there are none
-    lesion: Path | None = None  # mask of lesions on one of the scans
-    lesion_of: str = ""  # contrast of that scan; empty where the name of the mask does not tell
-
-    @property
-    def person(self) -> str:
-        """Name of the person: ``sub-01``."""
-        return self.name.split("_")[0]
+    lesion: Path | None  # mask of lesions on one of the scans
+    lesion_of: str  # contrast of that scan; empty where the name of the mask does not tell
 
 
 def find_sessions(root: str | Path) -> list[Session]:
@@ -101,27 +99,26 @@ def find_sessions(root: str | Path) -> list[Session]:
 
 def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], files: Sequence[BidsFile]) -> Session:
     """A visit: its scans, and what belongs to them among the files of the visit; ``rivals`` are all scans of the person."""
-    scans = [f for f in rivals if f in files]
+    scans = sorted((f for f in rivals if f in files), key=lambda f: CONTRASTS.index(f.contrast))
     labels, reference = _find_labels(derivatives, name, scans, rivals, files)
     chosen = {reference.contrast: reference} if reference else {}
-    for scan in sorted(scans, key=lambda f: CONTRASTS.index(f.contrast)):
+    for scan in scans:
         chosen.setdefault(scan.contrast, scan)
     paths = {contrast: scan.path for contrast, scan in chosen.items()}
     paths |= {"T1w": labels.pop("T1w")} if "T1w" in labels else {}
     masks, lesions = {}, []
     for f in files:
-        of = [c for c, scan in chosen.items() if f.contrast in ("", c) and _belongs(f, scan, rivals)]
+        of = [c for c, scan in chosen.items() if f.contrast in ("", c) and f.is_of(scan, rivals)]
         if f.path.match("*_defacemask.nii*") and f.contrast in of:
             masks[f.contrast] = f.path
-        elif any(f.path.match(pattern) for pattern in LESION_PATTERNS) and of:
-            lesions.append(f)
         elif any(f.path.match(pattern) for pattern in LESION_PATTERNS):
-            reason = "not used: its entities and contrast are those of no scan in use of"
-            logger.warning("%s: %s %s", f.path, reason, name)
+            lesions += [f] if of else []
+            if not of:
+                logger.warning(UNUSED, f.path, name)
     for f in lesions[1:]:
         logger.warning("%s: not used: %s is", f.path, lesions[0].path.name)
     lesion, contrast = (lesions[0].path, lesions[0].contrast) if lesions else (None, "")
-    return Session(name, paths, masks, labels, lesion, contrast)
+    return Session(name, name.split("_")[0], paths, masks, labels, lesion, contrast)
 
 
 def _find_labels(
@@ -142,25 +139,18 @@ def _find_labels(
     unnamed = "T1w" if t1w else contrasts.pop() if len(contrasts) == 1 else ""  # contrast of labels that name none
     for contrast in CONTRASTS:
         for label in (f for f in maps if (f.contrast or unnamed) == contrast):
-            for scan in (f for f in scans if f.contrast == contrast and _belongs(label, f, rivals)):
+            for scan in (f for f in scans if f.contrast == contrast and label.is_of(f, rivals)):
                 return {"labels": label.path}, scan
     for label in maps:
-        logger.warning("%s: not used: its entities, space and contrast are those of no scan of %s", label.path, name)
+        logger.warning(UNUSED, label.path, name)
     return {}, None
 
 
-def _belongs(made: BidsFile, scan: BidsFile, rivals: Sequence[BidsFile]) -> bool:
-    """Whether a file was made of a scan and lies in its space; ``rivals`` are all scans of the person."""
-    meant = [f for f in rivals if f.contrast == scan.contrast and made.scan <= f.scan]
-    is_native = (made.entities.get("space") or "orig") in NATIVE_SPACES
-    return is_native and (made.scan == scan.scan or meant == [scan])
-
-
 def _parse(path: Path) -> BidsFile:
-    parts = [part.partition("-") for part in (path.parent.parent.name, *scan_stem(path).split("_"))]
+    stem = scan_stem(path).split("_")
+    parts = [part.partition("-") for part in (path.parent.parent.name, *stem)]
     entities = {key: value for key, dash, value in parts if dash}
-    words = [part for part in scan_stem(path).split("_") if "-" not in part]
-    named = [entities.get("space", ""), *words, entities.get("mod", "")]
+    named = [entities.get("space", ""), *(part for part in stem if "-" not in part), entities.get("mod", "")]
     return BidsFile(path, entities, next((CONTRAST_OF_SUFFIX[w] for w in named if w in CONTRAST_OF_SUFFIX), ""))
 
 
@@ -184,7 +174,7 @@ def prepare_bids(
 
     Args:
         input: BIDS folder.
-        output: folder for the prepared subjects, one folder each.
+        output: folder for the prepared subjects, one folder each, which are returned in the order of their names.
         jobs: subjects that are prepared at once; each needs about 4 GB.
         overwrite: prepare finished subjects again.
         bundle: folder of the bundle, whose model labels what has no labels.
@@ -193,25 +183,20 @@ def prepare_bids(
         dataset: name of the set in lists and counts; the folder's name if not given.
         dry_run: log what would be done, and do nothing.
 
-    Returns:
-        The subjects' folders, in the order of their names.
-
     Raises:
         FileNotFoundError: if there is no scan, or labels are missing and there is no bundle.
         PreparationError: at the end, if some visits failed: one line for each.
     """
     settings = common_settings(dataset or Path(input).resolve().name, protocol, size)
-    sessions, predictions = find_sessions(input), Path(output) / PREDICTIONS
+    sessions, predictions, work = find_sessions(input), Path(output) / ".predicted", []
     if not dry_run:
         predict_labels({s.name: next(iter(s.scans.values())) for s in sessions if not s.labels}, predictions, bundle)
-    work = []
     for session in sessions:
         own: dict[str, Any] = {"person": session.person, "labels_from": "derivatives" if session.labels else "model"}
+        own |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
         files = session.scans | (session.labels or {"labels": predicted_file(predictions, session.name)})
         files |= {f"{key}_mask": path for key, path in session.masks.items()}
-        if session.lesion:
-            files["lesion"] = session.lesion
-            own |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
+        files |= {"lesion": session.lesion} if session.lesion else {}
         work.append(Job(session.name, "bids", files, settings | own, {"protocol": protocol}))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
@@ -224,12 +209,8 @@ def predicted_file(folder: Path, name: str) -> Path:
 def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Path) -> None:
     """Run the bundle's inference on scans, with labels of 1 mm; those that have a result already are left out.
 
-    A scan that fails leaves no result; the inference itself reports why.
-
-    Args:
-        scans: by subject, the scan to label.
-        output_dir: folder for the results, see :func:`predicted_file`.
-        bundle: folder of the bundle.
+    ``scans`` are by subject; results are in ``output_dir``, see :func:`predicted_file`. A scan that fails leaves no result; the
+    inference itself reports why.
 
     Raises:
         FileNotFoundError: if the bundle has no inference config.
@@ -237,24 +218,17 @@ def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Pa
     waiting = {name: scan for name, scan in scans.items() if not predicted_file(output_dir, name).is_file()}
     if not waiting:
         return
-    bundle = find_bundle(bundle)
-    configs = bundle / "configs"
-    if not (configs / "inference.json").is_file():
+    root = find_bundle(bundle)
+    files = {"config_file": "inference.json", "meta_file": "metadata.json", "logging_file": "logging.conf"}
+    configs = {key: str(root / "configs" / name) for key, name in files.items()}
+    if not Path(configs["config_file"]).is_file():
         needed = "subjects have no labels and need the bundle's model"
-        raise FileNotFoundError(f"{configs / 'inference.json'}: {len(waiting)} {needed}")
+        raise FileNotFoundError(f"{configs['config_file']}: {len(waiting)} {needed}")
     with TemporaryDirectory() as scratch:
         table = Path(scratch) / "scans.tsv"
         write_table(table, ("image", "name"), [(scan.resolve(), name) for name, scan in waiting.items()])
+        paths = {"bundle_root": str(root), "input": str(table), "output_dir": str(output_dir)}
         try:
-            run(
-                config_file=str(configs / "inference.json"),
-                meta_file=str(configs / "metadata.json"),
-                logging_file=str(configs / "logging.conf"),
-                bundle_root=str(bundle),
-                input=str(table),
-                output_dir=str(output_dir),
-                outputs="segmentation",
-                grid="1mm",
-            )
+            run(**configs, **paths, outputs="segmentation", grid="1mm")
         except SystemExit as end:  # some scans failed; they are reported as subjects without labels
             logger.error("%s", end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +14,9 @@ from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
 from brainfm_monai.data.contact_sheet import write_contact_sheet
 from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
-from brainfm_monai.data.loading import LoadSubjectd
+from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
-from brainfm_monai.data.subjects import CONTRASTS, STORAGE, run_parallel
-
-__all__ = ["RULES", "Finding", "LoadedSubject", "check_set", "check_subject"]
+from brainfm_monai.data.subjects import CONTRASTS, run_parallel
 
 BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains measured, with ventricles
 GRID_TOLERANCE_MM = 0.01
@@ -42,63 +40,15 @@ class Finding(NamedTuple):
     found: str
 
 
-class LoadedSubject:
-    """The volumes of an item of a datalist with whole paths, read when they are asked for, in this package's units."""
-
-    def __init__(self, entry: Mapping[str, Any]) -> None:
-        self.entry = entry
-        self.keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
-        self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """Values of a volume, shape (H, W, D) or (H, W, D, C)."""
-        return self._load(key)[0]
-
-    def affine(self, key: str) -> np.ndarray:
-        """Voxels of a volume to RAS mm."""
-        return self._load(key)[1]
-
-    def _load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        if key not in self._read:
-            volume = LoadSubjectd(key)(self.entry)[key]
-            values = volume.as_tensor().numpy()
-            self._read[key] = (np.moveaxis(values, 0, -1) if len(values) > 1 else values[0], volume.affine.numpy())
-        return self._read[key]
-
-    @cached_property
-    def protocol(self) -> Protocol:
-        """Protocol of the segmentation."""
-        return Protocol.load(str(self.entry.get("protocol", "synthseg_head")))
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        """FreeSurfer ids of the segmentation; labels that the protocol lacks are 0."""
-        table = np.append(self.protocol.freesurfer_ids, 0)
-        return table[np.minimum(self["segmentation"].astype(np.int64), len(self.protocol))]
-
-    @cached_property
-    def voxel_ml(self) -> float:
-        """Volume of a voxel of the segmentation."""
-        return float(abs(np.linalg.det(self.affine("segmentation")[:3, :3])) / 1000)
-
-    def centroid(self, ids: Sequence[int]) -> np.ndarray | None:
-        """Centroid of some ids in RAS mm, shape (3,); None where there are none."""
-        voxels = np.argwhere(np.isin(self.ids, ids))
-        return apply_affine(self.affine("segmentation"), voxels.mean(axis=0)) if len(voxels) else None
-
-
 def check_set(
     source: str | Path, *, jobs: int = 1, picture_dir: str | Path | None = None
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """Check every subject of a datalist or a folder.
+    """Check every subject of a datalist or a folder; return the faults, and the entries that were checked.
 
     Args:
         source: datalist, or a folder that :func:`find_subjects` reads.
         jobs: number of processes; each needs about 2 GB.
         picture_dir: folder for one contact sheet per subject; none are drawn without it.
-
-    Returns:
-        The faults, and the entries that were checked.
 
     Raises:
         FileNotFoundError: if there is no such list or folder.
@@ -124,25 +74,21 @@ def check_set(
 def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> list[Finding]:
     """Every rule that the files of a subject break; a rule that cannot be looked at because a file is unreadable is broken.
 
-    Args:
-        entry: item of a datalist with whole paths.
-        picture_dir: folder for a contact sheet; none is drawn without it.
+    ``entry`` is the item of a datalist with whole paths; a contact sheet is drawn into ``picture_dir`` if it is given.
     """
-    name, subject, findings = str(entry["subject"]), LoadedSubject(entry), []
+    subject, found = LoadedSubject(entry), []
     for rule, (needed, look) in RULES.items():
         try:
-            if needed <= set(subject.keys):
-                findings += [Finding(name, rule, found) for found in look(subject)]
+            found += [(rule, fault) for fault in look(subject)] if needed <= set(subject.keys) else []
         except Exception as error:
-            findings.append(Finding(name, rule, " ".join(str(error).split()) or type(error).__name__))
-    findings = list(dict.fromkeys(findings))
+            found.append((rule, " ".join(str(error).split()) or type(error).__name__))
+    found = list(dict.fromkeys(found))
     if picture_dir is not None:
-        faults = [f"{finding.rule}: {finding.found}" for finding in findings]
         try:
-            write_contact_sheet(subject, picture_dir / f"{name}.png", faults)
+            write_contact_sheet(subject, picture_dir / f"{entry['subject']}.png", [": ".join(f) for f in found])
         except Exception as error:
-            findings.append(Finding(name, "picture", " ".join(str(error).split())))
-    return findings
+            found.append(("picture", " ".join(str(error).split())))
+    return [Finding(str(entry["subject"]), *fault) for fault in found]
 
 
 Look = Callable[[LoadedSubject], Iterator[str]]
@@ -161,8 +107,8 @@ def _rule(name: str, *needed: str) -> Callable[[Look], Look]:
 
 @_rule("one grid")
 def _grids_agree(subject: LoadedSubject) -> Iterator[str]:
-    keys = [key for key in subject.keys if key != "mni"]
     shape_of = {key: subject[key].shape[:3] for key in subject.keys}
+    keys = [key for key in subject.keys if key != "mni"]
     for key in keys[1:]:
         offset_mm = np.abs(subject.affine(key) - subject.affine(keys[0])).max()
         if shape_of[key] != shape_of[keys[0]] or offset_mm > GRID_TOLERANCE_MM:
@@ -186,14 +132,13 @@ def _ids_are_known(subject: LoadedSubject) -> Iterator[str]:
 
 @_rule("targets")
 def _targets_hold_something(subject: LoadedSubject) -> Iterator[str]:
-    for key in ("generation_labels", "segmentation"):
-        if key in subject.keys and (subject[key] > 0).mean() < MINIMUM_TARGET_SHARE:
+    for key in subject.keys:
+        if key in ("generation_labels", "segmentation") and (subject[key] > 0).mean() < MINIMUM_TARGET_SHARE:
             yield f"{key} is empty"
-    for channel, name in enumerate(CHANNELS if "distance" in subject.keys else ()):
-        if not (subject["distance"][..., channel] < 0).any():
-            yield f"distance {name} is negative nowhere"
-    for key in (*CONTRASTS, "mni"):
-        if key in subject.keys and subject[key].min() == subject[key].max():
+        for channel, name in enumerate(CHANNELS if key == "distance" else ()):
+            if not (subject[key][..., channel] < 0).any():
+                yield f"distance {name} is negative nowhere"
+        if key in (*CONTRASTS, "mni") and subject[key].min() == subject[key].max():
             yield f"{key} is {float(subject[key].min()):g} everywhere"
 
 
@@ -207,17 +152,22 @@ def _values_are_in_range(subject: LoadedSubject) -> Iterator[str]:
             yield f"{key} ranges from {low:.3g} to {high:.3g}: [0, 1] is needed"
 
 
+def _centroid(subject: LoadedSubject, ids: Sequence[int]) -> np.ndarray | None:
+    """Centroid of some ids in RAS mm, shape (3,); None where there are none."""
+    voxels = np.argwhere(np.isin(subject.ids, ids))
+    return apply_affine(subject.affine("segmentation"), voxels.mean(axis=0)) if len(voxels) else None
+
+
 @_rule("left and right", "segmentation")
 def _sides_are_right(subject: LoadedSubject) -> Iterator[str]:
-    left, right = (subject.centroid(PIAL_IDS[side]) for side in ("left", "right"))
+    left, right = (_centroid(subject, PIAL_IDS[side]) for side in ("left", "right"))
     if left is not None and right is not None and right[0] - left[0] < MINIMUM_SEPARATION_MM:
         yield f"left hemisphere at x = {left[0]:.0f} mm, right one at {right[0]:.0f} mm in the affine's RAS"
 
 
 @_rule("axes", "segmentation")
 def _head_is_upright(subject: LoadedSubject) -> Iterator[str]:
-    cerebrum = subject.centroid((*PIAL_IDS["left"], *PIAL_IDS["right"]))
-    cerebellum = subject.centroid(CEREBELLUM_IDS)
+    cerebrum, cerebellum = (_centroid(subject, ids) for ids in (PIAL_IDS["left"] + PIAL_IDS["right"], CEREBELLUM_IDS))
     if cerebrum is not None and cerebellum is not None:
         x, y, z = away = cerebellum - cerebrum
         cosine = away @ CEREBELLUM_DIRECTION / max(float(np.linalg.norm(away)), 1e-6)
@@ -226,24 +176,29 @@ def _head_is_upright(subject: LoadedSubject) -> Iterator[str]:
             yield f"{place} in the affine's RAS, where it lies behind and below"
 
 
+def _voxel_ml(subject: LoadedSubject) -> float:
+    return float(abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000)
+
+
 @_rule("sides alike", "segmentation")
 def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
     protocol = subject.protocol
     labels = np.minimum(subject["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
-    ml = np.bincount(labels.ravel(), minlength=len(protocol) + 1)[:-1] * subject.voxel_ml
+    ml = np.bincount(labels.ravel(), minlength=len(protocol) + 1) * _voxel_ml(subject)
     fluid = is_fluid(protocol.freesurfer_ids)  # whose sides differ in health as well
     for label, mirror in enumerate(protocol.mirror_permutation):
-        if label < mirror and not fluid[label] and ml[label] + ml[mirror] > MINIMUM_SIDES_ML:
-            if max(ml[label], ml[mirror]) > MAXIMUM_SIDE_RATIO * min(ml[label], ml[mirror]):
-                names = protocol.structures[label].name, protocol.structures[mirror].name
-                yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[mirror]:.1f} ml"
+        small, large = sorted((ml[label], ml[mirror]))
+        is_pair = label < mirror and not fluid[label] and small + large > MINIMUM_SIDES_ML
+        if is_pair and large > MAXIMUM_SIDE_RATIO * small:
+            names = protocol.structures[label].name, protocol.structures[mirror].name
+            yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[mirror]:.1f} ml"
 
 
 @_rule("head size", "segmentation")
 def _head_is_plausible(subject: LoadedSubject) -> Iterator[str]:
-    brain_ml = float((is_brain(subject.ids) & (subject.ids != 24)).sum() * subject.voxel_ml)
-    if not BRAIN_RANGE_ML[0] <= brain_ml <= BRAIN_RANGE_ML[1]:
-        yield f"brain of {brain_ml:.0f} ml, {BRAIN_RANGE_ML[0]:.0f} to {BRAIN_RANGE_ML[1]:.0f} are plausible"
+    brain_ml, (low, high) = (is_brain(subject.ids) & (subject.ids != 24)).sum() * _voxel_ml(subject), BRAIN_RANGE_ML
+    if not low <= brain_ml <= high:
+        yield f"brain of {brain_ml:.0f} ml, {low:.0f} to {high:.0f} are plausible"
 
 
 @_rule("distances", "distance", "segmentation")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.subjects import CONTRASTS
 from brainfm_monai.io import write_whole
 from brainfm_monai.slices import Cell, Slice, blend, compose, cut_slices, encode, paint, shade
 from brainfm_monai.tasks import TASKS
-
-if TYPE_CHECKING:
-    from brainfm_monai.data.check import LoadedSubject
-
-__all__ = ["write_contact_sheet"]
 
 MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 ROWS = (*CONTRASTS, "generation_labels", "segmentation", "distance", "mni")
@@ -28,17 +23,10 @@ LONGEST_FAULT = 110  # characters
 
 
 def write_contact_sheet(subject: LoadedSubject, path: Path, faults: Sequence[str] = ()) -> Path:
-    """Draw the volumes of a subject in rows, and three planes through the brain's centre in columns.
+    """Draw the volumes of a subject in rows, and three planes through the brain's centre in columns, into a PNG.
 
-    Labels, surfaces (pial red, white yellow) and lines of equal coordinates are drawn over the first row.
-
-    Args:
-        subject: the subject.
-        path: PNG to write.
-        faults: lines in red under the title.
-
-    Returns:
-        The path.
+    Labels, surfaces (pial red, white yellow) and lines of equal coordinates are drawn over the first row; faults stand in red
+    under the title.
     """
     key = "segmentation" if "segmentation" in subject.keys else subject.keys[0]
     slices = cut_slices(subject[key] > 0, subject.affine(key), MIDDLE)

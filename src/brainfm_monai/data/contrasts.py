@@ -1,31 +1,35 @@
-"""Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and the lesions drawn on them."""
+"""Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and the lesions drawn on them.
+
+Everywhere here ``ids`` are FreeSurfer ids on the box of the subject, shape (H, W, D), and ``affine`` takes its voxels to RAS mm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import itk
 import numpy as np
-from nibabel.affines import apply_affine, voxel_sizes
+import torch
+from monai.data import MetaTensor
+from monai.data.itk_torch_bridge import metatensor_to_itk_image
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 
 from brainfm_monai.anatomy import Protocol, is_brain
-from brainfm_monai.data.elastix import RIGID, register_linear
 from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box
+from brainfm_monai.data.subjects import Image
+from brainfm_monai.io import read_table
 from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
-
-__all__ = ["BoxScan", "align_scan", "carry_lesion", "check_hounsfield", "find_removed", "gather_scans"]
-__all__ += ["measure_motion", "recognise_contrast"]
 
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
 MINIMUM_AIR_SHARE = 0.01
 SAME_PLACE_DICE = 0.5
-MINIMUM_COVER = (
-    0.8  # share of the labelled brain that must lie in the head of its scan; of real subjects 0.97 and more does
-)
+MINIMUM_COVER = 0.8  # share of the labelled brain that must lie in the head of its scan; in real subjects 0.97 and more
 SAME_GRID_MM = 0.1
 SHELL_MM = (6, 14)  # skull and scalp around the brain
 STRIPPED_SHARE, DEFACED_SHARE = 0.9, 0.7  # of a shell or of the face that must be exactly 0
@@ -33,6 +37,12 @@ STRIPPED_SHARE, DEFACED_SHARE = 0.9, 0.7  # of a shell or of the face that must 
 FACE_MNI_MM = ((-35, 55, -65), (35, 85, -30))
 FRONT_MNI_MM = ((-90, 15, -140), (90, 130, 5))
 MINIMUM_VOXELS = 100  # of a structure whose brightness is compared
+RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+ORTHOGONAL_TOLERANCE_MM = 1e-4  # per voxel
+_ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "elastix.tsv"))
+# what differs from elastix's own parameters of affine registrations: of images of one contrast, and of any two contrasts
+AFFINE: dict[str, Sequence[str]] = {row["parameter"]: row["affine"].split() for row in _ROWS if row["affine"]}
+RIGID: dict[str, Sequence[str]] = {row["parameter"]: row["rigid"].split() for row in _ROWS if row["rigid"]}
 
 
 class BoxScan(NamedTuple):
@@ -45,15 +55,7 @@ class BoxScan(NamedTuple):
 
 
 def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:
-    """Every contrast on the box of a subject. The first one is the reference; the others are registered to it.
-
-    Args:
-        files: by role; those of contrasts are read.
-        ids: FreeSurfer ids on the box, shape (H, W, D).
-        affine: voxels of the box to RAS mm.
-
-    Returns:
-        The scans by contrast, in the order of ``files``.
+    """Every contrast among files by role, on the box. The first one is the reference; the others are registered to it.
 
     Raises:
         ValueError: if a file holds no scan, a CT is not in HU, or the labels do not lie on the head of the reference.
@@ -79,10 +81,7 @@ def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray)
 
 
 def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
-    """The contrast of a scan: CT if it is in HU, else that in whose table the structures have the most similar brightness.
-
-    ``ids`` are FreeSurfer ids on the box, shape (H, W, D); ``affine`` takes its voxels to RAS mm.
-    """
+    """The contrast of a scan: CT if it is in HU, else that in whose table the structures have the most similar brightness."""
     values, file_affine = read_scan(path)
     if values.min() < AIR_HU / 2 and (values < AIR_HU / 2).mean() > MINIMUM_AIR_SHARE and values.max() > -AIR_HU / 2:
         return "CT"
@@ -98,31 +97,19 @@ def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
     return names[int(np.argmax(likeness))]
 
 
-def align_scan(
-    fixed: tuple[np.ndarray, np.ndarray], moving: tuple[np.ndarray, np.ndarray], is_ct: bool = False
-) -> np.ndarray:
-    """Rigid map from the reference's points to those of another contrast, by mutual information.
+def align_scan(fixed: Image, moving: Image, is_ct: bool = False) -> np.ndarray:
+    """Rigid map, shape (4, 4), from the points of the fixed scan in RAS mm to those of the moving one, by mutual information.
 
     It starts where the headers place the scans, unless the heads then hardly overlap: the scans of one session need little,
-    and those of different scanners are first laid on each other by their centres of gravity.
-
-    Args:
-        fixed: reference scan and its affine to RAS mm.
-        moving: other scan and its affine.
-        is_ct: whether the other scan is in HU.
-
-    Returns:
-        Matrix from RAS mm of the reference to RAS mm of the other scan, shape (4, 4).
-
-    Raises:
-        RuntimeError: if elastix fails.
+    and those of different scanners are first laid on each other by their centres of gravity. Both scans are given with their
+    affine; ``is_ct`` tells that the moving one is in HU. RuntimeError if elastix fails.
     """
     values, affine = moving
     if is_ct:
         values = np.clip(values, AIR_HU, 200.0) - AIR_HU  # bone would outweigh all soft tissue
     seen = resample_to_box(values, affine, fixed[1], fixed[0].shape)
-    heads = [find_head(fixed[0]), find_head(seen)]
-    dice = 2 * (heads[0] & heads[1]).sum() / max(1, heads[0].sum() + heads[1].sum())
+    head, other_head = find_head(fixed[0]), find_head(seen)
+    dice = 2 * (head & other_head).sum() / max(1, head.sum() + other_head.sum())
     return register_linear(fixed, (values, affine), RIGID, from_headers=bool(dice > SAME_PLACE_DICE))
 
 
@@ -134,11 +121,7 @@ def measure_motion(matrix: np.ndarray, centre_mm: np.ndarray) -> dict[str, float
 
 
 def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
-    """A CT in HU, with what lies below air's range lifted to it.
-
-    Raises:
-        ValueError: if hardly a voxel is as dark as air: then the scan is in other units, or has an offset.
-    """
+    """A CT in HU, with what lies below air's range lifted to it; ValueError if hardly a voxel is as dark as air."""
     dark = float((values < AIR_HU / 2).mean())
     if dark < MINIMUM_AIR_SHARE:
         needed = f"{source}: a CT in HU with air at about -1000 is needed"
@@ -149,16 +132,10 @@ def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
 def carry_lesion(
     files: Mapping[str, Path], contrast: str, scans: Mapping[str, BoxScan], affine: np.ndarray
 ) -> tuple[np.ndarray | None, str]:
-    """Bring the mask of lesions onto the box, from the scan on which it was drawn.
+    """Bring the mask of lesions, the file of the role ``lesion``, onto the box, from the scan on which it was drawn.
 
-    Args:
-        files: by role, with ``lesion``.
-        contrast: of the scan on which it was drawn; empty: the scan whose grid it has, or the only one.
-        scans: the subject's scans on its box, which know how the head moved between them.
-        affine: voxels of the box to RAS mm.
-
-    Returns:
-        Mask, shape (H, W, D), uint8, or None with the reason why the lesion is left out.
+    That is the scan of ``contrast``; if this is empty, the scan whose grid the mask has, or the only one. The scans on the box
+    know how the head moved between them. Returns the mask, uint8, or None with the reason why the lesion is left out.
     """
     values, file_affine = read_scan(files["lesion"])
     corners = _corners(values.shape, file_affine)
@@ -177,22 +154,12 @@ def carry_lesion(
 def find_removed(
     contrast: str, scan: BoxScan, mask: Path | None, ids: np.ndarray, affine: np.ndarray, mni_mm: np.ndarray
 ) -> np.ndarray:
-    """Where a scan on the box of a subject holds no data: outside its field of view, where defaced, or outside the brain.
+    """Where a scan on the box holds no data, bool (H, W, D): outside its field of view, where defaced, or outside the brain.
 
-    A mask of the data set decides where there is one. Without it: defacing and brain extraction set voxels to exactly 0, which
-    the noise of air rarely is. A scan counts as brain-extracted if nine tenths of a shell around the brain are 0, and as defaced
-    if seven tenths of the place of eyes and nose are.
-
-    Args:
-        contrast: of the scan.
-        scan: on the box, before scaling.
-        mask: file that is 1 where the scan was defaced, in the space of the scan.
-        ids: FreeSurfer ids, shape (H, W, D).
-        affine: voxels of the box to mm.
-        mni_mm: MNI152 coordinates on a grid that divides the box into blocks, shape (H / n, W / n, D / n, 3).
-
-    Returns:
-        Mask, shape (H, W, D), bool.
+    A mask of the data set, which is 1 where the scan was defaced, decides where there is one. Without it: defacing and brain
+    extraction set voxels to exactly 0, which the noise of air rarely is. A scan, not yet scaled, counts as brain-extracted if nine
+    tenths of a shell around the brain are 0, and as defaced if seven tenths of the place of eyes and nose are. ``mni_mm`` are MNI152
+    coordinates on a grid that divides the box into blocks, shape (H / n, W / n, D / n, 3).
     """
     removed = ~scan.seen
     if mask is not None:
@@ -218,3 +185,39 @@ def _within(mni_mm: np.ndarray, corners: tuple[tuple[int, ...], tuple[int, ...]]
 def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """Centres of the corner voxels of a grid in RAS mm, shape (8, 3)."""
     return np.asarray(apply_affine(affine, np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)))
+
+
+def register_linear(
+    fixed: Image, moving: Image, parameters: Mapping[str, Sequence[str]], *, from_headers: bool = False
+) -> np.ndarray:
+    """Find the linear map, shape (4, 4), from the points of the fixed image in RAS mm to those of the moving one.
+
+    ``parameters`` are :data:`AFFINE` or :data:`RIGID`, or a variation of them. The search starts where the affines place the
+    images, or with the centres of gravity on each other. RuntimeError if elastix fails, as for an image without contrast.
+    """
+    stages = itk.ParameterObject.New()
+    start = {"AutomaticTransformInitialization": ["false"]} if from_headers else {}
+    stages.AddParameterMap(dict(stages.GetDefaultParameterMap("affine")) | dict(parameters) | start)
+    try:
+        elastix = itk.ElastixRegistrationMethod.New(_to_itk(*fixed), _to_itk(*moving), parameter_object=stages)
+        elastix.SetLogToConsole(False)
+        elastix.SetNumberOfThreads(1)
+        elastix.Update()
+    except RuntimeError as error:
+        raise RuntimeError(f"registration: elastix gave up: {' '.join(str(error).split())[-200:]}") from error
+    transform = elastix.ConvertToItkTransform(elastix.GetNthTransform(0))
+    origin, *axes = (np.array(transform.TransformPoint(point)) for point in np.eye(4)[[3, 0, 1, 2], :3].tolist())
+    return np.asarray(RAS_LPS @ from_matvec(np.stack(axes, axis=1) - origin[:, None], origin) @ RAS_LPS)
+
+
+def _to_itk(volume: np.ndarray, affine: np.ndarray) -> Any:
+    """An ITK image in RAS mm, on the closest grid with orthogonal axes, which ITK needs: those of a tilted gantry are not."""
+    spacing = voxel_sizes(affine)
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
+    if np.abs(affine[:3, :3] - (left @ right) * spacing).max() > ORTHOGONAL_TOLERANCE_MM:
+        grid = from_matvec((left @ right) * spacing)
+        middle = (np.array(volume.shape) - 1) / 2
+        grid[:3, 3] = apply_affine(affine, middle) - apply_affine(grid, middle)
+        volume, affine = resample_to_box(volume, affine, grid, volume.shape, outside=float(volume.min())), grid
+    values = torch.from_numpy(np.ascontiguousarray(volume[None], dtype=np.float32))
+    return metatensor_to_itk_image(MetaTensor(values, affine=torch.from_numpy(affine)), dtype=np.float32)

@@ -16,17 +16,6 @@ from brainfm_monai.data.loading import find_reference_subjects
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
 from brainfm_monai.io import SCAN_SUFFIXES, write_text
 
-__all__ = [
-    "SECTIONS",
-    "check_protocols",
-    "count_subjects",
-    "find_persons",
-    "find_subjects",
-    "format_counts",
-    "make_entry",
-]
-__all__ += ["read_datalist", "write_datalist"]
-
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("training", "validation", "test")
@@ -50,11 +39,11 @@ def write_datalist(
     test_fraction: float = 0.0,
     seed: int = 0,
 ) -> Path:
-    """Write the datalist of folders of subjects, and count what the subjects have.
+    """Write the datalist of folders of subjects, and count what the subjects have; return its path.
 
-    Paths in the list are relative to its folder. A target that a subject does not have is absent from its item. All visits of
-    one person are in one section, see :func:`find_persons`. Subjects of different sets that share a name get the name of their
-    set as a prefix.
+    Its sections are ``training``, ``validation`` and ``test``. Paths in the list are relative to its folder. A target that a subject
+    does not have is absent from its item. All visits of one person are in one section, see :func:`find_persons`. Subjects of
+    different sets that share a name get the name of their set as a prefix.
 
     Args:
         root: folder of prepared subjects or in BrainFM's own layout; several are separated by commas.
@@ -64,9 +53,6 @@ def write_datalist(
         test: names of subjects that are kept for testing, separated by commas.
         test_fraction: share of the other persons that is drawn for testing.
         seed: seed of the draws.
-
-    Returns:
-        Path of the list, with the sections ``training``, ``validation`` and ``test``.
 
     Raises:
         FileNotFoundError: if a ``root`` is no folder.
@@ -82,8 +68,10 @@ def write_datalist(
     section_of = _draw(find_persons(entries), asked, fractions, seed, where)
     target = roots[0] / output
     sections: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
-    for name in sorted(entries):
-        sections[section_of.get(name, "training")].append(_relative(entries[name], target.parent))
+    for name, entry in sorted(entries.items()):
+        paths = {*STORAGE, *(key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute())} & set(entry)
+        item = {key: _relative(value, target.parent) if key in paths else value for key, value in entry.items()}
+        sections[section_of.get(name, "training")].append(item)
     write_text(target, json.dumps(sections, indent=2) + "\n")
     logger.info("%s", format_counts(count_subjects(entries.values())))
     return target
@@ -92,9 +80,7 @@ def write_datalist(
 def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     """The entries of all subjects in a folder, with whole paths: prepared ones, or those of the reference's layout.
 
-    Raises:
-        FileNotFoundError: if ``root`` is no folder.
-        ValueError: if there is no subject.
+    FileNotFoundError if ``root`` is no folder, ValueError if it has no subject.
     """
     root = Path(root)
     if not root.is_dir():
@@ -102,8 +88,8 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
     entries = [make_entry(folder) for folder in folders] or find_reference_subjects(root)
     if not entries:
-        needed = f"{root}: prepared subjects (folders with {SIDECAR}) or <dataset>.<subject>.T1w.nii are needed"
-        raise ValueError(f"{needed}, found none")
+        needed = f"prepared subjects (folders with {SIDECAR}) or <dataset>.<subject>.T1w.nii are needed"
+        raise ValueError(f"{root}: {needed}, found none")
     return entries
 
 
@@ -150,8 +136,7 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
 def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:
     """Check that the segmentations have one protocol; items that do not name theirs are not checked.
 
-    Raises:
-        ValueError: if they have several, or another one than ``protocol``.
+    ValueError if there are several, or another one than ``protocol``.
     """
     subjects_of: dict[str, list[str]] = {}
     for entry in entries:
@@ -186,17 +171,11 @@ def format_counts(counts: Mapping[str, Counter[str]]) -> str:
 
 
 def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Which subjects are one person.
+    """Which subjects are one person: a key of the person by name of the subject.
 
     Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names differ
     in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's longitudinal
     stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
-
-    Args:
-        entries: items of a datalist by name.
-
-    Returns:
-        A key of the person by name.
     """
     parent: dict[str, str] = {}
 
@@ -259,28 +238,26 @@ def _draw(
 
 def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
-    count, named = Counter(entry["subject"] for entry in entries), []
+    count = Counter(entry["subject"] for entry in entries)
+    named: dict[str, dict[str, Any]] = {}
+    twice = set()
     for entry in entries:
         name = entry["subject"]
-        own = {"person": entry.get("person", name), "subject": f"{entry.get('dataset', '')}_{name}"}
-        named.append(entry | own if count[name] > 1 else entry)
-    twice = sorted(name for name, times in Counter(entry["subject"] for entry in named).items() if times > 1)
+        if count[name] > 1:
+            entry = entry | {"person": entry.get("person", name), "subject": f"{entry.get('dataset', '')}_{name}"}
+        twice |= {entry["subject"]} & set(named)
+        named[entry["subject"]] = entry
     if twice:
         needed = "datalist: subjects of one set need different names"
-        raise ValueError(f"{needed}, found twice: {', '.join(twice)}: pass --dataset NAME")
-    return {entry["subject"]: entry for entry in named}
+        raise ValueError(f"{needed}, found twice: {', '.join(sorted(twice))}: pass --dataset NAME")
+    return named
 
 
-def _relative(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An entry with the paths of its files relative to a folder."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, list):
-            return [shorten(v) for v in value]
-        return Path(os.path.relpath(value, folder)).as_posix()
-
-    tables = [key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute()]
-    return {key: shorten(value) if key in (*STORAGE, *tables) else value for key, value in entry.items()}
+def _relative(value: Any, folder: Path) -> Any:
+    """A path, or a list of paths, relative to a folder."""
+    if isinstance(value, list):
+        return [_relative(v, folder) for v in value]
+    return Path(os.path.relpath(value, folder)).as_posix()
 
 
 def _absolute(key: str, value: Any, folder: Path) -> Any:

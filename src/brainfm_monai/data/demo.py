@@ -12,8 +12,6 @@ from scipy.spatial.transform import Rotation
 
 from brainfm_monai.io import write_whole
 
-__all__ = ["simulate_clinical_scan", "write_demo_scans"]
-
 IN_PLANE_MM = 0.9
 SLICE_THICKNESS_MM = 5  # also the spacing: slices without gaps, as in much of clinical routine
 TILT_DEG = (9.0, 0.0, 6.0)  # about right, anterior and superior: a head that lies askew, slices not along it
@@ -22,11 +20,7 @@ BIAS_LOG_AMPLITUDE = 0.35  # a surface coil's shading: factors of 0.7 to 1.4
 
 
 def write_demo_scans(output_dir: str | Path) -> list[Path]:
-    """Write ``mni152_T1w.nii.gz`` (1 mm) and ``clinical_T2like.nii.gz``, see :func:`simulate_clinical_scan`.
-
-    Returns:
-        Paths of the two scans.
-    """
+    """Write ``mni152_T1w.nii.gz`` (1 mm) and ``clinical_T2like.nii.gz``, see :func:`simulate_clinical_scan`; return their paths."""
     from nilearn.datasets import load_mni152_template  # slow to import
 
     folder = Path(output_dir)
@@ -43,14 +37,8 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     """Make of a T1 what a clinical archive might hold: 5 mm slices askew to the head, dark-to-bright contrast, shading, noise.
 
     The contrast of the tissues is turned around (fluid bright, white matter dark); the voxels are stored from right to left and
-    front to back (LPS), with the true oblique affine.
-
-    Args:
-        t1w: skull-stripped T1 with background 0.
-        seed: of the noise.
-
-    Returns:
-        int16 image of 0.9 x 0.9 x 5 mm.
+    front to back (LPS), with the true oblique affine. ``t1w`` is skull-stripped with background 0, ``seed`` that of the noise; the
+    image is int16, of 0.9 x 0.9 x 5 mm.
     """
     image = np.asarray(t1w.get_fdata(dtype=np.float32))
     brain = image > 0

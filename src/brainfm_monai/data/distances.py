@@ -13,9 +13,6 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-__all__ = ["PIAL_IDS", "WHITE_IDS", "compute_hemisphere_distances", "compute_signed_distance"]
-__all__ += ["compute_surface_distance", "read_surface"]
-
 # What FreeSurfer's white surface encloses: white matter, ventricles, deep grey matter, lesions, vessels in them, and the patches
 # of SynthSeg's maps. Its surface passes around hippocampus and amygdala without following them, so both count as inside, too.
 # Midline structures (third ventricle), brainstem and cerebellum belong to no hemisphere.
@@ -29,17 +26,11 @@ CENTRE_TOLERANCE_MM = 0.5
 
 
 def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
-    """Signed Euclidean distance to the boundary of a region, negative inside.
+    """Signed Euclidean distance to the boundary of a region, in mm, float32, negative inside.
 
     The transform measures from voxel centre to voxel centre across the boundary, and the boundary lies between them: half a voxel
-    is taken off on both sides, so that the zero crossing is on the faces of the voxels.
-
-    Args:
-        inside: the region, shape (H, W, D), bool, isotropic voxels.
-        spacing_mm: size of the voxels.
-
-    Returns:
-        Distance in mm, shape (H, W, D), float32; +inf everywhere for an empty region, -inf for a full one.
+    is taken off on both sides. The region has shape (H, W, D), bool, and isotropic voxels of ``spacing_mm``; the distance is +inf
+    everywhere for an empty region, -inf for a full one.
     """
     region = np.ascontiguousarray(inside, dtype=bool)
     if not region.any() or region.all():
@@ -49,14 +40,10 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
 
 
 def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
-    """Signed distances to the four boundaries of the cerebral cortex.
+    """Signed distances in mm, negative inside, to the boundaries of the cerebral cortex in a map of FreeSurfer ids (H, W, D).
 
-    Args:
-        ids: map of FreeSurfer ids, shape (H, W, D), isotropic voxels.
-        spacing_mm: size of the voxels.
-
-    Returns:
-        Distances in mm, negative inside, shape (H, W, D, 4): left pial, left white, right pial, right white.
+    The voxels are isotropic, of ``spacing_mm``. The last axis of the result (H, W, D, 4) is left pial, left white, right pial,
+    right white.
     """
     regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
     return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
@@ -98,7 +85,7 @@ def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
 def compute_surface_distance(
     vertices: np.ndarray, triangles: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]
 ) -> np.ndarray:
-    """Signed distance of voxel centres to a closed triangle surface, negative inside.
+    """Signed distance in mm of voxel centres to a closed triangle surface, shape (H, W, D), float32, negative inside.
 
     The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and crossings do
     not upset. Voxels further away than 7 mm get that distance.
@@ -108,9 +95,6 @@ def compute_surface_distance(
         triangles: shape (T, 3), all turned the same way.
         affine: voxels of about 1 mm to the vertices' mm, shape (4, 4).
         shape: size of the volume.
-
-    Returns:
-        Distance in mm, shape (H, W, D), float32.
     """
     near = _near_surface(vertices, affine, shape)
     index = np.argwhere(near)

@@ -17,8 +17,6 @@ from tqdm import tqdm
 from brainfm_monai.data.subjects import hash_file
 from brainfm_monai.io import read_table, write_whole
 
-__all__ = ["DownloadError", "NoNetworkError", "OpenFile", "fetch_dataset", "read_open_sets"]
-
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30
@@ -47,9 +45,8 @@ class OpenFile(NamedTuple):
 def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]:
     """The files of every set, from the package's table or another one of the same columns.
 
-    Raises:
-        FileNotFoundError: if there is no such table.
-        ValueError: if a row is not what it should be, or would lead out of the folder of the download.
+    FileNotFoundError if there is no such table, ValueError if a row is not what it should be, or would lead out of the folder of
+    the download.
     """
     source = Path(table or str(resources.files("brainfm_monai") / "datasets" / "open.tsv"))
     if not source.is_file():
@@ -68,7 +65,7 @@ def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]
 
 
 def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = None, jobs: int = 4) -> list[Path]:
-    """Download an open data set and check its hashes; what is there already is kept.
+    """Download an open data set and check its hashes; what is there already is kept. Returns its files.
 
     ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple sclerosis,
     as a BIDS folder (CC-BY).
@@ -78,9 +75,6 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
         output: folder for its files.
         table: another table of files than the package's (columns name, file, address, sha256, bytes, licence, content).
         jobs: downloads at once.
-
-    Returns:
-        The files, in the order of the table.
 
     Raises:
         ValueError: if the table has no such set.

@@ -14,27 +14,21 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
+from brainfm_monai.data.subjects import Image
 from brainfm_monai.functional.intensity import antialias
 from brainfm_monai.io import read_volume
-
-__all__ = ["cluster_extracerebral", "find_head", "read_scan", "resample_to_box", "scale_intensities"]
 
 logger = logging.getLogger(__name__)
 
 AIR_HU = -1000.0
-UPPER_QUANTILE = 0.999
+UPPER_QUANTILE, CLOSING_VOX = 0.999, 4
 CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
-CLOSING_VOX = 4
 
 
-def read_scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_scan(path: Path) -> Image:
     """Read one volume of real numbers, with NaN and infinite voxels as 0; warnings of the reader are logged.
 
-    Returns:
-        Values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm.
-
-    Raises:
-        ScanError: if the file holds no such volume.
+    Returns values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm; ScanError if there is no such volume.
     """
     volume = read_volume(path)
     for warning in volume.warnings:
@@ -45,19 +39,10 @@ def read_scan(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def resample_to_box(
     values: np.ndarray, affine: np.ndarray, box_affine: np.ndarray, shape: tuple[int, int, int], outside: float = 0.0
 ) -> np.ndarray:
-    """Bring a volume onto a box of 1 mm voxels in one linear interpolation.
+    """Bring a volume (H, W, D) onto a box of size ``shape`` with voxels of 1 mm in one linear interpolation, float32.
 
-    Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels.
-
-    Args:
-        values: shape (H, W, D).
-        affine: voxels of the scan to mm, with any rigid motion to the reference already in it.
-        box_affine: voxels of the box to mm.
-        shape: size of the box.
-        outside: value where the scan does not reach.
-
-    Returns:
-        Values on the box, float32.
+    Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels. Both affines take voxels
+    to mm, that of the scan with any rigid motion to the reference already in it; ``outside`` is the value where it does not reach.
     """
     target_mm = [float(voxel_sizes(box_affine).mean())] * 3
     volume = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
@@ -67,13 +52,9 @@ def resample_to_box(
 
 
 def find_head(values: np.ndarray) -> np.ndarray:
-    """The head in a scan: what is brighter than air (Otsu's threshold), closed, without holes, in its largest piece.
+    """The head in a scan (H, W, D): what is brighter than air (Otsu's threshold), closed, without holes, in its largest piece.
 
-    Args:
-        values: shape (H, W, D).
-
-    Returns:
-        Mask, shape (H, W, D), bool; empty for a constant scan.
+    The mask is bool, and empty for a constant scan.
     """
     seen = values[values != 0]
     if not len(seen) or seen.min() == seen.max():
@@ -88,16 +69,11 @@ def find_head(values: np.ndarray) -> np.ndarray:
 
 
 def scale_intensities(values: np.ndarray) -> np.ndarray:
-    """Map a scan to [0, 1]: its minimum to 0, the 99.9 % quantile in the head to 1; what is brighter is clipped.
+    """Map a magnitude scan (H, W, D) to [0, 1], float32: its minimum to 0, the 99.9 % quantile in the head to 1, the rest clipped.
 
-    Args:
-        values: magnitude scan, shape (H, W, D).
-
-    Returns:
-        float32, same shape; 0 for a scan without contrast.
+    A scan without contrast becomes 0.
     """
-    head = find_head(values)
-    low = float(values.min())
+    head, low = find_head(values), float(values.min())
     high = float(np.quantile(values[head], UPPER_QUANTILE)) if head.any() else low
     if high <= low:
         return np.zeros(values.shape, dtype=np.float32)
@@ -107,19 +83,15 @@ def scale_intensities(values: np.ndarray) -> np.ndarray:
 def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Classes of the head outside the brain by brightness, the darkest first.
 
-    Args:
-        values: scan, shape (H, W, D).
-        brain: mask of what has labels already, shape (H, W, D), bool.
-
-    Returns:
-        0 in the air and in the brain, 1 to 5 elsewhere in the head, shape (H, W, D), uint8; all 0 for a brain-extracted scan.
+    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. The classes, uint8, are 0 in the air and in the
+    brain and 1 to 5 elsewhere in the head; all are 0 for a brain-extracted scan.
     """
     rest = find_head(values) & ~brain
     classes = np.zeros(values.shape, dtype=np.uint8)
     seen = values[rest]
-    if len(np.unique(seen[:: max(1, len(seen) // CLUSTER_SAMPLES)])) < CLUSTERS:
-        return classes
     sample = seen[:: max(1, len(seen) // CLUSTER_SAMPLES), None]
+    if len(np.unique(sample)) < CLUSTERS:
+        return classes
     start = np.quantile(sample, (np.arange(CLUSTERS) + 0.5) / CLUSTERS)[:, None]
     centres = np.sort(KMeans(CLUSTERS, init=start, n_init=1, random_state=0).fit(sample).cluster_centers_.ravel())
     classes[rest] = 1 + np.searchsorted((centres[1:] + centres[:-1]) / 2, seen)

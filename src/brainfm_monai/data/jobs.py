@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from brainfm_monai.data.datalist import PROTOCOLS, make_entry
 from brainfm_monai.data.making import make_volumes
 from brainfm_monai.data.registration import TEMPLATE_NAME
 from brainfm_monai.data.subjects import (
-    check_size,
-    describe_subject,
+    MNI_FACTOR,
+    hash_file,
     read_record,
     run_parallel,
     subject_file,
@@ -24,12 +26,11 @@ from brainfm_monai.data.subjects import (
 )
 from brainfm_monai.io import write_folder, write_text
 
-__all__ = ["Job", "PreparationError", "common_settings", "is_finished", "make_subject", "run_jobs"]
-
 logger = logging.getLogger(__name__)
 
 REFUSED = ("left and right", "axes")  # rules of the check whose breach no training survives
 FREE = ("versions", "person")  # facts of a record that do not decide whether the subject is made again
+PACKAGES = "brainfm-monai numpy nibabel monai itk itk-elastix edt libigl nilearn scikit-learn".split()
 
 
 class PreparationError(ValueError):
@@ -51,35 +52,46 @@ class Job:
         """The file or folder that messages name."""
         return next(iter(self.files.values()))
 
+    def describe(self) -> dict[str, Any]:
+        """The record of the subject: names and hashes of its files without their folders, settings and units."""
+        sources = {role: {"name": path.name, "sha256": hash_file(path)} for role, path in self.files.items()}
+        return {
+            **{"kind": self.kind, "sources": sources, **self.settings, "spacing_mm": 1.0, "axes": "RAS"},
+            "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
+            "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
+            "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
+        }
+
 
 def common_settings(dataset: str, protocol: str, size: Sequence[int] | str) -> dict[str, Any]:
-    """The settings that every kind of preparation records."""
-    box = list(check_size(size))
+    """The settings that every kind of preparation records.
+
+    Raises:
+        ValueError: if ``size``, which a text holds separated by commas, is not three positive multiples of 4.
+    """
+    box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
+    if len(box) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in box):
+        raise ValueError(f"prepare: 'size' must be three positive multiples of {MNI_FACTOR}, got {tuple(box)}")
     return {"dataset": dataset, "protocol": Path(protocol).name, "spatial_size": box, "template": TEMPLATE_NAME}
 
 
 def make_subject(job: Job, output_dir: Path) -> list[str]:
     """Make the subject of a job, check it as ``data check`` does, and write its folder, whole or not at all.
 
-    Args:
-        job: the subject.
-        output_dir: folder for its folder; an older one is replaced.
-
-    Returns:
-        The faults, one line each; the record of the subject names them, too.
+    An older folder is replaced. The faults are returned, one line each, and the record of the subject names them.
 
     Raises:
-        ValueError: if left and right are exchanged or the head lies on its side; or what the job raises.
+        ValueError: if left and right are exchanged or the head lies on its side; or what :func:`make_volumes` raises.
     """
     volumes, facts = make_volumes(job.files, job.settings, job.options)
     with write_folder(output_dir / job.name) as folder:
-        write_subject(folder, volumes, describe_subject(job.kind, job.files, job.settings) | facts)
+        write_subject(folder, volumes, job.describe() | facts)
         entry = {**make_entry(folder), "subject": job.name, "simulated": []}  # what the package paints needs no check
         entry |= {key: job.options[key] for key in PROTOCOLS if key in job.options}
         findings = check_subject(entry)
-        refused = [finding for finding in findings if finding.rule in REFUSED]
-        if refused:
-            raise ValueError(f"{job.source}: {refused[0].rule}: {refused[0].found}")
+        for finding in findings:
+            if finding.rule in REFUSED:
+                raise ValueError(f"{job.source}: {finding.rule}: {finding.found}")
         faults = [*facts.get("faults", ()), *(f"{finding.rule}: {finding.found}" for finding in findings)]
         if faults:
             write_record(folder, {**read_record(folder), "faults": faults})
@@ -89,37 +101,33 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
 def run_jobs(
     jobs: Sequence[Job], output: str | Path, *, processes: int = 1, overwrite: bool = False, dry_run: bool = False
 ) -> list[Path]:
-    """Prepare subjects; finished ones are skipped, so that an interrupted run continues where it stopped.
+    """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues where it stopped.
 
     Args:
-        jobs: the subjects, with different names.
-        output: folder for the subjects' folders.
+        jobs: the subjects.
+        output: folder for the subjects' folders, which are returned in the order of the jobs.
         processes: how many are prepared at once.
         overwrite: prepare finished subjects again.
         dry_run: log what would be done, and do nothing.
-
-    Returns:
-        The subjects' folders, in the order of the jobs.
 
     Raises:
         ValueError: if two jobs have one name.
         PreparationError: at the end, if some failed: one line for each.
     """
-    output_dir, names = Path(output), [job.name for job in jobs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    output_dir, failures = Path(output), []
+    twice = sorted(name for name, times in Counter(job.name for job in jobs).items() if times > 1)
     if twice:
         raise ValueError(f"{output_dir}: subjects with different names are needed, found twice: {twice}")
     waiting = [job for job in jobs if overwrite or not is_finished(job, output_dir)]
-    folders = [output_dir / name for name in names]
+    folders = [output_dir / job.name for job in jobs]
+    for job in jobs if dry_run else ():
+        files = ", ".join(f"{role} {path}" for role, path in job.files.items())
+        logger.info("%s %s from %s", "would prepare" if job in waiting else "is finished:", job.name, files)
     if dry_run:
-        for job in jobs:
-            files = ", ".join(f"{role} {path}" for role, path in job.files.items())
-            logger.info("%s %s from %s", "would prepare" if job in waiting else "is finished:", job.name, files)
         return folders
     for table in {Path(str(job.options.get(key, ""))) for job in waiting for key in PROTOCOLS}:
         if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them
             write_text(output_dir / table.name, table.read_text(encoding="utf-8"))
-    failures = []
     for job, outcome in run_parallel(partial(make_subject, output_dir=output_dir), waiting, processes):
         if isinstance(outcome, BaseException):
             text = " ".join(str(outcome).split()) or type(outcome).__name__
@@ -137,7 +145,7 @@ def is_finished(job: Job, output_dir: Path) -> bool:
     """Whether a subject is there, out of the same files and with the same settings; its person is brought up to date."""
     folder = output_dir / job.name
     try:
-        record, needed = read_record(folder), describe_subject(job.kind, job.files, job.settings)
+        record, needed = read_record(folder), job.describe()
     except (OSError, ValueError):
         return False  # a source that cannot be read is reported when the subject is made
     same = all(record.get(key) == value for key, value in needed.items() if key not in FREE)

@@ -1,9 +1,10 @@
-"""Label maps on disk to the grid of a prepared subject: RAS+, 1 mm isotropic, a box of fixed size around the brain."""
+"""Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what the generator paints on them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing, generate_spatial_bounding_box
-from nibabel.affines import apply_affine
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
+from brainfm_monai.data.subjects import Image, split_names
 from brainfm_monai.io import ScanError, read_labels, read_table
-
-__all__ = ["crop_to_box", "cut_to_brain", "find_brain_centre", "fold_ids", "load_label_map", "read_id_table"]
+from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
+from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +34,32 @@ PARCELS = (
 UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
 WHITE_MATTER = (2, 41)
 BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)  # cerebrum and cerebellum, which place the box
+# of what the generator paints
+PROTOCOL, HEAD_PROTOCOL = "brainfm_generation", "synthseg_generation"
+FIRST_HEAD_ID = 500
+WHITE, GREY, FLUID_OR_NOTHING = (2, 41), (3, 42), (0, 24)
+WHITE_TO_GREY, GREY_TO_FLUID, STEPS = 150, 200, 50  # first codes of the two ramps, and steps of 2 %
+FIRST_CLUSTER = 251
+HYPOINTENSITIES, HYPOINTENSITY_CODE = (77, 78, 79), 77
+TRANSITION_MM = 1.0  # a voxel: the ramp of a boundary that runs through its centre
+AIR_HU = -1000.0
+# Labels end in steps of a voxel, where a scan's profile blends the tissues of a voxel. A Gaussian of this width, chosen, has a
+# full width at half maximum of 1.2 mm, about a voxel: it takes the steps away and leaves sulci and thin bone.
+SMOOTHING_MM = 0.5
 
 
-def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     """Read a label map, turn it to RAS+ and resample it to 1 mm isotropic voxels (nearest neighbour) if it is not.
 
     An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the rest.
-
-    Args:
-        path: NIfTI or MGH file with one volume of integer ids.
-        table: FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
+    ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
 
     Returns:
         The ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4).
 
     Raises:
         ScanError: if the file has no single volume or states no orientation, or a value is no id.
+        ValueError: if an id is not in the table.
     """
     volume = read_labels(path)
     if not volume.is_oriented:
@@ -72,10 +85,8 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> tuple[
 def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = "synthseg_head") -> dict[int, int]:
     """The FreeSurfer id of each id of a label map.
 
-    Args:
-        source: tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``; or the rows as a mapping of ids to
-            ids or names; case, blanks and hyphens of names do not matter.
-        protocol: protocol in which names are looked up, before the shipped ones.
+    ``source`` is a tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``, or the rows as a mapping of ids
+    to ids or names. Names are looked up in ``protocol``, before the shipped ones; case, blanks and hyphens do not matter.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -96,18 +107,17 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice or not pairs:
         raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
-    id_of_name: dict[str, int] = {}
-    for name in (*Protocol.names(), protocol):
-        id_of_name |= {_plain(s.name): s.freesurfer_id for s in Protocol.load(name).structures if not s.mixture}
-    table = {int(key): id_of_name.get(_plain(value), value) for key, value in pairs}
+
+    def plain(name: int | str) -> str:
+        return "".join(c for c in str(name).lower() if c.isalnum())
+
+    structures = [s for name in (*Protocol.names(), protocol) for s in Protocol.load(name).structures]
+    id_of_name = {plain(s.name): s.freesurfer_id for s in structures if not s.mixture}
+    table = {int(key): id_of_name.get(plain(value), value) for key, value in pairs}
     unknown = [str(value) for value in table.values() if not str(value).lstrip("-").isdigit()]
     if unknown:
         raise ValueError(f"{path}: whole numbers or names of structures are needed, found {', '.join(unknown[:5])}")
     return {key: int(value) for key, value in table.items()}
-
-
-def _plain(name: int | str) -> str:
-    return "".join(c for c in str(name).lower() if c.isalnum())
 
 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
@@ -115,12 +125,7 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
 
     Cortical parcels become cortex; parcels of white matter and the corpus callosum become white matter; hypointensities become
     those of their side. The side of a voxel is that of the plane halfway between the centroids of left and right white matter.
-
-    Args:
-        ids: map of FreeSurfer ids, shape (H, W, D), on a grid of isotropic voxels.
-
-    Returns:
-        Map of ids, same shape; the very same array where there is nothing to fold.
+    The map has shape (H, W, D) and isotropic voxels; where there is nothing to fold, the very same array is returned.
     """
     present = set(np.unique(ids).tolist())
     table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
@@ -130,26 +135,19 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
     folded = ids.copy()
     for source, target in table.items():
         folded[ids == source] = target
-    places = np.argwhere(np.isin(ids, list(unsided)))
-    left, right = (np.argwhere(folded == white) for white in WHITE_MATTER)
-    if len(places) and len(left) and len(right):
-        middle, across = (left.mean(axis=0) + right.mean(axis=0)) / 2, right.mean(axis=0) - left.mean(axis=0)
-        on_right = ((places - middle) @ across > 0).astype(int)
-        where = tuple(places.T)
+    where = np.isin(ids, list(unsided))
+    sides = [np.argwhere(folded == white) for white in WHITE_MATTER]
+    if where.any() and all(map(len, sides)):
+        left, right = (side.mean(axis=0) for side in sides)
+        on_right = ((np.argwhere(where) - (left + right) / 2) @ (right - left) > 0).astype(int)
         folded[where] = [UNSIDED[int(i)][side] for i, side in zip(ids[where], on_right, strict=True)]
     return folded
 
 
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:
-    """Centre of the bounding box of the brain in voxels, shape (3,), a multiple of one half.
+    """Centre in voxels, shape (3,), of the bounding box of some ids of a map (H, W, D); a multiple of one half.
 
-    Args:
-        ids: map of ids, shape (H, W, D).
-        brain_ids: the ids that make the box; without those that reach down the neck.
-        source: name for messages.
-
-    Raises:
-        ValueError: if none of the ids is there.
+    ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if none of the ids is there.
     """
     brain = np.isin(ids, list(brain_ids))
     if not brain.any():
@@ -158,32 +156,108 @@ def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "
     return (np.array(start) + np.array(end) - 1) / 2
 
 
-def cut_to_brain(
-    ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str
-) -> tuple[np.ndarray, np.ndarray]:
+def cut_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str) -> Image:
     """The box around cerebrum and cerebellum of a map of FreeSurfer ids, and its affine; see :func:`crop_to_box`."""
     return crop_to_box(ids, affine, find_brain_centre(ids, BOX_IDS, source), spatial_size)
 
 
-def crop_to_box(
-    volume: np.ndarray, affine: np.ndarray, centre: np.ndarray, spatial_size: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a box of fixed size, with zeros where it leaves the volume, and move the affine with it.
+def crop_to_box(volume: np.ndarray, affine: np.ndarray, centre: np.ndarray, spatial_size: Sequence[int]) -> Image:
+    """Cut a box of fixed size out of a volume, with zeros where it leaves the volume, and move the affine (4, 4) with it.
 
-    Args:
-        volume: shape (H, W, D).
-        affine: voxels to mm, shape (4, 4).
-        centre: centre of the box in voxels, shape (3,).
-        spatial_size: size of the box in voxels.
-
-    Returns:
-        The box, of shape ``spatial_size``, and its affine.
+    ``centre`` is that of the box in voxels, shape (3,). The box has the shape ``spatial_size``.
     """
     start = np.floor(np.asarray(centre) - (np.asarray(spatial_size) - 1) / 2).astype(int)
     end = start + np.asarray(spatial_size)
     inside = tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(start, end, strict=True))
     before, after = np.clip(-start, 0, spatial_size), np.clip(end - volume.shape, 0, spatial_size)
-    box = np.pad(volume[inside], list(zip(before, after, strict=True)))
-    moved = affine.copy()
-    moved[:3, 3] = apply_affine(affine, start)
-    return box, moved
+    moved = from_matvec(affine[:3, :3], apply_affine(affine, start))
+    return np.pad(volume[inside], list(zip(before, after, strict=True))), moved
+
+
+def make_generation_labels(
+    ids: np.ndarray, distance: np.ndarray | None = None, clusters: np.ndarray | None = None
+) -> tuple[np.ndarray, str]:
+    """Labels for the generator, uint8, and the name of their protocol, out of FreeSurfer ids (H, W, D) with parcels folded.
+
+    A map that labels the head outside the brain follows ``synthseg_generation``. Any other one follows ``brainfm_generation``.
+    Where a surface passes through a voxel of white matter and cortex, or of cortex and fluid, the label is the code of their
+    mixture: the share goes from 0 to 1 over one millimetre of signed distance, centred on the surface. ``distance`` is in mm to left
+    pial, left white, right pial and right white surfaces, shape (H, W, D, 4); without it no voxel is mixed. ``clusters`` are classes
+    1 to 5 of the head outside the brain, 0 elsewhere. ValueError if an id is not in the protocol.
+    """
+    if (ids >= FIRST_HEAD_ID).any():
+        return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL
+    brain_ids = np.where(np.isin(ids, HYPOINTENSITIES), HYPOINTENSITY_CODE, ids)
+    if brain_ids.max() >= 100:  # from there on the codes are mixtures, and no ids of structures
+        too_large = np.unique(ids[brain_ids >= 100])[:10]
+        raise ValueError(f"generation labels: FreeSurfer ids below 100 are needed, found {too_large}")
+    labels = Protocol.load(PROTOCOL).encode(brain_ids, "generation labels")
+    if clusters is not None:
+        outside = (labels == 0) & (clusters > 0)
+        labels[outside] = clusters[outside] + FIRST_CLUSTER - 1
+    if distance is None:
+        return labels, PROTOCOL
+    pial, white = distance[..., [0, 2]].min(axis=-1), distance[..., [1, 3]].min(axis=-1)
+    share_grey, share_fluid = (np.clip(d / TRANSITION_MM + 0.5, 0, 1) for d in (white, pial))
+    at_white = np.isin(ids, WHITE + GREY) & (share_grey > 0) & (share_grey < 1)
+    at_pial = np.isin(ids, GREY + FLUID_OR_NOTHING) & (share_fluid > 0) & (share_fluid < 1)
+    at_pial &= white > TRANSITION_MM / 2
+    labels[at_white] = WHITE_TO_GREY + np.rint(share_grey[at_white] * STEPS)
+    labels[at_pial] = GREY_TO_FLUID + np.rint(share_fluid[at_pial] * STEPS)
+    return labels, PROTOCOL
+
+
+def choose_contrasts(names: Sequence[str] | str) -> list[str]:
+    """Names of contrasts in the order of the package, each once; ValueError if there is no such contrast."""
+    asked = split_names(names)
+    unknown = [name for name in asked if name not in CONTRASTS]
+    if unknown:
+        raise ValueError(f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}, got {', '.join(unknown)}")
+    return [name for name in CONTRASTS if name in asked]
+
+
+def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], source: str) -> dict[str, np.ndarray]:
+    """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 of shape (L,).
+
+    Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real images. The
+    quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where it was measured in
+    four real heads: the labels do not tell fat, the brightest there, from other soft tissue. Partial-volume codes get the
+    weighted means of their parts, and the background is air: 0, or -1000 HU.
+
+    Raises:
+        ValueError: if a table does not know an id that the labels hold, or that a mixture among them is made of; ``source`` is
+            named in the message.
+    """
+    painted = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0)
+    means = {}
+    for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):
+        unknown = protocol.freesurfer_ids[painted & np.isnan(mean)].tolist()
+        if unknown:
+            needed = f"{source}: the table of {name} must know every id that is painted"
+            raise ValueError(f"{needed}, found no {unknown[:10]}")
+        air, top = (AIR_HU, 1.0) if name == "CT" else (0.0, INTENSITY_TOP)
+        pure = np.where(protocol.freesurfer_ids == 0, air, np.nan_to_num(mean)) / top
+        means[name] = (protocol.mixture_weights @ pure).astype(np.float32)
+    return means
+
+
+def find_paintable(labels: np.ndarray, protocol: str, has: Container[str]) -> list[str]:
+    """The contrasts that a subject lacks and whose tables know all of its labels."""
+    names = []
+    for name in CONTRASTS:
+        with suppress(ValueError):
+            if name not in has and read_means(labels, Protocol.load(protocol), [name], ""):
+                names.append(name)
+    return names
+
+
+def simulate_contrasts(
+    labels: np.ndarray, affine: np.ndarray, protocol: Protocol, names: Sequence[str], source: str
+) -> dict[str, np.ndarray]:
+    """Paint contrasts on generation labels (H, W, D): the mean of each label, see :func:`read_means`, a little smoothed.
+
+    ``affine`` takes voxels to mm. The images have the shape of the labels, float32: HU for CT, [0, 1] for the others.
+    """
+    sigma_vox = SMOOTHING_MM / voxel_sizes(affine)
+    means = read_means(labels, protocol, names, source)
+    return {name: ndimage.gaussian_filter(mean[labels], sigma_vox, mode="nearest") for name, mean in means.items()}

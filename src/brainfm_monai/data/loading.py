@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from monai.config import KeysCollection
@@ -16,14 +17,11 @@ from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.generation import simulate_contrasts
-from brainfm_monai.data.labels import read_id_table
-from brainfm_monai.data.subjects import CONTRASTS
+from brainfm_monai.data.labels import read_id_table, simulate_contrasts
+from brainfm_monai.data.subjects import CONTRASTS, STORAGE
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import read_maps
 from brainfm_monai.tasks import TASKS
-
-__all__ = ["HoldSubjectd", "LoadSubjectd", "decode_reference", "find_reference_subjects"]
 
 MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
 BOX_TOLERANCE_MM = 0.01
@@ -89,6 +87,39 @@ def _load(key: str, value: Any, is_reference: bool) -> MetaTensor:
     values = maps[0] if len(maps) == 1 else torch.cat(maps)
     values = decode_reference(key, values) if is_reference else values
     return MetaTensor(values, affine=torch.from_numpy(parts[0].affine), meta={"filename_or_obj": str(paths[0])})
+
+
+class LoadedSubject:
+    """The volumes of an item of a datalist with whole paths, read when they are asked for, in this package's units."""
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry = entry
+        self.keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
+        self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """Values of a volume, shape (H, W, D) or (H, W, D, C)."""
+        if key not in self._read:
+            volume = LoadSubjectd(key)(self.entry)[key]
+            values = volume.as_tensor().numpy()
+            self._read[key] = (np.moveaxis(values, 0, -1) if len(values) > 1 else values[0], volume.affine.numpy())
+        return self._read[key][0]
+
+    def affine(self, key: str) -> np.ndarray:
+        """Voxels of a volume to RAS mm."""
+        _ = self[key]
+        return self._read[key][1]
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """Protocol of the segmentation."""
+        return Protocol.load(str(self.entry.get("protocol", "synthseg_head")))
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """FreeSurfer ids of the segmentation; labels that the protocol lacks are 0."""
+        table = np.append(self.protocol.freesurfer_ids, 0)
+        return table[np.minimum(self["segmentation"].astype(np.int64), len(self.protocol))]
 
 
 class HoldSubjectd(Transform):
@@ -173,14 +204,10 @@ def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
 
 
 def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
-    """List the subjects of a folder in the reference's layout.
+    """List the subjects of a folder in the reference's layout, in the order of their names: T1w scans with siblings of one prefix.
 
-    Args:
-        root: the folder; a subject is a T1w scan with siblings of the same prefix.
-
-    Returns:
-        By subject, in the order of their names: ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file
-        that is there; ``distance`` and ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
+    An entry has ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file that is there; ``distance`` and
+    ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
     """
     entries = []
     for scan in sorted(f for suffix in SUFFIXES for f in Path(root).glob(f"[!.]*.*.T1w{suffix}")):
@@ -198,15 +225,10 @@ def _existing(stem: Path) -> str:
 
 
 def decode_reference(key: str, values: Tensor) -> Tensor:
-    """Values of a file of the reference in this package's units.
+    """Values of a file of the reference, shape (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
 
-    Args:
-        key: what the file is, a key of a datalist's entry.
-        values: as they are read, shape (C, H, W, D).
-
-    Returns:
-        mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic resonance
-        (quantiles 0 and 99.9 % of the volume), and everything else as it is; same shape.
+    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic resonance
+    (quantiles 0 and 99.9 % of the volume), and everything else as it is.
 
     Raises:
         ValueError: if the segmentation holds an id that the reference does not know.

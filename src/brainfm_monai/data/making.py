@@ -11,33 +11,17 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.contrasts import (
-    BoxScan,
-    carry_lesion,
-    find_removed,
-    gather_scans,
-    measure_motion,
-    recognise_contrast,
-)
+from brainfm_monai.data import contrasts, labels
 from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
-from brainfm_monai.data.generation import find_paintable, make_generation_labels, read_means
 from brainfm_monai.data.intensities import cluster_extracerebral, scale_intensities
-from brainfm_monai.data.labels import cut_to_brain, fold_ids, load_label_map, read_id_table
 from brainfm_monai.data.registration import compute_mni_coordinates
 from brainfm_monai.data.subjects import MNI_FACTOR, Volumes
 
-__all__ = ["MNI305_TO_MNI152", "SURFACES", "make_volumes", "read_talairach"]
-
 SURFACES = ("lh.pial", "lh.white", "rh.pial", "rh.white")  # in the order of the distance's channels
 # from the MNI305 space of talairach.xfm to MNI152; the matrix of FreeSurfer's documentation of coordinate systems
-MNI305_TO_MNI152 = np.array(
-    [
-        [0.9975, -0.0073, 0.0176, -0.0429],
-        [0.0146, 1.0009, -0.0024, 1.5496],
-        [-0.0130, -0.0093, 0.9971, 1.1840],
-        [0, 0, 0, 1],
-    ]
-)
+MNI305_TO_MNI152 = np.array([
+    [0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840], [0, 0, 0, 1]
+])  # fmt: skip
 
 
 def make_volumes(
@@ -58,83 +42,60 @@ def make_volumes(
         Values and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``.
 
     Raises:
-        FileNotFoundError: if the label map or a surface is missing.
+        OSError: if the label map or a surface is missing.
         ValueError: if a file is not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
     """
-    source, protocol = str(files["labels"]), Protocol.load(options["protocol"])
+    files, source, protocol = dict(files), str(files["labels"]), Protocol.load(options["protocol"])
     painted = Protocol.load(options["generation_protocol"]) if "generation_protocol" in options else None
-    table = read_id_table(options["ids"], options["protocol"]) if options.get("ids") else None
-    ids, affine = load_label_map(files["labels"], table)
-    ids = fold_ids(ids)
+    table = labels.read_id_table(options["ids"], options["protocol"]) if options.get("ids") else None
+    ids, affine = labels.load_label_map(files["labels"], table)
+    ids = labels.fold_ids(ids)
     for known in (painted, protocol) if painted else ():
         known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
-    ids, affine = cut_to_brain(ids, affine, settings["spatial_size"], source)
+    ids, affine = labels.cut_to_brain(ids, affine, settings["spatial_size"], source)
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
     has_surfaces = all(name in files for name in SURFACES)
-    if has_surfaces:
-        volume: Any = nib.load(files["labels"])
-        surfaces = [read_surface(files[name], volume) for name in SURFACES]
-        distance = np.stack([compute_surface_distance(*s, affine, ids.shape) for s in surfaces], axis=-1)
-    else:
-        distance = compute_hemisphere_distances(ids)
-    scans: dict[str, BoxScan] = {}
+    volume: Any = nib.load(files["labels"]) if has_surfaces else None
+    surfaces = [read_surface(files[name], volume) for name in SURFACES] if has_surfaces else []
+    parts = [compute_surface_distance(*surface, affine, ids.shape) for surface in surfaces]
+    distance = np.stack(parts, axis=-1) if has_surfaces else compute_hemisphere_distances(ids)
+    scans: dict[str, contrasts.BoxScan] = {}
     facts: dict[str, Any] = {}
     if painted:
-        labels = painted.encode(ids)
+        generation = painted.encode(ids)
         # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the registration
-        read_means(labels, painted, settings.get("simulated", []), source)
+        labels.read_means(generation, painted, settings.get("simulated", []), source)
     else:
-        files = dict(files)
         if "image" in files:
             image = files.pop("image")
-            files = {settings["contrast"] or recognise_contrast(image, ids, affine): image, **files}
-        scans = gather_scans(files, ids, affine)
+            files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
+        scans = contrasts.gather_scans(files, ids, affine)
         clusters = cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
-        labels, name = make_generation_labels(ids, distance if has_surfaces else None, clusters)
+        generation, name = labels.make_generation_labels(ids, distance if has_surfaces else None, clusters)
         facts = {"generation_protocol": name, "distances_from": "surfaces" if has_surfaces else "labels"}
+        facts |= {"simulated": labels.find_paintable(generation, name, scans)} if "contrast" in settings else {}
+        centre_mm = apply_affine(affine, np.array(ids.shape) / 2)
+        moved = {key: contrasts.measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
+        facts |= {"reference": next(iter(scans), None), "registered": moved}
     volumes: Volumes = {
-        "generation_labels": (labels, affine),
+        "generation_labels": (generation, affine),
         "segmentation": (protocol.encode(ids, "segmentation"), affine),
         "distance": (distance, affine),
         "mni": compute_mni_coordinates(ids, affine, factor=MNI_FACTOR, initial=start),
     }
-    if not painted:
-        _add_scans(volumes, facts, scans, files, ids, settings)
-        if "contrast" in settings:
-            facts["simulated"] = find_paintable(labels, facts["generation_protocol"], scans)
+    for key, scan in scans.items():
+        volumes[key] = (scan.values if key == "CT" else scale_intensities(scan.values), affine)
+        removed = contrasts.find_removed(key, scan, files.get(f"{key}_mask"), ids, affine, volumes["mni"][0])
+        volumes |= {f"{key}_defacing_mask": (removed.astype(np.uint8), affine)} if removed.any() else {}
+    if "lesion" in files:
+        lesion, fault = contrasts.carry_lesion(files, settings.get("lesion_of", ""), scans, affine)
+        volumes |= {"lesion": (lesion, affine)} if lesion is not None else {}
+        facts |= {"faults": [fault]} if fault else {}
     return volumes, facts
 
 
-def _add_scans(
-    volumes: Volumes,
-    facts: dict[str, Any],
-    scans: Mapping[str, BoxScan],
-    files: Mapping[str, Path],
-    ids: np.ndarray,
-    settings: Mapping[str, Any],
-) -> None:
-    """Add the contrasts of a subject, where they hold no data, its lesions, and how its head moved between the scans."""
-    affine, mni_mm = volumes["segmentation"][1], volumes["mni"][0]
-    for key, scan in scans.items():
-        volumes[key] = (scan.values if key == "CT" else scale_intensities(scan.values), affine)
-        removed = find_removed(key, scan, files.get(f"{key}_mask"), ids, affine, mni_mm)
-        if removed.any():
-            volumes[f"{key}_defacing_mask"] = (removed.astype(np.uint8), affine)
-    if "lesion" in files:
-        lesion, fault = carry_lesion(files, settings.get("lesion_of", ""), scans, affine)
-        volumes |= {"lesion": (lesion, affine)} if lesion is not None else {}
-        facts |= {"faults": [fault]} if fault else {}
-    centre_mm = apply_affine(affine, np.array(ids.shape) / 2)
-    moved = {key: measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
-    facts |= {"reference": next(iter(scans), None), "registered": moved}
-
-
 def read_talairach(path: Path) -> np.ndarray:
-    """Read the affine of ``talairach.xfm``, from scanner RAS to MNI305 mm.
-
-    Raises:
-        ValueError: if the file holds no linear transform of three rows.
-    """
+    """Read the affine of ``talairach.xfm``, from scanner RAS to MNI305 mm; ValueError if it holds no linear transform."""
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         numbers = text.split("Linear_Transform")[1].split("=")[1].split(";")[0].split()

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from brainfm_monai.data.datalist import LONGITUDINAL, make_entry
-from brainfm_monai.data.generation import choose_contrasts
 from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
-from brainfm_monai.data.labels import read_id_table
+from brainfm_monai.data.labels import choose_contrasts, read_id_table
 from brainfm_monai.data.making import SURFACES
 from brainfm_monai.data.subjects import SIZE, hash_file
 from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
-
-__all__ = ["BRAIN_PROTOCOL", "find_files", "prepare_freesurfer", "prepare_label", "prepare_labels"]
 
 BRAIN_PROTOCOL = "synthseg_brain"
 # best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
@@ -52,7 +49,7 @@ def prepare_labels(
 
     Args:
         input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a glob pattern, or a list of these.
-        output: folder for the prepared subjects, one folder each, named after the file.
+        output: folder for the prepared subjects, one folder each, named after the file; these are returned in that order.
         jobs: subjects that are prepared at once; each needs about 3 GB.
         overwrite: prepare finished subjects again.
         protocol: label protocol of the segmentation: a name or a table file.
@@ -63,9 +60,6 @@ def prepare_labels(
             subject keeps its own where none are asked for.
         dataset: name of the set in lists and counts; the folder's name if not given.
         dry_run: log what would be done, and do nothing.
-
-    Returns:
-        The subjects' folders, in the order of the inputs.
 
     Raises:
         ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
@@ -114,7 +108,7 @@ def prepare_freesurfer(
 
     Args:
         input: SUBJECTS_DIR, or the folder of one subject.
-        output: folder for the prepared subjects, one folder each.
+        output: folder for the prepared subjects, one folder each, which are returned in alphabetical order.
         jobs: subjects that are prepared at once; each needs about 4 GB.
         overwrite: prepare finished subjects again.
         protocol: label protocol of the segmentation: a name or a table file.
@@ -122,9 +116,6 @@ def prepare_freesurfer(
         dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives of a BIDS
             folder, that of the BIDS folder, so that its persons are the same).
         dry_run: log what would be done, and do nothing.
-
-    Returns:
-        The subjects' folders, in alphabetical order.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no subject in it.

@@ -8,7 +8,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,19 +18,15 @@ from tqdm import tqdm
 
 from brainfm_monai.io import write_text
 
-__all__ = ["CONTRASTS", "MNI_FACTOR", "SIDECAR", "SIZE", "STORAGE", "Storage", "Volumes", "check_size"]
-__all__ += ["describe_subject", "hash_file", "read_record", "run_parallel", "split_names", "subject_file"]
-__all__ += ["write_record", "write_subject"]
-
 T = TypeVar("T")
 R = TypeVar("R")
-Volumes = dict[str, tuple[np.ndarray, np.ndarray]]  # values and affine by key of STORAGE
+Image = tuple[np.ndarray, np.ndarray]  # values and their affine to RAS mm
+Volumes = dict[str, Image]  # by key of STORAGE
 
 SIDECAR = "subject.json"
 CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")
 SIZE = (192, 224, 224)  # of the box around the brain in voxels of 1 mm
 MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each axis
-PACKAGES = "brainfm-monai numpy nibabel monai itk itk-elastix edt libigl nilearn scikit-learn".split()
 
 
 class Storage(NamedTuple):
@@ -43,32 +38,25 @@ class Storage(NamedTuple):
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Values of the file's unit as stored numbers."""
-        if values.dtype == self.dtype and (self.step, self.offset) == (1.0, 0.0):
-            return values
         limits = np.iinfo(self.dtype)
         return np.clip(np.rint((values - self.offset) / self.step), limits.min, limits.max).astype(self.dtype)
 
 
-MASK = Storage(np.uint8)
-# 8 bits are what FreeSurfer's conformed scans keep, and a step of 1/255 is below the noise of a scan
-INTENSITY = Storage(np.uint8, 1 / 255)
 STORAGE: dict[str, Storage] = {
-    **dict.fromkeys(("generation_labels", "segmentation"), MASK),
+    **dict.fromkeys(("generation_labels", "segmentation"), Storage(np.uint8)),
     "distance": Storage(np.uint8, 0.05, -6.4),  # mm, saturating at -6.4 and 6.35
     "mni": Storage(np.int16, 0.01),  # mm
-    **dict.fromkeys(("T1w", "T2w", "FLAIR"), INTENSITY),
+    # 8 bits are what FreeSurfer's conformed scans keep, and a step of 1/255 is below the noise of a scan
+    **dict.fromkeys(("T1w", "T2w", "FLAIR"), Storage(np.uint8, 1 / 255)),
     "CT": Storage(np.int16),  # HU
-    **dict.fromkeys((*(f"{contrast}_defacing_mask" for contrast in CONTRASTS), "lesion"), MASK),
+    **dict.fromkeys((*(f"{contrast}_defacing_mask" for contrast in CONTRASTS), "lesion"), Storage(np.uint8)),
 }
 
 
 def run_parallel(work: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[tuple[T, R | BaseException]]:
     """Do some work for many items in processes, with a progress bar; yield each item, in order, with its result or error.
 
-    Args:
-        work: a function of a module, so that other processes can import it.
-        items: its arguments.
-        processes: how many items are worked on at once.
+    ``work`` is a function of a module, so that other processes can import it.
     """
     show = partial(tqdm, total=len(items), desc="subjects", unit="subject")
     if processes <= 1 or len(items) <= 1:
@@ -96,10 +84,7 @@ def subject_file(folder: Path, key: str) -> Path:
 def write_subject(folder: Path, volumes: Volumes, record: Mapping[str, Any]) -> None:
     """Write the files of a subject into a folder, which :func:`brainfm_monai.io.write_folder` makes appear whole.
 
-    Args:
-        folder: the folder, which is made.
-        volumes: by key of :data:`STORAGE`, values in the file's unit, shape (H, W, D) or (H, W, D, C), and their affine.
-        record: what ``subject.json`` says.
+    ``volumes`` are in the file's unit, shape (H, W, D) or (H, W, D, C); ``record`` is what ``subject.json`` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for key, (values, affine) in volumes.items():
@@ -117,18 +102,14 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a subject's ``subject.json`` says.
-
-    Raises:
-        ValueError: if it is missing or is no JSON object.
-    """
+    """What a subject's ``subject.json`` says; ValueError if it is missing or is no JSON object."""
     path = folder / SIDECAR
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__} and no JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: the record of a prepared subject is needed, found {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: a JSON object is needed, found {type(record).__name__}")
     return record
 
 
@@ -136,38 +117,6 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def describe_subject(kind: str, files: Mapping[str, Path], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a subject: what it is made of, how, and in which units.
-
-    Args:
-        kind: which preparation made it.
-        files: what it was made of, by role; their names and hashes are recorded, their folders are not.
-        settings: what was asked for; everything but paths.
-    """
-    return {
-        "kind": kind,
-        "sources": {role: {"name": path.name, "sha256": hash_file(path)} for role, path in files.items()},
-        **settings,
-        "spacing_mm": 1.0,
-        "axes": "RAS",
-        "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
-        "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
-        "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
-    }
-
-
-def check_size(size: Sequence[int] | str) -> tuple[int, int, int]:
-    """The size of a box in voxels; a text holds it separated by commas.
-
-    Raises:
-        ValueError: if it is not three positive multiples of the coordinate grid's factor.
-    """
-    whole = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
-    if len(whole) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in whole):
-        raise ValueError(f"prepare: 'size' must be three positive multiples of {MNI_FACTOR}, got {tuple(whole)}")
-    return whole[0], whole[1], whole[2]
 
 
 def split_names(names: Sequence[str | Path] | str) -> list[str]:
