@@ -26,7 +26,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
-from brainfm_monai.data.demo import write_demo_scans
+from brainfm_monai.data.fetch import write_demo_scans
 from brainfm_monai.inferers import TwoStageInferer
 from brainfm_monai.networks import MultiTaskNet, UNet, fast_bfloat16, prepare_network
 from brainfm_monai.tasks import TaskLayout

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from brainfm_monai.data.demo import write_demo_scans
+from brainfm_monai.data.fetch import write_demo_scans
 
 ROUNDS = 3
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"

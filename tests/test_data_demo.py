@@ -8,7 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from brainfm_monai.data.demo import simulate_clinical_scan, write_demo_scans
+from brainfm_monai.data.fetch import simulate_clinical_scan, write_demo_scans
 
 
 def small_brain() -> nib.Nifti1Image:

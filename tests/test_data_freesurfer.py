@@ -15,11 +15,11 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import making, prepare
+from brainfm_monai.data import jobs as data_jobs
+from brainfm_monai.data import prepare
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
-from brainfm_monai.data.jobs import PreparationError
+from brainfm_monai.data.jobs import MNI305_TO_MNI152, PreparationError, read_talairach
 from brainfm_monai.data.labels import load_label_map
-from brainfm_monai.data.making import MNI305_TO_MNI152, read_talairach
 from brainfm_monai.data.prepare import prepare_freesurfer
 from brainfm_monai.data.registration import coarsen_affine
 from brainfm_monai.data.subjects import read_record
@@ -96,7 +96,7 @@ def fake_coordinates(
 
 @pytest.fixture(autouse=True)
 def _no_registration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(making, "compute_mni_coordinates", fake_coordinates)
+    monkeypatch.setattr(data_jobs, "compute_mni_coordinates", fake_coordinates)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import jobs as data_jobs
-from brainfm_monai.data import making, subjects
+from brainfm_monai.data import subjects
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.jobs import Job, PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
@@ -63,7 +63,7 @@ def fake_coordinates(
 @pytest.fixture(autouse=True)
 def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.node.get_closest_marker("shared_data"):
-        monkeypatch.setattr(making, "compute_mni_coordinates", fake_coordinates)
+        monkeypatch.setattr(data_jobs, "compute_mni_coordinates", fake_coordinates)
 
 
 def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
         made.append(1)
         return fake_coordinates(ids, affine, factor, initial)
 
-    monkeypatch.setattr(making, "compute_mni_coordinates", count)
+    monkeypatch.setattr(data_jobs, "compute_mni_coordinates", count)
     ids = make_head()
     names: dict[int, int | str] = {2: "left cerebral white matter", 3: "Left-Cerebral-Cortex", 41: "41", 511: "skin"}
     names |= {i: i for i in (4, 8, 24, 42)}

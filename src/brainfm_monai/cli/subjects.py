@@ -71,6 +71,6 @@ def demo_scans(output: str) -> None:
     Args:
         output: folder for the scans.
     """
-    from brainfm_monai.data.demo import write_demo_scans
+    from brainfm_monai.data.fetch import write_demo_scans
 
     write_demo_scans(str(output))

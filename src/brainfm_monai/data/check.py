@@ -1,4 +1,4 @@
-"""The faults of a set of subjects, found in its files."""
+"""The faults of a set of subjects, found in its files, and a picture of everything that a training would see of a subject."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
-from brainfm_monai.data.contact_sheet import write_contact_sheet
 from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.data.subjects import CONTRASTS, run_parallel
+from brainfm_monai.io import write_whole
+from brainfm_monai.slices import Cell, Slice, blend, compose, cut_slices, encode, paint, shade
+from brainfm_monai.tasks import TASKS
 
 BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains measured, with ventricles
 GRID_TOLERANCE_MM = 0.01
@@ -30,6 +32,12 @@ MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
 MAXIMUM_MNI_MM = 150.0
 MINIMUM_TARGET_SHARE = 0.001  # of the box
 CHANNELS = {"lp": PIAL_IDS["left"], "lw": WHITE_IDS["left"], "rp": PIAL_IDS["right"], "rw": WHITE_IDS["right"]}
+MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
+ROWS = (*CONTRASTS, "generation_labels", "segmentation", "distance", "mni")
+LABELS = ("generation_labels", "segmentation")
+DEFACED = (0.35, 0.0, 0.35, 1.0)
+GOLDEN_RATIO = 0.618
+LONGEST_FAULT = 110  # characters
 
 
 class Finding(NamedTuple):
@@ -76,25 +84,23 @@ def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> 
 
     ``entry`` is the item of a datalist with whole paths; a contact sheet is drawn into ``picture_dir`` if it is given.
     """
-    subject, found = LoadedSubject(entry), []
+    subject, faults = LoadedSubject(entry), []
     for rule, (needed, look) in RULES.items():
         try:
-            found += [(rule, fault) for fault in look(subject)] if needed <= set(subject.keys) else []
+            faults += [(rule, fault) for fault in look(subject)] if needed <= set(subject.keys) else []
         except Exception as error:
-            found.append((rule, " ".join(str(error).split()) or type(error).__name__))
-    found = list(dict.fromkeys(found))
+            faults.append((rule, " ".join(str(error).split()) or type(error).__name__))
+    faults = list(dict.fromkeys(faults))
     if picture_dir is not None:
         try:
-            write_contact_sheet(subject, picture_dir / f"{entry['subject']}.png", [": ".join(f) for f in found])
+            write_contact_sheet(subject, picture_dir / f"{entry['subject']}.png", [": ".join(f) for f in faults])
         except Exception as error:
-            found.append(("picture", " ".join(str(error).split())))
-    return [Finding(str(entry["subject"]), *fault) for fault in found]
+            faults.append(("picture", " ".join(str(error).split())))
+    return [Finding(str(entry["subject"]), *fault) for fault in faults]
 
 
 Look = Callable[[LoadedSubject], Iterator[str]]
-RULES: dict[
-    str, tuple[set[str], Look]
-] = {}  # by name: the volumes without which a rule cannot be broken, and the faults
+RULES: dict[str, tuple[set[str], Look]] = {}  # by name: the volumes that a rule needs, and the faults
 
 
 def _rule(name: str, *needed: str) -> Callable[[Look], Look]:
@@ -225,3 +231,51 @@ def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
         yield f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
     if brain.any() and np.abs(mni[brain]).max() > MAXIMUM_MNI_MM:
         yield f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"
+
+
+def write_contact_sheet(subject: LoadedSubject, path: Path, faults: Sequence[str]) -> None:
+    """Draw the volumes of a subject in rows, and three planes through the brain's centre in columns, into a PNG.
+
+    Labels, surfaces (pial red, white yellow) and lines of equal coordinates are drawn over the first row; faults stand in red
+    under the title.
+    """
+    key = "segmentation" if "segmentation" in subject.keys else subject.keys[0]
+    slices = cut_slices(subject[key] > 0, subject.affine(key), MIDDLE)
+    bases = [np.zeros((*cut.points_mm.shape[:2], 3)) for cut in slices]
+    rows: list[list[Cell]] = []
+    for name in (name for name in ROWS if name in subject.keys):
+        pictures = [_draw(subject, name, cut, base) for cut, base in zip(slices, bases, strict=True)]
+        titles = (f"{name.replace('_', ' ')}{' (0 to 80 HU)' if name == 'CT' else ''}", "", "")
+        marks = (cut.plane.marks for cut in slices)
+        rows.append([Cell(*parts) for parts in zip(pictures, marks, titles, strict=True)])
+        bases = pictures if len(rows) == 1 else bases
+    heading = [(str(subject.entry["subject"]), "white"), *((fault[:LONGEST_FAULT], "tomato") for fault in faults)]
+    with write_whole(path) as file:
+        file.write_bytes(encode(compose(rows, heading), "png"))
+
+
+def _draw(subject: LoadedSubject, key: str, cut: Slice, base: np.ndarray) -> np.ndarray:
+    """One slice of a volume, over the picture of the first row."""
+
+    def read(key: str) -> np.ndarray:
+        values = subject[key]
+        first = values[None] if values.ndim == 3 else np.moveaxis(values, -1, 0)
+        is_nearest = key in LABELS or key.endswith("_mask")
+        return cut.read(np.ascontiguousarray(first), subject.affine(key), nearest=is_nearest)
+
+    if key == "generation_labels":
+        return shade(_shades()[np.clip(read(key)[..., 0], 0, 255).astype(int)])
+    name = str(subject.entry.get("protocol", ""))  # one that is not shipped is reported as a fault
+    protocol = Protocol.load(name if name in Protocol.names() else "synthseg_head")
+    values = read(key)
+    if key == "segmentation":  # labels that the protocol lacks are reported as a fault
+        values = np.minimum(values, len(protocol) - 1)
+    picture = paint(TASKS[key], values, base, protocol, cut.plane)
+    mask = f"{key}_defacing_mask"
+    return blend(picture, (read(mask) > 0) * np.array(DEFACED)) if mask in subject.keys else picture
+
+
+def _shades() -> np.ndarray:
+    """Shade of every generation label: well apart; codes that mix two tissues go evenly from white to grey matter to fluid."""
+    pure = 0.25 + 0.7 * np.mod(np.arange(1, 150) * GOLDEN_RATIO, 1)
+    return np.concatenate([[0], pure, np.linspace(1.0, 0.1, 101), np.linspace(0.2, 0.6, 5)])

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from brainfm_monai.data.datalist import LONGITUDINAL, make_entry
-from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
+from brainfm_monai.data.jobs import SURFACES, Job, common_settings, is_finished, make_subject, run_jobs
 from brainfm_monai.data.labels import choose_contrasts, read_id_table
-from brainfm_monai.data.making import SURFACES
 from brainfm_monai.data.subjects import SIZE, hash_file
 from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
 
