@@ -66,6 +66,7 @@ def test_the_unpacked_subject_is_the_subject_that_a_training_at_two_millimetres_
 ) -> None:
     items = [write_subject(tmp_path / "prepared", name) for name in ("one", "two")]
     datalist = tmp_path / "prepared" / "datalist.json"
+    items[1]["simulated"] = ["T1w"]  # painted by the training: the kit holds no file of it
     datalist.write_text(json.dumps({"training": [items[0], items[0]], "validation": [items[1]], "test": []}))
     weights = tmp_path / "model.pt"
     torch.save({}, weights)
@@ -83,6 +84,7 @@ def test_the_unpacked_subject_is_the_subject_that_a_training_at_two_millimetres_
         ["one", "one"],
         ["two"],
     ]
+    assert ("T1w" in listed["training"][0], "T1w" in listed["validation"][0]) == (True, False)
     hold = HoldSubjectd(label_mm=1.0, image_mm=2.0, images=["T1w"])
     keys = ("generation_labels", "segmentation", "distance", "mni", "T1w")
     expected, unpacked = (
