@@ -126,7 +126,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def write_gallery(results: Path, docs: Path) -> None:
     """Write ``gallery.md`` and its pictures."""
-    summary = pd.read_csv(results / "summary.tsv", sep="\t", dtype=str, keep_default_na=False).set_index("name")
+    summary = pd.read_csv(results / "summary.tsv", sep="\t", dtype=str, keep_default_na=False).set_index("scan")
     lines = [
         "# Gallery",
         "",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -38,7 +39,7 @@ def save(path: Path, values: np.ndarray, affine: np.ndarray, slope: float = 1.0,
     return f"{path.parent.name}/{path.name}"
 
 
-def write_subject(folder: Path, name: str) -> dict[str, str]:
+def write_subject(folder: Path, name: str) -> dict[str, Any]:
     """An asymmetric subject: a ramp along each axis, one structure on the left alone."""
     ramp = np.stack(np.meshgrid(*(np.arange(n) for n in SIZE), indexing="ij"), axis=-1)
     generation = np.zeros(SIZE, dtype=np.uint8)

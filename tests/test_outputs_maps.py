@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
 
-from brainfm_monai.io import read_table
+from brainfm_monai.io import ScanError, read_table
 from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result
 from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thickness_mm
 from brainfm_monai.outputs.maps import insert_lesions, sharpen, write_lesions, write_synthetic_images
@@ -282,3 +282,69 @@ def test_entropy_is_told_for_each_structure(tmp_path: Path) -> None:
         "n/a",
     )
     assert scan.summary["brain_entropy"] == pytest.approx(0.2)
+
+
+def write_atlas_files(folder: Path, table: str = "index\tname\n7\tleft, behind\n3\tright\n") -> Path:
+    """Label 7 to the left of the middle and behind it, label 3 to the right; voxels of 8 mm, axes from front and from right."""
+    labels = np.zeros((30, 32, 24), dtype=np.int16)
+    labels[:15, :], labels[15:, 16:] = 3, 7
+    affine = np.array([[-8.0, 0, 0, 116], [0, -8.0, 0, 124], [0, 0, 8.0, -92], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(labels, affine), folder / "halves.nii.gz")
+    (folder / "halves.tsv").write_text(table)
+    return folder / "halves.nii.gz"
+
+
+@pytest.mark.parametrize("affine", [LPS, RAS])
+def test_an_atlas_is_carried_to_the_scan_with_left_on_the_left(tmp_path: Path, affine: np.ndarray) -> None:
+    shift = np.eye(4)
+    shift[:3, 3] = (-1 if affine is LPS else 1, -7, 4)  # no voxel lies on the border of two regions
+    labels = head(left_first=affine is RAS)
+    scan = make_scan(tmp_path, labels, affine, mni=coordinates(affine, shift))
+    *_, write = select_outputs("segmentation", LAYOUT, write_atlas_files(tmp_path)).values()
+    write(scan)
+    image = nib.load(tmp_path / "scan_atlas-halves_dseg.nii.gz")
+    np.testing.assert_allclose(image.affine, affine)  # type: ignore[attr-defined]
+    carried = np.asarray(image.dataobj)  # type: ignore[attr-defined]
+    behind = apply_affine(affine, grid_points(labels.shape, np.eye(4)))[..., 1] - 7 < 0
+    np.testing.assert_array_equal(carried == 3, labels == RIGHT)
+    np.testing.assert_array_equal(carried == 7, (labels == LEFT) & behind)
+    rows = read_table(tmp_path / "scan_atlas-halves_regions.tsv")
+    assert [(row["index"], row["name"]) for row in rows] == [("3", "right"), ("7", "left, behind")]
+    assert float(rows[0]["volume_mm3"]) == pytest.approx((labels == RIGHT).sum() * 64)
+    assert rows[0]["thickness_mm"] == "n/a"  # no distances, no surfaces
+
+
+def test_thickness_of_an_atlas_is_that_of_the_side_it_lies_on(tmp_path: Path) -> None:
+    shape, affine = (40, 46, 34), LPS @ np.diag([0.5, 0.5, 0.5, 1])
+    affine[:3, 3] = (40, 46, -34)
+    layout = TaskLayout(["segmentation", "distance", "mni"], "synthseg_head")
+    right, left = (ball(shape, (centre, 23, 17), 8) * 2 for centre in (10, 29))  # mm; right at low indices
+    distance = np.stack([left, left + 2, right, right + 4]).clip(-6, 6)  # lp, lw, rp, rw
+    labels = np.where(left < 0, LEFT, np.where(right < 0, RIGHT, 0)).astype(np.uint8)
+    points = np.moveaxis(apply_affine(affine, grid_points(shape, np.eye(4))), -1, 0).astype(np.float32)
+    scan = make_scan(tmp_path, labels, affine, layout, distance=distance, mni=points)
+    atlas = write_atlas_files(tmp_path)
+    names = [name for name in select_outputs("volumes", layout, atlas) if name.startswith("atlas ")]
+    select_outputs("volumes", layout, atlas)[names[0]](scan)
+    thickness = {
+        row["name"]: float(row["thickness_mm"]) for row in read_table(tmp_path / "scan_atlas-halves_regions.tsv")
+    }
+    assert thickness["right"] == pytest.approx(4, abs=0.3)
+    assert thickness["left, behind"] == pytest.approx(2, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("table", "finding"),
+    [
+        ("number\tname\n", "the columns index and name are needed, found no rows"),
+        ("index\tregion\n7\ta\n", "the columns index and name are needed, found index, region"),
+        ("index\tname\n7\ta\n", "a row for every label of .*, found none for 3"),
+        ("index\tname\nseven\ta\n", "whole numbers in the column index are needed"),
+    ],
+)
+def test_an_atlas_without_names_is_refused(tmp_path: Path, table: str, finding: str) -> None:
+    with pytest.raises(ScanError, match=f"halves.tsv: {finding}"):
+        select_outputs("segmentation", LAYOUT, write_atlas_files(tmp_path, table))
+    (tmp_path / "halves.tsv").unlink()
+    with pytest.raises(ScanError, match=r"halves\.tsv: the table of the atlas, .*, found no such file"):
+        select_outputs("segmentation", LAYOUT, tmp_path / "halves.nii.gz")

@@ -44,7 +44,8 @@ def predict(
             local:N for N processes of this machine.
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
             left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
-            --modality (auto, mr, ct), --fix_orientation (True), --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength),
+            --modality (auto, mr, ct), --fix_orientation (True), --atlas (label map in MNI152 space), --shard (i/n), --overwrite,
+            --keep_lesions, --sharpen (strength),
             --weights (file), --device ("$torch.device('cpu')").
     """
     if analysis_level != "participant":

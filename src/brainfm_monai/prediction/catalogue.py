@@ -1,8 +1,12 @@
 """The table of outputs: what a user may ask for by name, and what the network must predict for it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
+from brainfm_monai.io import fingerprint
 from brainfm_monai.outputs import ScanResult, cortex, maps, quality, warps
+from brainfm_monai.outputs.atlas import load_atlas, write_atlas
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -27,16 +31,20 @@ OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
 }
 
 
-def select_outputs(outputs: str | Sequence[str], layout: TaskLayout) -> dict[str, Callable[[ScanResult], None]]:
+def select_outputs(
+    outputs: str | Sequence[str], layout: TaskLayout, atlas: str | Path | None = None
+) -> dict[str, Callable[[ScanResult], None]]:
     """The functions that write the wanted outputs.
 
     Args:
         outputs: ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a string may hold
             several, separated by commas.
         layout: tasks of the network.
+        atlas: label map in the template's space that is carried to each scan, see :func:`~brainfm_monai.outputs.atlas.load_atlas`.
 
     Raises:
         ValueError: if there is no such output, or the network does not predict what it is made of.
+        ScanError: if the atlas or its table cannot be read.
     """
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]
@@ -51,4 +59,9 @@ def select_outputs(outputs: str | Sequence[str], layout: TaskLayout) -> dict[str
             needs = " or ".join(task.name for task in TASKS.values() if name in task.outputs) or "scales of error"
             has = ", ".join(layout.tasks)
             raise ValueError(f"outputs: '{name}' needs a network that predicts {needs}, found one for {has}")
-    return {name: write for name, write in OUTPUTS.items() if name in wanted}
+    selected = {name: write for name, write in OUTPUTS.items() if name in wanted}
+    if atlas:
+        regions = load_atlas(atlas)
+        # the name holds the content: results of another atlas are not those of this one
+        selected[f"atlas {regions.name} {fingerprint(regions)[:12]}"] = partial(write_atlas, atlas=regions)
+    return selected

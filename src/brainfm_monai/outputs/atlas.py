@@ -1,0 +1,120 @@
+"""An atlas in the template's space, carried to a scan: its labels in the scan's grid, volumes and thickness by region."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nibabel.affines import apply_affine
+
+from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, scan_stem, write_table
+from brainfm_monai.outputs.cortex import grow_surfaces, measure_thickness
+from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
+from brainfm_monai.outputs.warps import fit_scan_to_template
+from brainfm_monai.surfaces import compute_areas_mm2
+
+COLUMNS = ("index", "name", "volume_mm3", "vertices", "area_mm2", "thickness_mm", "thickness_sd_mm")
+LABEL_COLUMNS = ("index", "label")  # either names the label of a row, as BIDS and FreeSurfer's tables have it
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """Labels in the space of the template.
+
+    Attributes:
+        name: of the atlas, without its suffixes.
+        labels: shape (H, W, D), integer; 0 is no region.
+        affine: voxel indices to RAS mm of the template, shape (4, 4).
+        regions: name of each label.
+    """
+
+    name: str
+    labels: np.ndarray
+    affine: np.ndarray
+    regions: dict[int, str]
+
+    def at(self, points_mm: np.ndarray) -> np.ndarray:
+        """Label of the voxel that each point of the template, (..., 3), lies in; 0 outside of the volume."""
+        index = np.rint(apply_affine(np.linalg.inv(self.affine), points_mm)).astype(int)
+        inside = ((index >= 0) & (index < self.labels.shape)).all(axis=-1)
+        return np.asarray(np.where(inside, self.labels[tuple(np.moveaxis(index * inside[..., None], -1, 0))], 0))
+
+
+def load_atlas(path: str | Path) -> Atlas:
+    """Read an atlas and its table: ``aal.nii.gz`` and ``aal.tsv``, with the columns ``index`` (or ``label``) and ``name``.
+
+    Args:
+        path: label map in MNI152 space.
+
+    Raises:
+        ScanError: if the label map cannot be read, the table is missing, or a label of the map has no row.
+    """
+    stem = scan_stem(path)
+    table = Path(path).with_name(f"{stem}.tsv")
+    if not table.is_file():
+        raise ScanError(
+            f"{table}: the table of the atlas, with the columns index and name, is needed, found no such file"
+        )
+    rows = read_table(table)
+    column = next((name for name in LABEL_COLUMNS if rows and name in rows[0]), "")
+    if not column or "name" not in rows[0]:
+        found = ", ".join(rows[0]) if rows else "no rows"
+        raise ScanError(f"{table}: the columns index and name are needed, found {found}")
+    try:
+        regions = {int(row[column]): row["name"] for row in rows}
+    except ValueError as error:
+        raise ScanError(f"{table}: whole numbers in the column {column} are needed, found {error}") from error
+    volume = read_labels(path)
+    unnamed = sorted(set(np.unique(volume.values).tolist()) - {0, *regions})
+    if unnamed:
+        raise ScanError(f"{table}: a row for every label of {path} is needed, found none for {unnamed[0]}")
+    return Atlas(stem, volume.values, volume.affine, {label: name for label, name in regions.items() if label})
+
+
+def write_atlas(scan: ScanResult, atlas: Atlas) -> None:
+    """Write the atlas in the grid of the scan (``_atlas-NAME_dseg``), and its regions (``_atlas-NAME_regions.tsv``).
+
+    A voxel of the brain, and a vertex half-way between white and pial surface, has the label of the point of the template that
+    the predicted coordinates take it to. Thickness is the mean over a region's vertices, weighted by their area on the white
+    surface, and its standard deviation.
+    """
+    suffix = f"atlas-{''.join(filter(str.isalnum, atlas.name))}"
+    try:
+        warp = fit_scan_to_template(scan)
+    except ValueError as error:
+        scan.warnings.append(f"no atlas: {error}")
+        return
+    brain = np.argwhere(scan.layout.protocol.is_brain[scan.labels])
+    labels = np.zeros(scan.labels.shape, dtype=np.int32)
+    labels[tuple(brain.T)] = atlas.at(warp(apply_affine(scan.affine, brain)))
+    description = f"labels of {atlas.name} in the brain, carried from {TEMPLATE_SPACE}; names in _{suffix}_regions.tsv"
+    scan.save_image(f"{suffix}_dseg", labels, Description=description)
+    voxels = np.bincount(labels.reshape(-1), minlength=max(atlas.regions) + 1) * abs(np.linalg.det(scan.affine[:3, :3]))
+    vertices = _label_vertices(scan, atlas) if "distance" in scan.maps else np.zeros((0, 3))
+    write_table(
+        scan.path(f"{suffix}_regions.tsv"),
+        COLUMNS,
+        [
+            (label, name, f"{voxels[label]:.1f}", *_measure(vertices, label))
+            for label, name in sorted(atlas.regions.items())
+        ],
+    )
+
+
+def _label_vertices(scan: ScanResult, atlas: Atlas) -> np.ndarray:
+    """Label, area in mm^2 and thickness in mm of the vertices of both hemispheres, shape (N, 3)."""
+    warp, thickness, parts = fit_scan_to_template(scan), measure_thickness(scan), [np.zeros((0, 3))]
+    for letter, surface in grow_surfaces(scan).items():
+        labels = atlas.at(warp((surface.white_mm + surface.pial_mm) / 2))
+        areas = compute_areas_mm2(surface.white_mm, surface.faces)
+        parts.append(np.stack([labels, areas, thickness[letter]], axis=1))
+    return np.concatenate(parts)
+
+
+def _measure(vertices: np.ndarray, label: int) -> tuple[object, ...]:
+    """Number of a region's vertices, their area, mean thickness and its standard deviation."""
+    _, areas, thickness = vertices[vertices[:, 0] == label].T
+    if not areas.sum():
+        return len(areas), ABSENT, ABSENT, ABSENT
+    mean = float(np.average(thickness, weights=areas))
+    deviation = float(np.sqrt(np.average((thickness - mean) ** 2, weights=areas)))
+    return len(areas), f"{areas.sum():.0f}", f"{mean:.3f}", f"{deviation:.3f}"
