@@ -165,6 +165,23 @@ def test_twenty_scans_with_two_broken_ones_survive_a_kill(repository: Path, weig
     assert sum(row[2] == "done" for row in rows.values()) == 18
 
 
+def test_a_subject_whose_folder_has_control_characters_fails_alone(
+    repository: Path, weights: Path, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    write_scan(source / "sub-01/anat/sub-01_T1w.nii.gz")
+    write_scan(source / "sub-0\n2/anat/sub-02_T1w.nii.gz")
+    done = subprocess.run(command(repository, weights, source, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (
+        "sub-0?2/anat/sub-02_T1w.nii.gz: the name of a scan must be one visible file name of 1 to 150 " in done.stderr
+    )
+    assert done.stderr.splitlines()[-1].endswith("1 of 2 scans failed; the others are done")
+    assert (output / "sub-01/anat/sub-01_space-T1w_finished.json").is_file()
+    rows = rows_of(output / "summary.tsv")
+    assert {name: row[2] for name, row in rows.items()} == {"sub-01_space-T1w": "done", "sub-02_space-T1w": "failed"}
+
+
 def test_shards_do_their_share_and_the_summary_tells_of_all(repository: Path, weights: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     for number in range(3):

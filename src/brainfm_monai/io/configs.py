@@ -19,27 +19,16 @@ EVALUATED = "$%@#:"  # MONAI's parser gives these characters a meaning, some of 
 
 
 def find_bundle(bundle: str | Path = DEFAULT_BUNDLE) -> Path:
-    """Folder of the bundle.
-
-    Args:
-        bundle: folder; where the default name is no bundle in the working directory, the bundle that the package carries.
-
-    Returns:
-        The folder, which need not exist if it was named.
-    """
+    """Folder of the bundle: as it is named, or, where the working directory has none of the default name, the package's own."""
     folder, carried = Path(bundle), Path(__file__).parents[1] / DEFAULT_BUNDLE
     missing = not (folder / "configs" / "inference.json").is_file()
     return carried if missing and str(bundle) == DEFAULT_BUNDLE and carried.is_dir() else folder
 
 
 def literal(text: str) -> str:
-    """Write a string for a config override such that MONAI's parser yields exactly this string.
+    """Write a string, such as a path with ``$`` or ``#``, for a config override such that MONAI's parser yields exactly it.
 
-    Args:
-        text: a path or a name, which may hold ``$``, ``@``, ``%`` and ``#``.
-
-    Returns:
-        The string itself where the parser has nothing to evaluate, else a ``$`` expression of an escaped string literal.
+    Where the parser has nothing to evaluate that is the string itself, else a ``$`` expression of an escaped string literal.
     """
     if not set(EVALUATED) & set(text):
         return text
@@ -47,16 +36,10 @@ def literal(text: str) -> str:
 
 
 def fingerprint(*values: Any) -> str:
-    """Hash of what results depend on: values, and objects with all of their attributes.
+    """Hash (SHA-256, hexadecimal) of what results depend on: any values, and objects with all of their attributes.
 
     Two calls agree in different processes and on different devices. Paths count by their last part, devices and random
     generators not at all; the weights of a network do not count either (their file has a hash of its own).
-
-    Args:
-        values: numbers, strings, containers, arrays, tensors, functions, transforms, inferers, networks, dataclasses, ...
-
-    Returns:
-        SHA-256 in hexadecimal digits.
     """
     return hashlib.sha256(json.dumps(_describe(values, []), sort_keys=True).encode()).hexdigest()
 

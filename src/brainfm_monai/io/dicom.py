@@ -35,26 +35,18 @@ LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 class Series:
     """One volume, or one series of volumes, of a DICOM folder.
 
-    Attributes:
-        name: by number, description and what tells it from other volumes of its series; no two in a folder are the same.
-        files: its files.
-        modality: ``"ct"``, ``"mr"`` or empty.
-        affine: voxel indices to RAS mm as the places of the slices say, in the order of dcm2niix (columns to rows upwards,
-            slices along the normal), shape (4, 4); None for a mosaic.
-        problem: why it is not one evenly spaced stack of slices; empty: it is one.
-        is_overview: a localizer or a single slice, which nobody means as a scan.
-        warnings: what a user should look at.
-        mosaic: columns and rows of a picture in which Siemens lays the slices side by side; they have no places of their own.
+    The affine maps voxel indices to RAS mm, shape (4, 4), as the places of the slices say, in the order of dcm2niix: columns, rows
+    upwards, slices along the normal. In a mosaic Siemens lays the slices side by side in one picture; they have no places.
     """
 
-    name: str
+    name: str  # by number, description and what tells it from other volumes of its series; no two in a folder are the same
     files: tuple[Path, ...]
-    modality: str = ""
+    modality: str = ""  # "ct", "mr" or empty
     affine: np.ndarray | None = None
-    problem: str = ""
-    is_overview: bool = False
+    problem: str = ""  # why it is not one evenly spaced stack of slices; empty: it is one
+    is_overview: bool = False  # a localizer or a single slice, which nobody means as a scan
     warnings: tuple[str, ...] = ()
-    mosaic: tuple[int, int] | None = None
+    mosaic: tuple[int, int] | None = None  # columns and rows of its pictures
 
 
 @dataclass(frozen=True)
@@ -219,14 +211,11 @@ def _describe(name: str, slices: Sequence[_Slice], **attributes: Any) -> Series:
 
 @contextmanager
 def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[Path, Series]]:
-    """Convert one series of a folder to NIfTI by dcm2niix.
+    """Convert one series of a folder, or of one file, to NIfTI by dcm2niix; the file lives as long as the block.
 
     Args:
         path: folder, or one file.
         name: name of the series; None: the only one.
-
-    Yields:
-        The NIfTI file, which lives as long as the block, and the series.
 
     Raises:
         ValueError: if the series is not one stack of slices, an extra is missing, or the conversion fails.
@@ -262,10 +251,7 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
 def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarray:
     """The affine of a converted series by the places of its slices, which keep a tilt, in the order of dcm2niix.
 
-    Args:
-        affine: of dcm2niix, shape (4, 4).
-        depth: number of slices.
-        series: with the affine of its slices.
+    ``affine``, shape (4, 4), is that of dcm2niix, ``depth`` the number of slices.
 
     Raises:
         ValueError: if dcm2niix and the headers disagree on anything but a tilt.

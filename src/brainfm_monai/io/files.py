@@ -44,12 +44,7 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException, name: str) -> str:
-    """Message of a failed scan, one line.
-
-    Args:
-        error: exception that was caught; the first :class:`ScanError` in its chain of causes is reported as it is.
-        name: name of the scan, reported with every other error.
-    """
+    """Message of a failed scan: the first :class:`ScanError` in the error's chain of causes, else the scan's name and the error."""
     while error.__cause__ is not None and not isinstance(error, ScanError):
         error = error.__cause__
     line, kind = first_line(error), type(error).__name__
@@ -60,19 +55,9 @@ def one_line(error: BaseException, name: str) -> str:
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, then rename it: the file appears whole or not at all.
 
-    The temporary file lies in the same folder, has a name of its own (several processes may write the same file) and the
-    same suffixes (libraries choose the format by them). The folder is created. The temporary file is removed if the block
-    fails.
-
-    Args:
-        path: file to write; an existing file is replaced.
-
-    Yields:
-        Path of the temporary file, which the block writes.
-
-    Example:
-        >>> with write_whole("table.tsv") as partial:  # doctest: +SKIP
-        ...     partial.write_text("a b")
+    The block gets the path of a temporary file and writes it. It lies in the same folder, which is created, has a name of its
+    own (several processes may write the same file) and the same suffixes (libraries choose the format by them). An existing
+    file is replaced; if the block fails, the temporary file is removed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,14 +81,9 @@ def write_text(path: str | Path, text: str) -> None:
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder beside its place, then rename it: the folder appears whole or not at all.
 
-    The temporary folder is hidden and locked. It is removed if the block fails, or, after the process was killed, by the next
-    call for the same place. Several processes may write the same folder: the last one stays.
-
-    Args:
-        path: folder to write; an existing folder is replaced.
-
-    Yields:
-        Path of the temporary folder, which the block fills.
+    The block gets the path of the temporary folder, which is hidden and locked. It is removed if the block fails, or, after the
+    process was killed, by the next call for the same place. An existing folder is replaced. Several processes may write the
+    same folder: the last one stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,15 +108,9 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder while a block runs: no other process that asks for the folder holds it at the same time.
 
-    Nothing is left on disk, and the operating system frees the folder of a process that dies. Where the system has no such
-    lock (Windows, some network disks) the block runs without.
-
-    Args:
-        folder: created if it is absent and ``wait`` is set.
-        wait: until another process frees the folder.
-
-    Yields:
-        Whether the folder is held.
+    Nothing is left on disk, and the operating system frees the folder of a process that dies. With ``wait`` the folder is
+    created and waited for. The block gets whether the folder is held: where the system has no such lock (Windows, some network
+    disks) it runs without.
     """
     if wait:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -152,13 +126,7 @@ def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
-    """Read a TSV file with a header line.
-
-    Args:
-        path: UTF-8 file, with or without a byte-order mark.
-
-    Returns:
-        One dictionary per row; all cells are strings, exactly as :func:`write_table` was given them.
+    """Read a TSV file with a header line: one dictionary per row, all cells the strings that :func:`write_table` was given.
 
     Raises:
         ValueError: if the file is not UTF-8 text, or a row has another number of cells than the header.
@@ -176,14 +144,9 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a TSV file with a header line; the file appears whole or not at all.
+    """Write a TSV file with a header line, whole or not at all; ``rows`` have one cell per column.
 
     A text that a spreadsheet would take for a formula begins with an apostrophe in the file; a number does not.
-
-    Args:
-        path: file to write.
-        columns: names of the columns.
-        rows: one sequence of cells per row, in the order of the columns.
     """
     with write_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")

@@ -27,31 +27,22 @@ COLOURS = ("rgb-color", "rgba-color", "hsv-color", "xyz-color", "3-color", "4-co
 
 @dataclass(frozen=True)
 class Stored:
-    """How the voxels of a file are stored, by its header.
+    """How the voxels of a file are stored, by its header."""
 
-    Attributes:
-        shape: (H, W, D), and more axes for several volumes.
-        dtype: type of the numbers in the file, with its byte order.
-        affine: voxel indices to RAS mm, shape (4, 4), float64.
-        path: file of the voxels.
-        offset: bytes before the first voxel, in the unpacked file.
-        slope: factor of the stored numbers.
-        intercept: added to the product.
-        is_oriented: whether the header states which side is left.
-        warnings: what else is doubtful in the header, one sentence each.
-        array: the voxels themselves, where a library has read and scaled the whole file.
-    """
+    shape: tuple[int, ...]  # (H, W, D), and more axes for several volumes
+    dtype: np.dtype[Any]  # of the numbers in the file, with its byte order
+    affine: np.ndarray  # voxel indices to RAS mm, shape (4, 4), float64
+    path: Path  # file of the voxels
+    offset: int = 0  # bytes before the first voxel, in the unpacked file
+    slope: float = 1.0  # factor of the stored numbers
+    intercept: float = 0.0  # added to the product
+    warnings: tuple[str, ...] = ()  # what is doubtful in the header, one sentence each
+    array: np.ndarray | None = None  # the voxels themselves, where a library has read and scaled the whole file
 
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    affine: np.ndarray
-    path: Path
-    offset: int = 0
-    slope: float = 1.0
-    intercept: float = 0.0
-    is_oriented: bool = True
-    warnings: tuple[str, ...] = ()
-    array: np.ndarray | None = None
+    @property
+    def is_oriented(self) -> bool:
+        """Whether the header states which side is left."""
+        return NOT_STATED not in self.warnings
 
 
 def read_nifti_header(path: Path, block: bytes) -> Stored:
@@ -68,31 +59,25 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     Raises:
         ValueError: if the block is no such header, or states an orientation that is not valid.
     """
-    size = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
-    number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in size and len(block) >= n), 0)
+    orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
+    number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in orders and len(block) >= n), 0)
     magic = block[4:7] if number == NIFTI2_BYTES else block[344:347]
     is_pair = path.name.lower().endswith(".hdr")
     if not number or not (is_pair or magic in SINGLE_FILE):
         raise ValueError(f"a NIfTI header is needed, found {block[:4]!r} and the magic word {magic!r}")
     kind = nib.Nifti2Header if number == NIFTI2_BYTES else nib.Nifti1Header if magic in PAIR + SINGLE_FILE else None
-    header: Any = (kind or nib.AnalyzeHeader)(block[:number], size[number], check=False)
+    header: Any = (kind or nib.AnalyzeHeader)(block[:number], orders[number], check=False)
     count = int(header["dim"][0])
     shape = tuple(int(n) for n in header["dim"][1 : 1 + count])
     if not 1 <= count <= 7 or min(shape) < 1:
         raise ValueError(f"1 to 7 dimensions of at least 1 voxel are needed, found {header['dim'].tolist()}")
-    slope, intercept = header.get_slope_inter() if kind else (None, None)
-    affine, noticed = _choose_affine(header) if kind else (_from_sizes(header), [NOT_STATED])
-    return Stored(
-        shape=shape,
-        dtype=header.get_data_dtype(),
-        affine=affine,
-        path=path.with_suffix(".img") if is_pair else path,
-        offset=0 if kind is None else int(header["vox_offset"]),
-        slope=1.0 if slope is None else float(slope),
-        intercept=float(intercept or 0.0),
-        is_oriented=NOT_STATED not in noticed,
-        warnings=tuple(noticed),
-    )
+    dtype, file = header.get_data_dtype(), path.with_suffix(".img") if is_pair else path
+    if kind is None:
+        return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,))
+    affine, noticed = _choose_affine(header)
+    slope, intercept = header.get_slope_inter()
+    scale = (1.0 if slope is None else float(slope), float(intercept or 0.0))
+    return Stored(shape, dtype, affine, file, int(header["vox_offset"]), *scale, tuple(noticed))
 
 
 def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
@@ -169,11 +154,7 @@ def _sizes(sizes: np.ndarray) -> str:
 
 
 def read_mgh_header(path: Path, block: bytes) -> Stored:
-    """Read the header of an MGH or MGZ file; without ``goodRASFlag`` its geometry is FreeSurfer's default, coronal slices.
-
-    Args:
-        path: file.
-        block: its first bytes, unpacked.
+    """Read the header (the first bytes, unpacked) of an MGH file; without ``goodRASFlag`` FreeSurfer's geometry, coronal slices.
 
     Raises:
         ValueError: if the block is no such header.
@@ -185,7 +166,7 @@ def read_mgh_header(path: Path, block: bytes) -> Stored:
     shape = tuple(int(n) for n in header["dims"])
     affine, dtype = np.asarray(header.get_affine(), dtype=np.float64), header.get_data_dtype().newbyteorder(">")
     noticed = () if is_oriented else (NOT_STATED,)
-    return Stored(shape if shape[3] > 1 else shape[:3], dtype, affine, path, MGH_BYTES, 1.0, 0.0, is_oriented, noticed)
+    return Stored(shape if shape[3] > 1 else shape[:3], dtype, affine, path, MGH_BYTES, warnings=noticed)
 
 
 def read_nrrd(path: Path) -> Stored:
@@ -230,4 +211,4 @@ def read_nrrd(path: Path) -> Stored:
     affine = np.diag([*(signs or LPS), 1.0]) @ affine
     values = nrrd.read(str(path))[0].transpose(spatial + rest)
     noticed = () if is_oriented else (NOT_STATED,)
-    return Stored(values.shape, values.dtype, affine, path, 0, 1.0, 0.0, is_oriented, noticed, values)
+    return Stored(values.shape, values.dtype, affine, path, warnings=noticed, array=values)

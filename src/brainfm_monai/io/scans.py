@@ -24,28 +24,18 @@ RESERVED = ("summary.tsv", "dataset_description.json")  # files in the folder of
 class Scan:
     """One entry of a list of scans.
 
-    Attributes:
-        name: folder and beginning of the files of its results: one part of a path that is not hidden, of at most 150 bytes.
-        path: its file, or the folder of its DICOM series; empty for a scan that is generated.
-        folder: where its results belong, below the folder of all results; empty: ``name``.
-        frame: volume of a 4-D file: its number, from 0, or ``"mean"``; None: as the config says.
-        series: name of the series in a DICOM folder of several; empty: the only one.
-        lesions: path of a lesion mask; empty: none.
-        problem: why the scan cannot be read; it is reported as failed. Empty: none is known.
-        skipped: why the entry is not a scan of the list; it is listed and not read. Empty: it is one.
-
     Raises:
         ScanError: if name or folder could lead out of the folder of the results, or no file can have them.
     """
 
-    name: str
-    path: str = ""
-    folder: str = ""
-    frame: int | str | None = None
-    series: str = ""
-    lesions: str = ""
-    problem: str = ""
-    skipped: str = ""
+    name: str  # folder and beginning of the files of its results: one visible part of a path, of at most 150 bytes
+    path: str = ""  # its file, or the folder of its DICOM series; empty for a scan that is generated
+    folder: str = ""  # where its results belong, below the folder of all results; empty: the name
+    frame: int | str | None = None  # volume of a 4-D file: its number, from 0, or "mean"; None: as the config says
+    series: str = ""  # name of the series in a DICOM folder of several; empty: the only one
+    lesions: str = ""  # path of a lesion mask; empty: none
+    problem: str = ""  # why the scan cannot be read; it is reported as failed. Empty: none is known
+    skipped: str = ""  # why the entry is not a scan of the list; it is listed and not read. Empty: it is one
 
     def __post_init__(self) -> None:
         if problem := _check_names(self.name, self.folder):
@@ -60,7 +50,7 @@ class Scan:
     @property
     def item(self) -> dict[str, Any]:
         """The entry for MONAI's transforms: ``image``, ``name`` and what else is known."""
-        values = {("image" if f.name == "path" else f.name): getattr(self, f.name) for f in fields(self)}
+        values = {("image" if key == "path" else key): value for key, value in vars(self).items()}
         return {key: value for key, value in values.items() if value not in ("", None)}
 
     @property

@@ -31,21 +31,13 @@ TAIL_PIECES, TAIL_BYTES = 16, 2**20  # behind the voxels that are read on for th
 
 @dataclass(frozen=True)
 class Volume:
-    """One volume of a file, in the order in which the file stores it.
+    """One volume of a file, in the order in which the file stores it."""
 
-    Attributes:
-        values: shape (H, W, D).
-        affine: voxel indices to RAS mm, shape (4, 4), float64, as the file states it.
-        warnings: what a user should look at, one sentence each.
-        is_oriented: whether the file states which side is left.
-        modality: ``"ct"`` or ``"mr"`` where the file says so (DICOM does), else empty.
-    """
-
-    values: np.ndarray
-    affine: np.ndarray
-    warnings: tuple[str, ...] = ()
-    is_oriented: bool = True
-    modality: str = ""
+    values: np.ndarray  # shape (H, W, D)
+    affine: np.ndarray  # voxel indices to RAS mm, shape (4, 4), float64, as the file states it
+    warnings: tuple[str, ...] = ()  # what a user should look at, one sentence each
+    is_oriented: bool = True  # whether the file states which side is left
+    modality: str = ""  # "ct" or "mr" where the file says so (DICOM does), else empty
 
 
 def scan_stem(path: str | Path) -> str:
@@ -141,19 +133,9 @@ def _open_packed(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_frame(stored: Stored, frame: int | str | None) -> np.ndarray:
-    """Read voxels of a file, scaled as its header says.
+    """Read voxels of a file, scaled as its header says: shape (H, W, D), or (H, W, D, C) of all C volumes.
 
-    Args:
-        stored: from the header.
-        frame: which volume of several: its number, from 0; ``"mean"``; or ``"all"``.
-
-    Returns:
-        Shape (H, W, D), or (H, W, D, C) of all C volumes, of the stored type in the machine's byte order, or float32 where the
-        header scales the numbers or ``frame`` is the mean.
-
-    Raises:
-        ValueError: if the file has fewer voxels than its header says.
-        OSError, EOFError, zlib.error: if the file is damaged.
+    They are of the stored type in the machine's byte order, or float32 where the header scales them or ``frame`` is the mean.
     """
     shape, frames = stored.shape[:3], math.prod(stored.shape[3:])
     if stored.array is not None:

@@ -1,8 +1,7 @@
 """From scans to finished folders: which outputs, which share of the list, one scan after the other, or one image in Python."""
 
 from brainfm_monai.prediction.catalogue import OUTPUTS, select_outputs
-from brainfm_monai.prediction.loop import WriteScans, predict_scans
-from brainfm_monai.prediction.scans import ScanDataset, ScanLoader, local_device, share_of
+from brainfm_monai.prediction.loop import ScanDataset, ScanLoader, WriteScans, local_device, predict_scans, share_of
 from brainfm_monai.prediction.single import predict
 
 __all__ = [

@@ -19,8 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm_monai.io import literal, one_line
 from brainfm_monai.outputs import ScanWriter
-from brainfm_monai.prediction.loop import choose_scans, finish_run, run_scans
-from brainfm_monai.prediction.scans import ScanDataset
+from brainfm_monai.prediction.loop import ScanDataset, choose_scans, finish_run, run_scans
 
 if TYPE_CHECKING:
     from distributed import Client
