@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai import Protocol
-from brainfm_monai.metrics import compute_structure_overlap, parse_structures
+from brainfm_monai.metrics.segmentation import compute_structure_overlap, parse_structures
 
 TABLE: dict[str, Any] = {
     "cortex": {"left": [3, [1000, 1999]], "right": [42, [2000, 2999]]},

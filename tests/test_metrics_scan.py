@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from brainfm_monai.metrics import (
     MetricRow,
     TemplateTissues,
-    make_table,
     measure_scan,
     parse_structures,
     read_metrics,
@@ -78,6 +78,7 @@ def test_a_perfect_prediction_has_no_error() -> None:
     found = measure(to_prediction(target), target, image=draw(6).abs() + 1)
     assert {key[0] for key in found} == {*TASKS, "age"}
     best = {"dice": 1, "sensitivity": 1, "precision": 1, "ssim": 1, "ms_ssim": 1, "psnr": math.inf}
+    best |= {"mean_dice": 1, "mean_dice_merged": 1}
     for key, value in found.items():
         metric = key[3].removesuffix("_fitted").removesuffix("_brain")
         if key[3] in {"volume", "reference_volume", "thickness", "reference_thickness"}:
@@ -91,6 +92,25 @@ def test_a_perfect_prediction_has_no_error() -> None:
     volume = 9 * 14 * 12 * 1.5 / 1000 - 2 * 4 * 4 * 1.5 / 1000
     assert found["segmentation", "cortex", "left", "volume"] == pytest.approx(volume)
     assert not [key for key in found if key[:2] == ("segmentation", "brainstem") and key[2] != "both"]
+
+
+def test_mean_dice_with_sides_apart_and_merged() -> None:
+    structures = parse_structures(
+        {"cortex": {"left": [3], "right": [42]}, "brainstem": {"middle": [16]}, "x": {"middle": [99]}}
+    )
+    target, pred = make_ids(), make_ids()
+    pred[:, :6] = 0
+    found = {
+        (row.structure, row.side, row.metric): row.value
+        for row in measure_scan({"segmentation": pred}, {"segmentation": target}, structures, AFFINE, scan="one")
+    }
+    dice = {key[:2]: value for key, value in found.items() if key[2] == "dice"}
+    assert 0.5 < dice["cortex", "left"] < dice["cortex", "right"] == 1
+    assert math.isnan(dice["x", "both"])  # what the reference lacks does not count
+    apart = (dice["cortex", "left"] + dice["cortex", "right"] + dice["brainstem", "both"]) / 3
+    assert found["all", "both", "mean_dice"] == pytest.approx(apart)
+    merged = (dice["cortex", "both"] + dice["brainstem", "both"]) / 2
+    assert found["all", "both", "mean_dice_merged"] == pytest.approx(merged)
 
 
 def test_every_task_shows_its_error() -> None:
@@ -209,7 +229,7 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     pred = {name: value for name, value in to_prediction(target).items() if name != "T1w"}
     rows = measure_scan(pred, target, STRUCTURES, AFFINE, scan="01", condition="5 mm")
     path = tmp_path / "out" / "metrics.tsv"
-    write_frame(path, make_table(rows))
+    write_frame(path, pd.DataFrame(rows))
     header = path.read_text(encoding="utf-8").splitlines()[0]
     assert header == "scan\tcondition\ttask\tstructure\tside\tmetric\tvalue\tunit"
     table = read_metrics(path)

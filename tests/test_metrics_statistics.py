@@ -13,15 +13,14 @@ from brainfm_monai.metrics import (
     MetricRow,
     bootstrap_interval,
     compare,
-    make_table,
     summarise,
 )
-from brainfm_monai.metrics.statistics import adjust_holm, compute_signed_rank
+from brainfm_monai.metrics.tables import adjust_holm, compute_signed_rank
 
 
 def make_results(values: dict[str, list[float]], metric: str = "dice") -> pd.DataFrame:
     """One row for each scan and structure."""
-    return make_table(
+    return pd.DataFrame(
         MetricRow(f"sub-{i:02d}", "native", "segmentation", structure, "both", metric, value, "1")
         for structure, of_scans in values.items()
         for i, value in enumerate(of_scans)

@@ -1,9 +1,9 @@
 """The evaluation: scans under conditions, measures of every task, tables, curves and a page; two evaluations compared."""
 
 from brainfm_monai.evaluation.cases import make_generated_cases, make_pair_cases
+from brainfm_monai.evaluation.comparison import compare_evaluations
 from brainfm_monai.evaluation.conditions import Condition, DegradeScand, GenerateScan, parse_conditions
 from brainfm_monai.evaluation.measuring import LoadReferences, MeasureMaps
-from brainfm_monai.evaluation.pages import compare_evaluations
 from brainfm_monai.evaluation.writer import EvaluationWriter
 
 __all__ = ["Condition", "DegradeScand", "EvaluationWriter", "GenerateScan", "LoadReferences", "MeasureMaps"]

@@ -14,23 +14,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from brainfm_monai.evaluation.conditions import Condition
+from brainfm_monai.evaluation.tables import drop_merged_sides
 from brainfm_monai.metrics import Headline, bootstrap_interval
+from brainfm_monai.metrics.scan import ALL
 from brainfm_monai.report.html import data_address
 
 SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}  # colour, place in the row
 ROW_INCHES, PANEL_INCHES = 0.34, 3.4
+STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}
 CURVE_COLOUR, REFERENCE_COLOUR = "#2468b0", "#888888"
 
 
 def draw_rows(table: pd.DataFrame, zero: bool = False) -> str:
     """Panels with a row for each name: a dot for each scan, a mark for the mean and a bar for its 95 % interval.
 
-    Args:
-        table: columns ``panel``, ``row``, ``side`` (left, right or both) and ``value``.
-        zero: draw a line at 0.
-
-    Returns:
-        Address of the picture.
+    The table has the columns ``panel``, ``row``, ``side`` (left, right or both) and ``value``; ``zero`` draws a line at 0. Returns
+    the address of the picture, as all functions here.
     """
     panels, rows = (list(dict.fromkeys(table[column])) for column in ("panel", "row"))
     size = (2 + PANEL_INCHES * len(panels), 0.9 + ROW_INCHES * len(rows))
@@ -55,22 +54,30 @@ def draw_rows(table: pd.DataFrame, zero: bool = False) -> str:
     return _encode(figure)
 
 
+def draw_structures(table: pd.DataFrame) -> str:
+    """Dice, HD95 and volume error of every structure in a table of one condition; empty without structures."""
+    rows = table[(table["task"] == "segmentation") & (table["structure"] != ALL)]
+    rows = drop_merged_sides(rows).assign(row=rows["structure"])
+    panels = [rows[rows["metric"] == metric].assign(panel=title) for metric, title in STRUCTURE_METRICS.items()]
+    return draw_rows(pd.concat(panels)) if len(rows) else ""
+
+
+def draw_conditions(table: pd.DataFrame, headlines: Sequence[Headline], conditions: Sequence[str]) -> str:
+    """A panel for each headline with a row for each condition, of the table of :func:`make_headlines`."""
+    rows = table[table["condition"].isin(conditions)].assign(row=table["condition"])
+    return draw_rows(pd.concat([rows[rows["structure"] == h.title].assign(panel=h.label) for h in headlines]))
+
+
 def draw_curves(
     statistics: Mapping[tuple[str, str], Any],
     headlines: Sequence[Headline],
     sweeps: Mapping[str, Sequence[Condition]],
     native: str,
 ) -> str:
-    """One row for each sweep and one panel for each headline: the mean over the scans with its 95 % interval.
+    """One row for each sweep, of conditions, and one panel for each headline: the mean over the scans with its 95 % interval.
 
-    Args:
-        statistics: by condition and title of the headline: ``mean``, ``low`` and ``high``.
-        headlines: that are drawn.
-        sweeps: the conditions of every curve.
-        native: condition of the scans as they are, whose mean is a dashed line; empty: none.
-
-    Returns:
-        Address of the picture.
+    The statistics are ``mean``, ``low`` and ``high`` by condition and title of the headline; ``native`` is the condition of the
+    scans as they are, whose mean is a dashed line, empty where there is none.
     """
     figure = Figure(figsize=(2.9 * len(headlines), 2.4 * len(sweeps)), layout="constrained")
     grid = figure.subplots(len(sweeps), len(headlines), squeeze=False)

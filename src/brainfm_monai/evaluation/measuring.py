@@ -16,7 +16,6 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
 from brainfm_monai.evaluation.cases import REFERENCES
 from brainfm_monai.evaluation.conditions import TARGET, to_freesurfer_ids
-from brainfm_monai.evaluation.tables import mean_dice_rows
 from brainfm_monai.io import read_maps
 from brainfm_monai.metrics import EvaluatedStructure, TemplateTissues, measure_scan, parse_structures
 from brainfm_monai.metrics.segmentation import compute_structure_overlap
@@ -124,7 +123,7 @@ class MeasureMaps(Transform):
             pred = to_freesurfer_ids(compared, self.layout.protocol)
             true = _match(targets["segmentation"], compared, "nearest")
             pair = ({"segmentation": pred}, {"segmentation": true})
-            d["rows"] = mean_dice_rows(measure_scan(*pair, self.structures, compared.affine, **names))
+            d["rows"] = measure_scan(*pair, self.structures, compared.affine, **names)
             if self.dice_structures:
                 d["dice"] = compute_structure_overlap(pred, true, self.dice_structures, compared.affine)["dice"]
         d["rows"] += measure_scan(
@@ -168,13 +167,10 @@ def _bring_to_grid(
 def draw_case(
     scan: MetaTensor, maps: Sequence[Tensor], structures: Sequence[EvaluatedStructure], protocol: Protocol
 ) -> bytes:
-    """A WebP picture with one row for the scan alone and one for each label map over it.
+    """A WebP picture with one row for the scan, (1, H, W, D) in [0, 1], alone and one for each label map over it.
 
-    Args:
-        scan: shape (1, H, W, D), in [0, 1].
-        maps: label maps of FreeSurfer ids in its grid, shape (1, H, W, D); slices are chosen by the last one.
-        structures: that are shown, in the colours of the protocol; white where the protocol has no such structure.
-        protocol: knows the colours.
+    The maps are FreeSurfer ids in the scan's grid; slices are chosen by the last one. Structures are shown in the colours of the
+    protocol, white where the protocol has no such structure.
     """
     image, affine = scan.as_tensor(), np.asarray(scan.affine, dtype=np.float64)
     colours = np.zeros((max(i for s in structures for i in s.ids) + 2, 4))  # the last one is that of all higher ids

@@ -20,7 +20,7 @@ from brainfm_monai.evaluation.cases import SURFACES
 from brainfm_monai.evaluation.conditions import TARGET
 from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.metrics import MetricRow
-from brainfm_monai.metrics.results import unit_of
+from brainfm_monai.metrics.tables import unit_of
 from brainfm_monai.outputs import resample
 from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, grow_hemisphere
 

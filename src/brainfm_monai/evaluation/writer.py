@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import pandas as pd
 
-from brainfm_monai.evaluation.conditions import Condition
-from brainfm_monai.evaluation.pages import compose_page
-from brainfm_monai.evaluation.tables import MEAN_DICE, write_dice_tables, write_tables
+import brainfm_monai
+from brainfm_monai.evaluation.conditions import SETTINGS, Condition
+from brainfm_monai.evaluation.figures import draw_conditions, draw_curves, draw_structures
+from brainfm_monai.evaluation.tables import METRICS_FILE, SUMMARY_FILE, make_headlines, write_dice_tables
 from brainfm_monai.io import fingerprint, write_text, write_whole
-from brainfm_monai.metrics import MetricRow, make_table
+from brainfm_monai.metrics import HEADLINES, Headline, MetricRow, define, summarise, write_frame
 from brainfm_monai.outputs import ScanWriter
+from brainfm_monai.report.html import data_address, render
 
 logger = logging.getLogger(__name__)
 
 CASES_FOLDER = "cases"  # one JSON file and one picture for each case
 PAGE = "evaluation.html"
 LONGEST_WAIT = timedelta(days=7)  # shares of a list end at very different times
+WORST = 8  # scans that are shown
+FEW = 10  # scans, below which intervals by resampling are too narrow
+LIBRARIES = ("monai", "torch")
+BESIDE = 4  # headlines in one figure
 
 Case = Mapping[str, Any]
 
@@ -51,7 +60,6 @@ class EvaluationWriter:
     ) -> None:
         self.files, self.output_dir, self.definition = files, files.output_dir, dict(definition or {})
         self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
-        # see the same methods of ScanWriter
         self.clear, self.note_failure = files.clear, files.note_failure
 
     def is_finished(self, scan: Case) -> bool:
@@ -65,14 +73,9 @@ class EvaluationWriter:
             self.files.check_place(scan)
 
     def write(self, item: Mapping[str, Any], scan: Case) -> Path:
-        """Write the measures of a case, after its files.
+        """Write the measures of a case, an entry of the list, after its files; returns the folder of the results.
 
-        Args:
-            item: maps after the postprocessing, with what :class:`~brainfm_monai.evaluation.MeasureMaps` adds.
-            scan: its entry in the list of cases.
-
-        Returns:
-            Where the results are.
+        The item has maps after the postprocessing, with what :class:`~brainfm_monai.evaluation.MeasureMaps` adds.
         """
         folder = self.files.write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
         with write_whole(self._stored(scan).with_suffix(".webp")) as partial:
@@ -80,7 +83,7 @@ class EvaluationWriter:
         dice = item["dice"].tolist() if "dice" in item else None
         write_text(self._stored(scan), json.dumps({"key": self._key(scan), "rows": item["rows"], "dice": dice}))
         self.files.forget_failure(scan)
-        means = [f"mean Dice {row.value:.3f}" for row in item["rows"] if row.metric == MEAN_DICE]
+        means = [f"mean Dice {row.value:.3f}" for row in item["rows"] if row.metric == "mean_dice"]
         logger.info("%s: %s", scan["name"], ", ".join(means) or "measured")
         return folder
 
@@ -91,28 +94,68 @@ class EvaluationWriter:
             idist.initialize("gloo", timeout=LONGEST_WAIT)
         idist.barrier()
         if idist.get_rank() == 0:
-            self._write_all(scans)
+            measured = {scan["name"]: content for scan in scans if (content := self._read_measures(scan))}
+            done = [scan for scan in scans if scan["name"] in measured]
+            native = [scan["name"] for scan in done if not scan["settings"] and measured[scan["name"]]["dice"]]
+            if native:
+                write_dice_tables(self.output_dir, {n: measured[n]["dice"] for n in native}, self.dice_structures)
+            rows = [row for content in measured.values() for row in content["rows"]]
+            table = pd.DataFrame(rows, columns=list(MetricRow._fields)).astype({"value": float})
+            write_frame(self.output_dir / METRICS_FILE, table)
+            failures = {
+                scan["name"]: self.files.read_failure(scan) or "not measured yet"
+                for scan in scans
+                if scan["name"] not in measured
+            }
+            write_text(self.output_dir / PAGE, self._compose(table, done, failures))
         idist.barrier()
         return self.output_dir / PAGE
 
-    def _write_all(self, scans: Sequence[Case]) -> None:
-        measured = {str(scan["name"]): content for scan in scans if (content := self._read_measures(scan))}
-        done = [scan for scan in scans if scan["name"] in measured]
-        native = [str(scan["name"]) for scan in done if not scan["settings"]]
-        if dice := {name: measured[name]["dice"] for name in native if measured[name]["dice"]}:
-            write_dice_tables(self.output_dir, dice, self.dice_structures)
-        table = make_table(MetricRow(*row) for content in measured.values() for row in content["rows"])
-        page = compose_page(
-            self.output_dir,
-            table,
-            write_tables(self.output_dir, table),
-            self.conditions,
-            {(str(scan["scan"]), str(scan["condition"])): str(scan["name"]) for scan in done},
-            {s["name"]: self.files.read_failure(s) or "not measured yet" for s in scans if s["name"] not in measured},
-            self.files.settings,
-            self.definition,
-        )
-        write_text(self.output_dir / PAGE, page)
+    def _compose(self, table: pd.DataFrame, done: Sequence[Case], failures: Mapping[str, str]) -> str:
+        """Write the statistics of a table, and make the page, with its pictures in it."""
+        conditions = self.conditions
+        first = next((c for c in conditions if not c.settings), conditions[0])  # its numbers are on top
+        summary, headlines = summarise(table), make_headlines(table)
+        write_frame(self.output_dir / SUMMARY_FILE, summary)
+        statistics = {(row.condition, row.structure): row for row in summarise(headlines).itertuples(index=False)}
+        shown = [headline for headline in HEADLINES if headline.title in set(headlines["structure"])]
+        parts = [shown[start : start + BESIDE] for start in range(0, len(shown), BESIDE)]
+        sweeps = {c.sweep: [one for one in conditions if one.sweep == c.sweep] for c in conditions if c.sweep}
+        native, alone = "" if first.settings else first.name, [c.name for c in conditions if not c.sweep]
+        own = summary[(summary["condition"] == first.name) & (summary["n"] > 0)]
+        versions = {"brainfm-monai": brainfm_monai.__version__, **{name: metadata.version(name) for name in LIBRARIES}}
+        details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **self.definition}
+        content: dict[str, Any] = {"done": done, "failures": failures, "conditions": conditions, "first": first}
+        content |= {
+            "used": self.files.settings,
+            "versions": {**versions, "Python": platform.python_version()},
+            "few": FEW,
+        }
+        content |= {"shown": shown, "statistics": statistics, "native": native, "settings_table": SETTINGS}
+        content |= {"structures": draw_structures(table[table["condition"] == first.name])}
+        content |= {"curves": [draw_curves(statistics, part, sweeps, native) for part in parts if sweeps]}
+        content |= {"figures": [draw_conditions(headlines, part, alone) for part in parts if len(alone) > 1]}
+        content |= {"worst": self._find_worst(headlines, done, shown[0]) if shown else []}
+        content |= {
+            "metrics_file": METRICS_FILE,
+            "summary_file": SUMMARY_FILE,
+            "measures": own.groupby("task", sort=False),
+        }
+        content |= {"definitions": {metric: define(metric) for metric in table["metric"].unique()}}
+        content |= {"details": json.dumps({**details, "settings": asdict(self.files.settings)}, indent=1, default=str)}
+        return render("evaluation.html", title="Evaluation", theme="light", **content)
+
+    def _find_worst(self, headlines: pd.DataFrame, done: Sequence[Case], leading: Headline) -> list[dict[str, str]]:
+        rows = headlines[headlines["structure"] == leading.title]
+        rows = rows.sort_values("value", ascending=leading.higher_is_better, kind="stable").head(WORST)
+        worst = []
+        for row in rows.itertuples():
+            name = next(str(c["name"]) for c in done if (c["scan"], c["condition"]) == (row.scan, row.condition))
+            picture, report = self.output_dir / CASES_FOLDER / f"{name}.webp", f"{name}/{name}_report.html"
+            case = {"scan": row.scan, "condition": row.condition, "value": leading.format(row.value)}
+            case["report"] = report if (self.output_dir / report).is_file() else ""
+            worst.append(case | {"picture": data_address(picture.read_bytes()) if picture.is_file() else ""})
+        return worst
 
     def _read_measures(self, scan: Case) -> dict[str, Any]:
         """What is stored of a case; empty where it was not measured."""

@@ -35,13 +35,8 @@ def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
 def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
     """Error of a bias field up to its gain, which no scan determines.
 
-    With o and t the predicted and the true factor in the mask: ||w o - t|| / ||t||, w = <o, t> / <o, o>.
-
-    Args:
-        pred: predicted factor, shape (B, 1, H, W, D).
-        true: true factor, same shape.
-        mask: the head, same shape, bool.
-        image: image with the bias, same shape, any unit; None where there is none.
+    With o and t the predicted and the true factor in the mask: ||w o - t|| / ||t||, w = <o, t> / <o, o>. Both factors, the mask
+    of the head (bool) and the image with the bias (any unit) have the shape (B, 1, H, W, D).
 
     Returns:
         ``normalised_l2``, shape (B,), and with an image ``corrected_l1``: mean absolute difference in the mask of the image
@@ -65,17 +60,10 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor |
 
 
 def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error of signed distances in mm where the true one is within +-3 mm.
+    """Mean absolute error of signed distances (B, C, H, W, D), in mm, where the true one is within +-3 mm.
 
-    Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too.
-
-    Args:
-        pred: shape (B, C, H, W, D), mm; channels lp, lw, rp, rw.
-        target: same shape, mm.
-        mask: shape (B, 1, H, W, D), bool.
-
-    Returns:
-        Shape (B, C), mm; NaN where there is no such voxel.
+    Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too. The channels
+    are lp, lw, rp, rw, the mask has the shape (B, 1, H, W, D), the result (B, C), NaN where there is no such voxel.
     """
     near = (target.abs() < MAX_DISTANCE_MM) & mask.bool()
     return compute_mean_inside((pred.float().clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
@@ -117,15 +105,11 @@ def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[
 
 
 def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Tensor:
-    """Share of voxels at which a coordinate map folds space: its Jacobian determinant is 0 or below.
+    """Share of voxels in a mask, (B, 1, H, W, D), at which a coordinate map folds space: its Jacobian determinant is 0 or below.
 
-    Args:
-        coords_mm: template coordinates of each voxel, RAS mm, shape (B, 3, H, W, D).
-        mask: shape (B, 1, H, W, D), bool.
-        affine: voxel indices to RAS mm, shape (4, 4); its own determinant, negative where the axes mirror space, is divided out.
-
-    Returns:
-        Shape (B,), in [0, 1]; NaN where the mask is empty. Derivatives are central differences, one-sided at the image's edge.
+    The map is of RAS mm, shape (B, 3, H, W, D). The determinant of the affine from voxel indices to RAS mm, negative where the
+    axes mirror space, is divided out. Derivatives are central differences, one-sided at the image's edge. The result has the
+    shape (B,), NaN where the mask is empty.
     """
     sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
     box = box_around(mask.flatten(0, 1).any(0), margin=1)
@@ -135,19 +119,12 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
 
 @dataclass(frozen=True)
 class TemplateTissues:
-    """Tissues of the template, to be laid over a scan by its template coordinates.
-
-    Attributes:
-        names: K names.
-        probability: in [0, 1], shape (K, h, w, d).
-        affine: its voxel indices to RAS mm of the template, shape (4, 4).
-        ids: FreeSurfer ids that each tissue has in a label map.
-    """
+    """K tissues of the template, to be laid over a scan by its template coordinates."""
 
     names: tuple[str, ...]
-    probability: Tensor
-    affine: Tensor
-    ids: tuple[frozenset[int], ...]
+    probability: Tensor  # in [0, 1], shape (K, h, w, d)
+    affine: Tensor  # its voxel indices to RAS mm of the template, shape (4, 4)
+    ids: tuple[frozenset[int], ...]  # FreeSurfer ids that each tissue has in a label map
 
 
 def load_template_tissues() -> TemplateTissues:
@@ -162,10 +139,9 @@ def load_template_tissues() -> TemplateTissues:
 
 
 def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
-    """Tissues of the template at the template coordinates of each voxel, (B, 3, H, W, D), RAS mm.
+    """Tissues of the template at the template coordinates of each voxel, (B, 3, H, W, D), RAS mm: bool, (B, K, H, W, D).
 
-    Returns:
-        Where the probability, linearly interpolated, is above one half, shape (B, K, H, W, D), bool.
+    A tissue is where its probability, linearly interpolated, is above one half.
     """
     inverse = torch.linalg.inv(template.affine.double()).to(coords_mm.device, torch.float32)
     index = torch.einsum("ij,bjhwd->bihwd", inverse[:3, :3], coords_mm.float()) + inverse[:3, 3].reshape(1, 3, 1, 1, 1)
@@ -174,17 +150,10 @@ def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
 
 
 def compute_warped_dice(pred_mm: Tensor, reference: Tensor, template: TemplateTissues, mask: Tensor) -> Tensor:
-    """Dice of the template's tissues, pulled through predicted coordinates, and a reference.
+    """Dice of the template's tissues, pulled through predicted coordinates, and a reference, in a mask (B, 1, H, W, D).
 
-    Args:
-        pred_mm: predicted template coordinates, RAS mm, shape (B, 3, H, W, D).
-        reference: bool, shape (B, K, H, W, D): the same tissues pulled through true coordinates (:func:`pull_template`), or those
-            of a segmentation.
-        template: K tissues.
-        mask: where it counts, shape (B, 1, H, W, D), bool.
-
-    Returns:
-        Shape (B, K); NaN where the reference lacks the tissue.
+    The reference, (B, K, H, W, D), bool, is the same tissues pulled through true coordinates, or those of a segmentation. The
+    result has the shape (B, K), NaN where the reference lacks the tissue.
     """
     inside = mask.bool()
     return compute_dice(pull_template(pred_mm, template) & inside, reference & inside, include_background=True)

@@ -83,13 +83,8 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     ``gaussian_weights=True, use_sample_covariance=False``. The window is applied axis by axis and slab by slab: MONAI's takes
     1,331 products for each voxel, and all voxels at once.
 
-    Args:
-        pred: shape (B, 1, H, W, D), in a range of 1.
-        target: same shape and unit.
-        mask: same shape, bool.
-
-    Returns:
-        Shape (B,), NaN where no window lies in mask and image.
+    Images, in a range of 1, and mask (bool) have the shape (B, 1, H, W, D), the result (B,), NaN where no window lies in mask and
+    image.
 
     Reference:
         Wang et al., IEEE Transactions on Image Processing 13, 2004, equation 13.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from torch import Tensor
 from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.images import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
-from brainfm_monai.metrics.results import FITTED, MetricRow, unit_of
 from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure, box_around
+from brainfm_monai.metrics.tables import FITTED, MetricRow, unit_of
 from brainfm_monai.tasks import TASKS
 
 CT_WINDOW_HU = (0.0, 80.0)  # window of the brain, in which BrainFM reads CT, too
 HEMISPHERES = ("left", "right")
+ALL = "all"  # structure of a mean over structures
 
 Values = dict[tuple[str, str, str], float]  # by structure, side and metric
 
@@ -66,12 +68,8 @@ def measure_scan(
         template: tissues for the Dice of warped labels.
 
     Returns:
-        Rows. What is undefined has the value NaN; the sides of a structure that has none have no row. Coordinates are compared
-        within the evaluated structures, where the target has a segmentation; images are in units of the target (see
-        :func:`~brainfm_monai.metrics.images.normalise_to_target`), CT in the window of the brain but for its ``mae``;
-        ``*_fitted`` are after the best gain and offset, ``*_brain`` within the evaluated structures, and beside these are the
-        same of two baselines: of the input itself, ``*_brain_input``, and of the reference's mean in each label,
-        ``*_brain_painted``.
+        Rows, as ``measures.tsv`` defines them. What is undefined has the value NaN; the sides of a structure that has none have
+        no row, and neither has a mean over nothing.
 
     Raises:
         ScanError: if a task has no measure, or shapes differ.
@@ -117,19 +115,25 @@ def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
 
 
 def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> Values:
+    """Measures of the structures, and mean Dice: of all parts and structures without sides, and with both sides as one."""
     arguments = (pred[0], target[0], scene.structures, scene.affine)
     measures = segmentation.compute_structure_overlap(*arguments)
     measures["hd95"] = segmentation.compute_structure_hausdorff(*arguments, percentile=95.0)
-    return {
-        (structure.name, side, metric): float(values[row, column])
+    values = {
+        (structure.name, side, metric): float(of_metric[row, column])
         for row, structure in enumerate(scene.structures)
         for column, side in enumerate(SIDES)
         if not structure.middle or side == "both"
-        for metric, values in measures.items()
+        for metric, of_metric in measures.items()
     }
+    dice, middle = measures["dice"], torch.tensor([bool(s.middle) for s in scene.structures])
+    parts = {"mean_dice": torch.cat([dice[~middle, :2].flatten(), dice[middle, 2]]), "mean_dice_merged": dice[:, 2]}
+    present = {metric: of_metric[~of_metric.isnan()].tolist() for metric, of_metric in parts.items()}
+    return values | {(ALL, "both", metric): fmean(of_metric) for metric, of_metric in present.items() if of_metric}
 
 
 def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> Values:
+    """In units of the target, as it is and after the best fit; and in the brain beside two baselines that must be beaten."""
     measures = _compare_images(*normalise_to_target(pred, target, mask), mask)
     if scene.labels is None or scene.image is None:
         return measures
@@ -197,7 +201,7 @@ def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: _Scene) -> Valu
 MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, _Scene], Values]] = {
     "labels": _measure_labels,
     "image": _measure_image,
-    "log_field": lambda pred, target, mask, scene: _name(fields.compute_bias_error(pred, target, mask, scene.image)),
+    "log_field": lambda pred, true, mask, scene: _name(fields.compute_bias_error(pred, true, mask, scene.image)),
     "distance": _measure_distance,
     "coordinates": _measure_coordinates,
     "mask": lambda pred, target, mask, _: _name(segmentation.compute_lesion_metrics(pred, target, mask), "lesion"),

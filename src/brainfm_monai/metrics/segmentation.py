@@ -20,21 +20,13 @@ Ids = Sequence[int | Sequence[int]]  # FreeSurfer ids, and [first, last] ranges 
 
 @dataclass(frozen=True)
 class EvaluatedStructure:
-    """The FreeSurfer ids that make up one evaluated structure.
-
-    Attributes:
-        name: name in the tables.
-        left: ids on the left.
-        right: ids on the right.
-        unsided: ids of both sides: each voxel belongs to the side of the midplane on which it lies.
-        middle: ids of a structure without sides; then there are no others.
-    """
+    """The FreeSurfer ids that make up one evaluated structure."""
 
     name: str
     left: frozenset[int] = frozenset()
     right: frozenset[int] = frozenset()
-    unsided: frozenset[int] = frozenset()
-    middle: frozenset[int] = frozenset()
+    unsided: frozenset[int] = frozenset()  # of both sides: a voxel belongs to the side of the midplane on which it lies
+    middle: frozenset[int] = frozenset()  # of a structure without sides; then there are no others
 
     @property
     def ids(self) -> frozenset[int]:
@@ -45,9 +37,8 @@ class EvaluatedStructure:
 def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedStructure, ...]:
     """Read the structures of an evaluation from a table of a bundle config.
 
-    Args:
-        table: for each name the FreeSurfer ids ``left`` and ``right``, and ``unsided`` where there are such, or ``middle``;
-            ids are numbers and ``[first, last]`` ranges.
+    For each name it has the FreeSurfer ids ``left`` and ``right``, and ``unsided`` where there are such, or ``middle``; ids are
+    numbers and ``[first, last]`` ranges.
 
     Raises:
         ValueError: if a structure has another entry, no ids, or an id of another structure.
@@ -57,7 +48,12 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
     for name, entry in table.items():
         if unknown := sorted(set(entry) - {"left", "right", "unsided", "middle"}):
             raise ValueError(f"structure {name}: the entries are left, right, unsided and middle, found {unknown}")
-        one = EvaluatedStructure(name, **{part: _expand(ids) for part, ids in entry.items()})
+        ids = {
+            part: [(i, i) if isinstance(i, int) else (i[0], i[-1]) for i in ranges] for part, ranges in entry.items()
+        }
+        one = EvaluatedStructure(
+            name, **{part: frozenset(i for a, b in ranges for i in range(a, b + 1)) for part, ranges in ids.items()}
+        )
         if bool(one.left) != bool(one.right) or bool(one.middle) == bool(one.left) or (one.middle and one.unsided):
             raise ValueError(f"structure {name}: ids are needed either on 'left' and 'right' or in the 'middle' alone")
         if shared := sorted(one.ids & owner.keys()):
@@ -66,11 +62,6 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
         owner |= dict.fromkeys(one.ids, name)
         structures.append(one)
     return tuple(structures)
-
-
-def _expand(ids: Ids) -> frozenset[int]:
-    ranges = [(i, i) if isinstance(i, int) else (i[0], i[-1]) for i in ids]
-    return frozenset(i for first, last in ranges for i in range(first, last + 1))
 
 
 def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
@@ -126,11 +117,7 @@ def compute_structure_overlap(
 ) -> dict[str, Tensor]:
     """Dice and volumes of each structure: of its left part, its right part, and both together.
 
-    Args:
-        prediction: FreeSurfer ids, shape (1, H, W, D).
-        reference: FreeSurfer ids, same shape.
-        structures: S structures.
-        affine: voxel indices to RAS mm, shape (4, 4).
+    Prediction and reference are FreeSurfer ids, shape (1, H, W, D), the affine is from voxel indices to RAS mm.
 
     Returns:
         Tensors of shape (S, 3), columns left, right, both: ``dice`` and ``volume_error``, (prediction - reference) / reference,

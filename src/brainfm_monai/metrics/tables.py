@@ -1,36 +1,117 @@
-"""Means with confidence intervals, and the comparison of two results on the same scans."""
+"""One tidy table for every measure, what the measures mean (``measures.tsv``), their statistics, and results compared."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    import pandas as pd
+from brainfm_monai.io import ABSENT, read_table, write_table
 
+if TYPE_CHECKING:
+    import pandas as pd  # it and scipy are slow to import
+
+FITTED = "_fitted"  # end of the name of a measure of images
 KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # a statistic is taken within them, over the scans
 FAMILY = ["condition", "task", "metric", "unit"]  # the tests of its structures and sides are corrected together
 RESAMPLES = 2000  # DiCiccio and Efron, Bootstrap confidence intervals, Statistical Science 11, 1996
 SMALLEST_BCA = 10  # scans; below, the acceleration rests on too few values, and the plain percentiles are taken
 
-Interval = tuple[float, float]
+
+class MetricRow(NamedTuple):
+    """One value of one scan."""
+
+    scan: str
+    condition: str  # how the scan was changed before it was predicted, ``native`` if it was not
+    task: str
+    structure: str  # structure, tissue or surface that was measured, ``n/a`` where there is none
+    side: str  # ``left``, ``right`` or ``both``, ``n/a`` where the task has no sides
+    metric: str
+    value: float  # NaN where it is undefined
+    unit: str  # ``1`` for a pure number
 
 
-def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95) -> Interval:
-    """Confidence interval of the mean by resampling the scans.
+class Headline(NamedTuple):
+    """A number at the top of the page, and a row of curves: the mean of a metric over its structures and sides."""
 
-    From 10 values on it is bias-corrected and accelerated (BCa), below that the percentiles of the resampled means.
+    title: str
+    task: str
+    metric: str
+    unit: str  # shown behind values; empty for pure numbers
+    digits: int  # after the point
+    higher_is_better: bool
 
-    Args:
-        values: one for each scan; NaN are left out.
-        seed: of the resampling: the same values and seed give the same interval.
-        resamples: how often the scans are drawn again.
-        level: share of intervals that should contain the true mean, in (0, 1).
+    @property
+    def label(self) -> str:
+        """The title with the unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
-    Returns:
-        Its ends; NaN for fewer than two values or an infinite one, and a point where all values are equal.
+    def format(self, value: float, sign: str = "") -> str:
+        """A value with the headline's digits."""
+        return f"{value:{sign}.{self.digits}f}"
+
+
+_MEASURES = read_table(Path(__file__).with_name("measures.tsv"))
+_BY_METRIC = {row["metric"]: row for row in reversed(_MEASURES)}  # the first of a name counts
+HEADLINES = tuple(
+    Headline(title.format(task=task), task, row["metric"], row["unit"], int(row["digits"]), row["better"] == "higher")
+    for tasks in dict.fromkeys(row["tasks"] for row in _MEASURES)
+    for task in tasks.split()
+    for row in _MEASURES
+    if row["tasks"] == tasks and (title := row["headline"])
+)
+
+
+def define(metric: str) -> str:
+    """Definition of a metric by its name; empty for an unknown one."""
+    if metric.endswith(FITTED):
+        image = metric.removesuffix(FITTED)
+        return f"{image} after the gain and offset that fit the prediction best to the reference there"
+    return _BY_METRIC[metric]["definition"] if metric in _BY_METRIC else ""
+
+
+def unit_of(metric: str) -> str:
+    """Unit of a metric of ``measures.tsv``, ``1`` for a pure number."""
+    return _BY_METRIC[metric.removesuffix(FITTED)]["unit"] or "1"
+
+
+def write_frame(path: str | Path, table: pd.DataFrame, digits: str = ".6g") -> None:
+    """Write a pandas table as a TSV file; an undefined number is ``n/a``, the other ones have these digits."""
+    rows = [
+        [(ABSENT if math.isnan(cell) else format(cell, digits)) if isinstance(cell, float) else cell for cell in row]
+        for row in table.itertuples(index=False)
+    ]
+    write_table(path, list(table.columns), rows)
+
+
+def read_metrics(path: str | Path) -> pd.DataFrame:
+    """Read a table of :class:`MetricRow` from a TSV file.
+
+    Raises:
+        ValueError: if the columns are others, or a value is not a number.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(read_table(path))
+    if tuple(table.columns) != MetricRow._fields:
+        raise ValueError(f"{path}: the columns must be {list(MetricRow._fields)}, found {list(table.columns)}")
+    value = pd.to_numeric(table["value"], errors="coerce")
+    wrong = table["value"][value.isna() & (table["value"] != ABSENT)]
+    if len(wrong):
+        raise ValueError(f"{path}: 'value' must be a number or {ABSENT}, found {wrong.iloc[0]!r}")
+    return table.assign(value=value.astype(float))
+
+
+def bootstrap_interval(
+    values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval of the mean by resampling the scans; the same values and seed give the same interval.
+
+    From 10 values on it is bias-corrected and accelerated (BCa), below that the percentiles of the resampled means. NaN are left
+    out. Both ends are NaN for fewer than two values or an infinite one, and the value itself where all are equal.
 
     Reference:
         Efron, Better bootstrap confidence intervals, Journal of the American Statistical Association 82, 1987.
@@ -41,7 +122,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
         return np.nan, np.nan
     if np.ptp(sample) == 0:
         return float(sample[0]), float(sample[0])
-    from scipy.stats import bootstrap  # slow to import
+    from scipy.stats import bootstrap
 
     method = "BCa" if len(sample) >= SMALLEST_BCA else "percentile"
     options = {"n_resamples": resamples, "batch": RESAMPLES, "confidence_level": level, "random_state": seed}
@@ -50,11 +131,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMP
 
 
 def summarise(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Statistics over the scans, for each condition, task, structure, side and metric.
-
-    Args:
-        table: see :func:`~brainfm_monai.metrics.make_table`.
-        resamples: see :func:`bootstrap_interval`.
+    """Statistics over the scans, for each condition, task, structure, side and metric of a table of :class:`MetricRow`.
 
     Returns:
         One row for each group, in the order in which they appear: the keys, ``n`` (scans with a value), ``mean``, ``sd`` (n - 1),
@@ -68,13 +145,7 @@ def summarise(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Compare two results of the same scans, pair by pair.
-
-    Args:
-        first: see :func:`~brainfm_monai.metrics.make_table`.
-        second: same scans, conditions, tasks, structures and metrics.
-        seed: see :func:`bootstrap_interval`.
-        resamples: see :func:`bootstrap_interval`.
+    """Compare two tables of :class:`MetricRow`, which have the same rows but for their values, pair by pair.
 
     Returns:
         One row for each condition, task, structure, side and metric: the keys, ``n`` (scans that have a value in both),
@@ -93,8 +164,8 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples:
         left, right = (pairs[f"value_{name}"].to_numpy(dtype=np.float64) for name in ("first", "second"))
         # two infinite values are equal, and not inf - inf
         difference = np.subtract(right, left, out=np.zeros_like(left), where=left != right)
-        interval = bootstrap_interval(difference, seed, resamples)
         means = [float(one.mean()) if len(one) else np.nan for one in (left, right, difference)]
+        interval = bootstrap_interval(difference, seed, resamples)
         rows.append((*key, len(pairs), *means, *interval, *compute_signed_rank(difference)))
     columns = [*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p", "effect_size"]
     result = pd.DataFrame(rows, columns=columns)
@@ -104,7 +175,6 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples:
 
 
 def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Rows of both tables side by side."""
     keys = ["scan", *KEYS]
     pairs = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
     for rows, rule in (
@@ -118,10 +188,7 @@ def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
-    """Two-sided Wilcoxon signed-rank test of paired differences; zeros are left out.
-
-    Args:
-        differences: one for each pair, without NaN.
+    """Two-sided Wilcoxon signed-rank test of paired differences without NaN; zeros are left out.
 
     Returns:
         The P value, 1 where no difference is other than zero, NaN where there is no pair; and the matched-pairs rank-biserial
