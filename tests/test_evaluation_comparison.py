@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from brainfm_monai.evaluation import compare_evaluations
-from brainfm_monai.evaluation.tables import METRICS_FILE, make_headlines
+from brainfm_monai.evaluation.writer import METRICS_FILE
 from brainfm_monai.metrics import HEADLINES, MetricRow, define, write_frame
+from brainfm_monai.metrics.tables import make_headlines
 
 
 def make_rows(shift: float, scans: int = 8, condition: str = "native") -> list[MetricRow]:

@@ -11,11 +11,10 @@ from scipy.stats import bootstrap, wilcoxon
 
 from brainfm_monai.metrics import (
     MetricRow,
-    bootstrap_interval,
     compare,
     summarise,
 )
-from brainfm_monai.metrics.tables import adjust_holm, compute_signed_rank
+from brainfm_monai.metrics.tables import adjust_holm, bootstrap_interval, compute_signed_rank
 
 
 def make_results(values: dict[str, list[float]], metric: str = "dice") -> pd.DataFrame:

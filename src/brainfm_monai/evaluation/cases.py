@@ -18,10 +18,11 @@ REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name n
 SURFACES = ("left_white", "left_pial", "right_white", "right_pial")  # files of reference surfaces, for --surfaces
 
 Case = dict[str, Any]
+Conditions = Sequence[Condition]
 
 
 def make_pair_cases(
-    datalist: str | Path, conditions: Sequence[Condition], section: str = "testing", seed: int = 0
+    datalist: str | Path, conditions: Conditions, section: str = "testing", seed: int = 0
 ) -> list[Case]:
     """Real scans under every condition.
 
@@ -42,14 +43,12 @@ def make_pair_cases(
         FileNotFoundError: if the list or one of its files is missing.
         ValueError: if the list is not such a list, two cases have one name, or a condition is for generated scans alone.
     """
-    references = {*REFERENCES, *SURFACES}
-    files = ["image", *(key for key in REFERENCES if key != "age"), *SURFACES]
     check_for_real_scans(conditions)
-    scans: list[tuple[str, Case]] = []
+    references, scans = {*REFERENCES, *SURFACES}, []
     rule = "item needs 'image' and 'label' or another reference"
     for item in _read_items(datalist, section, rule, lambda item: "image" in item and not references.isdisjoint(item)):
         item |= {key: str(Path(datalist).parent / item[key]) for key in SURFACES if key in item}
-        for path in [item[key] for key in files if key in item]:
+        for path in [item[key] for key in ("image", *REFERENCES, *SURFACES) if key in item and key != "age"]:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: named in {datalist}, found no such file")
         scans.append((str(item.get("name") or scan_stem(item["image"])), item))
@@ -57,11 +56,7 @@ def make_pair_cases(
 
 
 def make_generated_cases(
-    datalist: str | Path,
-    conditions: Sequence[Condition],
-    section: str = "validation",
-    scans_per_subject: int = 1,
-    seed: int = 0,
+    datalist: str | Path, conditions: Conditions, section: str = "validation", scans_per_subject: int = 1, seed: int = 0
 ) -> list[Case]:
     """Generated scans of prepared subjects under every condition.
 
@@ -73,8 +68,8 @@ def make_generated_cases(
         seed: of all scans; a scan's own follows from it, the subject's name and its number, and is the same under each condition.
 
     Returns:
-        The subjects of the list, each once for every scan and condition, with ``scan`` (``<subject>_<number>``), ``condition``,
-        ``settings``, ``seed`` and a ``name``.
+        The subjects of the list, each once for every scan and condition, with the entries of :func:`make_pair_cases`; ``scan`` is
+        ``<subject>_<number>``.
 
     Raises:
         FileNotFoundError: if there is no such list.
@@ -98,7 +93,7 @@ def _read_items(datalist: str | Path, section: str, rule: str, is_complete: Call
 
 
 def _under_conditions(
-    scans: Iterable[tuple[str, Case]], conditions: Sequence[Condition], seed: int, datalist: str | Path
+    scans: Iterable[tuple[str, Case]], conditions: Conditions, seed: int, datalist: str | Path
 ) -> list[Case]:
     cases = []
     for scan, item in scans:
@@ -108,8 +103,7 @@ def _under_conditions(
             cases.append(
                 {**item, **own, "name": name, "condition": condition.name, "settings": dict(condition.settings)}
             )
-    repeated = find_repeated([case["name"] for case in cases])
-    if repeated or not cases:
+    if (repeated := find_repeated([case["name"] for case in cases])) or not cases:
         rule = "items whose names, with those of the conditions, differ are needed"
         raise ValueError(f"{datalist}: {rule}, found {f'twice: {repeated}' if repeated else 'none'}")
     return cases

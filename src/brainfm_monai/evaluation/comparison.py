@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from brainfm_monai.evaluation.figures import draw_rows
-from brainfm_monai.evaluation.tables import METRICS_FILE, drop_merged_sides
+from brainfm_monai.evaluation.writer import METRICS_FILE
 from brainfm_monai.io import ABSENT, write_text
 from brainfm_monai.metrics import HEADLINES, compare, define, read_metrics, write_frame
 from brainfm_monai.metrics.scan import ALL
+from brainfm_monai.metrics.tables import drop_merged_sides
 from brainfm_monai.report.html import render
 
 TABLE, PAGE = "comparison.tsv", "comparison.html"

@@ -51,19 +51,12 @@ STD_OF_FWHM = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that is done to every scan.
-
-    Attributes:
-        name: of the condition, different from all others.
-        settings: names and values out of :data:`SETTINGS`; none leave a scan as it is.
-        sweep: name of the curve that it is a point of; empty where it is none.
-        value: its place on that curve.
-    """
+    """One thing that is done to every scan."""
 
     name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    sweep: str = ""
-    value: float | str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # out of SETTINGS; none leave a scan as it is
+    sweep: str = ""  # name of the curve that it is a point of; empty where it is none
+    value: float | str | None = None  # its place on that curve
 
     @property
     def axis_label(self) -> str:
@@ -72,11 +65,9 @@ class Condition:
 
 
 def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    """Read the conditions of a bundle config, in the table's order.
+    """Read the conditions of a bundle config, a table of settings for each name, in its order.
 
-    Args:
-        table: for each name its settings. A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value,
-            ``<name>-<value>``, which together make a curve.
+    A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``, which together make a curve.
 
     Raises:
         ValueError: if there is none, a name, a setting or a value is not one, or two settings of a condition are swept.
@@ -107,12 +98,10 @@ def find_repeated(names: Sequence[str]) -> list[str]:
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
-    contrasts = (*CONTRASTS, "random", INVERTED)
-    if settings.get("contrast", INVERTED) not in contrasts:
-        found = settings["contrast"]
-        raise ValueError(f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {found}")
-    spacing = settings.get("spacing_mm")
-    slices = [settings[key] for key in AXES if key in settings]
+    contrasts, contrast = (*CONTRASTS, "random", INVERTED), settings.get("contrast", INVERTED)
+    if contrast not in contrasts:
+        raise ValueError(f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {contrast}")
+    spacing, slices = settings.get("spacing_mm"), [settings[key] for key in AXES if key in settings]
     if spacing is not None and slices:
         raise ValueError(f"condition {name}: either 'spacing_mm' or slices are set, found both")
     lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]
@@ -138,12 +127,9 @@ def check_for_real_scans(conditions: Sequence[Condition]) -> None:
 
 
 def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRanges:
-    """The laws of the generator under a condition.
+    """The laws of the generator under the settings of a condition; the base has those of what it does not set.
 
-    Args:
-        base: laws of what the condition does not set.
-        settings: of a :class:`Condition`. The same seed draws the same of everything that the settings leave alone, so that
-            conditions compare the same heads.
+    The same seed draws the same of everything that the settings leave alone, so that conditions compare the same heads.
 
     Raises:
         ValueError: if a value does not fit its law.
@@ -156,12 +142,12 @@ def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRa
         if key in settings:
             changes[key] = _pair(settings[key])
     contrast = settings.get("contrast")
-    if contrast == "random":
-        changes |= {"contrast_prior_prob": 0.0}
-    elif contrast == INVERTED:
-        changes |= {"contrast_prior_prob": 1.0, "contrast_inversion_prob": 1.0}
-    elif contrast is not None:
-        changes |= {"contrast_prior_prob": 1.0, "contrast_inversion_prob": 0.0, "contrast_priors": (contrast,)}
+    if contrast is not None:
+        changes["contrast_prior_prob"] = float(contrast != "random")
+    if contrast not in (None, "random"):
+        changes["contrast_inversion_prob"] = float(contrast == INVERTED)
+    if contrast in CONTRASTS:
+        changes["contrast_priors"] = (contrast,)
     return parse_ranges({**asdict(base), **changes})
 
 
@@ -214,7 +200,8 @@ class DegradeScand(MapTransform):
     def __init__(self, keys: KeysCollection) -> None:
         super().__init__(keys)
         # the generator's draw asks for them; nothing is painted here
-        self.protocol, self.generation_protocol = (Protocol.load(f"synthseg_{name}") for name in ("head", "generation"))
+        protocols = {"protocol": "synthseg_head", "generation_protocol": "synthseg_generation"}
+        self.protocols: dict[str, Any] = {key: Protocol.load(name) for key, name in protocols.items()}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Degrade the scans by the entries ``settings``, which is removed, and ``seed``."""
@@ -234,14 +221,8 @@ class DegradeScand(MapTransform):
         if "contrast" in settings:  # the one that real scans have is the inverted one
             values = torch.where(nonzero, values.amax() - values, 0.0)
         laws = make_laws(UNCHANGED, {key: value for key, value in settings.items() if key != "contrast"})
-        drawn = sample(
-            laws,
-            [torch.Generator().manual_seed(seed)],
-            spatial_size=values.shape[2:],
-            protocol=self.protocol,
-            generation_protocol=self.generation_protocol,
-            device=values.device,
-        )
+        generator = torch.Generator().manual_seed(seed)
+        drawn = sample(laws, [generator], spatial_size=values.shape[2:], device=values.device, **self.protocols)
         scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
         return normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0], field[0]
 
@@ -253,7 +234,7 @@ class GenerateScan(Transform):
         ranges: laws of what the conditions do not set.
         layout: tasks whose truth is wanted.
         spatial_size: (H, W, D) of the scans.
-        stride: their voxel in voxels of the subjects.
+        stride: their voxel in voxels of the subjects, of ``source_mm``.
         source_mm: voxel of the subjects.
         device: of the generator; volumes of noise differ between kinds of devices, all other numbers do not.
     """

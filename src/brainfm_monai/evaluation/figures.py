@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from brainfm_monai.evaluation.conditions import Condition
-from brainfm_monai.evaluation.tables import drop_merged_sides
-from brainfm_monai.metrics import Headline, bootstrap_interval
 from brainfm_monai.metrics.scan import ALL
+from brainfm_monai.metrics.tables import Headline, bootstrap_interval, drop_merged_sides
 from brainfm_monai.report.html import data_address
 
 SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}  # colour, place in the row

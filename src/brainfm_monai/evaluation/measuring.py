@@ -17,8 +17,8 @@ from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_int
 from brainfm_monai.evaluation.cases import REFERENCES
 from brainfm_monai.evaluation.conditions import TARGET, to_freesurfer_ids
 from brainfm_monai.io import read_maps
-from brainfm_monai.metrics import EvaluatedStructure, TemplateTissues, measure_scan, parse_structures
-from brainfm_monai.metrics.segmentation import compute_structure_overlap
+from brainfm_monai.metrics import TemplateTissues, measure_scan
+from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_overlap, parse_structures
 from brainfm_monai.outputs import resample
 from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
 from brainfm_monai.tasks import TASKS, TaskLayout
@@ -44,13 +44,14 @@ class LoadReferences(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the paths."""
         d = dict(data)
-        for key, task in REFERENCES.items():
-            if key in d and task in MAGNITUDES:
-                d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(d.pop(key)), d["image"])
-            elif key in d and TASKS[task].kind == "scalar":
-                d[TARGET + task] = torch.tensor([float(d.pop(key))])
-            elif key in d:
-                volume = read_maps(d.pop(key))
+        for key, task in [(key, task) for key, task in REFERENCES.items() if key in d]:
+            value = d.pop(key)
+            if task in MAGNITUDES:
+                d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(value), d["image"])
+            elif TASKS[task].kind == "scalar":
+                d[TARGET + task] = torch.tensor([float(value)])
+            else:
+                volume = read_maps(value)
                 values = torch.from_numpy(volume.values.astype(np.float32))
                 d[TARGET + task] = MetaTensor(values, affine=torch.from_numpy(volume.affine))
         labels = d.get(f"{TARGET}segmentation")
@@ -66,10 +67,8 @@ def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
     """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; both (1, H, W, D), float32."""
     values, affine = read_scan(path)
     height, width, depth = grid.shape[1:]
-    moved, seen = (
-        resample_to_box(one, affine, np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
-        for one in (values, np.ones_like(values))
-    )
+    box = (np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
+    moved, seen = (resample_to_box(one, affine, *box) for one in (values, np.ones_like(values)))
     pair = (scale_intensities(moved), seen > 0.5)
     return [MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in pair]
 
@@ -103,48 +102,41 @@ class MeasureMaps(Transform):
             raise ValueError(f"comparison_grid: one of {', '.join(GRIDS)} is needed, found '{comparison_grid}'")
         self.layout, self.template = layout, template
         self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
-        self.structures, self.dice_structures = (
-            parse_structures(table or {}) for table in (structures, dice_structures)
-        )
+        self.structures, self.dice_structures = parse_structures(structures), parse_structures(dice_structures or {})
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the measures of one case, whose maps are those of :class:`~brainfm_monai.transforms.SplitTasksd`."""
-        d = dict(data)
+        d, protocol = dict(data), self.layout.protocol
         image: MetaTensor = d["image"]
-        names: dict[str, Any] = {"scan": str(d["scan"]), "condition": str(d["condition"])}
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
         maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
         labels = maps.pop("segmentation", None)
-        shown = [] if labels is None else [to_freesurfer_ids(labels, self.layout.protocol)]
-        dense = _bring_to_grid(targets, maps, image)
+        shown = [] if labels is None else [to_freesurfer_ids(labels, protocol)]
+        options: dict[str, Any] = {
+            "structures": self.structures,
+            "scan": str(d["scan"]),
+            "condition": str(d["condition"]),
+        }
         d["rows"] = []
         if labels is not None and "segmentation" in targets:
             compared: MetaTensor = d[self.compared_entry]
-            pred = to_freesurfer_ids(compared, self.layout.protocol)
-            true = _match(targets["segmentation"], compared, "nearest")
-            pair = ({"segmentation": pred}, {"segmentation": true})
-            d["rows"] = measure_scan(*pair, self.structures, compared.affine, **names)
+            pair = to_freesurfer_ids(compared, protocol), _match(targets["segmentation"], compared, "nearest")
+            pred, true = ({"segmentation": ids} for ids in pair)
+            d["rows"] = measure_scan(pred, true, affine=compared.affine, **options)
             if self.dice_structures:
-                d["dice"] = compute_structure_overlap(pred, true, self.dice_structures, compared.affine)["dice"]
-        d["rows"] += measure_scan(
-            maps,
-            dense,
-            self.structures,
-            image.affine,
-            mask=None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0,
-            labels=shown[0] if shown else None,
-            image=image.as_tensor(),
-            template=self.template,
-            **names,
-        )
+                d["dice"] = compute_structure_overlap(*pair, self.dice_structures, compared.affine)["dice"]
+        options |= {"image": image.as_tensor(), "labels": shown[0] if shown else None, "template": self.template}
+        if "segmentation" not in targets:
+            options["mask"] = _match(d[HEAD], image, "nearest") > 0
+        dense = _bring_to_grid(targets, maps, image)
+        d["rows"] += measure_scan(maps, dense, affine=image.affine, **options)
         shown += [dense["segmentation"]] if "segmentation" in dense else []
-        d["picture"] = draw_case(image, shown, self.structures, self.layout.protocol)
+        d["picture"] = draw_case(image, shown, self.structures, protocol)
         return d
 
 
 def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
-    moved = resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros")
-    return moved.as_tensor()
+    return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
 
 
 def _bring_to_grid(

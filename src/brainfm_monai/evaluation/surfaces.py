@@ -48,36 +48,30 @@ def compare_surfaces(pred: Mesh, reference: Mesh) -> dict[str, float]:
         ``euler_number`` of the prediction, 2 for a sphere and 2 less for each handle; ``crossing_share`` of its faces that cross
         another face.
     """
-    measures = {}
+    measures: dict[str, float] = {}
     for name, points, mesh in (("to_reference", pred[0], reference), ("from_reference", reference[0], pred)):
         distance = _find_nearest(points, mesh)[0]
-        measures[f"{name}_mean"] = float(distance.mean())
-        measures[f"{name}_median"] = float(np.median(distance))
-        measures[f"{name}_p95"] = float(np.percentile(distance, 95))
-    own = {"euler_number": float(compute_euler_number(pred[1])), "crossing_share": compute_crossing_share(*pred)}
-    return measures | own
+        statistics = {"mean": distance.mean(), "median": np.median(distance), "p95": np.percentile(distance, 95)}
+        measures |= {f"{name}_{statistic}": float(value) for statistic, value in statistics.items()}
+    return measures | {"euler_number": compute_euler_number(pred[1]), "crossing_share": compute_crossing_share(*pred)}
 
 
 def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
-    """Thickness of the cortex in mm at the vertices of the white surface, shape (V,); both are of one hemisphere.
+    """Thickness of the cortex in mm at the vertices of the white surface, shape (V,).
 
-    It is the mean of two distances: from the vertex to the nearest point of the pial surface, and from that point back to the
-    nearest one of the white surface. They are those to the triangles, without the error of those to vertices alone.
-
-    Reference:
-        Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance images, PNAS 97, 2000.
+    It is the mean of the distance from a vertex to the nearest point on the triangles of the pial surface of that hemisphere, and
+    of that from this point back to the white surface (Fischl and Dale, Measuring the thickness of the human cerebral cortex from
+    magnetic resonance images, PNAS 97, 2000).
     """
     outwards, nearest = _find_nearest(white[0], pial)
-    inwards, _ = _find_nearest(nearest, white)
-    return np.asarray((outwards + inwards) / 2)
+    return np.asarray((outwards + _find_nearest(nearest, white)[0]) / 2)
 
 
 def compare_thickness(pred: Sequence[Mesh], reference: Sequence[Mesh]) -> dict[str, float]:
     """Error of the thickness at the vertices of the reference's white surface, without the medial wall.
 
-    Args:
-        pred: white and pial surface; the thickness at its vertex nearest to one of the reference is compared.
-        reference: white and pial surface; the medial wall is where both are less than 0.1 mm apart.
+    Each is a white and a pial surface. The thickness at the predicted vertex that is nearest to one of the reference is compared;
+    the medial wall is where both surfaces of the reference are less than 0.1 mm apart.
 
     Returns:
         ``vertex_thickness`` and ``vertex_thickness_reference``, the means, ``vertex_thickness_bias``, their signed difference,
@@ -85,29 +79,20 @@ def compare_thickness(pred: Sequence[Mesh], reference: Sequence[Mesh]) -> dict[s
         over the vertices. All are NaN without a vertex, the correlation also where one of both does not vary.
     """
     true = compute_vertex_thickness(*reference)
-    nearest = cKDTree(pred[0][0]).query(reference[0][0])[1]
-    predicted = compute_vertex_thickness(*pred)[nearest]
+    predicted = compute_vertex_thickness(*pred)[cKDTree(pred[0][0]).query(reference[0][0])[1]]
     predicted, true = predicted[true > MEDIAL_WALL_MM], true[true > MEDIAL_WALL_MM]
-    means = (predicted, true, predicted - true, np.abs(predicted - true))
+    parts = {"": predicted, "_reference": true, "_bias": predicted - true, "_error": np.abs(predicted - true)}
+    measures = {f"vertex_thickness{name}": float(x.mean()) if len(x) else np.nan for name, x in parts.items()}
     varies = len(true) > 1 and min(np.ptp(predicted), np.ptp(true)) > 0
-    return {
-        **{
-            f"vertex_thickness{name}": float(one.mean()) if len(true) else np.nan
-            for name, one in zip(("", "_reference", "_bias", "_error"), means, strict=True)
-        },
-        "vertex_thickness_correlation": float(np.corrcoef(predicted, true)[0, 1]) if varies else np.nan,
-    }
+    measures["vertex_thickness_correlation"] = float(np.corrcoef(predicted, true)[0, 1]) if varies else np.nan
+    return measures
 
 
 def read_mesh(path: str | Path) -> Mesh:
-    """Read a triangle surface.
+    """Read a triangle surface; vertices are in scanner RAS mm.
 
-    Args:
-        path: GIFTI file (``.gii``) with vertices in scanner RAS mm, or FreeSurfer's geometry (``lh.white``, ``rh.pial``), whose
-            surface RAS is taken to scanner RAS by the volume that the file names.
-
-    Returns:
-        Vertices in scanner RAS mm, shape (V, 3), and triangles, shape (F, 3).
+    The file is GIFTI (``.gii``), whose vertices are so, or FreeSurfer's geometry (``lh.white``, ``rh.pial``), whose surface RAS
+    is taken to scanner RAS by the volume that the file names.
 
     Raises:
         ScanError: if it is no such file; one line.
@@ -115,10 +100,11 @@ def read_mesh(path: str | Path) -> Mesh:
     try:
         if Path(path).suffix in (".gii", ".gz"):
             vertices, faces = nib.gifti.GiftiImage.from_filename(path).agg_data(("pointset", "triangle"))
-            return np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
-        vertices, faces, info = nib.freesurfer.read_geometry(path, read_metadata=True)
-        axes = np.stack([info["xras"], info["yras"], info["zras"]], axis=1)
-        return vertices @ (axes @ SURFACE_AXES.T).T + info["cras"], np.asarray(faces, np.int64)
+        else:
+            vertices, faces, info = nib.freesurfer.read_geometry(path, read_metadata=True)
+            axes = np.stack([info["xras"], info["yras"], info["zras"]], axis=1)
+            vertices = vertices @ (axes @ SURFACE_AXES.T).T + info["cras"]
+        return np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
     except Exception as error:  # damaged files show as many kinds of errors of the libraries
         rule = "a GIFTI or FreeSurfer surface with its volume is needed"
         raise ScanError(f"{path}: {rule}, found {first_line(error)}") from error
@@ -129,10 +115,7 @@ class MeasureSurfaces(Transform):
 
     The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``, ``right_pial``), else
     those on which its distances are 0, else those on which the distances to its labels are. A case with none of these has no
-    rows of surfaces.
-
-    Args:
-        levels_mm: see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
+    rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
     """
 
     def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:
@@ -153,7 +136,7 @@ class MeasureSurfaces(Transform):
                 if name in reference:
                     own = compare_surfaces(pred[name], reference[name]) if name in pred else {}
                     measures[f"surface_{kind}"] = {"found": float(name in pred), **own}
-            if all(name in pred and name in reference for name in names.values()):
+            if {*names.values()} <= pred.keys() & reference.keys():
                 pairs = ([meshes[name] for name in names.values()] for meshes in (pred, reference))
                 measures["surface_thickness"] = compare_thickness(*pairs)
             rows += [
@@ -171,8 +154,10 @@ class MeasureSurfaces(Transform):
         for side, opposite in (("left", "right"), ("right", "left")):
             channels = (level[f"{side}_white"], level[f"{side}_pial"], level[f"{opposite}_pial"])
             if (grown := grow_hemisphere(*channels, affine, self.levels_mm)) is not None:
-                surfaces[f"{side}_white"] = (grown.white_mm, grown.faces)
-                surfaces[f"{side}_pial"] = (grown.pial_mm, grown.faces)
+                surfaces |= {
+                    f"{side}_white": (grown.white_mm, grown.faces),
+                    f"{side}_pial": (grown.pial_mm, grown.faces),
+                }
         return surfaces
 
 
@@ -187,8 +172,8 @@ def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:
         affine = np.asarray(grid.affine, dtype=np.float64)
         ids = resample(data[f"{TARGET}segmentation"], grid.shape[1:], affine, "nearest", "zeros")
         spacing_mm = float(nib.affines.voxel_sizes(affine)[0])
-        channels = compute_hemisphere_distances(np.asarray(ids[0].cpu()).astype(np.int64), spacing_mm)
-        channels = np.moveaxis(channels, -1, 0)
+        distances = compute_hemisphere_distances(np.asarray(ids[0].cpu()).astype(np.int64), spacing_mm)
+        channels = np.moveaxis(distances, -1, 0)
     else:
         return {}
     levels = zip(CHANNELS, channels, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,14 +20,16 @@ import pandas as pd
 import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
 from brainfm_monai.evaluation.figures import draw_conditions, draw_curves, draw_structures
-from brainfm_monai.evaluation.tables import METRICS_FILE, SUMMARY_FILE, make_headlines, write_dice_tables
 from brainfm_monai.io import fingerprint, write_text, write_whole
-from brainfm_monai.metrics import HEADLINES, Headline, MetricRow, define, summarise, write_frame
+from brainfm_monai.metrics import HEADLINES, MetricRow, define, summarise, write_frame
+from brainfm_monai.metrics.segmentation import SIDES
+from brainfm_monai.metrics.tables import Headline, make_headlines
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.report.html import data_address, render
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
 CASES_FOLDER = "cases"  # one JSON file and one picture for each case
 PAGE = "evaluation.html"
 LONGEST_WAIT = timedelta(days=7)  # shares of a list end at very different times
@@ -98,7 +101,7 @@ class EvaluationWriter:
             done = [scan for scan in scans if scan["name"] in measured]
             native = [scan["name"] for scan in done if not scan["settings"] and measured[scan["name"]]["dice"]]
             if native:
-                write_dice_tables(self.output_dir, {n: measured[n]["dice"] for n in native}, self.dice_structures)
+                self._write_dice_tables({name: measured[name]["dice"] for name in native})
             rows = [row for content in measured.values() for row in content["rows"]]
             table = pd.DataFrame(rows, columns=list(MetricRow._fields)).astype({"value": float})
             write_frame(self.output_dir / METRICS_FILE, table)
@@ -144,6 +147,24 @@ class EvaluationWriter:
         content |= {"definitions": {metric: define(metric) for metric in table["metric"].unique()}}
         content |= {"details": json.dumps({**details, "settings": asdict(self.files.settings)}, indent=1, default=str)}
         return render("evaluation.html", title="Evaluation", theme="light", **content)
+
+    def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:
+        """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
+
+        The Dice of each scan has the shape (S, 3): S structures by left, right, both; NaN where one is absent or has no sides.
+        """
+        scans = {scan: pd.DataFrame(values, index=self.dice_structures, columns=SIDES) for scan, values in dice.items()}
+        table = pd.concat(scans, names=["scan", "structure"])
+        write_frame(self.output_dir / "dice.tsv", table.reset_index(), ".4f")
+        by_structure = table.groupby("structure", sort=False)
+        summary = by_structure.mean().assign(scans=by_structure["both"].count())
+        # the mean is that over left and right parts, and structures without sides; first of each scan, then over the scans
+        without_sides = table[["left", "right"]].isna().all(axis=1)
+        parts = table.assign(both=table["both"].where(without_sides)).stack().groupby("scan")
+        summary.loc["mean"] = [math.nan, math.nan, parts.mean().mean(), len(dice)]
+        write_frame(
+            self.output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), ".4f"
+        )
 
     def _find_worst(self, headlines: pd.DataFrame, done: Sequence[Case], leading: Headline) -> list[dict[str, str]]:
         rows = headlines[headlines["structure"] == leading.title]

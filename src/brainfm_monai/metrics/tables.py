@@ -144,6 +144,28 @@ def summarise(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     return summary.assign(low=[low for low, _ in intervals], high=[high for _, high in intervals])
 
 
+def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows without those that merge a left and a right part of the table: a structure counts by its sides."""
+    import pandas as pd
+
+    part = pd.MultiIndex.from_frame(table[["task", "metric", "structure"]])
+    return table[~(part.isin(part[table["side"] == "left"]) & (table["side"] == "both"))]
+
+
+def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
+    """One row of every case for each headline: the mean of its metric over structures and sides.
+
+    The result has the columns of :class:`MetricRow`, without undefined values; ``structure`` is the title
+    of the headline.
+    """
+    import pandas as pd
+
+    titles = pd.DataFrame([(h.task, h.metric, h.title) for h in HEADLINES], columns=["task", "metric", "title"])
+    rows = titles.merge(drop_merged_sides(table), on=["task", "metric"])
+    rows = rows.assign(structure=rows["title"], side="both")
+    return rows.groupby([*KEYS, "scan"], sort=False)["value"].mean().dropna().reset_index()
+
+
 def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Compare two tables of :class:`MetricRow`, which have the same rows but for their values, pair by pair.
 
