@@ -1,30 +1,53 @@
-"""The cases of an evaluation: every scan under every condition, with a name and a seed of its own."""
+"""The cases of an evaluation, every scan under every condition: their list, references, measures and pictures."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from torch import Tensor
+
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.datalist import read_datalist
-from brainfm_monai.evaluation.conditions import Condition, check_for_real_scans, find_repeated
-from brainfm_monai.io import scan_stem
-from brainfm_monai.tasks import TASKS
+from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
+from brainfm_monai.evaluation.conditions import (
+    TARGET,
+    Condition,
+    check_for_real_scans,
+    find_repeated,
+    to_freesurfer_ids,
+)
+from brainfm_monai.io import read_maps, scan_stem
+from brainfm_monai.metrics import TemplateTissues, measure_scan
+from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
+from brainfm_monai.outputs import resample
+from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
+from brainfm_monai.tasks import TASKS, TaskLayout
 
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
 # what an item may have beside its scan: entry of the list and task that it is the reference of
 REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
 SURFACES = ("left_white", "left_pial", "right_white", "right_pial")  # files of reference surfaces, for --surfaces
-
 Case = dict[str, Any]
 Conditions = Sequence[Condition]
+GRIDS = ("scan", "network")
+HEAD = "head"  # entry of the mask of the head
+MAGNITUDES = [name for name, task in TASKS.items() if task.kind == "image" and name != "CT"]  # scans without a unit
+FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map says what is
+POSITIONS = {"axial": (0.4, 0.6), "coronal": (0.5,), "sagittal": (0.35,)}  # shares of the box around the structures
+OPACITY = 0.5
 
 
 def make_pair_cases(
     datalist: str | Path, conditions: Conditions, section: str = "testing", seed: int = 0
 ) -> list[Case]:
-    """Real scans under every condition.
+    """Real scans under every condition; a scan draws the same under each.
 
     Args:
         datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An item may
@@ -34,7 +57,7 @@ def make_pair_cases(
             the scan and in grids of their own; ``age`` (years); and surfaces, :data:`SURFACES` (GIFTI or FreeSurfer).
         conditions: what is done to the scans.
         section: of the list.
-        seed: of what conditions draw; a scan draws the same under each.
+        seed: of what conditions draw.
 
     Returns:
         The items of the list, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a ``name``.
@@ -60,16 +83,10 @@ def make_generated_cases(
 ) -> list[Case]:
     """Generated scans of prepared subjects under every condition.
 
-    Args:
-        datalist: list of prepared subjects, as ``brainfm-monai data list`` writes it.
-        conditions: under which they are generated.
-        section: of the list; that of training would measure what was learnt by heart.
-        scans_per_subject: scans with different heads and looks of each subject.
-        seed: of all scans; a scan's own follows from it, the subject's name and its number, and is the same under each condition.
-
-    Returns:
-        The subjects of the list, each once for every scan and condition, with the entries of :func:`make_pair_cases`; ``scan`` is
-        ``<subject>_<number>``.
+    The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it; its section of training would measure what
+    was learnt by heart. The scans of a subject have different heads and looks. The seed of a scan follows from ``seed``, the
+    subject's name and its number, and is the same under each condition. The cases have the entries of :func:`make_pair_cases`;
+    ``scan`` is ``<subject>_<number>``.
 
     Raises:
         FileNotFoundError: if there is no such list.
@@ -107,3 +124,154 @@ def _under_conditions(
         rule = "items whose names, with those of the conditions, differ are needed"
         raise ValueError(f"{datalist}: {rule}, found {f'twice: {repeated}' if repeated else 'none'}")
     return cases
+
+
+class LoadReferences(Transform):
+    """Read the references of a real scan into entries ``target_<task>``, shape (C, H, W, D).
+
+    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR, of any unit, are made
+    what targets of the training are: resampled once to the grid of the entry ``image`` (RAS axes, 1 mm), and scaled there, the
+    minimum to 0, the 99.9 % quantile in the head to 1, what is brighter clipped; ``target_valid_<task>`` is 1 where they reach.
+    The others stay in their own grid and unit. Without a label map, the entry ``head`` is the mask of the head: it belongs to
+    the scan as it is, and stays the same whatever a condition does to the scan.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the paths."""
+        d = dict(data)
+        for key, task in [(key, task) for key, task in REFERENCES.items() if key in d]:
+            value = d.pop(key)
+            if task in MAGNITUDES:
+                d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(value), d["image"])
+            elif TASKS[task].kind == "scalar":
+                d[TARGET + task] = torch.tensor([float(value)])
+            else:
+                volume = read_maps(value)
+                values = torch.from_numpy(volume.values.astype(np.float32))
+                d[TARGET + task] = MetaTensor(values, affine=torch.from_numpy(volume.affine))
+        labels = d.get(f"{TARGET}segmentation")
+        if labels is None:
+            d[HEAD] = d["image"] > FOREGROUND
+        elif d.get("label_protocol"):
+            ids = to_freesurfer_ids(labels, Protocol.load(str(d["label_protocol"])))
+            d[f"{TARGET}segmentation"] = MetaTensor(ids, affine=labels.affine)
+        return d
+
+
+def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
+    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; both (1, H, W, D), float32."""
+    values, affine = read_scan(path)
+    height, width, depth = grid.shape[1:]
+    box = (np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
+    moved, seen = (resample_to_box(one, affine, *box) for one in (values, np.ones_like(values)))
+    pair = (scale_intensities(moved), seen > 0.5)
+    return [MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in pair]
+
+
+class MeasureMaps(Transform):
+    """Measure every task that has a prediction and a reference; the last step of the postprocessing.
+
+    It adds ``rows`` (the measures), ``dice`` (of the structures of ``dice.tsv``) and ``picture`` (WebP). Labels are compared
+    in the scan's grid, to which the prediction was brought, or in the network's; other maps in the network's.
+
+    Args:
+        layout: names of the tasks.
+        structures: table of the structures that are measured, see :func:`~brainfm_monai.metrics.parse_structures`.
+        dice_structures: table of the structures of ``dice.tsv``; None: without.
+        comparison_grid: grid in which labels are compared: ``scan`` or ``network``.
+        template: tissues for the Dice of warped labels; None: without.
+
+    Raises:
+        ValueError: if there is no such grid, or a table of structures is wrong.
+    """
+
+    def __init__(
+        self,
+        layout: TaskLayout,
+        structures: Mapping[str, Any],
+        dice_structures: Mapping[str, Any] | None = None,
+        comparison_grid: str = "scan",
+        template: TemplateTissues | None = None,
+    ) -> None:
+        if comparison_grid not in GRIDS:
+            raise ValueError(f"comparison_grid: one of {', '.join(GRIDS)} is needed, found '{comparison_grid}'")
+        self.layout, self.template = layout, template
+        self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
+        self.structures, self.dice_structures = parse_structures(structures), parse_structures(dice_structures or {})
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the measures of one case, whose maps are those of :class:`~brainfm_monai.transforms.SplitTasksd`."""
+        d, protocol = dict(data), self.layout.protocol
+        image: MetaTensor = d["image"]
+        targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
+        maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
+        labels = maps.pop("segmentation", None)
+        shown = [] if labels is None else [to_freesurfer_ids(labels, protocol)]
+        options: dict[str, Any] = {
+            "structures": self.structures,
+            "scan": str(d["scan"]),
+            "condition": str(d["condition"]),
+        }
+        d["rows"] = []
+        if labels is not None and "segmentation" in targets:
+            compared: MetaTensor = d[self.compared_entry]
+            pair = to_freesurfer_ids(compared, protocol), _match(targets["segmentation"], compared, "nearest")
+            pred, true = ({"segmentation": ids} for ids in pair)
+            d["rows"] = measure_scan(pred, true, affine=compared.affine, **options)
+            if self.dice_structures:
+                d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
+        options |= {"image": image.as_tensor(), "labels": shown[0] if shown else None, "template": self.template}
+        if "segmentation" not in targets:
+            options["mask"] = _match(d[HEAD], image, "nearest") > 0
+        dense = _bring_to_grid(targets, maps, image)
+        d["rows"] += measure_scan(maps, dense, affine=image.affine, **options)
+        shown += [dense["segmentation"]] if "segmentation" in dense else []
+        d["picture"] = draw_case(image, shown, self.structures, protocol)
+        return d
+
+
+def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
+    return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
+
+
+def _bring_to_grid(
+    targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor
+) -> dict[str, Tensor]:
+    """References in the network's grid, in the units of the maps, each with where it is known."""
+    dense = {name: _match(targets[name], grid, "nearest") for name in ("segmentation", "visible") if name in targets}
+    for name in [name for name in maps if name in targets]:
+        target, kind = targets[name], TASKS[name].kind
+        if kind == "scalar":
+            dense[name] = target
+            continue
+        moved = _match(target, grid, "nearest" if kind == "mask" else "bilinear")
+        dense[name] = moved.exp() if kind == "log_field" else moved
+        everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
+        dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
+    return dense
+
+
+def draw_case(
+    scan: MetaTensor, maps: Sequence[Tensor], structures: Sequence[EvaluatedStructure], protocol: Protocol
+) -> bytes:
+    """A WebP picture with one row for the scan, (1, H, W, D) in [0, 1], alone and one for each label map over it.
+
+    The maps are FreeSurfer ids in the scan's grid; slices are chosen by the last one. Structures are shown in the colours of the
+    protocol, white where the protocol has no such structure.
+    """
+    image, affine = scan.as_tensor(), np.asarray(scan.affine, dtype=np.float64)
+    colours = np.zeros((max(i for s in structures for i in s.ids) + 2, 4))  # the last one is that of all higher ids
+    for structure in structures:
+        for ids in map(sorted, (structure.left | structure.middle | structure.unsided, structure.right)):
+            labels = [protocol.label_of_id[i] for i in ids if i in protocol.label_of_id]
+            colours[ids, :3] = np.array(protocol.structures[labels[0]].colour) / 255 if labels else 1.0
+            colours[ids, 3] = OPACITY
+    clipped = [one.long().clamp(0, len(colours) - 1) for one in maps]
+    shown = colours[clipped[-1][0].cpu().numpy(), 3] > 0 if maps else image[0].cpu().numpy() > 0
+    slices = cut_slices(shown, affine, POSITIONS)
+    plain = [shade(one.read(image, affine)[..., 0]) for one in slices]
+    rows = [[Cell(picture, one.plane.marks) for picture, one in zip(plain, slices, strict=True)]]
+    for label_map in clipped:
+        over = [colours[one.read(label_map, affine, nearest=True)[..., 0]] for one in slices]
+        rows.append([Cell(blend(picture, colour)) for picture, colour in zip(plain, over, strict=True)])
+    return encode(compose(rows))

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: the measures of every case as soon as it is done, and tables and a page of all of them."""
+"""What an evaluation leaves: measures of every case as soon as it is done, tables and a page of all; and two compared."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import pandas as pd
 
 import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
-from brainfm_monai.evaluation.figures import draw_conditions, draw_curves, draw_structures
-from brainfm_monai.io import fingerprint, write_text, write_whole
-from brainfm_monai.metrics import HEADLINES, MetricRow, define, summarise, write_frame
+from brainfm_monai.evaluation.figures import draw_conditions, draw_curves, draw_rows, draw_structures
+from brainfm_monai.io import ABSENT, fingerprint, write_text, write_whole
+from brainfm_monai.metrics import HEADLINES, MetricRow, compare, define, read_metrics, summarise, write_frame
+from brainfm_monai.metrics.scan import ALL
 from brainfm_monai.metrics.segmentation import SIDES
-from brainfm_monai.metrics.tables import Headline, make_headlines
+from brainfm_monai.metrics.tables import Headline, drop_merged_sides, make_headlines
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.report.html import data_address, render
 
@@ -32,6 +34,10 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
 CASES_FOLDER = "cases"  # one JSON file and one picture for each case
 PAGE = "evaluation.html"
+COMPARISON_TABLE, COMPARISON_PAGE = "comparison.tsv", "comparison.html"
+LEVEL = 0.05  # of P values
+MOST_NAMED = 5  # scans that a message names
+MEASURE = ["task", "structure", "side", "metric", "unit"]
 LONGEST_WAIT = timedelta(days=7)  # shares of a list end at very different times
 WORST = 8  # scans that are shown
 FEW = 10  # scans, below which intervals by resampling are too narrow
@@ -198,3 +204,73 @@ class EvaluationWriter:
         files = {k: Path(v) for k, v in scan.items() if isinstance(v, str) and Path(v).is_file()}
         changed = {key: path.stat().st_mtime_ns for key, path in files.items()}
         return fingerprint(asdict(self.files.settings), dict(scan), changed)
+
+
+def compare_evaluations(first: str | Path, second: str | Path, output_dir: str | Path) -> Path:
+    """Compare two evaluations of the same scans under the same conditions, scan by scan.
+
+    For every condition, task, structure, side and metric: the mean difference, its bootstrap confidence interval, and the
+    Wilcoxon signed-rank test, corrected by Holm over the structures and sides of a metric, as ``comparison.tsv`` and
+    ``comparison.html``, whose path is returned.
+
+    Raises:
+        FileNotFoundError: if a folder holds no evaluation.
+        ValueError: if they are not of the same scans and conditions.
+    """
+    left, right = (_read(Path(folder)) for folder in (first, second))
+    _check_same_cases({first: left, second: right})
+    # two networks may predict different tasks: the measures that both have are compared
+    measures = left[MEASURE].drop_duplicates().merge(right[MEASURE].drop_duplicates())
+    if measures.empty:
+        raise ValueError("compare: a measure that both evaluations have is needed, found none")
+    left, right = left.merge(measures), right.merge(measures)
+    compared = compare(left, right)
+    write_frame(Path(output_dir) / COMPARISON_TABLE, compared)
+    pairs = left.merge(right, on=["scan", "condition", *MEASURE])
+    content = {"first": first, "second": second, "scans": left["scan"].nunique(), "file": COMPARISON_TABLE}
+    content["conditions"] = [_describe_condition(name, compared, pairs) for name in left["condition"].unique()]
+    content["definitions"] = {metric: define(metric) for metric in compared["metric"].unique()}
+    page = Path(output_dir) / COMPARISON_PAGE
+    write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
+    return page
+
+
+def _read(folder: Path) -> pd.DataFrame:
+    if not (folder / METRICS_FILE).is_file():
+        rule = "the folder of a finished evaluation is needed, found no such file"
+        raise FileNotFoundError(f"{folder / METRICS_FILE}: {rule}")
+    return read_metrics(folder / METRICS_FILE)
+
+
+def _check_same_cases(tables: Mapping[str | Path, pd.DataFrame]) -> None:
+    cases = {folder: set(zip(table["scan"], table["condition"], strict=True)) for folder, table in tables.items()}
+    shared, differences = set.intersection(*list(cases.values())), []
+    for folder, own in cases.items():
+        if names := [f"{scan} ({condition})" for scan, condition in sorted(own - shared)]:
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            differences.append(f"only in {folder}: {', '.join(names[:MOST_NAMED])}{more}")
+    if differences:
+        rule = "the same scans and conditions are needed in both folders"
+        raise ValueError(f"compare: {rule}, found {'; '.join(differences)}")
+
+
+def _describe_condition(condition: str, compared: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
+    """Rows of the headlines, those of HD95 apart, with the names of their parts, and the figure of Dice by structure."""
+    own = compared[(compared["condition"] == condition) & (compared["n"] > 0)]
+    own = own.assign(part=[_name_part(row) for row in own.itertuples()], certain=own["p_holm"] < LEVEL)
+    rows = [
+        (headline, row) for headline in HEADLINES for row in own.itertuples() if headline[1:3] == (row.task, row.metric)
+    ]
+    dice = drop_merged_sides(own[(own["metric"] == "dice") & (own["task"] == "segmentation")])
+    dots = dice.merge(pairs, on=["condition", *MEASURE]).assign(panel="difference of Dice, B - A")
+    dots = dots.assign(
+        value=dots["value_y"] - dots["value_x"], side="both", row=dots["part"] + np.where(dots["certain"], " *", "")
+    )
+    figure = draw_rows(dots, zero=True) if len(dots) else ""
+    return {"name": condition, "rows": rows, "figure": figure}
+
+
+def _name_part(row: Any) -> str:
+    """Structure and side of a row, where it has them."""
+    parts = [row.structure, row.side] if row.structure not in (ALL, ABSENT) else []
+    return " ".join(part.replace("_", " ") for part in parts if part not in (ABSENT, "both"))

@@ -48,20 +48,13 @@ def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Mean absolute error, PSNR, SSIM and MS-SSIM of two images, (1, 1, H, W, D), inside a mask of the same shape, bool.
+    """``l1``, ``psnr`` (dB), ``ssim`` and ``ms_ssim`` of two images, (1, 1, H, W, D), inside a mask of the same shape, bool.
 
-    The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it.
-
-    Returns:
-        ``l1``, ``psnr`` (dB, infinite for equal images), ``ssim`` and ``ms_ssim``, each of one element and NaN where the mask is
-        empty.
+    The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it. Each is of one element, NaN where the
+    mask is empty; the PSNR of equal images is infinite.
 
     Raises:
         ValueError: if the shapes differ or are not (1, 1, H, W, D).
-
-    Reference:
-        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE Transactions on Image
-        Processing 13, 2004; Wang et al., Multiscale structural similarity for image quality assessment, Asilomar 2003.
     """
     if pred.ndim != 5 or pred.shape[:2] != (1, 1) or not pred.shape == target.shape == mask.shape:
         shapes = [tuple(one.shape) for one in (pred, target, mask)]
@@ -87,7 +80,8 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     image.
 
     Reference:
-        Wang et al., IEEE Transactions on Image Processing 13, 2004, equation 13.
+        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE Transactions on Image
+        Processing 13, 2004, equation 13.
     """
     return _average_similarity(pred.float(), target.float(), mask.bool())[0]
 

@@ -49,27 +49,22 @@ def measure_scan(
     image: Tensor | None = None,
     template: fields.TemplateTissues | None = None,
 ) -> list[MetricRow]:
-    """Measure every task that is in both dictionaries.
+    """Measure every task that is in both dictionaries, as ``measures.tsv`` defines it; volumes are (C, H, W, D).
+
+    What is undefined has the value NaN; the sides of a structure that has none have no row, and neither has a mean over nothing.
 
     Args:
-        pred: for each task a map of shape (C, H, W, D) in the unit of the files: FreeSurfer ids for ``segmentation``, a factor
-            for ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``.
-        target: same shapes and units; optionally ``visible``, the field of view, and ``valid_<task>``, where a target is known,
-            both of shape (1, H, W, D).
-        structures: structures of the segmentation, see :func:`~brainfm_monai.metrics.parse_structures`.
+        pred: for each task a map in the unit of the files: FreeSurfer ids for ``segmentation``, a factor for ``log_bias_field``,
+            probabilities for ``lesion``, one number of years for ``age``.
+        target: same shapes and units; optionally ``visible``, the field of view, and ``valid_<task>``, where a target is known.
+        structures: structures of the segmentation.
         affine: voxel indices to RAS mm, shape (4, 4).
         scan: name for the rows.
         condition: name for the rows: how the scan was changed.
-        mask: the head, shape (1, H, W, D): where maps are compared; None: where the target's segmentation is not 0, and
-            everywhere if there is none.
-        labels: FreeSurfer ids that say what is brain where the target has no segmentation, shape (1, H, W, D).
-        image: what the network saw, shape (1, H, W, D), in [0, 1]: for the error of the corrected image, and as the baseline of
-            images.
+        mask: the head, where maps are compared; None: where the target's segmentation is not 0, and everywhere without one.
+        labels: FreeSurfer ids that say what is brain where the target has no segmentation.
+        image: what the network saw, in [0, 1]: for the error of the corrected image, and as the baseline of images.
         template: tissues for the Dice of warped labels.
-
-    Returns:
-        Rows, as ``measures.tsv`` defines them. What is undefined has the value NaN; the sides of a structure that has none have
-        no row, and neither has a mean over nothing.
 
     Raises:
         ScanError: if a task has no measure, or shapes differ.
@@ -117,8 +112,8 @@ def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
 def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> Values:
     """Measures of the structures, and mean Dice: of all parts and structures without sides, and with both sides as one."""
     arguments = (pred[0], target[0], scene.structures, scene.affine)
-    measures = segmentation.compute_structure_overlap(*arguments)
-    measures["hd95"] = segmentation.compute_structure_hausdorff(*arguments, percentile=95.0)
+    measures = segmentation.compute_structure_measures(*arguments, percentile=95.0)
+    measures["hd95"] = measures.pop("hausdorff")
     values = {
         (structure.name, side, metric): float(of_metric[row, column])
         for row, structure in enumerate(scene.structures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from monai.metrics import compute_hausdorff_distance
@@ -112,58 +113,27 @@ def _cut(pred: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return pred[box], truth[box]
 
 
-def compute_structure_overlap(
-    prediction: Tensor, reference: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor
-) -> dict[str, Tensor]:
-    """Dice and volumes of each structure: of its left part, its right part, and both together.
-
-    Prediction and reference are FreeSurfer ids, shape (1, H, W, D), the affine is from voxel indices to RAS mm.
-
-    Returns:
-        Tensors of shape (S, 3), columns left, right, both: ``dice`` and ``volume_error``, (prediction - reference) / reference,
-        both NaN where the reference lacks the part; ``volume`` and ``reference_volume`` in mL. The sides of a structure that has
-        none are NaN.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    pred, truth = _index_pair(prediction, reference, structures, affine)
-    count = len(structures)
-    labels = 2 * count + 1
-    pairs = torch.bincount((pred.int() * labels + truth).flatten(), minlength=labels**2).cpu().double()
-    pairs = pairs.reshape(labels, labels)
-    matches = pairs[1:, 1:].reshape(count, 2, count, 2)  # voxels by predicted structure and side, and by the true ones
-    overlap = torch.cat([torch.einsum("sasa->sa", matches), torch.einsum("sasb->s", matches)[:, None]], dim=1)
-    sides = [pairs.sum(axis)[1:].reshape(count, 2) for axis in (1, 0)]
-    predicted, present = (torch.cat([size, size.sum(1, keepdim=True)], dim=1) for size in sides)
-    voxel_ml = ML_PER_MM3 * float(torch.linalg.det(affine[:3, :3].double()).abs())
-    measures = {
-        "dice": torch.where(present > 0, 2 * overlap / (predicted + present), torch.nan),
-        "volume_error": torch.where(present > 0, (predicted - present) / present, torch.nan),
-        "volume": predicted * voxel_ml,
-        "reference_volume": present * voxel_ml,
-    }
-    without_sides = torch.tensor([[bool(s.middle)] * 2 + [False] for s in structures])
-    return {name: values.masked_fill(without_sides, torch.nan) for name, values in measures.items()}
-
-
-def compute_structure_hausdorff(
+def compute_structure_measures(
     prediction: Tensor,
     reference: Tensor,
     structures: Sequence[EvaluatedStructure],
     affine: Tensor,
     percentile: float | None = None,
-) -> Tensor:
-    """Hausdorff distance between the surfaces of each structure: of its left part, its right part, and both together.
+) -> dict[str, Tensor]:
+    """Dice, volumes and distance of each structure: of its left part, its right part, and both together.
 
-    MONAI's definition: the surface is the voxels of a part that touch what is not the part; the percentile of the distances from
-    one surface to the other and that of those back are taken, and the larger counts. Each part is cut to the box around it, so
-    that memory depends on the largest structure. Arguments and errors are those of :func:`compute_structure_overlap`; the
-    affine has no shear, and the ``percentile`` is in (0, 100], the maximum if None.
+    Prediction and reference are FreeSurfer ids, shape (1, H, W, D), the affine from voxel indices to RAS mm has no shear. With a
+    percentile there is the Hausdorff distance by MONAI's definition: the surface is the voxels of a part that touch what is not the
+    part; the percentile of the distances from one surface to the other and that of those back are taken, and the larger counts.
+    Each part is cut to the box around it, so that memory depends on the largest structure.
 
     Returns:
-        Distance in mm, shape (S, 3): left, right, both. It is NaN where one of the two maps lacks the part, because there is
-        no surface to be distant from (Dice is 0 where the prediction lacks it), and for the sides of a structure that has none.
+        Tensors of shape (S, 3), columns left, right, both: ``dice`` and ``volume_error``, (prediction - reference) / reference,
+        both NaN where the reference lacks the part; ``volume`` and ``reference_volume`` in mL; ``hausdorff`` in mm, NaN where one
+        of both lacks the part (Dice is 0 where the prediction does). The sides of a structure that has none are NaN.
+
+    Raises:
+        ValueError: if the shapes differ.
 
     Reference:
         Huttenlocher et al., Comparing images using the Hausdorff distance, IEEE TPAMI 15, 1993; the percentile: Taha and Hanbury,
@@ -171,21 +141,34 @@ def compute_structure_hausdorff(
     """
     pred, truth = _index_pair(prediction, reference, structures, affine)
     spacing_mm = affine[:3, :3].double().norm(dim=0).tolist()
-    distances = torch.full((len(structures), len(SIDES)), torch.nan)
+    voxel_ml = ML_PER_MM3 * float(torch.linalg.det(affine[:3, :3].double()).abs())
+    names = ("dice", "volume_error", "volume", "reference_volume", "hausdorff")
+    measures = {name: torch.full((len(structures), len(SIDES)), torch.nan, dtype=torch.float64) for name in names}
     for row, structure in enumerate(structures):
         left, right = 2 * row + 1, 2 * row + 2
         for column, (first, last) in enumerate(((left, left), (right, right), (left, right))):
-            masks = [(index >= first) & (index <= last) for index in (pred, truth)]
-            if (structure.middle and SIDES[column] != "both") or not all(mask.any() for mask in masks):
+            if structure.middle and SIDES[column] != "both":
                 continue
-            predicted, true = (mask[None, None].cpu() for mask in _cut(*masks))  # neighbours are found on the host
-            with warnings.catch_warnings():
-                # MONAI 1.6 calls a function of its own with an argument that it has deprecated
-                warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-                distances[row, column] = compute_hausdorff_distance(
-                    predicted, true, include_background=True, percentile=percentile, spacing=spacing_mm
-                )
-    return distances
+            parts = [(index >= first) & (index <= last) for index in (pred, truth)]
+            predicted, present, overlap = (int(mask.sum()) for mask in (*parts, parts[0] & parts[1]))
+            values = {"volume": predicted * voxel_ml, "reference_volume": present * voxel_ml}
+            if present:
+                values["dice"] = 2 * overlap / (predicted + present)
+                values["volume_error"] = (predicted - present) / present
+            if present and predicted and percentile is not None:
+                values["hausdorff"] = _measure_distance(*_cut(*parts), percentile, spacing_mm)
+            for name, value in values.items():
+                measures[name][row, column] = value
+    return measures
+
+
+def _measure_distance(pred: Tensor, truth: Tensor, percentile: float, spacing_mm: Sequence[float]) -> float:
+    pred, truth = (mask[None, None].cpu() for mask in (pred, truth))  # neighbours are found on the host
+    with warnings.catch_warnings():
+        # MONAI 1.6 calls a function of its own with an argument that it has deprecated
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        options: dict[str, Any] = {"include_background": True, "percentile": percentile, "spacing": spacing_mm}
+        return float(compute_hausdorff_distance(pred, truth, **options))
 
 
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:

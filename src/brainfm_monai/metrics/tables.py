@@ -210,11 +210,10 @@ def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
-    """Two-sided Wilcoxon signed-rank test of paired differences without NaN; zeros are left out.
+    """P of the two-sided Wilcoxon signed-rank test of paired differences without NaN, and the rank-biserial correlation.
 
-    Returns:
-        The P value, 1 where no difference is other than zero, NaN where there is no pair; and the matched-pairs rank-biserial
-        correlation in [-1, 1], the rank sum of positive differences minus that of negative ones over the sum of both.
+    Zeros are left out: P is 1 where there is nothing else, NaN where there is no pair. The correlation, in [-1, 1], is the rank
+    sum of positive differences minus that of negative ones over the sum of both.
 
     Reference:
         Wilcoxon, Individual comparisons by ranking methods, Biometrics Bulletin 1, 1945; Kerby, The simple difference formula,
