@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai import Protocol
-from brainfm_monai.metrics.segmentation import compute_structure_overlap, parse_structures
+from brainfm_monai.metrics.segmentation import compute_structure_measures, parse_structures
 
 TABLE: dict[str, Any] = {
     "cortex": {"left": [3, [1000, 1999]], "right": [42, [2000, 2999]]},
@@ -40,7 +40,7 @@ def dice_by_counting(prediction: Tensor, reference: Tensor, ids: frozenset[int])
 
 
 def measure_dice(prediction: Tensor, reference: Tensor, affine: Tensor = EYE) -> Tensor:
-    return compute_structure_overlap(prediction, reference, STRUCTURES, affine)["dice"]
+    return compute_structure_measures(prediction, reference, STRUCTURES, affine)["dice"]
 
 
 def make_head(*, unsided: int = 77) -> Tensor:

@@ -81,16 +81,12 @@ def make_pair_cases(
 def make_generated_cases(
     datalist: str | Path, conditions: Conditions, section: str = "validation", scans_per_subject: int = 1, seed: int = 0
 ) -> list[Case]:
-    """Generated scans of prepared subjects under every condition.
+    """Generated scans of prepared subjects under every condition; see :func:`make_pair_cases`.
 
-    The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it; its section of training would measure what
-    was learnt by heart. The scans of a subject have different heads and looks. The seed of a scan follows from ``seed``, the
-    subject's name and its number, and is the same under each condition. The cases have the entries of :func:`make_pair_cases`;
-    ``scan`` is ``<subject>_<number>``.
-
-    Raises:
-        FileNotFoundError: if there is no such list.
-        ValueError: if it has no such section or no subject in it, or two cases have one name.
+    The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it; its section of training would
+    measure what was learnt by heart. The scans of a subject have different heads and looks and the names
+    ``<subject>_<number>``. The seed of a scan follows from ``seed`` and this name, and is the same under each
+    condition.
     """
     rule = "subject needs 'generation_labels' and 'segmentation'"
     subjects = _read_items(datalist, section, rule, {"generation_labels", "segmentation"}.issubset)

@@ -67,10 +67,8 @@ class Condition:
 def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
     """Read the conditions of a bundle config, a table of settings for each name, in its order.
 
-    A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``, which together make a curve.
-
-    Raises:
-        ValueError: if there is none, a name, a setting or a value is not one, or two settings of a condition are swept.
+    A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``, which together make a
+    curve. No condition, a wrong name, setting or value, or two swept settings of a condition are a ValueError.
     """
     conditions: list[Condition] = []
     for name, settings in table.items():
@@ -112,11 +110,7 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def check_for_real_scans(conditions: Sequence[Condition]) -> None:
-    """Refuse what can be done to generated scans alone.
-
-    Raises:
-        ValueError: if a condition needs the anatomy behind a scan.
-    """
+    """Refuse, by a ValueError, conditions that need the anatomy behind a scan, which generated scans alone have."""
     for condition in conditions:
         impossible = [key for key in GENERATED_ALONE if key in condition.settings]
         if (contrast := condition.settings.get("contrast", INVERTED)) != INVERTED:
@@ -130,9 +124,7 @@ def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRa
     """The laws of the generator under the settings of a condition; the base has those of what it does not set.
 
     The same seed draws the same of everything that the settings leave alone, so that conditions compare the same heads.
-
-    Raises:
-        ValueError: if a value does not fit its law.
+    A value that does not fit its law is a ValueError.
     """
     changes: dict[str, Any] = dict(settings.get("ranges", {}))
     if "noise_percent" in settings:
@@ -188,13 +180,11 @@ def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:
 class DegradeScand(MapTransform):
     """Make real scans worse in a stated way: the acquisition of the generator, on the scan in place of a painted head.
 
-    Intensities go through the condition's inversion, gamma and bias field, slices with their profile, noise, and the
-    interpolation back to the voxels; references stay at the resolution that they have. Voxels that were exactly 0 (an
-    extracted brain's surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field becomes the entry
-    ``target_log_bias_field``, added to one that is there: of a scan whose own field is unknown, the added one is the whole target.
-
-    Args:
-        keys: scans of shape (1, H, W, D) in [0, 1], RAS axes, 1 mm.
+    Scans are (1, H, W, D) in [0, 1], RAS axes, 1 mm. They go through the condition's inversion, gamma and bias field,
+    slices with their profile, noise, and the interpolation back to the voxels; references stay at the resolution that
+    they have. Voxels that were exactly 0 (an extracted brain's surroundings) stay so, unless the condition sets
+    ``keep_zeros`` to false. An added field becomes the entry ``target_log_bias_field``, added to one that is there: of
+    a scan whose own field is unknown, the added one is the whole target.
     """
 
     def __init__(self, keys: KeysCollection) -> None:

@@ -40,13 +40,11 @@ def _find_nearest(points: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarra
 
 
 def compare_surfaces(pred: Mesh, reference: Mesh) -> dict[str, float]:
-    """Distances between two surfaces of the same space, and what is wrong with the predicted one by itself.
+    """Distances in mm between two surfaces of the same space, and what is wrong with the predicted one by itself.
 
-    Returns:
-        ``to_reference_mean``, ``_median`` and ``_p95`` (95th percentile) of the distances from the vertices of the prediction to the
-        triangles of the reference, mm; ``from_reference_*`` of those from the vertices of the reference to the prediction;
-        ``euler_number`` of the prediction, 2 for a sphere and 2 less for each handle; ``crossing_share`` of its faces that cross
-        another face.
+    ``to_reference_mean``, ``_median`` and ``_p95`` (95th percentile) are of the distances from the vertices of the
+    prediction to the triangles of the reference, ``from_reference_*`` of those back; ``euler_number`` of the prediction
+    is 2 for a sphere and 2 less for each handle, ``crossing_share`` that of its faces that cross another face.
     """
     measures: dict[str, float] = {}
     for name, points, mesh in (("to_reference", pred[0], reference), ("from_reference", reference[0], pred)):
@@ -68,15 +66,13 @@ def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
 
 
 def compare_thickness(pred: Sequence[Mesh], reference: Sequence[Mesh]) -> dict[str, float]:
-    """Error of the thickness at the vertices of the reference's white surface, without the medial wall.
+    """Error of the thickness at the vertices of the reference's white surface, without the medial wall; mm.
 
-    Each is a white and a pial surface. The thickness at the predicted vertex that is nearest to one of the reference is compared;
-    the medial wall is where both surfaces of the reference are less than 0.1 mm apart.
-
-    Returns:
-        ``vertex_thickness`` and ``vertex_thickness_reference``, the means, ``vertex_thickness_bias``, their signed difference,
-        ``vertex_thickness_error``, the mean of the magnitudes of the differences, mm; ``vertex_thickness_correlation``, Pearson's
-        over the vertices. All are NaN without a vertex, the correlation also where one of both does not vary.
+    Each is a white and a pial surface. The thickness at the predicted vertex that is nearest to one of the reference is
+    compared; the medial wall is where both surfaces of the reference are less than 0.1 mm apart. The measures are
+    ``vertex_thickness`` and ``vertex_thickness_reference``, the means, ``_bias``, their signed difference, ``_error``,
+    the mean of the magnitudes of the differences, and ``_correlation``, Pearson's over the vertices; NaN without a
+    vertex or without variation.
     """
     true = compute_vertex_thickness(*reference)
     predicted = compute_vertex_thickness(*pred)[cKDTree(pred[0][0]).query(reference[0][0])[1]]
@@ -89,13 +85,10 @@ def compare_thickness(pred: Sequence[Mesh], reference: Sequence[Mesh]) -> dict[s
 
 
 def read_mesh(path: str | Path) -> Mesh:
-    """Read a triangle surface; vertices are in scanner RAS mm.
+    """Read a triangle surface, vertices in scanner RAS mm; a file that is none is a ScanError.
 
-    The file is GIFTI (``.gii``), whose vertices are so, or FreeSurfer's geometry (``lh.white``, ``rh.pial``), whose surface RAS
-    is taken to scanner RAS by the volume that the file names.
-
-    Raises:
-        ScanError: if it is no such file; one line.
+    The file is GIFTI (``.gii``), or FreeSurfer's geometry (``lh.white``, ``rh.pial``), whose surface RAS is taken to
+    scanner RAS by the volume that the file names.
     """
     try:
         if Path(path).suffix in (".gii", ".gz"):

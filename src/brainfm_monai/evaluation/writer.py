@@ -40,7 +40,6 @@ MOST_NAMED = 5  # scans that a message names
 MEASURE = ["task", "structure", "side", "metric", "unit"]
 LONGEST_WAIT = timedelta(days=7)  # shares of a list end at very different times
 WORST = 8  # scans that are shown
-FEW = 10  # scans, below which intervals by resampling are too narrow
 LIBRARIES = ("monai", "torch")
 BESIDE = 4  # headlines in one figure
 
@@ -111,11 +110,8 @@ class EvaluationWriter:
             rows = [row for content in measured.values() for row in content["rows"]]
             table = pd.DataFrame(rows, columns=list(MetricRow._fields)).astype({"value": float})
             write_frame(self.output_dir / METRICS_FILE, table)
-            failures = {
-                scan["name"]: self.files.read_failure(scan) or "not measured yet"
-                for scan in scans
-                if scan["name"] not in measured
-            }
+            lost = [scan for scan in scans if scan["name"] not in measured]
+            failures = {scan["name"]: self.files.read_failure(scan) or "not measured yet" for scan in lost}
             write_text(self.output_dir / PAGE, self._compose(table, done, failures))
         idist.barrier()
         return self.output_dir / PAGE
@@ -135,22 +131,13 @@ class EvaluationWriter:
         versions = {"brainfm-monai": brainfm_monai.__version__, **{name: metadata.version(name) for name in LIBRARIES}}
         details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **self.definition}
         content: dict[str, Any] = {"done": done, "failures": failures, "conditions": conditions, "first": first}
-        content |= {
-            "used": self.files.settings,
-            "versions": {**versions, "Python": platform.python_version()},
-            "few": FEW,
-        }
+        content |= {"used": self.files.settings, "versions": {**versions, "Python": platform.python_version()}}
         content |= {"shown": shown, "statistics": statistics, "native": native, "settings_table": SETTINGS}
         content |= {"structures": draw_structures(table[table["condition"] == first.name])}
         content |= {"curves": [draw_curves(statistics, part, sweeps, native) for part in parts if sweeps]}
         content |= {"figures": [draw_conditions(headlines, part, alone) for part in parts if len(alone) > 1]}
         content |= {"worst": self._find_worst(headlines, done, shown[0]) if shown else []}
-        content |= {
-            "metrics_file": METRICS_FILE,
-            "summary_file": SUMMARY_FILE,
-            "measures": own.groupby("task", sort=False),
-        }
-        content |= {"definitions": {metric: define(metric) for metric in table["metric"].unique()}}
+        content |= {"measures": own.groupby("task", sort=False), "metrics": table["metric"].unique(), "define": define}
         content |= {"details": json.dumps({**details, "settings": asdict(self.files.settings)}, indent=1, default=str)}
         return render("evaluation.html", title="Evaluation", theme="light", **content)
 
@@ -168,9 +155,8 @@ class EvaluationWriter:
         without_sides = table[["left", "right"]].isna().all(axis=1)
         parts = table.assign(both=table["both"].where(without_sides)).stack().groupby("scan")
         summary.loc["mean"] = [math.nan, math.nan, parts.mean().mean(), len(dice)]
-        write_frame(
-            self.output_dir / "dice_summary.tsv", summary.astype({"scans": int}).reset_index(names="structure"), ".4f"
-        )
+        summary = summary.astype({"scans": int}).reset_index(names="structure")
+        write_frame(self.output_dir / "dice_summary.tsv", summary, ".4f")
 
     def _find_worst(self, headlines: pd.DataFrame, done: Sequence[Case], leading: Headline) -> list[dict[str, str]]:
         rows = headlines[headlines["structure"] == leading.title]
@@ -207,15 +193,12 @@ class EvaluationWriter:
 
 
 def compare_evaluations(first: str | Path, second: str | Path, output_dir: str | Path) -> Path:
-    """Compare two evaluations of the same scans under the same conditions, scan by scan.
+    """Compare two folders of evaluations of the same scans under the same conditions, scan by scan; returns the page.
 
-    For every condition, task, structure, side and metric: the mean difference, its bootstrap confidence interval, and the
-    Wilcoxon signed-rank test, corrected by Holm over the structures and sides of a metric, as ``comparison.tsv`` and
-    ``comparison.html``, whose path is returned.
-
-    Raises:
-        FileNotFoundError: if a folder holds no evaluation.
-        ValueError: if they are not of the same scans and conditions.
+    ``comparison.tsv`` and ``comparison.html`` have for every condition, task, structure, side and metric the mean
+    difference, its bootstrap confidence interval, and the Wilcoxon signed-rank test, corrected by Holm over the
+    structures and sides of a metric. A folder without an evaluation is a FileNotFoundError, other scans or conditions
+    are a ValueError.
     """
     left, right = (_read(Path(folder)) for folder in (first, second))
     _check_same_cases({first: left, second: right})
@@ -227,9 +210,14 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
     compared = compare(left, right)
     write_frame(Path(output_dir) / COMPARISON_TABLE, compared)
     pairs = left.merge(right, on=["scan", "condition", *MEASURE])
-    content = {"first": first, "second": second, "scans": left["scan"].nunique(), "file": COMPARISON_TABLE}
+    content: dict[str, Any] = {
+        "first": first,
+        "second": second,
+        "scans": left["scan"].nunique(),
+        "file": COMPARISON_TABLE,
+    }
     content["conditions"] = [_describe_condition(name, compared, pairs) for name in left["condition"].unique()]
-    content["definitions"] = {metric: define(metric) for metric in compared["metric"].unique()}
+    content |= {"metrics": compared["metric"].unique(), "define": define}
     page = Path(output_dir) / COMPARISON_PAGE
     write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
     return page

@@ -33,18 +33,13 @@ def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
-    """Error of a bias field up to its gain, which no scan determines.
+    """Error of a bias field up to its gain, which no scan determines, in a mask of the head.
 
-    With o and t the predicted and the true factor in the mask: ||w o - t|| / ||t||, w = <o, t> / <o, o>. Both factors, the mask
-    of the head (bool) and the image with the bias (any unit) have the shape (B, 1, H, W, D).
-
-    Returns:
-        ``normalised_l2``, shape (B,), and with an image ``corrected_l1``: mean absolute difference in the mask of the image
-        divided by either field, each divided by its mean in the mask. Both are pure numbers, NaN where the mask is empty.
-
-    Reference:
-        Chua et al., Evaluation of performance metrics for bias field correction in MR brain images, Journal of Magnetic Resonance
-        Imaging 29, 2009 (normalised error); BrainFM (arXiv 2509.00549), evaluation, for w.
+    With o and t the predicted and the true factor, ``normalised_l2`` is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua
+    et al., Evaluation of performance metrics for bias field correction in MR brain images, Journal of Magnetic
+    Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549). With an image that has the bias, ``corrected_l1`` is the
+    mean absolute difference of the image divided by either field, each divided by its mean. All have the shape (B, 1,
+    H, W, D), the results (B,), NaN for an empty mask.
     """
 
     def mean(values: Tensor) -> Tensor:
@@ -70,15 +65,13 @@ def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Error of the thickness of the cortex, as the distances give it; arguments as in :func:`compute_distance_mae`.
+    """Error of the thickness of the cortex, as the distances of :func:`compute_distance_mae` give it, mm.
 
-    A voxel is cortex of a hemisphere where it lies inside its pial and not inside its white surface; the thickness there is the
-    distance to the one plus the distance to the other, as in the thickness map of the outputs.
-
-    Returns:
-        For left and right, each of shape (B, 2), mm, NaN where there is no cortex: ``thickness`` and ``reference_thickness``, the
-        mean over either's own cortex; ``thickness_error``, their signed difference; ``thickness_absolute_error``, the mean over
-        the voxels of the reference's cortex, whatever the prediction has there.
+    A voxel is cortex of a hemisphere where it lies inside its pial and not inside its white surface; the thickness
+    there is the distance to the one plus the distance to the other, as in the thickness map of the outputs. For left
+    and right, (B, 2), NaN without cortex: ``thickness`` and ``reference_thickness``, the mean over either's own cortex,
+    ``thickness_error``, their difference, and ``thickness_absolute_error``, the mean over the reference's cortex,
+    whatever the prediction has there.
     """
     thickness = [(one[:, 1::2].float() - one[:, 0::2]).clamp_min(0) for one in (pred, target)]
     cortex = [(one[:, 0::2] < 0) & (one[:, 1::2] >= 0) & mask.bool() for one in (pred, target)]
@@ -92,10 +85,9 @@ def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[
 
 
 def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Euclidean distance between predicted and true template coordinates, (B, 3, H, W, D), in a mask, (B, 1, H, W, D).
+    """``error_mean`` and ``error_p95`` (95th percentile), mm, of the distance between coordinates, (B, 3, H, W, D).
 
-    Returns:
-        ``error_mean`` and ``error_p95`` (95th percentile), each of shape (B,), mm; NaN where the mask is empty.
+    The mask has the shape (B, 1, H, W, D), the results (B,), NaN where it is empty.
     """
     distance = (pred_mm.float() - target_mm).norm(dim=1, keepdim=True)
     inside = [one[m] for one, m in zip(distance, mask.bool(), strict=True)]
@@ -105,11 +97,11 @@ def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[
 
 
 def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Tensor:
-    """Share of voxels in a mask, (B, 1, H, W, D), at which a coordinate map folds space: its Jacobian determinant is 0 or below.
+    """Share of voxels in a mask, (B, 1, H, W, D), at which a coordinate map folds space, shape (B,).
 
-    The map is of RAS mm, shape (B, 3, H, W, D). The determinant of the affine from voxel indices to RAS mm, negative where the
-    axes mirror space, is divided out. Derivatives are central differences, one-sided at the image's edge. The result has the
-    shape (B,), NaN where the mask is empty.
+    The Jacobian determinant of the map, (B, 3, H, W, D) in RAS mm, by central differences, is 0 or below there; the
+    sign of that of the affine from voxel indices to RAS mm, negative where the axes mirror space, is divided out. NaN
+    where the mask is empty.
     """
     sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
     box = box_around(mask.flatten(0, 1).any(0), margin=1)

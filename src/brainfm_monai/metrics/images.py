@@ -48,18 +48,11 @@ def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """``l1``, ``psnr`` (dB), ``ssim`` and ``ms_ssim`` of two images, (1, 1, H, W, D), inside a mask of the same shape, bool.
+    """``l1``, ``psnr`` (dB), ``ssim`` and ``ms_ssim`` of two images inside a mask, all of shape (1, 1, H, W, D).
 
-    The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it. Each is of one element, NaN where the
-    mask is empty; the PSNR of equal images is infinite.
-
-    Raises:
-        ValueError: if the shapes differ or are not (1, 1, H, W, D).
+    The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it. Each is of one element, NaN
+    where the mask is empty; the PSNR of equal images is infinite.
     """
-    if pred.ndim != 5 or pred.shape[:2] != (1, 1) or not pred.shape == target.shape == mask.shape:
-        shapes = [tuple(one.shape) for one in (pred, target, mask)]
-        rule = "'pred', 'target' and 'mask' must share one shape (1, 1, H, W, D)"
-        raise ValueError(f"compute_image_metrics: {rule}, got {shapes}")
     over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(1.0, reduction="none")}
     inside = [one.float()[mask.bool()][None] for one in (pred, target)]
     return {
@@ -70,32 +63,25 @@ def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[st
 
 
 def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Structural similarity with a Gaussian window, averaged over the voxels of a mask whose window lies in the image.
+    """Structural similarity, averaged over the voxels of a mask whose window lies in the image.
 
-    The same as MONAI's ``SSIMMetric`` over a whole image, and as scikit-image's ``structural_similarity`` with
-    ``gaussian_weights=True, use_sample_covariance=False``. The window is applied axis by axis and slab by slab: MONAI's takes
-    1,331 products for each voxel, and all voxels at once.
-
-    Images, in a range of 1, and mask (bool) have the shape (B, 1, H, W, D), the result (B,), NaN where no window lies in mask and
-    image.
-
-    Reference:
-        Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE Transactions on Image
-        Processing 13, 2004, equation 13.
+    Images, in a range of 1, and mask have the shape (B, 1, H, W, D), the result (B,), NaN where there is no such voxel.
+    The formula is equation 13 of Wang et al., Image quality assessment: from error visibility to structural similarity,
+    IEEE Transactions on Image Processing 13, 2004, as in MONAI's ``SSIMMetric`` over a whole image, and in
+    scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False``. The Gaussian
+    is applied axis by axis and slab by slab: MONAI takes 1,331 products for each voxel, and all voxels at once.
     """
     return _average_similarity(pred.float(), target.float(), mask.bool())[0]
 
 
 def compute_ms_ssim(pred: Tensor, target: Tensor, mask: Tensor, weights: Sequence[float] = SCALE_WEIGHTS) -> Tensor:
-    """Multi-scale structural similarity inside a mask; arguments and result as in :func:`compute_ssim`.
+    """Multi-scale structural similarity inside a mask; shapes and range as in :func:`compute_ssim`.
 
-    From each scale to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. The ``weights``
-    are the exponents of the scales, finest first. Axes that are too short for the window of the coarsest scale, 176 voxels for
-    five, are continued by their last voxels, which are not in the mask. Else the same as MONAI's ``MultiScaleSSIMMetric`` over
-    a whole image.
-
-    Reference:
-        Wang et al., Multiscale structural similarity for image quality assessment, Asilomar 2003, equation 7.
+    The weights are the exponents of the scales, finest first (Wang et al., Multiscale structural similarity for image
+    quality assessment, Asilomar 2003, equation 7). From each scale to the next, 2 x 2 x 2 voxels are averaged; a
+    coarser voxel is in the mask if half of it is. Axes that are too short for the window of the coarsest scale, 176
+    voxels for five, are continued by their last voxels, which are not in the mask. Else it is MONAI's
+    ``MultiScaleSSIMMetric`` over a whole image.
     """
     smallest = (2 * RADIUS + 1) * 2 ** (len(weights) - 1)
     missing = [max(smallest - n, 0) for n in pred.shape[2:]]

@@ -38,11 +38,8 @@ class EvaluatedStructure:
 def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedStructure, ...]:
     """Read the structures of an evaluation from a table of a bundle config.
 
-    For each name it has the FreeSurfer ids ``left`` and ``right``, and ``unsided`` where there are such, or ``middle``; ids are
-    numbers and ``[first, last]`` ranges.
-
-    Raises:
-        ValueError: if a structure has another entry, no ids, or an id of another structure.
+    For each name it has the FreeSurfer ids ``left`` and ``right``, and ``unsided`` where there are such, or ``middle``;
+    ids are numbers and ``[first, last]`` ranges. Other entries, no ids, or ids of another structure are a ValueError.
     """
     structures: list[EvaluatedStructure] = []
     owner: dict[int, str] = {}
@@ -73,10 +70,10 @@ def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
 
 
 def _index_structures(ids: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor) -> Tensor:
-    """Label map of structure sides: 2 s + 1 for the left (or the middle) and 2 s + 2 for the right of structure s, else 0.
+    """Label map of structure sides: 2 s + 1 for the left or the middle, 2 s + 2 for the right of structure s.
 
-    An unsided voxel belongs to the side of the plane on which it lies: the plane halfway between the centroids of everything
-    left and everything right, normal to their line.
+    An unsided voxel belongs to the side of the plane on which it lies: halfway between the centroids of all left and
+    all right voxels, normal to their line.
     """
     tables = torch.zeros(3, max(i for s in structures for i in s.ids) + 2, dtype=torch.int16, device=ids.device)
     for number, structure in enumerate(structures):
@@ -122,22 +119,17 @@ def compute_structure_measures(
 ) -> dict[str, Tensor]:
     """Dice, volumes and distance of each structure: of its left part, its right part, and both together.
 
-    Prediction and reference are FreeSurfer ids, shape (1, H, W, D), the affine from voxel indices to RAS mm has no shear. With a
-    percentile there is the Hausdorff distance by MONAI's definition: the surface is the voxels of a part that touch what is not the
-    part; the percentile of the distances from one surface to the other and that of those back are taken, and the larger counts.
-    Each part is cut to the box around it, so that memory depends on the largest structure.
+    Prediction and reference are FreeSurfer ids of one shape (1, H, W, D), else a ValueError; the affine from voxel
+    indices to RAS mm has no shear. The results have the shape (S, 3), columns left, right, both: ``dice`` and
+    ``volume_error``, (prediction - reference) / reference, both NaN where the reference lacks the part; ``volume`` and
+    ``reference_volume`` in mL; with a percentile ``hausdorff`` in mm, NaN where one of both lacks the part. The sides
+    of a structure that has none are NaN.
 
-    Returns:
-        Tensors of shape (S, 3), columns left, right, both: ``dice`` and ``volume_error``, (prediction - reference) / reference,
-        both NaN where the reference lacks the part; ``volume`` and ``reference_volume`` in mL; ``hausdorff`` in mm, NaN where one
-        of both lacks the part (Dice is 0 where the prediction does). The sides of a structure that has none are NaN.
-
-    Raises:
-        ValueError: if the shapes differ.
-
-    Reference:
-        Huttenlocher et al., Comparing images using the Hausdorff distance, IEEE TPAMI 15, 1993; the percentile: Taha and Hanbury,
-        Metrics for evaluating 3D medical image segmentation, BMC Medical Imaging 15, 2015.
+    The surface is the voxels of a part that touch what is not the part; the percentile of the distances from one
+    surface to the other and that of those back are taken, and the larger counts (Huttenlocher et al., Comparing images
+    using the Hausdorff distance, IEEE TPAMI 15, 1993; Taha and Hanbury, Metrics for evaluating 3D medical image
+    segmentation, BMC Medical Imaging 15, 2015). Each part is cut to the box around it, so that memory depends on the
+    largest structure.
     """
     pred, truth = _index_pair(prediction, reference, structures, affine)
     spacing_mm = affine[:3, :3].double().norm(dim=0).tolist()
@@ -172,13 +164,11 @@ def _measure_distance(pred: Tensor, truth: Tensor, percentile: float, spacing_mm
 
 
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Overlap of lesions, voxel by voxel, inside a mask.
+    """``dice``, ``sensitivity`` and ``precision`` of lesions, voxel by voxel.
 
-    The prediction is a probability, above 0.5 a voxel is lesion; the reference is 0 or 1; the mask is bool; all have one shape.
-
-    Returns:
-        Numbers: ``dice``, ``sensitivity`` (share of the reference that is predicted) and ``precision`` (share of the prediction
-        that is right). Dice and sensitivity are NaN where the reference has no lesion, precision where none is predicted.
+    The prediction is a probability, above 0.5 a voxel is lesion; the reference is 0 or 1; the mask is bool; all have
+    one shape. Dice and sensitivity, the share of the reference that is predicted, are NaN where the reference has no
+    lesion in the mask, precision where none is predicted.
     """
     pred, truth = (prediction > LESION_THRESHOLD) & mask, (reference > LESION_THRESHOLD) & mask
     hit, predicted, present = (one.sum().double() for one in (pred & truth, pred, truth))

@@ -88,11 +88,7 @@ def write_frame(path: str | Path, table: pd.DataFrame, digits: str = ".6g") -> N
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
-    """Read a table of :class:`MetricRow` from a TSV file.
-
-    Raises:
-        ValueError: if the columns are others, or a value is not a number.
-    """
+    """Read a table of :class:`MetricRow` from a TSV file; another table is a ValueError."""
     import pandas as pd
 
     table = pd.DataFrame(read_table(path))
@@ -110,11 +106,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Confidence interval of the mean by resampling the scans; the same values and seed give the same interval.
 
-    From 10 values on it is bias-corrected and accelerated (BCa), below that the percentiles of the resampled means. NaN are left
+    From 10 values on it is bias-corrected and accelerated (BCa; Efron, Better bootstrap confidence intervals, Journal
+    of the American Statistical Association 82, 1987), below that the percentiles of the resampled means. NaN are left
     out. Both ends are NaN for fewer than two values or an infinite one, and the value itself where all are equal.
-
-    Reference:
-        Efron, Better bootstrap confidence intervals, Journal of the American Statistical Association 82, 1987.
     """
     sample = np.asarray(values, dtype=np.float64).ravel()
     sample = sample[~np.isnan(sample)]
@@ -133,9 +127,8 @@ def bootstrap_interval(
 def summarise(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Statistics over the scans, for each condition, task, structure, side and metric of a table of :class:`MetricRow`.
 
-    Returns:
-        One row for each group, in the order in which they appear: the keys, ``n`` (scans with a value), ``mean``, ``sd`` (n - 1),
-        ``median``, ``low`` and ``high``. What is undefined is left out of n and of every statistic.
+    Returns one row for each group, in the order in which they appear: the keys, ``n`` (scans with a value), ``mean``,
+    ``sd`` (n - 1), ``median``, ``low`` and ``high``. What is undefined is left out of n and of every statistic.
     """
     groups = table.groupby(KEYS, sort=False, dropna=False)["value"]
     with np.errstate(invalid="ignore"):  # the deviation of infinite values is undefined
@@ -167,21 +160,26 @@ def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
-    """Compare two tables of :class:`MetricRow`, which have the same rows but for their values, pair by pair.
+    """Compare two tables of :class:`MetricRow` pair by pair; they have the same rows, each once, else a ValueError.
 
-    Returns:
-        One row for each condition, task, structure, side and metric: the keys, ``n`` (scans that have a value in both),
-        ``mean_first``, ``mean_second``, ``difference`` (mean of second - first), ``low`` and ``high`` of it, ``p`` of the
-        Wilcoxon signed-rank test, ``p_holm``, corrected over the structures and sides of a metric, and ``effect_size``, the
-        rank-biserial correlation, positive where the second is larger.
-
-    Raises:
-        ValueError: if the tables do not have the same rows, or one has a row twice.
+    Returns one row for each condition, task, structure, side and metric: the keys, ``n`` (scans that have a value in
+    both), ``mean_first``, ``mean_second``, ``difference`` (mean of second - first), ``low`` and ``high`` of it, ``p``
+    of the Wilcoxon signed-rank test, ``p_holm``, corrected over the structures and sides of a metric, and
+    ``effect_size``, the rank-biserial correlation, positive where the second is larger.
     """
     import pandas as pd
 
+    keys = ["scan", *KEYS]
+    merged = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
+    for wrong, rule in (
+        (first[first.duplicated(keys)], "a row may be once in a table, found twice in 'first'"),
+        (second[second.duplicated(keys)], "a row may be once in a table, found twice in 'second'"),
+        (merged[merged["_merge"] != "both"], "both tables must have the same rows, found in one alone"),
+    ):
+        if len(wrong):
+            raise ValueError(f"compare: {rule}: {' '.join(map(str, wrong[keys].iloc[0]))} ({len(wrong)} in all)")
     rows = []
-    for key, group in _pair(first, second).groupby(KEYS, sort=False, dropna=False):
+    for key, group in merged.groupby(KEYS, sort=False, dropna=False):
         pairs = group.dropna(subset=["value_first", "value_second"])
         left, right = (pairs[f"value_{name}"].to_numpy(dtype=np.float64) for name in ("first", "second"))
         # two infinite values are equal, and not inf - inf
@@ -196,28 +194,13 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples:
     return result
 
 
-def _pair(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    keys = ["scan", *KEYS]
-    pairs = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
-    for rows, rule in (
-        (first[first.duplicated(keys)], "a row may be once in a table, found twice in 'first'"),
-        (second[second.duplicated(keys)], "a row may be once in a table, found twice in 'second'"),
-        (pairs[pairs["_merge"] != "both"], "both tables must have the same rows, found in one alone"),
-    ):
-        if len(rows):
-            raise ValueError(f"compare: {rule}: {' '.join(map(str, rows[keys].iloc[0]))} ({len(rows)} in all)")
-    return pairs
-
-
 def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
-    """P of the two-sided Wilcoxon signed-rank test of paired differences without NaN, and the rank-biserial correlation.
+    """P of the two-sided Wilcoxon signed-rank test of paired differences, and the rank-biserial correlation.
 
-    Zeros are left out: P is 1 where there is nothing else, NaN where there is no pair. The correlation, in [-1, 1], is the rank
-    sum of positive differences minus that of negative ones over the sum of both.
-
-    Reference:
-        Wilcoxon, Individual comparisons by ranking methods, Biometrics Bulletin 1, 1945; Kerby, The simple difference formula,
-        Comprehensive Psychology 3, 2014.
+    Zeros are left out: P is 1 where there is nothing else, NaN where there is no pair. The correlation, in [-1, 1], is
+    the rank sum of positive differences minus that of negative ones over the sum of both (Wilcoxon, Individual
+    comparisons by ranking methods, Biometrics Bulletin 1, 1945; Kerby, The simple difference formula, Comprehensive
+    Psychology 3, 2014).
     """
     from scipy.stats import wilcoxon
 
@@ -232,8 +215,7 @@ def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
 def adjust_holm(p: ArrayLike) -> np.ndarray:
     """P values corrected for their number by Holm's step-down rule; NaN stay and do not count.
 
-    Reference:
-        Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
+    Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
     """
     values = np.asarray(p, dtype=np.float64)
     adjusted = np.full(values.shape, np.nan)
