@@ -18,10 +18,7 @@ LOG_SCALE_LIMIT = 7.0  # scales lie between e^-7 and e^7 units: 0.1 mm of MNI co
 
 
 def bound_log_scale(value: Tensor) -> Tensor:
-    """Log of a scale of error out of a network's output, any shape, within +-7, in float32.
-
-    The bound is smooth, so that no gradient is lost at it.
-    """
+    """Log of a scale of error, float32, out of a network's output: bounded to +-7, smoothly, with a gradient."""
     return LOG_SCALE_LIMIT * torch.tanh(value.float() / LOG_SCALE_LIMIT)
 
 
@@ -92,37 +89,26 @@ def _image(name: str, stem: str, **columns: Any) -> Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "segmentation", "labels", unit="logit", output_unit="label", outside=CERTAIN_LOGIT, interpolation="nearest",
-            stem="dseg", outputs=("segmentation", "volumes", "quality", "view", "report"), picture="labels",
-        ),
+        Task("segmentation", "labels", unit="logit", output_unit="label", outside=CERTAIN_LOGIT,
+             interpolation="nearest", stem="dseg", picture="labels",
+             outputs=("segmentation", "volumes", "quality", "view", "report")),
         _image("T1w", "desc-synthetic_T1w"),
         _image("T2w", "desc-synthetic_T2w"),
         _image("FLAIR", "desc-synthetic_FLAIR"),
         _image("CT", "desc-synthetic_ct", unit="1000 HU", output_unit="HU", scale=1000.0, outside=-1.0, step=1.0),
-        Task(
-            "log_bias_field", "log_field", ("log_bias_field",), "log of a factor", "factor", "exp", entry="bias_field",
-            stem="biasfield", step=1e-3, outputs=("bias_field",), picture="bias_field",
-        ),
-        Task(
-            "distance", "distance", ("lp", "lw", "rp", "rw"), "mm", activation="clip_distance",
-            mirror_order=(2, 3, 0, 1), outside=MAX_DISTANCE_MM, stem="distance", step=0.01,
-            outputs=("distance", "surfaces"), picture="distance",
-        ),
-        Task(
-            "mni", "coordinates", ("x", "y", "z"), "100 mm", "mm", scale=100.0, mirror_sign=(-1, 1, 1), stem="mni",
-            step=0.05, outputs=("mni", "transforms"), picture="coordinates",
-        ),
-        Task(
-            "lesion", "mask", ("lesion",), "logit", "probability", "sigmoid", outside=-CERTAIN_LOGIT,
-            stem="label-lesion_probseg", step=1e-3, outputs=("lesion",), picture="probability",
-        ),
+        Task("log_bias_field", "log_field", ("log_bias_field",), "log of a factor", "factor", "exp", entry="bias_field",
+             stem="biasfield", step=1e-3, outputs=("bias_field",), picture="bias_field"),
+        Task("distance", "distance", ("lp", "lw", "rp", "rw"), "mm", activation="clip_distance",
+             mirror_order=(2, 3, 0, 1), outside=MAX_DISTANCE_MM, stem="distance", step=0.01,
+             outputs=("distance", "surfaces"), picture="distance"),
+        Task("mni", "coordinates", ("x", "y", "z"), "100 mm", "mm", scale=100.0, mirror_sign=(-1, 1, 1), stem="mni",
+             step=0.05, outputs=("mni", "transforms"), picture="coordinates"),
+        Task("lesion", "mask", ("lesion",), "logit", "probability", "sigmoid", outside=-CERTAIN_LOGIT,
+             stem="label-lesion_probseg", step=1e-3, outputs=("lesion",), picture="probability"),
         _image("super_resolution", "desc-superres_image"),
         Task("age", "scalar", ("age",), "100 years", "years", scale=100.0, outputs=("age",)),
-        Task(
-            "embedding", "embedding", unit="direction", activation="unit_vector", stem="desc-embedding_features",
-            step=1e-3, outputs=("embedding",),
-        ),
+        Task("embedding", "embedding", unit="direction", activation="unit_vector", stem="desc-embedding_features",
+             step=1e-3, outputs=("embedding",)),
     )
 }  # fmt: skip
 SCALED_KINDS = ("image", "distance", "coordinates")  # whose error is absolute, and can have a scale
@@ -170,10 +156,8 @@ class TaskLayout:
             rule = f"'uncertainty' must be different names out of {possible}"
             raise ValueError(f"TaskLayout: {rule}, got {list(uncertainty)}")
         names = sorted(tasks, key=lambda name: name != "segmentation")
-        segmentation = {
-            "channel_names": tuple(structure.name for structure in self.protocol.structures),
-            "mirror_order": tuple(self.protocol.mirror_permutation),
-        }
+        labels = tuple(structure.name for structure in self.protocol.structures)
+        segmentation = {"channel_names": labels, "mirror_order": tuple(self.protocol.mirror_permutation)}
         embedding = {"channel_names": tuple(f"embedding_{i}" for i in range(embedding_channels))}
         channels: dict[str, dict[str, Any]] = {"segmentation": segmentation, "embedding": embedding}
         rows = [replace(TASKS[name], **channels.get(name, {})) for name in names] + [LOG_SCALES[n] for n in uncertainty]

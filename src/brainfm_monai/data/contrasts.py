@@ -24,7 +24,7 @@ from brainfm_monai.anatomy import Protocol, is_brain
 from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box
 from brainfm_monai.data.subjects import Image
 from brainfm_monai.io import read_table
-from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
+from brainfm_monai.synthesis.acquisition import CONTRASTS, read_contrasts
 
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
 MINIMUM_AIR_SHARE = 0.01

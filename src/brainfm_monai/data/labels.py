@@ -19,8 +19,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.data.subjects import Image, split_names
 from brainfm_monai.io import ScanError, read_labels, read_table
-from brainfm_monai.synthesis.acquisition import INTENSITY_TOP
-from brainfm_monai.synthesis.contrasts import CONTRASTS, read_contrasts
+from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
 

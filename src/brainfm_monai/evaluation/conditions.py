@@ -29,8 +29,7 @@ from brainfm_monai.synthesis import (
     render,
     sample,
 )
-from brainfm_monai.synthesis.acquisition import INTENSITY_TOP, acquire
-from brainfm_monai.synthesis.contrasts import CONTRASTS
+from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquire
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
 from brainfm_monai.tasks import TASKS, TaskLayout
 

@@ -44,9 +44,9 @@ def resize(volume: Tensor, size: Sequence[int]) -> Tensor:
     return apply_separable(volume, operators)
 
 
-def count_control_points(extent: float, smallest_spacing: float) -> int:
-    """Control points that cover an axis of length ``extent`` at any spacing of at least ``smallest_spacing``."""
-    return 2 * math.ceil(extent / 2 / smallest_spacing) + 1
+def count_control_points(size: Sequence[int], smallest_spacing: float) -> list[int]:
+    """Control points that cover the axes of a grid, first to last voxel, at any spacing of at least the smallest."""
+    return [2 * math.ceil((n - 1) / 2 / smallest_spacing) + 1 for n in size]
 
 
 def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None = None) -> Tensor:

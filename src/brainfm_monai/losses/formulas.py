@@ -149,15 +149,10 @@ def compute_info_nce(
 
     Of each pair of scans, a voxel's embedding in the one is compared with those of all places of a fixed lattice in the
     other; the right one is that of the same place. The loss is the cross entropy, its mean over the other samples of a
-    subject, and 0 where ``samples`` is smaller than 2. van den Oord et al., arXiv 1807.03748 (InfoNCE); Chen et al.,
-    SimCLR, ICML 2020 (embeddings of length 1, temperature).
-
-    Args:
-        embedding: shape (B S, C, H, W, D), the S samples of a subject one after the other.
-        mask: places that count, shape (B S, 1, H, W, D); a place counts where it does in all samples of the subject.
-        samples: S.
-        temperature: the similarities, in [-1, 1], are divided by it.
-        lattice: places along each axis, at most.
+    subject, and 0 where ``samples`` is smaller than 2. The embedding is (B S, C, H, W, D), the S samples of a subject
+    one after the other; a place counts where the mask (B S, 1, H, W, D) counts it in all of them. Similarities, in [-1,
+    1], are divided by the temperature; the lattice has so many places along each axis, at most. van den Oord et al.,
+    arXiv 1807.03748 (InfoNCE); Chen et al., SimCLR, ICML 2020 (embeddings of length 1, temperature).
     """
     steps = [max(1, size // lattice) for size in embedding.shape[2:]]
     places = tuple(slice(step // 2, step // 2 + step * (lattice - 1) + 1, step) for step in steps)

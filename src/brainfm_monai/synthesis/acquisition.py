@@ -1,21 +1,48 @@
-"""From anatomy to a scan: contrast, lesions, field, acquisition and noise of one sample."""
+"""From anatomy to a scan: tables of contrasts; contrast, lesions, field, acquisition and noise of one sample."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
 
 import torch
 from torch import Tensor
 
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import intensity, separable
-from brainfm_monai.synthesis.contrasts import CONTRASTS
+from brainfm_monai.io import read_table
 from brainfm_monai.synthesis.ranges import AppearanceParams
 from brainfm_monai.tasks import TASKS
 
+CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")  # that have a table of the mean intensity of every tissue
 # Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the files.
 IMAGES = {name: TASKS[name].outside * TASKS[name].scale for name in CONTRASTS}
 INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
 LESION_NOISE_MM = (64.0, 32.0, 16.0, 8.0)  # control points of the noise, by octaves, each with half the amplitude
 LESION_FLOW_MM = 24.0  # control points of the flow's potential
 QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
+
+
+def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Means and the stds of these means, both (N, L), out of N of the package's tables for L generation labels.
+
+    ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
+
+    Raises:
+        ValueError: if there is no such table.
+    """
+    unknown = [name for name in names if name not in CONTRASTS]
+    if unknown:
+        raise ValueError(f"contrast_priors: names must be out of {list(CONTRASTS)}, got {unknown}")
+    rows = [[_read(name).get(int(i), (math.nan, math.nan)) for i in protocol.freesurfer_ids] for name in names]
+    means, stds = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2).unbind(-1)
+    return means, stds
+
+
+@cache
+def _read(name: str) -> dict[int, tuple[float, float]]:
+    rows = read_table(str(resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv"))
+    return {int(row["freesurfer_id"]): (float(row["mean"]), float(row["mean_std"])) for row in rows}
 
 
 def paint(

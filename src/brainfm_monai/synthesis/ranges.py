@@ -1,14 +1,11 @@
 """The laws of the generator's random quantities, and what one draw of them consists of."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-from brainfm_monai.synthesis.contrasts import CONTRASTS
 
 Range = tuple[float, float]
 
@@ -83,9 +80,9 @@ class SynthesisRanges:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if name.endswith("_prob") and not 0 <= value <= 1:
-                raise ValueError(f"SynthesisRanges: '{name}' must be in [0, 1], got {value}")
-            if field.type == Range:
+            if name.endswith("_prob"):
+                rule, valid = "in [0, 1]", 0 <= value <= 1
+            elif field.type == Range:
                 rule, valid = "two ascending numbers", len(value) == 2 and value[0] <= value[1]
             elif name.endswith("_weights"):
                 count = len(getattr(SynthesisRanges, name))
@@ -93,9 +90,11 @@ class SynthesisRanges:
                 valid = len(value) == count and min(value) >= 0 and sum(value) > 0
             else:
                 continue
+            found = tuple(value) if isinstance(value, list) else value
             if not valid:
-                raise ValueError(f"SynthesisRanges: '{name}' must be {rule}, got {tuple(value)}")
-            object.__setattr__(self, name, tuple(float(v) for v in value))
+                raise ValueError(f"SynthesisRanges: '{name}' must be {rule}, got {found}")
+            if isinstance(found, tuple):
+                object.__setattr__(self, name, tuple(float(v) for v in found))
 
 
 def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
@@ -187,38 +186,15 @@ class SynthesisParams:
 
     def to(self, device: torch.device) -> Self:
         """The same draw on another device, without waiting for it."""
-        moved: Self = _move(self, device)
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, tuple):
+                return tuple(move(item) for item in value)
+            if isinstance(value, SynthesisParams | GeometryParams | AppearanceParams):
+                return replace(value, **{field.name: move(getattr(value, field.name)) for field in fields(value)})
+            return value
+
+        moved: Self = move(self)
         return moved
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """A value with all tensors in it on another device, without waiting for the copies."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple):
-        return tuple(_move(item, device) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
-    return value
-
-
-def describe(params: SynthesisParams, number: int) -> str:
-    """What was drawn for a sample of the first subject, in a few lines."""
-    geometry, look = params.geometry, params.appearances[number]
-    shares = zip(("synthetic", *CONTRASTS), look.blend[0], strict=True)
-    blend = " + ".join(f"{float(share):.2f} {name}" if share < 1 else name for name, share in shares if share > 0)
-    spacing = " x ".join(f"{float(v) * geometry.voxel_mm:.1f}" for v in look.spacing[0])
-    left, _, right = torch.linalg.svd(geometry.matrix[0])  # the nearest rotation, by the polar decomposition
-    turn = math.degrees(math.acos(max(-1.0, min(1.0, float(((left @ right).trace() - 1) / 2)))))
-    events = {"mirrored": geometry.mirror[0], "stripped": geometry.stripped[0], "defaced": geometry.face[0].any()}
-    events |= {"ghosts": look.ghost_strength[0].any(), "lesions": geometry.lesion_coverage[0] > 0}
-    facts = [
-        blend,
-        f"{spacing} mm",
-        f"turned {turn:.0f} deg, scaled {float(torch.linalg.det(geometry.matrix[0])) ** (1 / 3):.2f}",
-        f"velocity {float(geometry.velocity[0].std()) * geometry.voxel_mm:.1f} mm",
-        f"bias {float(look.bias[0].std()):.2f}, gamma {float(look.gamma[0]):.2f}",
-        f"noise {float(look.noise_std[0]):.1f}{' Rician' if look.rician[0] else ''}",
-        ", ".join(name for name, happened in events.items() if happened),
-    ]
-    return "\n".join(facts)

@@ -3,20 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import separable, spatial
-from brainfm_monai.synthesis.acquisition import (
-    IMAGES,
-    INTENSITY_TOP,
-    LESION_FLOW_MM,
-    LESION_NOISE_MM,
-    QUARTILES,
-)
-from brainfm_monai.synthesis.contrasts import read_contrasts
+from brainfm_monai.synthesis import acquisition
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisParams, SynthesisRanges
 
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
@@ -90,17 +82,9 @@ def sample(
     draws = _Draws(generators, torch.device(device))
     geometry, photo_mm = _sample_geometry(laws[0], draws, spatial_size, protocol, stride, source_mm)
     none = torch.zeros(draws.batch, dtype=torch.bool)
-    present = torch.stack([~none, *((available or {}).get(name, none) for name in IMAGES)], 1)
+    present = torch.stack([~none, *((available or {}).get(name, none) for name in acquisition.IMAGES)], 1)
     looks = [_sample_appearance(law, draws, geometry, generation_protocol, present, photo_mm) for law in laws]
     return SynthesisParams(geometry, tuple(looks)).to(draws.device)
-
-
-def _one_of(protocol: Protocol, *ids: int) -> Tensor:
-    return torch.as_tensor(np.isin(protocol.freesurfer_ids, ids))
-
-
-def _columns(size: Sequence[int], smallest_spacing: float) -> list[int]:
-    return [separable.count_control_points(n - 1, smallest_spacing) for n in size]
 
 
 def _sample_geometry(
@@ -108,19 +92,23 @@ def _sample_geometry(
 ) -> tuple[GeometryParams, Tensor]:
     """Geometry, and the spacing of dissection photos in mm, (B,), 0 where there are none."""
     voxel_mm = stride * source_mm
+
+    def columns_at(smallest_mm: float) -> list[int]:
+        return separable.count_control_points(size, smallest_mm / voxel_mm)
+
     photo, photo_mm = draws.chance(laws.dissection_photo_prob), draws.uniform(laws.dissection_photo_spacing_mm)
     spacing = draws.uniform(laws.velocity_spacing_mm, 1).repeat(1, 3)
     std = draws.uniform(laws.velocity_std_mm, 1).repeat(1, 3)
-    columns = _columns(size, laws.velocity_spacing_mm[0] / voxel_mm)
+    columns = columns_at(laws.velocity_spacing_mm[0])
     if laws.dissection_photo_prob > 0:
-        columns[PHOTO_AXIS] = _columns(size, laws.dissection_photo_spacing_mm[0] / voxel_mm)[PHOTO_AXIS]
+        columns[PHOTO_AXIS] = columns_at(laws.dissection_photo_spacing_mm[0])[PHOTO_AXIS]
         # Every slab lies in its own photo: it is displaced in its plane alone, whatever its neighbours do.
         spacing[:, PHOTO_AXIS] = torch.where(photo, photo_mm, spacing[:, PHOTO_AXIS])
         std[:, PHOTO_AXIS] = torch.where(photo, 0.0, std[:, PHOTO_AXIS])
     velocity = draws.normal(3, *columns) * (std / voxel_mm).reshape(-1, 3, 1, 1, 1)
     mirror = draws.chance(laws.mirror_prob)
     kept, stripped, hemispheres = _sample_kept(laws, draws, protocol, photo)
-    lesion_columns = [_columns(size, mm / voxel_mm) for mm in LESION_NOISE_MM] if laws.lesion_prob > 0 else []
+    lesions_mm = acquisition.LESION_NOISE_MM if laws.lesion_prob > 0 else ()
     rotation, shear = draws.uniform(laws.rotation_deg, 3), draws.uniform(laws.shear, 3, 2)
     matrix = spatial.affine_matrix(rotation, shear, draws.uniform(laws.scaling, 3))
     translation, threshold = draws.uniform(laws.translation_mm, 3) / source_mm, draws.uniform(laws.strip_threshold)
@@ -143,8 +131,8 @@ def _sample_geometry(
         stripped=stripped,
         field_of_view=torch.stack([cut[..., 0] * extent, (1 - cut[..., 1]) * extent - 1], dim=-1),
         face=plane * draws.chance(laws.deface_prob)[:, None],
-        lesion_noise=tuple(draws.normal(1, *c) for c in lesion_columns),
-        lesion_potential=draws.normal(3, *_columns(size, LESION_FLOW_MM / voxel_mm)),
+        lesion_noise=tuple(draws.normal(1, *columns_at(mm)) for mm in lesions_mm),
+        lesion_potential=draws.normal(3, *columns_at(acquisition.LESION_FLOW_MM)),
         lesion_flow=draws.uniform(laws.lesion_flow_mm) / voxel_mm,
         lesion_region=torch.as_tensor(protocol.is_brain & ~protocol.is_fluid),
         lesion_coverage=draws.uniform(laws.lesion_coverage) * draws.chance(laws.lesion_prob),
@@ -158,14 +146,15 @@ def _sample_geometry(
 
 def _sample_kept(laws: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, ...]:
     """Labels that stay, (B, K), whether the rest is cut out of the image, (B,), and hemispheres that stay, (B, 2)."""
+    ids = torch.as_tensor(protocol.freesurfer_ids)
     strip, without_fluid = draws.chance(laws.skull_strip_prob), draws.chance(0.5)
     head_removal = draws.chance(laws.head_removal_prob) | photo
     single, right = draws.chance(laws.hemisphere_prob), draws.chance(0.0 if laws.left_hemisphere else 0.5)
     removed = (strip | head_removal | single)[:, None] & ~torch.as_tensor(protocol.is_brain)
     # Fluid around the brain looks like what is outside: half of the extractions lose it, dissected brains always do.
-    removed |= ((strip & without_fluid) | head_removal)[:, None] & _one_of(protocol, CSF_ID)
+    removed |= ((strip & without_fluid) | head_removal)[:, None] & (ids == CSF_ID)
     sides = torch.tensor([("none", "left", "right").index(s.side) for s in protocol.structures])
-    cerebrum = (sides == torch.where(right, 2, 1)[:, None]) & ~_one_of(protocol, *CEREBELLUM_IDS)
+    cerebrum = (sides == torch.where(right, 2, 1)[:, None]) & ~torch.isin(ids, torch.tensor(CEREBELLUM_IDS))
     removed |= single[:, None] & ~cerebrum
     hemispheres = torch.stack([~(single & right), ~(single & ~right)], 1)
     return (~removed).float(), strip & ~head_removal, hemispheres
@@ -184,8 +173,8 @@ def _sample_appearance(
     mean, std, is_ct, brighter = _sample_contrast(laws, draws, protocol, window, photo_mm > 0)
     # The synthetic image or one of the present real ones, or a mixture in place of the synthetic image.
     chosen = draws.choose(torch.tensor(laws.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
-    alone = torch.nn.functional.one_hot(chosen, len(IMAGES) + 1).float()
-    shares = draws.uniform((0.0, 1.0), len(IMAGES) + 1) * present
+    alone = torch.nn.functional.one_hot(chosen, len(acquisition.IMAGES) + 1).float()
+    shares = draws.uniform((0.0, 1.0), len(acquisition.IMAGES) + 1) * present
     mixed = draws.chance(laws.mixup_prob) & (chosen == 0)
     blend = torch.where(mixed[:, None], shares / shares.sum(1, keepdim=True), alone)
     is_ct = torch.where(blend[:, 0] > 0, is_ct, blend[:, -1] == 1)
@@ -195,21 +184,24 @@ def _sample_appearance(
     ghosts = draws.one_axis() & draws.chance(laws.ghost_prob)[:, None]
     bias_std = draws.uniform(laws.bias_log_std) * ~is_ct
     noise_std = torch.where(real, draws.uniform(laws.real_noise_std), draws.uniform(laws.noise_std))
-    clusters = len(QUARTILES) + 1 if laws.head_cluster_prob > 0 else 0
+    clusters = len(acquisition.QUARTILES) + 1 if laws.head_cluster_prob > 0 else 0
     cluster_std = draws.uniform(laws.head_cluster_std, 1) * draws.chance(laws.head_cluster_prob)[:, None]
     return AppearanceParams(
         mean=mean,
         std=std * voxel_mm**-1.5,  # white noise of a voxel is less in a larger one: the law is that of 1 mm
-        cluster_field=draws.normal(1, *_columns(size, laws.head_cluster_spacing_mm[0] / voxel_mm)),
+        cluster_field=draws.normal(
+            1, *separable.count_control_points(size, laws.head_cluster_spacing_mm[0] / voxel_mm)
+        ),
         cluster_spacing=draws.uniform(laws.head_cluster_spacing_mm, 1).expand(-1, 3) / voxel_mm,
         cluster_offset=draws.normal(clusters) * cluster_std,
         is_head=torch.as_tensor(protocol.is_head).float(),
         blend=blend,
         ct_window=window,
-        lesion_goal=torch.where(torch.where(real, ~dark_in_real, brighter), INTENSITY_TOP, 0.0),
+        lesion_goal=torch.where(torch.where(real, ~dark_in_real, brighter), acquisition.INTENSITY_TOP, 0.0),
         lesion_change=draws.uniform(laws.lesion_change),
         gamma=(laws.gamma_log_std * draws.normal()).exp(),
-        bias=draws.normal(1, *_columns(size, laws.bias_spacing_mm[0] / voxel_mm)) * bias_std.reshape(-1, 1, 1, 1, 1),
+        bias=draws.normal(1, *separable.count_control_points(size, laws.bias_spacing_mm[0] / voxel_mm))
+        * bias_std.reshape(-1, 1, 1, 1, 1),
         bias_spacing=draws.uniform(laws.bias_spacing_mm, 1).expand(-1, 3) / voxel_mm,
         spacing=spacing,
         sigma=sigma,
@@ -236,7 +228,7 @@ def _sample_contrast(
     chosen = draws.choose(torch.ones(len(laws.contrast_priors)))
     is_ct = torch.zeros_like(use_prior)
     if laws.contrast_prior_prob > 0:
-        prior, spread = (table[chosen] for table in read_contrasts(laws.contrast_priors, protocol))
+        prior, spread = (table[chosen] for table in acquisition.read_contrasts(laws.contrast_priors, protocol))
         is_ct = use_prior & torch.tensor([name == "CT" for name in laws.contrast_priors])[chosen]
         like = prior + laws.contrast_prior_spread * spread * jitter
         in_window = (like - window[:, :1]) / (window[:, 1:] - window[:, :1]) * top

@@ -1,5 +1,6 @@
-"""One draw and its rendering behind one call."""
+"""One draw and its rendering behind one call; and a draw in words."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -123,3 +124,23 @@ class Synthesizer:
                 images.append(convert_to_tensor(self.image_transform(image), track_meta=False))
             out["image"] = intensity.normalise_percentiles(torch.stack(images))
         return out
+
+
+def describe(params: SynthesisParams, number: int) -> str:
+    """What was drawn for a sample of the first subject, in a few lines."""
+    geometry, look = params.geometry, params.appearances[number]
+    shares = zip(("synthetic", *IMAGES), look.blend[0], strict=True)
+    left, _, right = torch.linalg.svd(geometry.matrix[0])  # the nearest rotation, by the polar decomposition
+    turn = math.degrees(math.acos(max(-1.0, min(1.0, float(((left @ right).trace() - 1) / 2)))))
+    events = {"mirrored": geometry.mirror[0], "stripped": geometry.stripped[0], "defaced": geometry.face[0].any()}
+    events |= {"ghosts": look.ghost_strength[0].any(), "lesions": geometry.lesion_coverage[0] > 0}
+    facts = [
+        " + ".join(f"{float(share):.2f} {name}" if share < 1 else name for name, share in shares if share > 0),
+        " x ".join(f"{float(v) * geometry.voxel_mm:.1f}" for v in look.spacing[0]) + " mm",
+        f"turned {turn:.0f} deg, scaled {float(torch.linalg.det(geometry.matrix[0])) ** (1 / 3):.2f}",
+        f"velocity {float(geometry.velocity[0].std()) * geometry.voxel_mm:.1f} mm",
+        f"bias {float(look.bias[0].std()):.2f}, gamma {float(look.gamma[0]):.2f}",
+        f"noise {float(look.noise_std[0]):.1f}{' Rician' if look.rician[0] else ''}",
+        ", ".join(name for name, happened in events.items() if happened),
+    ]
+    return "\n".join(facts)
