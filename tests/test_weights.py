@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool3d, interpolate
 
 from brainfm_monai.networks import AdditiveUNet, MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.weights import load_coarse_weights, load_weights, read_state_dict
+from brainfm_monai.weights import load_pretrained, load_weights, read_state_dict
 
 
 def network(channels: int = 3) -> nn.Module:
@@ -88,7 +88,7 @@ def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: 
     fine = MultiTaskNet(TwoScaleUNet(features=(8, 16, 32, 64)), all_tasks).eval()
     torch.save(coarse.state_dict(), tmp_path / "coarse.pt")
     fresh = fine.head.weight.detach()[all_tasks.slices["T1w"]].clone()
-    assert load_coarse_weights(fine, tmp_path / "coarse.pt", first) == ["T1w"]
+    assert load_pretrained(fine, tmp_path / "coarse.pt", first) == ["T1w"]
     image = torch.rand(1, 1, 16, 16, 16)
     expected = first.split(interpolate(coarse(avg_pool3d(image, 2)), scale_factor=2))
     found = all_tasks.split(fine(image))
@@ -97,7 +97,7 @@ def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: 
     assert torch.equal(fine.head.weight[all_tasks.slices["T1w"]], fresh)
 
     before = {name: tensor.clone() for name, tensor in fine.state_dict().items()}
-    assert load_coarse_weights(fine, "") == []
+    assert load_pretrained(fine, "") == []
     state = coarse.state_dict()
     headless = {key: value for key, value in state.items() if not key.startswith("head.")}
     for name, content, message in (
@@ -106,9 +106,9 @@ def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: 
     ):
         torch.save(content, tmp_path / f"{name}.pt")
         with pytest.raises(ValueError, match=rf"{name}\.pt: .*{message}"):
-            load_coarse_weights(fine, tmp_path / f"{name}.pt", first)
+            load_pretrained(fine, tmp_path / f"{name}.pt", first)
     with pytest.raises(ValueError, match=r"coarse\.pt: the head must have the 48 channels of .*, found 47"):
-        load_coarse_weights(fine, tmp_path / "coarse.pt")  # rows of another layout are never copied by number
+        load_pretrained(fine, tmp_path / "coarse.pt")  # rows of another layout are never copied by number
     with pytest.raises(FileNotFoundError, match=r"absent\.pt: a file of weights is needed, found no such file"):
-        load_coarse_weights(fine, tmp_path / "absent.pt")
+        load_pretrained(fine, tmp_path / "absent.pt")
     assert all(torch.equal(before[name], tensor) for name, tensor in fine.state_dict().items())

@@ -15,7 +15,7 @@ from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights.published import load_published
 
-__all__ = ["load_coarse_weights", "load_pretrained", "load_weights", "make_pretrained", "read_state_dict"]
+__all__ = ["load_pretrained", "load_weights", "make_pretrained", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +84,13 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
 
     Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name; those of
     other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a residual to the
-    input, differs from ours and is left out.
+    input, differs from ours and is left out. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start from the weights of its
+    coarse network, an ``AdditiveUNet``: its first output is that of the coarse network, each voxel repeated.
 
     Args:
         network: network whose weights are overwritten.
         path: plain state dict of a ``MultiTaskNet``, or a published checkpoint, see
-            :func:`~brainfm_monai.weights.load_published`.
+            :func:`~brainfm_monai.weights.load_published`; empty: nothing is done.
         layout: layout of a plain state dict, which does not contain it; ``None``: that of the network.
 
     Returns:
@@ -100,9 +101,11 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         ValueError: if the file is neither, the layout is not that of its head, or a tensor of the backbone is missing or of
             another shape.
     """
-    skipped = ""
+    if not str(path):
+        return []
+    source, skipped = layout or network.layout, ""
     try:
-        given, source = read_state_dict(path), layout or network.layout
+        given = read_state_dict(path)
     except ValueError as plain:
         try:
             published = load_published(path)
@@ -111,45 +114,12 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
             message = f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
             raise ValueError(message) from error
         given, source, skipped = published.network.state_dict(), published.layout, "super_resolution"
-    return _load_part(path, network, source, given, "backbone.", skipped)
-
-
-def load_coarse_weights(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
-    """Start a two-scale network from a coarse one: its first output is that of the coarse network, each voxel repeated.
-
-    Args:
-        network: :class:`~brainfm_monai.networks.MultiTaskNet` over a :class:`~brainfm_monai.networks.TwoScaleUNet`.
-        path: plain state dict of the coarse network, a ``MultiTaskNet`` over an ``AdditiveUNet``; empty: nothing is done.
-        layout: layout of the coarse network; ``None``: that of the network.
-
-    Returns:
-        Names of the head's channels that the coarse network does not have; they keep their values.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see :func:`load_pretrained`.
-    """
-    if not str(path):
-        return []
-    return _load_part(path, network, layout or network.layout, read_state_dict(path), "backbone.coarse.")
-
-
-def _load_part(
-    path: str | Path, network: MultiTaskNet, layout: TaskLayout, given: Mapping[str, Tensor], prefix: str, skipped: str = ""
-) -> list[str]:  # fmt: skip
-    """Load the backbone under a prefix and the channels that both layouts have, whose weights of other features are 0."""
-    pairs = _match_channels(path, network.layout, layout, given, skipped)
+    pairs = _match_channels(path, network.layout, source, given, skipped)
     state = network.state_dict()
-    for key in (key for key in state if key.startswith(prefix)):
-        source = key.replace(prefix, "backbone.")
-        if source not in given or given[source].shape != state[key].shape:
-            found = f"one of {tuple(given[source].shape)}" if source in given else "none"
-            rule = f"{path}: the weights must fit the network's backbone"
-            raise ValueError(f"{rule}, found {found} for '{source}' of {tuple(state[key].shape)}")
-        state[key] = given[source]
+    _copy_backbone(path, state, given)
     rows, sources = list(pairs), list(pairs.values())
     weight, bias = state["head.weight"].clone(), state["head.bias"].clone()
-    weight[rows] = 0
+    weight[rows] = 0  # for the features that a coarse network does not have
     weight[rows, -given["head.weight"].shape[1] :] = given["head.weight"][sources].to(weight)
     bias[rows] = given["head.bias"][sources].to(bias)
     network.load_state_dict({**state, "head.weight": weight, "head.bias": bias})
@@ -157,6 +127,20 @@ def _load_part(
     new = ", ".join(missing) or "none"
     logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
     return missing
+
+
+def _copy_backbone(path: str | Path, state: dict[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Take the tensors of the backbone, or those of its coarse network if the weights have no fine level."""
+    coarse = "backbone.coarse."
+    starts = any(key.startswith(coarse) for key in state) and not any(key.startswith(coarse) for key in given)
+    prefix = coarse if starts else "backbone."
+    for key in (key for key in state if key.startswith(prefix)):
+        name = key.replace(prefix, "backbone.")
+        if name not in given or given[name].shape != state[key].shape:
+            found = f"one of {tuple(given[name].shape)}" if name in given else "none"
+            rule = f"{path}: the weights must fit the network's backbone"
+            raise ValueError(f"{rule}, found {found} for '{name}' of {tuple(state[key].shape)}")
+        state[key] = given[name]
 
 
 def _match_channels(

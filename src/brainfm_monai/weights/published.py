@@ -33,9 +33,7 @@ class _Format:
     """A published format; ``template_space``, ``input`` and ``licence`` as in :class:`WeightsInfo`."""
 
     heads: dict[str, tuple[str, ...]]  # the heads of the file that a task is made of, in the order of its channels
-    names: tuple[
-        tuple[str, str], ...
-    ]  # pattern of a tensor's name in the file (units from 1), and its name in the backbone
+    words: dict[str, str]  # words of a tensor's name in the file, and what they are in the backbone
     image_kernel: str  # name of the kernel that sees the image
     level_kernel: str  # name of the kernel whose outputs are the channels of a level
     template_space: str
@@ -50,10 +48,7 @@ FORMATS = {
             "log_bias_field": ("bias_field_log",), "distance": ("distance",), "mni": ("registration",),
             "super_resolution": ("high_res_residual",),
         },
-        (
-            (r"(encoders|decoders)\.(\d+)\.basic_module\.SingleConv([12])\.groupnorm\.(weight|bias)", "{0}.{1}.{unit}.0.{3}"),
-            (r"(encoders|decoders)\.(\d+)\.basic_module\.SingleConv([12])\.conv\.(weight)", "{0}.{1}.{unit}.1.{3}"),
-        ),
+        {"SingleConv1": "0", "SingleConv2": "1", "groupnorm": "0", "conv": "1"},
         "encoders.0.0.1.weight", "encoders.{}.1.1.weight",
         "RAS mm of the atlas gca.mgz of the BrainFM repository (FreeSurfer's GCA mean; not MNI152)",
         "minimum and maximum of the scan to 0 and 1",
@@ -64,15 +59,10 @@ FORMATS = {
             "segmentation": ("seg",), "T1w": ("T1",), "T2w": ("T2",), "FLAIR": ("FLAIR",),
             "distance": ("LP", "LW", "RP", "RW"), "mni": ("reg",),
         },
-        (
-            (r"(encoders)\.(\d+)\.basic_module\.conv(1)\.(weight|bias)", "{0}.{1}.projection.{3}"),
-            (r"(encoders)\.(\d+)\.basic_module\.conv(2)\.conv\.(weight)", "{0}.{1}.first.0.{3}"),
-            (r"(encoders)\.(\d+)\.basic_module\.conv(2)\.groupnorm\.(weight|bias)", "{0}.{1}.first.1.{3}"),
-            (r"(encoders)\.(\d+)\.basic_module\.conv(3)\.conv\.(weight)", "{0}.{1}.second.0.{3}"),
-            (r"(encoders)\.(\d+)\.basic_module\.conv(3)\.groupnorm\.(weight|bias)", "{0}.{1}.second.1.{3}"),
-            (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.conv\.(weight)", "{0}.{1}.{unit}.0.{3}"),
-            (r"(decoders)\.(\d+)\.basic_module\.SingleConv([12])\.groupnorm\.(weight|bias)", "{0}.{1}.{unit}.1.{3}"),
-        ),
+        {
+            "conv1": "projection", "conv2": "first", "conv3": "second", "SingleConv1": "0", "SingleConv2": "1",
+            "conv": "0", "groupnorm": "1",
+        },
         "encoders.0.projection.weight", "encoders.{}.projection.weight",
         "RAS mm of the symmetric MNI atlas of mri_super_synth", "divided by the maximum of the scan",
         "FreeSurfer software licence: you fetched the file, and its terms hold for what is made of it",
@@ -179,7 +169,13 @@ def _assemble(
 ) -> tuple[MultiTaskNet, list[str]]:
     """Network with the heads of those tasks of which weight and bias of every part are in the file, and unused names."""
     kind, kinds = FORMATS[name], ("weight", "bias")
-    state, ignored = _rename(groups.pop("backbone"), kind)
+    state: Tensors = {}
+    ignored: list[str] = []
+    for key, tensor in groups.pop("backbone").items():
+        if "basic_module" in key:
+            state[".".join(kind.words.get(word, word) for word in key.split(".") if word != "basic_module")] = tensor
+        else:
+            ignored.append(key)
     in_channels, features = _widths(state, kind)
     heads: dict[str, Tensors] = {}
     for task, parts in kind.heads.items():
@@ -206,19 +202,6 @@ def _tensors(content: Mapping[Any, Any]) -> Tensors:
     """Tensors of a state dict, without the prefix of DistributedDataParallel."""
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     return {re.sub(r"^(module\.)+", "", key): value for key, value in tensors.items()}
-
-
-def _rename(tensors: Tensors, kind: _Format) -> tuple[Tensors, list[str]]:
-    """Tensors under the backbone's names, and the names that are not the backbone's."""
-    renamed, ignored = {}, []
-    for key, value in tensors.items():
-        matches = ((re.fullmatch(pattern, key), name) for pattern, name in kind.names)
-        match, name = next((pair for pair in matches if pair[0]), (None, ""))
-        if match:
-            renamed[name.format(*match.groups(), unit=int(match[3]) - 1)] = value
-        else:
-            ignored.append(key)
-    return renamed, ignored
 
 
 def _widths(state: Tensors, kind: _Format) -> tuple[int, tuple[int, ...]]:
