@@ -246,7 +246,7 @@ def test_rate_rises_stays_and_falls() -> None:
 
 def test_a_budget_of_time_ends_the_training_with_the_rate_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [0.0]
-    monkeypatch.setattr("brainfm_monai.engines.schedules.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("brainfm_monai.engines.optimizers.time.monotonic", lambda: seconds[0])
 
     def run(state: dict[str, float] | None, stop: int | None = None) -> tuple[TimeBudget, list[float], int]:
         budget = TimeBudget(2.0)

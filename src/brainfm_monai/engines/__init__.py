@@ -2,8 +2,7 @@
 
 from brainfm_monai.engines.batches import DrawnSubjects, DrawSampler, SynthesisPrepareBatch
 from brainfm_monai.engines.nonfinite import NonFiniteStop
-from brainfm_monai.engines.optimizers import MuonAdamW, make_ema_multi_avg_fn
-from brainfm_monai.engines.schedules import TimeBudget, make_warmup_stable_decay
+from brainfm_monai.engines.optimizers import MuonAdamW, TimeBudget, make_ema_multi_avg_fn, make_warmup_stable_decay
 from brainfm_monai.engines.trainer import (
     MultiTaskTrainer,
     check_shards,

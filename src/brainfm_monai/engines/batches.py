@@ -105,8 +105,7 @@ class SynthesisPrepareBatch(PrepareBatch):
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 
         Raises:
-            ValueError: if the subjects' generation labels follow different protocols; ``accumulation`` parts of one subject each
-                may.
+            ValueError: if the subjects' generation labels follow different protocols (``accumulation`` parts of one subject may).
         """
         subject = {
             key: convert_to_tensor(batchdata[key], track_meta=False).to(device=device, non_blocking=non_blocking)

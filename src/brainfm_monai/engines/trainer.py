@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from brainfm_monai.engines.batches import DrawSampler
-from brainfm_monai.engines.schedules import TimeBudget
+from brainfm_monai.engines.optimizers import TimeBudget
 from brainfm_monai.networks import MultiTaskNet, checkpoint_activations, parse_precision
 
 __all__ = [
@@ -33,11 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_processes(backend: str | None = None) -> None:
-    """Join the group of processes that torchrun started, unless this process has joined.
-
-    Args:
-        backend: of torch.distributed; nccl where there are GPUs and gloo elsewhere, if not given.
-    """
+    """Join the group of processes that torchrun started, unless this process has joined; nccl with GPUs, else gloo."""
     if idist.backend() is None:
         idist.initialize(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
 
@@ -60,14 +56,7 @@ def prepare_for_training(
     """A copy of a network for scans in the voxels of its backbone (stride 1), on a device.
 
     The channels of a voxel lie side by side in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32 and 18 %
-    more in bfloat16 (TwoScaleUNet on AVX512).
-
-    Args:
-        network: stays as it is.
-        device: of the training.
-        precision: see :func:`make_grad_scaler`.
-        activation_checkpointing: see :func:`~brainfm_monai.networks.checkpoint_activations`.
-        compile: compile it with ``torch.compile``.
+    more in bfloat16 (TwoScaleUNet on AVX512). See also :func:`~brainfm_monai.networks.checkpoint_activations`.
     """
     device = torch.device(device)
     trained = copy.deepcopy(network).to(device)
@@ -83,10 +72,6 @@ def prepare_for_training(
 
 def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch.amp.GradScaler:
     """Scaler of the loss for float16, whose gradients would vanish without; in other precisions it does nothing.
-
-    Args:
-        precision: float32, bfloat16 or float16; ``None``: what the device is fast in.
-        device: of the training.
 
     Reference:
         Micikevicius et al., Mixed precision training, ICLR 2018.
@@ -197,11 +182,7 @@ class MultiTaskTrainer(SupervisedTrainer):
         return loss.detach()
 
     def _step(self) -> Tensor:
-        """Step of the optimizer, unless something is not finite.
-
-        Returns:
-            Norm of all gradients before clipping, the same in all processes.
-        """
+        """Step of the optimizer, unless something is not finite; norm of all gradients before clipping, the same in all processes."""
         for p in self.other_parameters if idist.get_world_size() > 1 else []:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad = cast(Tensor, idist.all_reduce(grad)) / idist.get_world_size()

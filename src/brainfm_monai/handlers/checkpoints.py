@@ -30,24 +30,21 @@ class TrainingCheckpoint:
     Args:
         save_dir: folder of the checkpoints, ``training_checkpoint_<iteration>.pt``.
         to_save: objects with ``state_dict`` and ``load_state_dict``, by name; the trainer itself is added.
-        interval: epochs between two checkpoints.
-        iterations: iterations between two further ones, for long epochs; none if not given.
+        iterations: iterations between two further checkpoints, for long epochs; none if not given.
         n_saved: number of checkpoints to keep.
     """
 
     def __init__(
-        self, save_dir: str | Path, to_save: Mapping[str, Any], interval: int = 1, iterations: int | None = None,
-        n_saved: int = 2,
-    ) -> None:  # fmt: skip
-        self.save_dir, self.to_save = Path(save_dir), dict(to_save)
-        self.interval, self.iterations, self.n_saved = interval, iterations, n_saved
+        self, save_dir: str | Path, to_save: Mapping[str, Any], iterations: int | None = None, n_saved: int = 2
+    ) -> None:
+        self.save_dir, self.to_save, self.iterations, self.n_saved = Path(save_dir), dict(to_save), iterations, n_saved
         self._random: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after the handlers whose work belongs in the checkpoint."""
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.ITERATION_STARTED, self._restore_random)
-        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         if self.iterations is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.iterations), self._save_within_epoch)
 

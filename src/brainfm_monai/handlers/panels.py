@@ -26,13 +26,7 @@ class ValidationPanels:
     """Draws the first subjects of every validation, into the folder of the run and into TensorBoard.
 
     A row is a plane through the middle: axial, coronal, sagittal, in the radiological convention. Columns are the input and, for
-    every task, prediction and target, drawn as the table of tasks says.
-
-    Args:
-        layout: names the channels of the prediction.
-        output_dir: folder; pictures go into ``panels`` there.
-        summary_writer: of TensorBoard; nothing is written there without.
-        count: subjects that are drawn.
+    every task, prediction and target, drawn as the table of tasks says. Files go into ``panels`` in the folder.
     """
 
     def __init__(self, layout: TaskLayout, output_dir: str | Path, summary_writer: Any = None, count: int = 2) -> None:
@@ -57,16 +51,13 @@ class ValidationPanels:
 
 
 def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], layout: TaskLayout) -> np.ndarray:
-    """One picture of a sample.
+    """One picture of a sample, RGB of shape (rows, columns, 3), uint8.
 
     Args:
         image: shape (1, H, W, D), in [0, 1].
         pred: shape (layout.channels, H, W, D).
         target: by task (C, H, W, D); ``available_<task>`` where 0 takes the target out.
         layout: names the channels.
-
-    Returns:
-        RGB, shape (rows, columns, 3), uint8.
     """
     columns: list[tuple[str, Task, Tensor]] = []
     for name, output in layout.split(pred[None]).items():

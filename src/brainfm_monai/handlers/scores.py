@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from brainfm_monai.tasks import TaskLayout
 
 __all__ = ["SegmentationDice", "TaskErrors"]
 
-PRED_LABEL = from_engine(["pred", "label"])
 NAMES = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
 
 
@@ -27,17 +26,13 @@ class TaskErrors(Metric):
     ``distance_mae_mm``, ``mni_error_mm`` and ``log_bias_error`` (normalised L2) are those of the evaluation, see
     :mod:`brainfm_monai.metrics.fields`; ``<image>_mae`` is the mean absolute error in the head, in the unit of the files. A task
     of another kind has none.
-
-    Args:
-        layout: names the channels of the prediction.
-        output_transform: from the engine's output to (prediction, targets); ``pred`` and ``label`` if not given.
     """
 
     mode: Any = "flatten"  # of ignite: how a dictionary of results enters the metrics of the engine
 
-    def __init__(self, layout: TaskLayout, output_transform: Callable[[Any], Any] = PRED_LABEL) -> None:
+    def __init__(self, layout: TaskLayout) -> None:
         self.layout, self.names = layout, self._name_scores(layout)
-        super().__init__(output_transform=output_transform, metrics_result_mode=self.mode)
+        super().__init__(output_transform=from_engine(["pred", "label"]), metrics_result_mode=self.mode)
 
     def _name_scores(self, layout: TaskLayout) -> dict[str, str]:
         """Name of the score of every task that has one."""
@@ -84,7 +79,7 @@ class TaskErrors(Metric):
 class SegmentationDice(TaskErrors):
     """Mean hard Dice over the foreground structures that occur in the reference, over all samples of all processes.
 
-    A sample that shows no structure does not count. Arguments: see :class:`TaskErrors`.
+    A sample that shows no structure does not count.
     """
 
     mode = "both"

@@ -28,11 +28,7 @@ class TrainingStatistics:
     They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``, ``learning_rate``,
     ``samples_per_second`` of all processes since the last time, without validation, and ``memory_gib``, the most that this
     process has held: of the GPU, or of the computer where there is none (not on Windows). Handlers that log them come after it.
-
-    Args:
-        loss_function: names the tasks.
-        optimizer: has the learning rate.
-        interval: iterations between two; each waits for the device.
+    Each reading, after ``interval`` iterations, waits for the device.
     """
 
     def __init__(self, loss_function: MultiTaskLoss, optimizer: Optimizer, interval: int = 1) -> None:

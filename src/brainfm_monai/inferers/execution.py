@@ -25,14 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class AutocastInferer(SimpleInferer):
-    """Give the network the whole batch under autocast, in training and in validation.
-
-    Args:
-        precision: see :func:`~brainfm_monai.networks.parse_precision`.
-
-    Raises:
-        ValueError: if there is no such precision.
-    """
+    """Give the network the whole batch under autocast; precision and errors: :func:`~brainfm_monai.networks.parse_precision`."""
 
     def __init__(self, precision: str | None = None) -> None:
         super().__init__()
@@ -64,11 +57,7 @@ def choose_memory(image: Tensor, network: object) -> str:
 
     Mode ``full`` is taken to need 4 bytes * voxels * (2 * channels of the output + 8 * features / stride^3); of a network that
     is no :class:`MultiTaskNet`, the widest convolution counts as its features. Mode ``low`` serves networks with a stride and
-    the U-Nets of published checkpoints, ``windows`` all other networks.
-
-    Args:
-        image: shape (1, 1, H, W, D), on the device that computes.
-        network: network that will run.
+    the U-Nets of published checkpoints, ``windows`` all other networks. The image, (1, 1, H, W, D), is on the device that computes.
     """
     if isinstance(network, MultiTaskNet):
         channels, features = network.layout.channels, network.head.in_channels / network.stride**3

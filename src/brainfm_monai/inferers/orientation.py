@@ -38,15 +38,10 @@ ENDS = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 
 @dataclass(frozen=True)
 class Turn:
-    """One of the 24 ways to turn a volume by right angles; a mirror is none of them.
+    """One of the 24 ways to turn a volume by right angles; a mirror is none of them."""
 
-    Attributes:
-        axes: axis of the given volume that becomes each axis of the turned one.
-        signs: -1 where its direction changes.
-    """
-
-    axes: tuple[int, ...] = (0, 1, 2)
-    signs: tuple[int, ...] = (1, 1, 1)
+    axes: tuple[int, ...] = (0, 1, 2)  # axis of the given volume that becomes each axis of the turned one
+    signs: tuple[int, ...] = (1, 1, 1)  # -1 where its direction changes
 
     def apply(self, volume: Tensor) -> Tensor:
         """Turn a volume of shape (B, C, H, W, D)."""
@@ -84,15 +79,13 @@ def misfit(brain: Tensor, coordinates: Tensor, voxel_mm: float) -> float:
     """How badly MNI coordinates fit the voxels that they are of: of an upright brain they are nearly an affine map of them.
 
     A network that sees a head from an unknown side gives coordinates that lie together and scatter. The misfit is the median
-    distance from the affine map that fits best, divided by the smallest stretch of that map.
+    distance in mm from the affine map that fits best, divided by the smallest stretch of that map. It is large where there is hardly
+    a brain, or where the map mirrors or turns the brain by more than 60 degrees.
 
     Args:
         brain: mask, shape (H, W, D).
         coordinates: in mm, shape (3, H, W, D).
         voxel_mm: distance of neighbouring voxels.
-
-    Returns:
-        mm; large where there is hardly a brain, or where the map mirrors or turns the brain by more than 60 degrees.
     """
     points = brain.nonzero().double().cpu().numpy() * voxel_mm
     if len(points) * voxel_mm**3 < MINIMUM_POINTS:
@@ -155,13 +148,7 @@ class OrientationInferer(Inferer):
         return MetaTensor(upright).copy_meta_from(output) if isinstance(output, MetaTensor) else upright
 
     def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> Turn | None:
-        """The turn that fits the anatomy clearly better than the axes of the image, (1, 1, H, W, D); None if there is none.
-
-        Args:
-            image: intensities in [0, 1], voxels of 1 mm.
-            network: in evaluation mode.
-            first_mm: misfit of the image as it is.
-        """
+        """The turn that fits the anatomy better than the axes of the image, (1, 1, H, W, D), with a misfit of so many mm, if any."""
         head = image[:, :, *head_box(image)]
         if min(head.shape[2:]) < network.stride * COARSE:
             return None  # too thin to be seen in coarse voxels

@@ -31,6 +31,7 @@ SEARCH_PLANES = 16  # of the backbone's grid, in which the brain is looked for a
 PLANES = 4  # of the backbone's grid, decoded at a time: 56 channels of 4 planes of 2 mm are interpolated to 0.1 GB
 MIRROR_AXIS = 2  # left-right in RAS+ order
 
+Maps = Iterator[tuple[slice, Tensor]]  # planes of the output, and the maps there
 Planes = Callable[[int, int], Tensor]  # returns the maps of the planes from a to b of the backbone's grid
 
 
@@ -81,10 +82,9 @@ class TwoStageInferer(Inferer):
         self.size_mm, self.sigma_mm = tuple(size_mm), sigma_mm
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Map images (B, 1, H, W, D) in RAS+ order with voxels of 1 mm, intensities in [0, 1], to maps; metadata are kept.
+        """Map images (B, 1, H, W, D) in RAS+ order with voxels of 1 mm, intensities in [0, 1], to (B, layout.channels, H, W, D).
 
-        Returns:
-            Float32 of shape (B, layout.channels, H, W, D); in mode ``low`` (B, layout.label_channels, H, W, D).
+        In mode ``low`` the channels are ``layout.label_channels``. Maps are float32, metadata are kept.
 
         Raises:
             ValueError: if mode ``low`` or ``second_look`` is asked of a network that is no ``MultiTaskNet``.
@@ -123,8 +123,7 @@ class TwoStageInferer(Inferer):
         fill = torch.tensor(values, device=image.device).reshape(1, -1, 1, 1, 1)
         return fill.expand(-1, -1, *image.shape[2:]).clone()
 
-    def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Iterator[tuple[slice, Tensor]]:
-        """Planes of the output, and the maps there."""
+    def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Maps:
         if isinstance(network, MultiTaskNet):
             encode = self._make_encoder(network.backbone, memory, ROI_SIZE // network.stride)
             image = network.pool(image)  # the image itself is freed
@@ -214,9 +213,7 @@ class TwoStageInferer(Inferer):
         labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
         return torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
 
-    def _decode(
-        self, read: Planes, network: MultiTaskNet, size: Sequence[int], decide: bool
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def _decode(self, read: Planes, network: MultiTaskNet, size: Sequence[int], decide: bool) -> Maps:
         """Interpolation to the image's grid and the choice of a label, a few planes at a time."""
         stride = network.stride
         context = 0 if stride == 1 else 1  # plane on each side that the interpolation reads
@@ -259,16 +256,9 @@ def edge_ramp(size: Sequence[int], width: float) -> Tensor:
 
 
 def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm: float) -> Tensor:
-    """The affine map that fits coordinates best, plus what a Gaussian over a mask leaves of the rest.
+    """The affine map that fits coordinates of the template, (3, H, W, D), best, plus the rest smoothed over a mask, (H, W, D).
 
-    Args:
-        coordinates: of the template, shape (3, H, W, D).
-        mask: voxels that count, shape (H, W, D).
-        sigma: standard deviation of the Gaussian, in voxels.
-        voxel_mm: size of a voxel.
-
-    Returns:
-        Shape (3, H, W, D), defined everywhere.
+    The standard deviation of the Gaussian is in voxels. The result has the shape of the coordinates and is defined everywhere.
     """
     step = max(round(STEP_MM / voxel_mm), 1)
     axes = (torch.arange(n, device=mask.device) for n in mask.shape)

@@ -37,11 +37,7 @@ def reduced_precision(device: torch.device) -> torch.dtype:
 
 
 def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
-    """Element type by its name.
-
-    Args:
-        precision: float32, bfloat16 or float16; ``None``: the type of :func:`reduced_precision`.
-        device: device that runs the network.
+    """Element type by its name, float32, bfloat16 or float16; ``None``: the type of :func:`reduced_precision`.
 
     Raises:
         ValueError: if the name is another.
@@ -61,12 +57,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def prepare_network(network: nn.Module, device: torch.device, compile: bool = False) -> nn.Module:
-    """Move a network to its device, in evaluation mode, with the channels of a voxel side by side in memory.
+    """Move a network to its device in place, in evaluation mode, with the channels of a voxel side by side in memory.
 
-    Args:
-        network: any network; it is changed in place.
-        device: device that will run the network.
-        compile: compile with ``torch.compile`` what takes the time: the backbone of a :class:`MultiTaskNet`, else the network.
+    Compiled is, with ``torch.compile``, what takes the time: the backbone of a :class:`MultiTaskNet`, else the network.
     """
     network = network.to(device=device, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
     if compile:
@@ -77,10 +70,8 @@ def prepare_network(network: nn.Module, device: torch.device, compile: bool = Fa
 def checkpoint_activations(network: nn.Module) -> None:
     """Let a network keep only what goes into each level of its U-Nets, and compute the rest again for the gradient.
 
-    Names of parameters stay, and so do the numbers. Training takes about a third longer, and a fraction of the memory.
-
-    Args:
-        network: contains this package's U-Nets; it is changed in place.
+    The network is changed in place. Names of parameters stay, and so do the numbers. Training takes about a third longer, and a
+    fraction of the memory.
 
     Raises:
         ValueError: if there is no level in the network; SwinUNETR has an argument ``use_checkpoint`` of its own.

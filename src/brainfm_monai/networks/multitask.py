@@ -79,14 +79,7 @@ class MultiTaskNet(nn.Module):
 
     @torch.jit.export
     def encode(self, image: Tensor) -> Tensor:
-        """Features of an image on the backbone's grid.
-
-        Args:
-            image: shape (B, 1, H, W, D), intensities in [0, 1].
-
-        Returns:
-            Shape (B, head.in_channels, H / stride, W / stride, D / stride).
-        """
+        """Features on the backbone's grid: (B, 1, H, W, D), intensities in [0, 1], to (B, head.in_channels, H / stride, ...)."""
         return self.backbone(self.pool(image))
 
     @torch.jit.export
@@ -123,10 +116,7 @@ class FeatureMap(nn.Module):
 
 
 def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Parameters that an optimizer shall change, each once: those of the modules that are not frozen.
-
-    Args:
-        modules: the network; where weights of tasks are learnt, the loss as well.
+    """Parameters that an optimizer shall change, each once: those of the modules (network, loss) that are not frozen.
 
     Raises:
         ValueError: if there is none.

@@ -31,14 +31,9 @@ def plane_ranges(size: int, per_plane: int, limit: int = CHUNK_BYTES) -> Iterato
 
 
 def encode_by_planes(backbone: UNet, image: Tensor) -> Tensor:
-    """Features of a published U-Net, computed in the element type of the image.
+    """``backbone(image)`` up to rounding, without gradient: (B, C, H, W, D) to (B, backbone.out_channels, H, W, D).
 
-    Args:
-        backbone: network in evaluation mode; no gradient is recorded.
-        image: shape (B, C, H, W, D), float32, float16 or bfloat16.
-
-    Returns:
-        ``backbone(image)`` up to rounding: shape (B, backbone.out_channels, H, W, D), of the image's element type.
+    The backbone is in evaluation mode. It is computed in the element type of the image: float32, float16 or bfloat16.
     """
     if len(image) > 1:
         return torch.cat([encode_by_planes(backbone, sample) for sample in image.split(1)])

@@ -72,11 +72,8 @@ def _to_size(x: Tensor, like: Tensor) -> Tensor:
 class AdditiveUNet(nn.Module):
     """A residual U-Net whose skips are added: image in, feature map of the same size out.
 
-    Every level has two blocks on the way down and one on the way up, the finest level has one on the way down.
-
-    Args:
-        in_channels: channels of the image.
-        features: channels of every level, finest first; multiples of 16 suit the vector units of CPUs.
+    Every level has two blocks on the way down and one on the way up, the finest level has one on the way down. ``features`` are the
+    channels of every level, finest first; multiples of 16 suit the vector units of CPUs.
 
     Raises:
         ValueError: if ``features`` is shorter than two levels.
@@ -102,15 +99,7 @@ class AdditiveUNet(nn.Module):
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
 
     def forward(self, image: Tensor, more: Tensor | None = None) -> Tensor:
-        """Features of an image.
-
-        Args:
-            image: shape (B, in_channels, H, W, D).
-            more: features of the finest level that are added to those of the image, (B, features[0], H, W, D).
-
-        Returns:
-            Shape (B, features[0], H, W, D).
-        """
+        """Map an image (B, in_channels, H, W, D), and features to add to those of the finest level, to (B, features[0], H, W, D)."""
         x = self.stem(image)
         if more is not None:
             x = x + more
@@ -131,11 +120,8 @@ class TwoScaleUNet(nn.Module):
 
     The coarse network meets the same images as when it was trained alone, and its features stand, upsampled, beside those of the
     fine level in the output: a head that was trained on them keeps its worth from the first step. Without it, small structures
-    are lost at the start, and do not come back. What the coarse network gets from the fine level starts at 0.
-
-    Args:
-        in_channels: channels of the image.
-        features: channels of every level, finest first; the first is the fine level, the others are the coarse network.
+    are lost at the start, and do not come back. What the coarse network gets from the fine level starts at 0. ``features`` are the
+    channels of every level, finest first; the first is the fine level, the others are the coarse network.
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (32, 64, 128, 256)) -> None:

@@ -65,14 +65,7 @@ def make_pretrained(
 ) -> MultiTaskNet:  # fmt: skip
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
-    Args:
-        backbone: backbone that the weights were trained with.
-        layout: channels of the new head; its protocol may differ from that of the weights.
-        weights: see :func:`load_pretrained`, as for errors.
-        weights_layout: see :func:`load_pretrained`.
-        stride: see :class:`~brainfm_monai.networks.MultiTaskNet`.
-        freeze_backbone: train the head alone.
-        out_channels: see :class:`~brainfm_monai.networks.MultiTaskNet`.
+    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and path and layout of :func:`load_pretrained`.
     """
     network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels)
     load_pretrained(network, weights, weights_layout)
