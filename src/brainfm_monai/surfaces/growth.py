@@ -40,13 +40,9 @@ class Hemisphere:
 
 
 def grow_hemisphere(
-    white: Tensor,
-    pial: Tensor,
-    opposite_pial: Tensor | None,
-    affine: np.ndarray,
-    levels_mm: Sequence[float] = (0.0, 0.0),
+    white: Tensor, pial: Tensor, opposite_pial: Tensor | None, affine: np.ndarray, levels_mm: Sequence[float] = (0, 0)
 ) -> Hemisphere | None:
-    """White surface of a hemisphere, and the pial surface that grows out of it.
+    """White surface of a hemisphere, and the pial surface that grows out of it; None where no voxel is inside.
 
     The white surface is the zero of its distance, cut to the topology of a sphere. The vertices then follow the gradient of the
     sum of both distances until the pial distance is 0. The gradient turns about at the ridge halfway between two banks: vertices
@@ -58,9 +54,6 @@ def grow_hemisphere(
         opposite_pial: that of the other hemisphere, which the pial surface does not enter; None: there is none.
         affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
         levels_mm: predicted distance at which the true white and the true pial boundary stand: 0 for distances without bias.
-
-    Returns:
-        The surfaces; None where no voxel is inside.
     """
     if opposite_pial is not None:
         pial = torch.maximum(pial, (pial - opposite_pial) / 2)
@@ -81,16 +74,14 @@ def grow_hemisphere(
     step = (np.array(white.shape) - 1) / (np.array(size) - 1)
     edited = torch.from_numpy(level).float() - coarse  # where voxels changed sides
     edited = nnf.interpolate(edited[None, None], size=white.shape, mode="trilinear", align_corners=True)[0, 0]
-    white_vertices = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
-    pial_vertices = _flow(white_vertices, white, pial, voxel_mm)
-    closed = (_sample(pial[None], pial_vertices)[0].abs() > CLOSED_MM).numpy()
+    start = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
+    end = _flow(start, white, pial, voxel_mm)
+    closed = (_sample(pial[None], end)[0].abs() > CLOSED_MM).numpy()
     to_mm = np.array(affine, dtype=np.float64)
     to_mm[:3, 3] += to_mm[:3, :3] @ first
     if np.linalg.det(to_mm[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
         faces = faces[:, ::-1]
-    white_mm, pial_mm = (
-        (v.numpy() @ to_mm[:3, :3].T + to_mm[:3, 3]).astype(np.float32) for v in (white_vertices, pial_vertices)
-    )
+    white_mm, pial_mm = ((v.numpy() @ to_mm[:3, :3].T + to_mm[:3, 3]).astype(np.float32) for v in (start, end))
     return Hemisphere(white_mm, pial_mm, np.ascontiguousarray(faces, dtype=np.int32), closed)
 
 

@@ -60,14 +60,11 @@ def draw_contour(
     """Draw the line in which a surface passes through a slice.
 
     Args:
-        base: picture of the slice, shape (rows, columns, 3), in [0, 1].
+        base: picture of the slice, shape (rows, columns, 3), in [0, 1]; the result has this shape.
         points_mm: RAS mm of its pixels, of the same shape.
         vertices_mm: RAS mm, shape (V, 3).
         faces: shape (F, 3).
         colour: of the line.
-
-    Returns:
-        A picture of the same shape.
     """
     origin = points_mm[0, 0]
     down, right = points_mm[1, 0] - origin, points_mm[0, 1] - origin

@@ -14,7 +14,8 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
-EDGES = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)][1:])  # the seven directions of edges
+CORNERS = np.array(list(np.ndindex(2, 2, 2)))  # of a cube
+EDGES = CORNERS[1:]  # the seven directions of edges
 NEIGHBOURS = np.concatenate([EDGES, -EDGES])
 LEVELS = 32  # groups of voxels of similar level that are added one after the other
 NUDGE = 0.05  # level, in mm, of voxels that were moved across the surface, and least share of an edge before a vertex
@@ -86,10 +87,9 @@ def grow_ball(level: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _tetrahedra() -> list[tuple[np.ndarray, list[list[tuple[int, int]]]]]:
-    """For each tetrahedron of a cube its corners (4, 3), and for each of the 16 cases of corners inside its triangles.
+    """Corners (4, 3) of each tetrahedron of a cube, and for each of the 16 cases of corners inside its triangles.
 
-    A triangle is three edges, each a pair of corners (the first has the lower coordinates), in counter-clockwise order seen from
-    outside.
+    A triangle is three edges, counter-clockwise seen from outside; an edge is two corners, that of lower coordinates first.
     """
     table = []
     for order in permutations(range(3)):
@@ -98,12 +98,9 @@ def _tetrahedra() -> list[tuple[np.ndarray, list[list[tuple[int, int]]]]]:
         for case in range(16):
             within = [i for i in range(4) if case >> i & 1]
             beyond = [i for i in range(4) if not case >> i & 1]
-            ring: list[tuple[int, int]] = []
+            ring = [(i, j) for i in within for j in beyond]
             if len(within) == 2:
-                (a, b), (c, d) = within, beyond
-                ring = [(a, c), (a, d), (b, d), (b, c)]
-            elif within and beyond:
-                ring = [(i, j) for i in within for j in beyond]
+                ring[2:] = ring[:1:-1]  # the four edges one after the other
             middle = [(corners[i] + corners[j]) / 2 for i, j in ring]
             if ring:
                 outwards = corners[beyond].mean(0) - corners[within].mean(0)
@@ -116,41 +113,31 @@ def _tetrahedra() -> list[tuple[np.ndarray, list[list[tuple[int, int]]]]]:
 
 
 def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boundary of the ball inside a level, as triangles.
-
-    Args:
-        level: negative inside, in mm, shape (H, W, D).
+    """Boundary of the ball inside a level (H, W, D), negative inside, in mm, as triangles; see :func:`grow_ball`.
 
     Returns:
         Vertices in voxel indices, shape (V, 3); triangles, shape (F, 3), counter-clockwise seen from the side of positive levels
-        in a right-handed grid; and the level, padded by nothing, of which the vertices are the zeros: voxels that the ball lacks
-        or that were filled have another sign than before.
-
-    Raises:
-        ValueError: see :func:`grow_ball`.
+        in a right-handed grid; and the level of which the vertices are the zeros: voxels that the ball lacks or that were filled
+        have another sign than before.
     """
     cavities = ndimage.binary_fill_holes(level < 0) & (level >= 0)
     level = np.where(cavities, -NUDGE, level)
     level = np.pad(level, 1, constant_values=float(np.abs(level).max()) + NUDGE)
     ball = grow_ball(level)
     level = np.where(ball, np.minimum(level, -NUDGE), np.maximum(level, NUDGE))
-    mixed = np.zeros(tuple(n - 1 for n in level.shape), dtype=np.uint8)
-    for corner in np.ndindex(2, 2, 2):
-        mixed += ball[tuple(slice(c, c + n) for c, n in zip(corner, mixed.shape, strict=True))]
-    cells = np.flatnonzero((mixed > 0) & (mixed < 8))
-    cells = np.ravel_multi_index(np.unravel_index(cells, mixed.shape), level.shape)
     strides = np.array([level.shape[1] * level.shape[2], level.shape[2], 1])
     inside, flat = ball.reshape(-1), level.reshape(-1)
+    surrounding = sum(ball[x : x - 1 or None, y : y - 1 or None, z : z - 1 or None] * 1 for x, y, z in CORNERS)
+    cells = np.argwhere((surrounding > 0) & (surrounding < 8)) @ strides
     codes = []
     for corners, cases in _tetrahedra():
         places = cells[:, None] + corners @ strides
         case = inside[places] @ (1 << np.arange(4))
         for number in range(1, 15):
-            chosen = places[case == number]
-            codes += [
-                np.stack([_edge_code(chosen, corners, *edge) for edge in cases[number][k : k + 3]], axis=-1)
-                for k in range(0, len(cases[number]), 3)
-            ]
+            low, high = np.array(cases[number]).T
+            edges = places[case == number][:, low] * 8 + (corners[high] - corners[low]) @ [4, 2, 1]
+            codes += [edges[:, k : k + 3] for k in range(0, len(low), 3)]
+    # an edge of the grid is one number: its lower voxel, and its direction
     used, faces = np.unique(np.concatenate(codes), return_inverse=True)
     first, direction = used // 8, EDGES[used % 8 - 1]
     second = first + direction @ strides
@@ -158,9 +145,3 @@ def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     start = np.stack(np.unravel_index(first, level.shape), axis=-1)
     vertices = start + position.clip(NUDGE, 1 - NUDGE)[:, None] * direction - 1
     return vertices, faces.reshape(-1, 3), level[1:-1, 1:-1, 1:-1]
-
-
-def _edge_code(places: np.ndarray, corners: np.ndarray, low: int, high: int) -> np.ndarray:
-    """One number for each edge of the grid: its lower voxel, and its direction."""
-    direction = corners[high] - corners[low]
-    return places[:, low] * 8 + int(direction @ [4, 2, 1])
