@@ -20,9 +20,8 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-from brainfm_monai import outputs
-from brainfm_monai.outputs import TEMPLATE_SPACE, warps
-from brainfm_monai.outputs.warps import TO_SCAN, TO_TEMPLATE
+from brainfm_monai.outputs import TEMPLATE_SPACE
+from brainfm_monai.outputs.template import TO_SCAN, TO_TEMPLATE
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
@@ -110,8 +109,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
         nib.save(nib.Nifti1Image(image, affine), folder / f"in/scan{number:02d}.nii")
     template = spot(world_of(TEMPLATE_SHAPE, TEMPLATE_AFFINE), TEMPLATE_BLOB_MM), TEMPLATE_AFFINE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warps, "load_template", lambda: template)
-        patch.setattr(outputs, "load_template", lambda: template)
+        patch.setattr("brainfm_monai.outputs.template.load_template", lambda: template)
         torch.save({"level": torch.zeros(1)}, folder / "none.pt")
         tasks: dict[str, Any] = {"layout#tasks": list(LAYOUT.tasks)}
         workflow = ConfigWorkflow(

@@ -17,8 +17,7 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
-from brainfm_monai import outputs
-from brainfm_monai.outputs import ScanResult, warps
+from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report import view, write_report, write_view
 from brainfm_monai.report.page import compose_page, draw_sections
 from brainfm_monai.tasks import TASKS, TaskLayout
@@ -37,8 +36,7 @@ def small_template() -> Iterator[None]:
         np.array([[4.0, 0, 0, -40], [0, 4, 0, -48], [0, 0, 4, -40], [0, 0, 0, 1]]),
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (outputs, warps):
-            patch.setattr(module, "load_template", lambda: template)
+        patch.setattr("brainfm_monai.outputs.template.load_template", lambda: template)
         yield
 
 

@@ -13,20 +13,18 @@ from brainfm_monai.transforms import MODES
 # By BIDS letter: channel letters of the hemisphere and of the opposite one, FreeSurfer ids of white matter and cortex.
 HEMISPHERES = {"L": ("l", "r", 2, 3), "R": ("r", "l", 41, 42)}
 THICKNESS_STEP_MM = 0.01
-TABLE = (
-    "hemisphere", "surface", "vertices", "faces", "euler_number", "crossing_share", "closed_share", "area_mm2",
-    "volume_mm3", "mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm",
-)  # fmt: skip
+SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
+COLUMNS = (
+    "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3 mean_curvature_per_mm "
+    "mean_thickness_mm median_thickness_mm"
+).split()
 
 
 def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
     """Label the hemispheres as FreeSurfer's ribbon does: 2 and 41 within the white surface, 3 and 42 between it and the pial one.
 
-    Args:
-        distance: signed distances ``lp``, ``lw``, ``rp``, ``rw`` of one shape; a hemisphere may be missing.
-
-    Returns:
-        uint8 array of that shape. Where both hemispheres claim a voxel, the one that it lies deeper in has it.
+    The signed distances ``lp``, ``lw``, ``rp``, ``rw`` have one shape, as the result, uint8; a hemisphere may be missing. Where
+    both hemispheres claim a voxel, the one that it lies deeper in has it.
     """
     shape = next(iter(distance.values())).shape
     ribbon, depth = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
@@ -83,14 +81,11 @@ def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
     They are grown from the distances in the network's grid, where these were computed.
     """
     shown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float())
-    affine, levels_mm = scan.network_affine, scan.settings.surface_levels_mm
-    grown = {
-        letter: surfaces.grow_hemisphere(
-            shown[side + "w"], shown[side + "p"], shown.get(opposite + "p"), affine, levels_mm
-        )
-        for letter, (side, opposite, _, _) in HEMISPHERES.items()
-        if side + "w" in shown
-    }
+    grown = {}
+    for letter, (side, opposite, _, _) in HEMISPHERES.items():
+        if side + "w" in shown:
+            fields = shown[side + "w"], shown[side + "p"], shown.get(opposite + "p")
+            grown[letter] = surfaces.grow_hemisphere(*fields, scan.network_affine, scan.settings.surface_levels_mm)
     return {letter: surface for letter, surface in grown.items() if surface is not None}
 
 
@@ -121,25 +116,22 @@ def write_surfaces(scan: ScanResult) -> None:
                     f"{mean:.3f}", f"{np.median(thickness):.3f}",
                 )
             )  # fmt: skip
-            _save_surface(scan, f"hemi-{letter}_{name}.surf", vertices, faces, euler)
+            _save_gifti(scan, f"hemi-{letter}_{name}.surf", POINTSET=vertices, TRIANGLE=faces)
+            scan.write_sidecar(f"hemi-{letter}_{name}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
             scan.summary[f"euler_number_{letter}_{name}"] = euler
             scan.summary[f"crossing_share_{letter}_{name}"] = round(crossing, 5)
             if name == "white":
-                _save_shape(scan, f"hemi-{letter}_curv", curvature)
-        _save_shape(scan, f"hemi-{letter}_thickness", thickness)
-        _save_shape(scan, f"hemi-{letter}_desc-closed_mask", surface.closed.astype(np.float32))
+                _save_gifti(scan, f"hemi-{letter}_curv.shape", SHAPE=curvature)
+        _save_gifti(scan, f"hemi-{letter}_thickness.shape", SHAPE=thickness)
+        _save_gifti(scan, f"hemi-{letter}_desc-closed_mask.shape", SHAPE=surface.closed.astype(np.float32))
         scan.summary[f"mean_thickness_{letter}_mm"] = round(mean, 3)
-    write_table(scan.path("surfaces.tsv"), TABLE, rows)
+    write_table(scan.path("surfaces.tsv"), COLUMNS, rows)
 
 
-def _save_surface(scan: ScanResult, suffix: str, vertices: np.ndarray, faces: np.ndarray, euler: int) -> None:
-    scanner: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
-    points = nib.gifti.GiftiDataArray(vertices, "NIFTI_INTENT_POINTSET", coordsys=scanner)
-    triangles = nib.gifti.GiftiDataArray(faces, "NIFTI_INTENT_TRIANGLE")
-    nib.save(nib.GiftiImage(darrays=[points, triangles]), scan.path(f"{suffix}.gii"))
-    scan.write_sidecar(suffix, Units="mm, RAS of the scanner", EulerNumber=euler)
-
-
-def _save_shape(scan: ScanResult, suffix: str, values: np.ndarray) -> None:
-    array = nib.gifti.GiftiDataArray(values, "NIFTI_INTENT_SHAPE")
-    nib.save(nib.GiftiImage(darrays=[array]), scan.path(f"{suffix}.shape.gii"))
+def _save_gifti(scan: ScanResult, suffix: str, **arrays: np.ndarray) -> None:
+    """Write arrays by their intent; points lie in the coordinates of the scanner."""
+    data = [
+        nib.gifti.GiftiDataArray(values, f"NIFTI_INTENT_{intent}", coordsys=SCANNER if intent == "POINTSET" else None)
+        for intent, values in arrays.items()
+    ]
+    nib.save(nib.GiftiImage(darrays=data), scan.path(f"{suffix}.gii"))

@@ -1,5 +1,7 @@
 """Maps as files: labels and volumes, synthetic contrasts, bias field, lesions, age, embedding, scales of error."""
 
+from typing import Any
+
 import nibabel as nib
 import numpy as np
 import torch
@@ -22,16 +24,7 @@ FAR_MM = 10  # healthy tissue around a lesion, from which the scan's and the syn
 
 
 def compute_volumes_mm3(labels: np.ndarray, affine: np.ndarray, count: int) -> np.ndarray:
-    """Volume of every label: its number of voxels times the volume of a voxel.
-
-    Args:
-        labels: label map, any shape, integer in [0, count).
-        affine: voxel indices to mm, shape (4, 4).
-        count: number of labels.
-
-    Returns:
-        Volumes in mm^3, shape (count,).
-    """
+    """Volume of each of ``count`` labels in mm^3, shape (count,): its voxels in a label map of any shape times that of a voxel."""
     return np.asarray(np.bincount(labels.reshape(-1), minlength=count) * abs(np.linalg.det(affine[:3, :3])))
 
 
@@ -71,9 +64,10 @@ def write_volumes(scan: ScanResult) -> None:
     hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
     best = hard if soft is None else soft
     totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label]) for s in protocol.structures[1:]
-    ] + [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name]) for name in TOTALS]
+    ]
+    rows += [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name]) for name in TOTALS]
     table = [(*row[:4], ABSENT if soft is None else f"{row[4]:.1f}", f"{row[5]:.1f}") for row in rows]
     write_table(scan.path("volumes.tsv"), ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"), table)
     soft_text = "sum of the structure's probability over the 1 mm voxels of the network"
@@ -83,15 +77,9 @@ def write_volumes(scan: ScanResult) -> None:
     scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in protocol.structures[1:]})
 
 
-def sharpen(image: np.ndarray, strength: float, sigma_mm: float = SHARPEN_SIGMA_MM) -> np.ndarray:
-    """Add the difference from a Gaussian average: image + strength (image - average); 0 changes nothing.
-
-    Args:
-        image: shape (H, W, D), voxels of 1 mm.
-        strength: factor of the difference, from 0.
-        sigma_mm: width of the Gaussian.
-    """
-    return image if strength == 0 else np.asarray(image + strength * (image - ndimage.gaussian_filter(image, sigma_mm)))
+def sharpen(image: np.ndarray, strength: float) -> np.ndarray:
+    """Add the difference from a Gaussian average: image + strength (image - average); 0 changes nothing; voxels of 1 mm."""
+    return image if strength == 0 else image + strength * (image - ndimage.gaussian_filter(image, SHARPEN_SIGMA_MM))
 
 
 def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray, brain: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from nibabel.affines import apply_affine
 from brainfm_monai.io import ABSENT, write_table, write_text
 from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3
 from brainfm_monai.outputs.result import ScanResult, as_json
-from brainfm_monai.outputs.warps import fit_affine_to_template
+from brainfm_monai.outputs.template import fit_affine_to_template
 from brainfm_monai.transforms import MODES
 
 ENTROPY_STEP = 1e-3

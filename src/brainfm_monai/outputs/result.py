@@ -97,7 +97,7 @@ class ScanResult:
         maps: map of every task in the network's grid (1 mm, RAS), shape (C, h, w, d); ``segmentation`` is the label map there.
         soft_volumes_mm3: sum of each label's probability, shape (L,); None where it is not known.
         frame: volume that was taken of a 4-D file.
-        window: intensities that a CT was clipped to; empty: it was not.
+        window: intensities that a CT was clipped to; empty: none.
         lesions: path of a lesion mask that came with the scan; empty: none.
         settings: what was used.
         summary: numbers of the scan for the table over all scans; the functions that write files add to it.
@@ -150,21 +150,16 @@ class ScanResult:
         return resample(self.maps[entry], self.labels.shape, self.affine).cpu().numpy()
 
     def save_image(
-        self,
-        suffix: str,
-        volume: np.ndarray,
-        affine: np.ndarray | None = None,
-        step: float | None = None,
-        **sidecar: Any,
+        self, suffix: str, volume: np.ndarray, affine: np.ndarray | None = None, step: float | None = None, **more: Any
     ) -> None:
-        """Write a NIfTI file and its sidecar.
+        """Write a NIfTI file, ``<suffix>.nii.gz``, and its sidecar.
 
         Args:
-            suffix: end of the file's name, without ``.nii.gz``.
+            suffix: end of the name.
             volume: shape (H, W, D), or (H, W, D, C).
             affine: voxel indices to RAS mm; that of the grid of the files if None.
             step: what is not integer is stored as 16-bit integers times this; None: as many steps as these can tell apart.
-            sidecar: what the sidecar contains beside the settings.
+            more: what the sidecar contains beside the settings.
         """
         values, slope = volume, None
         if not np.issubdtype(volume.dtype, np.integer):
@@ -179,19 +174,17 @@ class ScanResult:
         image.header.set_slope_inter(slope, None if slope is None else 0)
         image.header.set_xyzt_units("mm")
         nib.save(image, self.path(f"{suffix}.nii.gz"))
-        self.write_sidecar(suffix, **sidecar)
+        self.write_sidecar(suffix, **more)
 
     def save_map(
-        self, entry: str, values: np.ndarray, text: str, affine: np.ndarray | None = None, **sidecar: object
+        self, entry: str, values: np.ndarray, text: str, affine: np.ndarray | None = None, **more: Any
     ) -> None:
         """Write a map, (C, H, W, D), under the name, in the unit and in the steps of its row in the table of tasks."""
-        task = self.layout.maps[entry]
-        entries = {"Units": task.output_unit, "Description": text, **sidecar}
+        task, volume = self.layout.maps[entry], values[0]
+        entries = {"Units": task.output_unit, "Description": text, **more}
         if task.channels > 1:
-            entries["Channels"] = list(task.channel_names)
-        self.save_image(
-            task.stem, np.moveaxis(values, 0, -1) if task.channels > 1 else values[0], affine, task.step, **entries
-        )
+            entries["Channels"], volume = list(task.channel_names), np.moveaxis(values, 0, -1)
+        self.save_image(task.stem, volume, affine, task.step, **entries)
 
     def write_sidecar(self, suffix: str, **entries: Any) -> None:
         """Write ``<suffix>.json``: the entries, the source and the settings."""

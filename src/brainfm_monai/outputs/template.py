@@ -1,14 +1,13 @@
-"""From predicted template coordinates to a transform: robust affine fit, smooth residual without folds, and the inverse of both.
-
-All coordinates are RAS mm. A deformation is a :class:`Warp`: for each voxel of a grid the point that it is mapped to.
-"""
+"""From predicted template coordinates to transforms in files: robust affine fit, smooth residual without folds, inverse; RAS mm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from nibabel.affines import apply_affine
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.functional.spatial import warp as sample
+from brainfm_monai.io import write_text
+from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult, once_per_scan
 
 ROUNDS, STILL = 30, 1e-7  # of reweighting, at most; it ends when no element of the matrix moves by more
 HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
@@ -29,12 +30,26 @@ MINIMUM_JACOBIAN = 0.05  # a voxel of the brain that shrinks to less counts as f
 DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual goes to 0, and the affine alone is left
 INVERSION_ROUNDS, INVERSION_TOLERANCE_MM = 60, 0.01
 SLAB = 32  # slices that are resampled at once
+OUTER_FLUID_ID = 24  # around the brain
+RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts to the left and to the back
+TO_TEMPLATE = f"from-scan_to-{TEMPLATE_SPACE}_mode-image"
+TO_SCAN = f"from-{TEMPLATE_SPACE}_to-scan_mode-image"
+DISPLACEMENT_STEP_MM = 2.0**-8  # a power of 2, so that float32 holds the rounded numbers exactly and they compress well
+TEMPLATE_STRIDE = 3  # the warps are smooth: stored every 3 mm
+
+
+@lru_cache(maxsize=1)
+def load_template() -> tuple[np.ndarray, np.ndarray]:
+    """The MNI152 T1 that nilearn ships, brain only, 1 mm: intensities, shape (H, W, D), and affine to RAS mm."""
+    from nilearn.datasets import load_mni152_template  # slow to import
+
+    image: Any = load_mni152_template(resolution=1)
+    return np.asarray(image.get_fdata(dtype=np.float32)), np.asarray(image.affine, dtype=np.float64)
 
 
 def grid_points(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """RAS mm of every voxel, shape (*shape, 3), float32."""
-    index = np.moveaxis(np.indices(shape, dtype=np.float32), 0, -1)
-    return apply_affine(affine, index).astype(np.float32)
+    return apply_affine(affine, np.moveaxis(np.indices(shape, dtype=np.float32), 0, -1)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -67,11 +82,6 @@ class Warp:
         """Map points of shape (..., 3)."""
         return apply_affine(self.matrix, points) + self.residual_at(points)
 
-    @property
-    def displacement(self) -> np.ndarray:
-        """How far each voxel goes, mm in RAS, shape (H, W, D, 3)."""
-        return np.asarray(self.points - grid_points(self.points.shape[:3], self.affine))
-
 
 def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Affine map by least squares in which outliers count little (Huber's function, by reweighting).
@@ -87,8 +97,8 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         ValueError: if the points do not determine it.
     """
     step = max(1, len(source) // SAMPLES)
-    points = np.column_stack([source[::step], np.ones(len(source[::step]))]).astype(np.float64)
     goal = target[::step].astype(np.float64)
+    points = np.column_stack([source[::step], np.ones(len(goal))]).astype(np.float64)
     if len(points) < 4 or np.linalg.matrix_rank(points - points.mean(axis=0), tol=1e-3) < 3:
         raise ValueError(f"affine fit: points that fill a volume are needed, found {len(points)} that do not")
     weight, matrix = np.ones(len(points)), np.eye(4)
@@ -115,10 +125,7 @@ def fit_warp(
         brain: where they are to be believed, bool, shape (H, W, D).
         affine: voxel indices to RAS mm, shape (4, 4).
         matrix: affine map to the template, see :func:`fit_affine`.
-        spacing_vox: voxels per voxel of the result.
-
-    Returns:
-        The map on a coarser grid that covers the given one.
+        spacing_vox: voxels per voxel of the result, whose grid covers the given one.
     """
     coarse = affine @ np.diag([spacing_vox] * 3 + [1.0])
     cut = (slice(None, None, spacing_vox),) * 3
@@ -129,9 +136,8 @@ def fit_warp(
     length = np.linalg.norm(residual, axis=-1, keepdims=True)
     limit = 5 * max(float(np.median(length[mask > 0])), HUBER_MM)
     residual *= np.minimum(1.0, limit / np.maximum(length, 1e-6))
-    zooms = np.linalg.norm(coarse[:3, :3], axis=0)
     for number in range(SMOOTHING_ROUNDS):
-        sigma = SMOOTHING_MM * SMOOTHING_GROWTH**number / zooms
+        sigma = SMOOTHING_MM * SMOOTHING_GROWTH**number / np.linalg.norm(coarse[:3, :3], axis=0)
         weight = gaussian_filter(mask, sigma, mode="constant")[..., None]
         smooth = np.stack([gaussian_filter(residual[..., i], sigma, mode="constant") for i in range(3)], axis=-1)
         warp = Warp((spread + smooth / (weight + DECAY)).astype(np.float32), coarse, matrix)
@@ -141,13 +147,7 @@ def fit_warp(
 
 
 def fold_fraction(warp: Warp, where: np.ndarray | None = None, minimum: float = 0.0) -> float:
-    """Share of voxels whose Jacobian determinant is not above ``minimum`` times that of the affine part.
-
-    Args:
-        warp: the map.
-        where: voxels that count, bool, shape (H, W, D); None: all.
-        minimum: 0 counts what is folded or collapsed.
-    """
+    """Share of the voxels (of a mask) whose Jacobian determinant is at most ``minimum`` times that of the affine part; 0: folds."""
     coordinates = torch.from_numpy(warp.points.astype(np.float32)).movedim(-1, 0)[None]
     scale = np.linalg.det(warp.affine[:3, :3]) * np.linalg.det(warp.matrix[:3, :3])
     determinant = jacobian_determinant(coordinates)[0, 0].numpy() / scale
@@ -159,11 +159,6 @@ def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
     """The inverse of a map, on a grid of its target space, by fixed-point iteration on the residual.
 
     With y = A x + r(x), x = A^-1 (y - r(x)) is repeated from x = A^-1 y until no point moves by more than 0.01 mm.
-
-    Args:
-        warp: the map.
-        shape: size of the grid of the inverse.
-        affine: its voxel indices to RAS mm of the target space.
     """
     inverse, goal = np.linalg.inv(warp.matrix), grid_points(shape, affine).reshape(-1, 3)
     points = apply_affine(inverse, goal)
@@ -177,18 +172,7 @@ def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
 def resample_through(
     image: Tensor, affine: np.ndarray, shape: tuple[int, ...], grid_affine: np.ndarray, to_image: Warp
 ) -> np.ndarray:
-    """Read an image where a map sends each voxel of another grid.
-
-    Args:
-        image: shape (1, h, w, d).
-        affine: its voxel indices to RAS mm.
-        shape: size of the other grid.
-        grid_affine: its voxel indices to RAS mm.
-        to_image: map from the space of the grid to that of the image.
-
-    Returns:
-        float32 array of the other grid, 0 beyond the image.
-    """
+    """Read an image, (1, h, w, d) with its affine, where a map sends each voxel of another grid; float32, 0 beyond the image."""
     source, to_index, parts = image[None].float(), np.linalg.inv(affine), []
     turn = torch.from_numpy(to_index[:3, :3].astype(np.float32))
     for first in range(0, shape[0], SLAB):
@@ -208,10 +192,82 @@ def _coordinates(matrix: np.ndarray, size: tuple[int, ...], first: int) -> Tenso
     return torch.stack([row[0] * x + row[1] * y + row[2] * z + row[3] for row in rows])[None]
 
 
-@lru_cache(maxsize=1)
-def load_template() -> tuple[np.ndarray, np.ndarray]:
-    """The MNI152 T1 that nilearn ships, brain only, 1 mm: intensities, shape (H, W, D), and affine to RAS mm."""
-    from nilearn.datasets import load_mni152_template  # slow to import
+def _tissue(scan: ScanResult) -> np.ndarray:
+    """The brain without the fluid around it, in the network's grid, bool, shape (H, W, D)."""
+    protocol = scan.layout.protocol
+    tissue = protocol.is_brain & (protocol.freesurfer_ids != OUTER_FLUID_ID)
+    return np.asarray(tissue[scan.in_network_grid("segmentation")[0]])
 
-    image: Any = load_mni152_template(resolution=1)
-    return np.asarray(image.get_fdata(dtype=np.float32)), np.asarray(image.affine, dtype=np.float64)
+
+@once_per_scan
+def fit_affine_to_template(scan: ScanResult) -> np.ndarray:
+    """Matrix from the scan's RAS mm to the template's, (4, 4), fitted to the predicted coordinates of the brain's tissue.
+
+    Raises:
+        ValueError: if too little brain was found.
+    """
+    brain = _tissue(scan)
+    return fit_affine(apply_affine(scan.network_affine, np.argwhere(brain)), scan.in_network_grid("mni")[:, brain].T)
+
+
+@once_per_scan
+def fit_scan_to_template(scan: ScanResult) -> Warp:
+    """The smooth map of which :func:`fit_affine_to_template` is the affine part, with its errors."""
+    return fit_warp(scan.in_network_grid("mni"), _tissue(scan), scan.network_affine, fit_affine_to_template(scan))
+
+
+def write_coordinates(scan: ScanResult) -> None:
+    """Write the template coordinates of every voxel, as the network sees them: ``_mni``, x, y, z in steps of 0.05 mm."""
+    text = "right, anterior and superior coordinate of each voxel in the template; 0 outside the computed box"
+    scan.save_map("mni", scan.in_grid("mni"), text, Space=TEMPLATE_SPACE)
+
+
+def write_transforms(scan: ScanResult) -> None:
+    """Write affine and warp in both directions, the share of folds, and scan and template laid over each other.
+
+    ``mode-image`` files move images: ``from-scan_to-T`` resamples the scan into the template's grid, and so holds, as ITK wants
+    it, where each point of the template lies in the scan. The text matrix maps points.
+    """
+    try:
+        forward = fit_scan_to_template(scan)
+    except ValueError as error:
+        scan.warnings.append(f"no transform to the template: {error}")
+        return
+    template, affine = load_template()
+    shape = tuple(-(-n // TEMPLATE_STRIDE) + 1 for n in template.shape)  # one more: the whole template is covered
+    backward = invert_warp(forward, shape, affine @ np.diag([TEMPLATE_STRIDE] * 3 + [1.0]))
+    for name, warp in ((TO_TEMPLATE, backward), (TO_SCAN, forward)):
+        write_text(scan.path(f"{name}_desc-affine_xfm.tfm"), format_itk_affine(warp.matrix))
+        write_displacement(scan.path(f"{name}_xfm.nii.gz"), warp)
+    np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
+    brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))
+    predicted = Warp(np.moveaxis(scan.in_network_grid("mni")[:, *box], 0, -1), scan.network_affine, np.eye(4))
+    folds = {"predicted": fold_fraction(predicted, brain[box]), "warp": fold_fraction(forward)}
+    scan.summary["folds_of_predicted_coordinates"] = round(folds["predicted"], 6)
+    scan.summary["folds_of_warp"] = round(folds["warp"], 6)
+    unit = "mm, displacements in LPS as ITK and ANTs have them, of the affine and the residual together"
+    points = {"Space": TEMPLATE_SPACE, "Units": unit, "FoldFraction": folds}
+    scan.write_sidecar(f"{TO_TEMPLATE}_xfm", **points, AffinePointsScanToTemplateRAS=forward.matrix.tolist())
+    moved = resample_through(scan.image.cpu(), scan.affine, template.shape, affine, backward)
+    scan.save_image(f"space-{TEMPLATE_SPACE}_image", moved, affine, Description="the scan in the template's grid")
+    moved = resample_through(torch.from_numpy(template)[None], affine, scan.labels.shape, scan.affine, forward)
+    scan.save_image(f"desc-{TEMPLATE_SPACE}_T1w", moved, Description="the template in the grid of the scan's files")
+
+
+def format_itk_affine(matrix: np.ndarray) -> str:
+    """An affine of RAS points as the text file of ITK, which counts in LPS."""
+    lps = RAS_LPS @ matrix @ RAS_LPS
+    numbers = " ".join(f"{value:.17g}" for value in [*lps[:3, :3].reshape(-1), *lps[:3, 3]])
+    lines = ["#Insight Transform File V1.0", "#Transform 0", "Transform: AffineTransform_double_3_3"]
+    return "\n".join([*lines, f"Parameters: {numbers}", "FixedParameters: 0 0 0", ""])
+
+
+def write_displacement(path: Path, warp: Warp) -> None:
+    """Write a map as a displacement field that ITK and ANTs read: NIfTI, five axes, vectors in LPS mm."""
+    displacement = np.asarray(warp.points - grid_points(warp.points.shape[:3], warp.affine))
+    rounded = np.rint(displacement @ RAS_LPS[:3, :3] / DISPLACEMENT_STEP_MM) * DISPLACEMENT_STEP_MM
+    image = nib.Nifti1Image(rounded.astype(np.float32)[:, :, :, None], warp.affine)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)

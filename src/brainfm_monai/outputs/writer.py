@@ -52,13 +52,9 @@ class ScanWriter:
     """
 
     def __init__(
-        self,
-        output_dir: str | Path,
-        layout: TaskLayout,
-        writers: Mapping[str, Callable[[ScanResult], object]],
-        settings: RunSettings | None = None,
-        overwrite: bool = False,
-    ) -> None:
+        self, output_dir: str | Path, layout: TaskLayout, writers: Mapping[str, Callable[[ScanResult], object]],
+        settings: RunSettings | None = None, overwrite: bool = False,
+    ) -> None:  # fmt: skip
         self.output_dir, self.layout, self.writers, self.overwrite = Path(output_dir), layout, dict(writers), overwrite
         self.settings = settings or RunSettings(protocol=layout.protocol.name)
 
@@ -102,14 +98,11 @@ class ScanWriter:
             )
 
     def write(self, item: Mapping[str, Any], scan: Entry) -> Path:
-        """Write all files of a scan.
+        """Write all files of a scan, and return their folder.
 
         Args:
             item: maps of the scan after the postprocessing: ``image``, ``pred`` in the scan's grid, the others in the network's.
             scan: its entry in the list of scans.
-
-        Returns:
-            The folder of the files.
 
         Raises:
             FileExistsError: see :meth:`check_place`; or if a file of the user's has the name of a result.
@@ -140,13 +133,13 @@ class ScanWriter:
         labels = maps["segmentation"] if self.settings.grid == "1mm" else item["pred"]
         frame, modality = meta.get("frame"), str(meta.get("modality") or "")
         return ScanResult(
-            name=str(scan["name"]),
-            source=Path(printable(scan["image"])),
-            folder=folder,
-            layout=self.layout,
-            labels=np.asarray(labels[0].cpu(), dtype=np.uint8),
-            affine=np.asarray(labels.affine, dtype=np.float64),
-            maps=maps,
+            str(scan["name"]),
+            Path(printable(scan["image"])),
+            folder,
+            self.layout,
+            np.asarray(labels[0].cpu(), dtype=np.uint8),
+            np.asarray(labels.affine, dtype=np.float64),
+            maps,
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
             frame=int(str(frame)) if str(frame).isdigit() else frame,
             window=str(meta.get("window") or ""),
@@ -227,10 +220,7 @@ class ScanWriter:
         """Write ``summary.tsv``: one row per scan with its status, warnings, volumes and other numbers.
 
         It is made of the markers of all scans, so that of several processes the one that ends last writes the whole table. Rows
-        of an earlier table whose results are still there stay.
-
-        Args:
-            scans: entries of the list; those with ``skipped`` are listed with the reason.
+        of an earlier table whose results are still there stay; entries with ``skipped`` are listed with the reason.
         """
         path, dataset = self.output_dir / "summary.tsv", self.output_dir / "dataset_description.json"
         with locked(self.output_dir):

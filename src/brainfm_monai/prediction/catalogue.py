@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from brainfm_monai.io import fingerprint
-from brainfm_monai.outputs import ScanResult, cortex, maps, quality, warps
+from brainfm_monai.outputs import ScanResult, cortex, maps, quality, template
 from brainfm_monai.outputs.atlas import load_atlas, write_atlas
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
@@ -19,8 +19,8 @@ OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
     "bias_field": maps.write_bias_field,
     "distance": cortex.write_distances,
     "surfaces": cortex.write_surfaces,
-    "mni": warps.write_coordinates,
-    "transforms": warps.write_transforms,
+    "mni": template.write_coordinates,
+    "transforms": template.write_transforms,
     "lesion": maps.write_lesions,
     "age": maps.write_age,
     "embedding": maps.write_embedding,

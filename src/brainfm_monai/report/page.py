@@ -7,7 +7,7 @@ import numpy as np
 
 from brainfm_monai import outputs, slices, surfaces
 from brainfm_monai.io import write_text
-from brainfm_monai.outputs import ScanResult
+from brainfm_monai.outputs import ScanResult, template
 from brainfm_monai.report.html import data_address, render
 from brainfm_monai.slices import BONE_WINDOW_HU, BRAIN_WINDOW_HU, Cell, Slice, compose, cut_slices, heat, shade
 from brainfm_monai.tasks import Task
@@ -190,15 +190,15 @@ def _ribbon(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 def _template_rows(scan: ScanResult) -> list[Row]:
     """The template laid over the scan, and its outlines on the scan; nothing where there is too little brain for a fit."""
-    template, template_affine = outputs.load_template()
+    image, affine = template.load_template()
     try:
         warp = outputs.fit_scan_to_template(scan)
     except ValueError:
         return []
-    top, draw_scan = float(template.max()), _grey(scan)
+    top, draw_scan = float(image.max()), _grey(scan)
 
     def read(cut: Slice) -> np.ndarray:
-        return Slice(cut.plane, warp(cut.points_mm)).read(template[None], template_affine)[..., 0]
+        return Slice(cut.plane, warp(cut.points_mm)).read(image[None], affine)[..., 0]
 
     def draw_outlines(cut: Slice) -> np.ndarray:
         picture, values = draw_scan(cut), read(cut)
