@@ -37,16 +37,12 @@ VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 
 
 def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: str) -> list[dict[str, Any]]:
-    """Subjects of a datalist, or the one of a label map.
+    """Subjects of a JSON datalist, as entries with paths, or the one of a label map, as an entry with volumes (1, H, W, D).
 
     Args:
-        source: JSON datalist of prepared subjects, or a label map with FreeSurfer ids; of the latter there is no distance and no
-            MNI target.
+        source: the datalist; or a label map with FreeSurfer ids, of which there is no distance and no MNI target.
         protocol: of the segmentation.
         generation_protocol: by which a label map is painted.
-
-    Returns:
-        Entries with paths, or, for a label map, one entry with volumes (1, H, W, D).
 
     Raises:
         FileNotFoundError: if the source does not exist.
@@ -89,7 +85,7 @@ def write_preview(
     protocol: str = "synthseg_head",
     generation_protocol: str = "synthseg_generation",
 ) -> Path:
-    """Draw scans and put them on one sheet: three planes, the targets, and the drawn parameters.
+    """Draw scans and put them on one sheet: three planes, the targets, and the drawn parameters; return its path.
 
     Args:
         source: see :func:`load_subjects`; the subjects take turns.
@@ -102,9 +98,6 @@ def write_preview(
         ranges: laws of the generator; the published ones if not given.
         protocol: of the segmentation.
         generation_protocol: of subjects that do not name theirs.
-
-    Returns:
-        The sheet's path.
 
     Raises:
         ValueError: if the file is not to be a PNG, or see :func:`load_subjects`.

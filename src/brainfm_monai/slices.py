@@ -63,44 +63,33 @@ class Slice:
     points_mm: np.ndarray
 
     def read(self, volume: Tensor | np.ndarray, affine: np.ndarray, nearest: bool = False) -> np.ndarray:
-        """Values of a volume in the slice.
+        """Values of a volume, (C, H, W, D), in the slice: shape (rows, columns, C).
 
-        Args:
-            volume: shape (C, H, W, D).
-            affine: its voxel indices to RAS mm, shape (4, 4).
-            nearest: take the nearest voxel (labels); else linear interpolation. Beyond the volume its border goes on
-                linearly, and labels are 0.
-
-        Returns:
-            Shape (rows, columns, C), of the volume's type for ``nearest``, else float32.
+        Linear interpolation to float32; beyond the volume its border goes on linearly. ``nearest`` takes the nearest voxel in the
+        volume's type (labels), which is 0 beyond it. ``affine`` leads from the volume's voxel indices to RAS mm.
         """
         index = nib.affines.apply_affine(np.linalg.inv(np.asarray(affine, dtype=np.float64)), self.points_mm)
         coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
         source = torch.as_tensor(volume)[None].detach().cpu()
-        if nearest:
-            return gather_nearest(source, coordinates)[0, ..., 0].movedim(0, -1).numpy()
-        return warp(source.float(), coordinates, padding_mode="border")[0, ..., 0].movedim(0, -1).numpy()
+        values = (
+            gather_nearest(source, coordinates) if nearest else warp(source.float(), coordinates, padding_mode="border")
+        )
+        return values[0, ..., 0].movedim(0, -1).numpy()
 
 
 def find_box(mask: np.ndarray) -> list[tuple[int, int]]:
     """First and last index of a mask, (H, W, D), along each axis, without stray voxels; the whole grid if the mask is empty."""
-    box = []
-    for axis in range(3):
-        count = np.cumsum(np.asarray(mask, dtype=bool).sum(axis=tuple(a for a in range(3) if a != axis)))
-        if not count[-1]:
-            return [(0, n - 1) for n in mask.shape]
-        first, last = np.searchsorted(count, np.array(BOX_QUANTILES) * count[-1])
-        box.append((int(first), int(last)))
-    return box
+    if not np.any(mask):
+        return [(0, n - 1) for n in mask.shape]
+    counts = [np.cumsum(np.asarray(mask, dtype=bool).sum(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    ends = [np.searchsorted(count, np.array(BOX_QUANTILES) * count[-1]) for count in counts]
+    return [(int(first), int(last)) for first, last in ends]
 
 
 def cut_slices(
-    mask: np.ndarray,
-    affine: np.ndarray,
-    positions: Mapping[str, Sequence[float]],
-    margin_mm: float | None = None,
+    mask: np.ndarray, affine: np.ndarray, positions: Mapping[str, Sequence[float]], margin_mm: float | None = None,
     pixel_mm: float = 1.0,
-) -> list[Slice]:
+) -> list[Slice]:  # fmt: skip
     """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
 
     Args:
@@ -110,9 +99,6 @@ def cut_slices(
             a slice lies in the middle of a voxel.
         margin_mm: what is shown around the box; None: the whole grid.
         pixel_mm: size of a pixel.
-
-    Returns:
-        The slices in the order of the positions.
     """
     turn = nib.orientations.io_orientation(affine)
     ras = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)  # the grid with its axes closest to R, A, S
@@ -127,15 +113,12 @@ def cut_slices(
         return last + TIE - (np.arange(count) + 0.5) * (last - first + 1) / count
 
     slices = []
-    for name, shares in positions.items():
-        plane = PLANES[name]
+    for plane, share in ((PLANES[name], share) for name, shares in positions.items() for share in shares):
+        rows, columns = np.meshgrid(pixels(plane.vertical), pixels(plane.horizontal), indexing="ij")
         first, last = box[plane.axis]
-        for share in shares:
-            rows, columns = np.meshgrid(pixels(plane.vertical), pixels(plane.horizontal), indexing="ij")
-            index = np.empty((*rows.shape, 3))
-            index[..., plane.vertical], index[..., plane.horizontal] = rows, columns
-            index[..., plane.axis] = round(first + share * (last - first))
-            slices.append(Slice(plane, nib.affines.apply_affine(ras, index)))
+        index = np.full((*rows.shape, 3), round(first + share * (last - first)), dtype=np.float64)
+        index[..., plane.vertical], index[..., plane.horizontal] = rows, columns
+        slices.append(Slice(plane, nib.affines.apply_affine(ras, index)))
     return slices
 
 
@@ -166,13 +149,9 @@ def outline(
     base: np.ndarray, values: np.ndarray, level: float, colour: Sequence[float], where: np.ndarray | None = None
 ) -> np.ndarray:
     """Draw the line on which values are ``level`` into a picture, one pixel wide; ``where`` limits it to a mask."""
-    above = values > level
-    line = np.zeros(above.shape, dtype=bool)
-    line[:, :-1] |= above[:, :-1] ^ above[:, 1:]
-    line[:-1] |= above[:-1] ^ above[1:]
-    if where is not None:
-        line &= where
-    return np.where(line[..., None], np.asarray(colour), base)
+    above = np.pad(values > level, ((0, 1), (0, 1)), mode="edge")
+    line = (above[:-1, :-1] ^ above[:-1, 1:]) | (above[:-1, :-1] ^ above[1:, :-1])
+    return np.where((line if where is None else line & where)[..., None], np.asarray(colour), base)
 
 
 @lru_cache(maxsize=8)
@@ -194,13 +173,10 @@ def paint(
     Args:
         task: the row.
         values: the map in its ``output_unit``, shape (rows, columns, C).
-        base: the scan there, shape (rows, columns, 3), in [0, 1].
+        base: the scan there, shape (rows, columns, 3), in [0, 1], as the result.
         protocol: colours of labels.
         plane: of the slice.
         window: of an image.
-
-    Returns:
-        Shape (rows, columns, 3), in [0, 1].
 
     Raises:
         ValueError: if the task is not drawn.
@@ -221,6 +197,7 @@ def paint(
 
 
 def _draw_boundaries(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The lines on which the distances are 0."""
     for channel, colour in enumerate((PIAL_COLOUR, WHITE_COLOUR) * 2):  # lp, lw, rp, rw
         base = outline(base, distance[..., channel], 0.0, colour)
     return base
@@ -238,13 +215,7 @@ def _draw_grid(coordinates: np.ndarray, base: np.ndarray, plane: Plane) -> np.nd
 
 
 class Cell(NamedTuple):
-    """A picture on a sheet.
-
-    Attributes:
-        picture: shape (rows, columns, 3), in [0, 1].
-        marks: letters of the sides on its left and right; empty: none.
-        caption: lines of text on it.
-    """
+    """A picture on a sheet, (rows, columns, 3), in [0, 1], with the letters of its left and right side and lines of text."""
 
     picture: np.ndarray
     marks: str = ""
@@ -252,22 +223,19 @@ class Cell(NamedTuple):
 
 
 def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] = ()) -> np.ndarray:
-    """Rows of cells as one picture: every cell in the middle of a field of the largest cell's size, on black.
+    """Rows of cells, which may differ in length, as one picture, (rows, columns, 3), uint8.
 
-    Args:
-        rows: the cells; rows may differ in length.
-        heading: lines of text above, each with its colour.
-
-    Returns:
-        Shape (rows, columns, 3), uint8.
+    Every cell lies in the middle of a field of the largest cell's size, on black; ``heading`` are lines of text above, each with
+    its colour.
     """
     height, width = (max(cell.picture.shape[i] for row in rows for cell in row) + 2 for i in (0, 1))
-    top = len(heading) * (TEXT_PIXELS + 4)
+    line = TEXT_PIXELS + 4
+    top = len(heading) * line
     sheet = np.zeros((top + height * len(rows), width * max(map(len, rows)), 3), dtype=np.uint8)
     image = Image.fromarray(sheet)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT_PIXELS)
     for number, (text, colour) in enumerate(heading):
-        draw.text((4, number * (TEXT_PIXELS + 4)), text, fill=colour, font=font)
+        draw.text((4, number * line), text, fill=colour, font=font)
     style: dict[str, Any] = {"fill": "white", "font": font, "stroke_width": 2, "stroke_fill": "black"}
     corners = [(x * width, top + y * height, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)]
     for left, upper, cell in corners:
@@ -276,13 +244,11 @@ def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] =
     for left, upper, (_, marks, caption) in corners:  # after all pictures: a caption may be longer than its cell
         for letter, place, anchor in zip(marks, (left + 3, left + width - 4), ("la", "ra"), strict=False):
             draw.text((place, upper + 2), letter, anchor=anchor, **style)
-        lines = caption.count("\n") + 1
-        draw.text((left + 4, upper + height - lines * (TEXT_PIXELS + 4) - 4), caption, **style)
+        draw.text((left + 4, upper + height - (caption.count("\n") + 1) * line - 4), caption, **style)
     return np.asarray(image)
 
 
 def encode(picture: np.ndarray, kind: str = "webp") -> bytes:
     """A picture, (rows, columns, 3) uint8, as the bytes of a ``webp`` or ``png`` file."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format=kind, quality=QUALITY)
+    Image.fromarray(picture).save(buffer := io.BytesIO(), format=kind, quality=QUALITY)
     return buffer.getvalue()

@@ -96,15 +96,12 @@ def fine_tune(
 
 
 def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Subjects of corrected scans, prepared in full; what was prepared before is not prepared again.
+    """Items of a datalist out of corrected scans: subjects in which the scan is a real image, and the labels are also painted.
 
     Args:
         items: each with ``image`` and ``label``, paths, and perhaps ``label_info``, see
             :func:`~brainfm_monai.annotation.match_structures`.
-        folder: for the subjects.
-
-    Returns:
-        Items of a datalist: the scan is a real image, the labels are also painted.
+        folder: for the subjects; what was prepared before is not prepared again.
 
     Raises:
         ValueError: if there are no items; if none can be used, with the reason of the first.

@@ -26,27 +26,19 @@ def choose(use_click: bool | None, displayed: Any, value: Any) -> Any:
     """A setting of a click in MONAI Label, or of any other run.
 
     Args:
-        use_click: entry that MONAI Label adds to the config of every bundle; ``None`` in any other run.
-        displayed: what MONAI Label offers in ``displayable_configs``: a list of choices until a client has chosen one, the
-            fastest first.
+        use_click: entry that MONAI Label adds to the config of every bundle; ``None`` in any other run, whose ``value`` is returned.
+        displayed: what MONAI Label offers in ``displayable_configs``: a list of choices, the fastest first, which is returned,
+            until a client has chosen one.
         value: value of any other run.
-
-    Returns:
-        ``value`` if MONAI Label does not run the config, else the chosen or the first of the offered values.
     """
-    if use_click is None:
-        return value
-    return displayed[0] if isinstance(displayed, list) else displayed
+    offered = displayed[0] if isinstance(displayed, list) else displayed
+    return value if use_click is None else offered
 
 
 def read_label_info(label: str | Path) -> list[dict[str, Any]]:
-    """What a client said about a label map in a folder of MONAI Label: names of the segments and their values.
+    """What a client said about a label map in a folder of MONAI Label: entries with ``name`` and ``idx`` of the segments.
 
-    Args:
-        label: ``STUDIES/labels/TAG/ID.nii.gz``; ``STUDIES/datastore_v2.json`` is read.
-
-    Returns:
-        Entries with ``name`` and ``idx``; empty if the record or its entry is absent.
+    Of ``STUDIES/labels/TAG/ID.nii.gz`` the record ``STUDIES/datastore_v2.json`` is read; empty if it or its entry is absent.
     """
     path = Path(label)
     try:
@@ -61,7 +53,7 @@ def read_label_info(label: str | Path) -> list[dict[str, Any]]:
 def match_structures(
     values: Collection[int], label_info: Sequence[Mapping[str, Any]], protocol: Protocol, source: str
 ) -> dict[int, int]:
-    """FreeSurfer id of every value of a label map.
+    """FreeSurfer id by value, for each value of a label map and the background.
 
     3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say which
     structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else positions in the
@@ -72,9 +64,6 @@ def match_structures(
         label_info: entries with ``name`` and a value, as the client sent them; without any, values are labels of the protocol.
         protocol: of the segmentation.
         source: name for messages.
-
-    Returns:
-        FreeSurfer id by value, for each of ``values`` and the background.
 
     Raises:
         ScanError: if a value has no name, or a name that the protocol does not know.
@@ -125,10 +114,10 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     features = network.backbone(nnf.avg_pool3d(head, network.stride))
     logits, protocol = network.layout.slices["segmentation"], network.layout.protocol
     is_brain = torch.as_tensor(protocol.is_brain, device=image.device)
-    total, count = 0.0, 0
+    total = count = 0.0
     for part in features.split(PLANES, dim=2):
         log_probabilities = network.head(part)[0, logits].float().log_softmax(0)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(0)
         brain = is_brain[log_probabilities.argmax(0)]
-        total, count = total + float(entropy[brain].sum()), count + int(brain.sum())
+        total, count = total + float(entropy[brain].sum()), count + float(brain.sum())
     return total / count / math.log(len(protocol)) if count else 1.0
