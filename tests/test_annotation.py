@@ -13,6 +13,9 @@ import torch
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.annotation import (
+    _choose_anatomies,
+    _cut_to_labels,
+    _next_weights,
     brain_uncertainty,
     choose,
     fine_tune,
@@ -20,7 +23,6 @@ from brainfm_monai.annotation import (
     read_label_info,
     train_from_server,
 )
-from brainfm_monai.annotation.finetuning import _choose_anatomies, _cut_to_labels, _next_weights
 from brainfm_monai.io import ScanError
 from brainfm_monai.networks import MultiTaskNet, UNet
 from brainfm_monai.tasks import TaskLayout

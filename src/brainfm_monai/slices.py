@@ -52,15 +52,10 @@ PLANES = {"axial": Plane(2, 0, 1, "RL"), "coronal": Plane(1, 0, 2, "RL"), "sagit
 
 @dataclass(frozen=True)
 class Slice:
-    """A plane through the head, pixel by pixel.
+    """A plane through the head, pixel by pixel."""
 
-    Attributes:
-        plane: which axes it shows.
-        points_mm: RAS mm of every pixel, shape (rows, columns, 3).
-    """
-
-    plane: Plane
-    points_mm: np.ndarray
+    plane: Plane  # which axes it shows
+    points_mm: np.ndarray  # RAS mm of every pixel, shape (rows, columns, 3)
 
     def read(self, volume: Tensor | np.ndarray, affine: np.ndarray, nearest: bool = False) -> np.ndarray:
         """Values of a volume, (C, H, W, D), in the slice: shape (rows, columns, C).

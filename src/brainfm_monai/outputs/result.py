@@ -27,33 +27,20 @@ INT16_LEVELS = 60000  # grey values of an image that is stored in 16 bits
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What was used to compute the files of a run; every sidecar repeats it.
+    """What was used to compute the files of a run; every sidecar repeats it."""
 
-    Attributes:
-        model: name of the model.
-        version: version of the package.
-        weights: file of the weights.
-        weights_sha256: its hash; empty where there is no file.
-        protocol: label protocol.
-        mode: what of a head the scan shows.
-        grid: ``scan`` or ``1mm``.
-        keep_lesions: the scan's own lesions are put into the synthetic images.
-        sharpen: strength of the sharpening of synthetic images, 0: none.
-        surface_levels_mm: predicted distance at which the true white and pial boundary stand, measured for the weights.
-        configuration: hash of everything else in the config that results depend on, see :func:`describe_run`.
-    """
-
-    model: str = "BrainFM"
-    version: str = ""
-    weights: str = ""
-    weights_sha256: str = ""
-    protocol: str = ""
-    mode: str = "whole_head"
-    grid: str = "scan"
-    keep_lesions: bool = False
-    sharpen: float = 0.0
+    model: str = "BrainFM"  # name of the model
+    version: str = ""  # version of the package
+    weights: str = ""  # file of the weights
+    weights_sha256: str = ""  # its hash; empty where there is no file
+    protocol: str = ""  # label protocol
+    mode: str = "whole_head"  # what of a head the scan shows
+    grid: str = "scan"  # scan or 1mm
+    keep_lesions: bool = False  # the scan's own lesions are put into the synthetic images
+    sharpen: float = 0.0  # strength of the sharpening of synthetic images, 0: none
+    # predicted distance at which the true white and pial boundary stand, measured for the weights
     surface_levels_mm: Sequence[float] = field(default_factory=lambda: [0.0, 0.0])
-    configuration: str = ""
+    configuration: str = ""  # hash of everything else in the config that results depend on, see :func:`describe_run`
 
     def __post_init__(self) -> None:
         if self.grid not in ("scan", "1mm"):
@@ -85,45 +72,29 @@ def describe_run(
 
 @dataclass(eq=False)
 class ScanResult:
-    """Everything that is known about one scan after the network.
+    """Everything that is known about one scan after the network."""
 
-    Attributes:
-        name: name of the scan, with which its files begin.
-        source: path of the scan.
-        folder: where to write.
-        layout: tasks and label protocol.
-        labels: label map in the grid of the files, shape (H, W, D), uint8.
-        affine: its voxel indices to RAS mm, shape (4, 4).
-        maps: map of every task in the network's grid (1 mm, RAS), shape (C, h, w, d); ``segmentation`` is the label map there.
-        soft_volumes_mm3: sum of each label's probability, shape (L,); None where it is not known.
-        frame: volume that was taken of a 4-D file.
-        window: intensities that a CT was clipped to; empty: none.
-        lesions: path of a lesion mask that came with the scan; empty: none.
-        settings: what was used.
-        summary: numbers of the scan for the table over all scans; the functions that write files add to it.
-        warnings: what a user should look at.
-        computed: results of functions that are :func:`once_per_scan`.
-        original: the scan as it was read, in its own intensities and grid, shape (1, h, w, d).
-        modality: what the scan was taken for, with the reason: ``ct: ...`` or ``mr: ...``; empty if that is not known.
-    """
-
-    name: str
-    source: Path
-    folder: Path
-    layout: TaskLayout
-    labels: np.ndarray
-    affine: np.ndarray
+    name: str  # name of the scan, with which its files begin
+    source: Path  # path of the scan
+    folder: Path  # where to write
+    layout: TaskLayout  # tasks and label protocol
+    labels: np.ndarray  # label map in the grid of the files, shape (H, W, D), uint8
+    affine: np.ndarray  # its voxel indices to RAS mm, shape (4, 4)
+    # map of every task in the network's grid (1 mm, RAS), shape (C, h, w, d); segmentation is the label map there
     maps: Mapping[str, MetaTensor]
+    # sum of each label's probability, shape (L,); None where it is not known
     soft_volumes_mm3: np.ndarray | None = None
-    frame: int | str | None = None
-    window: str = ""
-    lesions: str = ""
-    settings: RunSettings = field(default_factory=RunSettings)
+    frame: int | str | None = None  # volume that was taken of a 4-D file
+    window: str = ""  # intensities that a CT was clipped to; empty: none
+    lesions: str = ""  # path of a lesion mask that came with the scan; empty: none
+    settings: RunSettings = field(default_factory=RunSettings)  # what was used
+    # numbers of the scan for the table over all scans; the functions that write files add to it
     summary: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what a user should look at
+    # results of functions that are :func:`once_per_scan`
     computed: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
-    original: MetaTensor | None = None
-    modality: str = ""
+    original: MetaTensor | None = None  # the scan as it was read, in its own intensities and grid, shape (1, h, w, d)
+    modality: str = ""  # what the scan was taken for, with the reason: ct: ... or mr: ...; empty if that is not known
 
     def path(self, suffix: str) -> Path:
         """Path of the file that ends in ``suffix``."""

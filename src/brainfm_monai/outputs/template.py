@@ -54,17 +54,11 @@ def grid_points(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth map of space: the point that each voxel of a grid goes to; between voxels linear, beyond the grid affine.
+    """A smooth map of space: the point that each voxel of a grid goes to; between voxels linear, beyond the grid affine."""
 
-    Attributes:
-        points: RAS mm, shape (H, W, D, 3).
-        affine: voxel indices of the grid to RAS mm, shape (4, 4).
-        matrix: the map far from the brain, shape (4, 4).
-    """
-
-    points: np.ndarray
-    affine: np.ndarray
-    matrix: np.ndarray
+    points: np.ndarray  # RAS mm, shape (H, W, D, 3)
+    affine: np.ndarray  # voxel indices of the grid to RAS mm, shape (4, 4)
+    matrix: np.ndarray  # the map far from the brain, shape (4, 4)
 
     @cached_property
     def residual(self) -> Tensor:

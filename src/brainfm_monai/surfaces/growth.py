@@ -23,19 +23,12 @@ CLOSED_MM = 0.5  # a vertex that ends further from the zero of the pial distance
 
 @dataclass(frozen=True)
 class Hemisphere:
-    """White and pial surface of a hemisphere; vertex i of one belongs to vertex i of the other.
+    """White and pial surface of a hemisphere; vertex i of one belongs to vertex i of the other."""
 
-    Attributes:
-        white_mm: vertices, RAS mm, shape (V, 3), float32.
-        pial_mm: the same of the pial surface.
-        faces: vertex numbers, shape (F, 3), int32, counter-clockwise seen from outside.
-        closed: vertices at which the distances show no pial boundary, shape (V,), bool: the pial surface stands halfway between
-            the two banks of the sulcus there.
-    """
-
-    white_mm: np.ndarray
-    pial_mm: np.ndarray
-    faces: np.ndarray
+    white_mm: np.ndarray  # vertices, RAS mm, shape (V, 3), float32
+    pial_mm: np.ndarray  # the same of the pial surface
+    faces: np.ndarray  # vertex numbers, shape (F, 3), int32, counter-clockwise seen from outside
+    # shape (V,), bool: the distances show no pial boundary, and the pial surface stands halfway between the two banks
     closed: np.ndarray
 
 
