@@ -9,8 +9,9 @@ from brainfm_monai.surfaces.measures import (
     compute_mean_curvature,
     compute_thickness_mm,
     compute_volume_mm3,
+    draw_contour,
+    draw_surface,
 )
-from brainfm_monai.surfaces.picture import draw_contour, draw_surface
 from brainfm_monai.surfaces.topology import extract_sphere, grow_ball
 
 __all__ = ["Hemisphere", "compute_areas_mm2", "compute_crossing_share", "compute_distances_mm", "compute_euler_number"]

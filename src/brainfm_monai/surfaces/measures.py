@@ -1,12 +1,20 @@
-"""What is measured on triangle surfaces: thickness, area, volume, curvature, topology and crossings.
+"""What is measured and drawn of triangle surfaces: thickness, area, volume, curvature, topology, crossings, views and contours.
 
-A surface is vertices in mm, shape (V, 3), and triangles, shape (F, 3), counter-clockwise seen from outside.
+A surface is vertices in RAS mm, shape (V, 3), and triangles, shape (F, 3), counter-clockwise seen from outside.
 """
 
+from collections.abc import Sequence
+
+import igl
 import igl.predicates
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
+
+PIXEL_MM = 0.6  # of a view
+AMBIENT = 0.35  # share of the light that comes from everywhere
+LIGHT = (0.35, 0.45, 0.82)  # to the right, above and towards the viewer
+CONTOUR_POINTS = np.linspace(0, 1, 6)[:, None]  # on each piece of a contour, which is at most 1.5 mm long
 
 
 def compute_euler_number(faces: np.ndarray) -> int:
@@ -78,3 +86,67 @@ def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
     vertices, faces = np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
     crossing = igl.predicates.find_self_intersections(vertices, faces)[1]
     return len(np.unique(crossing)) / len(faces)
+
+
+def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, towards: Sequence[float]) -> np.ndarray:
+    """Draw a surface as seen from far away, superior up, with pixels of 0.6 mm.
+
+    Args:
+        vertices: RAS mm, shape (V, 3).
+        faces: shape (F, 3), counter-clockwise seen from outside.
+        colours: red, green and blue of each vertex in [0, 1], shape (V, 3).
+        towards: direction from the surface to the viewer, horizontal: (-1, 0, 0) is the view from the left.
+
+    Returns:
+        Picture of shape (rows, columns, 4), uint8: red, green, blue and opacity.
+    """
+    up = np.array([0.0, 0.0, 1.0])
+    turned = vertices.astype(np.float64) @ np.stack([np.cross(up, towards), up, towards]).T  # right, up, to the viewer
+    normals = igl.per_vertex_normals(turned, faces.astype(np.int64))
+    shaded = colours * (AMBIENT + (1 - AMBIENT) * (normals @ LIGHT).clip(0, 1))[:, None]
+    place = (turned - turned.min(axis=0)) / PIXEL_MM
+    columns, rows, _ = place.max(axis=0).astype(int) + 1
+    corners = np.concatenate([place, shaded.clip(0, 1) * 255], axis=1).astype(np.float32)[faces]
+    one, two = corners[:, 1, :2] - corners[:, 0, :2], corners[:, 2, :2] - corners[:, 0, :2]
+    facing = one[:, 0] * two[:, 1] > one[:, 1] * two[:, 0]
+    steps = np.ceil(np.linalg.norm(np.stack([one, two, two - one]), axis=-1).max(axis=0)).astype(int)
+    parts = []
+    for n in np.unique(steps[facing]):  # places less than a pixel apart in triangles of n pixels
+        shares = np.array([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)], dtype=np.float32) / n
+        parts.append(np.einsum("sc,fcx->sfx", shares, corners[facing & (steps == n)]).reshape(-1, 6))
+    points = np.concatenate(parts)
+    points = points[np.argsort(points[:, 2], kind="stable")]  # the nearest is painted last
+    picture = np.zeros((rows, columns, 4), dtype=np.uint8)
+    at = (rows - 1 - points[:, 1].astype(int).clip(0, rows - 1), points[:, 0].astype(int).clip(0, columns - 1))
+    picture[at] = np.pad(points[:, 3:], ((0, 0), (0, 1)), constant_values=255)
+    return picture
+
+
+def draw_contour(
+    base: np.ndarray, points_mm: np.ndarray, vertices_mm: np.ndarray, faces: np.ndarray, colour: Sequence[float]
+) -> np.ndarray:
+    """Draw the line in which a surface passes through a slice.
+
+    Args:
+        base: picture of the slice, shape (rows, columns, 3), in [0, 1]; the result has this shape.
+        points_mm: RAS mm of its pixels, of the same shape.
+        vertices_mm: RAS mm, shape (V, 3).
+        faces: shape (F, 3).
+        colour: of the line.
+    """
+    origin = points_mm[0, 0]
+    down, right = points_mm[1, 0] - origin, points_mm[0, 1] - origin
+    height = (vertices_mm - origin) @ np.cross(down, right)
+    edges = faces[:, [[0, 1], [1, 2], [2, 0]]]
+    above = height[edges] > 0
+    one, two = edges[
+        above[..., 0] != above[..., 1]
+    ].T  # two edges of each triangle that the slice cuts, one after the other
+    share = (height[one] / (height[one] - height[two]))[:, None]
+    crossings = (vertices_mm[one] + share * (vertices_mm[two] - vertices_mm[one])).reshape(-1, 2, 1, 3)
+    points = (crossings[:, 0] + (crossings[:, 1] - crossings[:, 0]) * CONTOUR_POINTS).reshape(-1, 3) - origin
+    place = np.rint(np.linalg.lstsq(np.stack([down, right], axis=1), points.T, rcond=None)[0]).astype(int).T
+    place = place[((place >= 0) & (place < base.shape[:2])).all(axis=1)]
+    drawn = base.copy()
+    drawn[place[:, 0], place[:, 1]] = colour
+    return drawn
