@@ -38,13 +38,10 @@ GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, 
 
 
 def choose(use_click: bool | None, displayed: Any, value: Any) -> Any:
-    """A setting of a click in MONAI Label, or of any other run.
+    """A setting of a click in MONAI Label, or of any other run, whose ``value`` it then is.
 
-    Args:
-        use_click: entry that MONAI Label adds to the config of every bundle; ``None`` in any other run, whose ``value`` is returned.
-        displayed: what MONAI Label offers in ``displayable_configs``: a list of choices, the fastest first, which is returned,
-            until a client has chosen one.
-        value: value of any other run.
+    ``use_click`` is an entry that MONAI Label adds to the config of every bundle, None in any other run. ``displayed`` is what
+    MONAI Label offers in ``displayable_configs``: a list of choices, the fastest first, until a client has chosen one.
     """
     offered = displayed[0] if isinstance(displayed, list) else displayed
     return value if use_click is None else offered
@@ -68,20 +65,14 @@ def read_label_info(label: str | Path) -> list[dict[str, Any]]:
 def match_structures(
     values: Collection[int], label_info: Sequence[Mapping[str, Any]], protocol: Protocol, source: str
 ) -> dict[int, int]:
-    """FreeSurfer id by value, for each value of a label map and the background.
+    """FreeSurfer id by value, for each value of a label map, and for the background.
 
     3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say which
     structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else positions in the
-    list: Slicer counts scribbles in ``idx`` and leaves them out of the map.
-
-    Args:
-        values: of the label map, without the background.
-        label_info: entries with ``name`` and a value, as the client sent them; without any, values are labels of the protocol.
-        protocol: of the segmentation.
-        source: name for messages.
+    list: Slicer counts scribbles in ``idx`` and leaves them out of the map. Without entries, values are labels of the protocol.
 
     Raises:
-        ScanError: if a value has no name, or a name that the protocol does not know.
+        ScanError: if a value has no name, or a name that the protocol does not know; ``source`` is the name in the message.
     """
     names = {s.label: s.name for s in protocol.structures}
     if label_info:
@@ -108,7 +99,7 @@ def _plain(name: str) -> str:
 
 @torch.no_grad()
 def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
-    """Mean entropy of the labels within the brain, relative to its maximum, in the grid of the network.
+    """Mean entropy of the labels within the brain, relative to its maximum, in [0, 1]; 1 where no brain is found.
 
     The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1. The maps
     are not interpolated to the grid of the image: the mean hardly differs, and it takes a quarter of the time.
@@ -116,9 +107,6 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     Args:
         network: in evaluation mode.
         image: shape (1, 1, H, W, D), RAS+ order, voxels of 1 mm, intensities in [0, 1].
-
-    Returns:
-        Number in [0, 1]; 1 where no brain is found: such a scan needs a look first.
     """
     occupied = (image[0, 0] > FOREGROUND).nonzero()
     if not len(occupied):
@@ -143,15 +131,8 @@ def train_from_server(
 ) -> None:
     """Take over from ``train.json`` if MONAI Label's own bundle task runs the config: its items are scans with corrected labels.
 
-    Args:
-        items: of ``train#dataset#data``.
-        bundle: folder of the bundle.
-        first_handler: first of the handlers; MONAI Label inserts one that loads the weights in use.
-        device: name of a device.
-        max_epochs: as the client asked.
-
-    Raises:
-        SystemExit: with status 0 after such a training, so that the training on subjects does not start.
+    MONAI Label inserts the first of the handlers, which loads the weights in use. After such a training the program ends, with
+    status 0, so that the training on subjects does not start.
     """
     if not items or "label" not in items[0] or "generation_labels" in items[0]:
         return
@@ -163,16 +144,13 @@ def train_from_server(
 def fine_tune(
     items: Sequence[Mapping[str, Any]], bundle: str | Path, weights: str = "model.pt", **overrides: Any
 ) -> Path:
-    """Fine-tune weights on corrected scans; each call is a training of its own, whose result gets a name of its own.
+    """Fine-tune weights on corrected scans; each call is a training of its own, whose result is a new ``models/model_tuned_N.pt``.
 
     Args:
         items: each with ``image``, ``label``, and perhaps ``label_info``, see :func:`prepare_corrected`.
         bundle: folder of the bundle; ``anatomies`` in it may hold prepared subjects of other persons.
         weights: name of the weights in the bundle's ``models`` from which the training starts.
         overrides: values of ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and ``device``.
-
-    Returns:
-        The new weights, ``models/model_tuned_N.pt``.
 
     Raises:
         ValueError: if there is no corrected scan, or one cannot be used; one line.
@@ -208,10 +186,8 @@ def fine_tune(
 def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Items of a datalist out of corrected scans: subjects in which the scan is a real image, and the labels are also painted.
 
-    Args:
-        items: each with ``image`` and ``label``, paths, and perhaps ``label_info``, see
-            :func:`~brainfm_monai.annotation.match_structures`.
-        folder: for the subjects; what was prepared before is not prepared again.
+    Items have ``image`` and ``label``, paths, and perhaps ``label_info``, see :func:`match_structures`. The subjects lie in
+    ``folder``; what was prepared before is not prepared again.
 
     Raises:
         ValueError: if there are no items; if none can be used, with the reason of the first.
@@ -270,11 +246,7 @@ def _next_weights(bundle: Path) -> Path:
 
 
 class EpochReport:
-    """Reports the progress of a training: one line in the log, and a file that clients see as a progress bar.
-
-    Args:
-        path: the file, JSON, as MONAI Label's clients read it.
-    """
+    """Reports the progress of a training: one line in the log, and a JSON file that clients see as a progress bar."""
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.began, self.losses = Path(path), time.time(), list[float]()

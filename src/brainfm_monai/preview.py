@@ -39,10 +39,7 @@ VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: str) -> list[dict[str, Any]]:
     """Subjects of a JSON datalist, as entries with paths, or the one of a label map, as an entry with volumes (1, H, W, D).
 
-    Args:
-        source: the datalist; or a label map with FreeSurfer ids, of which there is no distance and no MNI target.
-        protocol: of the segmentation.
-        generation_protocol: by which a label map is painted.
+    A label map has FreeSurfer ids and is painted by ``generation_protocol``; of it there is no distance and no MNI target.
 
     Raises:
         FileNotFoundError: if the source does not exist.
@@ -73,18 +70,11 @@ def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def write_preview(
-    source: str | Path,
-    output: str | Path,
-    *,
-    count: int = 24,
-    seed: int = 0,
-    spatial_size: Sequence[int] = (160, 192, 160),
-    samples: int = 1,
-    mild_samples: int = 0,
-    ranges: SynthesisRanges | None = None,
-    protocol: str = "synthseg_head",
+    source: str | Path, output: str | Path, *, count: int = 24, seed: int = 0,
+    spatial_size: Sequence[int] = (160, 192, 160), samples: int = 1, mild_samples: int = 0,
+    ranges: SynthesisRanges | None = None, protocol: str = "synthseg_head",
     generation_protocol: str = "synthseg_generation",
-) -> Path:
+) -> Path:  # fmt: skip
     """Draw scans and put them on one sheet: three planes, the targets, and the drawn parameters; return its path.
 
     Args:
@@ -111,14 +101,13 @@ def write_preview(
     rows: list[list[Cell]] = []
     for number in tqdm(range(math.ceil(count / samples)), desc="scans", unit="subject"):
         entry = subjects[number % len(subjects)]
-        subject = _load(entry)
+        subject, name = _load(entry), Path(str(entry.get("subject", number))).name
         with torch.no_grad():
             params = synthesizer.draw(subject, [seed + number], entry.get("generation_protocol"))
             out = render(subject, params, layout)
         for place in range(samples):
             maps = {name: np.asarray(value[place]) for name, value in out.items() if value.ndim == 5}
-            name = f"{Path(str(entry.get('subject', number))).name}  seed {seed + number}"
-            rows.append(_draw_row(maps, f"{name}\n{describe(params, place)}", layout))
+            rows.append(_draw_row(maps, f"{name}  seed {seed + number}\n{describe(params, place)}", layout))
     del rows[count:]
     pairs = [list(chain(*rows[first : first + COLUMNS])) for first in range(0, len(rows), COLUMNS)]
     with write_whole(output) as partial:

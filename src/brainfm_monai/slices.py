@@ -163,12 +163,12 @@ def label_colours(protocol: Protocol) -> np.ndarray:
 def paint(
     task: Task, values: np.ndarray, base: np.ndarray, protocol: Protocol, plane: Plane, window: Window | None = None
 ) -> np.ndarray:
-    """Draw a slice of a task's map by the column ``picture`` of the table of tasks.
+    """Draw a slice of a task's map by the column ``picture`` of the table of tasks; picture of shape (rows, columns, 3).
 
     Args:
         task: the row.
         values: the map in its ``output_unit``, shape (rows, columns, C).
-        base: the scan there, shape (rows, columns, 3), in [0, 1], as the result.
+        base: the scan there, shape (rows, columns, 3), in [0, 1].
         protocol: colours of labels.
         plane: of the slice.
         window: of an image.

@@ -83,19 +83,11 @@ def sharpen(image: np.ndarray, strength: float) -> np.ndarray:
 
 
 def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Put the scan's own lesions into a synthetic image.
+    """Put the scan's own lesions into a synthetic image of the same grid; nothing else changes.
 
-    The scan's intensities are taken to those of the synthetic image by the straight line that fits healthy tissue around the
-    lesions best (least squares): where the contrast of tissues is turned around, that of the lesion is, too.
-
-    Args:
-        synthetic: shape (H, W, D).
-        scan: the scan in the same grid.
-        lesions: bool, shape (H, W, D).
-        brain: bool, shape (H, W, D), where intensities are compared.
-
-    Returns:
-        The synthetic image, changed within the lesions alone; unchanged where there are none, or no tissue around.
+    The scan's intensities are taken to those of the synthetic image by the straight line that fits healthy tissue (``brain``)
+    around the lesions best (least squares): where the contrast of tissues is turned around, that of the lesion is, too. Without
+    lesions, or tissue around them, the image is unchanged. All arrays have the shape (H, W, D); masks are bool.
     """
     if not lesions.any():
         return synthetic
@@ -108,8 +100,7 @@ def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray,
 
 def write_synthetic_images(scan: ScanResult) -> None:
     """Write ``_T1w``, ``_T2w``, ``_FLAIR``, ``_ct`` (HU) and the super-resolved scan, as far as the network has them, at 1 mm."""
-    labels = scan.in_network_grid("segmentation")[0]
-    keep = scan.settings.keep_lesions
+    labels, keep = scan.in_network_grid("segmentation")[0], scan.settings.keep_lesions
     lesions = _lesion_mask(scan, scan.layout.protocol.freesurfer_ids[labels]) if keep else np.zeros(1, dtype=bool)
     own = resample(scan.image, labels.shape, scan.network_affine).cpu().numpy()[0] if keep else labels
     for entry, task in scan.layout.maps.items():

@@ -78,17 +78,10 @@ class Warp:
 
 
 def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Affine map by least squares in which outliers count little (Huber's function, by reweighting).
-
-    Args:
-        source: points, shape (N, 3), N at least 4 and not in a plane.
-        target: where they go, shape (N, 3).
-
-    Returns:
-        Matrix of shape (4, 4) with target = matrix @ source.
+    """Matrix (4, 4) from source to target points, (N, 3) each: least squares in which outliers count little (Huber, reweighted).
 
     Raises:
-        ValueError: if the points do not determine it.
+        ValueError: if the points do not determine it: fewer than 4, or in a plane.
     """
     step = max(1, len(source) // SAMPLES)
     goal = target[::step].astype(np.float64)

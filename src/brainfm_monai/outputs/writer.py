@@ -91,11 +91,10 @@ class ScanWriter:
             return
         earlier = str(marker["source"]["path"])
         if earlier != entry.identify()["path"] and marker["source"]["sha256"] != entry.hash_content():
-            raise FileExistsError(
-                f"{printable(entry.path)}: {self.output_dir / entry.results} must hold results of this scan or none, found "
-                f"those of another scan, {printable(earlier)}: give this one another name or folder, or pass --overwrite to "
-                "replace them"
-            )
+            rule = f"{self.output_dir / entry.results} must hold results of this scan or none"
+            choices = "give this one another name or folder, or pass --overwrite to replace them"
+            found = f"found those of another scan, {printable(earlier)}"
+            raise FileExistsError(f"{printable(entry.path)}: {rule}, {found}: {choices}")
 
     def write(self, item: Mapping[str, Any], scan: Entry) -> Path:
         """Write all files of a scan, and return their folder.

@@ -89,16 +89,13 @@ def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
 
 
 def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, towards: Sequence[float]) -> np.ndarray:
-    """Draw a surface as seen from far away, superior up, with pixels of 0.6 mm.
+    """Draw a surface as seen from far away, superior up: picture (rows, columns, 4), uint8, red, green, blue and opacity.
 
     Args:
         vertices: RAS mm, shape (V, 3).
         faces: shape (F, 3), counter-clockwise seen from outside.
         colours: red, green and blue of each vertex in [0, 1], shape (V, 3).
         towards: direction from the surface to the viewer, horizontal: (-1, 0, 0) is the view from the left.
-
-    Returns:
-        Picture of shape (rows, columns, 4), uint8: red, green, blue and opacity.
     """
     up = np.array([0.0, 0.0, 1.0])
     turned = vertices.astype(np.float64) @ np.stack([np.cross(up, towards), up, towards]).T  # right, up, to the viewer
@@ -125,14 +122,9 @@ def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, t
 def draw_contour(
     base: np.ndarray, points_mm: np.ndarray, vertices_mm: np.ndarray, faces: np.ndarray, colour: Sequence[float]
 ) -> np.ndarray:
-    """Draw the line in which a surface passes through a slice.
+    """Draw the line in which a surface passes through a slice, of which ``base`` is the picture and ``points_mm`` are the pixels.
 
-    Args:
-        base: picture of the slice, shape (rows, columns, 3), in [0, 1]; the result has this shape.
-        points_mm: RAS mm of its pixels, of the same shape.
-        vertices_mm: RAS mm, shape (V, 3).
-        faces: shape (F, 3).
-        colour: of the line.
+    Both have the shape (rows, columns, 3), as the result; colours lie in [0, 1], points are RAS mm.
     """
     origin = points_mm[0, 0]
     down, right = points_mm[1, 0] - origin, points_mm[0, 1] - origin

@@ -41,12 +41,8 @@ def _simple_configurations() -> np.ndarray:
 def grow_ball(level: np.ndarray) -> np.ndarray:
     """The largest ball inside a surface that grows from the deepest voxel in the order of depth.
 
-    Args:
-        level: negative inside, shape (H, W, D); outermost voxels must not be negative.
-
-    Returns:
-        bool array of that shape: voxels that are connected like a ball (one piece, no handle, no cavity). Of the negative voxels
-        it lacks those that would close a handle, and pieces apart.
+    The level, (H, W, D), is negative inside. The result, bool, has the voxels that are connected like a ball (one piece, no
+    handle, no cavity): of the negative voxels it lacks those that would close a handle, and pieces apart.
 
     Raises:
         ValueError: if no voxel is inside, or the inside reaches the border.
