@@ -9,7 +9,7 @@ from nibabel.affines import apply_affine
 from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, scan_stem, write_table
 from brainfm_monai.outputs.cortex import grow_surfaces, measure_thickness
 from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
-from brainfm_monai.outputs.warps import fit_scan_to_template
+from brainfm_monai.outputs.template import fit_scan_to_template
 from brainfm_monai.surfaces import compute_areas_mm2
 
 COLUMNS = ("index", "name", "volume_mm3", "vertices", "area_mm2", "thickness_mm", "thickness_sd_mm")
