@@ -22,11 +22,7 @@ DYNAMIC_AXES = (0, 2, 3, 4)  # all but the channel
 
 
 def export_torchscript(network: nn.Module, path: str | Path) -> None:
-    """Write a network as TorchScript, for any batch and any size that the network takes.
-
-    Args:
-        network: a network of this package over one of its own U-Nets, or any that ``torch.jit.script`` takes.
-        path: the file.
+    """Write a network that ``torch.jit.script`` takes as TorchScript, for any batch and any size that the network takes.
 
     Raises:
         ValueError: if the network cannot be scripted; with the first line of the reason.
@@ -40,10 +36,10 @@ def export_torchscript(network: nn.Module, path: str | Path) -> None:
 
 
 def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance: float = ONNX_TOLERANCE) -> float:
-    """Write a network as ONNX, for any batch and size, and compare it with the network on another size.
+    """Write a network over one of this package's U-Nets as ONNX, for any batch and size, and compare it on another size.
 
     Args:
-        network: a network of this package over one of its own U-Nets.
+        network: is put into evaluation mode.
         path: the file.
         size: side of the cube that the graph is traced with, in voxels: an even multiple of what the network needs.
         tolerance: largest difference that is accepted, relative to the largest output.

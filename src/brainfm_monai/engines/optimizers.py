@@ -197,11 +197,8 @@ def make_warmup_stable_decay(
 ) -> Callable[[int], float]:
     """Factor of the learning rate, in [0, 1], by the iteration from 0: linear warm-up, constant, linear decay to zero.
 
-    Args:
-        warmup: iterations of warm-up.
-        total: iterations of the whole training.
-        decay_fraction: share of the training in which the rate falls.
-        budget: with minutes, they take the place of ``total``.
+    ``warmup`` and ``total`` are iterations; the minutes of a budget take the place of ``total``. ``decay_fraction`` is the share of
+    the training in which the rate falls.
     """
 
     def factor(iteration: int) -> float:

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-from brainfm_monai.inferers.two_stage import head_box
+from brainfm_monai.inferers.two_stage import head_box, pad_to_multiple
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 
@@ -164,8 +164,7 @@ class OrientationInferer(Inferer):
 
     def _look(self, image: Tensor, network: MultiTaskNet, voxel_mm: float) -> float:
         """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
-        padding = [extra for size in image.shape[:1:-1] for extra in (0, -size % MULTIPLE)]
-        features = network.backbone(nnf.pad(image, padding).contiguous())
+        features = network.backbone(pad_to_multiple(image, MULTIPLE))
         return self._misfit(network.head(features[:, :, *(slice(size) for size in image.shape[2:])]), voxel_mm)
 
     def _misfit(self, output: Tensor, voxel_mm: float) -> float:

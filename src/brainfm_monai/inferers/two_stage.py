@@ -18,7 +18,7 @@ from brainfm_monai.inferers.execution import ALIASES, MEMORY_MODES, choose_memor
 from brainfm_monai.networks import MultiTaskNet, UNet, autocast, encode_by_planes, parse_precision, plane_ranges
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["TwoStageInferer", "head_box"]
+__all__ = ["TwoStageInferer", "head_box", "pad_to_multiple"]
 
 HEAD = 0.05  # intensity in [0, 1] above which a voxel is head or noise
 TRAINING_SIZE_MM = (144.0, 176.0, 144.0)  # field of view of a scan of train.json
@@ -103,10 +103,9 @@ class TwoStageInferer(Inferer):
         box = head_box(image, self.threshold, self.margin)
         head = image[:, :, *box]
         multiple = math.lcm(self.multiple, network.stride if isinstance(network, MultiTaskNet) else 1)
-        padding = [extra for size in head.shape[:1:-1] for extra in (0, -size % multiple)]
         memory = choose_memory(head, network) if self.memory == "auto" else self.memory
         output = None
-        for planes, maps in self._predict(nnf.pad(head, padding).contiguous(), network, memory):
+        for planes, maps in self._predict(pad_to_multiple(head, multiple), network, memory):
             if output is None:
                 output = self._air(maps.shape[1], image)
                 inside = output[:, :, *box]
@@ -234,6 +233,11 @@ def head_box(image: Tensor, threshold: float = HEAD, margin: int = 0) -> tuple[s
     return tuple(slice(a, b or None) for a, b in zip(first, last, strict=True))
 
 
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Zeros behind a volume, (B, C, H, W, D), up to a multiple of its sides."""
+    return nnf.pad(image, [extra for size in image.shape[:1:-1] for extra in (0, -size % multiple)]).contiguous()
+
+
 def centre_box(mask: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
     """Box of a given size around the middle of a mask, (H, W, D), within the volume; an empty mask has its middle there."""
     sides = []
@@ -269,8 +273,7 @@ def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm
     fit = torch.linalg.lstsq(matrix, target).solution.T.to(points)
     affine = torch.einsum("ij,jhwd->ihwd", fit, points)
     weighted = torch.cat([(coordinates - affine) * mask, mask[None].float()])[None]
-    padding = [extra for size in reversed(mask.shape) for extra in (0, -size % step)]
-    coarse = GaussianFilter(3, sigma / step)(nnf.avg_pool3d(nnf.pad(weighted, padding), step))
+    coarse = GaussianFilter(3, sigma / step)(nnf.avg_pool3d(pad_to_multiple(weighted, step), step))
     values = coarse[:, :3] / coarse[:, 3:].clamp_min(MINIMUM_WEIGHT)
     rest = nnf.interpolate(values, scale_factor=step, mode="trilinear", align_corners=False)[0]
     return affine + rest[:, *(slice(size) for size in mask.shape)]

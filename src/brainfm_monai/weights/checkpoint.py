@@ -94,7 +94,6 @@ class _Unpickler(pickle.Unpickler):
     sizes: dict[str, int] | None = None
 
     def find_class(self, module: str, name: str) -> Any:
-        """A function of this module, or an inert class of that name."""
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2's names
         full = f"{module}.{name}"
         if module.split(".")[0] in NEVER_NAMED:
@@ -103,7 +102,7 @@ class _Unpickler(pickle.Unpickler):
 
     @property
     def persistent_load(self) -> Callable[[Any], Any]:
-        """Storage of the file; torch sets the function that reads it."""
+        # torch sets the function that reads a storage of the file
         return self._load_storage
 
     @persistent_load.setter
