@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import json
 import logging
 import os
@@ -238,6 +240,21 @@ def settings(repository: Path, weights: Path) -> dict[str, Any]:
     }
 
 
+def test_a_notebook_shows_the_scan_with_its_labels(tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = brainfm_monai.predict(write_scan(tmp_path / "scan.nii.gz"), **settings)
+    found["warnings"].append("a <b>doubt</b>")
+    shown = found._repr_html_()
+    frame = re.search(r'<iframe srcdoc="([^"]*)"', shown)
+    assert frame is not None
+    page = html.unescape(frame[1])
+    name = found["layout"].protocol.structures[3].name
+    assert page.startswith("<!doctype html>")
+    assert name in page
+    assert ("new Niivue(" in page) == (importlib.util.find_spec("ipyniivue") is not None)
+    assert "a &lt;b&gt;doubt&lt;/b&gt;" in shown
+    assert f"<td>{name}</td>" in shown
+
+
 def test_one_image_in_python(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = write_scan(tmp_path / "scan.nii.gz")
     found = brainfm_monai.predict(path, **settings)
@@ -250,6 +267,8 @@ def test_one_image_in_python(tmp_path: Path, settings: dict[str, Any]) -> None:
     for label in np.unique(labels)[1:]:
         assert found["hard_volumes_mm3"][names[label]] == pytest.approx((labels == label).sum() * 1.5 * 1.2 * 2.0)
     assert set(found["volumes_mm3"]) == set(names[1:])
+    assert list(found.table.columns) == ["name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"]
+    assert found.table["hard_mm3"].sum() == pytest.approx(sum(found["hard_volumes_mm3"].values()), rel=1e-3)
     in_memory = brainfm_monai.predict(stored, **settings)
     tensor = MetaTensor(torch.from_numpy(np.asarray(stored.dataobj))[None], affine=torch.from_numpy(stored.affine))
     as_tensor = brainfm_monai.predict(tensor, **settings)

@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from brainfm_monai.anatomy import Protocol, Structure
+    from brainfm_monai.prediction import Prediction
     from brainfm_monai.tasks import TASKS, Task, TaskLayout
 
 __version__ = "0.2.0"
 
-__all__ = ["TASKS", "Protocol", "Structure", "Task", "TaskLayout", "__version__", "predict"]
+__all__ = ["TASKS", "Prediction", "Protocol", "Structure", "Task", "TaskLayout", "__version__", "predict"]
 
-HOMES = {"Protocol": "anatomy", "Structure": "anatomy", "TASKS": "tasks", "Task": "tasks", "TaskLayout": "tasks"}
+HOMES = {
+    "Prediction": "prediction",
+    "Protocol": "anatomy",
+    "Structure": "anatomy",
+    "TASKS": "tasks",
+    "Task": "tasks",
+    "TaskLayout": "tasks",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -23,7 +31,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"brainfm_monai.{HOMES[name]}"), name)
 
 
-def predict(image: Any, bundle: str = "bundle", **overrides: Any) -> dict[str, Any]:
+def predict(image: Any, bundle: str = "bundle", **overrides: Any) -> Prediction:
     """Predict every map of one scan: see :func:`brainfm_monai.prediction.predict`."""
     from brainfm_monai.prediction import predict as predict_one  # its libraries come with the extra "report"
 

@@ -2,9 +2,9 @@
 
 from brainfm_monai.prediction.catalogue import OUTPUTS, select_outputs
 from brainfm_monai.prediction.loop import ScanDataset, ScanLoader, WriteScans, local_device, predict_scans, share_of
-from brainfm_monai.prediction.single import predict
+from brainfm_monai.prediction.single import Prediction, predict
 
 __all__ = [
-    "OUTPUTS", "ScanDataset", "ScanLoader", "WriteScans", "local_device", "predict", "predict_scans", "select_outputs",
+    "OUTPUTS", "Prediction", "ScanDataset", "ScanLoader", "WriteScans", "local_device", "predict", "predict_scans", "select_outputs",
     "share_of",
 ]  # fmt: skip

@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from brainfm_monai import outputs
 from brainfm_monai.io import ScanError, find_bundle, literal
-from brainfm_monai.prediction.loop import engine_logger
+from brainfm_monai.prediction.loop import engine_logger, maps_of
+from brainfm_monai.report import compose_page, compose_view, find_niivue
 from brainfm_monai.tasks import TaskLayout
 
+VIEW_HEIGHT = 640  # of a notebook's cell, in pixels
 
-def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict[str, Any]:
+
+class Prediction(dict[str, Any]):
+    """What was predicted for one scan, by name; a notebook shows the scan with its labels.
+
+    In the grid of the scan, as MetaTensors of shape (C, H, W, D) with its affine: ``segmentation`` (uint8 labels), ``entropy`` and
+    every other task of the network by its name, ``bias_field`` for ``log_bias_field``. Beside them ``volumes_mm3`` (soft) and
+    ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI
+    coordinates or brain), ``warnings`` and ``layout``.
+
+    Attributes:
+        scan: the scan and its maps in the network's grid, which the functions of ``outputs`` and ``report`` take.
+    """
+
+    def __init__(self, scan: outputs.ScanResult, **entries: Any) -> None:
+        super().__init__(entries)
+        self.scan = scan
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each structure: label, name, FreeSurfer id, side, soft and hard volume in mm^3."""
+        structures = self["layout"].protocol.structures[1:]
+        rows = [(s.label, s.name, s.freesurfer_id, s.side) for s in structures]
+        table = pd.DataFrame(rows, columns=["label", "name", "freesurfer_id", "side"])
+        soft, hard = (table["name"].map(self[key]).round(1) for key in ("volumes_mm3", "hard_volumes_mm3"))
+        return table.assign(soft_mm3=soft, hard_mm3=hard).set_index("label")
+
+    def _repr_html_(self) -> str:
+        """The interactive view, where NiiVue is installed, or the page of the scan, in a frame; warnings and volumes below."""
+        script = find_niivue()
+        page = compose_view(self.scan, script) if script else compose_page(self.scan)
+        frame = f'<iframe srcdoc="{escape(page)}" style="width:100%;height:{VIEW_HEIGHT}px;border:0"></iframe>'
+        warnings = "".join(f"<p><b>Warning:</b> {escape(warning)}</p>" for warning in self["warnings"])
+        return f"{frame}{warnings}<details><summary>Volumes</summary>{self.table.to_html()}</details>"
+
+
+def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Prediction:
     """Predict every map of one scan.
 
     Args:
@@ -28,10 +68,7 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
             ``device=torch.device("cpu")``.
 
     Returns:
-        In the grid of the scan, as MetaTensors of shape (C, H, W, D): ``segmentation`` (uint8 labels), ``entropy`` and every
-        other task of the network by its name, ``bias_field`` for ``log_bias_field``. Beside them ``volumes_mm3`` (soft) and
-        ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI
-        coordinates or brain), ``warnings`` and ``layout``.
+        Maps, volumes and warnings by name, see :class:`Prediction`.
 
     Raises:
         ScanError: if the scan cannot be used.
@@ -55,13 +92,14 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> dict
         try:
             workflow.initialize()
             evaluator, layout, run = map(workflow.parser.get_parsed_content, ("evaluator", "layout", "settings"))
-            evaluator.logger = engine_logger
+            evaluator.logger, items = engine_logger, []
+            evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: items.append(maps_of(engine)))
             evaluator.run()
         except SystemExit as end:  # the config reports wrong weights so
             raise ValueError(str(end)) from end
         except RuntimeError as error:  # MONAI's way of reporting that a transform failed
             raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
-        return _describe(evaluator.state.output[0], layout, run, path)
+        return _describe(items[0], layout, run, path)
 
 
 def _as_file(image: Any, folder: Path) -> Path:
@@ -79,7 +117,7 @@ def _as_file(image: Any, folder: Path) -> Path:
     return path
 
 
-def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSettings, path: Path) -> dict[str, Any]:
+def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSettings, path: Path) -> Prediction:
     """The maps of an item in the grid of its scan, volumes, and what else :func:`predict` returns."""
     labels: MetaTensor = item["pred"]
     hidden = ("image", "original", "pred")
@@ -87,6 +125,7 @@ def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSet
     affine, array = np.asarray(labels.affine, dtype=np.float64), np.asarray(labels[0].cpu(), dtype=np.uint8)
     soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
     scan = outputs.ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
+    scan.original = item.get("original")
     hard = outputs.compute_volumes_mm3(array, affine, len(layout.protocol))
     names = [s.name for s in layout.protocol.structures[1:]]
     try:
@@ -94,12 +133,13 @@ def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSet
     except ValueError:  # no brain
         matrix = None
     shown = {key: value for key, value in maps.items() if key != "segmentation"}
-    return {
-        "segmentation": labels.cpu().to(torch.uint8),
+    return Prediction(
+        scan,
+        segmentation=labels.cpu().to(torch.uint8),
         **{key: outputs.resample(value.cpu(), array.shape, affine) for key, value in shown.items()},
-        "volumes_mm3": dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
-        "hard_volumes_mm3": dict(zip(names, hard[1:].tolist(), strict=True)),
-        "affine_to_template": matrix,
-        "warnings": outputs.collect_warnings(scan),
-        "layout": layout,
-    }
+        volumes_mm3=dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
+        hard_volumes_mm3=dict(zip(names, hard[1:].tolist(), strict=True)),
+        affine_to_template=matrix,
+        warnings=outputs.collect_warnings(scan),
+        layout=layout,
+    )

@@ -1,7 +1,7 @@
 """The page of one scan for a reader who knows brains and not networks, its interactive view, and the template engine of all pages."""
 
 from brainfm_monai.report.html import data_address, render
-from brainfm_monai.report.page import write_report
-from brainfm_monai.report.view import write_view
+from brainfm_monai.report.page import compose_page, write_report
+from brainfm_monai.report.view import compose_view, find_niivue, write_view
 
-__all__ = ["data_address", "render", "write_report", "write_view"]
+__all__ = ["compose_page", "compose_view", "data_address", "find_niivue", "render", "write_report", "write_view"]
