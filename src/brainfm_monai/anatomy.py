@@ -53,10 +53,9 @@ class Structure:
 class Protocol:
     """A named set of structures, background first.
 
-    A protocol is one tab-separated table with the columns ``label freesurfer_id name side mirror red green blue
-    includes``; ``includes`` lists, separated by blanks, ids of the source maps that are folded into the structure. A
-    column ``mixture`` may follow: ``2:0.48 3:0.52`` makes a label a partial-volume code of the structures with ids 2
-    and 3.
+    A protocol is one tab-separated table with the columns :data:`COLUMNS`; ``includes`` lists, separated by blanks, ids
+    of the source maps that are folded into the structure. A column ``mixture`` may follow: ``2:0.48 3:0.52`` makes a
+    label a partial-volume code of the structures with ids 2 and 3.
 
     Raises:
         ValueError: if labels are not 0, 1, 2, ... in order, or more than 256; if an id stands twice, the mirror rule is

@@ -203,8 +203,7 @@ class TaskLayout:
     @property
     def label_channels(self) -> int:
         """Channels of an output whose segmentation has been decided: one of labels, then the other tasks."""
-        labels = self.tasks.get("segmentation")
-        return self.channels if labels is None else self.channels - labels.channels + 1
+        return self.channels - (self.tasks["segmentation"].channels - 1 if "segmentation" in self.tasks else 0)
 
     def choose_labels(self, output: Tensor) -> Tensor:
         """Put the label of the largest logit in place of logits: (B, C, H, W, D) to (B, label_channels, H, W, D)."""

@@ -15,8 +15,7 @@ def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
     """
     for axis, (operator, n) in enumerate(zip(operators, volume.shape[2:], strict=True)):
         if operator.shape[-1] != n:
-            found = tuple(operator.shape)
-            raise ValueError(f"apply_separable: operator {axis} must have {n} columns, got {found}")
+            raise ValueError(f"apply_separable: operator {axis} must have {n} columns, got {tuple(operator.shape)}")
     over_h, over_w, over_d = operators
     batch, channels, h, w, d = volume.shape
     out = torch.matmul(volume.reshape(batch, -1, d), over_d.transpose(1, 2)).reshape(batch, channels, h, w, -1)
@@ -72,9 +71,8 @@ def interpolate_lattice(
 def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
     """Ghosts along one axis, (B, size, size): every ``count``-th line of k-space is weakened by a share ``strength``.
 
-    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly. Shifts
-    by a part of a voxel are interpolated linearly. Both are (B,); a count of 1 only scales the image, so its strength
-    is 0.
+    The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly and
+    linearly interpolated. Both are (B,); a count of 1 only scales the image, so its strength is 0.
     """
     index = torch.arange(size, device=count.device, dtype=strength.dtype)
     step = size / count.reshape(-1, 1, 1)

@@ -153,10 +153,7 @@ def average_neighbours(volume: Tensor) -> Tensor:
 
 
 def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
-    """Displacement (B, 3, H, W, D) of a stationary velocity at time 1, in voxels, by so many squarings.
-
-    Arsigny et al., A Log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
-    """
+    """Displacement (B, 3, H, W, D) of a velocity at time 1, voxels, by squarings (Arsigny et al., MICCAI 2006)."""
     grid = identity_grid(velocity.shape[2:], device=velocity.device, dtype=velocity.dtype)
     displacement = velocity / 2**steps
     for _ in range(steps):
@@ -173,8 +170,7 @@ def jacobian_determinant(coordinates: Tensor) -> Tensor:
 def compute_curl(potential: Tensor) -> Tensor:
     """Curl of a vector potential (B, 3, H, W, D) by central differences: a velocity without divergence, per voxel."""
     over_h, over_w, over_d = torch.gradient(potential, dim=(2, 3, 4))
-    curl = [over_w[:, 2] - over_d[:, 1], over_d[:, 0] - over_h[:, 2], over_h[:, 1] - over_w[:, 0]]
-    return torch.stack(curl, dim=1)
+    return torch.stack([over_w[:, 2] - over_d[:, 1], over_d[:, 0] - over_h[:, 2], over_h[:, 1] - over_w[:, 0]], 1)
 
 
 def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:

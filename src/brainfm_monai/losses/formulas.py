@@ -58,15 +58,11 @@ def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     then near the probability, as it is for the cross entropy; with plain sums it is 0 or 1, the latter already from
     half the Dice on, so that thin structures come out too large. An absent class would add a constant.
     """
-    loss: Tensor = _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
-    return loss
+    return _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
 
 
 def compute_mask_loss(logits: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """Binary cross entropy plus soft Dice of a map that may be empty; truth is 0 or 1, all have one channel.
-
-    1 is added above and below in the Dice, so that an empty map is met by an empty one.
-    """
+    """Binary cross entropy plus soft Dice of a mask; Dice adds 1 above and below, so that two empty masks agree."""
     logits, truth = logits.float(), truth.float()
     cross_entropy = compute_masked_mean(nnf.binary_cross_entropy_with_logits(logits, truth, reduction="none"), mask)
     pred, truth = (logits.sigmoid() * mask).flatten(1), (truth * mask).flatten(1)
@@ -82,9 +78,9 @@ def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Absolute error of the forward differences along each axis, between two voxels that both count, per voxel.
+    """Absolute error of the forward differences between two voxels that both count (gradient loss of BrainFM).
 
-    The means of the three axes are added (gradient loss of BrainFM, arXiv 2509.00549).
+    The means of the three axes are added.
     """
     error = pred.float() - target  # differences are linear: that of the error is the error of that
     steps = [compute_masked_mean(error.diff(dim=axis).abs(), _count_rows(mask, axis, 2)) for axis in (2, 3, 4)]

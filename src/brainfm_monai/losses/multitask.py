@@ -34,8 +34,7 @@ class MultiTaskLoss(nn.Module):
         balance: learns weights, by which the given ones are multiplied, such as :class:`UncertaintyWeights`.
 
     Raises:
-        ValueError: if a weight names an unknown task, or a weight of a part a task that has no such part, or
-            ``samples`` is smaller than 1.
+        ValueError: if a weight names what is no task or has no such part, or ``samples`` is smaller than 1.
     """
 
     def __init__(
@@ -171,8 +170,8 @@ class UncertaintyWeights(nn.Module):
     def forward(self, name: str, loss: Tensor, mean: Tensor, present: Tensor) -> Tensor:
         """Weighted loss of a task, a scalar; the loss itself for a task without a parameter.
 
-        ``loss``, that of this rank, has the gradient for the network; from ``mean``, that of all ranks without
-        gradient, the scale learns; ``present`` is 1 if any sample on any rank has the target, else 0. All are scalars.
+        ``loss``, of this rank, has the gradient for the network; the scale learns from ``mean``, that of all ranks;
+        ``present`` is 1 if any sample on any rank has the target, else 0. All are scalars.
         """
         if name not in self.places:
             return loss

@@ -60,10 +60,8 @@ def paint(
     ``removed`` is painted as background.
     """
     outside, head = 1 - painted[:, :1], painted[:, 1:2]
-    air_mean, air_std, goal, change = (
-        value.reshape(-1, 1, 1, 1, 1)
-        for value in (appearance.mean[:, 0], appearance.std[:, 0], appearance.lesion_goal, appearance.lesion_change)
-    )
+    air_mean, air_std = (value[:, 0].reshape(-1, 1, 1, 1, 1) for value in (appearance.mean, appearance.std))
+    goal, change = (v.reshape(-1, 1, 1, 1, 1) for v in (appearance.lesion_goal, appearance.lesion_change))
     shares = dict(zip(("synthetic", *IMAGES), appearance.blend[..., None, None, None, None].unbind(1), strict=True))
     mean = painted[:, 2 + 2 * number, None] + outside * air_mean
     std = painted[:, 3 + 2 * number, None] + outside * air_std

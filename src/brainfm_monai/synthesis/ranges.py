@@ -18,8 +18,7 @@ class SynthesisRanges:
     every field, says why not.
 
     Raises:
-        ValueError: if a pair is not two ascending numbers, a probability is outside [0, 1], or weights are negative or
-            all 0.
+        ValueError: if a pair does not ascend, a probability is outside [0, 1], or weights are negative or all 0.
     """
 
     rotation_deg: Range = (-15.0, 15.0)
@@ -196,5 +195,4 @@ class SynthesisParams:
                 return replace(value, **{field.name: move(getattr(value, field.name)) for field in fields(value)})
             return value
 
-        moved: Self = move(self)
-        return moved
+        return move(self)

@@ -78,10 +78,7 @@ class Synthesizer:
         generation_protocol: str | None = None,
         device: str | torch.device | None = None,
     ) -> SynthesisParams:
-        """Everything random of the subjects' samples, on ``device`` or where the subjects are; see the call.
-
-        Without a device the subjects' volumes are needed, with one their flags alone.
-        """
+        """Everything random of the subjects' samples, on a device, for which their flags suffice, or where they are."""
         inputs = {}
         for name in IMAGES:
             flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
