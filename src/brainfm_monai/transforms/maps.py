@@ -79,9 +79,8 @@ class SplitTasksd(MapTransform):
         self, keys: KeysCollection, layout: TaskLayout, mode: str = "whole_head", probabilities: bool = False
     ) -> None:
         super().__init__(keys)
-        self.layout = layout
+        self.layout, self.probabilities = layout, probabilities
         self.allowed = allowed_labels(layout.protocol, mode)
-        self.probabilities = probabilities
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Split the entries; their metadata go to each part."""
