@@ -33,7 +33,70 @@ class Injection(NamedTuple):
     tests: tuple[str, ...]
 
 
-INJECTIONS: tuple[Injection, ...] = ()
+LEFT_RIGHT = '.replace("left", "~").replace("right", "left").replace("~", "right")'
+INJECTIONS = (
+    Injection(
+        "the reader of volumes", "io/volumes.py", "else _read_file(path, frame)",
+        "else (lambda volume: replace(volume, values=volume.values[::-1]))(_read_file(path, frame))",
+        ("tests/test_io_volumes.py", "tests/test_geometry.py"),
+    ),
+    Injection(
+        "the affine of a header", "io/headers.py", "    return affine, noticed", "    return np.diag([-1.0, 1, 1, 1]) @ affine, noticed",
+        ("tests/test_io_volumes.py", "tests/test_geometry.py"),
+    ),
+    Injection(
+        "the names of the label table", "anatomy.py", 'name, side = row["name"], row["side"]',
+        'name, side = row["name"].replace("Left", "~").replace("Right", "Left").replace("~", "Right"), row["side"]',
+        ("tests/test_anatomy.py",),
+    ),
+    Injection(
+        "the mirror average", "inferers/two_stage.py", "self.layout.mirror(run(image.flip(MIRROR_AXIS)).float())",
+        "run(image.flip(MIRROR_AXIS)).float().flip(MIRROR_AXIS)", ("tests/test_inferers.py",),
+    ),
+    Injection(
+        "the mirror average by planes", "inferers/two_stage.py", "self.layout.mirror(decode(total - b, total - a))",
+        "decode(total - b, total - a).flip(MIRROR_AXIS)", ("tests/test_inferers.py",),
+    ),
+    Injection(
+        "the labels on their way back to the grid of the scan", "outputs/result.py", "if turn[axis, 1] < 0",
+        "if turn[axis, 1] < 0 or axis == 0",
+        ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
+    ),
+    Injection(
+        "the hemispheres of the surfaces", "outputs/cortex.py", '"L": ("l", "r", 2, 3), "R": ("r", "l", 41, 42)',
+        '"L": ("r", "l", 2, 3), "R": ("l", "r", 41, 42)', ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
+    ),
+    Injection(
+        "the vertices of the surfaces", "outputs/cortex.py", "POINTSET=vertices", "POINTSET=vertices * np.float32([-1, 1, 1])",
+        ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
+    ),
+    Injection(
+        "the sign of MNI coordinates in the mirror average", "tasks.py", "mirror_sign=(-1, 1, 1)", "mirror_sign=(1, 1, 1)",
+        ("tests/test_tasks.py", "tests/test_synthesis.py"),
+    ),
+    Injection(
+        "the sign of MNI coordinates in the file", "outputs/template.py", 'scan.in_grid("mni")',
+        'scan.in_grid("mni") * np.float32([-1, 1, 1]).reshape(3, 1, 1, 1)', ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
+    ),
+    Injection(
+        "the transform files", "outputs/template.py", "RAS_LPS = np.diag([-1.0,", "RAS_LPS = np.diag([1.0,", ("tests/test_geometry.py",),
+    ),
+    Injection(
+        "the exported network", "exports.py", "torch.jit.script(network.eval())",
+        "torch.jit.trace(lambda image: network.eval()(image.flip(2)), torch.rand(1, 1, 64, 64, 64))", ("tests/test_exports.py",),
+    ),
+    Injection(
+        "the labels that MONAI Label sends", "annotation.py", "id_of[_plain(name)]", f"id_of[_plain(name){LEFT_RIGHT}]",
+        ("tests/test_annotation.py",),
+    ),
+    Injection(
+        "the labels of the generator", "synthesis/rendering.py", "geometry.mirror_labels[labels], labels", "labels, labels",
+        ("tests/test_synthesis.py",),
+    ),
+    Injection(
+        "the letters on the pictures", "slices.py", 'Plane(2, 0, 1, "RL")', 'Plane(2, 0, 1, "LR")', ("tests/test_slices.py",),
+    ),
+)  # fmt: skip
 
 
 def inject(injection: Injection, folder: Path) -> str:
