@@ -182,15 +182,12 @@ def _head_is_upright(subject: LoadedSubject) -> Iterator[str]:
             yield f"{place} in the affine's RAS, where it lies behind and below"
 
 
-def _voxel_ml(subject: LoadedSubject) -> float:
-    return float(abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000)
-
-
 @_rule("sides alike", "segmentation")
 def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
     protocol = subject.protocol
     labels = np.minimum(subject["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
-    ml = np.bincount(labels.ravel(), minlength=len(protocol) + 1) * _voxel_ml(subject)
+    voxel_ml = abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000
+    ml = np.bincount(labels.ravel(), minlength=len(protocol) + 1) * voxel_ml
     fluid = is_fluid(protocol.freesurfer_ids)  # whose sides differ in health as well
     for label, mirror in enumerate(protocol.mirror_permutation):
         small, large = sorted((ml[label], ml[mirror]))
@@ -202,7 +199,8 @@ def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
 
 @_rule("head size", "segmentation")
 def _head_is_plausible(subject: LoadedSubject) -> Iterator[str]:
-    brain_ml, (low, high) = (is_brain(subject.ids) & (subject.ids != 24)).sum() * _voxel_ml(subject), BRAIN_RANGE_ML
+    voxel_ml, (low, high) = abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000, BRAIN_RANGE_ML
+    brain_ml = (is_brain(subject.ids) & (subject.ids != 24)).sum() * voxel_ml
     if not low <= brain_ml <= high:
         yield f"brain of {brain_ml:.0f} ml, {low:.0f} to {high:.0f} are plausible"
 

@@ -63,10 +63,8 @@ def write_datalist(
     where = ", ".join(map(str, roots))
     entries = _by_name([entry for r in roots for entry in find_subjects(r)])
     check_protocols(entries.values(), where)
-    asked = {"validation": split_names(validation), "test": split_names(test)}
-    fractions = {"validation": validation_fraction, "test": test_fraction}
-    section_of = _draw(find_persons(entries), asked, fractions, seed, where)
-    target = roots[0] / output
+    asked = {"validation": (split_names(validation), validation_fraction), "test": (split_names(test), test_fraction)}
+    section_of, target = _draw(find_persons(entries), asked, seed, where), roots[0] / output
     sections: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     for name, entry in sorted(entries.items()):
         paths = {*STORAGE, *(key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute())} & set(entry)
@@ -96,7 +94,7 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
 def make_entry(folder: Path) -> dict[str, Any]:
     """The item of a prepared subject, with whole paths."""
     record = read_record(folder)
-    files = {key: str(subject_file(folder, key)) for key in STORAGE if subject_file(folder, key).is_file()}
+    files = {key: str(path) for key in STORAGE if (path := subject_file(folder, key)).is_file()}
     tables = {key: folder.parent / str(record.get(key, "")) for key in PROTOCOLS}  # of the user's, see run_jobs
     files |= {key: str(table) for key, table in tables.items() if table.is_file()}
     return {"subject": folder.name, **{key: record[key] for key in FACTS if record.get(key)}, **files}
@@ -139,12 +137,12 @@ def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol
     ValueError if there are several, or another one than ``protocol``.
     """
     subjects_of: dict[str, list[str]] = {}
-    for entry in entries:
-        if "protocol" in entry:
-            subjects_of.setdefault(Path(str(entry["protocol"])).name, []).append(str(entry.get("subject", "")))
-    silent = [entry for entry in entries if "protocol" not in entry]
-    if protocol is not None and silent:
-        logger.warning("%s: %d subjects name no protocol; '%s' is taken for theirs", where, len(silent), protocol)
+    named = [entry for entry in entries if "protocol" in entry]
+    for entry in named:
+        subjects_of.setdefault(Path(str(entry["protocol"])).name, []).append(str(entry.get("subject", "")))
+    if protocol is not None and len(named) < len(entries):
+        missing = len(entries) - len(named)
+        logger.warning("%s: %d subjects name no protocol; '%s' is taken for theirs", where, missing, protocol)
     wrong = set(subjects_of) - {Path(protocol).name} if protocol is not None else subjects_of
     if len(wrong) > (protocol is None):
         needed = f"protocol '{protocol}'" if protocol is not None else "one protocol"
@@ -204,15 +202,11 @@ def _strip_visit(name: str) -> str:
 
 
 def _draw(
-    person_of: Mapping[str, str],
-    asked: Mapping[str, Sequence[str]],
-    fractions: Mapping[str, float],
-    seed: int,
-    where: str,
+    person_of: Mapping[str, str], asked: Mapping[str, tuple[Sequence[str], float]], seed: int, where: str
 ) -> dict[str, str]:
     """The section of every subject that is not for training; a person's subjects stay together."""
     section_of_person: dict[str, str] = {}
-    for section, names in asked.items():
+    for section, (names, _) in asked.items():
         unknown = sorted(set(names) - set(person_of))
         if unknown:
             raise ValueError(f"{where}: '{section}' must name prepared subjects, found no {', '.join(unknown)}")
@@ -220,15 +214,14 @@ def _draw(
             if section_of_person.setdefault(person_of[name], section) != section:
                 raise ValueError(f"{where}: a person is in one section, found {name} in 'validation' and in 'test'")
     rest = sorted(set(person_of.values()) - set(section_of_person))
-    generator = random.Random(seed)
-    generator.shuffle(rest)
-    drawn = 0
-    for section, fraction in fractions.items():
+    persons = len(rest)
+    random.Random(seed).shuffle(rest)
+    for section, (_, fraction) in asked.items():
         if not 0 <= fraction < 1:
             raise ValueError(f"write_datalist: '{section}_fraction' must be in [0, 1), got {fraction}")
-        count = round(fraction * len(rest))
-        section_of_person |= dict.fromkeys(rest[drawn : drawn + count], section)
-        drawn += count
+        count = round(fraction * persons)
+        section_of_person |= dict.fromkeys(rest[:count], section)
+        rest = rest[count:]
     kept = {name: section_of_person[person] for name, person in person_of.items() if person in section_of_person}
     if len(kept) == len(person_of):
         needed = f"{where}: a subject must be left for training"

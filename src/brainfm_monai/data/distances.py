@@ -96,7 +96,14 @@ def compute_surface_distance(
         affine: voxels of about 1 mm to the vertices' mm, shape (4, 4).
         shape: size of the volume.
     """
-    near = _near_surface(vertices, affine, shape)
+    # voxels that may lie within the limit of a surface with edges of at most 2 mm; surfaces may leave the box
+    margin = int(np.ceil(LIMIT_MM)) + 2
+    voxels = np.rint(apply_affine(np.linalg.inv(affine), vertices)).astype(int)
+    voxels = voxels[((voxels >= -margin) & (voxels < np.array(shape) + margin)).all(axis=1)] + margin
+    padded = np.zeros([n + 2 * margin for n in shape], dtype=bool)
+    padded[tuple(voxels.T)] = True
+    far = ndimage.distance_transform_edt(~padded) if padded.any() else np.full(padded.shape, np.inf)
+    near = (far <= margin)[margin:-margin, margin:-margin, margin:-margin]
     index = np.argwhere(near)
     distance = np.full(shape, LIMIT_MM, dtype=np.float32)
     if len(index):
@@ -112,14 +119,3 @@ def compute_surface_distance(
     distance[tuple(index[inside[: len(index)]].T)] *= -1
     distance[np.isin(regions, regions.ravel()[firsts][inside[len(index) :]])] *= -1
     return distance
-
-
-def _near_surface(vertices: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Voxels that may lie within the limit of a surface with edges of at most 2 mm, shape (H, W, D), bool."""
-    voxels = np.rint(apply_affine(np.linalg.inv(affine), vertices)).astype(int)
-    margin = int(np.ceil(LIMIT_MM)) + 2
-    padded = np.zeros([n + 2 * margin for n in shape], dtype=bool)  # surfaces may leave the box
-    voxels = voxels[((voxels >= -margin) & (voxels < np.array(shape) + margin)).all(axis=1)] + margin
-    padded[tuple(voxels.T)] = True
-    far = ndimage.distance_transform_edt(~padded) if padded.any() else np.full(padded.shape, np.inf)
-    return np.asarray(far[margin:-margin, margin:-margin, margin:-margin] <= margin)

@@ -160,27 +160,21 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     brain = image > 0
     scale = float(np.percentile(image[brain], 99.5))
     inverted = np.where(brain, 1.0 - 0.8 * np.clip(image / scale, 0, 1), 0.0).astype(np.float32)
-    fine_shape, fine_affine = _oblique_grid(t1w)
-    fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (fine_shape, fine_affine), order=1)
+    # a tilted grid around the centre of the head, stored LPS, with slices of 1 mm that are averaged
+    zooms = np.array([IN_PLANE_MM, IN_PLANE_MM, 1.0])
+    extent_mm = np.array(t1w.shape) * voxel_sizes(t1w.affine) + 10
+    shape = np.ceil(extent_mm / zooms / SLICE_THICKNESS_MM).astype(int) * SLICE_THICKNESS_MM
+    matrix = Rotation.from_euler("xyz", TILT_DEG, degrees=True).as_matrix() @ np.diag(zooms * [-1, -1, 1])
+    centre = apply_affine(t1w.affine, (np.array(t1w.shape) - 1) / 2)
+    fine_affine = from_matvec(matrix, centre - matrix @ ((shape - 1) / 2))
+    fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (tuple(shape.tolist()), fine_affine), order=1)
     values = fine.get_fdata(dtype=np.float32)
-    slices = values.reshape(*fine_shape[:2], -1, SLICE_THICKNESS_MM).mean(axis=-1)
+    slices = values.reshape(*shape[:2], -1, SLICE_THICKNESS_MM).mean(axis=-1)
     affine = fine_affine @ np.diag([1, 1, SLICE_THICKNESS_MM, 1])
     affine[:3, 3] += fine_affine[:3, 2] * (SLICE_THICKNESS_MM - 1) / 2
     noise = np.random.default_rng(seed).normal(0, NOISE_STD, (2, *slices.shape))
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in slices.shape), indexing="ij")
-    shading = np.exp(BIAS_LOG_AMPLITUDE * (0.6 * x + 0.5 * y * y - 0.4 * z)).astype(
-        np.float32
-    )  # brighter to one corner
+    # brighter to one corner
+    shading = np.exp(BIAS_LOG_AMPLITUDE * (0.6 * x + 0.5 * y * y - 0.4 * z)).astype(np.float32)
     magnitude = np.hypot(slices * shading + noise[0], noise[1])  # Rician: noise of a magnitude image
     return nib.Nifti1Image(np.rint(magnitude * 1000).astype(np.int16), affine)
-
-
-def _oblique_grid(reference: nib.Nifti1Image) -> tuple[tuple[int, int, int], np.ndarray]:
-    """LPS-stored grid around the centre of an image, tilted, with slices of 1 mm to be averaged later."""
-    zooms = np.array([IN_PLANE_MM, IN_PLANE_MM, 1.0])
-    extent_mm = np.array(reference.shape) * voxel_sizes(reference.affine) + 10
-    shape = np.ceil(extent_mm / zooms / SLICE_THICKNESS_MM).astype(int) * SLICE_THICKNESS_MM
-    matrix = Rotation.from_euler("xyz", TILT_DEG, degrees=True).as_matrix() @ np.diag(zooms * [-1, -1, 1])
-    centre = apply_affine(reference.affine, (np.array(reference.shape) - 1) / 2)
-    height, width, depth = (int(n) for n in shape)
-    return (height, width, depth), from_matvec(matrix, centre - matrix @ ((shape - 1) / 2))

@@ -31,7 +31,6 @@ PARCELS = (
 )  # fmt: skip
 # ids of both sides, and what they become on the left and on the right: hypointensities, and the parts of the corpus callosum
 UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
-WHITE_MATTER = (2, 41)
 BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)  # cerebrum and cerebellum, which place the box
 # of what the generator paints
 PROTOCOL, HEAD_PROTOCOL = "brainfm_generation", "synthseg_generation"
@@ -135,7 +134,7 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
     for source, target in table.items():
         folded[ids == source] = target
     where = np.isin(ids, list(unsided))
-    sides = [np.argwhere(folded == white) for white in WHITE_MATTER]
+    sides = [np.argwhere(folded == white) for white in WHITE]
     if where.any() and all(map(len, sides)):
         left, right = (side.mean(axis=0) for side in sides)
         on_right = ((np.argwhere(where) - (left + right) / 2) @ (right - left) > 0).astype(int)
@@ -227,8 +226,7 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
         ValueError: if a table does not know an id that the labels hold, or that a mixture among them is made of; ``source`` is
             named in the message.
     """
-    painted = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0)
-    means = {}
+    painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):
         unknown = protocol.freesurfer_ids[painted & np.isnan(mean)].tolist()
         if unknown:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.labels import read_id_table, simulate_contrasts
-from brainfm_monai.data.subjects import CONTRASTS, STORAGE
+from brainfm_monai.data.subjects import CONTRASTS, STORAGE, Volumes
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import read_maps
 from brainfm_monai.tasks import TASKS
@@ -27,7 +27,6 @@ MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
 BOX_TOLERANCE_MM = 0.01
 # the layout of the reference implementation: <dataset>.<subject>.T1w.nii and its siblings
 LAYOUT, GENERATION_PROTOCOL, PROTOCOL = "brainfm", "brainfm_generation", "brainfm"
-SUFFIXES = (".nii", ".nii.gz")
 # file names after the prefix, by key; several become the channels of one volume
 FILES: dict[str, tuple[str, ...]] = {
     **{contrast: (contrast,) for contrast in CONTRASTS},
@@ -81,9 +80,7 @@ def _load(key: str, value: Any, is_reference: bool) -> MetaTensor:
     """One volume of an item, out of one file or of one file per channel."""
     paths = value if isinstance(value, (list, tuple)) else [value]
     parts = [read_maps(path) for path in paths]
-    maps = [
-        torch.from_numpy(part.values) for part in parts
-    ]  # in the file's order of memory: a crop copies itself alone
+    maps = [torch.from_numpy(part.values) for part in parts]  # in the file's order of memory: a crop copies only itself
     values = maps[0] if len(maps) == 1 else torch.cat(maps)
     values = decode_reference(key, values) if is_reference else values
     return MetaTensor(values, affine=torch.from_numpy(parts[0].affine), meta={"filename_or_obj": str(paths[0])})
@@ -95,7 +92,7 @@ class LoadedSubject:
     def __init__(self, entry: Mapping[str, Any]) -> None:
         self.entry = entry
         self.keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
-        self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._read: Volumes = {}
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Values of a volume, shape (H, W, D) or (H, W, D, C)."""
@@ -209,19 +206,15 @@ def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
     An entry has ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file that is there; ``distance`` and
     ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
     """
+    stored = {f.name.removesuffix(end): str(f) for end in (".nii.gz", ".nii") for f in Path(root).glob(f"[!.]*{end}")}
     entries = []
-    for scan in sorted(f for suffix in SUFFIXES for f in Path(root).glob(f"[!.]*.*.T1w{suffix}")):
-        prefix = scan.name[: scan.name.rindex(".T1w.")]
-        stem_of = {key: [scan.with_name(f"{prefix}.{name}") for name in names] for key, names in FILES.items()}
-        paths = {key: [_existing(stem) for stem in stems] for key, stems in stem_of.items()}
-        facts: dict[str, Any] = {"layout": LAYOUT, "generation_protocol": GENERATION_PROTOCOL, "protocol": PROTOCOL}
+    for prefix in (stem.removesuffix(".T1w") for stem in sorted(stored) if stem.endswith(".T1w")):
+        paths = {key: [stored.get(f"{prefix}.{name}", "") for name in names] for key, names in FILES.items()}
+        facts: dict[str, Any] = {"subject": prefix, "dataset": prefix.split(".")[0], "layout": LAYOUT}
+        facts |= {"generation_protocol": GENERATION_PROTOCOL, "protocol": PROTOCOL}
         facts |= {key: parts[0] if len(parts) == 1 else parts for key, parts in paths.items() if all(parts)}
-        entries.append({"subject": prefix, "dataset": prefix.split(".")[0], **facts})
+        entries += [facts] if "." in prefix else []
     return entries
-
-
-def _existing(stem: Path) -> str:
-    return next((f"{stem}{suffix}" for suffix in SUFFIXES if Path(f"{stem}{suffix}").is_file()), "")
 
 
 def decode_reference(key: str, values: Tensor) -> Tensor:

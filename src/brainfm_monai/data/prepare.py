@@ -16,13 +16,8 @@ from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
 
 BRAIN_PROTOCOL = "synthseg_brain"
 # best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
-SEGMENTATIONS: tuple[str, ...] = (
-    "aparc+aseg",
-    "aparc.DKTatlas+aseg",
-    "aparc.a2009s+aseg",
-    "aparc.DKTatlas+aseg.mapped",
-)
-SEGMENTATIONS += ("aparc.DKTatlas+aseg.deep.withCC", "aparc.DKTatlas+aseg.deep", "aseg", "aseg.presurf", "aseg.auto")
+SEGMENTATIONS = "aparc+aseg aparc.DKTatlas+aseg aparc.a2009s+aseg aparc.DKTatlas+aseg.mapped".split()
+SEGMENTATIONS += "aparc.DKTatlas+aseg.deep.withCC aparc.DKTatlas+aseg.deep aseg aseg.presurf aseg.auto".split()
 SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where there is one
 
 
@@ -79,16 +74,14 @@ def prepare_labels(
 def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     sources: list[Path] = []
     for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
-        path = Path(item)
-        if path.is_dir():
-            found = [f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
-        elif path.exists() or not glob.has_magic(str(item)):
-            found = [path]
-        else:
-            found = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        if not found:
+        files = [Path(item)]
+        if files[0].is_dir():
+            files = [f for f in files[0].iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
+        elif not files[0].exists() and glob.has_magic(str(item)):
+            files = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        if not files:
             raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
-        sources += sorted(found)
+        sources += sorted(files)
     return sources
 
 
