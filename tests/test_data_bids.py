@@ -11,8 +11,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import bids
-from brainfm_monai.data import jobs as data_jobs
+from brainfm_monai.data import bids, freesurfer
 from brainfm_monai.data.bids import find_sessions, predicted_file, prepare_bids
 from brainfm_monai.data.contrasts import (
     BoxScan,
@@ -78,7 +77,7 @@ def _no_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(ids: np.ndarray, affine: np.ndarray, factor: int, initial: object) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((*(n // factor for n in ids.shape), 3), dtype=np.float32), coarsen_affine(affine, factor)
 
-    monkeypatch.setattr(data_jobs, "compute_mni_coordinates", fake)
+    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", fake)
 
 
 def load(path: Path) -> Any:

@@ -15,12 +15,11 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import jobs as data_jobs
-from brainfm_monai.data import prepare
+from brainfm_monai.data import freesurfer
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
-from brainfm_monai.data.jobs import MNI305_TO_MNI152, PreparationError, read_talairach
+from brainfm_monai.data.freesurfer import MNI305_TO_MNI152, prepare_freesurfer, read_talairach
+from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.labels import load_label_map
-from brainfm_monai.data.prepare import prepare_freesurfer
 from brainfm_monai.data.registration import coarsen_affine
 from brainfm_monai.data.subjects import read_record
 
@@ -96,7 +95,7 @@ def fake_coordinates(
 
 @pytest.fixture(autouse=True)
 def _no_registration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_jobs, "compute_mni_coordinates", fake_coordinates)
+    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", fake_coordinates)
 
 
 @pytest.fixture
@@ -220,7 +219,7 @@ def test_the_longitudinal_stream_tells_who_is_one_person(tmp_path: Path, monkeyp
     root = tmp_path / "study" / "derivatives" / "freesurfer"
     (root / "bobs_mean" / "base-tps").write_text("bob1\nbob2\n", encoding="utf-8")
     jobs: list[Any] = []
-    monkeypatch.setattr(prepare, "run_jobs", lambda work, *_, **__: jobs.extend(work))
+    monkeypatch.setattr(freesurfer, "run_jobs", lambda work, *_, **__: jobs.extend(work))
     prepare_freesurfer(root, tmp_path / "out")
     persons = {job.name: job.settings.get("person") for job in jobs}
     ann, bob = dict.fromkeys(("ann1", "ann", "ann1.long.ann"), "ann"), dict.fromkeys(("bob1", "bobs_mean"), "bobs_mean")

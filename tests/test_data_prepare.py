@@ -12,12 +12,12 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data import freesurfer, subjects
 from brainfm_monai.data import jobs as data_jobs
-from brainfm_monai.data import subjects
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.jobs import Job, PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import prepare_label, prepare_labels
+from brainfm_monai.data.prepare import prepare_label, prepare_label_map, prepare_labels
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.io import write_folder
 
@@ -63,7 +63,7 @@ def fake_coordinates(
 @pytest.fixture(autouse=True)
 def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.node.get_closest_marker("shared_data"):
-        monkeypatch.setattr(data_jobs, "compute_mni_coordinates", fake_coordinates)
+        monkeypatch.setattr(freesurfer, "compute_mni_coordinates", fake_coordinates)
 
 
 def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
         made.append(1)
         return fake_coordinates(ids, affine, factor, initial)
 
-    monkeypatch.setattr(data_jobs, "compute_mni_coordinates", count)
+    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", count)
     ids = make_head()
     names: dict[int, int | str] = {2: "left cerebral white matter", 3: "Left-Cerebral-Cortex", 41: "41", 511: "skin"}
     names |= {i: i for i in (4, 8, 24, 42)}
@@ -280,8 +280,8 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
 )
 def test_heads_on_the_wrong_side_are_refused(tmp_path: Path, axes: tuple[int, ...], rule: str) -> None:
     source = save_head(tmp_path / "a.nii.gz", np.flip(make_head(), axes))
-    with pytest.raises(ValueError, match=rf"\n{source}: {rule}"):
-        prepare_labels(source, tmp_path / "out", size=SIZE)
+    with pytest.raises(ValueError, match=rf"^{source}: {rule}"):
+        prepare_label_map(source, tmp_path / "out", size=SIZE)
     assert list((tmp_path / "out").iterdir()) == []
 
 

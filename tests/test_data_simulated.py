@@ -15,7 +15,7 @@ from monai.data import load_decathlon_datalist
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import jobs as data_jobs
+from brainfm_monai.data import freesurfer
 from brainfm_monai.data import labels as label_maps
 from brainfm_monai.data.datalist import count_subjects, make_entry, read_datalist, write_datalist
 from brainfm_monai.data.jobs import PreparationError
@@ -74,7 +74,7 @@ def registrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         done.append(1)
         return np.zeros((*(n // factor for n in ids.shape), 3), dtype=np.float32), affine
 
-    monkeypatch.setattr(data_jobs, "compute_mni_coordinates", fake)
+    monkeypatch.setattr(freesurfer, "compute_mni_coordinates", fake)
     return done
 
 

@@ -32,7 +32,7 @@ class Prepare:
     """Prepare subjects for training from label maps, from FreeSurfer's results, or from a BIDS folder."""
 
     labels = _lazy("prepare", "prepare_labels", "Out of label maps.")
-    freesurfer = _lazy("prepare", "prepare_freesurfer", "Out of FreeSurfer's or FastSurfer's results.")
+    freesurfer = _lazy("freesurfer", "prepare_freesurfer", "Out of FreeSurfer's or FastSurfer's results.")
     bids = _lazy("bids", "prepare_bids", "Out of a BIDS folder.")
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from monai.bundle import run
 
+from brainfm_monai.data.freesurfer import BRAIN_PROTOCOL, find_files, make_volumes
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
-from brainfm_monai.data.prepare import BRAIN_PROTOCOL, find_files
 from brainfm_monai.data.subjects import CONTRASTS, SIZE
 from brainfm_monai.io import find_bundle, scan_stem, write_table
 
@@ -197,7 +197,7 @@ def prepare_bids(
         files = session.scans | (session.labels or {"labels": predicted_file(predictions, session.name)})
         files |= {f"{key}_mask": path for key, path in session.masks.items()}
         files |= {"lesion": session.lesion} if session.lesion else {}
-        work.append(Job(session.name, "bids", files, settings | own, {"protocol": protocol}))
+        work.append(Job(session.name, "bids", files, settings | own, {"protocol": protocol}, make_volumes))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 

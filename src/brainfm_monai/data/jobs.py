@@ -1,37 +1,20 @@
-"""Subjects made of their files: one, with volumes on one box; and many, in parallel, written whole, finished ones skipped."""
+"""Many subjects: made in parallel, checked, written whole; finished ones are skipped, a bad one is reported at the end."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-from nibabel.affines import apply_affine
-
-from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import contrasts, labels
+from brainfm_monai.data import subjects
 from brainfm_monai.data.check import check_subject
 from brainfm_monai.data.datalist import PROTOCOLS, make_entry
-from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
-from brainfm_monai.data.intensities import cluster_extracerebral, scale_intensities
-from brainfm_monai.data.registration import TEMPLATE_NAME, compute_mni_coordinates
-from brainfm_monai.data.subjects import (
-    MNI_FACTOR,
-    Volumes,
-    hash_file,
-    read_record,
-    run_parallel,
-    subject_file,
-    write_record,
-    write_subject,
-)
+from brainfm_monai.data.registration import TEMPLATE_NAME
 from brainfm_monai.io import write_folder, write_text
 
 logger = logging.getLogger(__name__)
@@ -39,11 +22,6 @@ logger = logging.getLogger(__name__)
 REFUSED = ("left and right", "axes")  # rules of the check whose breach no training survives
 FREE = ("versions", "person")  # facts of a record that do not decide whether the subject is made again
 PACKAGES = "brainfm-monai numpy nibabel monai itk itk-elastix edt libigl nilearn scikit-learn".split()
-SURFACES = ("lh.pial", "lh.white", "rh.pial", "rh.white")  # in the order of the distance's channels
-# from the MNI305 space of talairach.xfm to MNI152; the matrix of FreeSurfer's documentation of coordinate systems
-MNI305_TO_MNI152 = np.array([
-    [0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840], [0, 0, 0, 1]
-])  # fmt: skip
 
 
 class PreparationError(ValueError):
@@ -58,7 +36,10 @@ class Job:
     kind: str  # which preparation it is
     files: Mapping[str, Path]  # what it is made of, by role; the first one names the subject in messages
     settings: Mapping[str, Any]  # what is asked for, as it is recorded; a subject that was made otherwise is made again
-    options: Mapping[str, Any]  # see make_volumes; what does not belong into the record, as paths of tables
+    options: Mapping[str, Any]  # for ``make``: what does not belong into the record, as paths of tables
+    make: Callable[
+        ..., tuple[subjects.Volumes, dict[str, Any]]
+    ]  # of files, settings, options: volumes, facts for the record
 
     @property
     def source(self) -> Path:
@@ -67,11 +48,11 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The record of the subject: names and hashes of its files without their folders, settings and units."""
-        sources = {role: {"name": path.name, "sha256": hash_file(path)} for role, path in self.files.items()}
+        sources = {role: {"name": path.name, "sha256": subjects.hash_file(path)} for role, path in self.files.items()}
         return {
             **{"kind": self.kind, "sources": sources, **self.settings, "spacing_mm": 1.0, "axes": "RAS"},
             "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
-            "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
+            "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(subjects.MNI_FACTOR)},
             "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
         }
 
@@ -83,8 +64,8 @@ def common_settings(dataset: str, protocol: str, size: Sequence[int] | str) -> d
         ValueError: if ``size``, which a text holds separated by commas, is not three positive multiples of 4.
     """
     box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
-    if len(box) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in box):
-        raise ValueError(f"prepare: 'size' must be three positive multiples of {MNI_FACTOR}, got {tuple(box)}")
+    if len(box) != 3 or any(n < subjects.MNI_FACTOR or n % subjects.MNI_FACTOR for n in box):
+        raise ValueError(f"prepare: 'size' must be three positive multiples of {subjects.MNI_FACTOR}, got {tuple(box)}")
     return {"dataset": dataset, "protocol": Path(protocol).name, "spatial_size": box, "template": TEMPLATE_NAME}
 
 
@@ -94,11 +75,11 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
     An older folder is replaced. The faults are returned, one line each, and the record of the subject names them.
 
     Raises:
-        ValueError: if left and right are exchanged or the head lies on its side; or what :func:`make_volumes` raises.
+        ValueError: if left and right are exchanged or the head lies on its side; or what the making of its volumes raises.
     """
-    volumes, facts = make_volumes(job.files, job.settings, job.options)
+    volumes, facts = job.make(job.files, job.settings, job.options)
     with write_folder(output_dir / job.name) as folder:
-        write_subject(folder, volumes, job.describe() | facts)
+        subjects.write_subject(folder, volumes, job.describe() | facts)
         entry = {**make_entry(folder), "subject": job.name, "simulated": []}  # what the package paints needs no check
         entry |= {key: job.options[key] for key in PROTOCOLS if key in job.options}
         findings = check_subject(entry)
@@ -107,7 +88,7 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
                 raise ValueError(f"{job.source}: {finding.rule}: {finding.found}")
         faults = [*facts.get("faults", ()), *(f"{finding.rule}: {finding.found}" for finding in findings)]
         if faults:
-            write_record(folder, {**read_record(folder), "faults": faults})
+            subjects.write_record(folder, {**subjects.read_record(folder), "faults": faults})
     return faults
 
 
@@ -141,7 +122,7 @@ def run_jobs(
     for table in {Path(str(job.options.get(key, ""))) for job in waiting for key in PROTOCOLS}:
         if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them
             write_text(output_dir / table.name, table.read_text(encoding="utf-8"))
-    for job, outcome in run_parallel(partial(make_subject, output_dir=output_dir), waiting, processes):
+    for job, outcome in subjects.run_parallel(partial(make_subject, output_dir=output_dir), waiting, processes):
         if isinstance(outcome, BaseException):
             text = " ".join(str(outcome).split()) or type(outcome).__name__
             failures.append(text if str(job.source) in text else f"{job.source}: {text}")
@@ -158,93 +139,11 @@ def is_finished(job: Job, output_dir: Path) -> bool:
     """Whether a subject is there, out of the same files and with the same settings; its person is brought up to date."""
     folder = output_dir / job.name
     try:
-        record, needed = read_record(folder), job.describe()
+        record, needed = subjects.read_record(folder), job.describe()
     except (OSError, ValueError):
         return False  # a source that cannot be read is reported when the subject is made
     same = all(record.get(key) == value for key, value in needed.items() if key not in FREE)
-    finished = same and all(subject_file(folder, key).is_file() for key in record.get("keys", ["mni"]))
+    finished = same and all(subjects.subject_file(folder, key).is_file() for key in record.get("keys", ["mni"]))
     if finished and "person" in needed and record.get("person") != needed["person"]:
-        write_record(folder, {**record, "person": needed["person"]})
+        subjects.write_record(folder, {**record, "person": needed["person"]})
     return finished
-
-
-def make_volumes(
-    files: Mapping[str, Path], settings: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[Volumes, dict[str, Any]]:
-    """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
-
-    The first contrast among the files is the reference, on which the labels lie; the others are registered to it rigidly and
-    resampled once. A file of the role ``image`` is a reference whose contrast is recognised.
-
-    Args:
-        files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and :data:`SURFACES`.
-        settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated`` contrasts.
-        options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label maps
-            alone: without it, the generation labels follow the scan and the surfaces, see :func:`make_generation_labels`.
-
-    Returns:
-        Values and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``.
-
-    Raises:
-        OSError: if the label map or a surface is missing.
-        ValueError: if a file is not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
-    """
-    files, source, protocol = dict(files), str(files["labels"]), Protocol.load(options["protocol"])
-    painted = Protocol.load(options["generation_protocol"]) if "generation_protocol" in options else None
-    table = labels.read_id_table(options["ids"], options["protocol"]) if options.get("ids") else None
-    ids, affine = labels.load_label_map(files["labels"], table)
-    ids = labels.fold_ids(ids)
-    for known in (painted, protocol) if painted else ():
-        known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
-    ids, affine = labels.cut_to_brain(ids, affine, settings["spatial_size"], source)
-    start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
-    has_surfaces = all(name in files for name in SURFACES)
-    volume: Any = nib.load(files["labels"]) if has_surfaces else None
-    surfaces = [read_surface(files[name], volume) for name in SURFACES] if has_surfaces else []
-    parts = [compute_surface_distance(*surface, affine, ids.shape) for surface in surfaces]
-    distance = np.stack(parts, axis=-1) if has_surfaces else compute_hemisphere_distances(ids)
-    scans: dict[str, contrasts.BoxScan] = {}
-    facts: dict[str, Any] = {}
-    if painted:
-        generation = painted.encode(ids)
-        # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the registration
-        labels.read_means(generation, painted, settings.get("simulated", []), source)
-    else:
-        if "image" in files:
-            image = files.pop("image")
-            files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
-        scans = contrasts.gather_scans(files, ids, affine)
-        clusters = cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
-        generation, name = labels.make_generation_labels(ids, distance if has_surfaces else None, clusters)
-        facts = {"generation_protocol": name, "distances_from": "surfaces" if has_surfaces else "labels"}
-        facts |= {"simulated": labels.find_paintable(generation, name, scans)} if "contrast" in settings else {}
-        centre_mm = apply_affine(affine, np.array(ids.shape) / 2)
-        moved = {key: contrasts.measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
-        facts |= {"reference": next(iter(scans), None), "registered": moved}
-    volumes: Volumes = {
-        "generation_labels": (generation, affine),
-        "segmentation": (protocol.encode(ids, "segmentation"), affine),
-        "distance": (distance, affine),
-        "mni": compute_mni_coordinates(ids, affine, factor=MNI_FACTOR, initial=start),
-    }
-    for key, scan in scans.items():
-        volumes[key] = (scan.values if key == "CT" else scale_intensities(scan.values), affine)
-        removed = contrasts.find_removed(key, scan, files.get(f"{key}_mask"), ids, affine, volumes["mni"][0])
-        volumes |= {f"{key}_defacing_mask": (removed.astype(np.uint8), affine)} if removed.any() else {}
-    if "lesion" in files:
-        lesion, fault = contrasts.carry_lesion(files, settings.get("lesion_of", ""), scans, affine)
-        volumes |= {"lesion": (lesion, affine)} if lesion is not None else {}
-        facts |= {"faults": [fault]} if fault else {}
-    return volumes, facts
-
-
-def read_talairach(path: Path) -> np.ndarray:
-    """Read the affine of ``talairach.xfm``, from scanner RAS to MNI305 mm; ValueError if it holds no linear transform."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        numbers = text.split("Linear_Transform")[1].split("=")[1].split(";")[0].split()
-        affine = np.vstack([np.array(numbers, dtype=float).reshape(3, 4), [0, 0, 0, 1]])
-        np.linalg.inv(affine)
-    except (IndexError, ValueError, np.linalg.LinAlgError):
-        raise ValueError(f"{path}: an invertible 'Linear_Transform' of 3 x 4 numbers is needed, found none") from None
-    return affine

@@ -1,4 +1,4 @@
-"""Prepared subjects out of label maps, of FreeSurfer's results, and of corrected scans: what a training needs, written once."""
+"""Prepared subjects out of label maps, and of corrected scans: what a training needs of an anatomy, written once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.data.datalist import LONGITUDINAL, make_entry
-from brainfm_monai.data.jobs import SURFACES, Job, common_settings, is_finished, make_subject, run_jobs
+from brainfm_monai.data.datalist import make_entry
+from brainfm_monai.data.freesurfer import make_volumes
+from brainfm_monai.data.jobs import Job, PreparationError, common_settings, is_finished, make_subject, run_jobs
 from brainfm_monai.data.labels import choose_contrasts, read_id_table
 from brainfm_monai.data.subjects import SIZE, hash_file
 from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
-
-BRAIN_PROTOCOL = "synthseg_brain"
-# best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
-SEGMENTATIONS = "aparc+aseg aparc.DKTatlas+aseg aparc.a2009s+aseg aparc.DKTatlas+aseg.mapped".split()
-SEGMENTATIONS += "aparc.DKTatlas+aseg.deep.withCC aparc.DKTatlas+aseg.deep aseg aseg.presurf aseg.auto".split()
-SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where there is one
 
 
 def prepare_labels(
@@ -67,7 +62,7 @@ def prepare_labels(
     for source in _find_sources(input):
         files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
         of_set = {"dataset": dataset or source.resolve().parent.name}
-        work.append(Job(scan_stem(source), "labels", files, settings | of_set, options))
+        work.append(Job(scan_stem(source), "labels", files, settings | of_set, options, make_volumes))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
@@ -85,73 +80,15 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
     return sources
 
 
-def prepare_freesurfer(
-    input: str | Path,
-    output: str | Path,
-    *,
-    jobs: int = 1,
-    overwrite: bool = False,
-    protocol: str = BRAIN_PROTOCOL,
-    size: Sequence[int] | str = SIZE,
-    dataset: str = "",
-    dry_run: bool = False,
-) -> list[Path]:
-    """Prepare subjects for training from FreeSurfer's or FastSurfer's results; finished ones are skipped.
+def prepare_label_map(source: str | Path, output_dir: str | Path, **settings: Any) -> Path:
+    """Prepare the subject of one label map, also if it is finished, and return its folder; settings: :func:`prepare_labels`.
 
-    Args:
-        input: SUBJECTS_DIR, or the folder of one subject.
-        output: folder for the prepared subjects, one folder each, which are returned in alphabetical order.
-        jobs: subjects that are prepared at once; each needs about 4 GB.
-        overwrite: prepare finished subjects again.
-        protocol: label protocol of the segmentation: a name or a table file.
-        size: box around the brain, in voxels of 1 mm, multiples of 4.
-        dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives of a BIDS
-            folder, that of the BIDS folder, so that its persons are the same).
-        dry_run: log what would be done, and do nothing.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or no subject in it.
-        PreparationError: at the end, if some subjects failed: one line for each.
+    ValueError, in one line, if the map, the settings or the sides of the head are wrong.
     """
-    root = Path(input)
-    is_subject = (root / "mri").is_dir()
-    folders = [root] if is_subject else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
-    folders = [f for f in folders if not f.name.startswith("fsaverage")]  # templates, which FreeSurfer links here
-    if not folders:
-        needed = f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed"
-        raise FileNotFoundError(f"{needed}, found none")
-    home = root.resolve().parent if is_subject else root.resolve()
-    home = home.parent.parent if home.parent.name == "derivatives" else home
-    settings, template_of = common_settings(dataset or home.name, protocol, size), _find_templates(folders)
-    work = []
-    for f in folders:
-        person = {"person": template_of[f.name]} if f.name in template_of else {}
-        work.append(Job(f.name, "freesurfer", find_files(f), settings | person, {"protocol": protocol}))
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
-
-
-def _find_templates(folders: Sequence[Path]) -> dict[str, str]:
-    """Template of the longitudinal stream by folder, for the templates themselves and all visits that were used for them."""
-    template_of = {f.name: f.name.split(LONGITUDINAL)[1] for f in folders if LONGITUDINAL in f.name}
-    template_of |= {visit.split(LONGITUDINAL)[0]: template for visit, template in template_of.items()}
-    for folder in folders:
-        visits = folder / "base-tps"  # FreeSurfer lists the visits of a template there
-        if visits.is_file():
-            names = visits.read_text(encoding="utf-8", errors="replace").split()
-            template_of |= dict.fromkeys(names, folder.name)
-    return template_of | {template: template for template in template_of.values()}
-
-
-def find_files(folder: Path) -> dict[str, Path]:
-    """The files of a subject that its preparation uses, by role; a missing segmentation is reported when it is read."""
-    candidates = [folder / "mri" / f"{name}.mgz" for name in SEGMENTATIONS]
-    files = {"labels": next((f for f in candidates if f.is_file()), candidates[0])}
-    scans = [f for name in SCANS if (f := folder / "mri" / name).is_file()]
-    files |= {"T1w": scans[0]} if scans else {}
-    surfaces = {name: folder / "surf" / name for name in SURFACES}
-    files |= surfaces if all(f.is_file() for f in surfaces.values()) else {}
-    talairach = folder / "mri" / "transforms" / "talairach.xfm"
-    return files | ({"talairach": talairach} if talairach.is_file() else {})
+    try:
+        return prepare_labels([source], output_dir, overwrite=True, **settings)[0]
+    except PreparationError as error:
+        raise ValueError(str(error).splitlines()[-1]) from error
 
 
 def prepare_label(
@@ -191,7 +128,7 @@ def prepare_label(
     settings |= {"contrast": contrast, "ids": {str(key): value for key, value in (table or {}).items()}}
     content = hashlib.sha256("".join([*map(hash_file, files.values()), repr(settings)]).encode()).hexdigest()
     name = f"{scan_stem(label)}_{content[:12]}"
-    job = Job(name, "annotated", files, settings, {"protocol": protocol, "ids": table})
+    job = Job(name, "annotated", files, settings, {"protocol": protocol, "ids": table}, make_volumes)
     if not is_finished(job, Path(output_dir)):
         make_subject(job, Path(output_dir))
     return make_entry(Path(output_dir) / name)

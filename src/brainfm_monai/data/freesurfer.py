@@ -1,0 +1,182 @@
+"""Prepared subjects out of a FreeSurfer or FastSurfer ``SUBJECTS_DIR``, and the volumes of any subject out of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import apply_affine
+
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data import contrasts, labels
+from brainfm_monai.data.datalist import LONGITUDINAL
+from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
+from brainfm_monai.data.intensities import cluster_extracerebral, scale_intensities
+from brainfm_monai.data.jobs import Job, common_settings, run_jobs
+from brainfm_monai.data.registration import compute_mni_coordinates
+from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, Volumes
+
+BRAIN_PROTOCOL = "synthseg_brain"
+# best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
+SEGMENTATIONS = "aparc+aseg aparc.DKTatlas+aseg aparc.a2009s+aseg aparc.DKTatlas+aseg.mapped".split()
+SEGMENTATIONS += "aparc.DKTatlas+aseg.deep.withCC aparc.DKTatlas+aseg.deep aseg aseg.presurf aseg.auto".split()
+SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where there is one
+SURFACES = ("lh.pial", "lh.white", "rh.pial", "rh.white")  # in the order of the distance's channels
+# from the MNI305 space of talairach.xfm to MNI152; the matrix of FreeSurfer's documentation of coordinate systems
+MNI305_TO_MNI152 = np.array([
+    [0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840], [0, 0, 0, 1]
+])  # fmt: skip
+
+
+def prepare_freesurfer(
+    input: str | Path,
+    output: str | Path,
+    *,
+    jobs: int = 1,
+    overwrite: bool = False,
+    protocol: str = BRAIN_PROTOCOL,
+    size: Sequence[int] | str = SIZE,
+    dataset: str = "",
+    dry_run: bool = False,
+) -> list[Path]:
+    """Prepare subjects for training from FreeSurfer's or FastSurfer's results; finished ones are skipped.
+
+    Args:
+        input: SUBJECTS_DIR, or the folder of one subject.
+        output: folder for the prepared subjects, one folder each, which are returned in alphabetical order.
+        jobs: subjects that are prepared at once; each needs about 4 GB.
+        overwrite: prepare finished subjects again.
+        protocol: label protocol of the segmentation: a name or a table file.
+        size: box around the brain, in voxels of 1 mm, multiples of 4.
+        dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives of a BIDS
+            folder, that of the BIDS folder, so that its persons are the same).
+        dry_run: log what would be done, and do nothing.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no subject in it.
+        PreparationError: at the end, if some subjects failed: one line for each.
+    """
+    root = Path(input)
+    is_subject = (root / "mri").is_dir()
+    folders = [root] if is_subject else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
+    folders = [f for f in folders if not f.name.startswith("fsaverage")]  # templates, which FreeSurfer links here
+    if not folders:
+        needed = f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed"
+        raise FileNotFoundError(f"{needed}, found none")
+    home = root.resolve().parent if is_subject else root.resolve()
+    home = home.parent.parent if home.parent.name == "derivatives" else home
+    settings, template_of = common_settings(dataset or home.name, protocol, size), _find_templates(folders)
+    work = []
+    for f in folders:
+        person = {"person": template_of[f.name]} if f.name in template_of else {}
+        work.append(Job(f.name, "freesurfer", find_files(f), settings | person, {"protocol": protocol}, make_volumes))
+    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+
+
+def _find_templates(folders: Sequence[Path]) -> dict[str, str]:
+    """Template of the longitudinal stream by folder, for the templates themselves and all visits that were used for them."""
+    template_of = {f.name: f.name.split(LONGITUDINAL)[1] for f in folders if LONGITUDINAL in f.name}
+    template_of |= {visit.split(LONGITUDINAL)[0]: template for visit, template in template_of.items()}
+    for folder in folders:
+        visits = folder / "base-tps"  # FreeSurfer lists the visits of a template there
+        if visits.is_file():
+            names = visits.read_text(encoding="utf-8", errors="replace").split()
+            template_of |= dict.fromkeys(names, folder.name)
+    return template_of | {template: template for template in template_of.values()}
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """The files of a subject that its preparation uses, by role; a missing segmentation is reported when it is read."""
+    candidates = [folder / "mri" / f"{name}.mgz" for name in SEGMENTATIONS]
+    files = {"labels": next((f for f in candidates if f.is_file()), candidates[0])}
+    scans = [f for name in SCANS if (f := folder / "mri" / name).is_file()]
+    files |= {"T1w": scans[0]} if scans else {}
+    surfaces = {name: folder / "surf" / name for name in SURFACES}
+    files |= surfaces if all(f.is_file() for f in surfaces.values()) else {}
+    talairach = folder / "mri" / "transforms" / "talairach.xfm"
+    return files | ({"talairach": talairach} if talairach.is_file() else {})
+
+
+def make_volumes(
+    files: Mapping[str, Path], settings: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Volumes, dict[str, Any]]:
+    """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
+
+    The first contrast among the files is the reference, on which the labels lie; the others are registered to it rigidly and
+    resampled once. A file of the role ``image`` is a reference whose contrast is recognised.
+
+    Args:
+        files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and :data:`SURFACES`.
+        settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated`` contrasts.
+        options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label maps
+            alone: without it, the generation labels follow the scan and the surfaces, see :func:`make_generation_labels`.
+
+    Returns:
+        Values and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``.
+
+    Raises:
+        OSError: if the label map or a surface is missing.
+        ValueError: if a file is not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
+    """
+    files, source, protocol = dict(files), str(files["labels"]), Protocol.load(options["protocol"])
+    painted = Protocol.load(options["generation_protocol"]) if "generation_protocol" in options else None
+    table = labels.read_id_table(options["ids"], options["protocol"]) if options.get("ids") else None
+    ids, affine = labels.load_label_map(files["labels"], table)
+    ids = labels.fold_ids(ids)
+    for known in (painted, protocol) if painted else ():
+        known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
+    ids, affine = labels.cut_to_brain(ids, affine, settings["spatial_size"], source)
+    start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
+    has_surfaces = all(name in files for name in SURFACES)
+    volume: Any = nib.load(files["labels"]) if has_surfaces else None
+    surfaces = [read_surface(files[name], volume) for name in SURFACES] if has_surfaces else []
+    parts = [compute_surface_distance(*surface, affine, ids.shape) for surface in surfaces]
+    distance = np.stack(parts, axis=-1) if has_surfaces else compute_hemisphere_distances(ids)
+    scans: dict[str, contrasts.BoxScan] = {}
+    facts: dict[str, Any] = {}
+    if painted:
+        generation = painted.encode(ids)
+        # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the registration
+        labels.read_means(generation, painted, settings.get("simulated", []), source)
+    else:
+        if "image" in files:
+            image = files.pop("image")
+            files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
+        scans = contrasts.gather_scans(files, ids, affine)
+        clusters = cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
+        generation, name = labels.make_generation_labels(ids, distance if has_surfaces else None, clusters)
+        facts = {"generation_protocol": name, "distances_from": "surfaces" if has_surfaces else "labels"}
+        facts |= {"simulated": labels.find_paintable(generation, name, scans)} if "contrast" in settings else {}
+        centre_mm = apply_affine(affine, np.array(ids.shape) / 2)
+        moved = {key: contrasts.measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
+        facts |= {"reference": next(iter(scans), None), "registered": moved}
+    volumes: Volumes = {
+        "generation_labels": (generation, affine),
+        "segmentation": (protocol.encode(ids, "segmentation"), affine),
+        "distance": (distance, affine),
+        "mni": compute_mni_coordinates(ids, affine, factor=MNI_FACTOR, initial=start),
+    }
+    for key, scan in scans.items():
+        volumes[key] = (scan.values if key == "CT" else scale_intensities(scan.values), affine)
+        removed = contrasts.find_removed(key, scan, files.get(f"{key}_mask"), ids, affine, volumes["mni"][0])
+        volumes |= {f"{key}_defacing_mask": (removed.astype(np.uint8), affine)} if removed.any() else {}
+    if "lesion" in files:
+        lesion, fault = contrasts.carry_lesion(files, settings.get("lesion_of", ""), scans, affine)
+        volumes |= {"lesion": (lesion, affine)} if lesion is not None else {}
+        facts |= {"faults": [fault]} if fault else {}
+    return volumes, facts
+
+
+def read_talairach(path: Path) -> np.ndarray:
+    """Read the affine of ``talairach.xfm``, from scanner RAS to MNI305 mm; ValueError if it holds no linear transform."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        numbers = text.split("Linear_Transform")[1].split("=")[1].split(";")[0].split()
+        affine = np.vstack([np.array(numbers, dtype=float).reshape(3, 4), [0, 0, 0, 1]])
+        np.linalg.inv(affine)
+    except (IndexError, ValueError, np.linalg.LinAlgError):
+        raise ValueError(f"{path}: an invertible 'Linear_Transform' of 3 x 4 numbers is needed, found none") from None
+    return affine
