@@ -37,9 +37,7 @@ class Job:
     files: Mapping[str, Path]  # what it is made of, by role; the first one names the subject in messages
     settings: Mapping[str, Any]  # what is asked for, as it is recorded; a subject that was made otherwise is made again
     options: Mapping[str, Any]  # for ``make``: what does not belong into the record, as paths of tables
-    make: Callable[
-        ..., tuple[subjects.Volumes, dict[str, Any]]
-    ]  # of files, settings, options: volumes, facts for the record
+    make: Callable[..., tuple[subjects.Volumes, dict[str, Any]]]  # of files, settings, options; see make_volumes
 
     @property
     def source(self) -> Path:
