@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brainfm_monai.metrics import (
     MetricRow,
+    Scene,
     TemplateTissues,
     measure_scan,
     parse_structures,
@@ -66,7 +67,7 @@ def measure(
     pred: dict[str, Tensor], target: dict[str, Tensor], **options: Any
 ) -> dict[tuple[str, str, str, str], float]:
     """Values by task, structure, side and metric."""
-    rows = measure_scan(pred, target, STRUCTURES, AFFINE, scan="sub-01", **options)
+    rows = measure_scan(pred, target, Scene(STRUCTURES, AFFINE, "sub-01", **options))
     assert {(row.scan, row.condition) for row in rows} == {("sub-01", options.get("condition", "native"))}
     found = {(row.task, row.structure, row.side, row.metric): row.value for row in rows}
     assert len(found) == len(rows)
@@ -102,7 +103,7 @@ def test_mean_dice_with_sides_apart_and_merged() -> None:
     pred[:, :6] = 0
     found = {
         (row.structure, row.side, row.metric): row.value
-        for row in measure_scan({"segmentation": pred}, {"segmentation": target}, structures, AFFINE, scan="one")
+        for row in measure_scan({"segmentation": pred}, {"segmentation": target}, Scene(structures, AFFINE, "one"))
     }
     dice = {key[:2]: value for key, value in found.items() if key[2] == "dice"}
     assert 0.5 < dice["cortex", "left"] < dice["cortex", "right"] == 1
@@ -227,7 +228,7 @@ def test_a_task_without_a_measure_and_other_shapes_are_reported() -> None:
 def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     target = make_target()
     pred = {name: value for name, value in to_prediction(target).items() if name != "T1w"}
-    rows = measure_scan(pred, target, STRUCTURES, AFFINE, scan="01", condition="5 mm")
+    rows = measure_scan(pred, target, Scene(STRUCTURES, AFFINE, "01", "5 mm"))
     path = tmp_path / "out" / "metrics.tsv"
     write_frame(path, pd.DataFrame(rows))
     header = path.read_text(encoding="utf-8").splitlines()[0]

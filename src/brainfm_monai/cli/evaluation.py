@@ -25,26 +25,21 @@ def evaluate(
     Cases that are measured already, with the same weights and settings, are skipped; ``torchrun`` shares them.
 
     Args:
-        datalist: JSON file ``{"testing": [{"image": path, "label": path}, ...]}``; with ``--generated`` the list of prepared
-            subjects that ``brainfm-monai data list`` writes, of which those for validation are taken.
+        datalist: JSON file ``{"testing": [{"image": path, "label": path}, ...]}``; with ``--generated`` the list of
+            prepared subjects that ``brainfm-monai data list`` writes, of which those for validation are taken.
         output: folder for metrics.tsv, summary.tsv, evaluation.html and the rest.
         bundle: folder of the bundle.
         generated: generate scans of held-out subjects, whose truth is known, instead of reading real ones.
         sweeps: also make the scans worse step by step, and draw the curves.
         protocol: the test protocol of BrainFM's authors: two resolutions, without and with a bias field.
         surfaces: also compare white and pial surfaces, and the thickness between them.
-        overrides: any other ``--key value`` replaces that key of configs/inference.json or evaluate*.json: ``--weights FILE``,
-            ``--section NAME``, ``--scans_per_subject N``, ``--overwrite``.
+        overrides: any other ``--key value`` replaces that key of configs/inference.json or evaluate*.json: ``--weights
+            FILE``, ``--section NAME``, ``--scans_per_subject N``, ``--overwrite``.
     """
     if protocol and (generated or sweeps):
         raise ValueError("evaluate: --protocol is for real scans and has its own conditions: pass it alone")
-    variants = {
-        "generated": generated,
-        "protocol": protocol,
-        "generated_sweeps": generated and sweeps,
-        "sweeps": sweeps and not generated,
-        "surfaces": surfaces,
-    }
+    variants = {"generated": generated, "protocol": protocol, "generated_sweeps": generated and sweeps}
+    variants |= {"sweeps": sweeps and not generated, "surfaces": surfaces}
     names = ["inference.json", "evaluate.json", *(f"evaluate_{name}.json" for name, on in variants.items() if on)]
     run_bundle(bundle, names, datalist=existing_datalist(datalist), output_dir=literal(str(output)), **overrides)
 

@@ -1,4 +1,4 @@
-"""The evaluation: scans under conditions, measures of every task, tables, curves and a page; two evaluations compared."""
+"""Scans under conditions, measures of every task, tables, curves and a page; and two evaluations compared."""
 
 from brainfm_monai.evaluation.cases import LoadReferences, MeasureMaps, make_generated_cases, make_pair_cases
 from brainfm_monai.evaluation.conditions import Condition, DegradeScand, GenerateScan, parse_conditions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from brainfm_monai.evaluation.conditions import (
     to_freesurfer_ids,
 )
 from brainfm_monai.io import read_maps, scan_stem
-from brainfm_monai.metrics import TemplateTissues, measure_scan
+from brainfm_monai.metrics import Scene, TemplateTissues, measure_scan
 from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
 from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
@@ -50,21 +51,22 @@ def make_pair_cases(
     """Real scans under every condition; a scan draws the same under each.
 
     Args:
-        datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An item may
-            have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the label map
-            or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor), ``distance``
-            (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``, in the same space as
-            the scan and in grids of their own; ``age`` (years); and surfaces, :data:`SURFACES` (GIFTI or FreeSurfer).
+        datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An
+            item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside
+            the label map or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of
+            the factor), ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and
+            ``lesion``, in the same space as the scan and in grids of their own; ``age`` (years); and surfaces,
+            :data:`SURFACES` (GIFTI or FreeSurfer).
         conditions: what is done to the scans.
         section: of the list.
         seed: of what conditions draw.
 
     Returns:
-        The items of the list, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a ``name``.
+        The items, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a ``name``.
 
     Raises:
         FileNotFoundError: if the list or one of its files is missing.
-        ValueError: if the list is not such a list, two cases have one name, or a condition is for generated scans alone.
+        ValueError: if the list is no such list, two cases have one name, or a condition is for generated scans.
     """
     check_for_real_scans(conditions)
     references, scans = {*REFERENCES, *SURFACES}, []
@@ -125,11 +127,11 @@ def _under_conditions(
 class LoadReferences(Transform):
     """Read the references of a real scan into entries ``target_<task>``, shape (C, H, W, D).
 
-    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR, of any unit, are made
-    what targets of the training are: resampled once to the grid of the entry ``image`` (RAS axes, 1 mm), and scaled there, the
-    minimum to 0, the 99.9 % quantile in the head to 1, what is brighter clipped; ``target_valid_<task>`` is 1 where they reach.
-    The others stay in their own grid and unit. Without a label map, the entry ``head`` is the mask of the head: it belongs to
-    the scan as it is, and stays the same whatever a condition does to the scan.
+    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR, of any unit,
+    become targets as those of the training: resampled once to the grid of ``image`` (RAS axes, 1 mm), and scaled there,
+    minimum to 0, 99.9 % quantile in the head to 1, what is brighter clipped; ``target_valid_<task>`` is 1 where they
+    reach. The others stay in their own grid and unit. Without a label map, ``head`` is the mask of the head, of the
+    scan before a condition changes it.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -155,7 +157,7 @@ class LoadReferences(Transform):
 
 
 def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
-    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; both (1, H, W, D), float32."""
+    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; (1, H, W, D)."""
     values, affine = read_scan(path)
     height, width, depth = grid.shape[1:]
     box = (np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
@@ -167,8 +169,8 @@ def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
 class MeasureMaps(Transform):
     """Measure every task that has a prediction and a reference; the last step of the postprocessing.
 
-    It adds ``rows`` (the measures), ``dice`` (of the structures of ``dice.tsv``) and ``picture`` (WebP). Labels are compared
-    in the scan's grid, to which the prediction was brought, or in the network's; other maps in the network's.
+    It adds ``rows`` (the measures), ``dice`` (of the structures of ``dice.tsv``) and ``picture`` (WebP). Labels are
+    compared in the scan's grid, to which the prediction was brought, or in the network's; other maps in the network's.
 
     Args:
         layout: names of the tasks.
@@ -203,24 +205,20 @@ class MeasureMaps(Transform):
         maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
         labels = maps.pop("segmentation", None)
         shown = [] if labels is None else [to_freesurfer_ids(labels, protocol)]
-        options: dict[str, Any] = {
-            "structures": self.structures,
-            "scan": str(d["scan"]),
-            "condition": str(d["condition"]),
-        }
+        scene = Scene(self.structures, image.affine, str(d["scan"]), str(d["condition"]))
         d["rows"] = []
         if labels is not None and "segmentation" in targets:
             compared: MetaTensor = d[self.compared_entry]
             pair = to_freesurfer_ids(compared, protocol), _match(targets["segmentation"], compared, "nearest")
             pred, true = ({"segmentation": ids} for ids in pair)
-            d["rows"] = measure_scan(pred, true, affine=compared.affine, **options)
+            d["rows"] = measure_scan(pred, true, replace(scene, affine=compared.affine))
             if self.dice_structures:
                 d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
-        options |= {"image": image.as_tensor(), "labels": shown[0] if shown else None, "template": self.template}
+        scene = replace(scene, image=image.as_tensor(), labels=shown[0] if shown else None, template=self.template)
         if "segmentation" not in targets:
-            options["mask"] = _match(d[HEAD], image, "nearest") > 0
+            scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
         dense = _bring_to_grid(targets, maps, image)
-        d["rows"] += measure_scan(maps, dense, affine=image.affine, **options)
+        d["rows"] += measure_scan(maps, dense, scene)
         shown += [dense["segmentation"]] if "segmentation" in dense else []
         d["picture"] = draw_case(image, shown, self.structures, protocol)
         return d
@@ -252,8 +250,8 @@ def draw_case(
 ) -> bytes:
     """A WebP picture with one row for the scan, (1, H, W, D) in [0, 1], alone and one for each label map over it.
 
-    The maps are FreeSurfer ids in the scan's grid; slices are chosen by the last one. Structures are shown in the colours of the
-    protocol, white where the protocol has no such structure.
+    The maps are FreeSurfer ids in the scan's grid; the last one chooses the slices. Structures have the colours of the
+    protocol, white where it has no such structure.
     """
     image, affine = scan.as_tensor(), np.asarray(scan.affine, dtype=np.float64)
     colours = np.zeros((max(i for s in structures for i in s.ids) + 2, 4))  # the last one is that of all higher ids

@@ -20,17 +20,9 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import read_table
-from brainfm_monai.synthesis import (
-    SUBJECT_KEYS,
-    SynthesisParams,
-    SynthesisRanges,
-    Synthesizer,
-    parse_ranges,
-    render,
-    sample,
-)
+from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, parse_ranges, render
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquire
-from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
+from brainfm_monai.synthesis.sampling import PROFILE_SIGMA, sample
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 AXES = {"sagittal_slices_mm": 0, "coronal_slices_mm": 1, "axial_slices_mm": 2}
@@ -242,11 +234,10 @@ class GenerateScan(Transform):
 
     @torch.no_grad()
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the subject's volumes by ``image``, (1, H, W, D) in [0, 1], and ``target_<task>`` in the units of the files.
+        """Replace the subject's volumes by ``image``, (1, H, W, D) in [0, 1], and ``target_<task>``.
 
-        The entries ``settings``, which is removed, and ``seed`` say how. ``target_segmentation`` holds FreeSurfer ids,
-        ``target_distance`` and ``target_mni`` are in mm, ``target_CT`` in HU; ``target_visible`` marks the field of view. They
-        lie in a grid with RAS axes, whose centre is the origin.
+        The entries ``settings``, which is removed, and ``seed`` say how. Targets have the units of the files and
+        FreeSurfer ids; ``target_visible`` marks the field of view. The grid has RAS axes, and its centre is the origin.
         """
         d = {key: value for key, value in data.items() if key not in SUBJECT_KEYS}
         settings = d.pop("settings")

@@ -1,4 +1,4 @@
-"""The plots of an evaluation: rows of dots with their means, and curves of what was made worse, with confidence intervals."""
+"""The plots of an evaluation: rows of dots with their means, and curves of what was made worse."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from brainfm_monai.report.html import data_address
 SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}  # colour, place in the row
 ROW_INCHES, PANEL_INCHES = 0.34, 3.4
 STRUCTURE_METRICS = {"dice": "Dice", "hd95": "HD95, mm", "volume_error": "volume error, share"}
+Statistics = Mapping[tuple[str, str], Any]
 CURVE_COLOUR, REFERENCE_COLOUR = "#2468b0", "#888888"
 
 
 def draw_rows(table: pd.DataFrame, zero: bool = False) -> str:
     """Panels with a row for each name: a dot for each scan, a mark for the mean and a bar for its 95 % interval.
 
-    The table has the columns ``panel``, ``row``, ``side`` (left, right or both) and ``value``; ``zero`` draws a line at 0. Returns
-    the address of the picture, as all functions here.
+    The table has the columns ``panel``, ``row``, ``side`` (left, right or both) and ``value``; ``zero`` draws a line at
+    0. Returns the address of the picture, as all functions here.
     """
     panels, rows = (list(dict.fromkeys(table[column])) for column in ("panel", "row"))
     size = (2 + PANEL_INCHES * len(panels), 0.9 + ROW_INCHES * len(rows))
@@ -61,30 +62,34 @@ def draw_structures(table: pd.DataFrame) -> str:
     return draw_rows(pd.concat(panels)) if len(rows) else ""
 
 
-def draw_conditions(table: pd.DataFrame, headlines: Sequence[Headline], conditions: Sequence[str]) -> str:
-    """A panel for each headline with a row for each condition, of the table of :func:`make_headlines`."""
-    rows = table[table["condition"].isin(conditions)].assign(row=table["condition"])
-    return draw_rows(pd.concat([rows[rows["structure"] == h.title].assign(panel=h.label) for h in headlines]))
+def draw_conditions(table: pd.DataFrame, headlines: Sequence[Headline], conditions: Sequence[Condition]) -> str:
+    """A panel for each headline with a row for each condition that is no point of a curve; empty for less than two.
 
-
-def draw_curves(
-    statistics: Mapping[tuple[str, str], Any],
-    headlines: Sequence[Headline],
-    sweeps: Mapping[str, Sequence[Condition]],
-    native: str,
-) -> str:
-    """One row for each sweep, of conditions, and one panel for each headline: the mean over the scans with its 95 % interval.
-
-    The statistics are ``mean``, ``low`` and ``high`` by condition and title of the headline; ``native`` is the condition of the
-    scans as they are, whose mean is a dashed line, empty where there is none.
+    The table is that of :func:`~brainfm_monai.metrics.tables.make_headlines`.
     """
+    alone = [condition.name for condition in conditions if not condition.sweep]
+    rows = table[table["condition"].isin(alone)].assign(row=table["condition"])
+    panels = [rows[rows["structure"] == h.title].assign(panel=h.label) for h in headlines]
+    return draw_rows(pd.concat(panels)) if len(alone) > 1 else ""
+
+
+def draw_curves(statistics: Statistics, headlines: Sequence[Headline], conditions: Sequence[Condition]) -> str:
+    """A row for each sweep of the conditions, a panel for each headline: means over the scans with intervals.
+
+    The statistics are ``mean``, ``low`` and ``high`` by condition and title of the headline. A dashed line is the mean
+    of the scans as they are. Empty without a sweep.
+    """
+    sweeps = {c.sweep: [one for one in conditions if one.sweep == c.sweep] for c in conditions if c.sweep}
+    native = next((c.name for c in conditions if not c.settings), "")
+    if not sweeps:
+        return ""
     figure = Figure(figsize=(2.9 * len(headlines), 2.4 * len(sweeps)), layout="constrained")
     grid = figure.subplots(len(sweeps), len(headlines), squeeze=False)
-    for line, (sweep, conditions) in zip(grid, sweeps.items(), strict=True):
-        numeric = all(isinstance(c.value, int | float) for c in conditions)
+    for line, (sweep, points_of) in zip(grid, sweeps.items(), strict=True):
+        numeric = all(isinstance(c.value, int | float) for c in points_of)
         for axes, headline in zip(line, headlines, strict=True):
-            _tidy(axes, conditions[0].axis_label if numeric else "", headline.label)
-            rows = {c.value: statistics.get((c.name, headline.title)) for c in conditions}
+            _tidy(axes, points_of[0].axis_label if numeric else "", headline.label)
+            rows = {c.value: statistics.get((c.name, headline.title)) for c in points_of}
             points = {value if numeric else str(value): row for value, row in rows.items() if row}
             if not points:
                 axes.set_axis_off()

@@ -57,9 +57,9 @@ def compare_surfaces(pred: Mesh, reference: Mesh) -> dict[str, float]:
 def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
     """Thickness of the cortex in mm at the vertices of the white surface, shape (V,).
 
-    It is the mean of the distance from a vertex to the nearest point on the triangles of the pial surface of that hemisphere, and
-    of that from this point back to the white surface (Fischl and Dale, Measuring the thickness of the human cerebral cortex from
-    magnetic resonance images, PNAS 97, 2000).
+    It is the mean of the distance from a vertex to the nearest point on the triangles of the pial surface of that
+    hemisphere, and of that from this point back to the white surface (Fischl and Dale, Measuring the thickness of the
+    human cerebral cortex from magnetic resonance images, PNAS 97, 2000).
     """
     outwards, nearest = _find_nearest(white[0], pial)
     return np.asarray((outwards + _find_nearest(nearest, white)[0]) / 2)
@@ -106,9 +106,10 @@ def read_mesh(path: str | Path) -> Mesh:
 class MeasureSurfaces(Transform):
     """Compare the surfaces of the predicted distances with those of the reference; after :class:`MeasureMaps`.
 
-    The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``, ``right_pial``), else
-    those on which its distances are 0, else those on which the distances to its labels are. A case with none of these has no
-    rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
+    The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``,
+    ``right_pial``), else those on which its distances are 0, else those on which the distances to its labels are. A
+    case with none of these has no rows of surfaces. For ``levels_mm`` see
+    :func:`~brainfm_monai.surfaces.grow_hemisphere`.
     """
 
     def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:
@@ -147,10 +148,8 @@ class MeasureSurfaces(Transform):
         for side, opposite in (("left", "right"), ("right", "left")):
             channels = (level[f"{side}_white"], level[f"{side}_pial"], level[f"{opposite}_pial"])
             if (grown := grow_hemisphere(*channels, affine, self.levels_mm)) is not None:
-                surfaces |= {
-                    f"{side}_white": (grown.white_mm, grown.faces),
-                    f"{side}_pial": (grown.pial_mm, grown.faces),
-                }
+                surfaces[f"{side}_white"] = (grown.white_mm, grown.faces)
+                surfaces[f"{side}_pial"] = (grown.pial_mm, grown.faces)
         return surfaces
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: measures of every case as soon as it is done, tables and a page of all; and two compared."""
+"""What an evaluation leaves: measures of every case, tables and a page of all; and two evaluations compared."""
 
 from __future__ import annotations
 
@@ -49,11 +49,13 @@ Case = Mapping[str, Any]
 class EvaluationWriter:
     """Writes the measures of every case, and knows which cases are measured; in the end the tables and the page of all.
 
-    ``cases/<case>.json`` contains the measures of a case and a hash of what they depend on: the resolved configuration, the
-    weights, the condition, and the files with their times of change. A case that was measured with the same is skipped.
+    ``cases/<case>.json`` contains the measures of a case and a hash of what they depend on: the resolved configuration,
+    the weights, the condition, and the files with their times of change. A case that was measured with the same is
+    skipped.
 
     Args:
-        files: writes the files of the prediction as ``predict`` does, for scans as they are; it has the folder and the settings.
+        files: writes the files of the prediction as ``predict`` does, for scans as they are; it has the folder and the
+            settings.
         conditions: of the cases.
         dice_structures: structures of the tables ``dice.tsv`` and ``dice_summary.tsv``, by name.
         definition: whatever else the page should say about the measures, by name: structures, laws of the generator.
@@ -96,7 +98,7 @@ class EvaluationWriter:
         return folder
 
     def write_summary(self, scans: Sequence[Case]) -> Path:
-        """Write the tables and the page of all cases, when every process has done its share; the first process writes them."""
+        """Write tables and page of all cases by the first process, when every process has done its share."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and idist.get_world_size() == 1:
             # the results of the shares are in files: the processes do nothing but wait, and gloo serves every device
             idist.initialize("gloo", timeout=LONGEST_WAIT)
@@ -125,17 +127,15 @@ class EvaluationWriter:
         statistics = {(row.condition, row.structure): row for row in summarise(headlines).itertuples(index=False)}
         shown = [headline for headline in HEADLINES if headline.title in set(headlines["structure"])]
         parts = [shown[start : start + BESIDE] for start in range(0, len(shown), BESIDE)]
-        sweeps = {c.sweep: [one for one in conditions if one.sweep == c.sweep] for c in conditions if c.sweep}
-        native, alone = "" if first.settings else first.name, [c.name for c in conditions if not c.sweep]
         own = summary[(summary["condition"] == first.name) & (summary["n"] > 0)]
         versions = {"brainfm-monai": brainfm_monai.__version__, **{name: metadata.version(name) for name in LIBRARIES}}
         details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **self.definition}
         content: dict[str, Any] = {"done": done, "failures": failures, "conditions": conditions, "first": first}
         content |= {"used": self.files.settings, "versions": {**versions, "Python": platform.python_version()}}
-        content |= {"shown": shown, "statistics": statistics, "native": native, "settings_table": SETTINGS}
+        content |= {"shown": shown, "statistics": statistics, "settings_table": SETTINGS}
         content |= {"structures": draw_structures(table[table["condition"] == first.name])}
-        content |= {"curves": [draw_curves(statistics, part, sweeps, native) for part in parts if sweeps]}
-        content |= {"figures": [draw_conditions(headlines, part, alone) for part in parts if len(alone) > 1]}
+        content |= {"curves": [draw_curves(statistics, part, conditions) for part in parts]}
+        content |= {"figures": [draw_conditions(headlines, part, conditions) for part in parts]}
         content |= {"worst": self._find_worst(headlines, done, shown[0]) if shown else []}
         content |= {"measures": own.groupby("task", sort=False), "metrics": table["metric"].unique(), "define": define}
         content |= {"details": json.dumps({**details, "settings": asdict(self.files.settings)}, indent=1, default=str)}
@@ -144,14 +144,15 @@ class EvaluationWriter:
     def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:
         """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
 
-        The Dice of each scan has the shape (S, 3): S structures by left, right, both; NaN where one is absent or has no sides.
+        The Dice of a scan has the shape (S, 3): structures by left, right, both; NaN where one is absent or has no
+        sides.
         """
         scans = {scan: pd.DataFrame(values, index=self.dice_structures, columns=SIDES) for scan, values in dice.items()}
         table = pd.concat(scans, names=["scan", "structure"])
         write_frame(self.output_dir / "dice.tsv", table.reset_index(), ".4f")
         by_structure = table.groupby("structure", sort=False)
         summary = by_structure.mean().assign(scans=by_structure["both"].count())
-        # the mean is that over left and right parts, and structures without sides; first of each scan, then over the scans
+        # the mean of each scan over left and right parts and structures without sides, then over the scans
         without_sides = table[["left", "right"]].isna().all(axis=1)
         parts = table.assign(both=table["both"].where(without_sides)).stack().groupby("scan")
         summary.loc["mean"] = [math.nan, math.nan, parts.mean().mean(), len(dice)]
@@ -210,13 +211,8 @@ def compare_evaluations(first: str | Path, second: str | Path, output_dir: str |
     compared = compare(left, right)
     write_frame(Path(output_dir) / COMPARISON_TABLE, compared)
     pairs = left.merge(right, on=["scan", "condition", *MEASURE])
-    content: dict[str, Any] = {
-        "first": first,
-        "second": second,
-        "scans": left["scan"].nunique(),
-        "file": COMPARISON_TABLE,
-    }
-    content["conditions"] = [_describe_condition(name, compared, pairs) for name in left["condition"].unique()]
+    content: dict[str, Any] = {"first": first, "second": second, "scans": left["scan"].nunique()}
+    content |= {"conditions": [_describe_condition(name, compared, pairs) for name in left["condition"].unique()]}
     content |= {"metrics": compared["metric"].unique(), "define": define}
     page = Path(output_dir) / COMPARISON_PAGE
     write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
@@ -243,7 +239,7 @@ def _check_same_cases(tables: Mapping[str | Path, pd.DataFrame]) -> None:
 
 
 def _describe_condition(condition: str, compared: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
-    """Rows of the headlines, those of HD95 apart, with the names of their parts, and the figure of Dice by structure."""
+    """Rows of the headlines with the names of their parts, and the figure of Dice by structure."""
     own = compared[(compared["condition"] == condition) & (compared["n"] > 0)]
     own = own.assign(part=[_name_part(row) for row in own.itertuples()], certain=own["p_holm"] < LEVEL)
     rows = [

@@ -15,7 +15,7 @@ from brainfm_monai.tasks import MAX_DISTANCE_MM
 
 MINIMUM_SHARE = 0.5  # probability of a tissue above which a voxel counts as it
 RESOLUTION_MM = 2  # as the coordinates of prepared subjects are registered
-# white and grey matter of cerebrum and cerebellum; hippocampus and amygdala are grey in the template, deep nuclei are neither
+# of cerebrum and cerebellum; hippocampus and amygdala are grey in the template, deep nuclei are neither
 TISSUE_IDS = {
     "white_matter": frozenset({2, 41, 7, 46, 77, 78, 79}),
     "grey_matter": frozenset({3, 42, 8, 47, 17, 18, 53, 54}),
@@ -57,8 +57,9 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor |
 def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute error of signed distances (B, C, H, W, D), in mm, where the true one is within +-3 mm.
 
-    Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too. The channels
-    are lp, lw, rp, rw, the mask has the shape (B, 1, H, W, D), the result (B, C), NaN where there is no such voxel.
+    Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too.
+    The channels are lp, lw, rp, rw, the mask has the shape (B, 1, H, W, D), the result (B, C), NaN where there is no
+    such voxel.
     """
     near = (target.abs() < MAX_DISTANCE_MM) & mask.bool()
     return compute_mean_inside((pred.float().clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
@@ -131,7 +132,7 @@ def load_template_tissues() -> TemplateTissues:
 
 
 def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
-    """Tissues of the template at the template coordinates of each voxel, (B, 3, H, W, D), RAS mm: bool, (B, K, H, W, D).
+    """Tissues of the template at template coordinates, (B, 3, H, W, D) in RAS mm: bool, (B, K, H, W, D).
 
     A tissue is where its probability, linearly interpolated, is above one half.
     """
@@ -144,8 +145,8 @@ def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
 def compute_warped_dice(pred_mm: Tensor, reference: Tensor, template: TemplateTissues, mask: Tensor) -> Tensor:
     """Dice of the template's tissues, pulled through predicted coordinates, and a reference, in a mask (B, 1, H, W, D).
 
-    The reference, (B, K, H, W, D), bool, is the same tissues pulled through true coordinates, or those of a segmentation. The
-    result has the shape (B, K), NaN where the reference lacks the tissue.
+    The reference, (B, K, H, W, D), bool, is the same tissues pulled through true coordinates, or those of a
+    segmentation. The result has the shape (B, K), NaN where the reference lacks the tissue.
     """
     inside = mask.bool()
     return compute_dice(pull_template(pred_mm, template) & inside, reference & inside, include_background=True)

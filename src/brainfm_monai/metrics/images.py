@@ -23,8 +23,9 @@ SMALLEST_SHARE = 0.5  # of a voxel of a coarser scale that has to lie in the mas
 def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both images in units in which 0.1 and 99.9 % of the target inside the mask are 0 and 1; nothing is clipped.
 
-    The prediction gets the target's gain and offset, and none of its own: an error of its scale stays an error. Both images and
-    the mask (bool) have one shape and the images one unit. The results are NaN where the mask is empty or the target constant.
+    The prediction gets the target's gain and offset, and none of its own: an error of its scale stays an error. Both
+    images and the mask (bool) have one shape and the images one unit. The results are NaN where the mask is empty or
+    the target constant.
     """
     pred, inside = pred.float(), target.float()[mask.bool()]
     low = high = inside.new_tensor(torch.nan)
@@ -37,8 +38,9 @@ def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Ten
 def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The prediction with the gain and the offset that fit it best to the target, by least squares inside the mask.
 
-    The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure. All have one
-    shape. The result is the target's mean where the prediction is constant in the mask, NaN where the mask is empty.
+    The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure. All have
+    one shape. The result is the target's mean where the prediction is constant in the mask, NaN where the mask is
+    empty.
     """
     pred = pred.float()
     x, y = (one.float()[mask.bool()].double() for one in (pred, target))

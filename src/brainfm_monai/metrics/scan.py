@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -24,75 +24,59 @@ Values = dict[tuple[str, str, str], float]  # by structure, side and metric
 
 
 @dataclass(frozen=True)
-class _Scene:
-    """What the measures of one scan share; tensors have the shape (1, C, H, W, D)."""
+class Scene:
+    """What the measures of one scan share; volumes have the shape (1, H, W, D)."""
 
     structures: Sequence[EvaluatedStructure]
-    affine: Tensor
-    brain: Tensor
-    ids: Tensor | None
-    labels: Tensor | None
-    image: Tensor | None
-    template: fields.TemplateTissues | None
+    affine: Tensor  # voxel indices to RAS mm, shape (4, 4)
+    scan: str  # name for the rows
+    condition: str = "native"  # how the scan was changed
+    mask: Tensor | None = None  # the head; None: where the target's segmentation is not 0, and everywhere without one
+    labels: Tensor | None = None  # FreeSurfer ids that say what is brain where the target has no segmentation
+    image: Tensor | None = None  # what the network saw, in [0, 1]: the baseline of images, and what is corrected
+    template: fields.TemplateTissues | None = None  # tissues for the Dice of warped labels
+    ids: Tensor | None = None  # the target's segmentation, set by measure_scan
+
+    def is_evaluated(self, ids: Tensor) -> Tensor:
+        """Where FreeSurfer ids are those of the structures."""
+        return _is_one_of(ids, {i for s in self.structures for i in s.ids})
 
 
-def measure_scan(
-    pred: Mapping[str, Tensor],
-    target: Mapping[str, Tensor],
-    structures: Sequence[EvaluatedStructure],
-    affine: Tensor,
-    *,
-    scan: str,
-    condition: str = "native",
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    image: Tensor | None = None,
-    template: fields.TemplateTissues | None = None,
-) -> list[MetricRow]:
-    """Measure every task that is in both dictionaries, as ``measures.tsv`` defines it; volumes are (C, H, W, D).
+def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene: Scene) -> list[MetricRow]:
+    """Measure every task that is in both dictionaries, as ``measures.tsv`` defines it.
 
-    What is undefined has the value NaN; the sides of a structure that has none have no row, and neither has a mean over nothing.
+    What is undefined has the value NaN; the sides of a structure that has none have no row, and neither has a mean over
+    nothing.
 
     Args:
-        pred: for each task a map in the unit of the files: FreeSurfer ids for ``segmentation``, a factor for ``log_bias_field``,
-            probabilities for ``lesion``, one number of years for ``age``.
-        target: same shapes and units; optionally ``visible``, the field of view, and ``valid_<task>``, where a target is known.
-        structures: structures of the segmentation.
-        affine: voxel indices to RAS mm, shape (4, 4).
-        scan: name for the rows.
-        condition: name for the rows: how the scan was changed.
-        mask: the head, where maps are compared; None: where the target's segmentation is not 0, and everywhere without one.
-        labels: FreeSurfer ids that say what is brain where the target has no segmentation.
-        image: what the network saw, in [0, 1]: for the error of the corrected image, and as the baseline of images.
-        template: tissues for the Dice of warped labels.
+        pred: for each task a map, (C, H, W, D), in the unit of the files: FreeSurfer ids for ``segmentation``, a factor
+            for ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``.
+        target: same shapes and units; optionally ``visible``, the field of view, and ``valid_<task>``, where a target
+            is known.
+        scene: the structures, the grid, and what else is known of the scan.
 
     Raises:
         ScanError: if a task has no measure, or shapes differ.
     """
-    ids = target["segmentation"][None] if "segmentation" in target else None
-    if mask is not None:
-        head = mask[None].bool()
-    elif ids is not None:
-        head = ids > 0
-    else:
+    ids, head = target.get("segmentation"), scene.mask
+    if head is None:
         maps = [one for one in target.values() if one.ndim == 4] or [torch.ones(1, 1, 1, 1)]
-        head = torch.ones_like(maps[0][None, :1], dtype=torch.bool)
-    if "visible" in target:
-        head = head & target["visible"][None].bool()
-    labels = ids if ids is not None or labels is None else labels[None]
-    brain = head if ids is None else head & _is_evaluated(ids, structures)
-    scene = _Scene(structures, affine, brain, ids, labels, None if image is None else image[None], template)
+        head = torch.ones_like(maps[0][:1], dtype=torch.bool) if ids is None else ids > 0
+    head = head.bool() & target["visible"].bool() if "visible" in target else head.bool()
+    scene = replace(scene, mask=head, labels=scene.labels if ids is None else ids, ids=ids)
     rows: list[MetricRow] = []
     for name in [name for name in pred if name in target]:
         kind = TASKS[name].kind
         if kind not in MEASURES:
-            raise ScanError(f"{scan}: there are measures for {sorted(MEASURES)}, found task {name!r} of kind {kind!r}")
+            rule = f"there are measures for {sorted(MEASURES)}"
+            raise ScanError(f"{scene.scan}: {rule}, found task {name!r} of kind {kind!r}")
         if pred[name].shape != target[name].shape:
             shapes = f"{tuple(pred[name].shape)} and {tuple(target[name].shape)}"
-            raise ScanError(f"{scan}: {name} must have one shape in prediction and reference, found {shapes}")
-        valid = head & target[f"valid_{name}"][None].bool() if f"valid_{name}" in target else head
-        values = (_measure_ct if name == "CT" else MEASURES[kind])(pred[name][None], target[name][None], valid, scene)
-        rows += [MetricRow(scan, condition, name, *key, x, unit_of(key[-1])) for key, x in values.items()]
+            raise ScanError(f"{scene.scan}: {name} must have one shape in prediction and reference, found {shapes}")
+        valid = head & target[f"valid_{name}"].bool() if f"valid_{name}" in target else head
+        measure = _measure_ct if name == "CT" else MEASURES[kind]
+        values = measure(pred[name][None], target[name][None], valid[None], scene)
+        rows += [MetricRow(scene.scan, scene.condition, name, *key, x, unit_of(key[-1])) for key, x in values.items()]
     return rows
 
 
@@ -100,17 +84,13 @@ def _is_one_of(ids: Tensor, members: Iterable[int]) -> Tensor:
     return torch.isin(ids.long(), torch.tensor(sorted(members), device=ids.device))
 
 
-def _is_evaluated(ids: Tensor, structures: Sequence[EvaluatedStructure]) -> Tensor:
-    return _is_one_of(ids, {i for s in structures for i in s.ids})
-
-
 def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
     """Numbers without a side."""
     return {(structure, ABSENT, metric): float(x) for metric, x in values.items()}
 
 
-def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> Values:
-    """Measures of the structures, and mean Dice: of all parts and structures without sides, and with both sides as one."""
+def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: Scene) -> Values:
+    """Measures of the structures, and mean Dice: of left and right parts, and of both sides as one."""
     arguments = (pred[0], target[0], scene.structures, scene.affine)
     measures = segmentation.compute_structure_measures(*arguments, percentile=95.0)
     measures["hd95"] = measures.pop("hausdorff")
@@ -127,13 +107,18 @@ def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: _Scene) -> V
     return values | {(ALL, "both", metric): fmean(of_metric) for metric, of_metric in present.items() if of_metric}
 
 
-def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> Values:
-    """In units of the target, as it is and after the best fit; and in the brain beside two baselines that must be beaten."""
+def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
+    """In units of the target, also after the best fit; and in the brain beside two baselines that must be beaten."""
     measures = _compare_images(*normalise_to_target(pred, target, mask), mask)
     if scene.labels is None or scene.image is None:
         return measures
-    brain = mask & _is_evaluated(scene.labels, scene.structures)
-    images = {"": pred, "_input": scene.image, "_painted": _paint_means(target, scene.labels, mask)}
+    index = scene.labels[None].long().clamp_min(0)
+    count, total = (
+        torch.bincount(index[mask], x, minlength=int(index.max()) + 1) for x in (None, target[mask].double())
+    )
+    # the target's mean in each label: what one knows of a contrast who knows the anatomy alone
+    images = {"": pred, "_input": scene.image[None], "_painted": (total / count.clamp_min(1)).float()[index]}
+    brain = mask & scene.is_evaluated(scene.labels)
     for name, image in images.items():
         scaled, reference = normalise_to_target(image, target, brain)
         psnr = -10 * (scaled - reference)[brain].square().mean().log10()
@@ -141,15 +126,7 @@ def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) ->
     return measures
 
 
-def _paint_means(target: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """An image of the target's mean in each label: what one knows of a contrast who knows the anatomy alone."""
-    index = labels.long().clamp_min(0)
-    weights = (None, target[mask].double())
-    count, total = (torch.bincount(index[mask], one, minlength=int(index.max()) + 1) for one in weights)
-    return (total / count.clamp_min(1)).float()[index]
-
-
-def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> Values:
+def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
     low, high = CT_WINDOW_HU
     error = (pred.float() - target)[mask].abs().mean()
     pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
@@ -162,7 +139,7 @@ def _compare_images(pred: Tensor, target: Tensor, mask: Tensor) -> Values:
     return _name(measures | {f"{name}{FITTED}": value for name, value in fitted.items()})
 
 
-def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> Values:
+def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
     error = fields.compute_distance_mae(pred, target, mask)[0].tolist()
     channels = [(surface, side) for side in HEMISPHERES for surface in ("pial", "white")]  # lp, lw, rp, rw
     values = {(*channel, "distance_error"): x for channel, x in zip(channels, error, strict=True)}
@@ -171,16 +148,18 @@ def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: _Scene) -> 
     return values
 
 
-def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: _Scene) -> Values:
-    folds = fields.compute_fold_fraction(pred, scene.brain, scene.affine)
-    values = _name(fields.compute_mni_error(pred, target, scene.brain) | {"fold_fraction": folds}, "brain")
+def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
+    assert scene.mask is not None
+    brain = (scene.mask if scene.ids is None else scene.mask & scene.is_evaluated(scene.ids))[None]
+    folds = fields.compute_fold_fraction(pred, brain, scene.affine)
+    values = _name(fields.compute_mni_error(pred, target, brain) | {"fold_fraction": folds}, "brain")
     if scene.template is None:
         return values
     box = box_around(mask[0, 0])
     pred, target, mask = (one[..., *box] for one in (pred, target, mask))
     references = {"warped_dice": fields.pull_template(target, scene.template)}
     if scene.ids is not None:
-        tissues = [_is_one_of(scene.ids[..., *box], of_tissue) for of_tissue in scene.template.ids]
+        tissues = [_is_one_of(scene.ids[None, ..., *box], of_tissue) for of_tissue in scene.template.ids]
         references["warped_dice_labels"] = torch.cat(tissues, dim=1)
     for metric, reference in references.items():
         dice = fields.compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()
@@ -188,15 +167,20 @@ def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: _Sce
     return values
 
 
-def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: _Scene) -> Values:
+def _measure_bias_field(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
+    image = None if scene.image is None else scene.image[None]
+    return _name(fields.compute_bias_error(pred, target, mask, image))
+
+
+def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Values:
     error = pred.float().mean() - target.float().mean()
     return _name({"error": error, "absolute_error": error.abs()})
 
 
-MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, _Scene], Values]] = {
+MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, Scene], Values]] = {
     "labels": _measure_labels,
     "image": _measure_image,
-    "log_field": lambda pred, true, mask, scene: _name(fields.compute_bias_error(pred, true, mask, scene.image)),
+    "log_field": _measure_bias_field,
     "distance": _measure_distance,
     "coordinates": _measure_coordinates,
     "mask": lambda pred, target, mask, _: _name(segmentation.compute_lesion_metrics(pred, target, mask), "lesion"),

@@ -1,4 +1,4 @@
-"""Named structures of a predicted and a reference label map: Dice, volumes, Hausdorff distance; and masks of lesions."""
+"""Structures of a predicted and a reference label map: Dice, volumes, Hausdorff distance; masks of lesions."""
 
 from __future__ import annotations
 
@@ -46,12 +46,7 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
     for name, entry in table.items():
         if unknown := sorted(set(entry) - {"left", "right", "unsided", "middle"}):
             raise ValueError(f"structure {name}: the entries are left, right, unsided and middle, found {unknown}")
-        ids = {
-            part: [(i, i) if isinstance(i, int) else (i[0], i[-1]) for i in ranges] for part, ranges in entry.items()
-        }
-        one = EvaluatedStructure(
-            name, **{part: frozenset(i for a, b in ranges for i in range(a, b + 1)) for part, ranges in ids.items()}
-        )
+        one = EvaluatedStructure(name, **{part: _expand(ids) for part, ids in entry.items()})
         if bool(one.left) != bool(one.right) or bool(one.middle) == bool(one.left) or (one.middle and one.unsided):
             raise ValueError(f"structure {name}: ids are needed either on 'left' and 'right' or in the 'middle' alone")
         if shared := sorted(one.ids & owner.keys()):
@@ -62,8 +57,12 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
     return tuple(structures)
 
 
+def _expand(ids: Ids) -> frozenset[int]:
+    return frozenset().union(*(range(i, i + 1) if isinstance(i, int) else range(i[0], i[-1] + 1) for i in ids))
+
+
 def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
-    """Box around a mask of shape (H, W, D), wider by a margin within the image; the whole image if the mask is empty."""
+    """Box around a mask (H, W, D), wider by a margin within the image; the whole image if the mask is empty."""
     start, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
     height, width, depth = (slice(a, b or None) for a, b in zip(start, stop, strict=True))
     return height, width, depth

@@ -1,4 +1,4 @@
-"""One tidy table for every measure, what the measures mean (``measures.tsv``), their statistics, and results compared."""
+"""One tidy table for every measure, what measures mean (``measures.tsv``), statistics, and two tables compared."""
 
 from __future__ import annotations
 
