@@ -12,7 +12,7 @@ from monai.metrics.regression import compute_ssim_and_cs
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from brainfm_monai.metrics.images import (
+from brainfm_monai.metrics.fields import (
     compute_image_metrics,
     compute_ms_ssim,
     compute_ssim,

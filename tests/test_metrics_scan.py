@@ -22,7 +22,7 @@ from brainfm_monai.metrics import (
     summarise,
     write_frame,
 )
-from brainfm_monai.metrics.images import compute_ssim
+from brainfm_monai.metrics.fields import compute_ssim
 
 TASKS = ["segmentation", "T1w", "CT", "log_bias_field", "distance", "mni", "lesion", "super_resolution"]
 STRUCTURES = parse_structures({"cortex": {"left": [3], "right": [42]}, "brainstem": {"middle": [16]}})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
-from brainfm_monai.metrics.images import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
+from brainfm_monai.metrics.fields import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
 from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure, box_around
 from brainfm_monai.metrics.tables import FITTED, MetricRow, unit_of
 from brainfm_monai.tasks import TASKS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from monai.metrics import compute_hausdorff_distance
@@ -127,8 +126,7 @@ def compute_structure_measures(
     The surface is the voxels of a part that touch what is not the part; the percentile of the distances from one
     surface to the other and that of those back are taken, and the larger counts (Huttenlocher et al., Comparing images
     using the Hausdorff distance, IEEE TPAMI 15, 1993; Taha and Hanbury, Metrics for evaluating 3D medical image
-    segmentation, BMC Medical Imaging 15, 2015). Each part is cut to the box around it, so that memory depends on the
-    largest structure.
+    segmentation, BMC Medical Imaging 15, 2015).
     """
     pred, truth = _index_pair(prediction, reference, structures, affine)
     spacing_mm = affine[:3, :3].double().norm(dim=0).tolist()
@@ -147,19 +145,16 @@ def compute_structure_measures(
                 values["dice"] = 2 * overlap / (predicted + present)
                 values["volume_error"] = (predicted - present) / present
             if present and predicted and percentile is not None:
-                values["hausdorff"] = _measure_distance(*_cut(*parts), percentile, spacing_mm)
+                # neighbours are found on the host, in the box around a part: memory depends on the largest structure
+                one, two = (mask[None, None].cpu() for mask in _cut(*parts))
+                with warnings.catch_warnings():
+                    # MONAI 1.6 calls a function of its own with an argument that it has deprecated
+                    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+                    distance = compute_hausdorff_distance(one, two, True, percentile=percentile, spacing=spacing_mm)
+                values["hausdorff"] = float(distance)
             for name, value in values.items():
                 measures[name][row, column] = value
     return measures
-
-
-def _measure_distance(pred: Tensor, truth: Tensor, percentile: float, spacing_mm: Sequence[float]) -> float:
-    pred, truth = (mask[None, None].cpu() for mask in (pred, truth))  # neighbours are found on the host
-    with warnings.catch_warnings():
-        # MONAI 1.6 calls a function of its own with an argument that it has deprecated
-        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        options: dict[str, Any] = {"include_background": True, "percentile": percentile, "spacing": spacing_mm}
-        return float(compute_hausdorff_distance(pred, truth, **options))
 
 
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:
