@@ -92,10 +92,8 @@ def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
 @once_per_scan
 def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
     """Thickness in mm at the vertices of each hemisphere, by its letter."""
-    return {
-        letter: surfaces.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
-        for letter, surface in grow_surfaces(scan).items()
-    }
+    measure = surfaces.compute_thickness_mm
+    return {name: measure(s.white_mm, s.pial_mm, s.faces) for name, s in grow_surfaces(scan).items()}
 
 
 def write_surfaces(scan: ScanResult) -> None:
@@ -109,13 +107,9 @@ def write_surfaces(scan: ScanResult) -> None:
             areas, volume = surfaces.compute_areas_mm2(vertices, faces), surfaces.compute_volume_mm3(vertices, faces)
             crossing = surfaces.compute_crossing_share(vertices, faces)
             euler = surfaces.compute_euler_number(faces)
-            rows.append(
-                (
-                    letter, name, len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}",
-                    f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}",
-                    f"{mean:.3f}", f"{np.median(thickness):.3f}",
-                )
-            )  # fmt: skip
+            counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
+            sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
+            rows.append((letter, name, *counts, *sizes, f"{mean:.3f}", f"{np.median(thickness):.3f}"))
             _save_gifti(scan, f"hemi-{letter}_{name}.surf", POINTSET=vertices, TRIANGLE=faces)
             scan.write_sidecar(f"hemi-{letter}_{name}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
             scan.summary[f"euler_number_{letter}_{name}"] = euler
@@ -130,8 +124,7 @@ def write_surfaces(scan: ScanResult) -> None:
 
 def _save_gifti(scan: ScanResult, suffix: str, **arrays: np.ndarray) -> None:
     """Write arrays by their intent; points lie in the coordinates of the scanner."""
-    data = [
-        nib.gifti.GiftiDataArray(values, f"NIFTI_INTENT_{intent}", coordsys=SCANNER if intent == "POINTSET" else None)
-        for intent, values in arrays.items()
-    ]
+    systems: dict[str, Any] = {"POINTSET": SCANNER}
+    make = nib.gifti.GiftiDataArray
+    data = [make(values, f"NIFTI_INTENT_{name}", coordsys=systems.get(name)) for name, values in arrays.items()]
     nib.save(nib.GiftiImage(darrays=data), scan.path(f"{suffix}.gii"))

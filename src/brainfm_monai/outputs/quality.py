@@ -1,6 +1,7 @@
 """What may be wrong with a result: entropy of the labels, and warnings by rules that are written in one table."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -34,11 +35,6 @@ def brain_entropy(scan: ScanResult) -> float:
     """Mean entropy of the voxels of the brain in the network's grid; NaN where there is no brain."""
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")]
     return float(scan.in_network_grid("entropy")[brain].mean(dtype=np.float64)) if brain.any() else float("nan")
-
-
-def _no_brain(scan: ScanResult) -> Iterator[str]:
-    if not scan.layout.protocol.is_brain[scan.labels].any():
-        yield "no brain was found in this scan"
 
 
 def _out_of_view(scan: ScanResult) -> Iterator[str]:
@@ -86,18 +82,14 @@ def _sides(scan: ScanResult) -> Iterator[str]:
 
 def _direction(scan: ScanResult) -> Iterator[str]:
     """The head's axes by the template coordinates against those of the affine."""
-    if "mni" not in scan.maps:
-        return
-    try:
-        matrix = fit_affine_to_template(scan)
-    except (ValueError, np.linalg.LinAlgError):
-        return
-    if np.linalg.det(matrix[:3, :3]) <= 0:
-        yield "left and right contradict the affine: the head is mirrored on its way to the template"
-        return
+    matrix = np.eye(4)
+    with suppress(ValueError, np.linalg.LinAlgError):
+        matrix = fit_affine_to_template(scan) if "mni" in scan.maps else matrix
     left, _, right = np.linalg.svd(matrix[:3, :3])
     turn_deg = np.degrees(np.arccos(np.clip((np.trace(left @ right) - 1) / 2, -1, 1)))
-    if turn_deg > TURN_DEG:
+    if np.linalg.det(matrix[:3, :3]) <= 0:
+        yield "left and right contradict the affine: the head is mirrored on its way to the template"
+    elif turn_deg > TURN_DEG:
         yield f"the head lies {turn_deg:.0f} degrees from the axes of the affine: the orientation may be wrong"
 
 
@@ -111,7 +103,9 @@ RULES: tuple[Callable[[ScanResult], Iterator[str]], ...] = (_out_of_view, _volum
 
 def collect_warnings(scan: ScanResult) -> list[str]:
     """What the rules find, one sentence each; where there is no brain, that alone is reported."""
-    return list(_no_brain(scan)) or [warning for rule in RULES for warning in rule(scan)]
+    if not scan.layout.protocol.is_brain[scan.labels].any():
+        return ["no brain was found in this scan"]
+    return [warning for rule in RULES for warning in rule(scan)]
 
 
 def write_quality(scan: ScanResult) -> None:
@@ -119,10 +113,8 @@ def write_quality(scan: ScanResult) -> None:
     entries: dict[str, object] = {"Warnings": scan.warnings}
     if "entropy" in scan.maps:
         means = structure_entropy(scan)
-        rows = [
-            (s.label, s.name, ABSENT if np.isnan(means[s.label]) else f"{means[s.label]:.4f}")
-            for s in scan.layout.protocol.structures[1:]
-        ]
+        shown = [ABSENT if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+        rows = [(s.label, s.name, shown[s.label]) for s in scan.layout.protocol.structures[1:]]
         write_table(scan.path("qc.tsv"), ("index", "name", "mean_entropy"), rows)
         text = "entropy of the label probabilities over the logarithm of the number of labels: 0 certain, 1 unknown"
         entropy, unit = scan.in_grid("entropy")[0], "share of the maximum"

@@ -9,7 +9,7 @@ from brainfm_monai import outputs, slices, surfaces
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult, template
 from brainfm_monai.report.html import data_address, render
-from brainfm_monai.slices import BONE_WINDOW_HU, BRAIN_WINDOW_HU, Cell, Slice, compose, cut_slices, heat, shade
+from brainfm_monai.slices import BONE_WINDOW_HU, BRAIN_WINDOW_HU, Cell, Slice, compose, heat, shade
 from brainfm_monai.tasks import Task
 
 PIXEL_MM, MARGIN_MM = 0.8, 22.0  # margin around cerebrum and cerebellum: skull and scalp, not the neck
@@ -39,7 +39,10 @@ VIEWS = {
     "R": (("right hemisphere, from the right", RIGHT, "PA"), ("right hemisphere, medial side", LEFT, "AP")),
 }
 
-Row = tuple[str, Callable[[Slice], np.ndarray]]  # a title, and what draws a slice
+WINDOWS_HU = (BRAIN_WINDOW_HU, BONE_WINDOW_HU)  # of a CT
+
+Draw = Callable[[Slice], np.ndarray]  # draws a slice
+Row = tuple[str, Draw]  # with its title
 
 
 def write_report(scan: ScanResult) -> None:
@@ -53,39 +56,31 @@ def compose_page(scan: ScanResult) -> str:
     hard = outputs.compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
     volumes_ml = (hard if soft is None else soft) / 1000
     sections = [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
-    return render(
-        "scan.html",
-        title=scan.name,
-        scan=scan,
-        brain=[s for s in protocol.structures if protocol.is_brain[s.label]],
-        zooms=nib.affines.voxel_sizes(scan.affine),
-        axes="".join(nib.orientations.aff2axcodes(scan.affine)),
-        sections=sections,
-        numbers={name: value for name, value in scan.summary.items() if not name.endswith("_mm3")},
-        volumes_ml=volumes_ml,
-        totals=outputs.compute_totals_mm3(volumes_ml, protocol),
-    )
+    values = {
+        "brain": [s for s in protocol.structures if protocol.is_brain[s.label]],
+        "zooms": nib.affines.voxel_sizes(scan.affine),
+        "axes": "".join(nib.orientations.aff2axcodes(scan.affine)),
+        "numbers": {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")},
+        "totals": outputs.compute_totals_mm3(volumes_ml, protocol),
+    }
+    return render("scan.html", title=scan.name, scan=scan, sections=sections, volumes_ml=volumes_ml, **values)
 
 
 def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
     """Heading, caption and picture, (rows, columns, 3) uint8, of every section of the page that the scan has maps for."""
-    mask, labels, draw_scan = (
-        scan.layout.protocol.is_hemisphere[scan.labels],
-        scan.layout.tasks["segmentation"],
-        _grey(scan),
-    )
+    protocol, labels, draw_scan = scan.layout.protocol, scan.layout.tasks["segmentation"], _grey(scan)
 
     def draw_labels(cut: Slice) -> np.ndarray:
         values = cut.read(scan.labels[None], scan.affine, nearest=True)
-        return slices.paint(labels, values, draw_scan(cut), scan.layout.protocol, cut.plane)
+        return slices.paint(labels, values, draw_scan(cut), protocol, cut.plane)
 
-    cells: list[list[Cell]] = []
-    for plane in FEW:
-        cuts = cut_slices(mask, scan.affine, {plane: MANY}, MARGIN_MM, PIXEL_MM)
-        cells += _cells(cuts, [(plane, draw_scan), ("", draw_labels)])
+    def cut_at(positions: dict[str, tuple[float, ...]]) -> list[Slice]:
+        return slices.cut_slices(protocol.is_hemisphere[scan.labels], scan.affine, positions, MARGIN_MM, PIXEL_MM)
+
+    cells = [row for plane in FEW for row in _cells(cut_at({plane: MANY}), [(plane, draw_scan), ("", draw_labels)])]
     caption = "colours as in the table of volumes; tissues of the head are faint"
     yield "Scan and segmentation", caption, compose(cells)
-    cuts = cut_slices(mask, scan.affine, FEW, MARGIN_MM, PIXEL_MM)
+    cuts = cut_at(FEW)
     for heading, rows in _sections_of_maps(scan).items():
         if rows:
             yield heading, "; ".join(title for title, _ in rows), compose(_cells(cuts, rows))
@@ -95,16 +90,18 @@ def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def _cells(cuts: Sequence[Slice], rows: Sequence[Row]) -> list[list[Cell]]:
-    return [
-        [Cell(draw(cut), cut.plane.marks, "" if i else title) for i, cut in enumerate(cuts)] for title, draw in rows
-    ]
+    """Rows of pictures; the first of a row has its title."""
+    places = list(enumerate(cuts))
+    return [[Cell(draw(cut), cut.plane.marks, "" if i else title) for i, cut in places] for title, draw in rows]
 
 
 def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
     """Rows of pictures below each heading; a heading whose maps are absent has none."""
     rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
     if scan.modality.startswith("ct"):
-        rows["The CT in two windows"] = _ct_rows("", lambda cut: cut.read(scan.image, scan.affine))
+        rows["The CT in two windows"] = [
+            _ct_row("", lambda cut: cut.read(scan.image, scan.affine), w) for w in WINDOWS_HU
+        ]
     for entry, task in scan.layout.maps.items():
         if task.picture in SECTIONS and entry in scan.maps:
             rows[SECTIONS[task.picture]] += _map_rows(scan, task)
@@ -127,19 +124,15 @@ def _grey_window(scan: ScanResult) -> tuple[float, float]:
 
 
 @outputs.once_per_scan
-def _grey(scan: ScanResult) -> Callable[[Slice], np.ndarray]:
+def _grey(scan: ScanResult) -> Draw:
     """What draws a slice of the scan in grey."""
     window = _grey_window(scan)
     return lambda cut: shade(cut.read(scan.image, scan.affine)[..., 0], window)
 
 
-def _ct_rows(prefix: str, read: Callable[[Slice], np.ndarray]) -> list[Row]:
-    """A CT in the window of the brain and in that of bone."""
-
-    def row(window: tuple[float, float]) -> Row:
-        return f"{prefix}{window[0]:g} to {window[1]:g} HU", lambda cut: shade(read(cut)[..., 0], window)
-
-    return [row(BRAIN_WINDOW_HU), row(BONE_WINDOW_HU)]
+def _ct_row(prefix: str, read: Draw, window: tuple[float, float]) -> Row:
+    """A CT in a window."""
+    return f"{prefix}{window[0]:g} to {window[1]:g} HU", lambda cut: shade(read(cut)[..., 0], window)
 
 
 def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
@@ -154,7 +147,7 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
 
     if task.picture == "image":
         if task.output_unit == "HU":
-            return _ct_rows(f"{task.entry}, ", read)
+            return [_ct_row(f"{task.entry}, ", read, limits) for limits in WINDOWS_HU]
         low, high = np.percentile(values.numpy()[:, ::2, ::2, ::2], WINDOW_PERCENTILES)
         return [(task.entry, lambda cut: draw(cut, window=(float(low), float(high))))]
     if task.picture == "distance":
@@ -164,9 +157,8 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
             (ribbon, lambda cut: _ribbon(read(cut), draw_scan(cut))),
         ]
     if task.picture == "bias_field":
-        head = scan.maps["segmentation"].cpu() > 0
+        head, window = scan.maps["segmentation"].cpu() > 0, _grey_window(scan)
         middle = float(values[head].median()) if head.any() else 1.0  # the scale of a bias field is free
-        window = _grey_window(scan)
 
         def draw_field(cut: Slice) -> np.ndarray:
             return draw(cut, middle) * (cut.read(scan.labels[None], scan.affine, nearest=True) > 0)
@@ -234,9 +226,8 @@ def _describe_surfaces(scan: ScanResult) -> str:
     """What the pictures of the surfaces show, and the quality of the surfaces."""
     words = [f"the pial surface is coloured by thickness: black 0, white {THICKEST_MM:g} mm"]
     for letter, surface in outputs.grow_surfaces(scan).items():
-        euler, crossing = (scan.summary.get(f"{n}_{letter}_pial", "n/a") for n in ("euler_number", "crossing_share"))
-        words.append(
-            f"{letter}: Euler number {euler}, share of crossing triangles {crossing}, "
-            f"of vertices in closed sulci {float(surface.closed.mean()):.2f}"
-        )
+        closed, count = float(surface.closed.mean()), scan.summary.get(f"euler_number_{letter}_pial", "n/a")
+        crossing = scan.summary.get(f"crossing_share_{letter}_pial", "n/a")
+        words.append(f"{letter}: Euler number {count}, share of crossing triangles {crossing}")
+        words[-1] += f", of vertices in closed sulci {closed:.2f}"
     return "; ".join(words)
