@@ -66,10 +66,9 @@ class Slice:
         index = nib.affines.apply_affine(np.linalg.inv(np.asarray(affine, dtype=np.float64)), self.points_mm)
         coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
         source = torch.as_tensor(volume)[None].detach().cpu()
-        values = (
-            gather_nearest(source, coordinates) if nearest else warp(source.float(), coordinates, padding_mode="border")
-        )
-        return values[0, ..., 0].movedim(0, -1).numpy()
+        if nearest:
+            return gather_nearest(source, coordinates)[0, ..., 0].movedim(0, -1).numpy()
+        return warp(source.float(), coordinates, padding_mode="border")[0, ..., 0].movedim(0, -1).numpy()
 
 
 def find_box(mask: np.ndarray) -> list[tuple[int, int]]:

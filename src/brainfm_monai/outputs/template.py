@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -35,6 +34,8 @@ RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts to the left and to the b
 TO_TEMPLATE = f"from-scan_to-{TEMPLATE_SPACE}_mode-image"
 TO_SCAN = f"from-{TEMPLATE_SPACE}_to-scan_mode-image"
 DISPLACEMENT_STEP_MM = 2.0**-8  # a power of 2, so that float32 holds the rounded numbers exactly and they compress well
+ITK_AFFINE = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\nParameters: {}\n"
+ITK_AFFINE += "FixedParameters: 0 0 0\n"
 TEMPLATE_STRIDE = 3  # the warps are smooth: stored every 3 mm
 
 
@@ -224,8 +225,15 @@ def write_transforms(scan: ScanResult) -> None:
     shape = tuple(-(-n // TEMPLATE_STRIDE) + 1 for n in template.shape)  # one more: the whole template is covered
     backward = invert_warp(forward, shape, affine @ np.diag([TEMPLATE_STRIDE] * 3 + [1.0]))
     for name, warp in ((TO_TEMPLATE, backward), (TO_SCAN, forward)):
-        write_text(scan.path(f"{name}_desc-affine_xfm.tfm"), format_itk_affine(warp.matrix))
-        write_displacement(scan.path(f"{name}_xfm.nii.gz"), warp)
+        lps = RAS_LPS @ warp.matrix @ RAS_LPS
+        numbers = " ".join(f"{value:.17g}" for value in [*lps[:3, :3].reshape(-1), *lps[:3, 3]])
+        write_text(scan.path(f"{name}_desc-affine_xfm.tfm"), ITK_AFFINE.format(numbers))
+        steps = (warp.points - grid_points(warp.points.shape[:3], warp.affine)) @ RAS_LPS[:3, :3] / DISPLACEMENT_STEP_MM
+        displacement = (np.rint(steps) * DISPLACEMENT_STEP_MM).astype(np.float32)[:, :, :, None]  # five axes
+        image = nib.Nifti1Image(displacement, warp.affine)
+        image.header.set_intent("vector")
+        image.header.set_xyzt_units("mm")
+        nib.save(image, scan.path(f"{name}_xfm.nii.gz"))
     np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
     box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))
@@ -240,21 +248,3 @@ def write_transforms(scan: ScanResult) -> None:
     scan.save_image(f"space-{TEMPLATE_SPACE}_image", moved, affine, Description="the scan in the template's grid")
     moved = resample_through(torch.from_numpy(template)[None], affine, scan.labels.shape, scan.affine, forward)
     scan.save_image(f"desc-{TEMPLATE_SPACE}_T1w", moved, Description="the template in the grid of the scan's files")
-
-
-def format_itk_affine(matrix: np.ndarray) -> str:
-    """An affine of RAS points as the text file of ITK, which counts in LPS."""
-    lps = RAS_LPS @ matrix @ RAS_LPS
-    numbers = " ".join(f"{value:.17g}" for value in [*lps[:3, :3].reshape(-1), *lps[:3, 3]])
-    lines = ["#Insight Transform File V1.0", "#Transform 0", "Transform: AffineTransform_double_3_3"]
-    return "\n".join([*lines, f"Parameters: {numbers}", "FixedParameters: 0 0 0", ""])
-
-
-def write_displacement(path: Path, warp: Warp) -> None:
-    """Write a map as a displacement field that ITK and ANTs read: NIfTI, five axes, vectors in LPS mm."""
-    displacement = np.asarray(warp.points - grid_points(warp.points.shape[:3], warp.affine))
-    rounded = np.rint(displacement @ RAS_LPS[:3, :3] / DISPLACEMENT_STEP_MM) * DISPLACEMENT_STEP_MM
-    image = nib.Nifti1Image(rounded.astype(np.float32)[:, :, :, None], warp.affine)
-    image.header.set_intent("vector")
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)

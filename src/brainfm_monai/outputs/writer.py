@@ -132,23 +132,14 @@ class ScanWriter:
         labels = maps["segmentation"] if self.settings.grid == "1mm" else item["pred"]
         frame, modality = meta.get("frame"), str(meta.get("modality") or "")
         return ScanResult(
-            str(scan["name"]),
-            Path(printable(scan["image"])),
-            folder,
-            self.layout,
-            np.asarray(labels[0].cpu(), dtype=np.uint8),
-            np.asarray(labels.affine, dtype=np.float64),
-            maps,
+            str(scan["name"]), Path(printable(scan["image"])), folder, self.layout,
+            np.asarray(labels[0].cpu(), dtype=np.uint8), np.asarray(labels.affine, dtype=np.float64), maps,
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
-            frame=int(str(frame)) if str(frame).isdigit() else frame,
-            window=str(meta.get("window") or ""),
-            lesions=str(scan.get("lesions") or ""),
-            settings=self.settings,
-            original=item.get("original"),
-            modality=modality,
+            frame=int(str(frame)) if str(frame).isdigit() else frame, window=str(meta.get("window") or ""),
+            lesions=str(scan.get("lesions") or ""), settings=self.settings, original=item.get("original"),
             warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
-            summary={"modality": modality} if modality else {},
-        )
+            modality=modality, summary={"modality": modality} if modality else {},
+        )  # fmt: skip
 
     def _publish(self, result: ScanResult, scan: Entry, seconds: float) -> Path:
         """Move the files to their place; the marker is absent meanwhile, and a second one names the files, old and new."""
@@ -161,24 +152,22 @@ class ScanWriter:
         earlier = {name for marker in markers for name in marker.get("files", ())}
         for file in [] if self.overwrite else new:
             if file not in earlier and os.path.lexists(final / file):
-                raise FileExistsError(
-                    f"{final / file}: no file of this name must be there, found one that is no result"
-                )
+                rule = "no file of this name must be there, found one that is no result"
+                raise FileExistsError(f"{final / file}: {rule}")
         write_text(unfinished, json.dumps({"source": source, "files": sorted({*earlier, *new})}))
         finished.unlink(missing_ok=True)
         for file in earlier - set(new):
             (final / file).unlink(missing_ok=True)
         for file in new:
             (result.folder / file).replace(final / file)
-        content = {
+        content: dict[str, Any] = {
             "outputs": list(self.writers),
             "settings": asdict(self.settings),
             "source": source,
             "files": new,
-            "warnings": result.warnings,
-            "summary": {"warnings": len(result.warnings), **result.summary},
-            "seconds_to_write": round(seconds, 1),
         }
+        summary = {"warnings": len(result.warnings), **result.summary}
+        content |= {"warnings": result.warnings, "summary": summary, "seconds_to_write": round(seconds, 1)}
         write_text(finished, as_json(content))
         unfinished.unlink()
         return final

@@ -1,24 +1,20 @@
 """Pages as HTML: one template engine and one stylesheet for the page of a scan, evaluations and comparisons."""
 
 import base64
+from typing import Any
 
 import jinja2
 
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("brainfm_monai", "report/templates"),
-    autoescape=True,  # names of scans and structures are text, whatever they contain
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+BLOCKS: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+LOADER = jinja2.PackageLoader("brainfm_monai", "report/templates")
+# Names of scans and structures are text, whatever they contain.
+ENVIRONMENT = jinja2.Environment(loader=LOADER, autoescape=True, undefined=jinja2.StrictUndefined, **BLOCKS)
 
 
 def render(template: str, **values: object) -> str:
-    """Fill a template of ``report/templates``; it extends ``base.html``, whose stylesheet and macros serve all pages.
+    """Fill a template of ``report/templates``, such as ``scan.html``, with values, of which texts are escaped.
 
-    Args:
-        template: file name, such as ``scan.html``.
-        values: names that the template uses; texts are escaped. ``title`` is always needed.
+    Every page extends ``base.html``, with its stylesheet, and needs a ``title``.
 
     Raises:
         jinja2.UndefinedError: if the template uses a name that is not given.

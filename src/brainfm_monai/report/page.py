@@ -23,14 +23,8 @@ WINDOW_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, so that skin fat
 RIBBON_COLOURS = ((1.0, 0.25, 0.25, 0.55), (1.0, 1.0, 1.0, 0.25))  # of cortex and white matter
 TEMPLATE_LEVELS = ((0.35, (0.25, 0.75, 1.0)), (0.75, (1.0, 0.82, 0.25)))  # shares of its maximum: outline, white matter
 ENTROPY_TOP = 0.5
-SECTIONS = {
-    "image": "The scan in other contrasts",
-    "distance": "Cortex",
-    "bias_field": "Bias field",
-    "coordinates": "Way to the template",
-    "probability": "Lesions",
-    "scale": "Expected error",
-}
+SECTIONS = {"image": "The scan in other contrasts", "distance": "Cortex", "bias_field": "Bias field"}
+SECTIONS |= {"coordinates": "Way to the template", "probability": "Lesions", "scale": "Expected error"}
 WHITE_COLOUR, PIAL_COLOUR = (1.0, 0.9, 0.2), (1.0, 0.25, 0.25)  # of contours
 THICKEST_MM = 5.0  # white in the views of surfaces
 LEFT, RIGHT = (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0)  # directions towards the viewer
