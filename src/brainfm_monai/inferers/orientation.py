@@ -127,24 +127,22 @@ class OrientationInferer(Inferer):
         first = self._misfit(_plain(output[:, :, ::SAMPLE, ::SAMPLE, ::SAMPLE]), float(SAMPLE))
         if first < UNSURE_MM:
             return output
-        image = _plain(inputs)
-        turn = self.find_turn(image, network, first)
+        turn = self.find_turn(_plain(inputs), network, first)
         if turn is None:
-            _add_warning(
-                inputs,
+            message = (
                 f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual), and no "
-                "turn of the head fits clearly better: look at the orientation and at the segmentation",
+                "turn of the head fits clearly better: look at the orientation and at the segmentation"
             )
+        else:
+            rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
+            message = (
+                f"the orientation of the header does not fit the anatomy: the head is turned by {turn.degrees:.0f} degrees, its "
+                f"right, front and top lie where the header says {turn}; {rule}"
+            )
+        _add_warning(inputs, message)
+        if turn is None or not self.fix:
             return output
-        rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
-        _add_warning(
-            inputs,
-            f"the orientation of the header does not fit the anatomy: the head is turned by {turn.degrees:.0f} degrees, its "
-            f"right, front and top lie where the header says {turn}; {rule}",
-        )
-        if not self.fix:
-            return output
-        upright = turn.undo(self.inferer(turn.apply(image), network, *args, **kwargs))
+        upright = turn.undo(self.inferer(turn.apply(_plain(inputs)), network, *args, **kwargs))
         return MetaTensor(upright).copy_meta_from(output) if isinstance(output, MetaTensor) else upright
 
     def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> Turn | None:
