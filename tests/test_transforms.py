@@ -243,6 +243,18 @@ def test_labels_that_were_decided_already_stay() -> None:
     assert splitter._decide("pred", decided, decided)["segmentation"].flatten().tolist() == [3, 7]
 
 
+def test_maps_beside_decided_labels_take_the_memory_of_the_output() -> None:
+    layout = TaskLayout(["segmentation", "distance", "CT"])
+    output = torch.linspace(-5, 5, layout.label_channels * 8).reshape(layout.label_channels, 2, 2, 2)
+    output[0] = 3
+    expected = {name: layout.tasks[name].to_map(x[0]) for name, x in layout.split(output.clone()[None]).items()}
+    found = SplitTasksd("pred", layout)({"pred": output})
+    assert (found["pred"] == 3).all()
+    for name in ("distance", "CT"):
+        assert torch.equal(found[name].as_tensor(), expected[name])
+        assert found[name].untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+
+
 def test_labels_that_were_decided_already_cannot_be_restricted() -> None:
     layout = TaskLayout(["segmentation"])
     decided: dict[Any, Any] = {"pred": torch.ones(1, 2, 2, 2)}

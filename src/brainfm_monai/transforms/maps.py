@@ -61,7 +61,7 @@ class SplitTasksd(MapTransform):
     The entry itself becomes the label map of the segmentation, uint8, shape (1, H, W, D), so that the volume of logits
     is freed before anything is resampled. The other tasks become entries of the name (``Task.entry``) and unit
     (``Task.output_unit``) that the table of tasks gives them, float32. A scalar stays a map, whose mean over the head
-    is the number.
+    is the number. Where labels were decided already, in little memory, the maps overwrite the output.
 
     Args:
         keys: key of the output tensor.
@@ -89,7 +89,14 @@ class SplitTasksd(MapTransform):
             output = d.pop(key)
             for name, part in self.layout.split(convert_to_tensor(output, track_meta=False)[None]).items():
                 task, part = self.layout.tasks[name], part[0]
-                entries = self._decide(key, part, output) if task.kind == "labels" else {task.entry: task.to_map(part)}
+                if task.kind == "labels":
+                    entries = self._decide(key, part, output)
+                elif (
+                    len(output) < self.layout.channels
+                ):  # labels are decided: nearly all of the output's memory is of maps
+                    entries = {task.entry: part.copy_(task.to_map(part))}
+                else:
+                    entries = {task.entry: task.to_map(part)}
                 for entry, value in entries.items():
                     d[entry] = value if entry == "soft_volumes" else MetaTensor(value)
                     if isinstance(output, MetaTensor) and entry != "soft_volumes":
