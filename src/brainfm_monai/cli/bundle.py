@@ -1,7 +1,5 @@
 """Commands that run a config of the bundle, bring weights in and networks out, and show what the generator makes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is installed, what this machine is fast in, and what is missing for what."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Words of a command line as Python values: paths, names and labels stay the strings that were typed."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,12 +40,8 @@ def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
     function, rest = _find_command(words, commands)
     if function is None or {"--help", "-h"} & set(rest):
         return words
-    named = [
-        p
-        for p in inspect.signature(function).parameters.values()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    kinds = {parameter.name: str(parameter.annotation) for parameter in named}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    kinds = {p.name: p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation) for p in parameters}
     flags, loose = _take_flags(rest, kinds)
     free = [name for name in kinds if name not in flags]
     command = words[: len(words) - len(rest)]
@@ -86,9 +80,8 @@ def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, l
         is_switch = kinds.get(name) == "bool" or (name not in kinds and name in SWITCH_KEYS)
         flags[name] = [value] if equals else []
         most = 0 if equals else len(left) if _is_list(name, kinds) else 1
-        while (
-            left and len(flags[name]) < most and not left[0].startswith("--") and (not is_switch or left[0] in SWITCHES)
-        ):
+        while left and most and not left[0].startswith("--") and (not is_switch or left[0] in SWITCHES):
+            most -= 1
             flags[name].append(left.pop(0))
     return flags, loose
 

@@ -1,7 +1,5 @@
 """The bundle: its folder, the fingerprint of what its configs resolve to, strings that their parser leaves alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

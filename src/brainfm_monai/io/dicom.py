@@ -1,7 +1,5 @@
 """DICOM: the series of a folder, each checked to be one evenly spaced stack, and its volume as dcm2niix makes it."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """Files that appear whole or not at all, tab-separated tables as BIDS has them, and errors of one line."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Which scans to work on: a file, a DICOM series, a folder, a pattern, a BIDS dataset or a table; nothing is left out silently."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -89,9 +87,7 @@ def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[S
     if not scans:
         raise FileNotFoundError(f"{rule} ({KINDS}) is needed, found none{' in it' if root else ''}")
     common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
-    names = unique_names(
-        Path(os.path.relpath(path, common)) if path != root else Path(path.resolve().name) for path, *_ in scans
-    )
+    names = unique_names(Path(os.path.relpath(p, common)) if p != root else Path(p.resolve().name) for p, *_ in scans)
     named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
     named = [one for scan in named for one in (_split_series(scan) if Path(scan.path).is_dir() else [scan])]
     return [*named, *(_skip(path, reason) for path, _, reason in listed if reason)]
@@ -105,10 +101,8 @@ def _split_series(scan: Scan) -> list[Scan]:
         return [scan]
     scans = [one.name for one in series if not one.is_overview]
     names = unique_names(Path(f"{scan.name}_{name}.nii".replace("/", "_")) for name in scans)
-    split = [
-        replace(scan, name=name if len(scans) > 1 else scan.name, series=one)
-        for name, one in zip(names, scans, strict=True)
-    ]
+    named = zip(names if len(scans) > 1 else [scan.name] * len(scans), scans, strict=True)
+    split = [replace(scan, name=name, series=one) for name, one in named]
     reason = "a localizer or a single slice, which is no scan"
     overviews = [one.name for one in series if one.is_overview]
     return [*split, *(replace(scan, series=name, skipped=f"{name}: {reason}") for name in overviews)]
@@ -216,9 +210,7 @@ def _from_table(path: Path) -> list[Scan]:
 
 def _is_bids(path: Path) -> bool:
     patterns = [f"sub-*/{session}{folder}" for session in ("", "ses-*/") for folder in BIDS_FOLDERS]
-    return (path / "dataset_description.json").is_file() or any(
-        folder.is_dir() for pattern in patterns for folder in path.glob(pattern)
-    )
+    return (path / "dataset_description.json").is_file() or any(f.is_dir() for p in patterns for f in path.glob(p))
 
 
 def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:

@@ -1,7 +1,5 @@
 """Headers of NIfTI, Analyze, MGH and NRRD files, and the one rule by which the geometry of NIfTI is read."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass
@@ -196,9 +194,8 @@ def read_nrrd(path: Path) -> Stored:
         size = (path.parent / data_files if isinstance(data_files, str) else path).stat().st_size
         held = size * (1 if encoding == "raw" else LARGEST_RATIO)
         if needed > held:
-            raise ValueError(
-                f"the voxels cannot be read: {needed} are promised by the header, found {held} bytes at most"
-            )
+            promise = f"{needed} are promised by the header"
+            raise ValueError(f"the voxels cannot be read: {promise}, found {held} bytes at most")
     affine, is_oriented = np.eye(4), False
     signs = SPACES.get(str(header.get("space", "")).lower())
     if len(vectors) and len(spatial) == 3 and vectors.shape[1] == 3:

@@ -1,7 +1,5 @@
 """A scan of a list as a value: its name, which is safe to write under, its file, and why it is left out."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import unicodedata
@@ -10,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonpath
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from brainfm_monai.io.files import ScanError
 from brainfm_monai.io.volumes import scan_stem
@@ -42,7 +40,7 @@ class Scan:
             raise ScanError(f"{printable(self.path)}: {problem}")
 
     @classmethod
-    def of(cls, item: Mapping[Any, Any]) -> Scan:
+    def of(cls, item: Mapping[Any, Any]) -> Self:
         """The scan of an item of a datalist, whose ``image`` is the path and whose ``name`` is the name."""
         attributes = {f.name: item[f.name] for f in fields(cls) if item.get(f.name) is not None}
         return cls(**{**attributes, "name": str(item["name"]), "path": str(item.get("image") or "")})

@@ -1,7 +1,5 @@
 """The one reader of volumes: NIfTI, Analyze, MGH, NRRD and DICOM, with every refusal in one line."""
 
-from __future__ import annotations
-
 import gzip
 import math
 from collections.abc import Iterator
@@ -79,10 +77,11 @@ def read_volume(path: str | Path, frame: int | str | None = None, series: str | 
 def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume:
     with convert_series(path, name) as (file, series):
         if series.mosaic and _read_header(file).shape[:2] == series.mosaic:
-            picture = " x ".join(map(str, series.mosaic))
-            raise ValueError(
-                f"a mosaic whose header says how its slices lie is needed, found one picture of {picture} pixels in {series.name}"
+            rule, picture = (
+                "a mosaic whose header says how its slices lie is needed",
+                " x ".join(map(str, series.mosaic)),
             )
+            raise ValueError(f"{rule}, found one picture of {picture} pixels in {series.name}")
         volume = _read_file(file, frame)
     affine = place_by_headers(volume.affine, volume.values.shape[2], series)
     return Volume(volume.values, affine, series.warnings, modality=series.modality)
@@ -148,9 +147,8 @@ def _read_frame(stored: Stored, frame: int | str | None) -> np.ndarray:
         ratio = headers.LARGEST_RATIO if file.read(2) == GZIP_MARK else 1
     needed, size = stored.offset + count * frames, stored.path.stat().st_size
     if needed > size * ratio:  # before memory is taken
-        raise ValueError(
-            f"the voxels cannot be read: {needed} bytes are promised by the header, found a file of {size}"
-        )
+        promise = f"{needed} bytes are promised by the header"
+        raise ValueError(f"the voxels cannot be read: {promise}, found a file of {size}")
     with _open_packed(stored.path) as stream:
         stream.seek(stored.offset + (count * frame if isinstance(frame, int) else 0))
         if frame == "mean":

@@ -27,15 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_LOSSES = 3  # workers that may die of one scan before the scan fails
-PATHS = (
-    "bundle_root",
-    "input",
-    "output_dir",
-    "weights",
-    "weights_dir",
-    "dataset_dir",
-    "datalist",
-)  # keys of the config
+# keys of the config that are paths
+PATHS = ("bundle_root", "input", "output_dir", "weights", "weights_dir", "dataset_dir", "datalist")
 _one_at_a_time = Lock()  # a worker of several threads has one network
 
 
@@ -54,9 +47,8 @@ def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
         ValueError: if the cluster is not of that form, or cannot be reached.
     """
     settings = _with_absolute_paths(settings)
-    dataset, writer, shard, overwrite = map(
-        _build(json.dumps(settings)).get_parsed_content, ("dataset", "writer", "shard", "overwrite")
-    )
+    keys = ("dataset", "writer", "shard", "overwrite")
+    dataset, writer, shard, overwrite = map(_build(json.dumps(settings)).get_parsed_content, keys)
     numbers = choose_scans(dataset, writer, shard, overwrite)
     failures = _compute(cluster, json.dumps({**settings, "scans": []}), dataset, writer, numbers) if numbers else []
     writer.clear()
@@ -71,11 +63,8 @@ def _compute(cluster: str, settings: str, dataset: ScanDataset, writer: ScanWrit
     items = {f"{number}-{dataset.data[number]['name']}": dict(dataset.data[number]) for number in numbers}
     for item in items.values():
         item |= {key: str(Path(item[key]).absolute()) for key in ("image", "lesions") if item.get(key)}
-    with (
-        _connect(cluster, len(numbers)) as client,
-        logging_redirect_tqdm(),
-        tqdm(total=len(numbers), unit="scan") as bar,
-    ):
+    bar = tqdm(total=len(numbers), unit="scan")
+    with _connect(cluster, len(numbers)) as client, logging_redirect_tqdm(), bar:
         futures = client.map(predict_one, list(items.values()), key=list(items), settings=settings, pure=False)
         for future in as_completed(futures):
             item, error = items[future.key], future.exception()

@@ -1,7 +1,5 @@
 """The scans of a run, one after the other: the next is read and the last is written while the network computes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -222,7 +220,7 @@ def run_scans(
 
 
 @contextmanager
-def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | None, bar: tqdm[Any]) -> Iterator[None]:
+def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | None, bar: tqdm) -> Iterator[None]:
     """A scan that fails in the block is one more line of ``failures``, in the log and in the notes where there are any."""
     try:
         yield

@@ -1,7 +1,5 @@
 """One image in Python: the maps as tensors instead of files."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory

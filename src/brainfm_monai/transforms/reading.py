@@ -1,7 +1,5 @@
 """From any scan to what the network sees: reading it, CT or MR, window and padding, voxel size, percentiles."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from types import SimpleNamespace
 from typing import Any
