@@ -26,10 +26,6 @@ def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
     flag, or one word with commas. Overrides of a config may still be numbers, lists and expressions. Words after ``--`` are no
     flags.
 
-    Args:
-        words: of the command line, without the program.
-        commands: functions by name, and groups of them.
-
     Returns:
         The command and ``--parameter=literal`` for each value; the words unchanged where help is asked for or there is no such
         command.

@@ -1,7 +1,7 @@
 """Files: what is read and written, whole or not at all, and errors in one line."""
 
 from brainfm_monai.io.configs import find_bundle, fingerprint, literal
-from brainfm_monai.io.dicom import Series, is_dicom, list_series
+from brainfm_monai.io.dicom import is_dicom, list_series
 from brainfm_monai.io.files import (
     ABSENT,
     ScanError,
@@ -20,7 +20,7 @@ from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
 
 __all__ = [
-    "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Series", "Volume", "exit_on_error", "find_bundle", "find_scans",
+    "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Volume", "exit_on_error", "find_bundle", "find_scans",
     "fingerprint", "first_line", "is_dicom", "list_series", "literal", "locked", "make_scans", "one_line", "printable",
     "read_labels", "read_maps", "read_scan", "read_table", "read_volume", "scan_stem", "unique_names", "write_folder",
     "write_table", "write_text", "write_whole",

@@ -89,15 +89,17 @@ def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[S
     common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
     names = unique_names(Path(os.path.relpath(p, common)) if p != root else Path(p.resolve().name) for p, *_ in scans)
     named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
-    named = [one for scan in named for one in (_split_series(scan) if Path(scan.path).is_dir() else [scan])]
+    named = [one for scan in named for one in _split_series(scan)]
     return [*named, *(_skip(path, reason) for path, _, reason in listed if reason)]
 
 
 def _split_series(scan: Scan) -> list[Scan]:
     """One scan per series of a DICOM folder; that of one series has the name of the folder."""
+    if scan.problem or not Path(scan.path).is_dir():
+        return [scan]
     try:
         series = list_series(scan.path)
-    except ValueError:  # reading reports it
+    except (ValueError, OSError):  # reading reports it
         return [scan]
     scans = [one.name for one in series if not one.is_overview]
     names = unique_names(Path(f"{scan.name}_{name}.nii".replace("/", "_")) for name in scans)

@@ -48,11 +48,7 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
 
     The affine is the sform if its code is above 0 and its axes are independent; else the qform if its code is above 0 and it
     is valid; else the voxel sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. A form with
-    code 0 is never used.
-
-    Args:
-        path: file, for the place of the voxels; an ``.hdr`` has its voxels in the ``.img`` beside it.
-        block: the first 540 bytes of the file.
+    code 0 is never used. ``block`` are the first 540 bytes of the file; an ``.hdr`` has its voxels in the ``.img`` beside it.
 
     Raises:
         ValueError: if the block is no such header, or states an orientation that is not valid.

@@ -62,7 +62,7 @@ def read_volume(path: str | Path, frame: int | str | None = None, series: str | 
     Raises:
         ScanError: if the file is missing, damaged, or holds no such volume; one line.
     """
-    path, frame = Path(path), int(frame) if isinstance(frame, str) and frame.isdigit() else frame
+    path, frame = Path(path), int(frame) if isinstance(frame, str) and frame.isdecimal() else frame
     if not path.is_file() and not is_dicom(path):
         found = "a folder" if path.is_dir() else "no such file" if not path.exists() else "no regular file"
         raise ScanError(f"{path}: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found {found}")

@@ -50,11 +50,7 @@ def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
     """Decide whether a scan is a CT in Hounsfield units, which is clipped to the brain's window before the network.
 
     A CT has air, water and bone where Hounsfield put them, and fat between air and water, where no magnitude image of MR has
-    anything.
-
-    Args:
-        volume: the scan.
-        asked: ``"mr"`` or ``"ct"`` decides; ``"auto"``: the file's header if it says, else the values.
+    anything. ``asked`` decides if it is ``"mr"`` or ``"ct"``; else the file's header if it says, else the values.
 
     Returns:
         ``"mr"`` or ``"ct"``, and the reason.
@@ -81,10 +77,7 @@ def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
 
 
 def find_floor(values: np.ndarray) -> tuple[float, str]:
-    """The padding of a magnitude image: one negative value that many voxels share, where hardly another voxel is negative.
-
-    Args:
-        values: MR scan, shape (H, W, D).
+    """The padding of an MR scan, (H, W, D): one negative value that many voxels share, where hardly another is negative.
 
     Returns:
         The value below which voxels are lifted, and a warning; minus infinity and an empty string without padding.
