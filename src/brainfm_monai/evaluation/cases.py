@@ -50,23 +50,15 @@ def make_pair_cases(
 ) -> list[Case]:
     """Real scans under every condition; a scan draws the same under each.
 
-    Args:
-        datalist: JSON file ``{section: [{"image": path, "label": path}, ...]}``; paths are relative to its folder. An
-            item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside
-            the label map or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of
-            the factor), ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and
-            ``lesion``, in the same space as the scan and in grids of their own; ``age`` (years); and surfaces,
-            :data:`SURFACES` (GIFTI or FreeSurfer).
-        conditions: what is done to the scans.
-        section: of the list.
-        seed: of what conditions draw.
+    The datalist is a JSON file ``{section: [{"image": path, "label": path}, ...]}`` with paths relative to its folder.
+    An item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the
+    label map or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor),
+    ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``, in the same
+    space as the scan and in grids of their own; ``age`` (years); and surfaces, :data:`SURFACES` (GIFTI or FreeSurfer).
 
-    Returns:
-        The items, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a ``name``.
-
-    Raises:
-        FileNotFoundError: if the list or one of its files is missing.
-        ValueError: if the list is no such list, two cases have one name, or a condition is for generated scans.
+    Returns the items, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a
+    ``name``. A missing list or file is a FileNotFoundError; a wrong list, two cases of one name, or a condition for
+    generated scans alone are a ValueError.
     """
     check_for_real_scans(conditions)
     references, scans = {*REFERENCES, *SURFACES}, []
@@ -167,20 +159,12 @@ def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
 
 
 class MeasureMaps(Transform):
-    """Measure every task that has a prediction and a reference; the last step of the postprocessing.
+    """Measure every task of a layout that has a prediction and a reference; the last step of the postprocessing.
 
     It adds ``rows`` (the measures), ``dice`` (of the structures of ``dice.tsv``) and ``picture`` (WebP). Labels are
-    compared in the scan's grid, to which the prediction was brought, or in the network's; other maps in the network's.
-
-    Args:
-        layout: names of the tasks.
-        structures: table of the structures that are measured, see :func:`~brainfm_monai.metrics.parse_structures`.
-        dice_structures: table of the structures of ``dice.tsv``; None: without.
-        comparison_grid: grid in which labels are compared: ``scan`` or ``network``.
-        template: tissues for the Dice of warped labels; None: without.
-
-    Raises:
-        ValueError: if there is no such grid, or a table of structures is wrong.
+    compared in the scan's grid, to which the prediction was brought, or, by ``comparison_grid``, in the network's,
+    other maps in the network's. The tables of structures are those of :func:`~brainfm_monai.metrics.parse_structures`,
+    the template has the tissues for the Dice of warped labels. Another grid or a wrong table is a ValueError.
     """
 
     def __init__(

@@ -211,13 +211,9 @@ class DegradeScand(MapTransform):
 class GenerateScan(Transform):
     """Turn a prepared subject into a generated scan under a condition, and its truth.
 
-    Args:
-        ranges: laws of what the conditions do not set.
-        layout: tasks whose truth is wanted.
-        spatial_size: (H, W, D) of the scans.
-        stride: their voxel in voxels of the subjects, of ``source_mm``.
-        source_mm: voxel of the subjects.
-        device: of the generator; volumes of noise differ between kinds of devices, all other numbers do not.
+    The ranges are laws of what the conditions do not set, the layout has the tasks whose truth is wanted. Scans have
+    ``spatial_size`` voxels (H, W, D), each of ``stride`` voxels of the subjects, which are of ``source_mm``. Volumes of
+    noise differ between kinds of devices, all other numbers do not.
     """
 
     def __init__(

@@ -47,18 +47,13 @@ Case = Mapping[str, Any]
 
 
 class EvaluationWriter:
-    """Writes the measures of every case, and knows which cases are measured; in the end the tables and the page of all.
+    """Writes the measures of every case, and knows which are measured; in the end the tables and the page of all.
 
     ``cases/<case>.json`` contains the measures of a case and a hash of what they depend on: the resolved configuration,
     the weights, the condition, and the files with their times of change. A case that was measured with the same is
-    skipped.
-
-    Args:
-        files: writes the files of the prediction as ``predict`` does, for scans as they are; it has the folder and the
-            settings.
-        conditions: of the cases.
-        dice_structures: structures of the tables ``dice.tsv`` and ``dice_summary.tsv``, by name.
-        definition: whatever else the page should say about the measures, by name: structures, laws of the generator.
+    skipped. ``files`` writes the files of the prediction as ``predict`` does, for scans as they are; it has the folder
+    and the settings. ``dice_structures`` are the names of the structures of ``dice.tsv``, and ``definition`` is
+    whatever else the page should say about the measures, by name.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class EvaluationWriter:
     ) -> None:
         self.files, self.output_dir, self.definition = files, files.output_dir, dict(definition or {})
         self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
-        self.clear, self.note_failure = files.clear, files.note_failure
+        self.clear, self.note_failure = files.clear, files.note_failure  # what the loop of scans calls, too
 
     def is_finished(self, scan: Case) -> bool:
         """Whether a case was measured with the same configuration, weights, condition and files."""

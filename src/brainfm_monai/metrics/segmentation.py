@@ -34,6 +34,9 @@ class EvaluatedStructure:
         return self.left | self.right | self.unsided | self.middle
 
 
+Structures = Sequence[EvaluatedStructure]
+
+
 def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedStructure, ...]:
     """Read the structures of an evaluation from a table of a bundle config.
 
@@ -67,7 +70,7 @@ def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
     return height, width, depth
 
 
-def _index_structures(ids: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor) -> Tensor:
+def _index_structures(ids: Tensor, structures: Structures, affine: Tensor) -> Tensor:
     """Label map of structure sides: 2 s + 1 for the left or the middle, 2 s + 2 for the right of structure s.
 
     An unsided voxel belongs to the side of the plane on which it lies: halfway between the centroids of all left and
@@ -91,29 +94,13 @@ def _index_structures(ids: Tensor, structures: Sequence[EvaluatedStructure], aff
     return index
 
 
-def _index_pair(
-    prediction: Tensor, reference: Tensor, structures: Sequence[EvaluatedStructure], affine: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both maps as labels of :func:`_index_structures`, cut to the box of all structures, shape (h, w, d)."""
-    if prediction.shape != reference.shape or prediction.ndim != 4:
-        shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
-        raise ValueError(f"structures: prediction and reference must share one shape (1, H, W, D), found {shapes}")
-    # first the box of all labels, because the table of structures is read for each voxel
-    ids = _cut(prediction[0], reference[0].to(prediction.device))
-    return _cut(*(_index_structures(one, structures, affine) for one in ids))
-
-
 def _cut(pred: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     box = box_around((pred != 0) | (truth != 0))
     return pred[box], truth[box]
 
 
 def compute_structure_measures(
-    prediction: Tensor,
-    reference: Tensor,
-    structures: Sequence[EvaluatedStructure],
-    affine: Tensor,
-    percentile: float | None = None,
+    prediction: Tensor, reference: Tensor, structures: Structures, affine: Tensor, percentile: float | None = None
 ) -> dict[str, Tensor]:
     """Dice, volumes and distance of each structure: of its left part, its right part, and both together.
 
@@ -121,14 +108,16 @@ def compute_structure_measures(
     indices to RAS mm has no shear. The results have the shape (S, 3), columns left, right, both: ``dice`` and
     ``volume_error``, (prediction - reference) / reference, both NaN where the reference lacks the part; ``volume`` and
     ``reference_volume`` in mL; with a percentile ``hausdorff`` in mm, NaN where one of both lacks the part. The sides
-    of a structure that has none are NaN.
-
-    The surface is the voxels of a part that touch what is not the part; the percentile of the distances from one
-    surface to the other and that of those back are taken, and the larger counts (Huttenlocher et al., Comparing images
-    using the Hausdorff distance, IEEE TPAMI 15, 1993; Taha and Hanbury, Metrics for evaluating 3D medical image
-    segmentation, BMC Medical Imaging 15, 2015).
+    of a structure that has none are NaN. Of the distances from the surface of one part, the voxels that touch what is
+    not the part, to that of the other, and of those back, the percentile is taken, and the larger counts (Huttenlocher
+    et al., IEEE TPAMI 15, 1993; Taha and Hanbury, BMC Medical Imaging 15, 2015).
     """
-    pred, truth = _index_pair(prediction, reference, structures, affine)
+    if prediction.shape != reference.shape or prediction.ndim != 4:
+        shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
+        raise ValueError(f"structures: prediction and reference must share one shape (1, H, W, D), found {shapes}")
+    # first the box of all labels, because the table of structures is read for each voxel
+    ids = _cut(prediction[0], reference[0].to(prediction.device))
+    pred, truth = _cut(*(_index_structures(one, structures, affine) for one in ids))
     spacing_mm = affine[:3, :3].double().norm(dim=0).tolist()
     voxel_ml = ML_PER_MM3 * float(torch.linalg.det(affine[:3, :3].double()).abs())
     names = ("dice", "volume_error", "volume", "reference_volume", "hausdorff")
