@@ -1,4 +1,4 @@
-"""What a MONAI Label server needs: settings of a click, structures of a label map, uncertainty of a scan, training on corrected scans."""
+"""What a MONAI Label server needs: settings, structures of a label map, uncertainty, training on corrected scans."""
 
 import json
 import logging
@@ -40,17 +40,17 @@ GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, 
 def choose(use_click: bool | None, displayed: Any, value: Any) -> Any:
     """A setting of a click in MONAI Label, or of any other run, whose ``value`` it then is.
 
-    ``use_click`` is an entry that MONAI Label adds to the config of every bundle, None in any other run. ``displayed`` is what
-    MONAI Label offers in ``displayable_configs``: a list of choices, the fastest first, until a client has chosen one.
+    ``use_click`` is an entry that MONAI Label adds to the config of every bundle, None in any other run. ``displayed``
+    is its entry of ``displayable_configs``: a list of choices, the fastest first, until a client has chosen one.
     """
     offered = displayed[0] if isinstance(displayed, list) else displayed
     return value if use_click is None else offered
 
 
 def read_label_info(label: str | Path) -> list[dict[str, Any]]:
-    """What a client said about a label map in a folder of MONAI Label: entries with ``name`` and ``idx`` of the segments.
+    """What a client said about a label map in a folder of MONAI Label: ``name`` and ``idx`` of the segments.
 
-    Of ``STUDIES/labels/TAG/ID.nii.gz`` the record ``STUDIES/datastore_v2.json`` is read; empty if it or its entry is absent.
+    Of ``STUDIES/labels/TAG/ID.nii.gz`` the record ``STUDIES/datastore_v2.json`` is read; empty if it has no entry.
     """
     path = Path(label)
     try:
@@ -67,12 +67,13 @@ def match_structures(
 ) -> dict[int, int]:
     """FreeSurfer id by value, for each value of a label map, and for the background.
 
-    3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say which
-    structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else positions in the
-    list: Slicer counts scribbles in ``idx`` and leaves them out of the map. Without entries, values are labels of the protocol.
+    3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say
+    which structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else
+    positions in the list: Slicer counts scribbles in ``idx`` and leaves them out of the map. Without entries, values
+    are labels of the protocol.
 
     Raises:
-        ScanError: if a value has no name, or a name that the protocol does not know; ``source`` is the name in the message.
+        ScanError: if a value has no name, or one that the protocol does not know; the message begins with ``source``.
     """
     names = {s.label: s.name for s in protocol.structures}
     if label_info:
@@ -101,8 +102,8 @@ def _plain(name: str) -> str:
 def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     """Mean entropy of the labels within the brain, relative to its maximum, in [0, 1]; 1 where no brain is found.
 
-    The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1. The maps
-    are not interpolated to the grid of the image: the mean hardly differs, and it takes a quarter of the time.
+    The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1.
+    The maps are not interpolated to the grid of the image: the mean hardly differs, and it takes a quarter of the time.
 
     Args:
         network: in evaluation mode.
@@ -129,10 +130,10 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
 def train_from_server(
     items: Sequence[Mapping[str, Any]], bundle: str | Path, first_handler: Any, device: str, max_epochs: int
 ) -> None:
-    """Take over from ``train.json`` if MONAI Label's own bundle task runs the config: its items are scans with corrected labels.
+    """Take over from ``train.json`` if MONAI Label's own task runs it: its items are scans with corrected labels.
 
-    MONAI Label inserts the first of the handlers, which loads the weights in use. After such a training the program ends, with
-    status 0, so that the training on subjects does not start.
+    MONAI Label inserts the first of the handlers, which loads the weights in use. After such a training the program
+    ends, with status 0, so that the training on subjects does not start.
     """
     if not items or "label" not in items[0] or "generation_labels" in items[0]:
         return
@@ -144,7 +145,7 @@ def train_from_server(
 def fine_tune(
     items: Sequence[Mapping[str, Any]], bundle: str | Path, weights: str = "model.pt", **overrides: Any
 ) -> Path:
-    """Fine-tune weights on corrected scans; each call is a training of its own, whose result is a new ``models/model_tuned_N.pt``.
+    """Fine-tune weights on corrected scans; the result of each call is a new ``models/model_tuned_N.pt``.
 
     Args:
         items: each with ``image``, ``label``, and perhaps ``label_info``, see :func:`prepare_corrected`.
@@ -184,10 +185,10 @@ def fine_tune(
 
 
 def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Items of a datalist out of corrected scans: subjects in which the scan is a real image, and the labels are also painted.
+    """Items of a datalist out of corrected scans: the scan is a real image, and the labels are also painted.
 
-    Items have ``image`` and ``label``, paths, and perhaps ``label_info``, see :func:`match_structures`. The subjects lie in
-    ``folder``; what was prepared before is not prepared again.
+    Items have ``image`` and ``label``, paths, and perhaps ``label_info``, see :func:`match_structures`. The subjects
+    lie in ``folder``; what was prepared before is not prepared again.
 
     Raises:
         ValueError: if there are no items; if none can be used, with the reason of the first.

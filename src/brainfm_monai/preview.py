@@ -39,9 +39,9 @@ VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 
 
 def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: str) -> list[dict[str, Any]]:
-    """Subjects of a JSON datalist, as entries with paths, or the one of a label map, as an entry with volumes (1, H, W, D).
+    """Subjects of a JSON datalist, entries with paths; or of a label map, one entry with volumes (1, H, W, D).
 
-    A label map has FreeSurfer ids and is painted by ``generation_protocol``; of it there is no distance and no MNI target.
+    A label map has FreeSurfer ids, is painted by ``generation_protocol`` and has no distance and no MNI target.
 
     Raises:
         FileNotFoundError: if the source does not exist.

@@ -1,7 +1,7 @@
-"""Slices of volumes as pictures: the one renderer of pages, training pictures, previews, contact sheets and evaluations.
+"""Slices of volumes as pictures: the one renderer of pages, trainings, previews, contact sheets and evaluations.
 
-A slice is a plane of points in RAS mm, in which every volume is read by its own affine: no volume is resampled as a whole.
-Pictures follow the radiological convention: the patient's right is on the left of a picture, and in sagittal slices anterior is.
+A slice is a plane of points in RAS mm, in which every volume is read by its own affine: no volume is resampled as a
+whole. Pictures follow the radiological convention: left in a picture is the patient's right, or anterior.
 """
 
 import io
@@ -39,7 +39,7 @@ Window = tuple[float, float]  # values that are black and white
 
 
 class Plane(NamedTuple):
-    """A plane of slices: the RAS axes across it and along the rows and columns of a picture, and the letters of its sides."""
+    """A plane of slices: the RAS axes across it and along columns and rows of a picture, and letters of its sides."""
 
     axis: int
     horizontal: int
@@ -60,8 +60,8 @@ class Slice:
     def read(self, volume: Tensor | np.ndarray, affine: np.ndarray, nearest: bool = False) -> np.ndarray:
         """Values of a volume, (C, H, W, D), in the slice: shape (rows, columns, C).
 
-        Linear interpolation to float32; beyond the volume its border goes on linearly. ``nearest`` takes the nearest voxel in the
-        volume's type (labels), which is 0 beyond it. ``affine`` leads from the volume's voxel indices to RAS mm.
+        Linear interpolation to float32; beyond the volume its border goes on linearly. ``nearest`` takes the nearest
+        voxel in the volume's type (labels), 0 beyond it. ``affine`` leads from voxel indices to RAS mm.
         """
         index = nib.affines.apply_affine(np.linalg.inv(np.asarray(affine, dtype=np.float64)), self.points_mm)
         coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
@@ -72,7 +72,7 @@ class Slice:
 
 
 def find_box(mask: np.ndarray) -> list[tuple[int, int]]:
-    """First and last index of a mask, (H, W, D), along each axis, without stray voxels; the whole grid if the mask is empty."""
+    """First and last index of a mask along each axis, without stray voxels; the whole grid if the mask is empty."""
     if not np.any(mask):
         return [(0, n - 1) for n in mask.shape]
     counts = [np.cumsum(np.asarray(mask, dtype=bool).sum(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
@@ -89,8 +89,8 @@ def cut_slices(
     Args:
         mask: decides where the slices lie, bool, shape (H, W, D).
         affine: its voxel indices to RAS mm, shape (4, 4); any order and direction of axes, sheared ones, too.
-        positions: for each of ``axial``, ``coronal`` and ``sagittal`` shares of the box, from inferior, posterior, left;
-            a slice lies in the middle of a voxel.
+        positions: for each of ``axial``, ``coronal`` and ``sagittal`` shares of the box, from inferior, posterior,
+            left; a slice lies in the middle of a voxel.
         margin_mm: what is shown around the box; None: the whole grid.
         pixel_mm: size of a pixel.
     """
@@ -129,7 +129,7 @@ def signed(values: np.ndarray, limit: float) -> np.ndarray:
 
 
 def heat(values: np.ndarray, top: float = 1.0) -> np.ndarray:
-    """Black for 0 over purple, red and yellow to white for ``top``, (rows, columns) to (rows, columns, 3), in [0, 1]."""
+    """Black for 0 over purple, red, yellow to white for ``top``, (rows, columns) to (rows, columns, 3), in [0, 1]."""
     place = np.clip(values / top, 0, 1) * (len(HEAT) - 1)
     return np.stack([np.interp(place, np.arange(len(HEAT)), HEAT[:, i]) for i in range(3)], axis=-1)
 
@@ -150,7 +150,7 @@ def outline(
 
 @lru_cache(maxsize=8)
 def label_colours(protocol: Protocol) -> np.ndarray:
-    """Red, green, blue and opacity of every label, shape (L, 4), in [0, 1]: tissues of the head and white matter are faint."""
+    """Red, green, blue and opacity of every label, (L, 4), in [0, 1]: the head and white matter are faint."""
     table = np.ones((len(protocol), 4), dtype=np.float32) * BRAIN_OPACITY
     table[:, :3] = np.array([s.colour for s in protocol.structures]) / 255
     table[np.isin(protocol.freesurfer_ids, WHITE_MATTER_IDS), 3] = WHITE_MATTER_OPACITY
@@ -162,7 +162,7 @@ def label_colours(protocol: Protocol) -> np.ndarray:
 def paint(
     task: Task, values: np.ndarray, base: np.ndarray, protocol: Protocol, plane: Plane, window: Window | None = None
 ) -> np.ndarray:
-    """Draw a slice of a task's map by the column ``picture`` of the table of tasks; picture of shape (rows, columns, 3).
+    """Draw a slice of a task's map by the column ``picture`` of the table of tasks: (rows, columns, 3).
 
     Args:
         task: the row.
@@ -209,7 +209,7 @@ def _draw_grid(coordinates: np.ndarray, base: np.ndarray, plane: Plane) -> np.nd
 
 
 class Cell(NamedTuple):
-    """A picture on a sheet, (rows, columns, 3), in [0, 1], with the letters of its left and right side and lines of text."""
+    """A picture on a sheet, (rows, columns, 3), in [0, 1], with the letters of its sides and lines of text."""
 
     picture: np.ndarray
     marks: str = ""
@@ -219,8 +219,7 @@ class Cell(NamedTuple):
 def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] = ()) -> np.ndarray:
     """Rows of cells, which may differ in length, as one picture, (rows, columns, 3), uint8.
 
-    Every cell lies in the middle of a field of the largest cell's size, on black; ``heading`` are lines of text above, each with
-    its colour.
+    Every cell lies in the middle of a field of the largest cell's size; ``heading`` are lines of text and colours.
     """
     height, width = (max(cell.picture.shape[i] for row in rows for cell in row) + 2 for i in (0, 1))
     line = TEXT_PIXELS + 4

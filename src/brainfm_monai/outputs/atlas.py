@@ -1,4 +1,4 @@
-"""An atlas in the template's space, carried to a scan: its labels in the scan's grid, volumes and thickness by region."""
+"""An atlas in the template's space, carried to a scan: labels in the scan's grid, volumes and thickness by region."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class Atlas:
 
 
 def load_atlas(path: str | Path) -> Atlas:
-    """Read an atlas and its table: ``aal.nii.gz`` and ``aal.tsv``, with the columns ``index`` (or ``label``) and ``name``.
+    """Read an atlas, such as ``aal.nii.gz``, and its table ``aal.tsv``, with the columns ``index`` (or ``label``) and ``name``.
 
     Args:
         path: label map in MNI152 space.
@@ -73,9 +73,9 @@ def load_atlas(path: str | Path) -> Atlas:
 def write_atlas(scan: ScanResult, atlas: Atlas) -> None:
     """Write the atlas in the grid of the scan (``_atlas-NAME_dseg``), and its regions (``_atlas-NAME_regions.tsv``).
 
-    A voxel of the brain, and a vertex half-way between white and pial surface, has the label of the point of the template that
-    the predicted coordinates take it to. Thickness is the mean over a region's vertices, weighted by their area on the white
-    surface, and its standard deviation.
+    A voxel of the brain, and a vertex half-way between white and pial surface, has the label of the point of the
+    template that the predicted coordinates take it to. Thickness is the mean over a region's vertices, weighted by
+    their area on the white surface, and its standard deviation.
     """
     suffix = f"atlas-{''.join(filter(str.isalnum, atlas.name))}"
     try:

@@ -14,17 +14,15 @@ from brainfm_monai.transforms import MODES
 HEMISPHERES = {"L": ("l", "r", 2, 3), "R": ("r", "l", 41, 42)}
 THICKNESS_STEP_MM = 0.01
 SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
-COLUMNS = (
-    "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3 mean_curvature_per_mm "
-    "mean_thickness_mm median_thickness_mm"
-).split()
+COLUMNS = "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3".split()
+COLUMNS += ["mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm"]
 
 
 def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
-    """Label the hemispheres as FreeSurfer's ribbon does: 2 and 41 within the white surface, 3 and 42 between it and the pial one.
+    """FreeSurfer's ribbon of the hemispheres: 2 and 41 within the white surface, 3 and 42 between it and the pial one.
 
-    The signed distances ``lp``, ``lw``, ``rp``, ``rw`` have one shape, as the result, uint8; a hemisphere may be missing. Where
-    both hemispheres claim a voxel, the one that it lies deeper in has it.
+    The signed distances ``lp``, ``lw``, ``rp``, ``rw`` have one shape, as the result, uint8; a hemisphere may be
+    missing. Where both hemispheres claim a voxel, the one that it lies deeper in has it.
     """
     shape = next(iter(distance.values())).shape
     ribbon, depth = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
@@ -39,7 +37,7 @@ def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def compute_ribbon_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndarray) -> np.ndarray:
-    """Thickness of the cortex: in each voxel of it the distance to the white plus the distance to the pial surface; else 0.
+    """Thickness in each voxel of the cortex: distance to the white plus distance to the pial surface; else 0.
 
     Distances end at 3 mm, so that no voxel can show more than 6 mm.
     """
@@ -97,7 +95,7 @@ def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
 
 
 def write_surfaces(scan: ScanResult) -> None:
-    """Write white and pial surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of both."""
+    """Write both surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of both."""
     rows = []
     for letter, surface in grow_surfaces(scan).items():
         faces, thickness = surface.faces, measure_thickness(scan)[letter]

@@ -12,10 +12,8 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import ABSENT, read_volume, write_table, write_text
 from brainfm_monai.outputs.result import ScanResult, resample
 
-TOTALS = {
-    "Total-Brain": "all structures of the brain without the ventricles and the fluid around it",
-    "Intracranial-Volume": "all structures of the brain, the ventricles and the fluid around it",
-}
+TOTALS = {"Total-Brain": "all structures of the brain without the ventricles and the fluid around it"}
+TOTALS["Intracranial-Volume"] = "all structures of the brain, the ventricles and the fluid around it"
 LESION_IDS = frozenset({25, 57, 77, 78, 79, 99})  # FreeSurfer ids of lesions and white-matter hypointensities
 SHARPEN_SIGMA_MM = 1.0  # of the Gaussian whose difference is added: the width of a voxel
 SMALLEST_FACTOR = 1e-3  # of a bias field that a scan is divided by
@@ -24,7 +22,7 @@ FAR_MM = 10  # healthy tissue around a lesion, from which the scan's and the syn
 
 
 def compute_volumes_mm3(labels: np.ndarray, affine: np.ndarray, count: int) -> np.ndarray:
-    """Volume of each of ``count`` labels in mm^3, shape (count,): its voxels in a label map of any shape times that of a voxel."""
+    """Volume of each of ``count`` labels in mm^3, (count,): its voxels in a map of any shape, times that of a voxel."""
     return np.asarray(np.bincount(labels.reshape(-1), minlength=count) * abs(np.linalg.det(affine[:3, :3])))
 
 
@@ -35,10 +33,10 @@ def compute_totals_mm3(volumes: np.ndarray, protocol: Protocol) -> dict[str, flo
 
 
 def write_segmentation(scan: ScanResult) -> None:
-    """Write the label map with the protocol's labels (``_dseg``) and with FreeSurfer's ids, and the tables of its labels.
+    """Write the label map with the protocol's labels (``_dseg``) and FreeSurfer's ids, and tables of the labels.
 
-    ``_dseg.tsv`` has the columns of a BIDS look-up table, ``_desc-lut_dseg.txt`` is a colour table for FreeView and 3D Slicer,
-    ``_desc-itksnap_dseg.txt`` a label description for ITK-SNAP; all are of ``_dseg.nii.gz``.
+    ``_dseg.tsv`` has the columns of a BIDS look-up table, ``_desc-lut_dseg.txt`` is a colour table for FreeView and 3D
+    Slicer, ``_desc-itksnap_dseg.txt`` a label description for ITK-SNAP; all are of ``_dseg.nii.gz``.
     """
     protocol = scan.layout.protocol
     ids = protocol.freesurfer_ids.astype(np.int16)[scan.labels]
@@ -57,16 +55,15 @@ def write_segmentation(scan: ScanResult) -> None:
 def write_volumes(scan: ScanResult) -> None:
     """Write the volume in mm^3 of every structure but the background: ``_volumes.tsv``.
 
-    ``soft_mm3`` is the sum of the structure's probability over the voxels of the network's grid, ``hard_mm3`` counts voxels of
-    ``_dseg``. The last rows are sums, defined in :data:`TOTALS`.
+    ``soft_mm3`` is the sum of the structure's probability over the voxels of the network's grid, ``hard_mm3`` counts
+    voxels of ``_dseg``. The last rows are sums, defined in :data:`TOTALS`.
     """
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
     hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
     best = hard if soft is None else soft
     totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
-    rows: list[tuple[Any, ...]] = [
-        (s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label]) for s in protocol.structures[1:]
-    ]
+    named = protocol.structures[1:]
+    rows: list[Any] = [(s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label]) for s in named]
     rows += [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name]) for name in TOTALS]
     table = [(*row[:4], ABSENT if soft is None else f"{row[4]:.1f}", f"{row[5]:.1f}") for row in rows]
     write_table(scan.path("volumes.tsv"), ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"), table)
@@ -74,20 +71,21 @@ def write_volumes(scan: ScanResult) -> None:
     texts = {"soft_mm3": soft_text, "hard_mm3": "voxels of _dseg times the volume of a voxel", **TOTALS}
     scan.write_sidecar("volumes", **{key: {"Units": "mm^3", "Description": text} for key, text in texts.items()})
     scan.summary.update({f"{name}_mm3": round(volume, 1) for name, volume in totals.items()})
-    scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in protocol.structures[1:]})
+    scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in named})
 
 
 def sharpen(image: np.ndarray, strength: float) -> np.ndarray:
-    """Add the difference from a Gaussian average: image + strength (image - average); 0 changes nothing; voxels of 1 mm."""
+    """Add the difference from a Gaussian average, image + strength (image - average); voxels of 1 mm."""
     return image if strength == 0 else image + strength * (image - ndimage.gaussian_filter(image, SHARPEN_SIGMA_MM))
 
 
 def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Put the scan's own lesions into a synthetic image of the same grid; nothing else changes.
 
-    The scan's intensities are taken to those of the synthetic image by the straight line that fits healthy tissue (``brain``)
-    around the lesions best (least squares): where the contrast of tissues is turned around, that of the lesion is, too. Without
-    lesions, or tissue around them, the image is unchanged. All arrays have the shape (H, W, D); masks are bool.
+    The scan's intensities are taken to those of the synthetic image by the straight line that fits healthy tissue
+    (``brain``) around the lesions best (least squares): where the contrast of tissues is turned around, that of the
+    lesion is, too. Without lesions, or tissue around them, the image is unchanged. All arrays have the shape (H, W, D);
+    masks are bool.
     """
     if not lesions.any():
         return synthetic
@@ -99,7 +97,7 @@ def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray,
 
 
 def write_synthetic_images(scan: ScanResult) -> None:
-    """Write ``_T1w``, ``_T2w``, ``_FLAIR``, ``_ct`` (HU) and the super-resolved scan, as far as the network has them, at 1 mm."""
+    """Write ``_T1w``, ``_T2w``, ``_FLAIR``, ``_ct`` (HU) and the super-resolved scan that the network has, at 1 mm."""
     labels, keep = scan.in_network_grid("segmentation")[0], scan.settings.keep_lesions
     lesions = _lesion_mask(scan, scan.layout.protocol.freesurfer_ids[labels]) if keep else np.zeros(1, dtype=bool)
     own = resample(scan.image, labels.shape, scan.network_affine).cpu().numpy()[0] if keep else labels
@@ -144,11 +142,8 @@ def write_lesions(scan: ScanResult) -> None:
     pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
     volumes = compute_volumes_mm3(pieces, scan.affine, count + 1)[1:]
     centres = np.reshape(ndimage.center_of_mass(mask, pieces, range(1, count + 1)), (-1, 3))
-    places_mm = nib.affines.apply_affine(scan.affine, centres)
-    rows = [
-        (index, *(f"{number:.1f}" for number in (volume, *place)))
-        for index, (volume, place) in enumerate(zip(volumes, places_mm, strict=True), 1)
-    ]
+    numbers = np.column_stack([volumes, nib.affines.apply_affine(scan.affine, centres)])
+    rows = [(index, *(f"{number:.1f}" for number in row)) for index, row in enumerate(numbers, 1)]
     write_table(scan.path("lesions.tsv"), ("index", "volume_mm3", "x_mm", "y_mm", "z_mm"), rows)
     scan.summary.update({"lesion_count": count, "lesion_volume_ml": round(float(volumes.sum()) / 1000, 3)})
 

@@ -58,8 +58,8 @@ def describe_run(
         weights: file of the weights.
         layout: tasks and protocol.
         model: name of the model.
-        depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were built from the
-            resolved config; see :func:`~brainfm_monai.io.fingerprint`.
+        depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were
+            built from the resolved config; see :func:`~brainfm_monai.io.fingerprint`.
         choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
     """
     path, digest = Path(weights), ""
@@ -129,7 +129,7 @@ class ScanResult:
             suffix: end of the name.
             volume: shape (H, W, D), or (H, W, D, C).
             affine: voxel indices to RAS mm; that of the grid of the files if None.
-            step: what is not integer is stored as 16-bit integers times this; None: as many steps as these can tell apart.
+            step: what is not integer is stored as 16-bit integers times this; None: as fine as 16 bits allow.
             more: what the sidecar contains beside the settings.
         """
         values, slope = volume, None
@@ -183,7 +183,7 @@ def once_per_scan(compute: Callable[[ScanResult], T]) -> Callable[[ScanResult], 
 def resample(
     volume: Tensor, shape: Sequence[int], affine: np.ndarray, mode: str = "bilinear", padding_mode: str = "border"
 ) -> MetaTensor:
-    """Bring a volume of shape (C, h, w, d) to another grid: shape (C, *shape), float32; ``mode="nearest"`` keeps the dtype."""
+    """Bring a volume (C, h, w, d) to another grid: (C, *shape), float32; ``mode="nearest"`` keeps the dtype."""
     source = volume if isinstance(volume, MetaTensor) else MetaTensor(volume)
     if tuple(source.shape[1:]) == tuple(shape) and np.allclose(source.affine, affine, atol=1e-6):
         return source
@@ -195,7 +195,7 @@ def resample(
 
 
 def _turn(source: MetaTensor, shape: Sequence[int], affine: np.ndarray) -> MetaTensor | None:
-    """A volume on a grid of the same voxels in another order of axes, without interpolation; None if the voxels differ."""
+    """A volume on a grid of the same voxels in another order, not interpolated; None if the voxels differ."""
     to_source = np.linalg.inv(np.asarray(source.affine, dtype=np.float64)) @ affine
     turn = nib.orientations.io_orientation(np.linalg.inv(to_source))
     order = [1 + int(axis) for axis in turn[:, 0].argsort()]

@@ -1,4 +1,4 @@
-"""From predicted template coordinates to transforms in files: robust affine fit, smooth residual without folds, inverse; RAS mm."""
+"""From predicted template coordinates to transforms: robust affine, smooth residual without folds, inverse; RAS mm."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def grid_points(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth map of space: the point that each voxel of a grid goes to; between voxels linear, beyond the grid affine."""
+    """A smooth map of space: the point that each voxel of a grid goes to; linear between voxels, affine beyond."""
 
     points: np.ndarray  # RAS mm, shape (H, W, D, 3)
     affine: np.ndarray  # voxel indices of the grid to RAS mm, shape (4, 4)
@@ -79,7 +79,7 @@ class Warp:
 
 
 def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Matrix (4, 4) from source to target points, (N, 3) each: least squares in which outliers count little (Huber, reweighted).
+    """Matrix (4, 4) from source to target points (N, 3): least squares in which outliers count little (Huber).
 
     Raises:
         ValueError: if the points do not determine it: fewer than 4, or in a plane.
@@ -105,8 +105,8 @@ def fit_warp(
 ) -> Warp:
     """Smooth map to the template that follows predicted coordinates within the brain, and is affine far from it.
 
-    The residual of the affine fit is averaged with a Gaussian over the brain alone (normalised convolution), and with a wider one
-    as long as the map folds anywhere.
+    The residual of the affine fit is averaged with a Gaussian over the brain alone (normalised convolution), and with a
+    wider one as long as the map folds anywhere.
 
     Args:
         coordinates: predicted template RAS mm, shape (3, H, W, D).
@@ -135,7 +135,7 @@ def fit_warp(
 
 
 def fold_fraction(warp: Warp, where: np.ndarray | None = None, minimum: float = 0.0) -> float:
-    """Share of the voxels (of a mask) whose Jacobian determinant is at most ``minimum`` times that of the affine part; 0: folds."""
+    """Share of voxels (of a mask) whose Jacobian is at most ``minimum`` times that of the affine part; 0: folds."""
     coordinates = torch.from_numpy(warp.points.astype(np.float32)).movedim(-1, 0)[None]
     scale = np.linalg.det(warp.affine[:3, :3]) * np.linalg.det(warp.matrix[:3, :3])
     determinant = jacobian_determinant(coordinates)[0, 0].numpy() / scale
@@ -160,7 +160,7 @@ def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
 def resample_through(
     image: Tensor, affine: np.ndarray, shape: tuple[int, ...], grid_affine: np.ndarray, to_image: Warp
 ) -> np.ndarray:
-    """Read an image, (1, h, w, d) with its affine, where a map sends each voxel of another grid; float32, 0 beyond the image."""
+    """Read an image, (1, h, w, d), where a map sends each voxel of another grid; float32, 0 beyond the image."""
     source, to_index, parts = image[None].float(), np.linalg.inv(affine), []
     turn = torch.from_numpy(to_index[:3, :3].astype(np.float32))
     for first in range(0, shape[0], SLAB):
@@ -189,7 +189,7 @@ def _tissue(scan: ScanResult) -> np.ndarray:
 
 @once_per_scan
 def fit_affine_to_template(scan: ScanResult) -> np.ndarray:
-    """Matrix from the scan's RAS mm to the template's, (4, 4), fitted to the predicted coordinates of the brain's tissue.
+    """Matrix (4, 4) from the scan's RAS mm to the template's, fitted to the coordinates of the brain's tissue.
 
     Raises:
         ValueError: if too little brain was found.
@@ -205,7 +205,7 @@ def fit_scan_to_template(scan: ScanResult) -> Warp:
 
 
 def write_coordinates(scan: ScanResult) -> None:
-    """Write the template coordinates of every voxel, as the network sees them: ``_mni``, x, y, z in steps of 0.05 mm."""
+    """Write the predicted template coordinates of every voxel: ``_mni``, x, y, z in steps of 0.05 mm."""
     text = "right, anterior and superior coordinate of each voxel in the template; 0 outside the computed box"
     scan.save_map("mni", scan.in_grid("mni"), text, Space=TEMPLATE_SPACE)
 
@@ -213,8 +213,8 @@ def write_coordinates(scan: ScanResult) -> None:
 def write_transforms(scan: ScanResult) -> None:
     """Write affine and warp in both directions, the share of folds, and scan and template laid over each other.
 
-    ``mode-image`` files move images: ``from-scan_to-T`` resamples the scan into the template's grid, and so holds, as ITK wants
-    it, where each point of the template lies in the scan. The text matrix maps points.
+    ``mode-image`` files move images: ``from-scan_to-T`` resamples the scan into the template's grid, and so holds, as
+    ITK wants it, where each point of the template lies in the scan. The text matrix maps points.
     """
     try:
         forward = fit_scan_to_template(scan)

@@ -39,9 +39,10 @@ Entry = Mapping[str, Any]  # of the list of scans
 class ScanWriter:
     """Writes the files of every scan, and knows which scans are finished.
 
-    The files are gathered in a folder of their own in ``output_dir/.partial`` and then moved to ``output_dir/<folder of the
-    scan>``, each of them whole, with the marker ``<scan>_finished.json`` last. A run that was interrupted, by whatever means,
-    leaves no marker that says so, and the scan is done again by the next run. Several processes may write to one folder.
+    The files are gathered in a folder of their own in ``output_dir/.partial`` and then moved to ``output_dir/<folder of
+    the scan>``, each of them whole, with the marker ``<scan>_finished.json`` last. A run that was interrupted, by
+    whatever means, leaves no marker that says so, and the scan is done again by the next run. Several processes may
+    write to one folder.
 
     Args:
         output_dir: folder of all results.
@@ -100,7 +101,7 @@ class ScanWriter:
         """Write all files of a scan, and return their folder.
 
         Args:
-            item: maps of the scan after the postprocessing: ``image``, ``pred`` in the scan's grid, the others in the network's.
+            item: maps after the postprocessing: ``image``, ``pred`` in the scan's grid, the others in the network's.
             scan: its entry in the list of scans.
 
         Raises:
@@ -142,7 +143,7 @@ class ScanWriter:
         )  # fmt: skip
 
     def _publish(self, result: ScanResult, scan: Entry, seconds: float) -> Path:
-        """Move the files to their place; the marker is absent meanwhile, and a second one names the files, old and new."""
+        """Move the files to their place; meanwhile a second marker stands for the first one and names all files."""
         self.check_place(scan)
         entry, new = Scan.of(scan), sorted(file.name for file in result.folder.iterdir())
         source = {**entry.identify(), "sha256": entry.hash_content()}
@@ -160,20 +161,20 @@ class ScanWriter:
             (final / file).unlink(missing_ok=True)
         for file in new:
             (result.folder / file).replace(final / file)
-        content: dict[str, Any] = {
-            "outputs": list(self.writers),
-            "settings": asdict(self.settings),
-            "source": source,
-            "files": new,
-        }
         summary = {"warnings": len(result.warnings), **result.summary}
-        content |= {"warnings": result.warnings, "summary": summary, "seconds_to_write": round(seconds, 1)}
+        content: dict[str, Any] = {"outputs": list(self.writers), "settings": asdict(self.settings), "source": source}
+        content |= {
+            "files": new,
+            "warnings": result.warnings,
+            "summary": summary,
+            "seconds_to_write": round(seconds, 1),
+        }
         write_text(finished, as_json(content))
         unfinished.unlink()
         return final
 
     def clear(self) -> None:
-        """Remove what interrupted runs on this machine left in ``.partial``; the folder of a process that works stays."""
+        """Remove what interrupted runs on this machine left in ``.partial``; folders of working processes stay."""
         if not (self.output_dir / PARTIAL_FOLDER).is_dir():
             return
         with locked(self.output_dir):  # meanwhile no other process makes a folder that it does not hold yet
@@ -207,8 +208,8 @@ class ScanWriter:
     def write_summary(self, scans: Sequence[Entry]) -> Path:
         """Write ``summary.tsv``: one row per scan with its status, warnings, volumes and other numbers.
 
-        It is made of the markers of all scans, so that of several processes the one that ends last writes the whole table. Rows
-        of an earlier table whose results are still there stay; entries with ``skipped`` are listed with the reason.
+        It is made of the markers of all scans, so that of several processes the one that ends last writes the whole
+        table. Rows of an earlier table whose results are still there stay; entries with ``skipped`` are listed.
         """
         path, dataset = self.output_dir / "summary.tsv", self.output_dir / "dataset_description.json"
         with locked(self.output_dir):

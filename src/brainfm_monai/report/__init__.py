@@ -1,4 +1,4 @@
-"""The page of one scan for a reader who knows brains and not networks, its interactive view, and the template engine of all pages."""
+"""The page of one scan, its interactive view, and the template engine of all pages."""
 
 from brainfm_monai.report.html import data_address, render
 from brainfm_monai.report.page import compose_page, write_report

@@ -1,4 +1,4 @@
-"""The page of one scan: warnings, pictures of every map, volumes, and what was used, in one file that needs nothing else."""
+"""The page of one scan in one file: warnings, pictures of every map, volumes, and what was used."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -50,18 +50,16 @@ def compose_page(scan: ScanResult) -> str:
     hard = outputs.compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
     volumes_ml = (hard if soft is None else soft) / 1000
     sections = [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
-    values = {
-        "brain": [s for s in protocol.structures if protocol.is_brain[s.label]],
-        "zooms": nib.affines.voxel_sizes(scan.affine),
-        "axes": "".join(nib.orientations.aff2axcodes(scan.affine)),
-        "numbers": {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")},
-        "totals": outputs.compute_totals_mm3(volumes_ml, protocol),
-    }
-    return render("scan.html", title=scan.name, scan=scan, sections=sections, volumes_ml=volumes_ml, **values)
+    grid = {"zooms": nib.affines.voxel_sizes(scan.affine), "axes": "".join(nib.orientations.aff2axcodes(scan.affine))}
+    brain = [s for s in protocol.structures if protocol.is_brain[s.label]]
+    totals = outputs.compute_totals_mm3(volumes_ml, protocol)
+    numbers = {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")}
+    values = {"brain": brain, "volumes_ml": volumes_ml, "totals": totals, "numbers": numbers, **grid}
+    return render("scan.html", title=scan.name, scan=scan, sections=sections, **values)
 
 
 def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Heading, caption and picture, (rows, columns, 3) uint8, of every section of the page that the scan has maps for."""
+    """Heading, caption and picture, (rows, columns, 3) uint8, of every section that the scan has maps for."""
     protocol, labels, draw_scan = scan.layout.protocol, scan.layout.tasks["segmentation"], _grey(scan)
 
     def draw_labels(cut: Slice) -> np.ndarray:
@@ -107,7 +105,7 @@ def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
 
 
 def _grey_window(scan: ScanResult) -> tuple[float, float]:
-    """Intensities of the scan that are black and white: of a CT the brain's window, else percentiles within the brain."""
+    """Intensities that are black and white: of a CT the brain's window, else percentiles within the brain."""
     if scan.modality.startswith("ct"):
         return BRAIN_WINDOW_HU
     image = scan.image.cpu().numpy()[0]
@@ -175,7 +173,7 @@ def _ribbon(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def _template_rows(scan: ScanResult) -> list[Row]:
-    """The template laid over the scan, and its outlines on the scan; nothing where there is too little brain for a fit."""
+    """The template laid over the scan, and its outlines on the scan; empty where the brain is too small for a fit."""
     image, affine = template.load_template()
     try:
         warp = outputs.fit_scan_to_template(scan)

@@ -27,7 +27,7 @@ EXPORT = re.compile(r"export\{[^{}]*\bNiivue\b[^{}]*\};?\s*$")
 
 @lru_cache(maxsize=1)
 def find_niivue() -> str | None:
-    """NiiVue's script out of the installed package ipyniivue, without its exports; None if the package is not installed.
+    """NiiVue's script out of the package ipyniivue, without its exports; None if the package is not installed.
 
     Where the script is missing one line reports it, once for each run.
     """

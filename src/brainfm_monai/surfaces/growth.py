@@ -37,16 +37,17 @@ def grow_hemisphere(
 ) -> Hemisphere | None:
     """White surface of a hemisphere, and the pial surface that grows out of it; None where no voxel is inside.
 
-    The white surface is the zero of its distance, cut to the topology of a sphere. The vertices then follow the gradient of the
-    sum of both distances until the pial distance is 0. The gradient turns about at the ridge halfway between two banks: vertices
-    enter a sulcus that the pial distance closes, and stop just before the ridge. Paths along a smooth field do not cross.
+    The white surface is the zero of its distance, cut to the topology of a sphere. The vertices then follow the
+    gradient of the sum of both distances until the pial distance is 0. The gradient turns about at the ridge halfway
+    between two banks: vertices enter a sulcus that the pial distance closes, and stop just before the ridge. Paths
+    along a smooth field do not cross.
 
     Args:
         white: signed distance to the white surface in mm, negative inside, shape (H, W, D).
         pial: signed distance to the pial surface.
         opposite_pial: that of the other hemisphere, which the pial surface does not enter; None: there is none.
         affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
-        levels_mm: predicted distance at which the true white and the true pial boundary stand: 0 for distances without bias.
+        levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
     """
     if opposite_pial is not None:
         pial = torch.maximum(pial, (pial - opposite_pial) / 2)

@@ -1,4 +1,4 @@
-"""What is measured and drawn of triangle surfaces: thickness, area, volume, curvature, topology, crossings, views and contours.
+"""What is measured and drawn of triangle surfaces: sizes, thickness, curvature, topology, crossings, views, contours.
 
 A surface is vertices in RAS mm, shape (V, 3), and triangles, shape (F, 3), counter-clockwise seen from outside.
 """
@@ -25,10 +25,10 @@ def compute_euler_number(faces: np.ndarray) -> int:
 
 
 def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Distance of points (N, 3) to a surface, mm, (N,): to the nearest of its vertices and of the centres of its triangles.
+    """Distance of points (N, 3) to the nearest vertex or centre of a triangle of a surface, mm, (N,).
 
-    With edges of 0.7 mm the result is at most 0.25 mm, and for points on the surface 0.2 mm on average, too long; for points
-    2 mm away it is 0.01 mm too long.
+    With edges of 0.7 mm the result is at most 0.25 mm, and for points on the surface 0.2 mm on average, too long; for
+    points 2 mm away it is 0.01 mm too long.
     """
     tree = cKDTree(np.concatenate([vertices, vertices[faces].mean(axis=1)]), balanced_tree=False, compact_nodes=False)
     return np.asarray(tree.query(points, workers=-1)[0])
@@ -37,8 +37,8 @@ def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.nda
 def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Thickness of the cortex at each vertex, mm, (V,): the mean of the distances from each surface to the other.
 
-    It is FreeSurfer's definition (Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic resonance
-    images, PNAS 2000). Both surfaces have vertices (V, 3) in correspondence, and the same triangles.
+    It is FreeSurfer's definition (Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic
+    resonance images, PNAS 2000). Both surfaces have vertices (V, 3) in correspondence, and the same triangles.
     """
     outwards, inwards = compute_distances_mm(white, pial, faces), compute_distances_mm(pial, white, faces)
     return ((outwards + inwards) / 2).astype(np.float32)
@@ -60,8 +60,8 @@ def compute_volume_mm3(vertices: np.ndarray, faces: np.ndarray) -> float:
 def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Mean curvature at each vertex in 1/mm, (V,), positive where the surface is convex (1/r on a sphere of radius r).
 
-    The Laplacian of the coordinates with cotangent weights is twice the mean curvature times the inward normal (Meyer, Desbrun,
-    Schroeder, Barr, Discrete differential-geometry operators for triangulated 2-manifolds, 2003).
+    The Laplacian of the coordinates with cotangent weights is twice the mean curvature times the inward normal (Meyer,
+    Desbrun, Schroeder, Barr, Discrete differential-geometry operators for triangulated 2-manifolds, 2003).
     """
     count, points = len(vertices), vertices.astype(np.float64)
     weights, normals = sparse.csr_matrix((count, count)), np.zeros((count, 3))
@@ -82,14 +82,14 @@ def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarra
 
 
 def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
-    """Share, from 0 to 1, of the triangles (F, 3) of a surface with vertices (V, 3) that another of its triangles crosses."""
+    """Share, from 0 to 1, of the triangles of a surface that another of its triangles crosses."""
     vertices, faces = np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
     crossing = igl.predicates.find_self_intersections(vertices, faces)[1]
     return len(np.unique(crossing)) / len(faces)
 
 
 def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, towards: Sequence[float]) -> np.ndarray:
-    """Draw a surface as seen from far away, superior up: picture (rows, columns, 4), uint8, red, green, blue and opacity.
+    """Draw a surface as seen from far away, superior up: (rows, columns, 4), uint8, colours and opacity.
 
     Args:
         vertices: RAS mm, shape (V, 3).
@@ -122,7 +122,7 @@ def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, t
 def draw_contour(
     base: np.ndarray, points_mm: np.ndarray, vertices_mm: np.ndarray, faces: np.ndarray, colour: Sequence[float]
 ) -> np.ndarray:
-    """Draw the line in which a surface passes through a slice, of which ``base`` is the picture and ``points_mm`` are the pixels.
+    """Draw the line in which a surface passes through a slice: its picture ``base``, with pixels at ``points_mm``.
 
     Both have the shape (rows, columns, 3), as the result; colours lie in [0, 1], points are RAS mm.
     """

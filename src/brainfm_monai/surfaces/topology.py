@@ -1,11 +1,11 @@
 """A triangle surface with the topology of a sphere out of a level function on a grid.
 
-The grid is read as a Freudenthal triangulation: each cube of eight voxels is cut into six tetrahedra along its main diagonal, so
-that a voxel has 14 neighbours, for inside and outside alike, and its neighbours form a triangulated sphere (the link). A voxel
-can be added to the inside without a change of topology if its neighbours inside are connected and not empty, and its neighbours
-outside are, too. The inside grows from one voxel, in the order of the level, by such voxels alone (Bazin and Pham, Topology
-correction of segmented medical images using a fast marching algorithm, 2007): it stays a ball. Marching tetrahedra then give its
-boundary, which is a sphere by construction: no table of ambiguous cubes is needed.
+The grid is read as a Freudenthal triangulation: each cube of eight voxels is cut into six tetrahedra along its main
+diagonal, so that a voxel has 14 neighbours, for inside and outside alike, and its neighbours form a triangulated sphere
+(the link). A voxel can be added to the inside without a change of topology if its neighbours inside are connected and
+not empty, and its neighbours outside are, too. The inside grows from one voxel, in the order of the level, by such
+voxels alone (Bazin and Pham, Topology correction of segmented medical images using a fast marching algorithm, 2007): it
+stays a ball. Marching tetrahedra then give its boundary, a sphere by construction, without a table of ambiguous cubes.
 """
 
 from functools import lru_cache
@@ -41,8 +41,8 @@ def _simple_configurations() -> np.ndarray:
 def grow_ball(level: np.ndarray) -> np.ndarray:
     """The largest ball inside a surface that grows from the deepest voxel in the order of depth.
 
-    The level, (H, W, D), is negative inside. The result, bool, has the voxels that are connected like a ball (one piece, no
-    handle, no cavity): of the negative voxels it lacks those that would close a handle, and pieces apart.
+    The level, (H, W, D), is negative inside. The result, bool, has the voxels that are connected like a ball (one
+    piece, no handle, no cavity): of the negative voxels it lacks those that would close a handle, and pieces apart.
 
     Raises:
         ValueError: if no voxel is inside, or the inside reaches the border.
@@ -85,7 +85,7 @@ def grow_ball(level: np.ndarray) -> np.ndarray:
 def _tetrahedra() -> list[tuple[np.ndarray, list[list[tuple[int, int]]]]]:
     """Corners (4, 3) of each tetrahedron of a cube, and for each of the 16 cases of corners inside its triangles.
 
-    A triangle is three edges, counter-clockwise seen from outside; an edge is two corners, that of lower coordinates first.
+    A triangle is three edges, counter-clockwise seen from outside; an edge is two corners, the lower one first.
     """
     table = []
     for order in permutations(range(3)):
@@ -112,9 +112,9 @@ def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """Boundary of the ball inside a level (H, W, D), negative inside, in mm, as triangles; see :func:`grow_ball`.
 
     Returns:
-        Vertices in voxel indices, shape (V, 3); triangles, shape (F, 3), counter-clockwise seen from the side of positive levels
-        in a right-handed grid; and the level of which the vertices are the zeros: voxels that the ball lacks or that were filled
-        have another sign than before.
+        Vertices in voxel indices, shape (V, 3); triangles, shape (F, 3), counter-clockwise seen from the side of
+        positive levels in a right-handed grid; and the level of which the vertices are the zeros: voxels that the ball
+        lacks or that were filled have another sign than before.
     """
     cavities = ndimage.binary_fill_holes(level < 0) & (level >= 0)
     level = np.where(cavities, -NUDGE, level)
