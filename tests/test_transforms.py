@@ -22,6 +22,7 @@ from brainfm_monai.transforms import (
     ScanSpacingd,
     SplitTasksd,
     allowed_labels,
+    read_scan,
 )
 
 RAMP = np.arange(12 * 14 * 16, dtype=np.float32).reshape(12, 14, 16)
@@ -30,6 +31,14 @@ RAMP = np.arange(12 * 14 * 16, dtype=np.float32).reshape(12, 14, 16)
 def write(path: Path, data: np.ndarray, zooms_mm: float = 1.0) -> Path:
     nib.save(nib.Nifti1Image(data, np.diag([zooms_mm] * 3 + [1.0])), path)
     return path
+
+
+def test_a_scan_is_read_as_an_image(tmp_path: Path) -> None:
+    image = read_scan(write(tmp_path / "scan.nii", RAMP, zooms_mm=2.0))
+    np.testing.assert_array_equal(image.numpy()[0], RAMP)
+    np.testing.assert_array_equal(image.affine.numpy(), np.diag([2.0, 2.0, 2.0, 1.0]))
+    with pytest.raises(ScanError, match="found no such file"):
+        read_scan(tmp_path / "none.nii")
 
 
 def test_loading_gives_one_channel_and_the_scans_name(tmp_path: Path) -> None:

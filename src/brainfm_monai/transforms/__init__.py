@@ -1,6 +1,10 @@
 """MONAI dictionary transforms of the inference path: reading any scan, and naming the maps of the one output tensor."""
 
+from brainfm_monai.io import ScanError
 from brainfm_monai.transforms.maps import MODES, SplitTasksd, allowed_labels
-from brainfm_monai.transforms.reading import LoadScand, NormalisePercentilesd, ScanSpacingd
+from brainfm_monai.transforms.reading import LoadScand, NormalisePercentilesd, ScanSpacingd, read_scan
 
-__all__ = ["MODES", "LoadScand", "NormalisePercentilesd", "ScanSpacingd", "SplitTasksd", "allowed_labels"]
+__all__ = [
+    "MODES", "LoadScand", "NormalisePercentilesd", "ScanError", "ScanSpacingd", "SplitTasksd", "allowed_labels",
+    "read_scan",
+]  # fmt: skip

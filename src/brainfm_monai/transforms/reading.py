@@ -1,6 +1,7 @@
 """From any scan to what the network sees: reading it, CT or MR, window and padding, voxel size, percentiles."""
 
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,12 @@ def find_floor(values: np.ndarray) -> tuple[float, str]:
         return -np.inf, ""
     found = f"{padded:.0%} of the voxels are {lowest:g}"
     return 0.0, f"{found}: taken for padding of an MR scan and set to 0 (--modality ct: a CT)"
+
+
+def read_scan(path: str | Path, frame: int | str | None = None) -> MetaTensor:
+    """Read one scan as an image: float32, shape (1, H, W, D); see :func:`brainfm_monai.io.read_scan`."""
+    volume = io.read_scan(path, frame)
+    return MetaTensor(torch.from_numpy(volume.values)[None], affine=torch.from_numpy(volume.affine))
 
 
 class LoadScand(LoadImaged):
