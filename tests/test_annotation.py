@@ -19,6 +19,7 @@ from brainfm_monai.annotation import (
     brain_uncertainty,
     choose,
     fine_tune,
+    keep_gains,
     match_structures,
     read_label_info,
     train_from_server,
@@ -135,3 +136,21 @@ def test_labels_of_the_brain_alone_cut_the_scan(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(labels, affine @ np.diag([1, 1, 1.2, 1])), label)
     with pytest.raises(ScanError, match=r"label.nii.gz: labels of the brain alone must have the grid of the scan"):
         _cut_to_labels(str(image), str(label), {0: 0, 3: 17}, HEAD, tmp_path)
+
+
+def test_structures_that_came_nearer_to_the_correction_get_new_weights_and_no_others() -> None:
+    layout = TaskLayout(["segmentation", "distance"], "synthseg_head")
+    network = MultiTaskNet(UNet(features=(8, 16)), layout).eval()
+    torch.nn.init.zeros_(network.head.weight)
+    bias: Any = network.head.bias
+    torch.nn.init.zeros_(bias)
+    old = {key: value.half() for key, value in network.state_dict().items()}
+    with torch.no_grad():
+        bias[15], bias[20], bias[-1] = 2.0, 1.0, 3.0
+    segmentation = torch.full((1, 32, 32, 32), 15, dtype=torch.uint8)
+    segmentation[:, 8:] = 20
+    image = {"real_T1w": torch.tensor(0.0), "real_CT": torch.tensor(1.0), "CT": torch.full((1, 16, 16, 16), 40.0)}
+    state = keep_gains(network, [{**image, "segmentation": segmentation}], old)
+    assert state["head.bias"].nonzero().flatten().tolist() == [15]
+    assert state["head.bias"][15] == 2
+    assert all(torch.equal(state[key].float(), old[key].float()) for key in old if key != "head.bias")

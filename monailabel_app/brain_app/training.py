@@ -15,7 +15,7 @@ from brainfm_monai.annotation import FOLDER, PROGRESS, fine_tune
 
 __all__ = ["FineTuning"]
 
-EPOCHS = 10  # of label_train.json: minutes on two cores
+EPOCHS = 6  # of label_train.json: minutes on two cores
 
 
 class FineTuning(TrainTask):
@@ -35,7 +35,7 @@ class FineTuning(TrainTask):
             "device": device_list(),
             "model_filename": list_weights(self.bundle),
             "max_epochs": EPOCHS,
-            "learning_rate": 0.0002,
+            "learning_rate": 0.01,
         }
 
     def stats(self) -> dict[str, Any]:

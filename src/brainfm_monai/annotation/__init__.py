@@ -18,6 +18,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.annotation.gains import keep_gains
 from brainfm_monai.io import ScanError, read_labels, read_scan, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet
 
@@ -33,7 +34,6 @@ FOLDER = "training_label"  # in the bundle: prepared subjects, and what a traini
 ANATOMIES = "anatomies"  # in the bundle: prepared subjects of other persons, a folder or a link to one
 PROGRESS = "progress.json"
 ANATOMIES_PER_SCAN = 2  # in each pass over the corrected scans, so that other contrasts and persons are not forgotten
-BLEND = 0.5  # share of the new weights where there are no anatomies (Wortsman et al., Robust fine-tuning, CVPR 2022)
 GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, which clients write in float32
 
 
@@ -173,10 +173,9 @@ def fine_tune(
     )
     workflow.initialize()
     workflow.run()
-    state = workflow.parser.get_parsed_content("average").module.state_dict()
-    if not others:
-        old = torch.load(start, map_location="cpu", weights_only=True)
-        state = {key: torch.lerp(old[key].float(), value.float().cpu(), BLEND) for key, value in state.items()}
+    network, data = (workflow.parser.get_parsed_content(name) for name in ("network", "train#dataset"))
+    old = torch.load(start, map_location="cpu", weights_only=True)
+    state = keep_gains(network, [data[i] for i in range(len(subjects))], old)
     with write_whole(target) as partial:
         torch.save({key: value.half().cpu() for key, value in state.items()}, partial)
     workflow.finalize()
@@ -234,7 +233,7 @@ def _choose_anatomies(folder: Path, count: int, seed: str) -> list[dict[str, Any
     from brainfm_monai.data.datalist import find_subjects
 
     if not folder.is_dir():
-        logger.warning("%s: no anatomies of other persons; the new weights are averaged with those in use", folder)
+        logger.warning("%s: no anatomies of other persons; the training has the corrected scans alone", folder)
         return []
     subjects = find_subjects(folder)
     return sorted(subjects, key=lambda item: sha256(f"{seed}/{item['subject']}".encode()).hexdigest())[:count]
