@@ -79,8 +79,8 @@ def export_bundle(configs: Sequence[str | Path], bundle_root: str | Path, path: 
     """Write the network of a bundle, with its weights, in the format that the file's suffix names.
 
     Args:
-        configs: configurations with ``network_def`` and ``weights``, later ones over earlier ones; the last one may be the
-            overrides.json of imported weights, wherever its folder lies.
+        configs: configurations with ``network_def`` and ``weights``, later ones over earlier ones; the last one may be
+            the overrides.json of imported weights, wherever its folder lies.
         bundle_root: folder of the bundle.
         path: the file, ``.ts`` for TorchScript or ``.onnx`` for ONNX.
         size: see :func:`export_onnx`.

@@ -22,9 +22,9 @@ def keep_gains(
 ) -> dict[str, Tensor]:
     """The weights before a training, with the new rows of the head for the structures that the training brought nearer.
 
-    A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`, or if the
-    annotators deleted it and it shrank by that share. All other structures and maps stay as they were: what nobody corrected does
-    not drift.
+    A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`,
+    or if the annotators deleted it and it shrank by that share. All other structures and maps stay as they were: what
+    nobody corrected does not drift.
 
     Args:
         network: after the training, for scans in the voxels of its backbone; it has the old weights afterwards.

@@ -27,24 +27,25 @@ def predict(
     """Segment and map a scan, or many; scans that are finished already are skipped.
 
     Args:
-        input: NIfTI, MGH or NRRD file, folder of a DICOM series, folder of scans, pattern in quotes, BIDS dataset, or TSV with
-            the column image (and perhaps name, frame, lesions).
+        input: NIfTI, MGH or NRRD file, folder of a DICOM series, folder of scans, pattern in quotes, BIDS dataset, or
+            TSV with the column image (and perhaps name, frame, lesions).
         output: folder for the results, one folder per scan, and summary.tsv.
         analysis_level: participant, the one level of this BIDS app.
         bundle: folder of the bundle.
-        outputs: all, or some of segmentation, volumes, contrasts, bias_field, distance, surfaces, mni, transforms, quality, view,
-            report; separated by commas.
+        outputs: all, or some of segmentation, volumes, contrasts, bias_field, distance, surfaces, mni, transforms,
+            quality, view, report; separated by commas.
         participant_label: subjects of a BIDS dataset, with or without sub-, separated by blanks or commas.
         mirror: average each scan with its mirror image; False takes half the time.
         precision: float32, bfloat16 or float16; by default what the device is fast in.
-        memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory suffices.
-        cluster: for thousands of scans: the address of a Dask scheduler (tcp://host:8786) whose workers share the scans, or
-            local:N for N processes of this machine.
-        overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain, cerebrum,
-            left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window ([low,high]),
-            --modality (auto, mr, ct), --fix_orientation (True), --atlas (label map in MNI152 space), --shard (i/n), --overwrite,
-            --keep_lesions, --sharpen (strength),
-            --weights (file), --device ("$torch.device('cpu')").
+        memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory
+            suffices.
+        cluster: for thousands of scans: the address of a Dask scheduler (tcp://host:8786) whose workers share the
+            scans, or local:N for N processes of this machine.
+        overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain,
+            cerebrum, left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window
+            ([low,high]), --modality (auto, mr, ct), --fix_orientation (True), --atlas (label map in MNI152 space),
+            --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file), --device
+            ("$torch.device('cpu')").
     """
     if analysis_level != "participant":
         raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
@@ -71,8 +72,8 @@ def train(
 ) -> None:
     """Train on prepared subjects; a training that was interrupted goes on where it was.
 
-    Start with ``--variant small``, a small network that a laptop trains. With N GPUs:
-    ``torchrun --nproc_per_node=N -m brainfm_monai train datalist.json --variant multi_gpu_train``.
+    Start with ``--variant small``, a small network that a laptop trains. With N GPUs: ``torchrun --nproc_per_node=N -m
+    brainfm_monai train datalist.json --variant multi_gpu_train``.
 
     Args:
         datalist: list written by ``brainfm-monai data list``.
@@ -80,12 +81,12 @@ def train(
         coarse: the same as ``--variant coarse``: train the coarse network, whose model.pt the fine training takes as
             ``--coarse_weights``.
         variant: configs that are laid over configs/train.json in this order, separated by commas: the names of files in
-            the bundle's folders variants and configs, without ``.json`` (small, coarse, finetune, multi_gpu_train, ...), or
-            paths of your own configs.
+            the bundle's folders variants and configs, without ``.json`` (small, coarse, finetune, multi_gpu_train,
+            ...), or paths of your own configs.
         overrides: any other ``--key value`` replaces that key of configs/train.json: --max_epochs 10, --output_dir OUT,
-            --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16, float16),
-            --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']", --log_interval 10,
-            --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
+            --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16,
+            float16), --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']",
+            --log_interval 10, --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
     """
     asked = variant.split(",") if isinstance(variant, str) else map(str, variant)
     names = ["train", *(["coarse"] if coarse else []), *filter(None, asked)]
@@ -97,7 +98,8 @@ def import_weights(file: str, output: str, half: bool = False) -> str:
     """Turn the published weights of BrainFM or SuperSynth into files that the bundle uses.
 
     The file is yours to fetch, and its licence to accept: brainfm_pretrained.pth of github.com/jhuldr/BrainFM, or
-    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in the file is run. The folder can be moved. Use it by
+    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in the file is run. The folder can be moved. Use
+    it by
 
         brainfm-monai predict SCAN OUT --args_file OUTPUT/overrides.json
 
@@ -154,7 +156,8 @@ def preview(
         size: size of the scans, in voxels of 1 mm.
         samples: scans that share one deformation and its targets.
         mild_samples: how many of them are mild.
-        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists them.
+        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists
+            them.
 
     Returns:
         Path of the sheet.

@@ -39,8 +39,9 @@ class Prepare:
 def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
     """Look for the faults of a set of subjects; the exit status is 1 if there are any.
 
-    Grids that differ within a subject, unknown ids, empty targets, intensities out of range, left and right exchanged, heads that
-    lie on their side or are implausible, distances that disagree with labels, coordinates that fold, and several protocols.
+    Grids that differ within a subject, unknown ids, empty targets, intensities out of range, left and right exchanged,
+    heads that lie on their side or are implausible, distances that disagree with labels, coordinates that fold, and
+    several protocols.
 
     Args:
         source: datalist, folder of prepared subjects, or folder in BrainFM's own layout.

@@ -21,14 +21,14 @@ TEXT_ENDINGS = ("_dir", "_root", "_file", "weights", "datalist")
 def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
     """Write a command line such that Fire, which takes every word for a Python literal, yields what was typed.
 
-    Without this ``2024_05_02`` is the number 20240502, ``1.10`` is 1.1 and ``out#3`` is ``out``. Parameters that are strings or
-    paths by their annotation get the word as it stands; parameters that are sequences of them take all words up to the next
-    flag, or one word with commas. Overrides of a config may still be numbers, lists and expressions. Words after ``--`` are no
-    flags.
+    Without this ``2024_05_02`` is the number 20240502, ``1.10`` is 1.1 and ``out#3`` is ``out``. Parameters that are
+    strings or paths by their annotation get the word as it stands; parameters that are sequences of them take all words
+    up to the next flag, or one word with commas. Overrides of a config may still be numbers, lists and expressions.
+    Words after ``--`` are no flags.
 
     Returns:
-        The command and ``--parameter=literal`` for each value; the words unchanged where help is asked for or there is no such
-        command.
+        The command and ``--parameter=literal`` for each value; the words unchanged where help is asked for or there is
+        no such command.
 
     Raises:
         ValueError: if there are more words than the command has parameters.

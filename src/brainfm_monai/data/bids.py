@@ -67,11 +67,12 @@ class Session(NamedTuple):
 def find_sessions(root: str | Path) -> list[Session]:
     """List the visits in a BIDS folder that have a scan of a known contrast, with the labels that derivatives have of them.
 
-    Labels, lesions and masks are those of the very scan: their entities (``ses``, ``acq``, ``run``, ...) and the contrast in
-    their name are those of the scan, and a ``space`` is the scan's own. A name that leaves entities out belongs to the one scan
-    that it can mean. Labels whose name tells no contrast are those of the T1w. Of several scans of one contrast, the first with
-    labels is taken, or the first by name. A folder of FreeSurfer does not tell which of several T1w scans it was made of:
-    FreeSurfer's own copy of the scan is taken then. Files that belong to none of the scans are reported.
+    Labels, lesions and masks are those of the very scan: their entities (``ses``, ``acq``, ``run``, ...) and the
+    contrast in their name are those of the scan, and a ``space`` is the scan's own. A name that leaves entities out
+    belongs to the one scan that it can mean. Labels whose name tells no contrast are those of the T1w. Of several scans
+    of one contrast, the first with labels is taken, or the first by name. A folder of FreeSurfer does not tell which of
+    several T1w scans it was made of: FreeSurfer's own copy of the scan is taken then. Files that belong to none of the
+    scans are reported.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -168,9 +169,9 @@ def prepare_bids(
 ) -> list[Path]:
     """Prepare subjects for training from a BIDS folder of T1w, T2w, FLAIR and CT; finished ones are skipped.
 
-    Labels come from its derivatives (FreeSurfer, FastSurfer, fMRIPrep, SynthSeg); a visit without any is labelled by the
-    bundle's model from its reference scan, and its record says ``"labels_from": "model"``. The scan with labels is the
-    reference; the other contrasts are registered to it rigidly and resampled once.
+    Labels come from its derivatives (FreeSurfer, FastSurfer, fMRIPrep, SynthSeg); a visit without any is labelled by
+    the bundle's model from its reference scan, and its record says ``"labels_from": "model"``. The scan with labels is
+    the reference; the other contrasts are registered to it rigidly and resampled once.
 
     Args:
         input: BIDS folder.
@@ -209,8 +210,8 @@ def predicted_file(folder: Path, name: str) -> Path:
 def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Path) -> None:
     """Run the bundle's inference on scans, with labels of 1 mm; those that have a result already are left out.
 
-    ``scans`` are by subject; results are in ``output_dir``, see :func:`predicted_file`. A scan that fails leaves no result; the
-    inference itself reports why.
+    ``scans`` are by subject; results are in ``output_dir``, see :func:`predicted_file`. A scan that fails leaves no
+    result; the inference itself reports why.
 
     Raises:
         FileNotFoundError: if the bundle has no inference config.

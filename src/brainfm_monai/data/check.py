@@ -234,8 +234,8 @@ def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
 def write_contact_sheet(subject: LoadedSubject, path: Path, faults: Sequence[str]) -> None:
     """Draw the volumes of a subject in rows, and three planes through the brain's centre in columns, into a PNG.
 
-    Labels, surfaces (pial red, white yellow) and lines of equal coordinates are drawn over the first row; faults stand in red
-    under the title.
+    Labels, surfaces (pial red, white yellow) and lines of equal coordinates are drawn over the first row; faults stand
+    in red under the title.
     """
     key = "segmentation" if "segmentation" in subject.keys else subject.keys[0]
     slices = cut_slices(subject[key] > 0, subject.affine(key), MIDDLE)

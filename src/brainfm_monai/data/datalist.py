@@ -41,9 +41,9 @@ def write_datalist(
 ) -> Path:
     """Write the datalist of folders of subjects, and count what the subjects have; return its path.
 
-    Its sections are ``training``, ``validation`` and ``test``. Paths in the list are relative to its folder. A target that a subject
-    does not have is absent from its item. All visits of one person are in one section, see :func:`find_persons`. Subjects of
-    different sets that share a name get the name of their set as a prefix.
+    Its sections are ``training``, ``validation`` and ``test``. Paths in the list are relative to its folder. A target
+    that a subject does not have is absent from its item. All visits of one person are in one section, see
+    :func:`find_persons`. Subjects of different sets that share a name get the name of their set as a prefix.
 
     Args:
         root: folder of prepared subjects or in BrainFM's own layout; several are separated by commas.
@@ -56,8 +56,8 @@ def write_datalist(
 
     Raises:
         FileNotFoundError: if a ``root`` is no folder.
-        ValueError: if there is no subject, the segmentations have several protocols, two subjects of one set share a name, a
-            name is not one of the subjects or stands in two sections, or no subject is left for training.
+        ValueError: if there is no subject, the segmentations have several protocols, two subjects of one set share a
+            name, a name is not one of the subjects or stands in two sections, or no subject is left for training.
     """
     roots = [Path(r) for r in split_names(str(root) if isinstance(root, Path) else root)]
     where = ", ".join(map(str, roots))
@@ -103,12 +103,13 @@ def make_entry(folder: Path) -> dict[str, Any]:
 def read_datalist(path: str | Path, section: str | None = None, protocol: str | None = None) -> list[dict[str, Any]]:
     """Read the items of a datalist with whole paths.
 
-    A value is a path if its key is that of a volume or if it ends like an image file. (``load_decathlon_datalist`` makes a path
-    of every value that happens to exist as a file or folder, names of subjects included.)
+    A value is a path if its key is that of a volume or if it ends like an image file. (``load_decathlon_datalist``
+    makes a path of every value that happens to exist as a file or folder, names of subjects included.)
 
     Args:
         path: JSON file of sections; paths are relative to its folder.
-        section: section to read; without it, all of :data:`SECTIONS` are read, and each item names its own in ``section``.
+        section: section to read; without it, all of :data:`SECTIONS` are read, and each item names its own in
+            ``section``.
         protocol: protocol of the segmentations of the training that reads the list: a name or a table file.
 
     Raises:
@@ -171,9 +172,9 @@ def format_counts(counts: Mapping[str, Counter[str]]) -> str:
 def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Which subjects are one person: a key of the person by name of the subject.
 
-    Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names differ
-    in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's longitudinal
-    stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
+    Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names
+    differ in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's
+    longitudinal stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
     """
     parent: dict[str, str] = {}
 

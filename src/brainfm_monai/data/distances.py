@@ -13,9 +13,9 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
-# What FreeSurfer's white surface encloses: white matter, ventricles, deep grey matter, lesions, vessels in them, and the patches
-# of SynthSeg's maps. Its surface passes around hippocampus and amygdala without following them, so both count as inside, too.
-# Midline structures (third ventricle), brainstem and cerebellum belong to no hemisphere.
+# What FreeSurfer's white surface encloses: white matter, ventricles, deep grey matter, lesions, vessels in them, and
+# the patches of SynthSeg's maps. Its surface passes around hippocampus and amygdala without following them, so both
+# count as inside, too. Midline structures (third ventricle), brainstem and cerebellum belong to no hemisphere.
 WHITE_IDS: dict[str, tuple[int, ...]] = {
     "left": (2, 4, 5, 10, 11, 12, 13, 17, 18, 25, 26, 28, 30, 31, 78, 136, 137),
     "right": (41, 43, 44, 49, 50, 51, 52, 53, 54, 57, 58, 60, 62, 63, 79, 163, 164),
@@ -28,9 +28,9 @@ CENTRE_TOLERANCE_MM = 0.5
 def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
     """Signed Euclidean distance to the boundary of a region, in mm, float32, negative inside.
 
-    The transform measures from voxel centre to voxel centre across the boundary, and the boundary lies between them: half a voxel
-    is taken off on both sides. The region has shape (H, W, D), bool, and isotropic voxels of ``spacing_mm``; the distance is +inf
-    everywhere for an empty region, -inf for a full one.
+    The transform measures from voxel centre to voxel centre across the boundary, and the boundary lies between them:
+    half a voxel is taken off on both sides. The region has shape (H, W, D), bool, and isotropic voxels of
+    ``spacing_mm``; the distance is +inf everywhere for an empty region, -inf for a full one.
     """
     region = np.ascontiguousarray(inside, dtype=bool)
     if not region.any() or region.all():
@@ -42,8 +42,8 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
 def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
     """Signed distances in mm, negative inside, to the boundaries of the cerebral cortex in a map of FreeSurfer ids (H, W, D).
 
-    The voxels are isotropic, of ``spacing_mm``. The last axis of the result (H, W, D, 4) is left pial, left white, right pial,
-    right white.
+    The voxels are isotropic, of ``spacing_mm``. The last axis of the result (H, W, D, 4) is left pial, left white,
+    right pial, right white.
     """
     regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
     return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
@@ -52,7 +52,8 @@ def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np
 def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
     """Read a FreeSurfer surface and take its vertices from surface RAS to scanner RAS.
 
-    Surface RAS has its origin in the middle of the conformed volume; scanner RAS is what the affines of volumes speak of.
+    Surface RAS has its origin in the middle of the conformed volume; scanner RAS is what the affines of volumes speak
+    of.
 
     Args:
         path: surface file (``lh.white``, ``rh.pial``, ...).
@@ -87,8 +88,8 @@ def compute_surface_distance(
 ) -> np.ndarray:
     """Signed distance in mm of voxel centres to a closed triangle surface, shape (H, W, D), float32, negative inside.
 
-    The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and crossings do
-    not upset. Voxels further away than 7 mm get that distance.
+    The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and
+    crossings do not upset. Voxels further away than 7 mm get that distance.
 
     Args:
         vertices: in mm, shape (V, 3).

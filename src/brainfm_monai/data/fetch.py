@@ -55,8 +55,8 @@ class OpenFile(NamedTuple):
 def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]:
     """The files of every set, from the package's table or another one of the same columns.
 
-    FileNotFoundError if there is no such table, ValueError if a row is not what it should be, or would lead out of the folder of
-    the download.
+    FileNotFoundError if there is no such table, ValueError if a row is not what it should be, or would lead out of the
+    folder of the download.
     """
     source = Path(table or str(resources.files("brainfm_monai") / "datasets" / "open.tsv"))
     if not source.is_file():
@@ -77,7 +77,8 @@ def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]
 def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = None, jobs: int = 4) -> list[Path]:
     """Download an open data set and check its hashes; what is there already is kept. Returns its files.
 
-    ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple sclerosis,
+    ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple
+        sclerosis,
     as a BIDS folder (CC-BY).
 
     Args:
@@ -152,9 +153,9 @@ def write_demo_scans(output_dir: str | Path) -> list[Path]:
 def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Image:
     """Make of a T1 what a clinical archive might hold: 5 mm slices askew to the head, dark-to-bright contrast, shading, noise.
 
-    The contrast of the tissues is turned around (fluid bright, white matter dark); the voxels are stored from right to left and
-    front to back (LPS), with the true oblique affine. ``t1w`` is skull-stripped with background 0, ``seed`` that of the noise; the
-    image is int16, of 0.9 x 0.9 x 5 mm.
+    The contrast of the tissues is turned around (fluid bright, white matter dark); the voxels are stored from right to
+    left and front to back (LPS), with the true oblique affine. ``t1w`` is skull-stripped with background 0, ``seed``
+    that of the noise; the image is int16, of 0.9 x 0.9 x 5 mm.
     """
     image = np.asarray(t1w.get_fdata(dtype=np.float32))
     brain = image > 0

@@ -51,8 +51,8 @@ def prepare_freesurfer(
         overwrite: prepare finished subjects again.
         protocol: label protocol of the segmentation: a name or a table file.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
-        dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives of a BIDS
-            folder, that of the BIDS folder, so that its persons are the same).
+        dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives
+            of a BIDS folder, that of the BIDS folder, so that its persons are the same).
         dry_run: log what would be done, and do nothing.
 
     Raises:
@@ -105,14 +105,17 @@ def make_volumes(
 ) -> tuple[Volumes, dict[str, Any]]:
     """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
 
-    The first contrast among the files is the reference, on which the labels lie; the others are registered to it rigidly and
-    resampled once. A file of the role ``image`` is a reference whose contrast is recognised.
+    The first contrast among the files is the reference, on which the labels lie; the others are registered to it
+    rigidly and resampled once. A file of the role ``image`` is a reference whose contrast is recognised.
 
     Args:
-        files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and :data:`SURFACES`.
-        settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated`` contrasts.
-        options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label maps
-            alone: without it, the generation labels follow the scan and the surfaces, see :func:`make_generation_labels`.
+        files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and
+            :data:`SURFACES`.
+        settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated``
+            contrasts.
+        options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label
+            maps alone: without it, the generation labels follow the scan and the surfaces, see
+            :func:`make_generation_labels`.
 
     Returns:
         Values and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``.
@@ -139,7 +142,8 @@ def make_volumes(
     facts: dict[str, Any] = {}
     if painted:
         generation = painted.encode(ids)
-        # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the registration
+        # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the
+        # registration
         labels.read_means(generation, painted, settings.get("simulated", []), source)
     else:
         if "image" in files:

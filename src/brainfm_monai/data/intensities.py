@@ -28,7 +28,8 @@ CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
 def read_scan(path: Path) -> Image:
     """Read one volume of real numbers, with NaN and infinite voxels as 0; warnings of the reader are logged.
 
-    Returns values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm; ScanError if there is no such volume.
+    Returns values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm; ScanError if there is no
+    such volume.
     """
     volume = read_volume(path)
     for warning in volume.warnings:
@@ -41,8 +42,9 @@ def resample_to_box(
 ) -> np.ndarray:
     """Bring a volume (H, W, D) onto a box of size ``shape`` with voxels of 1 mm in one linear interpolation, float32.
 
-    Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels. Both affines take voxels
-    to mm, that of the scan with any rigid motion to the reference already in it; ``outside`` is the value where it does not reach.
+    Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels. Both affines
+    take voxels to mm, that of the scan with any rigid motion to the reference already in it; ``outside`` is the value
+    where it does not reach.
     """
     target_mm = [float(voxel_sizes(box_affine).mean())] * 3
     volume = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
@@ -83,8 +85,8 @@ def scale_intensities(values: np.ndarray) -> np.ndarray:
 def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Classes of the head outside the brain by brightness, the darkest first.
 
-    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. The classes, uint8, are 0 in the air and in the
-    brain and 1 to 5 elsewhere in the head; all are 0 for a brain-extracted scan.
+    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. The classes, uint8, are 0 in the air
+    and in the brain and 1 to 5 elsewhere in the head; all are 0 for a brain-extracted scan.
     """
     rest = find_head(values) & ~brain
     classes = np.zeros(values.shape, dtype=np.uint8)

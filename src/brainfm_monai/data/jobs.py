@@ -73,7 +73,8 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
     An older folder is replaced. The faults are returned, one line each, and the record of the subject names them.
 
     Raises:
-        ValueError: if left and right are exchanged or the head lies on its side; or what the making of its volumes raises.
+        ValueError: if left and right are exchanged or the head lies on its side; or what the making of its volumes
+            raises.
     """
     volumes, facts = job.make(job.files, job.settings, job.options)
     with write_folder(output_dir / job.name) as folder:

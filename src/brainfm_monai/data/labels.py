@@ -29,7 +29,8 @@ PARCELS = (
     (1000, 1999, 3), (2000, 2999, 42), (3000, 3999, 2), (4000, 4999, 41), (5001, 5001, 2), (5002, 5002, 41),
     (11000, 11999, 3), (12000, 12999, 42), (13000, 13999, 2), (14000, 14999, 41),
 )  # fmt: skip
-# ids of both sides, and what they become on the left and on the right: hypointensities, and the parts of the corpus callosum
+# ids of both sides, and what they become on the left and on the right: hypointensities, and the parts of the corpus
+# callosum
 UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
 BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)  # cerebrum and cerebellum, which place the box
 # of what the generator paints
@@ -41,16 +42,17 @@ FIRST_CLUSTER = 251
 HYPOINTENSITIES, HYPOINTENSITY_CODE = (77, 78, 79), 77
 TRANSITION_MM = 1.0  # a voxel: the ramp of a boundary that runs through its centre
 AIR_HU = -1000.0
-# Labels end in steps of a voxel, where a scan's profile blends the tissues of a voxel. A Gaussian of this width, chosen, has a
-# full width at half maximum of 1.2 mm, about a voxel: it takes the steps away and leaves sulci and thin bone.
+# Labels end in steps of a voxel, where a scan's profile blends the tissues of a voxel. A Gaussian of this width,
+# chosen, has a full width at half maximum of 1.2 mm, about a voxel: it takes the steps away and leaves sulci and thin
+# bone.
 SMOOTHING_MM = 0.5
 
 
 def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     """Read a label map, turn it to RAS+ and resample it to 1 mm isotropic voxels (nearest neighbour) if it is not.
 
-    An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the rest.
-    ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
+    An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the
+    rest. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
 
     Returns:
         The ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4).
@@ -83,8 +85,9 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
 def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = "synthseg_head") -> dict[int, int]:
     """The FreeSurfer id of each id of a label map.
 
-    ``source`` is a tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``, or the rows as a mapping of ids
-    to ids or names. Names are looked up in ``protocol``, before the shipped ones; case, blanks and hyphens do not matter.
+    ``source`` is a tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``, or the rows as a
+    mapping of ids to ids or names. Names are looked up in ``protocol``, before the shipped ones; case, blanks and
+    hyphens do not matter.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -121,9 +124,10 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
     """FreeSurfer's parcels as the structures that they are parts of, and ids of both sides as those of their side.
 
-    Cortical parcels become cortex; parcels of white matter and the corpus callosum become white matter; hypointensities become
-    those of their side. The side of a voxel is that of the plane halfway between the centroids of left and right white matter.
-    The map has shape (H, W, D) and isotropic voxels; where there is nothing to fold, the very same array is returned.
+    Cortical parcels become cortex; parcels of white matter and the corpus callosum become white matter; hypointensities
+    become those of their side. The side of a voxel is that of the plane halfway between the centroids of left and right
+    white matter. The map has shape (H, W, D) and isotropic voxels; where there is nothing to fold, the very same array
+    is returned.
     """
     present = set(np.unique(ids).tolist())
     table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
@@ -145,7 +149,8 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:
     """Centre in voxels, shape (3,), of the bounding box of some ids of a map (H, W, D); a multiple of one half.
 
-    ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if none of the ids is there.
+    ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if none of the ids is
+    there.
     """
     brain = np.isin(ids, list(brain_ids))
     if not brain.any():
@@ -177,11 +182,14 @@ def make_generation_labels(
 ) -> tuple[np.ndarray, str]:
     """Labels for the generator, uint8, and the name of their protocol, out of FreeSurfer ids (H, W, D) with parcels folded.
 
-    A map that labels the head outside the brain follows ``synthseg_generation``. Any other one follows ``brainfm_generation``.
-    Where a surface passes through a voxel of white matter and cortex, or of cortex and fluid, the label is the code of their
-    mixture: the share goes from 0 to 1 over one millimetre of signed distance, centred on the surface. ``distance`` is in mm to left
-    pial, left white, right pial and right white surfaces, shape (H, W, D, 4); without it no voxel is mixed. ``clusters`` are classes
-    1 to 5 of the head outside the brain, 0 elsewhere. ValueError if an id is not in the protocol.
+    A map that labels the head outside the brain follows ``synthseg_generation``. Any other one follows
+    ``brainfm_generation``. Where a surface passes through a voxel of white matter and cortex, or of cortex and fluid,
+    the label is the code of their
+    mixture: the share goes from 0 to 1 over one millimetre of signed distance, centred on the surface. ``distance`` is
+        in mm to left
+    pial, left white, right pial and right white surfaces, shape (H, W, D, 4); without it no voxel is mixed.
+    ``clusters`` are classes 1 to 5 of the head outside the brain, 0 elsewhere. ValueError if an id is not in the
+    protocol.
     """
     if (ids >= FIRST_HEAD_ID).any():
         return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL
@@ -217,14 +225,14 @@ def choose_contrasts(names: Sequence[str] | str) -> list[str]:
 def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], source: str) -> dict[str, np.ndarray]:
     """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 of shape (L,).
 
-    Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real images. The
-    quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where it was measured in
-    four real heads: the labels do not tell fat, the brightest there, from other soft tissue. Partial-volume codes get the
-    weighted means of their parts, and the background is air: 0, or -1000 HU.
+    Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real
+    images. The quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where
+    it was measured in four real heads: the labels do not tell fat, the brightest there, from other soft tissue.
+    Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU.
 
     Raises:
-        ValueError: if a table does not know an id that the labels hold, or that a mixture among them is made of; ``source`` is
-            named in the message.
+        ValueError: if a table does not know an id that the labels hold, or that a mixture among them is made of;
+            ``source`` is named in the message.
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):

@@ -42,10 +42,10 @@ STEPS = {"distance": (128.0, 20.0), "mni": (0.0, 100.0)}  # stored zero, and ste
 class LoadSubjectd(MapTransform):
     """Read the volumes of a datalist's item, channel first, in this package's units.
 
-    It takes the place of ``LoadImaged`` and ``EnsureChannelFirstd`` for subjects: labels and masks keep their whole numbers,
-    distances and coordinates become mm, scans [0, 1], CT HU. A contrast that the item names in ``simulated`` is painted on the
-    generation labels, see :func:`simulate_contrasts`. An item of the reference's layout (``"layout": "brainfm"``), whose
-    distances and coordinates are several files, is decoded, see :func:`decode_reference`.
+    It takes the place of ``LoadImaged`` and ``EnsureChannelFirstd`` for subjects: labels and masks keep their whole
+    numbers, distances and coordinates become mm, scans [0, 1], CT HU. A contrast that the item names in ``simulated``
+    is painted on the generation labels, see :func:`simulate_contrasts`. An item of the reference's layout (``"layout":
+    "brainfm"``), whose distances and coordinates are several files, is decoded, see :func:`decode_reference`.
 
     Args:
         keys: keys of the paths; a value may be a list of paths, one per channel.
@@ -123,9 +123,9 @@ class HoldSubjectd(Transform):
     """Load a prepared subject and hold it in memory as a training needs it, in the unit of its files.
 
     Labels and masks are whole numbers of one byte in voxels of ``label_mm``, distances and images floats in voxels of
-    ``image_mm``, and coordinates in voxels of 4 mm, because they change slowly; all grids cover the box of the subject. What a
-    subject lacks becomes zeros, so that subjects with different targets fit in one batch; ``available_<key>`` is 1 or 0, and
-    ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input.
+    ``image_mm``, and coordinates in voxels of 4 mm, because they change slowly; all grids cover the box of the subject.
+    What a subject lacks becomes zeros, so that subjects with different targets fit in one batch; ``available_<key>`` is
+    1 or 0, and ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input.
 
     Args:
         label_mm: voxel of labels and masks; the voxel of the files if not given.
@@ -203,8 +203,8 @@ def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
 def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
     """List the subjects of a folder in the reference's layout, in the order of their names: T1w scans with siblings of one prefix.
 
-    An entry has ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file that is there; ``distance`` and
-    ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
+    An entry has ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file that is there;
+    ``distance`` and ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
     """
     stored = {f.name.removesuffix(end): str(f) for end in (".nii.gz", ".nii") for f in Path(root).glob(f"[!.]*{end}")}
     entries = []
@@ -220,8 +220,8 @@ def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
 def decode_reference(key: str, values: Tensor) -> Tensor:
     """Values of a file of the reference, shape (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
 
-    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic resonance
-    (quantiles 0 and 99.9 % of the volume), and everything else as it is.
+    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic
+    resonance (quantiles 0 and 99.9 % of the volume), and everything else as it is.
 
     Raises:
         ValueError: if the segmentation holds an id that the reference does not know.

@@ -32,21 +32,23 @@ def prepare_labels(
 ) -> list[Path]:
     """Prepare subjects for training from label maps; finished ones are skipped.
 
-    A subject is labels, distances and MNI coordinates on a box of 1 mm voxels in RAS+ order around the brain. Its folder holds
-    ``generation_labels.nii.gz``, ``segmentation.nii.gz``, ``distance.nii.gz`` (mm, negative inside; left pial, left white,
-    right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm) and ``subject.json``.
+    A subject is labels, distances and MNI coordinates on a box of 1 mm voxels in RAS+ order around the brain. Its
+    folder holds ``generation_labels.nii.gz``, ``segmentation.nii.gz``, ``distance.nii.gz`` (mm, negative inside; left
+    pial, left white, right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm) and ``subject.json``.
 
     Args:
-        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a glob pattern, or a list of these.
-        output: folder for the prepared subjects, one folder each, named after the file; these are returned in that order.
+        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a glob pattern, or a list of
+            these.
+        output: folder for the prepared subjects, one folder each, named after the file; these are returned in that
+            order.
         jobs: subjects that are prepared at once; each needs about 3 GB.
         overwrite: prepare finished subjects again.
         protocol: label protocol of the segmentation: a name or a table file.
         generation_protocol: label protocol of what the generator paints: a name or a table file.
         ids: table (columns id, and freesurfer_id or name) for maps with ids of their own.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
-        contrasts: images that a training paints on the labels, out of T1w, T2w, FLAIR and CT, separated by commas; a finished
-            subject keeps its own where none are asked for.
+        contrasts: images that a training paints on the labels, out of T1w, T2w, FLAIR and CT, separated by commas; a
+            finished subject keeps its own where none are asked for.
         dataset: name of the set in lists and counts; the folder's name if not given.
         dry_run: log what would be done, and do nothing.
 
@@ -109,9 +111,10 @@ def prepare_label(
         image: the scan.
         label: label map in the same space, in a grid of its own.
         output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
-        ids: FreeSurfer id, or name of a structure in a shipped protocol, of each id in the label map; or a table of these, see
-            :func:`read_id_table`. Without it the label map holds FreeSurfer ids.
-        contrast: T1w, T2w, FLAIR or CT; without it, the one in which the structures have the most similar order of brightness.
+        ids: FreeSurfer id, or name of a structure in a shipped protocol, of each id in the label map; or a table of
+            these, see :func:`read_id_table`. Without it the label map holds FreeSurfer ids.
+        contrast: T1w, T2w, FLAIR or CT; without it, the one in which the structures have the most similar order of
+            brightness.
         protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
 

@@ -26,8 +26,8 @@ SPACING_VOX = 2
 MINIMUM_JACOBIAN, UNFOLDING_ROUNDS = 0.2, 100
 # fluid further than this from any brain tissue is left out, as in a brain-extracted template
 FLUID_OUTSIDE, FLUID_RIM_VOX = 24, 2.0
-# Chosen on one label map: white matter overlaps with a Dice of 0.803, 0.789 and 0.776 at 0.6, 1 and 1.5, and 223, 133 and 87
-# voxels of the 4 mm grid come below MINIMUM_JACOBIAN.
+# Chosen on one label map: white matter overlaps with a Dice of 0.803, 0.789 and 0.776 at 0.6, 1 and 1.5, and 223, 133
+# and 87 voxels of the 4 mm grid come below MINIMUM_JACOBIAN.
 STIFFNESS = 1.0
 BENDING = 4.0  # weight of second derivatives relative to first ones
 STEP_VOX = 0.1  # of the optimiser, in voxels of the velocity field
@@ -35,8 +35,8 @@ SMOOTHING_MM = 0.7
 MARGIN_VOX = 3  # around tissue, within which the images are compared
 
 _ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "registration.tsv"))
-# Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110; and shares of white and
-# grey matter: where the template's maps mix both, as in the nuclei, these are its means in the structure.
+# Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110; and shares of
+# white and grey matter: where the template's maps mix both, as in the nuclei, these are its means in the structure.
 T1_OF_ID = {int(row["freesurfer_id"]): float(row["t1"]) for row in _ROWS}
 TISSUES_OF_ID = {int(row["freesurfer_id"]): (float(row["white"]), float(row["grey"])) for row in _ROWS}
 
@@ -100,21 +100,24 @@ def compute_mni_coordinates(
 ) -> Image:
     """Register a subject to MNI152: affine, then the flow of a stationary velocity field.
 
-    The affine map makes a T1-like rendering of the labels agree with the template's T1 (elastix). The flow brings the template's
-    maps of white and grey matter onto the subject's: mean squared difference, with a penalty on first and second derivatives of
-    the velocity, from coarse to fine. A flow folds nowhere; sampled on the grid of the result it may come close to it, and is
-    smoothed there. ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that ``affine`` takes to RAS mm; ``initial``
-    is a rough matrix from RAS mm to MNI152 mm, with which the affine registration starts.
+    The affine map makes a T1-like rendering of the labels agree with the template's T1 (elastix). The flow brings the
+    template's maps of white and grey matter onto the subject's: mean squared difference, with a penalty on first and
+    second derivatives of the velocity, from coarse to fine. A flow folds nowhere; sampled on the grid of the result it
+    may come close to it, and is smoothed there. ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that
+    ``affine`` takes to RAS mm; ``initial`` is a rough matrix from RAS mm to MNI152 mm, with which the affine
+    registration starts.
 
     Returns:
-        MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that grid.
+        MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that
+        grid.
 
     Raises:
         ValueError: if a size is no multiple of ``factor`` and of 2.
         RuntimeError: if elastix fails, or the map folds.
 
     Reference:
-        Ashburner, A fast diffeomorphic image registration algorithm, NeuroImage 38, 2007 (velocity fields on tissue maps).
+        Ashburner, A fast diffeomorphic image registration algorithm, NeuroImage 38, 2007 (velocity fields on tissue
+        maps).
     """
     if any(n % factor or n % SPACING_VOX for n in ids.shape):
         needed = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
@@ -195,8 +198,8 @@ def _roughness(velocity: Tensor) -> Tensor:
 def unfold_coordinates(points: np.ndarray, displacement: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least 0.2.
 
-    ``points`` are the positions of the voxels in mm, ``displacement`` leads from these to the template, both (H, W, D, 3);
-    ``affine`` takes voxels to mm. The result are template coordinates in mm, of the same shape.
+    ``points`` are the positions of the voxels in mm, ``displacement`` leads from these to the template, both (H, W, D,
+    3); ``affine`` takes voxels to mm. The result are template coordinates in mm, of the same shape.
 
     Raises:
         RuntimeError: if the folds do not go away.

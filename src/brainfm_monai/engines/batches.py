@@ -1,7 +1,7 @@
 """A training is a sequence of draws 0, 1, 2, ...: the number of a draw decides its subject and its seed, and so its scan.
 
-So there is no stream of random numbers to store: a training that resumes at draw n sees what an uninterrupted training would see,
-and two processes with one subject each see what one process with two subjects would see.
+So there is no stream of random numbers to store: a training that resumes at draw n sees what an uninterrupted training
+would see, and two processes with one subject each see what one process with two subjects would see.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class DrawSampler(Sampler[list[int]]):
 class SynthesisPrepareBatch(PrepareBatch):
     """Turns a batch of cached subjects into generated scans and their targets, on the engine's device.
 
-    The seed of a subject is its entry ``seed``, which :class:`DrawnSubjects` adds. Without the entry, as in a validation, the seed is
-    a hash of the subject's name: every pass draws the same sample of a subject.
+    The seed of a subject is its entry ``seed``, which :class:`DrawnSubjects` adds. Without the entry, as in a
+    validation, the seed is a hash of the subject's name: every pass draws the same sample of a subject.
 
     Args:
         synthesizer: makes scans and targets.
@@ -105,7 +105,8 @@ class SynthesisPrepareBatch(PrepareBatch):
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 
         Raises:
-            ValueError: if the subjects' generation labels follow different protocols (``accumulation`` parts of one subject may).
+            ValueError: if the subjects' generation labels follow different protocols (``accumulation`` parts of one
+                subject may).
         """
         subject = {
             key: convert_to_tensor(batchdata[key], track_meta=False).to(device=device, non_blocking=non_blocking)

@@ -30,8 +30,9 @@ LARGEST_LISTED = (
 class NonFiniteStop:
     """Reports the samples of steps that were left out because they were not finite, and stops after several in a row.
 
-    For each such step one line is logged and ``nonfinite_<iteration>_rank<rank>.json`` written, which has all that was drawn;
-    ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again. Processes count alike and stop together.
+    For each such step one line is logged and ``nonfinite_<iteration>_rank<rank>.json`` written, which has all that was
+    drawn; ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again. Processes count alike and
+    stop together.
 
     Args:
         synthesizer: of the training.

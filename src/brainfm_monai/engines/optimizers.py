@@ -26,9 +26,9 @@ Weights = tuple[Tensor, ...] | list[Tensor]
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices, (..., N, M), to 0.6 to 1.3 (negligible ones aside), in float32.
 
-    Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are computed
-    on the (small) Gram matrix, and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the matrix, in bfloat16,
-    which most CPUs emulate.
+    Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are
+    computed on the (small) Gram matrix, and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the
+    matrix, in bfloat16, which most CPUs emulate.
 
     Reference:
         Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
@@ -49,16 +49,18 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose steps are orthogonal matrices for hidden convolutions: not for biases, norms, the head and the first kernel.
 
-    ``torch.optim.Muon`` takes two-dimensional parameters alone, and the view (O, I h w d) of a kernel (O, I, h, w, d) does not
-    exist where the channels of a voxel lie side by side in memory.
+    ``torch.optim.Muon`` takes two-dimensional parameters alone, and the view (O, I h w d) of a kernel (O, I, h, w, d)
+    does not exist where the channels of a voxel lie side by side in memory.
 
     Args:
         network: its parameters are optimised; kernels of ``network.backbone`` with more than one input channel by Muon.
         lr: learning rate of AdamW.
-        kernel_lr: learning rate of Muon, whose steps change a kernel by so much of a matrix with singular values near 1.
+        kernel_lr: learning rate of Muon, whose steps change a kernel by so much of a matrix with singular values near
+            1.
         momentum: of Muon.
         weight_decay: of both, decoupled from the gradient.
-        fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without waiting for the device.
+        fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without waiting for the
+            device.
 
     Raises:
         ValueError: if a rate is negative.
@@ -123,7 +125,8 @@ class MuonAdamW(torch.optim.AdamW):
 def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
     """``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel`: an average whose first steps forget the start faster.
 
-    Step n keeps the smaller of ``decay`` and (1 + n) / (10 + n) of the average, the law of TensorFlow's ExponentialMovingAverage.
+    Step n keeps the smaller of ``decay`` and (1 + n) / (10 + n) of the average, the law of TensorFlow's
+    ExponentialMovingAverage.
 
     Raises:
         ValueError: if ``decay`` is not in [0, 1].
@@ -143,8 +146,9 @@ def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | 
 class TimeBudget:
     """Ends a training after some minutes of wall-clock time, and says how much of them is used up.
 
-    The clock starts when the object is made, and runs while the training does: time between two sittings does not count. The last
-    validation is part of the budget: as much time is kept for it as the longest pause between two iterations took so far.
+    The clock starts when the object is made, and runs while the training does: time between two sittings does not
+    count. The last validation is part of the budget: as much time is kept for it as the longest pause between two
+    iterations took so far.
 
     Args:
         minutes: of all sittings together; without a number the training ends by its epochs.
@@ -197,8 +201,8 @@ def make_warmup_stable_decay(
 ) -> Callable[[int], float]:
     """Factor of the learning rate, in [0, 1], by the iteration from 0: linear warm-up, constant, linear decay to zero.
 
-    ``warmup`` and ``total`` are iterations; the minutes of a budget take the place of ``total``. ``decay_fraction`` is the share of
-    the training in which the rate falls.
+    ``warmup`` and ``total`` are iterations; the minutes of a budget take the place of ``total``. ``decay_fraction`` is
+    the share of the training in which the rate falls.
     """
 
     def factor(iteration: int) -> float:

@@ -55,8 +55,8 @@ def prepare_for_training(
 ) -> MultiTaskNet:  # fmt: skip
     """A copy of a network for scans in the voxels of its backbone (stride 1), on a device.
 
-    The channels of a voxel lie side by side in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32 and 18 %
-    more in bfloat16 (TwoScaleUNet on AVX512). See also :func:`~brainfm_monai.networks.checkpoint_activations`.
+    The channels of a voxel lie side by side in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32
+    and 18 % more in bfloat16 (TwoScaleUNet on AVX512). See also :func:`~brainfm_monai.networks.checkpoint_activations`.
     """
     device = torch.device(device)
     trained = copy.deepcopy(network).to(device)
@@ -91,13 +91,14 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
 class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's supervised trainer, with one optimizer step for each batch, whatever the parts it is computed in.
 
-    A step that is not finite is left out: a loss that is not finite gives gradients that are not finite either, and as gradients
-    are summed over processes, all processes leave the step out. After each iteration ``state.output`` has, besides MONAI's keys
-    (image, label and prediction of the last part), ``loss``, the mean of the batch, ``task_losses``, ``part_losses`` (P,),
-    ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device, unless the optimizer is not fused.
+    A step that is not finite is left out: a loss that is not finite gives gradients that are not finite either, and as
+    gradients are summed over processes, all processes leave the step out. After each iteration ``state.output`` has,
+    besides MONAI's keys (image, label and prediction of the last part), ``loss``, the mean of the batch,
+    ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits
+    for the device, unless the optimizer is not fused.
 
-    ``state.draws`` counts the draws of all processes, and is kept in checkpoints: with :class:`DrawSampler` a resumed training
-    continues with the right one.
+    ``state.draws`` counts the draws of all processes, and is kept in checkpoints: with :class:`DrawSampler` a resumed
+    training continues with the right one.
 
     Args:
         accumulation: parts in which a batch is computed, one after the other, to save memory.

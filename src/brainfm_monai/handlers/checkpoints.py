@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class TrainingCheckpoint:
     """Saves everything at the end of an epoch, whole or not at all, and resumes from the newest whole file at the start.
 
-    The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which must share
-    the folder, the first one writes and all read.
+    The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which
+    must share the folder, the first one writes and all read.
 
     Args:
         save_dir: folder of the checkpoints, ``training_checkpoint_<iteration>.pt``.

@@ -25,8 +25,9 @@ VOXELS = np.eye(4)  # affine of a batch: RAS axes
 class ValidationPanels:
     """Draws the first subjects of every validation, into the folder of the run and into TensorBoard.
 
-    A row is a plane through the middle: axial, coronal, sagittal, in the radiological convention. Columns are the input and, for
-    every task, prediction and target, drawn as the table of tasks says. Files go into ``panels`` in the folder.
+    A row is a plane through the middle: axial, coronal, sagittal, in the radiological convention. Columns are the input
+    and, for every task, prediction and target, drawn as the table of tasks says. Files go into ``panels`` in the
+    folder.
     """
 
     def __init__(self, layout: TaskLayout, output_dir: str | Path, summary_writer: Any = None, count: int = 2) -> None:

@@ -24,8 +24,8 @@ class TaskErrors(Metric):
     """Errors of the tasks beside the segmentation, each a mean over the samples of all processes that have the target.
 
     ``distance_mae_mm``, ``mni_error_mm`` and ``log_bias_error`` (normalised L2) are those of the evaluation, see
-    :mod:`brainfm_monai.metrics.fields`; ``<image>_mae`` is the mean absolute error in the head, in the unit of the files. A task
-    of another kind has none.
+    :mod:`brainfm_monai.metrics.fields`; ``<image>_mae`` is the mean absolute error in the head, in the unit of the
+    files. A task of another kind has none.
     """
 
     mode: Any = "flatten"  # of ignite: how a dictionary of results enters the metrics of the engine

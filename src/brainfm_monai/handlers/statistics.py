@@ -25,10 +25,10 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage, bytes
 class TrainingStatistics:
     """Adds ``statistics`` to the output of a trainer, a dictionary of numbers, every few iterations, and shows a progress bar.
 
-    They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``, ``learning_rate``,
-    ``samples_per_second`` of all processes since the last time, without validation, and ``memory_gib``, the most that this
-    process has held: of the GPU, or of the computer where there is none (not on Windows). Handlers that log them come after it.
-    Each reading, after ``interval`` iterations, waits for the device.
+    They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``,
+    ``learning_rate``, ``samples_per_second`` of all processes since the last time, without validation, and
+    ``memory_gib``, the most that this process has held: of the GPU, or of the computer where there is none (not on
+    Windows). Handlers that log them come after it. Each reading, after ``interval`` iterations, waits for the device.
     """
 
     def __init__(self, loss_function: MultiTaskLoss, optimizer: Optimizer, interval: int = 1) -> None:

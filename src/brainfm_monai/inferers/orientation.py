@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 SAMPLE = 4  # voxels of 1 mm from point to point of the first result that is judged
 COARSE = 2  # further pooling of the backbone's grid, 2 mm, for the candidates: 4 mm
 MULTIPLE = 16  # of the size of an image, which the poolings of the network need
-# Misfit in mm of 1 mm scans as they should be, and turned (t1_crop): 3 at 2 mm against 13 and more for every other turn that was
-# tried; 7.5 at 4 mm against 12.6 and more.
+# Misfit in mm of 1 mm scans as they should be, and turned (t1_crop): 3 at 2 mm against 13 and more for every other turn
+# that was tried; 7.5 at 4 mm against 12.6 and more.
 UNSURE_MM = 8.0
 CONFIRMED = 4  # best turns at 4 mm that are looked at again at 2 mm: 4 mm alone do not decide for a brain without skull
 CLEARER = 0.75  # the turn has at most so much of the misfit of the header's axes
@@ -78,9 +78,9 @@ class Turn:
 def misfit(brain: Tensor, coordinates: Tensor, voxel_mm: float) -> float:
     """How badly MNI coordinates fit the voxels that they are of: of an upright brain they are nearly an affine map of them.
 
-    A network that sees a head from an unknown side gives coordinates that lie together and scatter. The misfit is the median
-    distance in mm from the affine map that fits best, divided by the smallest stretch of that map. It is large where there is hardly
-    a brain, or where the map mirrors or turns the brain by more than 60 degrees.
+    A network that sees a head from an unknown side gives coordinates that lie together and scatter. The misfit is the
+    median distance in mm from the affine map that fits best, divided by the smallest stretch of that map. It is large
+    where there is hardly a brain, or where the map mirrors or turns the brain by more than 60 degrees.
 
     Args:
         brain: mask, shape (H, W, D).
@@ -103,9 +103,10 @@ def misfit(brain: Tensor, coordinates: Tensor, voxel_mm: float) -> float:
 class OrientationInferer(Inferer):
     """Run another inferer, and look whether the head lies in its grid as the header says.
 
-    Where the MNI coordinates of the result fit the voxels badly, the network sees the head in voxels of 4 mm from all 24
-    sides, and the best of them again in its own voxels. A turn that fits clearly better than the header's axes, or none, is a warning in
-    the metadata of the image. A head that is only mirrored cannot be recognised: its anatomy is that of another head.
+    Where the MNI coordinates of the result fit the voxels badly, the network sees the head in voxels of 4 mm from all
+    24 sides, and the best of them again in its own voxels. A turn that fits clearly better than the header's axes, or
+    none, is a warning in the metadata of the image. A head that is only mirrored cannot be recognised: its anatomy is
+    that of another head.
 
     Args:
         inferer: gives the maps of images of 1 mm, in RAS+ order.

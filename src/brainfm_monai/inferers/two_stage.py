@@ -38,26 +38,27 @@ Planes = Callable[[int, int], Tensor]  # returns the maps of the planes from a t
 class TwoStageInferer(Inferer):
     """Run a network on the box around the head, and again on a box of fixed size around the brain.
 
-    The maps are decoded from the mean of both stages' features, the MNI coordinates from the second stage alone: they are
-    learnt in a field of view of one size, and a neck or a face in the image moves them by several mm. The coordinates are the
-    affine map that fits the second stage best plus a Gaussian-smoothed rest. In the air around the head each map has its
-    value of :attr:`~brainfm_monai.tasks.TaskLayout.outside_values`. A network that is no
+    The maps are decoded from the mean of both stages' features, the MNI coordinates from the second stage alone: they
+    are learnt in a field of view of one size, and a neck or a face in the image moves them by several mm. The
+    coordinates are the affine map that fits the second stage best plus a Gaussian-smoothed rest. In the air around the
+    head each map has its value of :attr:`~brainfm_monai.tasks.TaskLayout.outside_values`. A network that is no
     :class:`~brainfm_monai.networks.MultiTaskNet` is run in one stage.
 
     Args:
         layout: names of the network's output channels.
         mirror: average with the maps of the left-right mirror image.
         second_look: run the second stage; without segmentation or MNI coordinates in the layout there is one stage.
-        memory: ``full``: all channels. ``low``: the segmentation is decided, one channel of labels stands in place of its
-            logits, and the U-Nets of published checkpoints are evaluated by chunks of planes. ``windows``: all channels,
-            features from overlapping windows, for networks whose features of a whole head do not fit. ``auto``: see
-            :func:`~brainfm_monai.inferers.choose_memory`.
+        memory: ``full``: all channels. ``low``: the segmentation is decided, one channel of labels stands in place of
+            its logits, and the U-Nets of published checkpoints are evaluated by chunks of planes. ``windows``: all
+            channels, features from overlapping windows, for networks whose features of a whole head do not fit.
+            ``auto``: see :func:`~brainfm_monai.inferers.choose_memory`.
         precision: float32, bfloat16 or float16; ``None``: the fastest of the device. The maps are float32 in any case.
         labels: labels that mode ``low`` may choose; ``None``: all.
         threshold: intensity above which a voxel is head or noise; the box contains all of them.
         margin: voxels by which the box is larger on each side.
         multiple: the box is padded with zeros to a multiple of this size, which the poolings of a network need.
-        size_mm: size of the second stage's box; the box is padded with zeros where the image is smaller. Voxels are 1 mm.
+        size_mm: size of the second stage's box; the box is padded with zeros where the image is smaller. Voxels are 1
+            mm.
         sigma_mm: standard deviation of the Gaussian that smooths the coordinates.
 
     Raises:
@@ -262,7 +263,8 @@ def edge_ramp(size: Sequence[int], width: float) -> Tensor:
 def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm: float) -> Tensor:
     """The affine map that fits coordinates of the template, (3, H, W, D), best, plus the rest smoothed over a mask, (H, W, D).
 
-    The standard deviation of the Gaussian is in voxels. The result has the shape of the coordinates and is defined everywhere.
+    The standard deviation of the Gaussian is in voxels. The result has the shape of the coordinates and is defined
+    everywhere.
     """
     step = max(round(STEP_MM / voxel_mm), 1)
     axes = (torch.arange(n, device=mask.device) for n in mask.shape)

@@ -26,7 +26,8 @@ def find_bundle(bundle: str | Path = DEFAULT_BUNDLE) -> Path:
 def literal(text: str) -> str:
     """Write a string, such as a path with ``$`` or ``#``, for a config override such that MONAI's parser yields exactly it.
 
-    Where the parser has nothing to evaluate that is the string itself, else a ``$`` expression of an escaped string literal.
+    Where the parser has nothing to evaluate that is the string itself, else a ``$`` expression of an escaped string
+    literal.
     """
     if not set(EVALUATED) & set(text):
         return text

@@ -33,8 +33,9 @@ LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 class Series:
     """One volume, or one series of volumes, of a DICOM folder.
 
-    The affine maps voxel indices to RAS mm, shape (4, 4), as the places of the slices say, in the order of dcm2niix: columns, rows
-    upwards, slices along the normal. In a mosaic Siemens lays the slices side by side in one picture; they have no places.
+    The affine maps voxel indices to RAS mm, shape (4, 4), as the places of the slices say, in the order of dcm2niix:
+    columns, rows upwards, slices along the normal. In a mosaic Siemens lays the slices side by side in one picture;
+    they have no places.
     """
 
     name: str  # by number, description and what tells it from other volumes of its series; no two in a folder are the same

@@ -28,7 +28,8 @@ def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call a function; configs use it, because MONAI wraps exceptions of an expression in a traceback.
 
     Raises:
-        SystemExit: with a one-line message, if the function raises ``ValueError``, ``OSError`` or ``FloatingPointError``.
+        SystemExit: with a one-line message, if the function raises ``ValueError``, ``OSError`` or
+            ``FloatingPointError``.
     """
     try:
         return function(*args, **kwargs)
@@ -53,9 +54,9 @@ def one_line(error: BaseException, name: str) -> str:
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, then rename it: the file appears whole or not at all.
 
-    The block gets the path of a temporary file and writes it. It lies in the same folder, which is created, has a name of its
-    own (several processes may write the same file) and the same suffixes (libraries choose the format by them). An existing
-    file is replaced; if the block fails, the temporary file is removed.
+    The block gets the path of a temporary file and writes it. It lies in the same folder, which is created, has a name
+    of its own (several processes may write the same file) and the same suffixes (libraries choose the format by them).
+    An existing file is replaced; if the block fails, the temporary file is removed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +80,9 @@ def write_text(path: str | Path, text: str) -> None:
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder beside its place, then rename it: the folder appears whole or not at all.
 
-    The block gets the path of the temporary folder, which is hidden and locked. It is removed if the block fails, or, after the
-    process was killed, by the next call for the same place. An existing folder is replaced. Several processes may write the
-    same folder: the last one stays.
+    The block gets the path of the temporary folder, which is hidden and locked. It is removed if the block fails, or,
+    after the process was killed, by the next call for the same place. An existing folder is replaced. Several processes
+    may write the same folder: the last one stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +107,9 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder while a block runs: no other process that asks for the folder holds it at the same time.
 
-    Nothing is left on disk, and the operating system frees the folder of a process that dies. With ``wait`` the folder is
-    created and waited for. The block gets whether the folder is held: where the system has no such lock (Windows, some network
-    disks) it runs without.
+    Nothing is left on disk, and the operating system frees the folder of a process that dies. With ``wait`` the folder
+    is created and waited for. The block gets whether the folder is held: where the system has no such lock (Windows,
+    some network disks) it runs without.
     """
     if wait:
         Path(folder).mkdir(parents=True, exist_ok=True)

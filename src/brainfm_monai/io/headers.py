@@ -46,9 +46,10 @@ class Stored:
 def read_nifti_header(path: Path, block: bytes) -> Stored:
     """Read the header of a NIfTI-1, NIfTI-2 or Analyze 7.5 file.
 
-    The affine is the sform if its code is above 0 and its axes are independent; else the qform if its code is above 0 and it
-    is valid; else the voxel sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. A form with
-    code 0 is never used. ``block`` are the first 540 bytes of the file; an ``.hdr`` has its voxels in the ``.img`` beside it.
+    The affine is the sform if its code is above 0 and its axes are independent; else the qform if its code is above 0
+    and it is valid; else the voxel sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. A
+    form with code 0 is never used. ``block`` are the first 540 bytes of the file; an ``.hdr`` has its voxels in the
+    ``.img`` beside it.
 
     Raises:
         ValueError: if the block is no such header, or states an orientation that is not valid.
@@ -166,8 +167,8 @@ def read_mgh_header(path: Path, block: bytes) -> Stored:
 def read_nrrd(path: Path) -> Stored:
     """Read a NRRD file, whose voxels may be packed within it or lie in files of their own.
 
-    A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left, posterior,
-    superior, as ITK does.
+    A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left,
+    posterior, superior, as ITK does.
 
     Raises:
         ValueError: if the file is none, or the header promises more voxels than the file can hold.

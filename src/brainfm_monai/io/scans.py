@@ -85,8 +85,8 @@ def printable(text: str | os.PathLike[str]) -> str:
 def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
     """Scans of the items of a list; a name or folder that is not allowed, or a second name, is the ``problem`` of its scan.
 
-    Items have an ``image`` (a path) and perhaps ``name`` and the other attributes of a scan. Without a name the stem of the file
-    is the name, see :func:`unique_names`.
+    Items have an ``image`` (a path) and perhaps ``name`` and the other attributes of a scan. Without a name the stem of
+    the file is the name, see :func:`unique_names`.
     """
     images = [Path(str(item.get("image") or "")) for item in items]
     common = commonpath([image.absolute().parent for image in images]) if images else ""
@@ -107,8 +107,8 @@ def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
 def unique_names(paths: Iterable[Path]) -> list[str]:
     """Names for scans at these paths: the stems of the files, different from each other also where case does not count.
 
-    The paths are relative to the folder that is searched. Stems that occur twice are preceded by the folders of the path, and
-    numbered where that is not enough. Characters that no name may have become ``_``.
+    The paths are relative to the folder that is searched. Stems that occur twice are preceded by the folders of the
+    path, and numbered where that is not enough. Characters that no name may have become ``_``.
     """
     paths = list(paths)
     stems = [_clean(scan_stem(path)) for path in paths]

@@ -134,7 +134,8 @@ def _open_packed(path: Path) -> Iterator[IO[bytes]]:
 def _read_frame(stored: Stored, frame: int | str | None) -> np.ndarray:
     """Read voxels of a file, scaled as its header says: shape (H, W, D), or (H, W, D, C) of all C volumes.
 
-    They are of the stored type in the machine's byte order, or float32 where the header scales them or ``frame`` is the mean.
+    They are of the stored type in the machine's byte order, or float32 where the header scales them or ``frame`` is the
+    mean.
     """
     shape, frames = stored.shape[:3], math.prod(stored.shape[3:])
     if stored.array is not None:

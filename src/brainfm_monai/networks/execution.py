@@ -70,8 +70,8 @@ def prepare_network(network: nn.Module, device: torch.device, compile: bool = Fa
 def checkpoint_activations(network: nn.Module) -> None:
     """Let a network keep only what goes into each level of its U-Nets, and compute the rest again for the gradient.
 
-    The network is changed in place. Names of parameters stay, and so do the numbers. Training takes about a third longer, and a
-    fraction of the memory.
+    The network is changed in place. Names of parameters stay, and so do the numbers. Training takes about a third
+    longer, and a fraction of the memory.
 
     Raises:
         ValueError: if there is no level in the network; SwinUNETR has an argument ``use_checkpoint`` of its own.

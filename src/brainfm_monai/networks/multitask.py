@@ -41,8 +41,8 @@ class MultiTaskNet(nn.Module):
         layout: names of the output channels.
         stride: voxels of the input per voxel of the backbone: the input is averaged over ``stride``^3 voxels, the
             output is interpolated back. A backbone trained at 2 mm serves 1 mm scans with stride 2.
-        freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor running
-            statistics nor dropout change its features; the head alone is trained.
+        freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor
+            running statistics nor dropout change its features; the head alone is trained.
         out_channels: channels of the backbone's output, for a backbone without the attribute ``out_channels``.
 
     Raises:

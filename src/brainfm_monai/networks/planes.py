@@ -1,7 +1,7 @@
 """The published U-Nets evaluated by chunks of planes: the same features in a third of the memory.
 
-Normalisation, convolution and activation run over chunks of planes. A unit overwrites its input where it can, and the skip with
-the upsampled coarser features after it, the largest tensor of a U-Net, is put together chunk by chunk.
+Normalisation, convolution and activation run over chunks of planes. A unit overwrites its input where it can, and the
+skip with the upsampled coarser features after it, the largest tensor of a U-Net, is put together chunk by chunk.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def _convolve(
 ) -> Tensor:
     """3x3x3 convolution of planes after the stage ``before``; planes beyond the volume are zero.
 
-    The result is written to ``out`` if the number of channels is the same. That may be a part of the input: planes are read before
-    they are overwritten, and the last plane of a chunk is kept for the next chunk.
+    The result is written to ``out`` if the number of channels is the same. That may be a part of the input: planes are
+    read before they are overwritten, and the last plane of a chunk is kept for the next chunk.
     """
     assert isinstance(conv, nn.Conv3d)
     size, first = parts[0].shape[2:], _read(parts, 0, 1)

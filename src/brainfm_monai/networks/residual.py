@@ -72,15 +72,15 @@ def _to_size(x: Tensor, like: Tensor) -> Tensor:
 class AdditiveUNet(nn.Module):
     """A residual U-Net whose skips are added: image in, feature map of the same size out.
 
-    Every level has two blocks on the way down and one on the way up, the finest level has one on the way down. ``features`` are the
-    channels of every level, finest first; multiples of 16 suit the vector units of CPUs.
+    Every level has two blocks on the way down and one on the way up, the finest level has one on the way down.
+    ``features`` are the channels of every level, finest first; multiples of 16 suit the vector units of CPUs.
 
     Raises:
         ValueError: if ``features`` is shorter than two levels.
 
     Reference:
-        Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization, BrainLes 2018 (additive skips); Isensee et
-        al., nnU-Net, Nature Methods 18, 2021 (instance normalisation, LeakyReLU).
+        Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization, BrainLes 2018 (additive skips);
+        Isensee et al., nnU-Net, Nature Methods 18, 2021 (instance normalisation, LeakyReLU).
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256)) -> None:
@@ -118,10 +118,11 @@ class AdditiveUNet(nn.Module):
 class TwoScaleUNet(nn.Module):
     """An :class:`AdditiveUNet` that sees the image at half the resolution, and one finer level around it.
 
-    The coarse network meets the same images as when it was trained alone, and its features stand, upsampled, beside those of the
-    fine level in the output: a head that was trained on them keeps its worth from the first step. Without it, small structures
-    are lost at the start, and do not come back. What the coarse network gets from the fine level starts at 0. ``features`` are the
-    channels of every level, finest first; the first is the fine level, the others are the coarse network.
+    The coarse network meets the same images as when it was trained alone, and its features stand, upsampled, beside
+    those of the fine level in the output: a head that was trained on them keeps its worth from the first step. Without
+    it, small structures are lost at the start, and do not come back. What the coarse network gets from the fine level
+    starts at 0. ``features`` are the channels of every level, finest first; the first is the fine level, the others are
+    the coarse network.
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (32, 64, 128, 256)) -> None:

@@ -55,8 +55,8 @@ def _double_unit(in_channels: int, out_channels: int) -> nn.Module:
 class UNet(nn.Module):
     """The 3-D U-Net of BrainFM, whose skips are concatenated: image in, feature map of the same size out.
 
-    ``features`` are the channels of every level, finest first. ``unit_norm`` divides the feature vector of every voxel by its
-    length, as the published BrainFM does.
+    ``features`` are the channels of every level, finest first. ``unit_norm`` divides the feature vector of every voxel
+    by its length, as the published BrainFM does.
 
     Raises:
         ValueError: if ``features`` is shorter than two levels.

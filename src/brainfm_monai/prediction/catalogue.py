@@ -10,8 +10,8 @@ from brainfm_monai.outputs.atlas import load_atlas, write_atlas
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-# In the order in which they are written: the report shows what the others found. Which tasks an output needs stands in the
-# table of tasks (``Task.outputs``).
+# In the order in which they are written: the report shows what the others found. Which tasks an output needs stands in
+# the table of tasks (``Task.outputs``).
 OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
     "segmentation": maps.write_segmentation,
     "volumes": maps.write_volumes,
@@ -37,10 +37,11 @@ def select_outputs(
     """The functions that write the wanted outputs.
 
     Args:
-        outputs: ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a string may hold
-            several, separated by commas.
+        outputs: ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a
+            string may hold several, separated by commas.
         layout: tasks of the network.
-        atlas: label map in the template's space that is carried to each scan, see :func:`~brainfm_monai.outputs.atlas.load_atlas`.
+        atlas: label map in the template's space that is carried to each scan, see
+            :func:`~brainfm_monai.outputs.atlas.load_atlas`.
 
     Raises:
         ValueError: if there is no such output, or the network does not predict what it is made of.

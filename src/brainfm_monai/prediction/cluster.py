@@ -35,8 +35,8 @@ _one_at_a_time = Lock()  # a worker of several threads has one network
 def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
     """Run the inference config over its scans on the workers of a Dask cluster.
 
-    Every worker loads the network once, and reads and writes files itself: paths must be valid on all machines. Scans that are
-    finished are skipped; those of a worker that dies are done by another worker.
+    Every worker loads the network once, and reads and writes files itself: paths must be valid on all machines. Scans
+    that are finished are skipped; those of a worker that dies are done by another worker.
 
     Args:
         cluster: address of a scheduler, as in ``tcp://host:8786``, or ``local:N`` for N processes of this machine.

@@ -29,8 +29,8 @@ MOST_LINES = 20  # of skipped files in the log; all are in the summary
 class ScanDataset(Dataset):
     """Items of scans, read lazily by a transform.
 
-    Every item has a ``name`` that is allowed and occurs once; where that of the list is not, or the scan cannot be read for
-    another known reason, reading the item fails with the reason.
+    Every item has a ``name`` that is allowed and occurs once; where that of the list is not, or the scan cannot be read
+    for another known reason, reading the item fails with the reason.
 
     Args:
         data: scans, or items with ``image`` (a path) and perhaps ``name`` and whatever else the transform needs.
@@ -81,8 +81,8 @@ class ScanLoader(Iterable[dict[str, Any]]):
 def share_of(count: int, shard: str | None = None) -> list[int]:
     """Numbers, from 0, of those of ``count`` scans that this process works on; all processes together do every scan once.
 
-    ``shard`` is ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all. torchrun's ``RANK`` and ``WORLD_SIZE`` in the
-    environment divide the shard further.
+    ``shard`` is ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all. torchrun's ``RANK`` and
+    ``WORLD_SIZE`` in the environment divide the shard further.
 
     Raises:
         ValueError: if the shard is not of that form.
@@ -109,13 +109,15 @@ def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = 
     Scans that are finished already are skipped. ``summary.tsv`` has all scans of the list, also those of other shards.
 
     Args:
-        evaluator: its ``data_loader`` is a :class:`ScanLoader`; its postprocessing makes the maps; its handlers may look at them.
+        evaluator: its ``data_loader`` is a :class:`ScanLoader`; its postprocessing makes the maps; its handlers may
+            look at them.
         writer: writes the files.
         shard: see :func:`~brainfm_monai.prediction.share_of`.
         overwrite: do finished scans again.
 
     Raises:
-        SystemExit: if there is no scan, if the shard is wrong, and after the last scan if any failed; the message is one line.
+        SystemExit: if there is no scan, if the shard is wrong, and after the last scan if any failed; the message is
+            one line.
     """
     loader: Any = evaluator.data_loader
     dataset: ScanDataset = loader.dataset

@@ -25,10 +25,10 @@ VIEW_HEIGHT = 640  # of a notebook's cell, in pixels
 class Prediction(dict[str, Any]):
     """What was predicted for one scan, by name; a notebook shows the scan with its labels.
 
-    In the grid of the scan, as MetaTensors of shape (C, H, W, D) with its affine: ``segmentation`` (uint8 labels), ``entropy`` and
-    every other task of the network by its name, ``bias_field`` for ``log_bias_field``. Beside them ``volumes_mm3`` (soft) and
-    ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI
-    coordinates or brain), ``warnings`` and ``layout``.
+    In the grid of the scan, as MetaTensors of shape (C, H, W, D) with its affine: ``segmentation`` (uint8 labels),
+    ``entropy`` and every other task of the network by its name, ``bias_field`` for ``log_bias_field``. Beside them
+    ``volumes_mm3`` (soft) and ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points,
+    shape (4, 4); None without MNI coordinates or brain), ``warnings`` and ``layout``.
 
     Attributes:
         scan: the scan and its maps in the network's grid, which the functions of ``outputs`` and ``report`` take.
@@ -60,7 +60,8 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Pred
     """Predict every map of one scan.
 
     Args:
-        image: path of a scan (anything that the command takes as one); or a nibabel image; or a MetaTensor of shape (1, H, W, D).
+        image: path of a scan (anything that the command takes as one); or a nibabel image; or a MetaTensor of shape (1,
+            H, W, D).
         bundle: folder of the bundle.
         overrides: any value of configs/inference.json by its name, such as ``mode="brain"``, ``weights=path``,
             ``device=torch.device("cpu")``.

@@ -22,8 +22,9 @@ SAMPLES = 500_000  # voxels that are looked at
 AIR_HU = -900.0  # and below: air, and what scanners pad with
 FAT_HU, EDGE_HU = (-150.0, -30.0), (-800.0, -300.0)  # fat; voxels that are part air, of which a CT has few
 NEGATIVE_HU, WATER_HU, BONE_HU = (-200.0, -10.0), (-30.0, 100.0), (300.0, 3100.0)
-# Shares in the CT template of the clinical toolbox: air 0.35; of the head -200 to -10 HU 0.21, water 0.70, bone 0.07; fat is 8
-# times as frequent per HU as edges. In MR scans padded with -1024, also resampled ones: -200 to -10 0.01 at most.
+# Shares in the CT template of the clinical toolbox: air 0.35; of the head -200 to -10 HU 0.21, water 0.70, bone 0.07;
+# fat is 8 times as frequent per HU as edges. In MR scans padded with -1024, also resampled ones: -200 to -10 0.01 at
+# most.
 MINIMUM_AIR, MINIMUM_NEGATIVE, MINIMUM_WATER, BONE_RANGE = 0.02, 0.03, 0.3, (0.01, 0.4)
 FAT_PER_EDGE = 2.0
 MINIMUM_PADDING = 0.01  # share of voxels of the one lowest value
@@ -50,8 +51,9 @@ def parse_window(window: Any) -> tuple[float, float] | str | None:
 def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
     """Decide whether a scan is a CT in Hounsfield units, which is clipped to the brain's window before the network.
 
-    A CT has air, water and bone where Hounsfield put them, and fat between air and water, where no magnitude image of MR has
-    anything. ``asked`` decides if it is ``"mr"`` or ``"ct"``; else the file's header if it says, else the values.
+    A CT has air, water and bone where Hounsfield put them, and fat between air and water, where no magnitude image of
+    MR has anything. ``asked`` decides if it is ``"mr"`` or ``"ct"``; else the file's header if it says, else the
+    values.
 
     Returns:
         ``"mr"`` or ``"ct"``, and the reason.
@@ -100,17 +102,17 @@ def read_scan(path: str | Path, frame: int | str | None = None) -> MetaTensor:
 class LoadScand(LoadImaged):
     """Read a scan, channel first, with :func:`brainfm_monai.io.read_scan`; every refusal is one line.
 
-    A CT is clipped to the brain's window, so that bone and air do not take the whole range of grey values; the padding of an
-    MR scan is set to 0. The entry ``original`` is the scan as it was read: what follows the network corrects and draws it, and
-    opens no file again. The metadata of the image get ``scan_name``, under which results are written; ``warnings``, what was
-    noticed, one sentence a line; ``modality``, ``ct`` or ``mr`` with the reason; ``window`` where something was clipped; and
-    ``frame``.
+    A CT is clipped to the brain's window, so that bone and air do not take the whole range of grey values; the padding
+    of an MR scan is set to 0. The entry ``original`` is the scan as it was read: what follows the network corrects and
+    draws it, and opens no file again. The metadata of the image get ``scan_name``, under which results are written;
+    ``warnings``, what was noticed, one sentence a line; ``modality``, ``ct`` or ``mr`` with the reason; ``window``
+    where something was clipped; and ``frame``.
 
     Args:
         keys: key of the path.
         name_key: entry that holds the scan's name; where it is absent, the file's stem is the name.
-        frame: which volume of a 4-D file: its number, from 0, or ``"mean"``; None refuses such a file. An entry ``frame`` of the
-            data comes first, and an entry ``series`` names the series of a DICOM folder.
+        frame: which volume of a 4-D file: its number, from 0, or ``"mean"``; None refuses such a file. An entry
+            ``frame`` of the data comes first, and an entry ``series`` names the series of a DICOM folder.
         window: intensities are clipped to ``[low, high]``; ``"auto"``: a CT to 0 to 80 HU; None: not at all.
         modality: ``"mr"``, ``"ct"`` or ``"auto"``, see :func:`decide_modality`.
 
@@ -165,8 +167,8 @@ class ScanSpacingd(Spacingd):
     """:class:`monai.transforms.Spacingd` that smooths what becomes coarser, and leaves entries named ``<key>_...`` alone.
 
     Without smoothing, detail that the new voxels cannot show comes back as noise, see
-    :func:`~brainfm_monai.functional.intensity.antialias`. Spacingd (MONAI 1.6.0 and 1.6.1) calls ``update`` on entries whose
-    name begins with the key, which fails on the ``image_path`` of MONAI Label.
+    :func:`~brainfm_monai.functional.intensity.antialias`. Spacingd (MONAI 1.6.0 and 1.6.1) calls ``update`` on entries
+    whose name begins with the key, which fails on the ``image_path`` of MONAI Label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:

@@ -1,7 +1,8 @@
 """Published checkpoints, read by ``torch.load`` with an unpickler that calls nothing.
 
-A checkpoint is a pickle, and a pickle can name any function and call it. The unpickler of this module knows dictionaries, numbers,
-text and tensors. Every other class becomes an inert :class:`Placeholder`; a file that calls anything else is refused.
+A checkpoint is a pickle, and a pickle can name any function and call it. The unpickler of this module knows
+dictionaries, numbers, text and tensors. Every other class becomes an inert :class:`Placeholder`; a file that calls
+anything else is refused.
 """
 
 from __future__ import annotations
@@ -125,11 +126,12 @@ def read_checkpoint(path: str | Path) -> Any:
     """Content of a ``torch.save`` file, of torch 1.6 or newer or of the format before.
 
     Args:
-        path: the file, which must stay as it is while its tensors are used: tensors of a zip archive are read from the disk
-            when they are needed. An optimiser's state, twice the size of the weights, never is.
+        path: the file, which must stay as it is while its tensors are used: tensors of a zip archive are read from the
+            disk when they are needed. An optimiser's state, twice the size of the weights, never is.
 
     Returns:
-        What was saved: containers, numbers, text and tensors as they are, objects of other classes as :class:`Placeholder`.
+        What was saved: containers, numbers, text and tensors as they are, objects of other classes as
+        :class:`Placeholder`.
 
     Raises:
         FileNotFoundError: if there is no such file.

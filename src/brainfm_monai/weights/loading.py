@@ -47,7 +47,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a state dict, or a tensor is missing, unknown or of another shape; the first is named.
+        ValueError: if the file is not a state dict, or a tensor is missing, unknown or of another shape; the first is
+            named.
     """
     state, expected = read_state_dict(path), network.state_dict()
     for key in [*expected, *state]:
@@ -65,7 +66,8 @@ def make_pretrained(
 ) -> MultiTaskNet:  # fmt: skip
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
-    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and path and layout of :func:`load_pretrained`.
+    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and path and layout of
+    :func:`load_pretrained`.
     """
     network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels)
     load_pretrained(network, weights, weights_layout)
@@ -75,10 +77,11 @@ def make_pretrained(
 def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
     """Load the whole backbone, and the channels of the head that mean the same in both layouts; others keep their values.
 
-    Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name; those of
-    other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a residual to the
-    input, differs from ours and is left out. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start from the weights of its
-    coarse network, an ``AdditiveUNet``: its first output is that of the coarse network, each voxel repeated.
+    Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name;
+    those of other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a
+    residual to the input, differs from ours and is left out. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start
+    from the weights of its coarse network, an ``AdditiveUNet``: its first output is that of the coarse network, each
+    voxel repeated.
 
     Args:
         network: network whose weights are overwritten.
@@ -91,8 +94,8 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is neither, the layout is not that of its head, or a tensor of the backbone is missing or of
-            another shape.
+        ValueError: if the file is neither, the layout is not that of its head, or a tensor of the backbone is missing
+            or of another shape.
     """
     if not str(path):
         return []

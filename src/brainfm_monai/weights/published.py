@@ -104,16 +104,17 @@ def load_published(path: str | Path) -> Published:
     """Load a published checkpoint; its format, width, levels, heads and labels are read from the file.
 
     Args:
-        path: file of BrainFM (``brainfm_pretrained.pth``) or SuperSynth (``SuperSynth_August_2025.pth``). Tensors may have
-            any floating precision, keys the prefix ``module.``, and heads may be missing.
+        path: file of BrainFM (``brainfm_pretrained.pth``) or SuperSynth (``SuperSynth_August_2025.pth``). Tensors may
+            have any floating precision, keys the prefix ``module.``, and heads may be missing.
 
     Returns:
-        Network in float32 on the CPU. The input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; the output
-        is that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
+        Network in float32 on the CPU. The input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; the
+        output is that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, asks to call something, is of neither format, or its tensors do not fit together.
+        ValueError: if the file is truncated, asks to call something, is of neither format, or its tensors do not fit
+            together.
     """
     content = read_checkpoint(path)
     try:
@@ -246,9 +247,9 @@ def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
 def import_weights(path: str | Path, output: str | Path, half: bool = False) -> Published:
     """Turn a published checkpoint into files that this package and any plain ``torch.load`` can use.
 
-    The folder ``output`` then contains ``model.pt`` (plain state dict), ``overrides.json`` (for ``inference.json``, whose key
-    ``weights_dir`` names the folder), ``source.json`` (:class:`WeightsInfo`), and ``protocol.tsv`` if the labels have no
-    protocol of the package.
+    The folder ``output`` then contains ``model.pt`` (plain state dict), ``overrides.json`` (for ``inference.json``,
+    whose key ``weights_dir`` names the folder), ``source.json`` (:class:`WeightsInfo`), and ``protocol.tsv`` if the
+    labels have no protocol of the package.
 
     Args:
         path: see :func:`load_published`, as for errors.
