@@ -86,7 +86,7 @@ INJECTIONS = (
         "torch.jit.trace(lambda image: network.eval()(image.flip(2)), torch.rand(1, 1, 64, 64, 64))", ("tests/test_exports.py",),
     ),
     Injection(
-        "the labels that MONAI Label sends", "annotation.py", "id_of[_plain(name)]", f"id_of[_plain(name){LEFT_RIGHT}]",
+        "the labels that MONAI Label sends", "annotation/__init__.py", "id_of[_plain(name)]", f"id_of[_plain(name){LEFT_RIGHT}]",
         ("tests/test_annotation.py",),
     ),
     Injection(

@@ -54,6 +54,15 @@ def test_right_anterior_and_superior_have_their_sides_in_a_picture() -> None:
         assert picture[0, 0, 2] > picture[-1, 0, 2] + 55  # superior above
 
 
+def test_the_letters_at_the_edges_name_the_sides() -> None:
+    for cut in cut_slices(head(), AFFINE, ALL):
+        picture = cut.read(world(SHAPE, AFFINE), AFFINE)
+        first, last = picture[0, 0], picture[0, -1]
+        axis = int(np.abs(first - last).argmax())
+        low, high = ("LR", "PA", "IS")[axis]
+        assert cut.plane.marks == (high + low if first[axis] > last[axis] else low + high)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_slices_are_the_same_however_the_voxels_are_stored(order: tuple[int, int, int]) -> None:
     mask = np.ascontiguousarray(head().transpose(order)[::-1])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -89,7 +88,7 @@ class Protocol:
         return len(self.structures)
 
     @classmethod
-    def load(cls, source: str | Path) -> Self:
+    def load(cls, source: str | Path) -> "Protocol":
         """Read a protocol by the name of a shipped one (``brainfm``, ``synthseg_head``, ...) or from a table file.
 
         Raises:

@@ -113,7 +113,7 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     if not len(occupied):
         return 1.0
     first, last = occupied.amin(0).tolist(), (occupied.amax(0) + 1).tolist()
-    head = image[:, :, *(slice(a, b) for a, b in zip(first, last, strict=True))]
+    head = image[(slice(None), slice(None), *(slice(a, b) for a, b in zip(first, last, strict=True)))]
     head = nnf.pad(head, [extra for size in reversed(head.shape[2:]) for extra in (0, -size % MULTIPLE)])
     features = network.backbone(nnf.avg_pool3d(head, network.stride))
     logits, protocol = network.layout.slices["segmentation"], network.layout.protocol

@@ -19,8 +19,7 @@ from nibabel.processing import resample_from_to
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from brainfm_monai.data.subjects import hash_file
-from brainfm_monai.io import read_table, write_whole
+from brainfm_monai.io import hash_file, read_table, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from brainfm_monai.data import subjects
 from brainfm_monai.data.check import check_subject
 from brainfm_monai.data.datalist import PROTOCOLS, make_entry
 from brainfm_monai.data.registration import TEMPLATE_NAME
-from brainfm_monai.io import write_folder, write_text
+from brainfm_monai.io import hash_file, write_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The record of the subject: names and hashes of its files without their folders, settings and units."""
-        sources = {role: {"name": path.name, "sha256": subjects.hash_file(path)} for role, path in self.files.items()}
+        sources = {role: {"name": path.name, "sha256": hash_file(path)} for role, path in self.files.items()}
         return {
             **{"kind": self.kind, "sources": sources, **self.settings, "spacing_mm": 1.0, "axes": "RAS"},
             "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},

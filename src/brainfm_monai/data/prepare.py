@@ -12,8 +12,8 @@ from brainfm_monai.data.datalist import make_entry
 from brainfm_monai.data.freesurfer import make_volumes
 from brainfm_monai.data.jobs import Job, PreparationError, common_settings, is_finished, make_subject, run_jobs
 from brainfm_monai.data.labels import choose_contrasts, read_id_table
-from brainfm_monai.data.subjects import SIZE, hash_file
-from brainfm_monai.io import SCAN_SUFFIXES, scan_stem
+from brainfm_monai.data.subjects import SIZE
+from brainfm_monai.io import SCAN_SUFFIXES, hash_file, scan_stem
 
 
 def prepare_labels(

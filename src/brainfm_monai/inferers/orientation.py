@@ -148,7 +148,7 @@ class OrientationInferer(Inferer):
 
     def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> Turn | None:
         """The turn that fits the anatomy better than the axes of the image, (1, 1, H, W, D), with a misfit of so many mm, if any."""
-        head = image[:, :, *head_box(image)]
+        head = image[(slice(None), slice(None), *head_box(image))]
         if min(head.shape[2:]) < network.stride * COARSE:
             return None  # too thin to be seen in coarse voxels
         fine = network.pool(head)
@@ -164,7 +164,9 @@ class OrientationInferer(Inferer):
     def _look(self, image: Tensor, network: MultiTaskNet, voxel_mm: float) -> float:
         """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
         features = network.backbone(pad_to_multiple(image, MULTIPLE))
-        return self._misfit(network.head(features[:, :, *(slice(size) for size in image.shape[2:])]), voxel_mm)
+        return self._misfit(
+            network.head(features[(slice(None), slice(None), *(slice(size) for size in image.shape[2:]))]), voxel_mm
+        )
 
     def _misfit(self, output: Tensor, voxel_mm: float) -> float:
         maps = self.layout.split(output.float())

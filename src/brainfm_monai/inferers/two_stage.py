@@ -102,14 +102,14 @@ class TwoStageInferer(Inferer):
     def _infer(self, image: Tensor, network: Callable[..., Tensor]) -> Tensor:
         """Crop, predict chunks of planes, and write them into the values of the air around the head."""
         box = head_box(image, self.threshold, self.margin)
-        head = image[:, :, *box]
+        head = image[(slice(None), slice(None), *box)]
         multiple = math.lcm(self.multiple, network.stride if isinstance(network, MultiTaskNet) else 1)
         memory = choose_memory(head, network) if self.memory == "auto" else self.memory
         output = None
         for planes, maps in self._predict(pad_to_multiple(head, multiple), network, memory):
             if output is None:
                 output = self._air(maps.shape[1], image)
-                inside = output[:, :, *box]
+                inside = output[(slice(None), slice(None), *box)]
             inside[:, :, planes] = maps[:, :, : inside[:, :, planes].shape[2], : head.shape[3], : head.shape[4]]
         assert output is not None
         return output
@@ -196,15 +196,19 @@ class TwoStageInferer(Inferer):
         inside[box] = brain[box]
         if float(inside.sum()) * voxel_mm**3 < MINIMUM_BRAIN_MM3:
             return decode
-        part = image[:, :, *box]
+        part = image[(slice(None), slice(None), *box)]
         padding = [extra for n, m in zip(size[::-1], part.shape[:1:-1], strict=True) for extra in (0, n - m)]
-        second = encode(nnf.pad(part, padding).contiguous())[:, :, *(slice(n) for n in part.shape[2:])].float()
+        second = encode(nnf.pad(part, padding).contiguous())[
+            (slice(None), slice(None), *(slice(n) for n in part.shape[2:]))
+        ].float()
         features, mni = features.float(), self.layout.slices["mni"]
         coordinates = features.new_zeros(1, mni.stop - mni.start, *features.shape[2:])
-        coordinates[:, :, *box] = network.head(second)[:, mni]
+        coordinates[(slice(None), slice(None), *box)] = network.head(second)[:, mni]
         coordinates[0] = smooth_coordinates(coordinates[0], inside, self.sigma_mm / voxel_mm, voxel_mm)
         weight = 0.5 * edge_ramp(second.shape[2:], RAMP_MM / voxel_mm).to(second)
-        features[:, :, *box] = torch.lerp(features[:, :, *box], second, weight)
+        features[(slice(None), slice(None), *box)] = torch.lerp(
+            features[(slice(None), slice(None), *box)], second, weight
+        )
         return decode
 
     def _find_brain(self, features: Tensor, network: MultiTaskNet) -> Tensor:
@@ -278,4 +282,4 @@ def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm
     coarse = GaussianFilter(3, sigma / step)(nnf.avg_pool3d(pad_to_multiple(weighted, step), step))
     values = coarse[:, :3] / coarse[:, 3:].clamp_min(MINIMUM_WEIGHT)
     rest = nnf.interpolate(values, scale_factor=step, mode="trilinear", align_corners=False)[0]
-    return affine + rest[:, *(slice(size) for size in mask.shape)]
+    return affine + rest[(slice(None), *(slice(size) for size in mask.shape))]

@@ -89,7 +89,7 @@ def list_series(path: str | Path) -> list[Series]:
         h, axes = one.header, tuple(np.round(one.axes or (), 3))
         echo, kind = (float(h.get("EchoTime") or 0), str(h.get("EchoNumbers", ""))), tuple(h.get("ImageType") or ())
         series = int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
-        groups[*series, echo, kind, axes, h.Rows, h.Columns].append(one)
+        groups[(*series, echo, kind, axes, h.Rows, h.Columns)].append(one)
     volumes: list[Series] = []
     for key, members in sorted(groups.items(), key=itemgetter(0)):
         echoes, kinds, turns = (sorted({k[i] for k in groups if k[:2] == key[:2]}) for i in (2, 3, 4))

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, tab-separated tables as BIDS has them, and errors of one line."""
 
 import csv
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheets compute
+HASHED_BYTES = 2**20  # at a time, of a file
 ABSENT = "n/a"  # BIDS' word for a missing value in a table
 T = TypeVar("T")
 
@@ -68,6 +70,15 @@ def write_whole(path: str | Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

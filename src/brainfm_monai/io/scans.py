@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os.path import commonpath
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from brainfm_monai.io.files import ScanError
+from brainfm_monai.io.files import ScanError, hash_file
 from brainfm_monai.io.volumes import scan_stem
 
 LONGEST_NAME = 150  # bytes: the names of files, of which it is the beginning, may have 255
@@ -40,7 +40,7 @@ class Scan:
             raise ScanError(f"{printable(self.path)}: {problem}")
 
     @classmethod
-    def of(cls, item: Mapping[Any, Any]) -> Self:
+    def of(cls, item: Mapping[Any, Any]) -> "Scan":
         """The scan of an item of a datalist, whose ``image`` is the path and whose ``name`` is the name."""
         attributes = {f.name: item[f.name] for f in fields(cls) if item.get(f.name) is not None}
         return cls(**{**attributes, "name": str(item["name"]), "path": str(item.get("image") or "")})
@@ -71,8 +71,7 @@ class Scan:
             return ""
         digest, path = hashlib.sha256(), Path(self.path)
         for file in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(bytes.fromhex(hash_file(file)))
         return digest.hexdigest()
 
 

@@ -152,8 +152,10 @@ def compute_info_nce(
     """
     steps = [max(1, size // lattice) for size in embedding.shape[2:]]
     places = tuple(slice(step // 2, step // 2 + step * (lattice - 1) + 1, step) for step in steps)
-    vectors = nnf.normalize(embedding[:, :, *places].float().flatten(2), dim=1).unflatten(0, (-1, samples))
-    counted = mask[:, :, *places].bool().flatten(1).unflatten(0, (-1, samples)).all(1)  # (B, P)
+    vectors = nnf.normalize(embedding[(slice(None), slice(None), *places)].float().flatten(2), dim=1).unflatten(
+        0, (-1, samples)
+    )
+    counted = mask[(slice(None), slice(None), *places)].bool().flatten(1).unflatten(0, (-1, samples)).all(1)  # (B, P)
     with torch.autocast(embedding.device.type, enabled=False):  # at this temperature the eight bits of bfloat16 show
         similarity = torch.einsum("bscp,btcq->bstpq", vectors, vectors) / temperature
     similarity = similarity.masked_fill(~counted[:, None, None, None], torch.finfo(torch.float32).min / 2)

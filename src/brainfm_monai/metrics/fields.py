@@ -115,8 +115,8 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
     """
     sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
     box = box_around(mask.flatten(0, 1).any(0), margin=1)
-    folded = jacobian_determinant(coords_mm[..., *box].float()) * sign <= 0
-    return compute_mean_inside(folded.float(), mask[..., *box].bool())[:, 0]
+    folded = jacobian_determinant(coords_mm[(..., *box)].float()) * sign <= 0
+    return compute_mean_inside(folded.float(), mask[(..., *box)].bool())[:, 0]
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _average_similarity(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Ten
     """Means over a mask of SSIM and of its contrast-structure term, each of shape (B,)."""
     c1, c2 = K1**2, K2**2
     box = box_around(mask.flatten(0, 1).any(0), margin=RADIUS)
-    x, y, mask = (one[..., *box] for one in (x, y, mask))
+    x, y, mask = (one[(..., *box)] for one in (x, y, mask))
     size = x.shape[2:]
     if min(size) <= 2 * RADIUS:
         return x.new_full((len(x),), torch.nan), x.new_full((len(x),), torch.nan)

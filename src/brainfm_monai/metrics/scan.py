@@ -149,10 +149,10 @@ def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scen
     if scene.template is None:
         return values
     box = box_around(mask[0, 0])
-    pred, target, mask = (one[..., *box] for one in (pred, target, mask))
+    pred, target, mask = (one[(..., *box)] for one in (pred, target, mask))
     references = {"warped_dice": fields.pull_template(target, scene.template)}
     if scene.ids is not None:
-        tissues = [_is_one_of(scene.ids[None, ..., *box], of_tissue) for of_tissue in scene.template.ids]
+        tissues = [_is_one_of(scene.ids[None][(..., *box)], of_tissue) for of_tissue in scene.template.ids]
         references["warped_dice_labels"] = torch.cat(tissues, dim=1)
     for metric, reference in references.items():
         dice = fields.compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Self
 
 import torch
 import torch.nn.functional as nnf
@@ -65,7 +64,7 @@ class MultiTaskNet(nn.Module):
         if freeze_backbone:
             backbone.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> MultiTaskNet:
         """Set the mode of the network; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.freeze_backbone:

@@ -1,6 +1,5 @@
 """Everything that is known about one scan after the network, and how its files are named, coded and described."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 import brainfm_monai
-from brainfm_monai.io import fingerprint
+from brainfm_monai.io import fingerprint, hash_file
 from brainfm_monai.tasks import TaskLayout
 
 T = TypeVar("T")
@@ -62,10 +61,8 @@ def describe_run(
             built from the resolved config; see :func:`~brainfm_monai.io.fingerprint`.
         choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
     """
-    path, digest = Path(weights), ""
-    if path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    path = Path(weights)
+    digest = hash_file(path) if path.is_file() else ""
     key, version = fingerprint(layout, *depends), brainfm_monai.__version__
     return RunSettings(model, version, path.name, digest, layout.protocol.name, configuration=key, **choices)
 

@@ -237,7 +237,9 @@ def write_transforms(scan: ScanResult) -> None:
     np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
     box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))
-    predicted = Warp(np.moveaxis(scan.in_network_grid("mni")[:, *box], 0, -1), scan.network_affine, np.eye(4))
+    predicted = Warp(
+        np.moveaxis(scan.in_network_grid("mni")[(slice(None), *box)], 0, -1), scan.network_affine, np.eye(4)
+    )
     folds = {"predicted": fold_fraction(predicted, brain[box]), "warp": fold_fraction(forward)}
     scan.summary["folds_of_predicted_coordinates"] = round(folds["predicted"], 6)
     scan.summary["folds_of_warp"] = round(folds["warp"], 6)

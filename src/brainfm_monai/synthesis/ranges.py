@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class SynthesisParams:
     geometry: GeometryParams
     appearances: tuple[AppearanceParams, ...]
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "SynthesisParams":
         """The same draw on another device, without waiting for it."""
 
         def move(value: Any) -> Any:

@@ -120,7 +120,7 @@ class SplitTasksd(MapTransform):
         entropy = torch.zeros(labels.shape, device=logits.device)
         volumes = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
         box = [slice(*ends) for ends in zip(*generate_spatial_bounding_box(labels), strict=True)]
-        entropy[:, *box], volumes[allowed] = _measure(possible[:, *box])
+        entropy[(slice(None), *box)], volumes[allowed] = _measure(possible[(slice(None), *box)])
         voxel_mm3 = float(torch.det(output.affine[:3, :3]).abs()) if isinstance(output, MetaTensor) else 1.0
         return {key: labels, "segmentation": labels.clone(), "entropy": entropy, "soft_volumes": volumes * voxel_mm3}
 

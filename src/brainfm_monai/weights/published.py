@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import COLUMNS, Protocol, Structure
-from brainfm_monai.io import write_table, write_text, write_whole
+from brainfm_monai.io import hash_file, write_table, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
 from brainfm_monai.tasks import TASKS, TaskLayout
 from brainfm_monai.weights.checkpoint import Placeholder, read_checkpoint
@@ -123,13 +122,11 @@ def load_published(path: str | Path) -> Published:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if ignored:
         logger.warning("%s: left out, without use here: %s", path, ", ".join(ignored))
-    with Path(path).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     layout, backbone, kind = network.layout, network.backbone, FORMATS[name]
     assert isinstance(backbone, UNet)
     epoch = content["epoch"] if isinstance(content.get("epoch"), int) else None
     info = WeightsInfo(
-        name, Path(path).name, sha256, type(backbone).__name__, backbone.features, backbone.unit_norm, tuple(layout.tasks),
+        name, Path(path).name, hash_file(path), type(backbone).__name__, backbone.features, backbone.unit_norm, tuple(layout.tasks),
         layout.protocol.name, kind.template_space, kind.input, kind.licence, epoch, tuple(ignored),
     )  # fmt: skip
     return Published(network.eval().requires_grad_(False), layout, info)
