@@ -22,7 +22,7 @@ DYNAMIC_AXES = (0, 2, 3, 4)  # all but the channel
 
 
 def export_torchscript(network: nn.Module, path: str | Path) -> None:
-    """Write a network that ``torch.jit.script`` takes as TorchScript, for any batch and any size that the network takes.
+    """Write a network that ``torch.jit.script`` takes as TorchScript, for any batch and size that the network takes.
 
     Raises:
         ValueError: if the network cannot be scripted; with the first line of the reason.
@@ -36,7 +36,7 @@ def export_torchscript(network: nn.Module, path: str | Path) -> None:
 
 
 def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance: float = ONNX_TOLERANCE) -> float:
-    """Write a network over one of this package's U-Nets as ONNX, for any batch and size, and compare it on another size.
+    """Write a network over one of our U-Nets as ONNX, for any batch and size, and compare it on another size.
 
     Args:
         network: is put into evaluation mode.

@@ -52,7 +52,7 @@ def keep_gains(
 def _compare(
     network: MultiTaskNet, weights: Mapping[str, Tensor], items: Sequence[Mapping[str, Any]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each structure: Dice with the corrected labels, voxels that are predicted, whether no label has it; the background is none."""
+    """Of each structure (0 for the background): Dice with the labels, predicted voxels, whether no label has it."""
     network.load_state_dict(weights)
     network.eval()
     rows, device = network.layout.slices["segmentation"], network.head.weight.device

@@ -14,7 +14,7 @@ Command = Callable[..., Any]
 
 
 def _lazy(module: str, name: str, doc: str, *, is_shown: bool = False) -> property:
-    """A command of a module of ``data``, imported when it is asked for. Fire prints what it returns, but for lists of folders."""
+    """A command of a module of ``data``, imported when asked for; Fire prints what it returns if ``is_shown``."""
 
     def load(_: object) -> Command:
         function: Command = getattr(import_module(f"brainfm_monai.data.{module}"), name)

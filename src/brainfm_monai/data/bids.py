@@ -1,4 +1,4 @@
-"""Prepared subjects out of a BIDS folder: scans of several contrasts, with labels from derivatives or from the bundle's model."""
+"""Prepared subjects out of a BIDS folder: scans of several contrasts, labels from derivatives or the bundle's model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Session(NamedTuple):
 
 
 def find_sessions(root: str | Path) -> list[Session]:
-    """List the visits in a BIDS folder that have a scan of a known contrast, with the labels that derivatives have of them.
+    """List the visits in a BIDS folder that have a scan of a known contrast, with their labels from derivatives.
 
     Labels, lesions and masks are those of the very scan: their entities (``ses``, ``acq``, ``run``, ...) and the
     contrast in their name are those of the scan, and a ``space`` is the scan's own. A name that leaves entities out
@@ -99,7 +99,7 @@ def find_sessions(root: str | Path) -> list[Session]:
 
 
 def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], files: Sequence[BidsFile]) -> Session:
-    """A visit: its scans, and what belongs to them among the files of the visit; ``rivals`` are all scans of the person."""
+    """A visit: its scans, and what belongs to them among its files; ``rivals`` are all scans of the person."""
     scans = sorted((f for f in rivals if f in files), key=lambda f: CONTRASTS.index(f.contrast))
     labels, reference = _find_labels(derivatives, name, scans, rivals, files)
     chosen = {reference.contrast: reference} if reference else {}
@@ -125,7 +125,7 @@ def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], file
 def _find_labels(
     derivatives: Path, name: str, scans: Sequence[BidsFile], rivals: Sequence[BidsFile], files: Sequence[BidsFile]
 ) -> tuple[dict[str, Path], BidsFile | None]:
-    """Files of the labels of a visit by role, and the scan that they belong to: FreeSurfer's folder before a label map."""
+    """Files of a visit's labels by role, and the scan that they belong to: FreeSurfer's folder before a label map."""
     t1w = [f for f in scans if f.contrast == "T1w"]
     is_only_visit = len({f.entities.get("ses") for f in rivals}) == 1
     names = {name, name.split("_")[0]} if is_only_visit else {name}

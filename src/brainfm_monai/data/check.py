@@ -1,4 +1,4 @@
-"""The faults of a set of subjects, found in its files, and a picture of everything that a training would see of a subject."""
+"""The faults of a set of subjects, found in its files, and a picture of all that a training would see of a subject."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_set(
 
 
 def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> list[Finding]:
-    """Every rule that the files of a subject break; a rule that cannot be looked at because a file is unreadable is broken.
+    """Every rule that the files of a subject break; a rule whose files cannot be read is broken, too.
 
     ``entry`` is the item of a datalist with whole paths; a contact sheet is drawn into ``picture_dir`` if it is given.
     """
@@ -274,6 +274,6 @@ def _draw(subject: LoadedSubject, key: str, cut: Slice, base: np.ndarray) -> np.
 
 
 def _shades() -> np.ndarray:
-    """Shade of every generation label: well apart; codes that mix two tissues go evenly from white to grey matter to fluid."""
+    """Shade of each generation label, well apart; codes of two tissues go evenly from white to grey matter to fluid."""
     pure = 0.25 + 0.7 * np.mod(np.arange(1, 150) * GOLDEN_RATIO, 1)
     return np.concatenate([[0], pure, np.linspace(1.0, 0.1, 101), np.linspace(0.2, 0.6, 5)])

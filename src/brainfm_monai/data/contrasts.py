@@ -1,4 +1,4 @@
-"""Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and the lesions drawn on them.
+"""Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and lesions drawn on them.
 
 Everywhere here ``ids`` are FreeSurfer ids on the box of the subject, shape (H, W, D), and ``affine`` takes its voxels
 to RAS mm.
@@ -84,7 +84,7 @@ def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray)
 
 
 def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
-    """The contrast of a scan: CT if it is in HU, else that in whose table the structures have the most similar brightness."""
+    """The contrast of a scan: CT if it is in HU, else that whose table is most like the structures' brightness."""
     values, file_affine = read_scan(path)
     if values.min() < AIR_HU / 2 and (values < AIR_HU / 2).mean() > MINIMUM_AIR_SHARE and values.max() > -AIR_HU / 2:
         return "CT"
@@ -101,7 +101,7 @@ def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
 
 
 def align_scan(fixed: Image, moving: Image, is_ct: bool = False) -> np.ndarray:
-    """Rigid map, shape (4, 4), from the points of the fixed scan in RAS mm to those of the moving one, by mutual information.
+    """Rigid map (4, 4) from points of the fixed scan in RAS mm to those of the moving one, by mutual information.
 
     It starts where the headers place the scans, unless the heads then hardly overlap: the scans of one session need
     little, and those of different scanners are first laid on each other by their centres of gravity. Both scans are
@@ -158,7 +158,7 @@ def carry_lesion(
 def find_removed(
     contrast: str, scan: BoxScan, mask: Path | None, ids: np.ndarray, affine: np.ndarray, mni_mm: np.ndarray
 ) -> np.ndarray:
-    """Where a scan on the box holds no data, bool (H, W, D): outside its field of view, where defaced, or outside the brain.
+    """Where a scan on the box holds no data, bool (H, W, D): outside its field of view or the brain, or where defaced.
 
     A mask of the data set, which is 1 where the scan was defaced, decides where there is one. Without it: defacing and
     brain extraction set voxels to exactly 0, which the noise of air rarely is. A scan, not yet scaled, counts as
@@ -217,7 +217,7 @@ def register_linear(
 
 
 def _to_itk(volume: np.ndarray, affine: np.ndarray) -> Any:
-    """An ITK image in RAS mm, on the closest grid with orthogonal axes, which ITK needs: those of a tilted gantry are not."""
+    """An ITK image in RAS mm, on the closest grid with the orthogonal axes that ITK needs and a tilted gantry lacks."""
     spacing = voxel_sizes(affine)
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
     if np.abs(affine[:3, :3] - (left @ right) * spacing).max() > ORTHOGONAL_TOLERANCE_MM:

@@ -22,7 +22,7 @@ SECTIONS = ("training", "validation", "test")
 PROTOCOLS = ("generation_protocol", "protocol")
 FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from", "simulated")
 LONGITUDINAL = ".long."  # FreeSurfer names a visit of its longitudinal stream VISIT.long.TEMPLATE
-VISIT = re.compile(  # what studies append to the name of a person: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _20240131
+VISIT = re.compile(  # what studies append to a person's name: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _20240131
     r"(?i)[._-](?:(?:ses|session|visit|tp|timepoint|time|scan|run|base|baseline|template|followup|fu|bl|mr)[._-]?\d*"
     r"|[vtmy][._-]?\d\d?|d\d{3,}|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d)$"
 )

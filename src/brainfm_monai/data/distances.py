@@ -1,4 +1,4 @@
-"""Signed distances to the white and pial boundaries of the cerebral hemispheres, out of labels or of triangle surfaces."""
+"""Signed distances to the white and pial boundaries of the cerebral hemispheres, out of labels or triangle meshes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
 
 
 def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
-    """Signed distances in mm, negative inside, to the boundaries of the cerebral cortex in a map of FreeSurfer ids (H, W, D).
+    """Distances in mm, negative inside, to the boundaries of the cerebral cortex in a map of FreeSurfer ids (H, W, D).
 
     The voxels are isotropic, of ``spacing_mm``. The last axis of the result (H, W, D, 4) is left pial, left white,
     right pial, right white.

@@ -136,7 +136,7 @@ def _fetch(file: OpenFile, target: Path) -> None:
 
 
 def write_demo_scans(output_dir: str | Path) -> list[Path]:
-    """Write ``mni152_T1w.nii.gz`` (1 mm) and ``clinical_T2like.nii.gz``, see :func:`simulate_clinical_scan`; return their paths."""
+    """Write ``mni152_T1w.nii.gz`` and ``clinical_T2like.nii.gz`` (:func:`simulate_clinical_scan`); return the paths."""
     from nilearn.datasets import load_mni152_template  # slow to import
 
     folder = Path(output_dir)
@@ -150,7 +150,7 @@ def write_demo_scans(output_dir: str | Path) -> list[Path]:
 
 
 def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Image:
-    """Make of a T1 what a clinical archive might hold: 5 mm slices askew to the head, dark-to-bright contrast, shading, noise.
+    """Make of a T1 what a clinical archive might hold: 5 mm slices askew to the head, turned contrast, shading, noise.
 
     The contrast of the tissues is turned around (fluid bright, white matter dark); the voxels are stored from right to
     left and front to back (LPS), with the true oblique affine. ``t1w`` is skull-stripped with background 0, ``seed``

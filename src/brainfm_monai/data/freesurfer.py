@@ -1,4 +1,4 @@
-"""Prepared subjects out of a FreeSurfer or FastSurfer ``SUBJECTS_DIR``, and the volumes of any subject out of its files."""
+"""Prepared subjects out of a FreeSurfer or FastSurfer ``SUBJECTS_DIR``, and any subject's volumes out of its files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where ther
 SURFACES = ("lh.pial", "lh.white", "rh.pial", "rh.white")  # in the order of the distance's channels
 # from the MNI305 space of talairach.xfm to MNI152; the matrix of FreeSurfer's documentation of coordinate systems
 MNI305_TO_MNI152 = np.array([
-    [0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840], [0, 0, 0, 1]
+    [0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840],
+    [0, 0, 0, 1],
 ])  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def prepare_freesurfer(
 
 
 def _find_templates(folders: Sequence[Path]) -> dict[str, str]:
-    """Template of the longitudinal stream by folder, for the templates themselves and all visits that were used for them."""
+    """Template of the longitudinal stream by folder, for the templates and all visits that were used for them."""
     template_of = {f.name: f.name.split(LONGITUDINAL)[1] for f in folders if LONGITUDINAL in f.name}
     template_of |= {visit.split(LONGITUDINAL)[0]: template for visit, template in template_of.items()}
     for folder in folders:
@@ -175,7 +176,7 @@ def make_volumes(
 
 
 def read_talairach(path: Path) -> np.ndarray:
-    """Read the affine of ``talairach.xfm``, from scanner RAS to MNI305 mm; ValueError if it holds no linear transform."""
+    """Read the affine of ``talairach.xfm``, scanner RAS to MNI305 mm; ValueError if it holds no linear transform."""
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         numbers = text.split("Linear_Transform")[1].split("=")[1].split(";")[0].split()

@@ -54,7 +54,7 @@ def resample_to_box(
 
 
 def find_head(values: np.ndarray) -> np.ndarray:
-    """The head in a scan (H, W, D): what is brighter than air (Otsu's threshold), closed, without holes, in its largest piece.
+    """The head in a scan (H, W, D): the largest piece brighter than air (Otsu's threshold), closed, without holes.
 
     The mask is bool, and empty for a constant scan.
     """
@@ -71,7 +71,7 @@ def find_head(values: np.ndarray) -> np.ndarray:
 
 
 def scale_intensities(values: np.ndarray) -> np.ndarray:
-    """Map a magnitude scan (H, W, D) to [0, 1], float32: its minimum to 0, the 99.9 % quantile in the head to 1, the rest clipped.
+    """Map a magnitude scan (H, W, D) to [0, 1], float32, clipped: its minimum to 0, the head's 99.9 % quantile to 1.
 
     A scan without contrast becomes 0.
     """

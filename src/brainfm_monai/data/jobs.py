@@ -1,4 +1,4 @@
-"""Many subjects: made in parallel, checked, written whole; finished ones are skipped, a bad one is reported at the end."""
+"""Many subjects, made in parallel, checked, written whole: finished ones are skipped, bad ones reported at the end."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
 def run_jobs(
     jobs: Sequence[Job], output: str | Path, *, processes: int = 1, overwrite: bool = False, dry_run: bool = False
 ) -> list[Path]:
-    """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues where it stopped.
+    """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues.
 
     Args:
         jobs: the subjects.
@@ -135,7 +135,7 @@ def run_jobs(
 
 
 def is_finished(job: Job, output_dir: Path) -> bool:
-    """Whether a subject is there, out of the same files and with the same settings; its person is brought up to date."""
+    """Whether a subject is there, out of the same files with the same settings; its person is brought up to date."""
     folder = output_dir / job.name
     try:
         record, needed = subjects.read_record(folder), job.describe()

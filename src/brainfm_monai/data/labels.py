@@ -1,4 +1,4 @@
-"""Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what the generator paints on them."""
+"""Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what is painted on them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def cut_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int
 
 
 def crop_to_box(volume: np.ndarray, affine: np.ndarray, centre: np.ndarray, spatial_size: Sequence[int]) -> Image:
-    """Cut a box of fixed size out of a volume, with zeros where it leaves the volume, and move the affine (4, 4) with it.
+    """Cut a box of fixed size out of a volume, with zeros outside the volume, and move the affine (4, 4) with it.
 
     ``centre`` is that of the box in voxels, shape (3,). The box has the shape ``spatial_size``.
     """
@@ -180,16 +180,14 @@ def crop_to_box(volume: np.ndarray, affine: np.ndarray, centre: np.ndarray, spat
 def make_generation_labels(
     ids: np.ndarray, distance: np.ndarray | None = None, clusters: np.ndarray | None = None
 ) -> tuple[np.ndarray, str]:
-    """Labels for the generator, uint8, and the name of their protocol, out of FreeSurfer ids (H, W, D) with parcels folded.
+    """Labels for the generator, uint8, and their protocol's name, out of FreeSurfer ids (H, W, D) with parcels folded.
 
     A map that labels the head outside the brain follows ``synthseg_generation``. Any other one follows
     ``brainfm_generation``. Where a surface passes through a voxel of white matter and cortex, or of cortex and fluid,
-    the label is the code of their
-    mixture: the share goes from 0 to 1 over one millimetre of signed distance, centred on the surface. ``distance`` is
-        in mm to left
-    pial, left white, right pial and right white surfaces, shape (H, W, D, 4); without it no voxel is mixed.
-    ``clusters`` are classes 1 to 5 of the head outside the brain, 0 elsewhere. ValueError if an id is not in the
-    protocol.
+    the label is the code of their mixture: the share goes from 0 to 1 over one millimetre of signed distance, centred
+    on the surface. ``distance`` is in mm to left pial, left white, right pial and right white surfaces, shape
+    (H, W, D, 4); without it no voxel is mixed. ``clusters`` are classes 1 to 5 of the head outside the brain, 0
+    elsewhere. ValueError if an id is not in the protocol.
     """
     if (ids >= FIRST_HEAD_ID).any():
         return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL
@@ -223,7 +221,7 @@ def choose_contrasts(names: Sequence[str] | str) -> list[str]:
 
 
 def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], source: str) -> dict[str, np.ndarray]:
-    """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 of shape (L,).
+    """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 (L,).
 
     Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real
     images. The quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where
@@ -259,7 +257,7 @@ def find_paintable(labels: np.ndarray, protocol: str, has: Container[str]) -> li
 def simulate_contrasts(
     labels: np.ndarray, affine: np.ndarray, protocol: Protocol, names: Sequence[str], source: str
 ) -> dict[str, np.ndarray]:
-    """Paint contrasts on generation labels (H, W, D): the mean of each label, see :func:`read_means`, a little smoothed.
+    """Paint contrasts on generation labels (H, W, D): each label's mean, see :func:`read_means`, a little smoothed.
 
     ``affine`` takes voxels to mm. The images have the shape of the labels, float32: HU for CT, [0, 1] for the others.
     """

@@ -155,7 +155,7 @@ class HoldSubjectd(Transform):
         self.load = LoadSubjectd(list(self.grids))
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[str, Any]:
-        """Replace the paths by tensors of shape (C, h, w, d); other entries but the name and the protocol are left out."""
+        """Replace the paths by tensors (C, h, w, d); other entries but the name and the protocol are left out."""
         subject = Path(str(data.get("subject", ""))).name  # load_decathlon_datalist makes a path of a name
         absent = [key for key in ("generation_labels", "segmentation") if key not in data]
         if absent:
@@ -192,7 +192,7 @@ def _divide(box_mm: Sequence[float], voxel_mm: float, subject: str) -> list[int]
 
 
 def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
-    """A volume on another grid of the same box: the nearest label, the mean in larger voxels, or linear interpolation."""
+    """A volume on another grid of the same box: the nearest label, a mean in larger voxels, or linear interpolation."""
     if list(values.shape[1:]) == list(size):
         return values
     coarser = all(n <= m for n, m in zip(size, values.shape[1:], strict=True))
@@ -201,7 +201,7 @@ def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
 
 
 def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
-    """List the subjects of a folder in the reference's layout, in the order of their names: T1w scans with siblings of one prefix.
+    """List the subjects of a folder in the reference's layout, by name: T1w scans with siblings of one prefix.
 
     An entry has ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file that is there;
     ``distance`` and ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
@@ -218,7 +218,7 @@ def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
 
 
 def decode_reference(key: str, values: Tensor) -> Tensor:
-    """Values of a file of the reference, shape (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
+    """Values of a file of the reference, (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
 
     mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic
     resonance (quantiles 0 and 99.9 % of the volume), and everything else as it is.

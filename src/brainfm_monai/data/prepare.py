@@ -75,7 +75,7 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
         if files[0].is_dir():
             files = [f for f in files[0].iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
         elif not files[0].exists() and glob.has_magic(str(item)):
-            files = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            files = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob: only relative)
         if not files:
             raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
         sources += sorted(files)
@@ -83,7 +83,7 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def prepare_label_map(source: str | Path, output_dir: str | Path, **settings: Any) -> Path:
-    """Prepare the subject of one label map, also if it is finished, and return its folder; settings: :func:`prepare_labels`.
+    """Prepare the subject of a label map, even if finished, and return its folder; settings: :func:`prepare_labels`.
 
     ValueError, in one line, if the map, the settings or the sides of the head are wrong.
     """
@@ -103,7 +103,7 @@ def prepare_label(
     protocol: str = "synthseg_head",
     size: Sequence[int] | str = SIZE,
 ) -> dict[str, Any]:
-    """Prepare the subject of a scan and its label map, as an annotator corrects them; the same content is prepared once.
+    """Prepare the subject of a scan and its label map as an annotator corrects them; the same content is prepared once.
 
     The scan is a real image of the subject beside the labels, which are also painted in simulated contrasts.
 

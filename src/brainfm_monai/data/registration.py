@@ -1,4 +1,4 @@
-"""MNI coordinates of a subject: its tissues are registered to those of the MNI152 template, affine first, then diffeomorphic."""
+"""MNI coordinates of a subject: its tissues are registered to those of MNI152, affine first, then diffeomorphic."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TISSUES_OF_ID = {int(row["freesurfer_id"]): (float(row["white"]), float(row["gre
 
 
 class Level(NamedTuple):
-    """One resolution of the registration: the voxels of its images and of its velocity field, and its number of steps."""
+    """One resolution of the registration: voxels of its images and of its velocity field, and its number of steps."""
 
     image_mm: int  # a multiple of 2
     velocity_mm: int
@@ -61,7 +61,7 @@ def _look_up(ids: np.ndarray, values: Mapping[int, Sequence[float]]) -> np.ndarr
 
 
 def render_t1(ids: np.ndarray) -> np.ndarray:
-    """Brain-only picture with the contrasts of a T1, one mean per id: intensities in [0, 110], shape of ``ids``, float32."""
+    """Brain-only picture with a T1's contrasts, one mean per id: intensities in [0, 110], shape of ``ids``, float32."""
     picture = _look_up(ids, {i: (value,) for i, value in T1_OF_ID.items()})[0]
     tissue = (picture > 0) & (ids != FLUID_OUTSIDE)
     far = edt.edt(np.ascontiguousarray(~tissue), parallel=1) > FLUID_RIM_VOX
@@ -76,7 +76,7 @@ def render_tissues(ids: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def load_template() -> Image:
-    """The brain-extracted MNI152 T1 at 2 mm, white matter = 110, and its affine; from nilearn's own files, without a network."""
+    """The brain-extracted MNI152 T1 at 2 mm, white matter = 110, and its affine, which nilearn ships."""
     template = mni.load_mni152_template(resolution=SPACING_VOX)
     mask = mni.load_mni152_brain_mask(resolution=SPACING_VOX).get_fdata() > 0
     picture = np.where(mask, template.get_fdata(), 0) * (110.0 / 0.87)
@@ -85,7 +85,7 @@ def load_template() -> Image:
 
 @lru_cache(maxsize=1)
 def load_tissue_maps() -> Image:
-    """Probabilities of white and grey matter in MNI152 at 2 mm, shape (2, H, W, D), and their affine; nilearn ships them."""
+    """Probabilities of white and grey matter in MNI152 at 2 mm, (2, H, W, D), and their affine, which nilearn ships."""
     maps = [load(resolution=SPACING_VOX) for load in (mni.load_mni152_wm_template, mni.load_mni152_gm_template)]
     return np.stack([m.get_fdata(dtype=np.float32) for m in maps]), np.asarray(maps[0].affine, dtype=np.float64)
 

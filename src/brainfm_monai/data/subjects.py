@@ -53,7 +53,7 @@ STORAGE: dict[str, Storage] = {
 
 
 def run_parallel(work: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[tuple[T, R | BaseException]]:
-    """Do some work for many items in processes, with a progress bar; yield each item, in order, with its result or error.
+    """Do work for many items in processes, with a progress bar; yield each item, in order, with its result or error.
 
     ``work`` is a function of a module, so that other processes can import it.
     """

@@ -1,4 +1,4 @@
-"""What MONAI's engines need from us: numbered draws of subjects, batches made on the device, and the step of the training."""
+"""What MONAI's engines need from us: numbered draws of subjects, batches made on the device, and a training's step."""
 
 from brainfm_monai.engines.batches import DrawnSubjects, DrawSampler, SynthesisPrepareBatch
 from brainfm_monai.engines.nonfinite import NonFiniteStop
@@ -13,7 +13,7 @@ from brainfm_monai.engines.trainer import (
 )
 
 __all__ = [
-    "DrawSampler", "DrawnSubjects", "MultiTaskTrainer", "MuonAdamW", "NonFiniteStop", "SynthesisPrepareBatch", "TimeBudget",
-    "check_shards", "make_ema_multi_avg_fn", "make_grad_scaler", "make_warmup_stable_decay", "prepare_for_training",
-    "split_batch", "start_processes",
+    "DrawSampler", "DrawnSubjects", "MultiTaskTrainer", "MuonAdamW", "NonFiniteStop", "SynthesisPrepareBatch",
+    "TimeBudget", "check_shards", "make_ema_multi_avg_fn", "make_grad_scaler", "make_warmup_stable_decay",
+    "prepare_for_training", "split_batch", "start_processes",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A training is a sequence of draws 0, 1, 2, ...: the number of a draw decides its subject and its seed, and so its scan.
+"""A training is a sequence of draws 0, 1, 2, ...: the number of a draw decides its subject and seed, and so its scan.
 
 So there is no stream of random numbers to store: a training that resumes at draw n sees what an uninterrupted training
 would see, and two processes with one subject each see what one process with two subjects would see.
@@ -44,7 +44,7 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
         self._pass: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each of them once."""
+        """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each once."""
         number, position = divmod(draw, len(self.data))
         if self._pass[0] != number:
             order = sorted(range(len(self.data)), key=lambda i: hash_key(self.seed, number, i))
@@ -53,7 +53,7 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
 
 
 class DrawSampler(Sampler[list[int]]):
-    """Numbers of the draws of this process, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
+    """Numbers of this process's draws, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
 
     Batch i of all processes together consists of the draws from ``i * step`` on; process r takes the r-th part.
 
@@ -100,7 +100,8 @@ class SynthesisPrepareBatch(PrepareBatch):
         return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
 
     def __call__(
-        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 

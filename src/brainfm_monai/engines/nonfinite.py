@@ -86,7 +86,8 @@ class NonFiniteStop:
                 raise FloatingPointError(f"training: the loss must be finite, found {found}: see {report}")
 
     def _report(
-        self, engine: MultiTaskTrainer, iteration: int, facts: dict[str, Any], row: list[float], tasks: Mapping[str, Tensor]
+        self, engine: MultiTaskTrainer, iteration: int, facts: dict[str, Any], row: list[float],
+        tasks: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         *losses, norm = row
         parts = split_batch(facts, engine.accumulation) if facts else []

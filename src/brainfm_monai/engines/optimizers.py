@@ -1,4 +1,4 @@
-"""Muon beside AdamW in one optimizer, the learning rate over a training, by iterations or minutes, and the weight average."""
+"""Muon beside AdamW in one optimizer, the learning rate by iterations or minutes, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose steps are orthogonal matrices for hidden convolutions: not for biases, norms, the head and the first kernel.
+    """AdamW whose steps are orthogonal matrices for hidden convolutions, not for biases, norms, head and first kernel.
 
     ``torch.optim.Muon`` takes two-dimensional parameters alone, and the view (O, I h w d) of a kernel (O, I, h, w, d)
     does not exist where the channels of a voxel lie side by side in memory.
@@ -123,7 +123,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
-    """``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel`: an average whose first steps forget the start faster.
+    """``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel` whose first steps forget the start faster.
 
     Step n keeps the smaller of ``decay`` and (1 + n) / (10 + n) of the average, the law of TensorFlow's
     ExponentialMovingAverage.

@@ -1,4 +1,4 @@
-"""The step of the training: a batch in parts, gradients of all processes, their norm, and no step that is not finite."""
+"""The step of a training: a batch in parts, gradients of all processes, their norm, and no step that is not finite."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch
 
 
 def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Cut a batch, tensors and lists of one length B, along its first axis into at most B parts; the first may be larger by one."""
+    """Cut a batch, tensors and lists of length B, along its first axis into at most B parts of nearly equal length."""
     size = len(next(iter(batch.values())))
     parts = min(parts, size)
     bounds = [-(-i * size // parts) for i in range(parts + 1)]
@@ -183,7 +183,7 @@ class MultiTaskTrainer(SupervisedTrainer):
         return loss.detach()
 
     def _step(self) -> Tensor:
-        """Step of the optimizer, unless something is not finite; norm of all gradients before clipping, the same in all processes."""
+        """Step the optimizer if all is finite; return the norm of the gradients of all processes before clipping."""
         for p in self.other_parameters if idist.get_world_size() > 1 else []:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad = cast(Tensor, idist.all_reduce(grad)) / idist.get_world_size()

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingCheckpoint:
-    """Saves everything at the end of an epoch, whole or not at all, and resumes from the newest whole file at the start.
+    """Saves everything at the end of an epoch, whole or not at all, and resumes from the newest whole one at the start.
 
     The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which
     must share the folder, the first one writes and all read.

@@ -23,7 +23,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage, bytes
 
 
 class TrainingStatistics:
-    """Adds ``statistics`` to the output of a trainer, a dictionary of numbers, every few iterations, and shows a progress bar.
+    """Adds a dictionary ``statistics`` to a trainer's output every few iterations, and shows a progress bar.
 
     They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``,
     ``learning_rate``, ``samples_per_second`` of all processes since the last time, without validation, and

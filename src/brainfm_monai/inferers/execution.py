@@ -1,4 +1,4 @@
-"""How inference is run: the memory mode by the size of a scan and the memory that is free, and batches under autocast."""
+"""How inference is run: the memory mode by the size of a scan and the free memory, and batches under autocast."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class AutocastInferer(SimpleInferer):
-    """Give the network the whole batch under autocast; precision and errors: :func:`~brainfm_monai.networks.parse_precision`."""
+    """Run the whole batch under autocast; precision and errors: :func:`~brainfm_monai.networks.parse_precision`."""
 
     def __init__(self, precision: str | None = None) -> None:
         super().__init__()

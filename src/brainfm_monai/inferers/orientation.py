@@ -1,4 +1,4 @@
-"""The header against the anatomy: a head that lies turned in its grid is recognised by what the network makes of its turns."""
+"""The header against the anatomy: a head turned in its grid is recognised by what the network makes of its turns."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Turn:
 
 
 def misfit(brain: Tensor, coordinates: Tensor, voxel_mm: float) -> float:
-    """How badly MNI coordinates fit the voxels that they are of: of an upright brain they are nearly an affine map of them.
+    """How badly MNI coordinates fit the voxels that they are of: an upright brain's are nearly an affine map of them.
 
     A network that sees a head from an unknown side gives coordinates that lie together and scatter. The misfit is the
     median distance in mm from the affine map that fits best, divided by the smallest stretch of that map. It is large
@@ -131,14 +131,14 @@ class OrientationInferer(Inferer):
         turn = self.find_turn(_plain(inputs), network, first)
         if turn is None:
             message = (
-                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual), and no "
-                "turn of the head fits clearly better: look at the orientation and at the segmentation"
+                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual), "
+                "and no turn of the head fits clearly better: look at the orientation and at the segmentation"
             )
         else:
             rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
             message = (
-                f"the orientation of the header does not fit the anatomy: the head is turned by {turn.degrees:.0f} degrees, its "
-                f"right, front and top lie where the header says {turn}; {rule}"
+                f"the orientation of the header does not fit the anatomy: the head is turned by {turn.degrees:.0f} "
+                f"degrees, its right, front and top lie where the header says {turn}; {rule}"
             )
         _add_warning(inputs, message)
         if turn is None or not self.fix:
@@ -147,7 +147,7 @@ class OrientationInferer(Inferer):
         return MetaTensor(upright).copy_meta_from(output) if isinstance(output, MetaTensor) else upright
 
     def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> Turn | None:
-        """The turn that fits the anatomy better than the axes of the image, (1, 1, H, W, D), with a misfit of so many mm, if any."""
+        """The turn that fits better than the axes of an image, (1, 1, H, W, D), with a misfit of so many mm, if any."""
         head = image[(slice(None), slice(None), *head_box(image))]
         if min(head.shape[2:]) < network.stride * COARSE:
             return None  # too thin to be seen in coarse voxels

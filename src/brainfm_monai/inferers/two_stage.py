@@ -83,7 +83,7 @@ class TwoStageInferer(Inferer):
         self.size_mm, self.sigma_mm = tuple(size_mm), sigma_mm
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Map images (B, 1, H, W, D) in RAS+ order with voxels of 1 mm, intensities in [0, 1], to (B, layout.channels, H, W, D).
+        """Map images (B, 1, H, W, D) in RAS+ order, voxels of 1 mm, values in [0, 1], to (B, layout.channels, H, W, D).
 
         In mode ``low`` the channels are ``layout.label_channels``. Maps are float32, metadata are kept.
 
@@ -115,7 +115,7 @@ class TwoStageInferer(Inferer):
         return output
 
     def _air(self, channels: int, image: Tensor) -> Tensor:
-        """Output of a volume without a head, (1, channels, H, W, D); features, of another number of channels, are 0 there."""
+        """Output of a volume without a head, (1, channels, H, W, D); features, of another number of channels, are 0."""
         values = self.layout.outside_values
         if channels != len(values):
             decided = channels == self.layout.label_channels
@@ -177,7 +177,7 @@ class TwoStageInferer(Inferer):
         return lambda a, b: maps[:, :, a:b]
 
     def _encode(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
-        """Both stages of one image on the backbone's grid, (1, 1, h, w, d): decodes planes, (1, channels, b - a, w, d)."""
+        """Both stages of an image on the backbone's grid (1, 1, h, w, d): decodes planes (1, channels, b - a, w, d)."""
         features, voxel_mm = encode(image), float(network.stride)
         coordinates: Tensor | None = None
 
@@ -244,7 +244,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def centre_box(mask: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
-    """Box of a given size around the middle of a mask, (H, W, D), within the volume; an empty mask has its middle there."""
+    """Box of a given size in a volume, around the middle of a mask (H, W, D), or of the volume if the mask is empty."""
     sides = []
     for axis, (length, total) in enumerate(zip(size, mask.shape, strict=True)):
         other_axes = [a for a in range(3) if a != axis]
@@ -265,7 +265,7 @@ def edge_ramp(size: Sequence[int], width: float) -> Tensor:
 
 
 def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm: float) -> Tensor:
-    """The affine map that fits coordinates of the template, (3, H, W, D), best, plus the rest smoothed over a mask, (H, W, D).
+    """The affine map that fits MNI coordinates (3, H, W, D) best, plus the rest smoothed over a mask (H, W, D).
 
     The standard deviation of the Gaussian is in voxels. The result has the shape of the coordinates and is defined
     everywhere.

@@ -17,14 +17,14 @@ EVALUATED = "$%@#:"  # MONAI's parser gives these characters a meaning, some of 
 
 
 def find_bundle(bundle: str | Path = DEFAULT_BUNDLE) -> Path:
-    """Folder of the bundle: as it is named, or, where the working directory has none of the default name, the package's own."""
+    """Folder of the bundle: the named one, or the package's where the working directory lacks the default name."""
     folder, carried = Path(bundle), Path(__file__).parents[1] / DEFAULT_BUNDLE
     missing = not (folder / "configs" / "inference.json").is_file()
     return carried if missing and str(bundle) == DEFAULT_BUNDLE and carried.is_dir() else folder
 
 
 def literal(text: str) -> str:
-    """Write a string, such as a path with ``$`` or ``#``, for a config override such that MONAI's parser yields exactly it.
+    """Write a string, such as a path with ``$`` or ``#``, for a config override so that MONAI's parser yields just it.
 
     Where the parser has nothing to evaluate that is the string itself, else a ``$`` expression of an escaped string
     literal.

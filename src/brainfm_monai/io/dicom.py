@@ -38,7 +38,7 @@ class Series:
     they have no places.
     """
 
-    name: str  # by number, description and what tells it from other volumes of its series; no two in a folder are the same
+    name: str  # by number, description and what tells it from other volumes of its series; unique in a folder
     files: tuple[Path, ...]
     modality: str = ""  # "ct", "mr" or empty
     affine: np.ndarray | None = None
@@ -136,7 +136,7 @@ def _read_slices(files: Sequence[Path]) -> tuple[list[_Slice], int]:
 
 
 def _read_slice(file: Path, header: Any, groups: Sequence[Any]) -> _Slice:
-    """Place, axes and spacing of one slice; of a frame from its own group, else from the group that all frames share."""
+    """Place, axes and spacing of a slice; of a frame from its own group, else from the group that all frames share."""
 
     def read(sequence: str, tag: str) -> Any:
         values = [g[sequence].value[0].get(tag) for g in groups if g is not None and sequence in g]

@@ -45,7 +45,7 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException, name: str) -> str:
-    """Message of a failed scan: the first :class:`ScanError` in the error's chain of causes, else the scan's name and the error."""
+    """Message of a failed scan: the first :class:`ScanError` among the error and its causes, else name and error."""
     while error.__cause__ is not None and not isinstance(error, ScanError):
         error = error.__cause__
     line, kind = first_line(error), type(error).__name__
@@ -136,7 +136,7 @@ def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
-    """Read a TSV file with a header line: one dictionary per row, all cells the strings that :func:`write_table` was given.
+    """Read a TSV file with a header line: a dictionary per row, all cells the strings that :func:`write_table` got.
 
     Raises:
         ValueError: if the file is not UTF-8 text, or a row has another number of cells than the header.

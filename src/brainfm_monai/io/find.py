@@ -1,4 +1,4 @@
-"""Which scans to work on: a file, a DICOM series, a folder, a pattern, a BIDS dataset or a table; nothing is left out silently."""
+"""Scans to work on: a file, a DICOM series, folder, pattern, BIDS dataset or table; nothing is left out silently."""
 
 import errno
 import json

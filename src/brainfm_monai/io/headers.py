@@ -149,7 +149,7 @@ def _sizes(sizes: np.ndarray) -> str:
 
 
 def read_mgh_header(path: Path, block: bytes) -> Stored:
-    """Read the header (the first bytes, unpacked) of an MGH file; without ``goodRASFlag`` FreeSurfer's geometry, coronal slices.
+    """Read the header (first bytes, unpacked) of an MGH file; without ``goodRASFlag``, coronal slices as in FreeSurfer.
 
     Raises:
         ValueError: if the block is no such header.

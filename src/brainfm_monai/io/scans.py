@@ -57,7 +57,7 @@ class Scan:
         return self.folder or self.name
 
     def identify(self) -> dict[str, Any]:
-        """What tells the files of this scan from those of another one, or of the same one after a change, at a glance."""
+        """What tells, at a glance, this scan's files from those of another one, or of the same one after a change."""
         return {
             "path": os.path.realpath(self.path) if self.path else "",
             "changed_ns": _changed_ns(self.path),
@@ -82,7 +82,7 @@ def printable(text: str | os.PathLike[str]) -> str:
 
 
 def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
-    """Scans of the items of a list; a name or folder that is not allowed, or a second name, is the ``problem`` of its scan.
+    """Scans of a list's items; a name or folder that is not allowed, or a second name, is the ``problem`` of its scan.
 
     Items have an ``image`` (a path) and perhaps ``name`` and the other attributes of a scan. Without a name the stem of
     the file is the name, see :func:`unique_names`.

@@ -1,4 +1,4 @@
-"""How a network is run: its element type, its layout in memory, and activations that are computed again instead of kept."""
+"""How a network is run: its element type, its layout in memory, and activations computed again instead of kept."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Head(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map features of shape (B, in_channels, H, W, D) to (B, out_channels, H, W, D) in the precision of the weights."""
+        """Map features (B, in_channels, H, W, D) to (B, out_channels, H, W, D) in the precision of the weights."""
         if torch.jit.is_scripting():  # TorchScript has no autocast of a device that is not known beforehand
             return self._conv_forward(x, self.weight, self.bias)
         if not torch.amp.is_autocast_available(x.device.type):
@@ -78,7 +78,7 @@ class MultiTaskNet(nn.Module):
 
     @torch.jit.export
     def encode(self, image: Tensor) -> Tensor:
-        """Features on the backbone's grid: (B, 1, H, W, D), intensities in [0, 1], to (B, head.in_channels, H / stride, ...)."""
+        """Map images (B, 1, H, W, D) in [0, 1] to the backbone's features, (B, head.in_channels, H / stride, ...)."""
         return self.backbone(self.pool(image))
 
     @torch.jit.export
@@ -88,7 +88,7 @@ class MultiTaskNet(nn.Module):
 
     @torch.jit.export
     def decode(self, features: Tensor, size: list[int]) -> Tensor:
-        """Maps of all tasks, (B, layout.channels, H, W, D), out of features, (B, head.in_channels, h, w, d); size is [H, W, D]."""
+        """Map features (B, head.in_channels, h, w, d) to all maps, (B, layout.channels, H, W, D); size is [H, W, D]."""
         # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
         return self.upsample(self.head(features), size)
 

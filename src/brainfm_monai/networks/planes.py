@@ -51,7 +51,7 @@ def encode_by_planes(backbone: UNet, image: Tensor) -> Tensor:
 
 
 def _read(parts: Parts, a: int, b: int) -> Tensor:
-    """Planes from a to b of a unit's input, (1, channels, b - a, W, D); coarser features are interpolated by the nearest voxel."""
+    """Planes a to b of a unit's input, (1, channels, b - a, W, D); coarser features are those of the nearest voxel."""
     fine = parts[0][:, :, a:b]
     if len(parts) == 1:
         return fine
@@ -67,7 +67,7 @@ def _replace(x: Tensor, stage: Callable[[Tensor, int, int], Tensor]) -> None:
 
 
 def _units(units: nn.Module, parts: Parts, out: Tensor | None = None) -> Tensor:
-    """Two units, one after the other; the result of the first is written to ``out``, which may be a part of its input."""
+    """Two units, one after the other; the first writes its result to ``out``, which may be a part of its input."""
     first, second = units.children()
     x = _unit(first, parts, out)
     return _unit(second, [x], x)

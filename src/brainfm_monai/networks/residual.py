@@ -99,7 +99,7 @@ class AdditiveUNet(nn.Module):
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
 
     def forward(self, image: Tensor, more: Tensor | None = None) -> Tensor:
-        """Map an image (B, in_channels, H, W, D), and features to add to those of the finest level, to (B, features[0], H, W, D)."""
+        """Map an image (B, in_channels, H, W, D), plus features of the finest level, to (B, features[0], H, W, D)."""
         x = self.stem(image)
         if more is not None:
             x = x + more
@@ -148,7 +148,7 @@ class TwoScaleUNet(nn.Module):
         self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map an image of shape (B, in_channels, H, W, D) to features of shape (B, features[0] + features[1], H, W, D)."""
+        """Map an image (B, in_channels, H, W, D) to features (B, features[0] + features[1], H, W, D)."""
         detail = self.encoder(image)
         context = self.coarse(nnf.avg_pool3d(image, 2), self.down(detail))
         context = _to_size(self.up(context), detail)

@@ -40,7 +40,7 @@ class Atlas:
 
 
 def load_atlas(path: str | Path) -> Atlas:
-    """Read an atlas, such as ``aal.nii.gz``, and its table ``aal.tsv`` with the columns ``index`` or ``label``, and ``name``.
+    """Read an atlas, such as ``aal.nii.gz``, and its table ``aal.tsv`` with ``index`` or ``label``, and ``name``.
 
     Args:
         path: label map in MNI152 space.

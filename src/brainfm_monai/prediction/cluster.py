@@ -1,4 +1,4 @@
-"""Thousands of scans on the workers of a Dask cluster: each scan is a task, and a lost worker's scans are done elsewhere."""
+"""Thousands of scans on workers of a Dask cluster: each scan is a task; a lost worker's scans are done elsewhere."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class ScanDataset(Dataset):
 
 
 class ScanLoader(Iterable[dict[str, Any]]):
-    """Batches of one scan each, in order; a thread reads one scan ahead. ``current`` is the number of the last batch's scan."""
+    """Batches of one scan each, in order; a thread reads one scan ahead. ``current`` numbers the last batch's scan."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset, self.current = dataset, -1
@@ -79,7 +79,7 @@ class ScanLoader(Iterable[dict[str, Any]]):
 
 
 def share_of(count: int, shard: str | None = None) -> list[int]:
-    """Numbers, from 0, of those of ``count`` scans that this process works on; all processes together do every scan once.
+    """Numbers, from 0, of those of ``count`` scans that this process does; all processes together do every scan once.
 
     ``shard`` is ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all. torchrun's ``RANK`` and
     ``WORLD_SIZE`` in the environment divide the shard further.
@@ -104,7 +104,7 @@ def local_device() -> torch.device:
 
 
 def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = None, overwrite: bool = False) -> None:
-    """Run an evaluator over its scans and write their files; a scan that fails is reported in one line, and the rest is done.
+    """Run an evaluator over its scans and write their files; a failing scan is reported in one line, the rest is done.
 
     Scans that are finished already are skipped. ``summary.tsv`` has all scans of the list, also those of other shards.
 
@@ -223,7 +223,7 @@ def run_scans(
 
 @contextmanager
 def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | None, bar: tqdm) -> Iterator[None]:
-    """A scan that fails in the block is one more line of ``failures``, in the log and in the notes where there are any."""
+    """A scan that fails in the block is a line more of ``failures``, in the log and in the notes if there are any."""
     try:
         yield
     except Exception as error:
@@ -238,7 +238,7 @@ def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | Non
 
 
 class WriteScans:
-    """Handler that writes the files of every scan when a host runs the evaluator itself, without :func:`predict_scans`."""
+    """Handler that writes every scan's files when a host runs the evaluator itself, without :func:`predict_scans`."""
 
     def __init__(self, writer: ScanWriter) -> None:
         self.writer = writer
@@ -256,7 +256,7 @@ class WriteScans:
 
 
 def maps_of(engine: Engine) -> dict[str, Any]:
-    """Maps of the scan that was computed last, and the ``original`` scan, which MONAI's evaluator leaves in the batch."""
+    """Maps of the scan computed last, and the ``original`` scan, which MONAI's evaluator leaves in the batch."""
     batch: Any = engine.state.batch
     output: Any = engine.state.output
     return {**({"original": batch[0]["original"]} if "original" in batch[0] else {}), **output[0]}

@@ -48,7 +48,7 @@ class Prediction(dict[str, Any]):
         return table.assign(soft_mm3=soft, hard_mm3=hard).set_index("label")
 
     def _repr_html_(self) -> str:
-        """The interactive view, where NiiVue is installed, or the page of the scan, in a frame; warnings and volumes below."""
+        """The interactive view, if NiiVue is installed, or the scan's page, in a frame; warnings and volumes below."""
         script = find_niivue()
         page = compose_view(self.scan, script) if script else compose_page(self.scan)
         frame = f'<iframe srcdoc="{escape(page)}" style="width:100%;height:{VIEW_HEIGHT}px;border:0"></iframe>'

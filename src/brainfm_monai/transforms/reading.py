@@ -80,7 +80,7 @@ def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
 
 
 def find_floor(values: np.ndarray) -> tuple[float, str]:
-    """The padding of an MR scan, (H, W, D): one negative value that many voxels share, where hardly another is negative.
+    """The padding of an MR scan, (H, W, D): a negative value that many voxels share, where hardly another is negative.
 
     Returns:
         The value below which voxels are lifted, and a warning; minus infinity and an empty string without padding.
@@ -164,7 +164,7 @@ class LoadScand(LoadImaged):
 
 
 class ScanSpacingd(Spacingd):
-    """:class:`monai.transforms.Spacingd` that smooths what becomes coarser, and leaves entries named ``<key>_...`` alone.
+    """:class:`monai.transforms.Spacingd` that smooths what becomes coarser, and leaves entries ``<key>_...`` alone.
 
     Without smoothing, detail that the new voxels cannot show comes back as noise, see
     :func:`~brainfm_monai.functional.intensity.antialias`. Spacingd (MONAI 1.6.0 and 1.6.1) calls ``update`` on entries

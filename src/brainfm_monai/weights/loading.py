@@ -1,4 +1,4 @@
-"""Plain state dicts into networks that they fit: whole, or the backbone and the channels of the head that both layouts have."""
+"""Plain state dicts into networks that they fit: whole, or the backbone and those channels that both layouts have."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def make_pretrained(
 
 
 def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
-    """Load the whole backbone, and the channels of the head that mean the same in both layouts; others keep their values.
+    """Load the whole backbone and the head's channels that mean the same in both layouts; others keep their values.
 
     Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name;
     those of other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a

@@ -1,4 +1,4 @@
-"""The two published checkpoints of this family, BrainFM and SuperSynth: as networks of this package, and as files of a bundle."""
+"""The published checkpoints BrainFM and SuperSynth: as networks of this package, and as files of a bundle."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class WeightsInfo:
 
 @dataclass(frozen=True)
 class Published:
-    """Published weights: a network in evaluation mode, the names of its output's channels, and where the weights come from."""
+    """Published weights: a network in evaluation mode, the names of its output's channels, and the weights' origin."""
 
     network: MultiTaskNet
     layout: TaskLayout
@@ -126,14 +126,14 @@ def load_published(path: str | Path) -> Published:
     assert isinstance(backbone, UNet)
     epoch = content["epoch"] if isinstance(content.get("epoch"), int) else None
     info = WeightsInfo(
-        name, Path(path).name, hash_file(path), type(backbone).__name__, backbone.features, backbone.unit_norm, tuple(layout.tasks),
-        layout.protocol.name, kind.template_space, kind.input, kind.licence, epoch, tuple(ignored),
+        name, Path(path).name, hash_file(path), type(backbone).__name__, backbone.features, backbone.unit_norm,
+        tuple(layout.tasks), layout.protocol.name, kind.template_space, kind.input, kind.licence, epoch, tuple(ignored),
     )  # fmt: skip
     return Published(network.eval().requires_grad_(False), layout, info)
 
 
 def _recognise(content: Any) -> tuple[str, MultiTaskNet, list[str]]:
-    """Format of a checkpoint by its content, the network that its weights fit, and names of the entries that are not used."""
+    """Format of a checkpoint by its content, the network that its weights fit, and names of unused entries."""
     groups: dict[str, Tensors] = defaultdict(dict)  # tensors of the backbone and of every head
     if isinstance(content, Mapping):
         if isinstance(content.get("backbone_state_dict"), Mapping):
@@ -165,7 +165,7 @@ def _recognise(content: Any) -> tuple[str, MultiTaskNet, list[str]]:
 def _assemble(
     name: str, groups: dict[str, Tensors], rest: list[str], unit_norm: bool
 ) -> tuple[MultiTaskNet, list[str]]:
-    """Network with the heads of those tasks of which weight and bias of every part are in the file, and unused names."""
+    """Network with the heads of the tasks of which weight and bias of every part are in the file, and unused names."""
     kind, kinds = FORMATS[name], ("weight", "bias")
     state: Tensors = {}
     ignored: list[str] = []
