@@ -1,7 +1,5 @@
 """Networks as TorchScript and ONNX files, for programs that do not have this package."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The command ``brainfm-monai``: each command is a few lines that call the package or run a config of the bundle."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

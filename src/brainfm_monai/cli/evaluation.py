@@ -1,7 +1,5 @@
 """Commands that measure how good predictions are, and compare two evaluations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from brainfm_monai.cli.bundle import existing_datalist, run_bundle

@@ -1,7 +1,5 @@
 """Commands that make training subjects, list and check them, fetch open data, and make scans to try things on."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import wraps

@@ -1,7 +1,5 @@
 """Prepared subjects out of a BIDS folder: scans of several contrasts, labels from derivatives or the bundle's model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +44,7 @@ class BidsFile(NamedTuple):
         is_image = self.path.name.endswith((".nii", ".nii.gz")) and self.entities.get("part", "mag") == "mag"
         return is_image and scan_stem(self.path).split("_")[-1] in CONTRAST_OF_SUFFIX
 
-    def is_of(self, scan: BidsFile, rivals: Sequence[BidsFile]) -> bool:
+    def is_of(self, scan: "BidsFile", rivals: Sequence["BidsFile"]) -> bool:
         """Whether the file was made of a scan and lies in its space; ``rivals`` are all scans of the person."""
         meant = [f for f in rivals if f.contrast == scan.contrast and self.scan <= f.scan]
         return self.entities.get("space", "") in NATIVE_SPACES and (self.scan == scan.scan or meant == [scan])

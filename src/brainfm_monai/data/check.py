@@ -1,7 +1,5 @@
 """The faults of a set of subjects, found in its files, and a picture of all that a training would see of a subject."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path

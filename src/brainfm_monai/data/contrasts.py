@@ -4,8 +4,6 @@ Everywhere here ``ids`` are FreeSurfer ids on the box of the subject, shape (H, 
 to RAS mm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path

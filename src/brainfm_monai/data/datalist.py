@@ -1,7 +1,5 @@
 """The MONAI datalist of prepared subjects, and of folders in the reference's layout."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Signed distances to the white and pial boundaries of the cerebral hemispheres, out of labels or triangle meshes."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

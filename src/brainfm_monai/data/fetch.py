@@ -1,7 +1,5 @@
 """Open data: a table of files with a download that checks them, and the demo's scans, which need no download."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Prepared subjects out of a FreeSurfer or FastSurfer ``SUBJECTS_DIR``, and any subject's volumes out of its files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Scans of a subject on its box: resampling once, scaling to [0, 1], the head, and classes of what is not brain."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

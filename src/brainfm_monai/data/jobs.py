@@ -1,7 +1,5 @@
 """Many subjects, made in parallel, checked, written whole: finished ones are skipped, bad ones reported at the end."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

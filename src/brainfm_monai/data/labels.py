@@ -1,7 +1,5 @@
 """Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what is painted on them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress

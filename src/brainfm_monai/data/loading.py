@@ -1,7 +1,5 @@
 """Subjects into memory: prepared ones, and those of the reference's layout, in the same units."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from importlib import resources

@@ -1,7 +1,5 @@
 """Prepared subjects out of label maps, and of corrected scans: what a training needs of an anatomy, written once."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """MNI coordinates of a subject: its tissues are registered to those of MNI152, affine first, then diffeomorphic."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import resources

@@ -1,7 +1,5 @@
 """The scans that a user means as items of a MONAI datalist."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from brainfm_monai import io

@@ -1,7 +1,5 @@
 """A prepared subject on disk: its files, their number formats, and the record of what the subject was made of."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence

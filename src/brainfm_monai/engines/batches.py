@@ -4,8 +4,6 @@ So there is no stream of random numbers to store: a training that resumes at dra
 would see, and two processes with one subject each see what one process with two subjects would see.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A loss that is not finite: which subject, which seed, what was drawn; and the end of a training that diverges."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Muon beside AdamW in one optimizer, the learning rate by iterations or minutes, and the average of the weights."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The step of a training: a batch in parts, gradients of all processes, their norm, and no step that is not finite."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Mapping, Sized

@@ -1,7 +1,5 @@
 """The cases of an evaluation, every scan under every condition: their list, references, measures and pictures."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace

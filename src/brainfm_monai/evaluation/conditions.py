@@ -1,7 +1,5 @@
 """The conditions of an evaluation: what is done to real scans, and how scans are generated, by name and value."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The plots of an evaluation: rows of dots with their means, and curves of what was made worse."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The surfaces of a case against those of its reference: files, or what its distances or labels give."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

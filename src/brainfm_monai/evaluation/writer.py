@@ -1,7 +1,5 @@
 """What an evaluation leaves: measures of every case, tables and a page of all; and two evaluations compared."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Checkpoints from which a training resumes as if it had never stopped, and the best weights."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections.abc import Mapping

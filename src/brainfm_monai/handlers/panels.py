@@ -1,7 +1,5 @@
 """Pictures of a validation: input, prediction and target of every task, in three planes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Scores of a validation, over the subjects of all processes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a training reports while it runs, read from the device once in several iterations."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any, cast

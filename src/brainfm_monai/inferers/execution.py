@@ -1,7 +1,5 @@
 """How inference is run: the memory mode by the size of a scan and the free memory, and batches under autocast."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

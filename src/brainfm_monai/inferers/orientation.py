@@ -1,7 +1,5 @@
 """The header against the anatomy: a head turned in its grid is recognised by what the network makes of its turns."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,7 +67,7 @@ class Turn:
         return matrix
 
     @classmethod
-    def all(cls) -> Iterator[Turn]:
+    def all(cls) -> Iterator["Turn"]:
         """The 24 turns, the one that changes nothing first."""
         turns = (cls(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3))
         return (turn for turn in turns if np.linalg.det(turn._matrix()) > 0)

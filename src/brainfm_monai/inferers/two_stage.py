@@ -1,7 +1,5 @@
 """The way of a scan through a network: crop, encode, find the brain, encode a box around the brain, decode."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

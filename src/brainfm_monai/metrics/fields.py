@@ -1,7 +1,5 @@
 """Errors of dense maps: images, bias field, distances to the surfaces of the cortex, template coordinates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """All measures of one scan: what was predicted against what is true, as rows of the tidy table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Structures of a predicted and a reference label map: Dice, volumes, Hausdorff distance; masks of lesions."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

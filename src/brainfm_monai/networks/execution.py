@@ -1,7 +1,5 @@
 """How a network is run: its element type, its layout in memory, and activations computed again instead of kept."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any

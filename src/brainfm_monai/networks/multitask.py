@@ -1,7 +1,5 @@
 """A backbone and the head that makes a multi-task network of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -64,7 +62,7 @@ class MultiTaskNet(nn.Module):
         if freeze_backbone:
             backbone.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> MultiTaskNet:
+    def train(self, mode: bool = True) -> "MultiTaskNet":
         """Set the mode of the network; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.freeze_backbone:

@@ -4,8 +4,6 @@ Normalisation, convolution and activation run over chunks of planes. A unit over
 skip with the upsampled coarser features after it, the largest tensor of a U-Net, is put together chunk by chunk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Residual U-Nets with additive skips and instance normalisation: what a CPU trains and runs fast in bfloat16."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The U-Nets of the published checkpoints: BrainFM's and the residual one of SuperSynth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

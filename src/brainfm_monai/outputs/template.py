@@ -1,7 +1,5 @@
 """From predicted template coordinates to transforms: robust affine, smooth residual without folds, inverse; RAS mm."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any

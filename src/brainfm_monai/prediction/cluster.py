@@ -1,7 +1,5 @@
 """Thousands of scans on workers of a Dask cluster: each scan is a task; a lost worker's scans are done elsewhere."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -112,7 +110,7 @@ def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _connect(cluster: str, tasks: int) -> Iterator[Client]:
+def _connect(cluster: str, tasks: int) -> Iterator["Client"]:
     """A client of the cluster; local workers share the cores, and end with the block."""
     try:
         import dask

@@ -5,8 +5,6 @@ dictionaries, numbers, text and tensors. Every other class becomes an inert :cla
 anything else is refused.
 """
 
-from __future__ import annotations
-
 import pickle
 import tarfile
 import zipfile
@@ -48,7 +46,7 @@ class _InertType(type):
 class Placeholder(metaclass=_InertType):
     """An object of a class that is not imported: its attributes can be read, and do nothing."""
 
-    def __new__(cls, *args: Any) -> Placeholder:
+    def __new__(cls, *args: Any) -> "Placeholder":
         """Make an empty object; a class that needs arguments is refused."""
         if args:
             raise _Refused(cls.__qualname__)

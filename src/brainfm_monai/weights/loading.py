@@ -1,7 +1,5 @@
 """Plain state dicts into networks that they fit: whole, or the backbone and those channels that both layouts have."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The published checkpoints BrainFM and SuperSynth: as networks of this package, and as files of a bundle."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
