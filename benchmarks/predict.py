@@ -3,7 +3,7 @@
     python benchmarks/predict.py [ROUNDS]
 
 Both are run as whole commands, ``brainfm-monai predict SCAN OUT``, in turn, ROUNDS times (default 3), on the MNI152 T1 that nilearn
-ships. The medians of the time on the wall and of the CPU are printed with their ratio: issue 16 wants at most 1.3. CPU seconds
+ships. The medians of the time on the wall and of the CPU are printed with their ratio, which should be at most 1.3. CPU seconds
 beside the time on the wall tell whether the machine was otherwise busy. The third line is the start-up: ``brainfm-monai --help``.
 """
 
