@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from brainfm_monai.io import fingerprint, literal
+from brainfm_monai.io import fingerprint, literal, write_whole
 
 SCRIPT = """
 import sys
@@ -79,3 +79,19 @@ def test_a_literal_reaches_the_config_unchanged(text: str) -> None:
     assert parser.get_parsed_content("path") == text
     assert parser.get_parsed_content("joined") == text + "/x"
     assert parser.get_parsed_content("list") == [{"image": text}]
+
+
+def test_a_writer_removes_what_a_killed_one_left_and_nothing_that_is_being_written(tmp_path: Path) -> None:
+    target = tmp_path / "table[1].tsv"
+    left, foreign = tmp_path / ".0123abcd.partial.table[1].tsv", tmp_path / ".0123abcd.partial.table.tsv"
+    left.write_text("half")
+    foreign.write_text("of another file")
+    with write_whole(target) as first:
+        first.write_text("first")
+        with write_whole(target) as second:
+            second.write_text("second")
+            assert not left.exists()
+            assert first.exists()
+        assert target.read_text() == "second"
+    assert target.read_text() == "first"
+    assert sorted(tmp_path.iterdir()) == [foreign, target]

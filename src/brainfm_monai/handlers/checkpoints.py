@@ -60,7 +60,7 @@ class TrainingCheckpoint:
             content["random"]["cuda"] = torch.cuda.get_rng_state()
         with write_whole(self.save_dir / f"training_checkpoint_{engine.state.iteration}.pt") as partial:
             torch.save(content, partial)
-        killed = list(self.save_dir.glob(".*.partial.training_checkpoint_*.pt"))  # left by a process that was killed
+        killed = self.save_dir.glob(".*.partial.training_checkpoint_*.pt")  # left by a process, of another iteration
         for path in [*self.saved()[: -self.n_saved], *killed]:
             path.unlink()
 

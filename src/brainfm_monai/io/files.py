@@ -58,16 +58,23 @@ def write_whole(path: str | Path) -> Iterator[Path]:
 
     The block gets the path of a temporary file and writes it. It lies in the same folder, which is created, has a name
     of its own (several processes may write the same file) and the same suffixes (libraries choose the format by them).
-    An existing file is replaced; if the block fails, the temporary file is removed.
+    An existing file is replaced; if the block fails, the temporary file is removed, and the next writer removes those
+    of processes that were killed: nobody holds their locks.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in target.parent.glob(f".*.partial.{escape(target.name)}"):
+        with locked(abandoned, wait=False) as held:
+            if held:
+                abandoned.unlink(missing_ok=True)
     partial = target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
+    partial.touch()
     try:
-        yield partial
-        with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what is open for writing
-            os.fsync(written.fileno())  # the content reaches the disk before the name does
-        partial.replace(target)
+        with locked(partial, wait=False):
+            yield partial
+            with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what is open for writing
+                os.fsync(written.fileno())  # the content reaches the disk before the name does
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -115,20 +122,20 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: str | Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a folder while a block runs: no other process that asks for the folder holds it at the same time.
+def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder or a file while a block runs: no other process that asks for it holds it at the same time.
 
-    Nothing is left on disk, and the operating system frees the folder of a process that dies. With ``wait`` the folder
-    is created and waited for. The block gets whether the folder is held: where the system has no such lock (Windows,
+    Nothing is left on disk, and the operating system frees what a process held that dies. With ``wait`` a folder is
+    created and waited for. The block gets whether it is held: where the system has no such lock (Windows,
     some network disks) it runs without.
     """
     if wait:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     held = False
     with ExitStack() as stack:
         with suppress(OSError):
             if fcntl is not None:
-                handle = os.open(folder, os.O_RDONLY)
+                handle = os.open(path, os.O_RDONLY)
                 stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True

@@ -4,6 +4,7 @@ import base64
 import gzip
 import logging
 import re
+import struct
 from functools import lru_cache
 from importlib import util
 from pathlib import Path
@@ -13,13 +14,18 @@ import nibabel as nib
 import numpy as np
 from markupsafe import Markup
 
+from brainfm_monai import outputs
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report.html import render
+from brainfm_monai.slices import heat
 
 logger = logging.getLogger(__name__)
 
 WINDOW_PERCENTILES = (0.5, 99.8)  # of the head
+THICKEST_MM = 5.0  # white on the surfaces
+MZ3 = struct.Struct("<HHIII")  # Surfice's format of meshes: magic number, parts, faces, vertices, bytes to skip
+MZ3_MAGIC, MZ3_PARTS = 23117, 1 | 2 | 4  # faces, vertices, colours
 # The widget of ipyniivue carries NiiVue's own bundle as percent-encoded text, for pages that it saves.
 BUNDLE = re.compile(r'="([A-Za-z0-9_.!~*\'()%-]{500000,})"')
 EXPORT = re.compile(r"export\{[^{}]*\bNiivue\b[^{}]*\};?\s*$")
@@ -50,12 +56,29 @@ def write_view(scan: ScanResult) -> None:
 
 
 def compose_view(scan: ScanResult, script: str) -> str:
-    """The view as HTML: the scan in 256 grey values, the label map, names and colours, and NiiVue's script."""
+    """The view as HTML: the scan in 256 grey values, the label map, names and colours, surfaces, and NiiVue's script."""
     image, head = scan.image.cpu().numpy()[0], scan.labels > 0
     low, high = np.percentile(image[head] if head.any() else image, WINDOW_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-    volumes = [nib.Nifti1Image(volume, scan.affine).to_bytes() for volume in (grey, scan.labels)]
-    packed = [base64.b64encode(gzip.compress(volume, 3, mtime=0)).decode("ascii") for volume in volumes]
+    scan_data, labels = (_pack(nib.Nifti1Image(volume, scan.affine).to_bytes()) for volume in (grey, scan.labels))
+    grown = outputs.grow_surfaces(scan) if scan.path("surfaces.tsv").is_file() else {}  # they were asked for
+    thickness = outputs.measure_thickness(scan) if grown else {}
+    meshes = {
+        letter: _pack(_to_mz3(surface.pial_mm, surface.faces, thickness[letter])) for letter, surface in grown.items()
+    }
     safe = Markup(script.replace("</script", "<\\/script"))  # a script of a package, not of a scan
-    values = {"scan": packed[0], "labels": packed[1], "protocol": scan.layout.protocol}
+    values = {"scan": scan_data, "labels": labels, "meshes": meshes, "protocol": scan.layout.protocol}
     return render("view.html", title=scan.name, script=safe, **values)
+
+
+def _pack(content: bytes) -> str:
+    """Bytes as text, compressed; the same bytes give the same text."""
+    return base64.b64encode(gzip.compress(content, 3, mtime=0)).decode("ascii")
+
+
+def _to_mz3(vertices_mm: np.ndarray, faces: np.ndarray, thickness_mm: np.ndarray) -> bytes:
+    """A surface in RAS mm whose vertices have the colour of their thickness, as the page draws it."""
+    colours = np.full((len(vertices_mm), 4), 255, dtype=np.uint8)
+    colours[:, :3] = np.clip(heat(thickness_mm[:, None], THICKEST_MM)[:, 0] * 255, 0, 255)
+    header = MZ3.pack(MZ3_MAGIC, MZ3_PARTS, len(faces), len(vertices_mm), 0)
+    return header + faces.astype("<i4").tobytes() + vertices_mm.astype("<f4").tobytes() + colours.tobytes()
