@@ -20,6 +20,7 @@ from PIL import Image
 from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report import view, write_report, write_view
 from brainfm_monai.report.page import compose_page, draw_sections
+from brainfm_monai.surfaces import Hemisphere
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
@@ -213,7 +214,8 @@ const moved = await picture();
 viewer.setOpacity(1, 0);
 const bare = await picture();
 const fetched = performance.getEntriesByType("resource").filter((entry) => !/^(data|blob):/.test(entry.name));
-document.body.dataset.probe = JSON.stringify({ volumes: viewer.volumes.length, moved: start !== moved,
+document.body.dataset.probe = JSON.stringify({ volumes: viewer.volumes.length, meshes: viewer.meshes.map((mesh) => mesh.name),
+  right: viewer.meshes.length ? Math.max(...viewer.meshes[0].pts.filter((_, i) => i % 3 === 0)) : 0, moved: start !== moved,
   overlay: moved !== bare, fetched: fetched.map((entry) => entry.name), place: document.getElementById("place").textContent });
 </script>"""
 
@@ -225,11 +227,19 @@ def find_browser() -> str:
     return browser
 
 
-def test_the_view_in_a_browser_without_a_network(scan: ScanResult, tmp_path: Path) -> None:
+def test_the_view_in_a_browser_without_a_network(
+    scan: ScanResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ipyniivue", reason="the interactive view needs the extra view")
     browser = find_browser()
     view.find_niivue.cache_clear()
     shown = make_scan(tmp_path, scan.labels)
+    shown.path("surfaces.tsv").write_text("hemisphere\n")
+    corners = np.array([[10, -10, -10], [20, -10, -10], [10, 10, -10], [10, -10, 10]], dtype=np.float32)  # to the right
+    faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+    surface = Hemisphere(corners, corners, faces, np.zeros(4, dtype=bool))
+    monkeypatch.setattr(view.outputs, "grow_surfaces", lambda _: {"R": surface})
+    monkeypatch.setattr(view.outputs, "measure_thickness", lambda _: {"R": np.full(4, 2.5)})
     write_view(shown)
     page = shown.path("view.html")
     page.write_text(PROBE.join(page.read_text(encoding="utf-8").rsplit("</body>", 1)), encoding="utf-8")
@@ -239,6 +249,7 @@ def test_the_view_in_a_browser_without_a_network(scan: ScanResult, tmp_path: Pat
     assert probe is not None, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(html.unescape(probe[1]))
     assert (found["volumes"], found["moved"], found["overlay"], found["fetched"]) == (2, True, True, [])
+    assert (found["meshes"], found["right"]) == (["R.mz3"], 20)
     assert "mm" in found["place"]
 
 

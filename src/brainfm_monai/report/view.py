@@ -41,12 +41,18 @@ def find_niivue() -> str | None:
     if package is not None and package.origin:
         widget = Path(package.origin).parent / "static" / "widget.js"
         bundle = BUNDLE.search(widget.read_text(encoding="utf-8")) if widget.is_file() else None
-        script, count = EXPORT.subn("", unquote(bundle[1])) if bundle else ("", 0)
+        script, count = EXPORT.subn(_name_mesh, unquote(bundle[1])) if bundle else ("", 0)
         if count:
             return script
         reason = f"found an ipyniivue without it ({widget})"
     logger.warning("no interactive view: NiiVue is needed, %s: pip install 'ipyniivue>=2.4.4,<2.5'", reason)
     return None
+
+
+def _name_mesh(exports: re.Match[str]) -> str:
+    """What takes the place of the exports: the class of meshes under its public name, which the bundle changes."""
+    alias = re.search(r"(\w+) as NVMesh\b", exports[0])
+    return f"const NVMesh = {alias[1]};" if alias else ""
 
 
 def write_view(scan: ScanResult) -> None:
