@@ -62,7 +62,7 @@ def write_view(scan: ScanResult) -> None:
 
 
 def compose_view(scan: ScanResult, script: str) -> str:
-    """The view as HTML: the scan in 256 grey values, the label map, names and colours, surfaces, and NiiVue's script."""
+    """The view as HTML: the scan in 256 grey values, the labels with names and colours, the surfaces, and NiiVue."""
     image, head = scan.image.cpu().numpy()[0], scan.labels > 0
     low, high = np.percentile(image[head] if head.any() else image, WINDOW_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
