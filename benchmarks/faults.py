@@ -106,12 +106,21 @@ def prepare_prepare(folder: Path) -> Callable[[Path], list[str]]:
 
 
 def prepare_train(folder: Path) -> Callable[[Path], list[str]]:
-    """Two prepared subjects and a tiny training of two epochs."""
+    """Two prepared subjects and a tiny training: two epochs of four steps, a checkpoint after each step."""
     subprocess.run(prepare_prepare(folder)(folder / "prepared"), check=True, capture_output=True)
     words = ["data", "list", str(folder / "prepared"), "--validation", "map1"]
     subprocess.run([sys.executable, "-m", "brainfm_monai", *words], check=True, capture_output=True)
     words = ["train", str(folder / "prepared/datalist.json"), "--bundle", str(ROOT / "bundle"), "--variant", "small"]
-    words += ["--max_epochs", "2", "--checkpoint_iterations", "1"]
+    words += [
+        "--max_epochs",
+        "2",
+        "--epoch_length",
+        "4",
+        "--checkpoint_iterations",
+        "1",
+        "--spatial_size",
+        "[32,32,32]",
+    ]
     return lambda output: [sys.executable, "-m", "brainfm_monai", *words, "--output_dir", str(output)]
 
 
