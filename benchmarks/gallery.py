@@ -37,7 +37,7 @@ VOXELMORPH_AFFINE = np.array(
 )  # of FreeSurfer's conformed volumes
 SECTIONS = ("Scan and segmentation", "The scan in other contrasts", "White and pial surface")
 HEADER = "| scan | source | taken for | Euler numbers (left white, pial; right white, pial) | most crossing | message |"
-WIDTH, QUALITY = 1400, 82  # of pictures
+WIDTH, QUALITY = 1000, 75  # of pictures
 
 
 class OpenScan(NamedTuple):
@@ -110,7 +110,7 @@ def pictures_of(page: str) -> dict[str, Image.Image]:
     parts = re.split(r"<h2[^>]*>(.*?)</h2>", page, flags=re.DOTALL)
     pictures: dict[str, Image.Image] = {}
     for heading, body in zip(parts[1::2], parts[2::2], strict=True):
-        found = re.search(r'src="data:image/png;base64,([^"]+)"', body)
+        found = re.search(r'src="data:image/\w+;base64,([^"]+)"', body)
         if found:
             pictures[unescape(heading).strip()] = Image.open(io.BytesIO(base64.b64decode(found[1])))
     return pictures
