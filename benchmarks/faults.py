@@ -79,14 +79,8 @@ def predict_words(folder: Path, output: Path, *more: str) -> list[str]:
     """The command that predicts the scans of a folder with a tiny network."""
     words = ["predict", str(folder / "scans"), str(output), "--bundle", str(ROOT / "bundle"), "--precision", "float32"]
     words += ["--weights", str(folder / "weights.pt"), "--network_def#backbone#features", str(FEATURES)]
-    words += [
-        "--layout#tasks",
-        str(TASKS),
-        "--device",
-        "$torch.device('cpu')",
-        "--outputs",
-        "segmentation,volumes,distance",
-    ]
+    words += ["--layout#tasks", str(TASKS), "--device", "$torch.device('cpu')"]
+    words += ["--outputs", "segmentation,volumes,distance"]
     return [sys.executable, "-m", "brainfm_monai", *words, *more]
 
 
