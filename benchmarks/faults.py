@@ -204,10 +204,8 @@ def kill_often(kind: str, kills: int, seed: int) -> None:
             resumed = content_of(output)
             names = {file for file in {*expected, *resumed} if expected.get(file) != resumed.get(file)}
             different += len(names)
-            print(
-                f"{kind}: {killed} kills, {broken} damaged files, {different} files that differ {sorted(names)[:3]}",
-                flush=True,
-            )
+            counts = f"{killed} kills, {broken} damaged files, {different} files that differ"
+            print(f"{kind}: {counts} {sorted(names)[:3]}", flush=True)
         print(f"{kind}: {killed} kills in {attempt} resumed runs: {broken} damaged files, {different} files differ")
 
 
