@@ -333,6 +333,11 @@ def test_thickness_of_an_atlas_is_that_of_the_side_it_lies_on(tmp_path: Path) ->
     assert thickness["left, behind"] == pytest.approx(2, abs=0.3)
 
 
+def test_the_page_shows_what_the_atlas_warns_of(tmp_path: Path) -> None:
+    selected = select_outputs("volumes,quality,report", LAYOUT, write_atlas_files(tmp_path))
+    assert [name.split()[0] for name in selected] == ["volumes", "atlas", "quality", "report"]
+
+
 @pytest.mark.parametrize(
     ("table", "finding"),
     [
@@ -340,6 +345,7 @@ def test_thickness_of_an_atlas_is_that_of_the_side_it_lies_on(tmp_path: Path) ->
         ("index\tregion\n7\ta\n", "the columns index and name are needed, found index, region"),
         ("index\tname\n7\ta\n", "a row for every label of .*, found none for 3"),
         ("index\tname\nseven\ta\n", "whole numbers in the column index are needed"),
+        ("index\tname\n0\tair\n", "labels above 0 in the column index are needed, found 0"),
     ],
 )
 def test_an_atlas_without_names_is_refused(tmp_path: Path, table: str, finding: str) -> None:

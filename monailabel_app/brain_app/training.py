@@ -15,8 +15,6 @@ from brainfm_monai.annotation import FOLDER, PROGRESS, fine_tune
 
 __all__ = ["FineTuning"]
 
-EPOCHS = 6  # of label_train.json: minutes on two cores
-
 
 class FineTuning(TrainTask):
     """Fine-tuning on all scans with a final label.
@@ -30,12 +28,13 @@ class FineTuning(TrainTask):
         self.bundle = Path(task.bundle_path)
 
     def config(self) -> dict[str, Any]:
-        """Settings for clients."""
+        """Settings for clients; the first values are those of ``label_train.json``."""
+        defaults = json.loads((self.bundle / "configs" / "label_train.json").read_text(encoding="utf-8"))
         return {
             "device": device_list(),
             "model_filename": list_weights(self.bundle),
-            "max_epochs": EPOCHS,
-            "learning_rate": 0.01,
+            "max_epochs": defaults["max_epochs"],
+            "learning_rate": defaults["learning_rate"],
         }
 
     def stats(self) -> dict[str, Any]:

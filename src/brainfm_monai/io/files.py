@@ -63,10 +63,8 @@ def write_whole(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in target.parent.glob(f".*.partial.{escape(target.name)}"):
-        with locked(abandoned, wait=False) as held:
-            if held:
-                abandoned.unlink(missing_ok=True)
+    for abandoned in _hold_abandoned(target):
+        abandoned.unlink(missing_ok=True)
     partial = target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
     partial.touch()
     try:
@@ -77,6 +75,14 @@ def write_whole(path: str | Path) -> Iterator[Path]:
             partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _hold_abandoned(target: Path) -> Iterator[Path]:
+    """What killed processes left of a file or folder, each held while it is looked at: nobody else holds its lock."""
+    for partial in target.parent.glob(f".????????.partial.{escape(target.name)}"):
+        with locked(partial, wait=False) as alone:
+            if alone:
+                yield partial
 
 
 def hash_file(path: str | Path) -> str:
@@ -104,10 +110,8 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".????????.partial.{escape(target.name)}"):
-        with locked(leftover, wait=False) as alone:
-            if alone:
-                shutil.rmtree(leftover, ignore_errors=True)
+    for abandoned in _hold_abandoned(target):
+        shutil.rmtree(abandoned, ignore_errors=True)
     partial, old = (target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}") for _ in range(2))
     partial.mkdir()
     with locked(partial, wait=False):

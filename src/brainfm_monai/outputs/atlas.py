@@ -8,6 +8,7 @@ from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, scan_stem, write_table
 from brainfm_monai.outputs.cortex import grow_surfaces, measure_thickness
+from brainfm_monai.outputs.maps import compute_volumes_mm3
 from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
 from brainfm_monai.outputs.template import fit_scan_to_template
 from brainfm_monai.surfaces import compute_areas_mm2
@@ -63,6 +64,9 @@ def load_atlas(path: str | Path) -> Atlas:
         regions = {int(row[column]): row["name"] for row in rows}
     except ValueError as error:
         raise ScanError(f"{table}: whole numbers in the column {column} are needed, found {error}") from error
+    if min({0, *regions}) < 0 or max({0, *regions}) == 0:
+        found = ", ".join(map(str, sorted(regions)[:3]))
+        raise ScanError(f"{table}: labels above 0 in the column {column} are needed, found {found}")
     volume = read_labels(path)
     unnamed = sorted(set(np.unique(volume.values).tolist()) - {0, *regions})
     if unnamed:
@@ -88,13 +92,13 @@ def write_atlas(scan: ScanResult, atlas: Atlas) -> None:
     labels[tuple(brain.T)] = atlas.at(warp(apply_affine(scan.affine, brain)))
     description = f"labels of {atlas.name} in the brain, carried from {TEMPLATE_SPACE}; names in _{suffix}_regions.tsv"
     scan.save_image(f"{suffix}_dseg", labels, Description=description)
-    voxels = np.bincount(labels.reshape(-1), minlength=max(atlas.regions) + 1) * abs(np.linalg.det(scan.affine[:3, :3]))
+    volumes = compute_volumes_mm3(labels, scan.affine, max(atlas.regions) + 1)
     vertices = _label_vertices(scan, atlas) if "distance" in scan.maps else np.zeros((0, 3))
     write_table(
         scan.path(f"{suffix}_regions.tsv"),
         COLUMNS,
         [
-            (label, name, f"{voxels[label]:.1f}", *_measure(vertices, label))
+            (label, name, f"{volumes[label]:.1f}", *_measure(vertices, label))
             for label, name in sorted(atlas.regions.items())
         ],
     )

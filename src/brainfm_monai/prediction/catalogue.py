@@ -29,6 +29,7 @@ OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
     "view": write_view,
     "report": write_report,
 }
+SHOWN = ("quality", "view", "report")  # outputs that show what the others found
 
 
 def select_outputs(
@@ -61,8 +62,11 @@ def select_outputs(
             has = ", ".join(layout.tasks)
             raise ValueError(f"outputs: '{name}' needs a network that predicts {needs}, found one for {has}")
     selected = {name: write for name, write in OUTPUTS.items() if name in wanted}
-    if atlas:
-        regions = load_atlas(atlas)
-        # the name holds the content: results of another atlas are not those of this one
-        selected[f"atlas {regions.name} {fingerprint(regions)[:12]}"] = partial(write_atlas, atlas=regions)
-    return selected
+    if not atlas:
+        return selected
+    regions = load_atlas(atlas)
+    # the name holds the content: results of another atlas are not those of this one. The atlas comes before the outputs
+    # that show warnings.
+    name = f"atlas {regions.name} {fingerprint(regions)[:12]}"
+    shown = {key: selected.pop(key) for key in SHOWN if key in selected}
+    return {**selected, name: partial(write_atlas, atlas=regions), **shown}

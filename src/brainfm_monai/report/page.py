@@ -203,13 +203,18 @@ def _draw_contours(scan: ScanResult, cut: Slice) -> np.ndarray:
     return picture
 
 
+def colour_by_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
+    """Colours of the vertices of each hemisphere that has surfaces, by its letter, shape (V, 3), in [0, 1]."""
+    thickness = outputs.measure_thickness(scan)
+    return {letter: heat(values[:, None], THICKEST_MM)[:, 0] for letter, values in thickness.items()}
+
+
 def _draw_hemispheres(scan: ScanResult) -> list[Cell]:
     """Both hemispheres from both sides, coloured by thickness."""
-    cells = []
+    cells, colours = [], colour_by_thickness(scan)
     for letter, surface in outputs.grow_surfaces(scan).items():
-        colours = heat(outputs.measure_thickness(scan)[letter][:, None], THICKEST_MM)[:, 0]
         for title, towards, marks in VIEWS[letter]:
-            picture = surfaces.draw_surface(surface.pial_mm, surface.faces, colours, towards)
+            picture = surfaces.draw_surface(surface.pial_mm, surface.faces, colours[letter], towards)
             cells.append(Cell(picture[..., :3] / 255, marks, title))
     return cells
 

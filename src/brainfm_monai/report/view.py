@@ -18,12 +18,11 @@ from brainfm_monai import outputs
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult
 from brainfm_monai.report.html import render
-from brainfm_monai.slices import heat
+from brainfm_monai.report.page import colour_by_thickness
 
 logger = logging.getLogger(__name__)
 
 WINDOW_PERCENTILES = (0.5, 99.8)  # of the head
-THICKEST_MM = 5.0  # white on the surfaces
 MZ3 = struct.Struct("<HHIII")  # Surfice's format of meshes: magic number, parts, faces, vertices, bytes to skip
 MZ3_MAGIC, MZ3_PARTS = 23117, 1 | 2 | 4  # faces, vertices, colours
 # The widget of ipyniivue carries NiiVue's own bundle as percent-encoded text, for pages that it saves.
@@ -68,10 +67,8 @@ def compose_view(scan: ScanResult, script: str) -> str:
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
     scan_data, labels = (_pack(nib.Nifti1Image(volume, scan.affine).to_bytes()) for volume in (grey, scan.labels))
     grown = outputs.grow_surfaces(scan) if scan.path("surfaces.tsv").is_file() else {}  # they were asked for
-    thickness = outputs.measure_thickness(scan) if grown else {}
-    meshes = {
-        letter: _pack(_to_mz3(surface.pial_mm, surface.faces, thickness[letter])) for letter, surface in grown.items()
-    }
+    colours = colour_by_thickness(scan) if grown else {}
+    meshes = {name: _pack(_to_mz3(surface.pial_mm, surface.faces, colours[name])) for name, surface in grown.items()}
     safe = Markup(script.replace("</script", "<\\/script"))  # a script of a package, not of a scan
     values = {"scan": scan_data, "labels": labels, "meshes": meshes, "protocol": scan.layout.protocol}
     return render("view.html", title=scan.name, script=safe, **values)
@@ -82,9 +79,9 @@ def _pack(content: bytes) -> str:
     return base64.b64encode(gzip.compress(content, 3, mtime=0)).decode("ascii")
 
 
-def _to_mz3(vertices_mm: np.ndarray, faces: np.ndarray, thickness_mm: np.ndarray) -> bytes:
-    """A surface in RAS mm whose vertices have the colour of their thickness, as the page draws it."""
-    colours = np.full((len(vertices_mm), 4), 255, dtype=np.uint8)
-    colours[:, :3] = np.clip(heat(thickness_mm[:, None], THICKEST_MM)[:, 0] * 255, 0, 255)
+def _to_mz3(vertices_mm: np.ndarray, faces: np.ndarray, colours: np.ndarray) -> bytes:
+    """A surface in RAS mm with the colours of its vertices, shape (V, 3), in [0, 1]."""
+    opaque = np.full((len(vertices_mm), 4), 255, dtype=np.uint8)
+    opaque[:, :3] = np.clip(colours * 255, 0, 255)
     header = MZ3.pack(MZ3_MAGIC, MZ3_PARTS, len(faces), len(vertices_mm), 0)
-    return header + faces.astype("<i4").tobytes() + vertices_mm.astype("<f4").tobytes() + colours.tobytes()
+    return header + faces.astype("<i4").tobytes() + vertices_mm.astype("<f4").tobytes() + opaque.tobytes()
