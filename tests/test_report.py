@@ -213,10 +213,14 @@ viewer.moveCrosshairInVox(6, 9, 2);
 const moved = await picture();
 viewer.setOpacity(1, 0);
 const bare = await picture();
+document.getElementById("surfaces").click();
+const turned = await picture(), alone = viewer.meshes.every((mesh) => mesh.visible) && !viewer.volumes[0].opacity;
+document.getElementById("surfaces").click();
+const hidden = viewer.meshes.every((mesh) => !mesh.visible) && viewer.volumes[0].opacity === 1;
 const fetched = performance.getEntriesByType("resource").filter((entry) => !/^(data|blob):/.test(entry.name));
 document.body.dataset.probe = JSON.stringify({ volumes: viewer.volumes.length, meshes: viewer.meshes.map((mesh) => mesh.name),
   right: viewer.meshes.length ? Math.max(...viewer.meshes[0].pts.filter((_, i) => i % 3 === 0)) : 0, moved: start !== moved,
-  overlay: moved !== bare, fetched: fetched.map((entry) => entry.name), place: document.getElementById("place").textContent });
+  surfaces: turned !== bare && alone, slices: hidden, overlay: moved !== bare, fetched: fetched.map((entry) => entry.name), place: document.getElementById("place").textContent });
 </script>"""
 
 
@@ -250,6 +254,7 @@ def test_the_view_in_a_browser_without_a_network(
     found = json.loads(html.unescape(probe[1]))
     assert (found["volumes"], found["moved"], found["overlay"], found["fetched"]) == (2, True, True, [])
     assert (found["meshes"], found["right"]) == (["R.mz3"], 20)
+    assert (found["surfaces"], found["slices"]) == (True, True)  # one does not hide the other
     assert "mm" in found["place"]
 
 

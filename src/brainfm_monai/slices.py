@@ -18,9 +18,9 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.spatial import gather_nearest, warp
-from brainfm_monai.tasks import Task
+from brainfm_monai.tasks import BRAIN_WINDOW_HU, Task
 
-BRAIN_WINDOW_HU, BONE_WINDOW_HU = (0.0, 80.0), (-450.0, 1050.0)
+BONE_WINDOW_HU = (-450.0, 1050.0)
 BOX_QUANTILES = (0.002, 0.998)  # of a mask's voxels along an axis: a stray voxel does not widen the box
 BRAIN_OPACITY, WHITE_MATTER_OPACITY, HEAD_OPACITY = 0.55, 0.25, 0.22
 WHITE_MATTER_IDS = (2, 41)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 
+BRAIN_WINDOW_HU = (0.0, 80.0)  # of a CT, as the network gets it and as it is drawn (BrainFM)
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
 CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
 EMBEDDING_CHANNELS = 16  # of the embedding, unless the layout says otherwise

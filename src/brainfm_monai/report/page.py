@@ -9,8 +9,8 @@ from brainfm_monai import outputs, slices, surfaces
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult, template
 from brainfm_monai.report.html import data_address, render
-from brainfm_monai.slices import BONE_WINDOW_HU, BRAIN_WINDOW_HU, Cell, Slice, compose, heat, shade
-from brainfm_monai.tasks import Task
+from brainfm_monai.slices import BONE_WINDOW_HU, Cell, Slice, compose, heat, shade
+from brainfm_monai.tasks import BRAIN_WINDOW_HU, Task
 
 PIXEL_MM, MARGIN_MM = 0.8, 22.0  # margin around cerebrum and cerebellum: skull and scalp, not the neck
 MANY = (0.1, 0.25, 0.4, 0.5, 0.62, 0.75, 0.9)  # positions within the brain's box, from inferior, posterior, left

@@ -15,8 +15,8 @@ from monai.utils import convert_to_tensor
 
 from brainfm_monai import io
 from brainfm_monai.functional.intensity import antialias, normalise_percentiles
+from brainfm_monai.tasks import BRAIN_WINDOW_HU
 
-BRAIN_WINDOW_HU = (0.0, 80.0)  # BrainFM's window for CT
 MODALITIES = ("auto", "mr", "ct")
 SAMPLES = 500_000  # voxels that are looked at
 AIR_HU = -900.0  # and below: air, and what scanners pad with
