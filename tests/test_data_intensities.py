@@ -14,10 +14,13 @@ from brainfm_monai.data.intensities import (
     find_head,
     read_scan,
     resample_to_box,
-    scale_intensities,
+    scale_contrast,
+    sharpen_cortex,
+    white_matter_level,
 )
 from brainfm_monai.data.labels import make_generation_labels
 from brainfm_monai.io import ScanError
+from brainfm_monai.tasks import TASKS
 
 SIZE = (48, 44, 40)
 
@@ -81,12 +84,62 @@ def test_the_head_has_no_holes_and_no_air() -> None:
 def test_scaling_is_robust_and_keeps_the_order() -> None:
     scan = make_scan()
     scan[24, 22, 20] = 1e5  # a vessel
-    scaled = scale_intensities(scan * 3 + 100)
+    scaled = scale_contrast(scan * 3 + 100, "T1w")
     assert (scaled.min(), scaled.max()) == (0, 1)
     inner = ball((24, 22, 20), 10)
-    np.testing.assert_allclose(scaled[inner].mean(), scale_intensities(scan)[inner].mean(), atol=0.01)
+    np.testing.assert_allclose(scaled[inner].mean(), scale_contrast(scan, "T1w")[inner].mean(), atol=0.01)
     assert 0.5 < scaled[ball((24, 22, 20), 10)].mean() < 0.7
-    assert (scale_intensities(np.zeros(SIZE, dtype=np.float32)) == 0).all()
+    assert (scale_contrast(np.zeros(SIZE, dtype=np.float32), "T1w") == 0).all()
+
+
+def test_white_matter_decides_the_scale_whatever_lies_around_the_brain() -> None:
+    scan = make_scan()
+    ids = np.where(ball((24, 22, 20), 11), 2, 0)
+    ids[ball((24, 22, 20), 8)] = 41
+    level = white_matter_level("T1w")
+    bright = np.where(ball((24, 22, 20), 18) & ~ball((24, 22, 20), 14), 3 * scan, scan)  # a scalp three times as bright
+    for values in (scan, bright, np.where(ball((24, 22, 20), 12), scan, 0), scan * 7 + 100):
+        scaled = scale_contrast(values, "T1w", ids)
+        np.testing.assert_allclose(np.median(scaled[ids > 0]), level, atol=0.01)
+        assert scaled.min() == 0
+        assert scaled.max() <= 1
+    for name in ("T1w", "T2w", "FLAIR"):  # what files and sidecars say of the unit
+        assert TASKS[name].output_unit.endswith(f"white matter at {white_matter_level(name):.2f}")
+    # the tables of contrasts: white matter is the brightest tissue of the brain in T1w and the darkest in T2w
+    assert 1 > level > white_matter_level("FLAIR") > white_matter_level("T2w") > 0
+
+
+def test_the_borders_of_the_cortex_move_to_where_the_scan_shows_them() -> None:
+    """Two hemispheres of shells; the labels' cortex is too thick on the left and its white matter too large right."""
+    centre = (24, 22, 20)
+    true, drawn = np.zeros(SIZE, dtype=np.int32), np.zeros(SIZE, dtype=np.int32)
+    is_left = np.indices(SIZE)[0] < 24
+    for ids, side, white, pial in ((true, None, 10, 14), (drawn, True, 9, 16), (drawn, False, 12, 15)):
+        for half, (of_white, of_grey) in ((True, (2, 3)), (False, (41, 42))):
+            if side in (None, half):
+                region = is_left == half
+                ids[region & ball(centre, 19)] = 24
+                ids[region & ball(centre, pial)] = of_grey
+                ids[region & ball(centre, white)] = of_white
+                ids[region & ball(centre, 4)] = 4 if half else 43
+    brightness = np.zeros(44)
+    brightness[[2, 41]], brightness[[3, 42]], brightness[[4, 43, 24]] = 110, 70, 25
+    field = np.linspace(0.8, 1.2, SIZE[2])  # a bias field along the head
+    scan = brightness[true] * field + np.random.default_rng(0).normal(0, 3, SIZE)
+    sharp = sharpen_cortex(drawn, scan)
+    for structure in (2, 3, 41, 42):
+        before, after = (
+            2
+            * ((ids == structure) & (true == structure)).sum()
+            / ((ids == structure).sum() + (true == structure).sum())
+            for ids in (drawn, sharp)
+        )
+        assert after > max(before, 0.93), structure
+    assert set(np.unique(sharp[is_left])) == {0, 2, 3, 4, 24}
+    assert set(np.unique(sharp[~is_left])) == {0, 41, 42, 43, 24}
+    assert (sharp[ball(centre, 4)] == drawn[ball(centre, 4)]).all()
+    inverted = 200 - scan
+    assert (sharpen_cortex(drawn, inverted) == drawn).all()  # no T1w: nothing moves
 
 
 def test_classes_outside_the_brain_are_ordered_and_repeat() -> None:

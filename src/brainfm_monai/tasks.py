@@ -93,9 +93,10 @@ TASKS: dict[str, Task] = {
         Task("segmentation", "labels", unit="logit", output_unit="label", outside=CERTAIN_LOGIT,
              interpolation="nearest", stem="dseg", picture="labels",
              outputs=("segmentation", "volumes", "quality", "view", "report")),
-        _image("T1w", "desc-synthetic_T1w"),
-        _image("T2w", "desc-synthetic_T2w"),
-        _image("FLAIR", "desc-synthetic_FLAIR"),
+        # targets are scaled by cerebral white matter, see brainfm_monai.data.intensities.scale_contrast
+        _image("T1w", "desc-synthetic_T1w", output_unit="intensity in [0, 1], white matter at 0.63"),
+        _image("T2w", "desc-synthetic_T2w", output_unit="intensity in [0, 1], white matter at 0.24"),
+        _image("FLAIR", "desc-synthetic_FLAIR", output_unit="intensity in [0, 1], white matter at 0.49"),
         _image("CT", "desc-synthetic_ct", unit="1000 HU", output_unit="HU", scale=1000.0, outside=-1.0, step=1.0),
         Task("log_bias_field", "log_field", ("log_bias_field",), "log of a factor", "factor", "exp", entry="bias_field",
              stem="biasfield", step=1e-3, outputs=("bias_field",), picture="bias_field"),

@@ -163,6 +163,7 @@ def prepare_bids(
     protocol: str = BRAIN_PROTOCOL,
     size: Sequence[int] | str = SIZE,
     dataset: str = "",
+    sharpen: bool = False,
     dry_run: bool = False,
 ) -> list[Path]:
     """Prepare subjects for training from a BIDS folder of T1w, T2w, FLAIR and CT; finished ones are skipped.
@@ -180,6 +181,7 @@ def prepare_bids(
         protocol: label protocol of the segmentation: a name or a table file.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given.
+        sharpen: move the borders of the cortex in the model's labels to where a T1w shows them, by 2 voxels at most.
         dry_run: log what would be done, and do nothing.
 
     Raises:
@@ -193,6 +195,7 @@ def prepare_bids(
     for session in sessions:
         own: dict[str, Any] = {"person": session.person, "labels_from": "derivatives" if session.labels else "model"}
         own |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
+        own |= {"sharpen": True} if sharpen and not session.labels else {}
         files = session.scans | (session.labels or {"labels": predicted_file(predictions, session.name)})
         files |= {f"{key}_mask": path for key, path in session.masks.items()}
         files |= {"lesion": session.lesion} if session.lesion else {}

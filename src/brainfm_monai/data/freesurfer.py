@@ -12,7 +12,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import contrasts, labels
 from brainfm_monai.data.datalist import LONGITUDINAL
 from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
-from brainfm_monai.data.intensities import cluster_extracerebral, scale_intensities
+from brainfm_monai.data.intensities import cluster_extracerebral, scale_contrast, sharpen_cortex
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
 from brainfm_monai.data.registration import compute_mni_coordinates
 from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, Volumes
@@ -111,7 +111,7 @@ def make_volumes(
         files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and
             :data:`SURFACES`.
         settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated``
-            contrasts.
+            contrasts; ``sharpen``, see :func:`sharpen_cortex`.
         options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label
             maps alone: without it, the generation labels follow the scan and the surfaces, see
             :func:`make_generation_labels`.
@@ -132,11 +132,7 @@ def make_volumes(
         known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
     ids, affine = labels.cut_to_brain(ids, affine, settings["spatial_size"], source)
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
-    has_surfaces = all(name in files for name in SURFACES)
-    volume: Any = nib.load(files["labels"]) if has_surfaces else None
-    surfaces = [read_surface(files[name], volume) for name in SURFACES] if has_surfaces else []
-    parts = [compute_surface_distance(*surface, affine, ids.shape) for surface in surfaces]
-    distance = np.stack(parts, axis=-1) if has_surfaces else compute_hemisphere_distances(ids)
+    distance = _read_surface_distances(files, affine, ids.shape)
     scans: dict[str, contrasts.BoxScan] = {}
     facts: dict[str, Any] = {}
     if painted:
@@ -149,9 +145,11 @@ def make_volumes(
             image = files.pop("image")
             files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
         scans = contrasts.gather_scans(files, ids, affine)
+        if settings.get("sharpen") and "T1w" in scans:
+            ids = sharpen_cortex(ids, scans["T1w"].values)
         clusters = cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
-        generation, name = labels.make_generation_labels(ids, distance if has_surfaces else None, clusters)
-        facts = {"generation_protocol": name, "distances_from": "surfaces" if has_surfaces else "labels"}
+        generation, name = labels.make_generation_labels(ids, distance, clusters)
+        facts = {"generation_protocol": name, "distances_from": "labels" if distance is None else "surfaces"}
         facts |= {"simulated": labels.find_paintable(generation, name, scans)} if "contrast" in settings else {}
         centre_mm = apply_affine(affine, np.array(ids.shape) / 2)
         moved = {key: contrasts.measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
@@ -159,11 +157,11 @@ def make_volumes(
     volumes: Volumes = {
         "generation_labels": (generation, affine),
         "segmentation": (protocol.encode(ids, "segmentation"), affine),
-        "distance": (distance, affine),
+        "distance": (compute_hemisphere_distances(ids) if distance is None else distance, affine),
         "mni": compute_mni_coordinates(ids, affine, factor=MNI_FACTOR, initial=start),
     }
     for key, scan in scans.items():
-        volumes[key] = (scan.values if key == "CT" else scale_intensities(scan.values), affine)
+        volumes[key] = (scale_contrast(scan.values, key, ids), affine)
         removed = contrasts.find_removed(key, scan, files.get(f"{key}_mask"), ids, affine, volumes["mni"][0])
         volumes |= {f"{key}_defacing_mask": (removed.astype(np.uint8), affine)} if removed.any() else {}
     if "lesion" in files:
@@ -171,6 +169,17 @@ def make_volumes(
         volumes |= {"lesion": (lesion, affine)} if lesion is not None else {}
         facts |= {"faults": [fault]} if fault else {}
     return volumes, facts
+
+
+def _read_surface_distances(
+    files: Mapping[str, Path], affine: np.ndarray, shape: tuple[int, int, int]
+) -> np.ndarray | None:
+    """Distances in mm to the surfaces among files by role, on a box of ``shape``, (*shape, 4); None without them."""
+    if not all(name in files for name in SURFACES):
+        return None
+    volume: Any = nib.load(files["labels"])
+    surfaces = [read_surface(files[name], volume) for name in SURFACES]
+    return np.stack([compute_surface_distance(*surface, affine, shape) for surface in surfaces], axis=-1)
 
 
 def read_talairach(path: Path) -> np.ndarray:

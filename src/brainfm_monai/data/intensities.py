@@ -12,15 +12,23 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.subjects import Image
 from brainfm_monai.functional.intensity import antialias
 from brainfm_monai.io import read_volume
+from brainfm_monai.synthesis.acquisition import INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
 
 AIR_HU = -1000.0
 UPPER_QUANTILE, CLOSING_VOX = 0.999, 4
 CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
+# FreeSurfer ids, left and right, for the borders of the cortex
+WHITE, GREY, VENTRICLES, FLUID = (2, 41), (3, 42), (4, 43), 24
+OUTSIDE_CORTEX = (0, FLUID)
+BORDER_MM = 10.0  # std of the neighbourhood in which a tissue's mean intensity is taken
+BORDER_SMOOTHING_MM = 0.5  # std against noise
+BORDER_STEPS = 2  # voxels by which a border moves at most
 
 
 def read_scan(path: Path) -> Image:
@@ -68,16 +76,32 @@ def find_head(values: np.ndarray) -> np.ndarray:
     return np.asarray(regions == largest)
 
 
-def scale_intensities(values: np.ndarray) -> np.ndarray:
-    """Map a magnitude scan (H, W, D) to [0, 1], float32, clipped: its minimum to 0, the head's 99.9 % quantile to 1.
+def white_matter_level(contrast: str) -> float:
+    """The intensity in [0, 1] of cerebral white matter in painted T1w, T2w or FLAIR, out of the contrast's table."""
+    protocol = Protocol.load("synthseg_generation")
+    means = read_contrasts([contrast], protocol)[0][0]
+    return float(means[[protocol.label_of_id[i] for i in WHITE]].mean()) / INTENSITY_TOP
 
-    A scan without contrast becomes 0.
+
+def scale_contrast(values: np.ndarray, contrast: str, ids: np.ndarray | None = None) -> np.ndarray:
+    """Map a scan (H, W, D) to the scale of painted contrasts, float32: a CT stays in HU, others get to [0, 1].
+
+    The minimum of T1w, T2w or FLAIR becomes 0, the median of its cerebral white matter, FreeSurfer ids of the same
+    shape, :func:`white_matter_level`, and what is brighter than 1 is clipped. White matter is a tissue that every brain
+    has, so that the picture of a brain does not depend on its scalp. Without any, the 99.9 % quantile in the head
+    becomes 1. A scan without contrast becomes 0.
     """
-    head, low = find_head(values), float(values.min())
-    high = float(np.quantile(values[head], UPPER_QUANTILE)) if head.any() else low
-    if high <= low:
+    if contrast == "CT":
+        return values
+    low, white = float(values.min()), values[:0] if ids is None else values[np.isin(ids, WHITE)]
+    if len(white):
+        span = (float(np.median(white)) - low) / white_matter_level(contrast)
+    else:
+        head = find_head(values)
+        span = float(np.quantile(values[head], UPPER_QUANTILE)) - low if head.any() else 0.0
+    if span <= 0:
         return np.zeros(values.shape, dtype=np.float32)
-    return np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
+    return np.clip((values - low) / span, 0, 1).astype(np.float32)
 
 
 def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -96,3 +120,50 @@ def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     centres = np.sort(KMeans(CLUSTERS, init=start, n_init=1, random_state=0).fit(sample).cluster_centers_.ravel())
     classes[rest] = 1 + np.searchsorted((centres[1:] + centres[:-1]) / 2, seen)
     return classes
+
+
+def sharpen_cortex(ids: np.ndarray, values: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
+    """Move the borders of the cortex to where a T1w scan shows them, by two voxels at most.
+
+    A network that labels a scan draws the cortex smooth and too thick; the scan itself shows where its intensity
+    crosses the middle between white matter and cortex, and between cortex and fluid. The intensities of white matter
+    and cortex are means of what lies within :data:`BORDER_MM`, so that a bias field does not move the borders.
+
+    Args:
+        ids: FreeSurfer ids, shape (H, W, D).
+        values: the scan on the same grid, same shape, air at 0.
+        spacing_mm: size of the voxels.
+
+    Returns:
+        The ids, same shape, in which cortex that is as bright as white matter is white matter, white matter beside the
+        cortex that is as dark as cortex is cortex, and cortex that is as dark as fluid is fluid. They are unchanged
+        where the scan does not show fluid, cortex and white matter in this order of brightness.
+    """
+    sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM / spacing_mm)
+    white, grey = np.isin(ids, WHITE), np.isin(ids, GREY)
+    fluid = ndimage.binary_erosion(np.isin(ids, VENTRICLES))
+    if not (white.any() and grey.any() and fluid.any()):
+        return sharp
+
+    def mean_near(mask: np.ndarray) -> np.ndarray:
+        weight, total = (
+            ndimage.gaussian_filter(part.astype(np.float32), BORDER_MM / spacing_mm) for part in (mask, mask * smooth)
+        )
+        return np.asarray(total / np.maximum(weight, 1e-6))
+
+    core_white, core_grey = ndimage.binary_erosion(white, iterations=2), ndimage.binary_erosion(grey)
+    of_white, of_grey, of_fluid = mean_near(core_white), mean_near(core_grey), float(np.median(smooth[fluid]))
+    ordered = (of_white > of_grey) & (of_grey > of_fluid)
+    bright, dark = smooth > (of_white + of_grey) / 2, smooth < (of_grey + of_fluid) / 2
+    for _ in range(BORDER_STEPS):
+        white, grey = np.isin(sharp, WHITE), np.isin(sharp, GREY)
+        outside = np.isin(sharp, OUTSIDE_CORTEX)
+        near_white, near_grey, near_outside = (ndimage.binary_dilation(mask) for mask in (white, grey, outside))
+        to_white = ordered & bright & grey & near_white
+        to_grey = ordered & ~bright & white & near_grey
+        to_fluid = ordered & dark & grey & near_outside & ~near_white
+        for i_grey, i_white in zip(GREY, WHITE, strict=True):
+            sharp[to_white & (sharp == i_grey)] = i_white
+            sharp[to_grey & (sharp == i_white)] = i_grey
+        sharp[to_fluid] = FLUID
+    return sharp

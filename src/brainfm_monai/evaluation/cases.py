@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.datalist import read_datalist
-from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_intensities
+from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_contrast
 from brainfm_monai.evaluation.conditions import (
     TARGET,
     Condition,
@@ -27,6 +27,7 @@ from brainfm_monai.metrics import Scene, TemplateTissues, measure_scan
 from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
 from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
+from brainfm_monai.synthesis.acquisition import CONTRASTS
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
@@ -147,13 +148,12 @@ class LoadReferences(Transform):
 
 
 def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
-    """A magnitude image on a grid, scaled to [0, 1] as training targets are, and where it reaches; (1, H, W, D)."""
+    """A magnitude image on a grid and where it reaches, (1, H, W, D)."""
     values, affine = read_scan(path)
     height, width, depth = grid.shape[1:]
     box = (np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
     moved, seen = (resample_to_box(one, affine, *box) for one in (values, np.ones_like(values)))
-    pair = (scale_intensities(moved), seen > 0.5)
-    return [MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in pair]
+    return [MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in (moved, seen > 0.5)]
 
 
 class MeasureMaps(Transform):
@@ -200,6 +200,8 @@ class MeasureMaps(Transform):
         if "segmentation" not in targets:
             scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
         dense = _bring_to_grid(targets, maps, image)
+        ids = dense.get("segmentation", shown[0] if shown else None)
+        dense |= {n: _scale_as_target(dense[n], ids, n) for n in MAGNITUDES if n in dense and n in CONTRASTS}
         d["rows"] += measure_scan(maps, dense, scene)
         shown += [dense["segmentation"]] if "segmentation" in dense else []
         d["picture"] = draw_case(image, shown, self.structures, protocol)
@@ -208,6 +210,13 @@ class MeasureMaps(Transform):
 
 def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
+
+
+def _scale_as_target(values: Tensor, ids: Tensor | None, contrast: str) -> Tensor:
+    """A reference (1, H, W, D) of any unit in that of the training's targets, by the white matter of FreeSurfer ids."""
+    labels = None if ids is None else ids[0].cpu().numpy()
+    scaled = scale_contrast(values[0].cpu().numpy(), contrast, labels)
+    return torch.from_numpy(scaled)[None].to(values.device)
 
 
 def _bring_to_grid(
