@@ -247,7 +247,7 @@ def test_freesurfer_map_and_volumes_agree_with_the_label_map(phantom: tuple[Path
     np.testing.assert_allclose(found, affine, atol=1e-5)
     np.testing.assert_array_equal(ids, np.where(labels == 11, 10, 0))
     rows = [line.split("\t") for line in (folder / "ball_volumes.tsv").read_text().splitlines()]
-    assert rows[0] == ["index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"]
+    assert rows[0] == ["index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3", "expected_dice"]
     volumes = {row[1]: float(row[5]) for row in rows[1:]}
     assert volumes.pop("Left-Thalamus") == pytest.approx((labels == 11).sum() * 1.3 * 1.1 * 4.5, abs=0.1)
     assert volumes.pop("Total-Brain") == volumes.pop("Intracranial-Volume") > 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brainfm_monai.metrics.segmentation import (
     compute_lesion_metrics,
+    compute_structure_entropy,
     compute_structure_measures,
     parse_structures,
 )
@@ -184,6 +185,18 @@ def test_volumes_are_those_of_the_voxels() -> None:
     sides = volumes["reference_volume"][0]
     assert sides[LEFT].item() == pytest.approx((truth == 17).sum().item() * voxel_ml)
     assert sides[BOTH].item() == pytest.approx((sides[LEFT] + sides[RIGHT]).item())
+
+
+def test_entropy_is_that_of_each_predicted_side() -> None:
+    labels, _ = make_heads((0, 0, 0))
+    entropy = torch.where(labels == 17, 0.2, torch.where(labels == 53, 0.5, 0.8))
+    left, right = (int((labels == i).sum()) for i in (17, 53))
+    found = compute_structure_entropy(labels, entropy, STRUCTURES, make_affine())
+    both = (0.2 * left + 0.5 * right) / (left + right)
+    np.testing.assert_allclose(found, [[0.2, 0.5, both], [np.nan, np.nan, 0.8]], rtol=1e-6)
+    labels[labels == 53] = 0
+    found = compute_structure_entropy(labels, entropy, STRUCTURES, make_affine())
+    np.testing.assert_allclose(found, [[0.2, np.nan, 0.2], [np.nan, np.nan, 0.8]], rtol=1e-6)
 
 
 def test_shapes_must_agree() -> None:

@@ -15,8 +15,15 @@ import torch
 from monai.data import MetaTensor
 
 from brainfm_monai import io
-from brainfm_monai.io import ScanError
-from brainfm_monai.outputs import RunSettings, ScanResult, ScanWriter, compute_totals_mm3, compute_volumes_mm3
+from brainfm_monai.io import ScanError, write_table
+from brainfm_monai.outputs import (
+    RunSettings,
+    ScanResult,
+    ScanWriter,
+    compute_totals_mm3,
+    compute_volumes_mm3,
+    expect_dice,
+)
 from brainfm_monai.outputs.maps import write_segmentation, write_volumes
 from brainfm_monai.tasks import TaskLayout
 
@@ -57,6 +64,7 @@ def test_the_volume_table_names_every_structure(scan: ScanResult) -> None:
         "side": "left",
         "soft_mm3": "11.0",
         "hard_mm3": "720.0",
+        "expected_dice": "n/a",
     }
     assert rows[10] == thalamus
     assert (rows[43]["name"], rows[43]["hard_mm3"]) == ("Total-Brain", "720.0")
@@ -64,6 +72,25 @@ def test_the_volume_table_names_every_structure(scan: ScanResult) -> None:
     definitions = json.loads((scan.folder / "sub-01_volumes.json").read_text())
     assert "the fluid around" in definitions["Intracranial-Volume"]["Description"]
     assert scan.summary["Left-Thalamus_mm3"] == 11.0
+
+
+def test_the_dice_to_expect_is_a_line_in_the_entropy_of_the_weights_in_use(
+    scan: ScanResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    entropy = torch.full(scan.maps["segmentation"].shape, 0.9)
+    entropy[0, :2] = 0.25  # of the left thalamus
+    scan.maps = {**scan.maps, "entropy": MetaTensor(entropy, affine=torch.from_numpy(AFFINE))}
+    scan.settings = RunSettings(weights_sha256="mine")
+    lines = [("mine", "thalamus", "10 49", 1.0, -0.6, 0.01, 4), ("other", "thalamus", "10 49", 0.5, 0, 0.01, 4)]
+    columns = ("weights_sha256", "structure", "freesurfer_ids", "intercept", "slope", "error", "pairs")
+    write_table(tmp_path / "lines.tsv", columns, lines)
+    monkeypatch.setattr("brainfm_monai.outputs.maps.EXPECTED_DICE", tmp_path / "lines.tsv")
+    assert expect_dice(scan) == {11: pytest.approx(0.85)}  # there is no right thalamus, whose entropy is not known
+    write_volumes(scan)
+    rows = {row["name"]: row["expected_dice"] for row in read_table(scan.folder / "sub-01_volumes.tsv")}
+    assert (rows["Left-Thalamus"], rows["Right-Thalamus"], rows["Total-Brain"]) == ("0.85", "n/a", "n/a")
+    scan.settings = RunSettings(weights_sha256="trained by somebody")
+    assert expect_dice(scan) == {}
 
 
 def test_totals_are_sums_of_the_stated_structures() -> None:

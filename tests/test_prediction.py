@@ -267,7 +267,7 @@ def test_one_image_in_python(tmp_path: Path, settings: dict[str, Any]) -> None:
     for label in np.unique(labels)[1:]:
         assert found["hard_volumes_mm3"][names[label]] == pytest.approx((labels == label).sum() * 1.5 * 1.2 * 2.0)
     assert set(found["volumes_mm3"]) == set(names[1:])
-    assert list(found.table.columns) == ["name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"]
+    assert list(found.table.columns) == ["name", "freesurfer_id", "side", "soft_mm3", "hard_mm3", "expected_dice"]
     assert found.table["hard_mm3"].sum() == pytest.approx(sum(found["hard_volumes_mm3"].values()), rel=1e-3)
     in_memory = brainfm_monai.predict(stored, **settings)
     tensor = MetaTensor(torch.from_numpy(np.asarray(stored.dataobj))[None], affine=torch.from_numpy(stored.affine))

@@ -23,7 +23,7 @@ from brainfm_monai.evaluation.conditions import (
     to_freesurfer_ids,
 )
 from brainfm_monai.io import read_maps, scan_stem
-from brainfm_monai.metrics import Scene, TemplateTissues, measure_scan
+from brainfm_monai.metrics import Scene, TemplateTissues, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
 from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
@@ -194,6 +194,8 @@ class MeasureMaps(Transform):
             pair = to_freesurfer_ids(compared, protocol), _match(targets["segmentation"], compared, "nearest")
             pred, true = ({"segmentation": ids} for ids in pair)
             d["rows"] = measure_scan(pred, true, replace(scene, affine=compared.affine))
+            if "entropy" in d:
+                d["rows"] += measure_entropy(shown[0], d["entropy"].as_tensor(), scene)
             if self.dice_structures:
                 d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
         scene = replace(scene, image=image.as_tensor(), labels=shown[0] if shown else None, template=self.template)

@@ -71,6 +71,17 @@ def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene
     return rows
 
 
+def measure_entropy(labels: Tensor, entropy: Tensor, scene: Scene) -> list[MetricRow]:
+    """Rows of the mean entropy of each structure, of a prediction (FreeSurfer ids) on the grid of the scene."""
+    values = segmentation.compute_structure_entropy(labels, entropy, scene.structures, scene.affine)
+    return [
+        MetricRow(scene.scan, scene.condition, "segmentation", structure.name, side, "entropy", x, unit_of("entropy"))
+        for structure, row in zip(scene.structures, values.tolist(), strict=True)
+        for side, x in zip(SIDES, row, strict=True)
+        if not structure.middle or side == "both"
+    ]
+
+
 def _is_one_of(ids: Tensor, members: Iterable[int]) -> Tensor:
     return torch.isin(ids.long(), torch.tensor(sorted(members), device=ids.device))
 

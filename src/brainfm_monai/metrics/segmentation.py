@@ -144,6 +144,23 @@ def compute_structure_measures(
     return measures
 
 
+def compute_structure_entropy(labels: Tensor, entropy: Tensor, structures: Structures, affine: Tensor) -> Tensor:
+    """Mean entropy of the voxels of each predicted structure: of its left part, its right part, and both together.
+
+    Labels are FreeSurfer ids, the entropy is relative to its maximum, both (1, H, W, D); the affine takes voxel indices
+    to RAS mm. The result is (S, 3), NaN for what has no voxel; the sides of a structure without sides are NaN.
+    """
+    index = _index_structures(labels[0], structures, affine).long()
+    count, total = (
+        torch.bincount(index.flatten(), weights, 2 * len(structures) + 1)[1:].reshape(-1, 2).double()
+        for weights in (None, entropy[0].flatten().double())
+    )
+    count, total = (torch.cat([parts, parts.sum(1, keepdim=True)], 1) for parts in (count, total))
+    for row, structure in enumerate(structures):
+        count[row, :2] *= not structure.middle
+    return torch.where(count > 0, total / count.clamp_min(1), torch.nan).cpu()
+
+
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """``dice``, ``sensitivity`` and ``precision`` of lesions, voxel by voxel.
 

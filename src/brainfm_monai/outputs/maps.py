@@ -1,5 +1,6 @@
 """Maps as files: labels and volumes, synthetic contrasts, bias field, lesions, age, embedding, scales of error."""
 
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -9,7 +10,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.io import ABSENT, read_volume, write_table, write_text
+from brainfm_monai.io import ABSENT, read_table, read_volume, write_table, write_text
 from brainfm_monai.outputs.result import ScanResult, resample
 
 TOTALS = {"Total-Brain": "all structures of the brain without the ventricles and the fluid around it"}
@@ -18,6 +19,8 @@ LESION_IDS = frozenset({25, 57, 77, 78, 79, 99})  # FreeSurfer ids of lesions an
 SHARPEN_SIGMA_MM = 1.0  # of the Gaussian whose difference is added: the width of a voxel
 SMALLEST_FACTOR = 1e-3  # of a bias field that a scan is divided by
 LESION_THRESHOLD = 0.5
+EXPECTED_DICE = Path(__file__).with_name("expected_dice.tsv")
+DICE_TEXT = "Dice to expect against a manual label, out of the mean entropy of the structure; n/a: not calibrated"
 FAR_MM = 10  # healthy tissue around a lesion, from which the scan's and the synthetic intensities are related
 
 
@@ -52,11 +55,40 @@ def write_segmentation(scan: ScanResult) -> None:
     write_text(scan.path("desc-itksnap_dseg.txt"), "\n".join(["# IDX -R- -G- -B- -A-- VIS MSH LABEL", *snap, ""]))
 
 
+def structure_entropy(scan: ScanResult) -> np.ndarray:
+    """Mean entropy of the voxels of each label in the network's grid, shape (L,); NaN where a label has none."""
+    labels = scan.in_network_grid("segmentation").reshape(-1)
+    count = np.bincount(labels, minlength=len(scan.layout.protocol))
+    total = np.bincount(labels, weights=scan.in_network_grid("entropy").reshape(-1), minlength=len(count))
+    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def expect_dice(scan: ScanResult) -> dict[int, float]:
+    """The Dice to expect of each label that was calibrated for the weights in use; see ``expected_dice.tsv``.
+
+    It is a straight line in the mean entropy of the structure, fitted on generated heads that were not trained on, by
+    ``benchmarks/expected_dice.py``. There is none for other weights, nor where the entropy is not known.
+    """
+    if "entropy" not in scan.maps:
+        return {}
+    protocol, entropy = scan.layout.protocol, structure_entropy(scan)
+    lines = {
+        protocol.label_of_id[int(i)]: (float(row["intercept"]), float(row["slope"]))
+        for row in read_table(EXPECTED_DICE)
+        if row["weights_sha256"] == scan.settings.weights_sha256
+        for i in row["freesurfer_ids"].split()
+        if int(i) in protocol.label_of_id
+    }
+    dice = {label: intercept + slope * entropy[label] for label, (intercept, slope) in lines.items()}
+    return {label: float(np.clip(x, 0, 1)) for label, x in dice.items() if np.isfinite(x)}
+
+
 def write_volumes(scan: ScanResult) -> None:
     """Write the volume in mm^3 of every structure but the background: ``_volumes.tsv``.
 
     ``soft_mm3`` is the sum of the structure's probability over the voxels of the network's grid, ``hard_mm3`` counts
-    voxels of ``_dseg``. The last rows are sums, defined in :data:`TOTALS`.
+    voxels of ``_dseg``; ``expected_dice`` is that of :func:`expect_dice`. The last rows are sums, defined in
+    :data:`TOTALS`.
     """
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
     hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
@@ -65,11 +97,17 @@ def write_volumes(scan: ScanResult) -> None:
     named = protocol.structures[1:]
     rows: list[Any] = [(s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label]) for s in named]
     rows += [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name]) for name in TOTALS]
-    table = [(*row[:4], ABSENT if soft is None else f"{row[4]:.1f}", f"{row[5]:.1f}") for row in rows]
-    write_table(scan.path("volumes.tsv"), ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3"), table)
+    dice = {label: f"{x:.2f}" for label, x in expect_dice(scan).items()}
+    table = [
+        (*row[:4], ABSENT if soft is None else f"{row[4]:.1f}", f"{row[5]:.1f}", dice.get(row[0], ABSENT))
+        for row in rows
+    ]
+    columns = ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3", "expected_dice")
+    write_table(scan.path("volumes.tsv"), columns, table)
     soft_text = "sum of the structure's probability over the 1 mm voxels of the network"
     texts = {"soft_mm3": soft_text, "hard_mm3": "voxels of _dseg times the volume of a voxel", **TOTALS}
-    scan.write_sidecar("volumes", **{key: {"Units": "mm^3", "Description": text} for key, text in texts.items()})
+    entries = {key: {"Units": "mm^3", "Description": text} for key, text in texts.items()}
+    scan.write_sidecar("volumes", **entries, expected_dice={"Description": DICE_TEXT})
     scan.summary.update({f"{name}_mm3": round(volume, 1) for name, volume in totals.items()})
     scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in named})
 

@@ -8,7 +8,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ABSENT, write_table, write_text
-from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3
+from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3, structure_entropy
 from brainfm_monai.outputs.result import ScanResult, as_json
 from brainfm_monai.outputs.template import fit_affine_to_template
 from brainfm_monai.transforms import MODES
@@ -21,14 +21,6 @@ COMPARED_ML = 0.5  # volume below which sides are not compared
 ENTROPY_LIMIT = 0.35  # mean entropy within the brain, of its maximum; the first weights have 0.25 to 0.29 on real scans
 TURN_DEG = 60.0  # by which a head may lie askew: 90 and more are axes that were exchanged
 SIDE_NAMES = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
-
-
-def structure_entropy(scan: ScanResult) -> np.ndarray:
-    """Mean entropy of the voxels of each label in the network's grid, shape (L,); NaN where a label has none."""
-    labels = scan.in_network_grid("segmentation").reshape(-1)
-    count = np.bincount(labels, minlength=len(scan.layout.protocol))
-    total = np.bincount(labels, weights=scan.in_network_grid("entropy").reshape(-1), minlength=len(count))
-    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def brain_entropy(scan: ScanResult) -> float:

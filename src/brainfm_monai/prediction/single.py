@@ -40,12 +40,13 @@ class Prediction(dict[str, Any]):
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each structure: label, name, FreeSurfer id, side, soft and hard volume in mm^3."""
+        """A row for each structure: label, name, FreeSurfer id, side, soft and hard volume in mm^3, expected Dice."""
         structures = self["layout"].protocol.structures[1:]
         rows = [(s.label, s.name, s.freesurfer_id, s.side) for s in structures]
         table = pd.DataFrame(rows, columns=["label", "name", "freesurfer_id", "side"])
         soft, hard = (table["name"].map(self[key]).round(1) for key in ("volumes_mm3", "hard_volumes_mm3"))
-        return table.assign(soft_mm3=soft, hard_mm3=hard).set_index("label")
+        dice = table["label"].map(outputs.expect_dice(self.scan)).round(2)
+        return table.assign(soft_mm3=soft, hard_mm3=hard, expected_dice=dice).set_index("label")
 
     def _repr_html_(self) -> str:
         """The interactive view, if NiiVue is installed, or the scan's page, in a frame; warnings and volumes below."""

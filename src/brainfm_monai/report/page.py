@@ -55,6 +55,7 @@ def compose_page(scan: ScanResult) -> str:
     totals = outputs.compute_totals_mm3(volumes_ml, protocol)
     numbers = {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")}
     values = {"brain": brain, "volumes_ml": volumes_ml, "totals": totals, "numbers": numbers, **grid}
+    values["dice"] = {label: f"{x:.2f}" for label, x in outputs.expect_dice(scan).items()}
     return render("scan.html", title=scan.name, scan=scan, sections=sections, **values)
 
 
