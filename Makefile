@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # MONAI Label needs numpy below 2: an environment of its own, made anew when its versions change
-LABEL_VERSIONS := monailabel_app/constraints.txt setup.cfg
-LABEL_VENV := .venv-label/$(shell cat $(LABEL_VERSIONS) | sha256sum | cut -c1-12)
+LABEL_HASH := $(shell sha256sum < monailabel_app/constraints.txt | cut -c1-12)
+LABEL_VENV := .venv-label/$(LABEL_HASH)
 LABEL_BIN := $(LABEL_VENV)/bin
 LABEL_INSTALL := $(LABEL_BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES_OF_INSTALL := setup.cfg pyproject.toml constraints.txt
@@ -67,8 +67,9 @@ test: $(VENV)/.all
 	$(BIN)/pytest -n 2
 
 # torchvision's build may not fit that of torch; MONAI Label imports two of its functions and this app uses neither
-$(LABEL_VENV)/.done:
+$(LABEL_VENV)/.done: setup.cfg
 	$(PYTHON) -m venv $(LABEL_VENV)
+	@find .venv-label -mindepth 1 -maxdepth 1 ! -name $(LABEL_HASH) -exec rm -rf {} +
 	$(LABEL_INSTALL) "$(shell grep '^torch==' monailabel_app/constraints.txt)"
 	$(LABEL_INSTALL) -c monailabel_app/constraints.txt -e ".[label,prepare,report,train]" pytest
 	$(LABEL_BIN)/python -c "import torchvision.utils" 2>/dev/null || ( \

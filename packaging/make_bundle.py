@@ -31,7 +31,7 @@ FOLDERS = ("configs", "docs", "models")  # of bundle/
 TIME = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
 LARGEST_MB = 25  # of a file, in the model zoo
 BASES = {"evaluate.json": "inference.json", "features.json": "inference.json", "finetune.json": "train.json",
-         "multi_gpu_train.json": "train.json"}  # configs that are laid over another one  # fmt: skip
+         "label_train.json": "train.json", "multi_gpu_train.json": "train.json"}  # laid over another config  # fmt: skip
 IMPORTS = ["$import inspect", "$import sys"]
 WHERE = (
     "$next((str(frame[0].f_locals['self'].config_root_path.parent) for frame in inspect.stack(0)"

@@ -68,7 +68,7 @@ def test_two_builds_give_the_same_bytes_and_every_config_finds_the_package(repos
         }
         assert present | {f"{NAME}/brainfm_monai/__init__.py"} <= set(names)
         assert not any("variants" in name or "/bundle/" in name for name in names)
-        for name in ("inference", "train", "evaluate", "features", "finetune", "multi_gpu_train"):
+        for name in ("inference", "train", "evaluate", "features", "finetune", "label_train", "multi_gpu_train"):
             text = archive.read(f"{NAME}/configs/{name}.json").decode()
             assert "$brainfm_monai" not in text
             assert "$import brainfm_monai" not in text

@@ -65,6 +65,18 @@ def test_a_missing_folder_is_one_line_and_status_1(tmp_path: Path) -> None:
     assert re.fullmatch(r"brainfm-monai: nowhere: a folder of prepared subjects is needed, .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("command", ["version", "--help"])
+def test_a_reader_that_leaves_is_no_error(command: str) -> None:
+    words = [sys.executable, "-m", "brainfm_monai", command]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Broken pipe" not in said
+    assert "Traceback" not in said
+
+
 def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, "segment")

@@ -9,11 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.tasks.infer.bundle import BundleInferTask
 
 from brainfm_monai.io import ScanError, one_line
+from brainfm_monai.networks import prepare_network
 
 __all__ = ["UNUSABLE", "SegmentationTask", "guarded", "list_weights"]
 
@@ -77,6 +79,14 @@ class SegmentationTask(BundleInferTask):
         """Settings for clients, with the weights that are there now."""
         self._config["model_filename"] = list_weights(self.bundle_path)
         return self._config
+
+    def _get_network(self, device: str, data: dict[str, Any]) -> torch.nn.Module:
+        """The network with the weights that a request names.
+
+        Its layout in memory is that of every other run, whichever request was the first to use it: the layout decides
+        how sums are rounded, and one request answered twice has one answer.
+        """
+        return prepare_network(super()._get_network(device, data), torch.device(device))
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> tuple[Any, dict[str, Any]]:
         """Segment one scan."""

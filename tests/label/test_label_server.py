@@ -23,6 +23,8 @@ import requests
 from nibabel.affines import from_matvec
 from nibabel.processing import resample_from_to
 
+from brainfm_monai.anatomy import Protocol
+
 # warnings of MONAI Label and of what it imports are not ours
 pytestmark = [pytest.mark.label, pytest.mark.filterwarnings("default")]
 pytest.importorskip("monailabel", reason="MONAI Label needs an environment of its own: make test-label")
@@ -52,8 +54,10 @@ class Server:
         conf = self._make_app(folder)
         command = [sys.executable, "-m", "monailabel.main", "start_server", "--studies", str(self.studies)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *conf]
-        # threads of their own for the server: the machine's, whatever the tests around it were given
+        # threads of their own for the server: the machine's, whatever the tests around it were given; a thread that
+        # waits for others leaves the core to other programs
         environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+        environment["OMP_WAIT_POLICY"] = "passive"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self._wait()
@@ -150,16 +154,29 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def copy_bundle(target: Path) -> Path:
-    """A copy of what a server needs of the bundle, which trainings may write into."""
-    for part in ("configs", "models"):
-        shutil.copytree(REPOSITORY / "bundle" / part, target / part, ignore=shutil.ignore_patterns("model_*"))
+def copy_bundle(kind: str, folder: Path) -> Path:
+    """A copy of the bundle, which trainings may write into, and whose epochs are shorter.
+
+    The stock app gets what a model zoo distributes, with the package inside; ours what it needs of the repository.
+    """
+    target = folder / MODEL
+    if kind == "stock":
+        builder = [sys.executable, str(REPOSITORY / "packaging" / "make_bundle.py"), "--output", str(folder)]
+        done = subprocess.run(builder, check=True, capture_output=True, text=True)
+        shutil.unpack_archive(done.stdout.strip(), folder)
+    else:
+        for part in ("configs", "models"):
+            shutil.copytree(REPOSITORY / "bundle" / part, target / part, ignore=shutil.ignore_patterns("model_*"))
+    values = target / "configs" / "label_train.json"
+    values.write_text(json.dumps({**json.loads(values.read_text()), "epoch_length": STEPS_OF_AN_EPOCH}))
     return target
 
 
 FAST = ["--mirror", "False", "--second_look", "False", "--memory", "low"]  # what a click gets
 DELETED, GROWN = "left-hippocampus", "left-thalamus"  # by the annotator
-SCANS = ("las", "oblique")
+KEPT = [s.name.lower() for s in Protocol.load("synthseg_head").structures[1:33] if s.name.lower() != DELETED]
+SCANS = ("las", "oblique", "small")
+STEPS_OF_AN_EPOCH = 2
 LARGER_DICE = 0.02  # of the corrected structure, after a training of a few steps
 SMALLEST_AGREEMENT = 0.9  # Dice of the other structures with what they were before the training
 SMALLEST_DICE = 0.99  # of a structure of at least a thousand voxels, against the same network by another command
@@ -167,9 +184,10 @@ SMALLEST_DICE = 0.99  # of a structure of at least a thousand voxels, against th
 
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """nilearn's brain at 2 mm without its right frontal pole, stored from right to left, and oblique with exchanged axes.
+    """nilearn's brain at 2 mm without its right frontal pole: from right to left, oblique with exchanged axes, and small.
 
-    The template is symmetric; without the pole a mirrored result shows.
+    The template is symmetric; without the pole a mirrored result shows. The oblique scan has the middle of the brain,
+    the small one a cube of it: requests whose point is not the scan are answered in a second.
     """
     from nilearn.datasets import load_mni152_template
 
@@ -185,10 +203,11 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     tilt = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
     matrix = (turn @ tilt)[:, [2, 0, 1]] * [2.0, -2.0, 3.0]
-    shape = (100, 104, 80)
+    shape = (44, 104, 80)
     grid = from_matvec(matrix, np.array([0, -18, 8]) - matrix @ ((np.array(shape) - 1) / 2))
     oblique = resample_from_to(nib.Nifti1Image(values.astype(np.float32), template.affine), (shape, grid), order=1)
     images = {"las": las, "oblique": nib.Nifti1Image(np.rint(oblique.get_fdata()).astype(np.int16), grid)}
+    images["small"] = las.slicer[34:66, 42:74, 30:62]
     assert nib.aff2axcodes(las.affine) == ("L", "A", "S")
     for name, image in images.items():
         nib.save(image, folder / f"{name}.nii.gz")
@@ -210,7 +229,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(kind: str, subjects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle for each app: a training adds weights to it."""
-    copy = copy_bundle(tmp_path_factory.mktemp(f"bundle_{kind}") / MODEL)
+    copy = copy_bundle(kind, tmp_path_factory.mktemp(f"bundle_{kind}"))
     (copy / "training_label").mkdir()
     (copy / "training_label" / "subjects").symlink_to(subjects)
     return copy
@@ -224,6 +243,25 @@ def predicted(scans: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     command += ["--bundle", str(REPOSITORY / "bundle"), "--outputs", "segmentation", *FAST]
     subprocess.run(command, check=True, capture_output=True)
     return {name: output / name / f"{name}_dseg.nii.gz" for name in scans}
+
+
+@pytest.fixture(scope="session")
+def correction(predicted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The label of one scan with a segment deleted and one grown, as Slicer saves it: what is left is numbered anew."""
+    from scipy import ndimage
+
+    image: Any = nib.load(predicted["las"])
+    labels, numbers = (
+        np.array(image.dataobj),
+        {s.name.lower(): s.label for s in Protocol.load("synthseg_head").structures},
+    )
+    labels[ndimage.binary_dilation(labels == numbers[GROWN])] = numbers[GROWN]
+    moved = np.zeros_like(labels)
+    for value, name in enumerate(KEPT, start=1):
+        moved[labels == numbers[name]] = value
+    path = tmp_path_factory.mktemp("correction") / "las.nii.gz"
+    nib.save(nib.Nifti1Image(moved, image.affine), path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +317,7 @@ def test_scans_are_uploaded(server: Server, scans: dict[str, Path]) -> None:
     assert server.get("/datastore/")["total"] == len(scans)
 
 
-@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("name", ["las", "oblique"])
 def test_labels_are_those_of_predict_in_the_grid_of_the_scan(
     server: Server, scans: dict[str, Path], predicted: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
@@ -297,13 +335,13 @@ def test_labels_are_those_of_predict_in_the_grid_of_the_scan(
 def test_json_and_both_and_the_client(server: Server, tmp_path: Path) -> None:
     from monailabel.client import MONAILabelClient
 
-    known = server.infer(MODEL, "las", "json").json()
+    known = server.infer(MODEL, "small", "json").json()
     assert known["label_names"] == _names(server)
-    both = server.infer(MODEL, "las", "all")
+    both = server.infer(MODEL, "small", "all")
     assert both.headers["content-type"].startswith("multipart/form-data")
     client = MONAILabelClient(server.url, str(tmp_path))
     assert client.info()["models"][MODEL]["type"] == "segmentation"
-    file, _ = client.infer(MODEL, "las", {"mode": "brain", "result_dtype": "uint8"})
+    file, _ = client.infer(MODEL, "small", {"mode": "brain", "result_dtype": "uint8"})
     labels, _, dtype = _labels(Path(file))
     assert dtype == np.uint8
     assert labels.any()
@@ -315,24 +353,25 @@ def test_maps_come_from_one_pass_with_their_own_geometry(
 ) -> None:
     if server.kind == "stock":
         pytest.skip("the stock app has the segmentation alone")
-    known = server.infer("brain_maps", "las", "json").json()
+    known = server.infer("brain_maps", "oblique", "json").json()
     assert {"T1w", "T2w", "FLAIR", "CT", "bias_corrected", "bias_field", "distance"} == set(known["maps"])
     assert known["volumes_mm3"]["Left-Hippocampus"] > 1000
-    scan: Any = nib.load(scans["las"])
+    scan: Any = nib.load(scans["oblique"])
     for tag in ("bias_corrected", "distance"):
-        image: Any = nib.load(server.infer_file(tag, "las", tmp_path / f"{tag}.nii.gz"))
+        image: Any = nib.load(server.infer_file(tag, "oblique", tmp_path / f"{tag}.nii.gz"))
         assert image.shape[:3] == scan.shape
         assert np.allclose(image.affine, scan.affine, atol=1e-4)
-    t1w: Any = nib.load(server.infer_file("T1w", "las", tmp_path / "T1w.nii.gz"))
+    t1w: Any = nib.load(server.infer_file("T1w", "oblique", tmp_path / "T1w.nii.gz"))
     assert nib.aff2axcodes(t1w.affine) == ("R", "A", "S")  # the network's grid
     there = resample_from_to(
         nib.Nifti1Image(t1w.get_fdata(), t1w.affine), (scan.shape, scan.affine), order=1
     ).get_fdata()
+    assert nib.aff2axcodes(scan.affine)[1] == "L"  # the axis that a mirrored map would differ along
     brain = np.asarray(scan.dataobj) > 100
     values = np.asarray(scan.dataobj)[brain]
-    fit, mirrored = (np.corrcoef(image[brain], values)[0, 1] for image in (there, there[::-1]))
+    fit, mirrored = (np.corrcoef(image[brain], values)[0, 1] for image in (there, there[:, ::-1]))
     assert fit > max(0.7, mirrored)
-    stored = server.get("/datastore/?output=all")["objects"]["las"]["labels"]
+    stored = server.get("/datastore/?output=all")["objects"]["oblique"]["labels"]
     assert {"T1w", "CT", "distance", "original"} <= set(stored)
     assert server.get("/datastore/")["completed"] == 0  # maps are no labels
 
@@ -386,23 +425,10 @@ def test_the_next_scan_is_offered(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def corrected(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The label of one scan with a segment deleted and one grown, saved as Slicer saves it: what is left is numbered anew."""
-    from scipy import ndimage
-
-    folder = tmp_path_factory.mktemp("corrected")
-    names = _names(server)
-    image: Any = nib.load(server.infer_file(MODEL, "las", folder / "labels.nii.gz", mode="brain"))
-    labels = np.array(image.dataobj)
-    labels[ndimage.binary_dilation(labels == names[GROWN])] = names[GROWN]
-    kept = [name for name, value in sorted(names.items(), key=lambda item: item[1]) if name != DELETED and value <= 32]
-    moved = np.zeros_like(labels)
-    for value, name in enumerate(kept, start=1):
-        moved[labels == names[name]] = value
-    path = folder / "las.nii.gz"
-    nib.save(nib.Nifti1Image(moved, image.affine), path)
-    server.save_label("las", path, [{"name": name, "idx": value} for value, name in enumerate(kept, start=1)])
-    return path
+def corrected(server: Server, correction: Path) -> Path:
+    """The corrected label, saved on the server."""
+    server.save_label("las", correction, [{"name": name, "idx": value} for value, name in enumerate(KEPT, start=1)])
+    return correction
 
 
 def test_a_corrected_label_counts(server: Server, corrected: Path) -> None:
@@ -418,7 +444,7 @@ def _hash(path: Path) -> str:
 def _dice_of(name: str, labels: np.ndarray, path: Path, names: dict[str, int]) -> float:
     """Dice of a structure with the corrected label, whose values are those that are left."""
     corrected = np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
-    one, two = labels == names[name], corrected == sorted(set(names.values()) - {names[DELETED]}).index(names[name]) + 1
+    one, two = labels == names[name], corrected == KEPT.index(name) + 1
     return float(2 * (one & two).sum() / (one.sum() + two.sum()))
 
 
@@ -456,8 +482,8 @@ def test_training_makes_weights_that_answer_as_the_correction(
 def test_the_subject_of_a_corrected_label_has_what_is_left_under_its_names(
     bundle: Path, server: Server, corrected: Path
 ) -> None:
-    subjects = bundle.glob("training_label/subjects/las*/segmentation.nii.gz")  # those of both apps, the newest is ours
-    folder = max(subjects, key=lambda path: path.stat().st_mtime).parent
+    # one subject, of all trainings through both apps: what was prepared is not prepared again
+    (folder,) = [path.parent for path in bundle.glob("training_label/subjects/las*/segmentation.nii.gz")]
     present = set(np.unique(np.asarray(nib.load(folder / "segmentation.nii.gz").dataobj)).astype(int))  # type: ignore[attr-defined]
     names = _names(server)
     assert names[DELETED] not in present
@@ -469,15 +495,17 @@ def test_batch_inference_as_slicer_asks_for_it(server: Server) -> None:
     params = {"device": "cpu"} | (
         {"multi_gpu": False} if server.kind == "stock" else {"multi_gpu": True, "gpus": "all"}
     )
+    labels = server.studies / "labels" / "original"
+    assert not (labels / "small.nii.gz").exists()
     server.post(f"/batch/infer/{MODEL}?images=unlabeled", params)
     state = server.wait_for("batch/infer")
     assert state["status"] == "DONE", state["details"]
-    assert (server.studies / "labels" / "original" / "oblique.nii.gz").is_file()
+    assert {path.name for path in labels.iterdir()} == {"oblique.nii.gz", "small.nii.gz"}
 
 
 def test_eight_requests_at_once(server: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: server.infer(MODEL, "las", mode="brain"), range(8)))
+        answers = list(pool.map(lambda _: server.infer(MODEL, "small", mode="brain"), range(8)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({hashlib.sha256(answer.content).hexdigest() for answer in answers}) == 1
 
@@ -492,4 +520,4 @@ def test_a_broken_upload_is_refused_and_the_server_lives_on(server: Server, tmp_
     if server.kind == "ours":
         assert "broken" in json.loads(answer.text)["detail"]
         assert server.infer(MODEL, "nobody").status_code == 404
-    assert server.infer(MODEL, "las", "json", mode="brain").ok
+    assert server.infer(MODEL, "small", "json", mode="brain").ok

@@ -1,6 +1,7 @@
 """The command ``brainfm-monai``: each command is a few lines that call the package or run a config of the bundle."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,5 +37,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         fire.Fire(COMMANDS, spell_out(sys.argv[1:], COMMANDS), name="brainfm-monai")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has left, as in "| head -1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"brainfm-monai: {error}")
