@@ -50,7 +50,8 @@ def load_subject(folder: Path) -> dict[str, Tensor]:
     """A prepared subject as a batch of one, with real images painted from its labels."""
 
     def read(key: str, dtype: type | None = None) -> np.ndarray:
-        return np.asarray(nib.load(folder / f"{key}.nii.gz").dataobj, dtype)  # type: ignore[attr-defined]
+        (file,) = folder.glob(f"{key}.nii*")  # the GPU kit's subjects are not compressed
+        return np.asarray(nib.load(file).dataobj, dtype)  # type: ignore[attr-defined]
 
     volumes = {key: read(key) for key in ("generation_labels", "segmentation")}
     dense = {key: read(key, np.float32) for key in ("distance", "mni")}

@@ -159,13 +159,16 @@ def test_images_that_are_not_asked_for_stay_unread(repository: Path, tmp_path: P
         write_subject(tmp_path / f"sub-{i}", 14 + i) | {"CT": "none.nii.gz", "T1w": "none.nii.gz"} for i in range(2)
     ]
     (tmp_path / "datalist.json").write_text(
-        json.dumps({"training": items[:1], "validation": items[1:]}), encoding="utf-8"
+        json.dumps({"training": [items[0]] * 3, "validation": items[1:]}), encoding="utf-8"
     )
     workflow = make_workflow(repository, tmp_path, tmp_path / "out", epoch_length=1, panels=0, images=["FLAIR"])
     workflow.initialize()
     workflow.run()
     assert workflow.parser.get_parsed_content("train#trainer").state.iteration == 1
-    assert "CT" not in workflow.parser.get_parsed_content("train#dataset")[0]
+    dataset = workflow.parser.get_parsed_content("train#dataset")
+    assert "CT" not in dataset[0]
+    assert len(dataset) == 3  # a subject that the list repeats weighs more, and is held once
+    assert dataset[0]["generation_labels"].data_ptr() == dataset[2]["generation_labels"].data_ptr()
 
 
 def test_a_subject_with_a_nan_is_named_left_out_and_ends_the_training(repository: Path, tmp_path: Path) -> None:

@@ -62,6 +62,25 @@ def write_subject(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+# packages of ours that the machine has not, nor the wheels of the kit: what the package requires, less what both hold
+MISSING = ("igl", "itk", "nilearn", "nitransforms", "sklearn", "pydicom", "dcm2niix", "distributed", "onnx", "elastix")
+
+
+def test_a_training_imports_nothing_that_the_machine_lacks(repository: Path) -> None:
+    script = f"""
+import sys
+for name in {MISSING}: sys.modules[name] = None
+from monai.bundle import ConfigParser
+from brainfm_monai.cli.bundle import find_config
+parser = ConfigParser()
+names = ["train.json", "release.json", "finetune.json", "muon.json"]
+parser.read_config([str(find_config({str(repository / "bundle")!r}, name)) for name in names])
+for line in parser["imports"]: exec(line.removeprefix("$"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_unpacked_subject_is_the_subject_that_a_training_at_two_millimetres_reads(
     kit: ModuleType, tmp_path: Path
 ) -> None:

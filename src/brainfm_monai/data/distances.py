@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import edt
-import igl
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
@@ -95,6 +94,8 @@ def compute_surface_distance(
         affine: voxels of about 1 mm to the vertices' mm, shape (4, 4).
         shape: size of the volume.
     """
+    import igl  # a training on prepared subjects does without it, as on the machine of the GPU kit
+
     # voxels that may lie within the limit of a surface with edges of at most 2 mm; surfaces may leave the box
     margin = int(np.ceil(LIMIT_MM)) + 2
     voxels = np.rint(apply_affine(np.linalg.inv(affine), vertices)).astype(int)
