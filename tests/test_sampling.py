@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -179,6 +180,20 @@ def test_resolution_families_come_with_their_weights_and_their_laws() -> None:
     thick = look.sigma[clinical].amax(1)
     assert float((thick / spacing[clinical].amax(1).clamp_max(6)).max()) <= 1.15 * 0.5124
     assert float(thick.min()) >= 0.85 * 0.5123 * 2.5
+
+
+def test_profiles_are_gaussian_unless_asked_otherwise(look: AppearanceParams) -> None:
+    assert look.exponent is None
+    generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
+    asked = sample(
+        SynthesisRanges(profile_exponent=(2, 16)),
+        generators,
+        spatial_size=(4, 4, 4),
+        protocol=HEAD,
+        generation_protocol=GENERATION,
+    ).appearances[0]
+    assert asked.exponent is not None
+    check_uniform(asked.exponent.log(), math.log(2), math.log(16))
 
 
 def test_the_input_is_one_of_what_is_there_or_a_convex_mixture(look: AppearanceParams) -> None:
