@@ -1,12 +1,12 @@
-"""Write open T2w and FLAIR scans with the T1w of the same person as their reference, as NIfTI files and a datalist.
+"""Write open scans of people who were not trained on, with their T1w as the reference, as NIfTI files and a datalist.
 
     python benchmarks/real_contrasts.py FOLDER OUT
 
-FOLDER holds, at any depth, ``raw/patient01`` and ``raw/patient04`` of open_ms_data (CC-BY, Lesjak et al. 2016; T1w, T2w and FLAIR
-of the first visit, whole heads, slices of 3 to 4 mm), the folder ``stroke`` of volrender (MIT; brain-extracted, 1 mm), and the
-folder ``ds000011_t1`` with sub-13 and sub-14 of ds000011 (PDDL; T1w, and T2w of 5 mm slices, whole heads, whose headers share no
-space). OUT gets a copy of every T2w and FLAIR scan, the T1w once for each of them, and ``datalist.json``, which
-``brainfm-monai evaluate`` reads.
+FOLDER holds, at any depth, ``raw/patient04`` of open_ms_data (CC-BY, Lesjak et al. 2016; T1w, T2w and FLAIR of the first visit,
+whole head, slices of 3 to 4 mm), the folder ``ds000011_t1`` with sub-13 and sub-14 of ds000011 (PDDL; T1w, and T2w of 5 mm slices,
+whole heads, whose headers share no space), and the folder ``ds002748`` with sub-41 to sub-48 (CC0; brain-extracted T1w). OUT gets a
+copy of every scan, the T1w once for each T2w and FLAIR, and ``datalist.json``, which ``brainfm-monai evaluate`` reads. A T1w is its
+own reference: what is measured is the T1w that is made of a T1w.
 
 The head moves between two scans of a session. The T1w is registered to each scan rigidly (elastix, mutual information), and the
 motion goes into the header of its copy: its voxels stay as they were measured. A model that was trained on scans of these people
@@ -30,11 +30,7 @@ from brainfm_monai.data.intensities import read_scan, resample_to_box
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 # person -> scans by contrast, each as the end of its path
 PEOPLE = {
-    **{
-        f"ms{person}": {name: f"raw/patient{person}/study1_{name.replace('w', 'W')}.nii.gz" for name in CONTRASTS}
-        for person in ("01", "04")
-    },
-    "stroke": {name: f"stroke/{name.removesuffix('w')}.nii.gz" for name in CONTRASTS},
+    "ms04": {name: f"raw/patient04/study1_{name.replace('w', 'W')}.nii.gz" for name in CONTRASTS},
     **{
         f"sub-{person}": {
             "T1w": f"ds000011_t1/sub-{person}_T1w.nii.gz",
@@ -42,6 +38,7 @@ PEOPLE = {
         }
         for person in ("13", "14")
     },
+    **{f"sub-{number}": {"T1w": f"ds002748/sub-{number}_T1w.nii.gz"} for number in range(41, 49)},
 }
 
 
@@ -96,6 +93,9 @@ def main(folder: Path, out: Path) -> None:
     for person, ends in PEOPLE.items():
         scans = {contrast: find(folder, end) for contrast, end in ends.items()}
         t1w = scans.pop("T1w")
+        own = f"{person}_T1w"
+        shutil.copyfile(t1w, out / f"{own}.nii.gz")
+        items.append({"name": own, "image": f"{own}.nii.gz", "T1w": f"{own}.nii.gz"})
         for contrast, scan in scans.items():
             name = f"{person}_{contrast}"
             item = {"name": name, "image": f"{name}.nii.gz", "T1w": f"{name}_reference-T1w.nii.gz"}

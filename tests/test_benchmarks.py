@@ -213,11 +213,17 @@ def write_head(folder: Path) -> np.ndarray:
 def test_every_scan_gets_the_t1w_in_its_own_space(
     real_contrasts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(real_contrasts, "PEOPLE", {"one": real_contrasts.PEOPLE["stroke"]})
+    monkeypatch.setattr(
+        real_contrasts,
+        "PEOPLE",
+        {"one": {name: f"stroke/{name.removesuffix('w')}.nii.gz" for name in real_contrasts.CONTRASTS}},
+    )
     motion = write_head(tmp_path / "somewhere" / "stroke")
     real_contrasts.main(tmp_path, tmp_path / "out")
     pairs = make_pair_cases(tmp_path / "out" / "datalist.json", parse_conditions({"native": {}}))
-    assert [pair["name"] for pair in pairs] == ["one_T2w", "one_FLAIR"]
+    own, *pairs = pairs
+    assert [own["name"], *(pair["name"] for pair in pairs)] == ["one_T1w", "one_T2w", "one_FLAIR"]
+    assert own["image"] == own["T1w"]
     before = nib.Nifti1Image.from_filename(tmp_path / "somewhere" / "stroke" / "T1.nii.gz")
     head = np.argwhere(before.get_fdata() > 0)
     truth = apply_affine(np.linalg.inv(motion) @ before.affine, head)
@@ -233,10 +239,10 @@ def test_every_scan_gets_the_t1w_in_its_own_space(
 
 def test_a_missing_or_doubtful_scan_is_one_clear_line(real_contrasts: ModuleType, tmp_path: Path) -> None:
     for copy in ("a", "b"):
-        (tmp_path / copy / "raw" / "patient01").mkdir(parents=True)
-        (tmp_path / copy / "raw" / "patient01" / "study1_T1W.nii.gz").touch()
+        (tmp_path / copy / "raw" / "patient04").mkdir(parents=True)
+        (tmp_path / copy / "raw" / "patient04" / "study1_T1W.nii.gz").touch()
     with pytest.raises(
-        FileNotFoundError, match=r"exactly one file 'raw/patient01/study1_T1W.nii.gz' is needed below it, found 2$"
+        FileNotFoundError, match=r"exactly one file 'raw/patient04/study1_T1W.nii.gz' is needed below it, found 2$"
     ):
         real_contrasts.main(tmp_path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"exactly one file 'stroke/T2.nii.gz' is needed below it, found 0$"):
