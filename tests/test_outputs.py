@@ -6,6 +6,7 @@ import csv
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import nibabel as nib
@@ -23,6 +24,8 @@ from brainfm_monai.outputs import (
     compute_totals_mm3,
     compute_volumes_mm3,
     expect_dice,
+    once_per_scan,
+    written_last,
 )
 from brainfm_monai.outputs.maps import write_segmentation, write_volumes
 from brainfm_monai.tasks import TaskLayout
@@ -199,7 +202,6 @@ def test_what_the_reader_noticed_stands_among_the_warnings_and_the_modality_in_t
     noticed["image"].meta |= {"warnings": "two forms\n3 voxels", "modality": "ct: the DICOM header says so"}
     seen: list[ScanResult] = []
     ScanWriter(tmp_path / "out", LAYOUT, {"look": seen.append}).write(noticed, entry)
-    assert seen[0].warnings[:2] == ["two forms", "3 voxels"]
     marker = json.loads((tmp_path / "out/sub-01/sub-01_finished.json").read_text())
     assert marker["warnings"][:2] == ["two forms", "3 voxels"]
     assert marker["summary"]["modality"] == seen[0].modality == "ct: the DICOM header says so"
@@ -214,6 +216,47 @@ def test_a_second_run_replaces_its_files_and_leaves_those_of_others(tmp_path: Pa
     writer = ScanWriter(out, LAYOUT, {"note": write_note})
     writer.write(item(), entry)
     assert names(out) == ["sub-01/mine.txt", "sub-01/sub-01_finished.json", "sub-01/sub-01_note.txt"]
+
+
+def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: Path, entry: dict[str, str]) -> None:
+    second_ended, computed = Event(), []
+
+    @once_per_scan
+    def shared(scan: ScanResult) -> int:
+        computed.append(scan.name)
+        return 7
+
+    def first(scan: ScanResult) -> None:
+        assert second_ended.wait(10)
+        scan.summary["first"] = shared(scan)
+        scan.warnings.append("of the first")
+
+    def second(scan: ScanResult) -> None:
+        scan.summary["second"] = shared(scan)
+        scan.warnings.append("of the second")
+        second_ended.set()
+
+    @written_last(ahead=shared)
+    def show(scan: ScanResult) -> None:
+        scan.path("shown.txt").write_text(f"{list(scan.summary)} {scan.warnings[-2:]}")
+
+    ScanWriter(tmp_path / "out", LAYOUT, {"show": show, "first": first, "second": second}).write(item(), entry)
+    expected = "['first', 'second'] ['of the first', 'of the second']"
+    assert (tmp_path / "out/sub-01/sub-01_shown.txt").read_text() == expected
+    assert computed == ["sub-01"]
+
+    def fail(scan: ScanResult) -> None:
+        assert second_ended.wait(10)
+        raise ScanError("the first error")
+
+    def fail_early(scan: ScanResult) -> None:
+        second_ended.set()
+        raise ScanError("an earlier error of a later output")
+
+    second_ended.clear()
+    with pytest.raises(ScanError, match="the first error"):
+        ScanWriter(tmp_path / "bad", LAYOUT, {"fail": fail, "fail_early": fail_early}).write(item(), entry)
+    assert names(tmp_path / "bad") == []
 
 
 def test_a_failing_writer_leaves_the_old_results_and_no_new_ones(tmp_path: Path, entry: dict[str, str]) -> None:

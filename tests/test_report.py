@@ -238,7 +238,7 @@ def test_the_view_in_a_browser_without_a_network(
     browser = find_browser()
     view.find_niivue.cache_clear()
     shown = make_scan(tmp_path, scan.labels)
-    shown.path("surfaces.tsv").write_text("hemisphere\n")
+    shown.outputs = {"surfaces"}
     corners = np.array([[10, -10, -10], [20, -10, -10], [10, 10, -10], [10, -10, 10]], dtype=np.float32)  # to the right
     faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
     surface = Hemisphere(corners, corners, faces, np.zeros(4, dtype=bool))

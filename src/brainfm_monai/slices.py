@@ -50,7 +50,7 @@ class Plane(NamedTuple):
 PLANES = {"axial": Plane(2, 0, 1, "RL"), "coronal": Plane(1, 0, 2, "RL"), "sagittal": Plane(0, 1, 2, "AP")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slice:
     """A plane through the head, pixel by pixel."""
 

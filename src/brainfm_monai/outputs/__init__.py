@@ -3,17 +3,18 @@
 from brainfm_monai.outputs.cortex import grow_surfaces, measure_thickness
 from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3, expect_dice
 from brainfm_monai.outputs.quality import collect_warnings
-from brainfm_monai.outputs.result import TEMPLATE_SPACE, RunSettings, ScanResult, describe_run, once_per_scan, resample
+from brainfm_monai.outputs.result import (
+    TEMPLATE_SPACE,
+    RunSettings,
+    ScanResult,
+    describe_run,
+    once_per_scan,
+    resample,
+    written_last,
+)
 from brainfm_monai.outputs.template import fit_scan_to_template
 from brainfm_monai.outputs.writer import ScanWriter
 
 __all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "ScanWriter", "collect_warnings", "compute_totals_mm3"]
-__all__ += [
-    "compute_volumes_mm3",
-    "describe_run",
-    "expect_dice",
-    "fit_scan_to_template",
-    "grow_surfaces",
-    "measure_thickness",
-]
-__all__ += ["once_per_scan", "resample"]
+__all__ += ["compute_volumes_mm3", "describe_run", "expect_dice", "fit_scan_to_template", "grow_surfaces"]
+__all__ += ["measure_thickness", "once_per_scan", "resample", "written_last"]

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import ABSENT, read_table, read_volume, write_table, write_text
-from brainfm_monai.outputs.result import ScanResult, resample
+from brainfm_monai.outputs.result import ScanResult, once_per_scan, resample
 
 TOTALS = {"Total-Brain": "all structures of the brain without the ventricles and the fluid around it"}
 TOTALS["Intracranial-Volume"] = "all structures of the brain, the ventricles and the fluid around it"
@@ -55,6 +55,7 @@ def write_segmentation(scan: ScanResult) -> None:
     write_text(scan.path("desc-itksnap_dseg.txt"), "\n".join(["# IDX -R- -G- -B- -A-- VIS MSH LABEL", *snap, ""]))
 
 
+@once_per_scan
 def structure_entropy(scan: ScanResult) -> np.ndarray:
     """Mean entropy of the voxels of each label in the network's grid, shape (L,); NaN where a label has none."""
     labels = scan.in_network_grid("segmentation").reshape(-1)

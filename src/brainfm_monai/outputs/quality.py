@@ -9,7 +9,7 @@ from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ABSENT, write_table, write_text
 from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3, structure_entropy
-from brainfm_monai.outputs.result import ScanResult, as_json
+from brainfm_monai.outputs.result import ScanResult, as_json, once_per_scan, written_last
 from brainfm_monai.outputs.template import fit_affine_to_template
 from brainfm_monai.transforms import MODES
 
@@ -23,6 +23,7 @@ TURN_DEG = 60.0  # by which a head may lie askew: 90 and more are axes that were
 SIDE_NAMES = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 
 
+@once_per_scan
 def brain_entropy(scan: ScanResult) -> float:
     """Mean entropy of the voxels of the brain in the network's grid; NaN where there is no brain."""
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")]
@@ -65,9 +66,10 @@ def _sides(scan: ScanResult) -> Iterator[str]:
     protocol, right_mm = scan.layout.protocol, []
     for side in ("left", "right"):
         members = protocol.is_brain & np.array([s.side == side for s in protocol.structures])
-        voxels = np.argwhere(members[scan.labels])
-        if len(voxels):
-            right_mm.append(apply_affine(scan.affine, voxels.mean(axis=0))[0])
+        counts = [members[scan.labels].sum(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
+        if counts[0].any():
+            centre = [np.average(np.arange(len(count)), weights=count) for count in counts]
+            right_mm.append(apply_affine(scan.affine, centre)[0])
     if len(right_mm) == 2 and right_mm[0] >= right_mm[1] and not MODES[scan.settings.mode].excluded_side:
         yield "left and right contradict the affine: structures of the left side lie to the right"
 
@@ -100,16 +102,23 @@ def collect_warnings(scan: ScanResult) -> list[str]:
     return [warning for rule in RULES for warning in rule(scan)]
 
 
-def write_quality(scan: ScanResult) -> None:
-    """Write the entropy map, its mean for each structure (``_qc.tsv``), and the warnings (``_qc.json``)."""
-    entries: dict[str, object] = {"Warnings": scan.warnings}
+@once_per_scan
+def _write_entropy(scan: ScanResult) -> None:
+    """Write the entropy map and its mean for each structure; neither is there without probabilities."""
     if "entropy" in scan.maps:
-        means = structure_entropy(scan)
-        shown = [ABSENT if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+        shown = [ABSENT if np.isnan(mean) else f"{mean:.4f}" for mean in structure_entropy(scan)]
         rows = [(s.label, s.name, shown[s.label]) for s in scan.layout.protocol.structures[1:]]
         write_table(scan.path("qc.tsv"), ("index", "name", "mean_entropy"), rows)
         text = "entropy of the label probabilities over the logarithm of the number of labels: 0 certain, 1 unknown"
         entropy, unit = scan.in_grid("entropy")[0], "share of the maximum"
         scan.save_image("desc-entropy_probseg", entropy, step=ENTROPY_STEP, Units=unit, Description=text)
+
+
+@written_last(ahead=_write_entropy)
+def write_quality(scan: ScanResult) -> None:
+    """Write the entropy map, its mean for each structure (``_qc.tsv``), and the warnings (``_qc.json``)."""
+    entries: dict[str, object] = {"Warnings": scan.warnings}
+    _write_entropy(scan)
+    if "entropy" in scan.maps:
         entries["MeanEntropyOfTheBrain"] = scan.summary["brain_entropy"] = round(brain_entropy(scan), 4)
     write_text(scan.path("qc.json"), as_json({**entries, "GeneratedBy": asdict(scan.settings)}))

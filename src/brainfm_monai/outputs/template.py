@@ -18,10 +18,8 @@ from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult, once_per_sc
 
 ROUNDS, STILL = 30, 1e-7  # of reweighting, at most; it ends when no element of the matrix moves by more
 HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
-SAMPLES = 200_000  # voxels of the brain that the affine is fitted to: a brain has a million of 1 mm
-SMOOTHING_MM = (
-    5.0  # width of the Gaussian that the residual is averaged with: what is finer is noise of the coordinates
-)
+SAMPLES = 200_000  # voxels of the brain, at least, that the affine is fitted to: a brain has a million of 1 mm
+SMOOTHING_MM = 5.0  # width of the Gaussian that averages the residual: what is finer is noise of the coordinates
 SMOOTHING_GROWTH, SMOOTHING_ROUNDS = 1.5, 8  # until nothing folds: 5 mm become 85 mm
 MINIMUM_JACOBIAN = 0.05  # a voxel of the brain that shrinks to less counts as folded
 DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual goes to 0, and the affine alone is left
@@ -82,9 +80,8 @@ def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: if the points do not determine it: fewer than 4, or in a plane.
     """
-    step = max(1, len(source) // SAMPLES)
-    goal = target[::step].astype(np.float64)
-    points = np.column_stack([source[::step], np.ones(len(goal))]).astype(np.float64)
+    goal = target.astype(np.float64)
+    points = np.column_stack([source, np.ones(len(goal))]).astype(np.float64)
     if len(points) < 4 or np.linalg.matrix_rank(points - points.mean(axis=0), tol=1e-3) < 3:
         raise ValueError(f"affine fit: points that fill a volume are needed, found {len(points)} that do not")
     weight, matrix = np.ones(len(points)), np.eye(4)
@@ -192,8 +189,11 @@ def fit_affine_to_template(scan: ScanResult) -> np.ndarray:
     Raises:
         ValueError: if too little brain was found.
     """
-    brain = _tissue(scan)
-    return fit_affine(apply_affine(scan.network_affine, np.argwhere(brain)), scan.in_network_grid("mni")[:, brain].T)
+    brain = np.flatnonzero(_tissue(scan))
+    brain = brain[:: max(1, len(brain) // SAMPLES)]
+    coordinates = scan.in_network_grid("mni")
+    index = np.stack(np.unravel_index(brain, coordinates.shape[1:]), axis=-1)
+    return fit_affine(apply_affine(scan.network_affine, index), coordinates.reshape(3, -1)[:, brain].T)
 
 
 @once_per_scan
@@ -230,8 +230,7 @@ def write_transforms(scan: ScanResult) -> None:
         displacement = (np.rint(steps) * DISPLACEMENT_STEP_MM).astype(np.float32)[:, :, :, None]  # five axes
         image = nib.Nifti1Image(displacement, warp.affine)
         image.header.set_intent("vector")
-        image.header.set_xyzt_units("mm")
-        nib.save(image, scan.path(f"{name}_xfm.nii.gz"))
+        scan.save_nifti(f"{name}_xfm", image)
     np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
     box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))

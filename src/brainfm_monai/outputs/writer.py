@@ -7,9 +7,10 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, write_table, write_text
 from brainfm_monai.outputs.quality import collect_warnings
-from brainfm_monai.outputs.result import RunSettings, ScanResult, as_json
+from brainfm_monai.outputs.result import SHOWN, RunSettings, ScanResult, Writer, as_json
 from brainfm_monai.tasks import TaskLayout
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ PARTIAL_FOLDER = ".partial"  # where the files of a scan are gathered until all 
 FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
+WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
@@ -47,13 +49,14 @@ class ScanWriter:
     Args:
         output_dir: folder of all results.
         layout: tasks and label protocol.
-        writers: functions of a :class:`ScanResult` by the names of the outputs, called in order.
+        writers: functions of a :class:`ScanResult` by the names of the outputs. They run side by side, but for those
+            that show what the others found; the order of the names is that of warnings and columns.
         settings: what is used; a scan that was finished with other settings is done again.
         overwrite: whether results of another scan, and files of the user's, may be replaced.
     """
 
     def __init__(
-        self, output_dir: str | Path, layout: TaskLayout, writers: Mapping[str, Callable[[ScanResult], object]],
+        self, output_dir: str | Path, layout: TaskLayout, writers: Mapping[str, Writer],
         settings: RunSettings | None = None, overwrite: bool = False,
     ) -> None:  # fmt: skip
         self.output_dir, self.layout, self.writers, self.overwrite = Path(output_dir), layout, dict(writers), overwrite
@@ -114,9 +117,7 @@ class ScanWriter:
                     partial.mkdir(parents=True)
                     held.enter_context(locked(partial))
                 result = self._result(item, scan, partial)
-                result.warnings.extend(collect_warnings(result))
-                for write in self.writers.values():
-                    write(result)
+                _run(self.writers.values(), result)
                 for warning in result.warnings:
                     logger.warning("%s: %s", result.name, warning)
                 with locked(self.output_dir):
@@ -139,7 +140,7 @@ class ScanWriter:
             frame=int(str(frame)) if str(frame).isdigit() else frame, window=str(meta.get("window") or ""),
             lesions=str(scan.get("lesions") or ""), settings=self.settings, original=item.get("original"),
             warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
-            modality=modality, summary={"modality": modality} if modality else {},
+            modality=modality, summary={"modality": modality} if modality else {}, outputs=self.writers.keys(),
         )  # fmt: skip
 
     def _publish(self, result: ScanResult, scan: Entry, seconds: float) -> Path:
@@ -240,6 +241,35 @@ class ScanWriter:
             return []
         done = [row for row in rows if row.get("status") == "done"]
         return [row for row in done if (self.output_dir / row["folder"] / f"{row['scan']}_{FINISHED}").is_file()]
+
+
+def _warn(result: ScanResult) -> None:
+    result.warnings.extend(collect_warnings(result))
+
+
+def _run(writers: Iterable[Writer], result: ScanResult) -> None:
+    """Write the files of all outputs, those of :data:`SHOWN` last.
+
+    What is found does not depend on which output ends first: each has warnings and a summary of its own, which are
+    joined in the order of the outputs. Of several errors, that of the first output is raised.
+    """
+    beside = [_warn, *(write for write in writers if write not in SHOWN)]
+    last = [write for write in writers if write in SHOWN]
+    parts = [replace(result, summary={}, warnings=[]) for _ in beside]
+    with ThreadPoolExecutor(WRITTEN_AT_ONCE, "output") as pool:
+        jobs = [pool.submit(write, part) for write, part in zip(beside, parts, strict=True)]
+        jobs += [pool.submit(SHOWN[write], result) for write in last]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for part in parts:
+        result.summary.update(part.summary)
+        result.warnings.extend(part.warnings)
+    for write in last:
+        write(result)
 
 
 def _is_unchanged(scan: Scan, earlier: Mapping[str, Any]) -> bool:

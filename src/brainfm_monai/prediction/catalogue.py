@@ -1,18 +1,19 @@
 """The table of outputs: what a user may ask for by name, and what the network must predict for it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from brainfm_monai.io import fingerprint
-from brainfm_monai.outputs import ScanResult, cortex, maps, quality, template
+from brainfm_monai.outputs import cortex, maps, quality, template
 from brainfm_monai.outputs.atlas import load_atlas, write_atlas
+from brainfm_monai.outputs.result import Writer
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-# In the order in which they are written: the report shows what the others found. Which tasks an output needs stands in
-# the table of tasks (``Task.outputs``).
-OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
+# In the order of their warnings and of the columns of the summary. Which tasks an output needs stands in the table of
+# tasks (``Task.outputs``).
+OUTPUTS: dict[str, Writer] = {
     "segmentation": maps.write_segmentation,
     "volumes": maps.write_volumes,
     "contrasts": maps.write_synthetic_images,
@@ -29,12 +30,11 @@ OUTPUTS: dict[str, Callable[[ScanResult], None]] = {
     "view": write_view,
     "report": write_report,
 }
-SHOWN = ("quality", "view", "report")  # outputs that show what the others found
 
 
 def select_outputs(
     outputs: str | Sequence[str], layout: TaskLayout, atlas: str | Path | None = None
-) -> dict[str, Callable[[ScanResult], None]]:
+) -> dict[str, Writer]:
     """The functions that write the wanted outputs.
 
     Args:
@@ -65,8 +65,5 @@ def select_outputs(
     if not atlas:
         return selected
     regions = load_atlas(atlas)
-    # the name holds the content: results of another atlas are not those of this one. The atlas comes before the outputs
-    # that show warnings.
-    name = f"atlas {regions.name} {fingerprint(regions)[:12]}"
-    shown = {key: selected.pop(key) for key in SHOWN if key in selected}
-    return {**selected, name: partial(write_atlas, atlas=regions), **shown}
+    # the name holds the content: results of another atlas are not those of this one
+    return {**selected, f"atlas {regions.name} {fingerprint(regions)[:12]}": partial(write_atlas, atlas=regions)}

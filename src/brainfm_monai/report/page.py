@@ -1,6 +1,7 @@
 """The page of one scan in one file: warnings, pictures of every map, volumes, and what was used."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import nibabel as nib
 import numpy as np
@@ -39,17 +40,12 @@ Draw = Callable[[Slice], np.ndarray]  # draws a slice
 Row = tuple[str, Draw]  # with its title
 
 
-def write_report(scan: ScanResult) -> None:
-    """Write the page of one scan, ``_report.html``."""
-    write_text(scan.path("report.html"), compose_page(scan))
-
-
 def compose_page(scan: ScanResult) -> str:
     """The page of one scan as HTML."""
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
     hard = outputs.compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
     volumes_ml = (hard if soft is None else soft) / 1000
-    sections = [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
+    sections = [(title, text or _describe_surfaces(scan), address) for title, text, address in _encode_sections(scan)]
     grid = {"zooms": nib.affines.voxel_sizes(scan.affine), "axes": "".join(nib.orientations.aff2axcodes(scan.affine))}
     brain = [s for s in protocol.structures if protocol.is_brain[s.label]]
     totals = outputs.compute_totals_mm3(volumes_ml, protocol)
@@ -59,27 +55,43 @@ def compose_page(scan: ScanResult) -> str:
     return render("scan.html", title=scan.name, scan=scan, sections=sections, **values)
 
 
+@outputs.once_per_scan
+def _encode_sections(scan: ScanResult) -> list[tuple[str, str, str]]:
+    """Heading, caption and address of the picture of every section."""
+    return [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
+
+
+@outputs.written_last(ahead=_encode_sections)
+def write_report(scan: ScanResult) -> None:
+    """Write the page of one scan, ``_report.html``."""
+    write_text(scan.path("report.html"), compose_page(scan))
+
+
 def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Heading, caption and picture, (rows, columns, 3) uint8, of every section that the scan has maps for."""
+    """Heading, caption and picture, (rows, columns, 3) uint8, of every section that the scan has maps for.
+
+    The caption of the surfaces is empty: it shows what the output ``surfaces`` found.
+    """
     protocol, labels, draw_scan = scan.layout.protocol, scan.layout.tasks["segmentation"], _grey(scan)
 
     def draw_labels(cut: Slice) -> np.ndarray:
         values = cut.read(scan.labels[None], scan.affine, nearest=True)
         return slices.paint(labels, values, draw_scan(cut), protocol, cut.plane)
 
-    def cut_at(positions: dict[str, tuple[float, ...]]) -> list[Slice]:
-        return slices.cut_slices(protocol.is_hemisphere[scan.labels], scan.affine, positions, MARGIN_MM, PIXEL_MM)
-
-    cells = [row for plane in FEW for row in _cells(cut_at({plane: MANY}), [(plane, draw_scan), ("", draw_labels)])]
+    positions = {plane: (*MANY, *few) for plane, few in FEW.items()}
+    every = slices.cut_slices(protocol.is_hemisphere[scan.labels], scan.affine, positions, MARGIN_MM, PIXEL_MM)
+    planes = {plane: [cut for cut in every if cut.plane is slices.PLANES[plane]] for plane in FEW}
+    rows_of = {plane: [(plane, draw_scan), ("", draw_labels)] for plane in FEW}
+    cells = [row for plane, cuts in planes.items() for row in _cells(cuts[: len(MANY)], rows_of[plane])]
     caption = "colours as in the table of volumes; tissues of the head are faint"
     yield "Scan and segmentation", caption, compose(cells)
-    cuts = cut_at(FEW)
+    cuts = [cut for of_plane in planes.values() for cut in of_plane[len(MANY) :]]
     for heading, rows in _sections_of_maps(scan).items():
         if rows:
             yield heading, "; ".join(title for title, _ in rows), compose(_cells(cuts, rows))
-    if scan.path("surfaces.tsv").is_file() and outputs.grow_surfaces(scan):  # they were asked for
+    if "surfaces" in scan.outputs and outputs.grow_surfaces(scan):
         cells = _cells(cuts, [("pial (red) and white (yellow) surface", lambda cut: _draw_contours(scan, cut))])
-        yield "White and pial surface", _describe_surfaces(scan), compose([*cells, _draw_hemispheres(scan)])
+        yield "White and pial surface", "", compose([*cells, _draw_hemispheres(scan)])
 
 
 def _cells(cuts: Sequence[Slice], rows: Sequence[Row]) -> list[list[Cell]]:
@@ -118,9 +130,9 @@ def _grey_window(scan: ScanResult) -> tuple[float, float]:
 
 @outputs.once_per_scan
 def _grey(scan: ScanResult) -> Draw:
-    """What draws a slice of the scan in grey."""
-    window = _grey_window(scan)
-    return lambda cut: shade(cut.read(scan.image, scan.affine)[..., 0], window)
+    """What draws a slice of the scan in grey, each slice once."""
+    window, image = _grey_window(scan), scan.image
+    return cache(lambda cut: shade(cut.read(image, scan.affine)[..., 0], window))
 
 
 def _ct_row(prefix: str, read: Draw, window: tuple[float, float]) -> Row:
@@ -132,6 +144,7 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
     """Rows of pictures of one map."""
     values, affine, draw_scan = scan.maps[task.entry].cpu(), scan.network_affine, _grey(scan)
 
+    @cache
     def read(cut: Slice) -> np.ndarray:
         return cut.read(values, affine)
 
@@ -182,6 +195,7 @@ def _template_rows(scan: ScanResult) -> list[Row]:
         return []
     top, draw_scan = float(image.max()), _grey(scan)
 
+    @cache
     def read(cut: Slice) -> np.ndarray:
         return Slice(cut.plane, warp(cut.points_mm)).read(image[None], affine)[..., 0]
 
@@ -204,6 +218,7 @@ def _draw_contours(scan: ScanResult, cut: Slice) -> np.ndarray:
     return picture
 
 
+@outputs.once_per_scan
 def colour_by_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
     """Colours of the vertices of each hemisphere that has surfaces, by its letter, shape (V, 3), in [0, 1]."""
     thickness = outputs.measure_thickness(scan)
