@@ -30,7 +30,7 @@ GRID_STEP_MM, GRID_END_MM = 20, 200
 LARGEST_LOG_BIAS = 0.7  # a factor of 2, shown in full colour
 HEAT = np.array([[0, 0, 0], [0.45, 0.1, 0.5], [0.93, 0.35, 0.35], [1, 0.85, 0.45], [1, 1, 1]])  # black to white
 LARGEST_OPACITY = 0.8  # of a probability over the scan
-QUALITY = 88  # of WebP
+QUALITY, EFFORT = 88, 2  # of WebP: half the time of the default effort for 3 % more bytes
 TEXT_PIXELS = 13
 TIE = 0.499  # edge of the last voxel: a pixel between two voxels takes the one that the order of voxels does not decide
 
@@ -243,5 +243,5 @@ def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] =
 
 def encode(picture: np.ndarray, kind: str = "webp") -> bytes:
     """A picture, (rows, columns, 3) uint8, as the bytes of a ``webp`` or ``png`` file."""
-    Image.fromarray(picture).save(buffer := io.BytesIO(), format=kind, quality=QUALITY)
+    Image.fromarray(picture).save(buffer := io.BytesIO(), format=kind, quality=QUALITY, method=EFFORT)
     return buffer.getvalue()

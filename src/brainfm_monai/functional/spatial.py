@@ -164,7 +164,8 @@ def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
 def jacobian_determinant(coordinates: Tensor) -> Tensor:
     """Determinant (B, 1, H, W, D) of the derivative of voxel coordinates (B, 3, H, W, D), by central differences."""
     over_h, over_w, over_d = torch.gradient(coordinates, dim=(2, 3, 4))
-    return (over_h * torch.linalg.cross(over_w, over_d, dim=1)).sum(dim=1, keepdim=True)
+    (a, b, c), (d, e, f), (g, h, i) = (over.split(1, dim=1) for over in (over_h, over_w, over_d))
+    return a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
 
 
 def compute_curl(potential: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ def compute_volumes_mm3(labels: np.ndarray, affine: np.ndarray, count: int) -> n
     return np.asarray(np.bincount(labels.reshape(-1), minlength=count) * abs(np.linalg.det(affine[:3, :3])))
 
 
+@once_per_scan
+def hard_volumes_mm3(scan: ScanResult) -> np.ndarray:
+    """Volume of each label of the label map in the grid of the files, mm^3, (L,)."""
+    return compute_volumes_mm3(scan.labels, scan.affine, len(scan.layout.protocol))
+
+
 def compute_totals_mm3(volumes: np.ndarray, protocol: Protocol) -> dict[str, float]:
     """Sums of volumes, shape (L,): :data:`TOTALS` says of which structures."""
     parts = (protocol.is_brain & ~protocol.is_fluid, protocol.is_brain)
@@ -92,7 +98,7 @@ def write_volumes(scan: ScanResult) -> None:
     :data:`TOTALS`.
     """
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
-    hard = compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
+    hard = hard_volumes_mm3(scan)
     best = hard if soft is None else soft
     totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
     named = protocol.structures[1:]

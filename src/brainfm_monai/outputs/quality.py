@@ -8,7 +8,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ABSENT, write_table, write_text
-from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3, structure_entropy
+from brainfm_monai.outputs.maps import compute_totals_mm3, hard_volumes_mm3, structure_entropy
 from brainfm_monai.outputs.result import ScanResult, as_json, once_per_scan, written_last
 from brainfm_monai.outputs.template import fit_affine_to_template
 from brainfm_monai.transforms import MODES
@@ -45,7 +45,7 @@ def _out_of_view(scan: ScanResult) -> Iterator[str]:
 
 def _volumes(scan: ScanResult) -> Iterator[str]:
     protocol = scan.layout.protocol
-    volumes = compute_volumes_mm3(scan.labels, scan.affine, len(protocol)) / 1000
+    volumes = hard_volumes_mm3(scan) / 1000
     if scan.settings.mode in ("whole_head", "brain"):
         total = compute_totals_mm3(volumes, protocol)["Intracranial-Volume"]
         low, high = INTRACRANIAL_RANGE_ML

@@ -126,7 +126,7 @@ def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSet
     soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
     scan = outputs.ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
     scan.original = item.get("original")
-    hard = outputs.compute_volumes_mm3(array, affine, len(layout.protocol))
+    hard = outputs.hard_volumes_mm3(scan)
     names = [s.name for s in layout.protocol.structures[1:]]
     try:
         matrix = outputs.fit_scan_to_template(scan).matrix if "mni" in maps else None

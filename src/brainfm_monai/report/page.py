@@ -43,8 +43,7 @@ Row = tuple[str, Draw]  # with its title
 def compose_page(scan: ScanResult) -> str:
     """The page of one scan as HTML."""
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
-    hard = outputs.compute_volumes_mm3(scan.labels, scan.affine, len(protocol))
-    volumes_ml = (hard if soft is None else soft) / 1000
+    volumes_ml = (outputs.hard_volumes_mm3(scan) if soft is None else soft) / 1000
     sections = [(title, text or _describe_surfaces(scan), address) for title, text, address in _encode_sections(scan)]
     grid = {"zooms": nib.affines.voxel_sizes(scan.affine), "axes": "".join(nib.orientations.aff2axcodes(scan.affine))}
     brain = [s for s in protocol.structures if protocol.is_brain[s.label]]
