@@ -218,12 +218,13 @@ def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(tmp_p
     header.set_data_shape((640, 640, 640))
     header.set_data_dtype(np.float64)
     header.set_sform(np.diag([0.4, 0.4, 0.4, 1]), 1)
+    header["vox_offset"] = 352
     content = header.binaryblock + bytes(4) + bytes(200_000)
     path = tmp_path / ("scan.nii.gz" if packed else "scan.nii")
     path.write_bytes(gzip.compress(content) if packed else content)
     tracemalloc.start()
     with pytest.raises(
-        ScanError, match=r"the voxels cannot be read: 2097152000 bytes are promised by the header, found a file"
+        ScanError, match=r"the voxels cannot be read: 2097152352 bytes are promised by the header, found a file"
     ):
         read_scan(path)
     assert tracemalloc.get_traced_memory()[1] < 2**21

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def test_a_ct_is_clipped_to_the_brains_window_and_its_original_is_kept(tmp_path:
 
 
 def test_an_mr_scan_padded_like_a_ct_is_none_and_its_padding_becomes_zero(tmp_path: Path) -> None:
-    head = np.clip(phantom_of_a_ct() + 1000, 0, None)  # bright bone, dark air: no values below 0
+    head = np.clip(phantom_of_a_ct() + 1000, 0, None) / 2  # bright bone, dark air: no values below 0
     padded = np.pad(head, 6, constant_values=-1024)
     found = load(write(tmp_path / "mr.nii", padded), window="auto")
     np.testing.assert_array_equal(found.numpy()[0], np.pad(head, 6))
@@ -193,7 +194,69 @@ def test_an_mr_scan_padded_like_a_ct_is_none_and_its_padding_becomes_zero(tmp_pa
     for values in (RAMP - 500, np.random.default_rng(0).normal(0, 1500, RAMP.shape).astype(np.float32)):
         signed = load(write(tmp_path / "signed.nii", values), window="auto")  # contrast below 0 is no padding
         np.testing.assert_array_equal(signed.numpy()[0], values)
-        assert not signed.meta["warnings"]
+        assert re.fullmatch("no side of the volume is dark, .*|values reach from .*", signed.meta["warnings"])
+
+
+def phantom_of_mr() -> np.ndarray:
+    """A head in dark air: a ball of noisy tissue, other tissue in its middle, float32."""
+    radius = np.linalg.norm(np.stack(np.meshgrid(*[np.arange(40) - 19.5] * 3, indexing="ij")), axis=0)
+    noise = np.random.default_rng(0).normal(0, 1, (2, 40, 40, 40))
+    return np.hypot(np.select([radius < 8, radius < 15], [600.0, 400.0], 0.0) + 12 * noise[0], 12 * noise[1]).astype(
+        "f4"
+    )
+
+
+def test_a_scan_of_a_head_raises_no_doubt(tmp_path: Path) -> None:
+    scan, brain = phantom_of_mr(), phantom_of_mr()
+    brain[brain < 200] = 0
+    for values in (scan, brain, scan[:20], scan[:, :, 10:30], -5 + scan / 10, np.pad(brain[5:35, 5:35, 5:35], 40)):
+        assert not load(write(tmp_path / "mr.nii", values)).meta["warnings"]
+    assert not load(write(tmp_path / "ct.nii", phantom_of_a_ct())).meta["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda mr: np.digitize(mr, [200, 500]).astype(np.int16), "a label map or a mask"),
+        (lambda mr: (mr > 200).astype(np.float32) / 255, "a label map or a mask"),
+        (lambda mr: np.pi * np.random.default_rng(1).uniform(-1, 1, mr.shape), "a phase image"),
+        (lambda mr: np.where(mr > 200, (mr - 450) / 90, 0), "standardised values"),
+        (lambda mr: mr.max() - mr, "an inverted contrast"),
+        (lambda mr: (mr - mr.mean()) / mr.std(), "values reach from .*, where a magnitude image begins at 0"),
+        (lambda mr: np.clip(mr - 150, 0, 250), "the highest value has a share of [0-9]+%: clipped values"),
+    ],
+    ids=["labels", "mask", "phase", "standardised brain", "inverted", "standardised head", "clipped"],
+)
+def test_what_is_no_magnitude_image_is_warned_of(tmp_path: Path, make: Any, words: str) -> None:
+    path = write(tmp_path / "odd.nii", make(phantom_of_mr()).astype(np.float32))
+    assert re.search(words, load(path).meta["warnings"])
+
+
+def test_padding_above_all_values_becomes_zero(tmp_path: Path) -> None:
+    scan = np.round(phantom_of_mr())
+    for fill in (65535.0, 1e30):
+        found = load(write(tmp_path / "filled.nii", np.pad(scan, 6, constant_values=fill)))
+        np.testing.assert_array_equal(found.numpy()[0], np.pad(scan, 6))
+        assert "taken for padding of a scan and set to 0" in found.meta["warnings"]
+
+
+@pytest.mark.parametrize("stored", ["1024", "1000", "sign"])
+def test_a_ct_without_its_intercept_or_sign_is_brought_to_hounsfield_units(tmp_path: Path, stored: str) -> None:
+    hounsfield = np.round(phantom_of_a_ct())
+    numbers = hounsfield.astype(np.int16).view(np.uint16) if stored == "sign" else hounsfield + float(stored)
+    path = write(tmp_path / "ct.nii", numbers.astype(np.uint16 if stored == "sign" else np.float32))
+    loaded = LoadScand("image", window="auto")({"image": str(path)})
+    found = loaded["original"].numpy()[0] - hounsfield
+    assert np.ptp(found) == 0
+    assert abs(found[0, 0, 0]) <= 24  # 1024 and 1000 cannot always be told apart
+    assert loaded["image"].meta["modality"].startswith("ct: ")
+    assert "the values are those of a CT" in loaded["image"].meta["warnings"]
+    assert load(path, modality="mr").meta["modality"] == "mr: as asked by --modality"
+
+
+def test_a_ct_in_another_unit_is_warned_of(tmp_path: Path) -> None:
+    path = write(tmp_path / "ct.nii", phantom_of_a_ct() / 1000)
+    assert "are these Hounsfield units?" in load(path, window="auto", modality="ct").meta["warnings"]
 
 
 def test_what_becomes_coarser_is_smoothed_first() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 NIFTI1_BYTES, NIFTI2_BYTES, MGH_BYTES = 348, 540, 284  # sizes of the headers; in NIfTI also the first number in them
 SINGLE_FILE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic words of header and voxels in one file, and in two
+SINGLE_OFFSET = {NIFTI1_BYTES: 352, NIFTI2_BYTES: 544}  # of the first voxel: four bytes say whether extensions follow
 DIRECTION_TOLERANCE = 0.02  # between unit vectors of two axes, about 1 degree: more than rounding
 SIZE_TOLERANCE = 0.01  # relative difference of two voxel sizes: more than rounding
 SMALLEST_DETERMINANT = 1e-9  # of an affine in mm
@@ -36,6 +37,7 @@ class Stored:
     intercept: float = 0.0  # added to the product
     warnings: tuple[str, ...] = ()  # what is doubtful in the header, one sentence each
     array: np.ndarray | None = None  # the voxels themselves, where a library has read and scaled the whole file
+    has_footer: bool = True  # whether the format allows more bytes behind the voxels
 
     @property
     def is_oriented(self) -> bool:
@@ -58,7 +60,7 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in orders and len(block) >= n), 0)
     magic = block[4:7] if number == NIFTI2_BYTES else block[344:347]
     is_pair = path.name.lower().endswith(".hdr")
-    if not number or not (is_pair or magic in SINGLE_FILE):
+    if not number or is_pair == (magic in SINGLE_FILE):
         raise ValueError(f"a NIfTI header is needed, found {block[:4]!r} and the magic word {magic!r}")
     kind = nib.Nifti2Header if number == NIFTI2_BYTES else nib.Nifti1Header if magic in PAIR + SINGLE_FILE else None
     header: Any = (kind or nib.AnalyzeHeader)(block[:number], orders[number], check=False)
@@ -67,12 +69,20 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     if not 1 <= count <= 7 or min(shape) < 1:
         raise ValueError(f"1 to 7 dimensions of at least 1 voxel are needed, found {header['dim'].tolist()}")
     dtype, file = header.get_data_dtype(), path.with_suffix(".img") if is_pair else path
+    bits, stated = 8 * dtype.itemsize, int(header["bitpix"])
+    if bits and stated not in (0, bits):
+        raise ValueError(
+            f"numbers of {bits} bits are needed for the type {int(header['datatype'])}, found {stated} bits"
+        )
     if kind is None:
-        return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,))
+        return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,), has_footer=False)
+    offset, first = float(header["vox_offset"]), 0 if is_pair else SINGLE_OFFSET[number]
+    if not (offset >= first and offset.is_integer()):
+        raise ValueError(f"voxels that begin at byte {first} or later are needed, found the byte {offset:g}")
     affine, noticed = _choose_affine(header)
     slope, intercept = header.get_slope_inter()
     scale = (1.0 if slope is None else float(slope), float(intercept or 0.0))
-    return Stored(shape, dtype, affine, file, int(header["vox_offset"]), *scale, tuple(noticed))
+    return Stored(shape, dtype, affine, file, int(offset), *scale, tuple(noticed), has_footer=False)
 
 
 def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
@@ -193,9 +203,11 @@ def read_nrrd(path: Path) -> Stored:
         if needed > held:
             promise = f"{needed} are promised by the header"
             raise ValueError(f"the voxels cannot be read: {promise}, found {held} bytes at most")
+    if len(vectors) and vectors.shape[1] != 3:
+        raise ValueError(f"a space of 3 dimensions is needed, found '{header.get('space', vectors.shape[1])}'")
     affine, is_oriented = np.eye(4), False
     signs = SPACES.get(str(header.get("space", "")).lower())
-    if len(vectors) and len(spatial) == 3 and vectors.shape[1] == 3:
+    if len(vectors) and len(spatial) == 3:
         affine[:3, :3] = vectors[spatial].T
         affine[:3, 3] = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64)
         is_oriented = signs is not None
@@ -205,4 +217,5 @@ def read_nrrd(path: Path) -> Stored:
     affine = np.diag([*(signs or LPS), 1.0]) @ affine
     values = nrrd.read(str(path))[0].transpose(spatial + rest)
     noticed = () if is_oriented else (NOT_STATED,)
+    noticed += () if len(vectors) or "spacings" in header else ("the header states no voxel size; 1 mm is taken",)
     return Stored(values.shape, values.dtype, affine, path, warnings=noticed, array=values)

@@ -90,7 +90,10 @@ def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume
 def _read_file(path: Path, frame: int | str | None) -> Volume:
     stored = _read_header(path)
     _check_header(stored, frame)
-    return Volume(_read_frame(stored, frame), stored.affine, stored.warnings, stored.is_oriented)
+    values, surplus = _read_frame(stored, frame)
+    text = f"the file holds {surplus} bytes more than its header promises: are its dimensions and number type right?"
+    noticed = (*stored.warnings, text) if surplus and not stored.has_footer else stored.warnings
+    return Volume(values, stored.affine, noticed, stored.is_oriented)
 
 
 def _read_header(path: Path) -> Stored:
@@ -131,18 +134,18 @@ def _open_packed(path: Path) -> Iterator[IO[bytes]]:
         yield gzip.GzipFile(fileobj=file) if is_packed else file  # type: ignore[misc]
 
 
-def _read_frame(stored: Stored, frame: int | str | None) -> np.ndarray:
-    """Read voxels of a file, scaled as its header says: shape (H, W, D), or (H, W, D, C) of all C volumes.
+def _read_frame(stored: Stored, frame: int | str | None) -> tuple[np.ndarray, int]:
+    """Read voxels of a file, scaled as its header says, and count the bytes behind the last volume.
 
-    They are of the stored type in the machine's byte order, or float32 where the header scales them or ``frame`` is the
-    mean.
+    They are of shape (H, W, D), or (H, W, D, C) of all C volumes, and of the stored type in the machine's byte order,
+    or float32 where the header scales them or ``frame`` is the mean.
     """
     shape, frames = stored.shape[:3], math.prod(stored.shape[3:])
     if stored.array is not None:
         volumes = stored.array.reshape((*shape, frames), order="F")
         if frame == "mean":
-            return volumes.mean(axis=3, dtype=np.float64).astype(np.float32)
-        return volumes if frame == "all" else volumes[..., int(frame or 0)]
+            return volumes.mean(axis=3, dtype=np.float64).astype(np.float32), 0
+        return volumes if frame == "all" else volumes[..., int(frame or 0)], 0
     count = math.prod(shape) * stored.dtype.itemsize
     with stored.path.open("rb") as file:
         ratio = headers.LARGEST_RATIO if file.read(2) == GZIP_MARK else 1
@@ -156,10 +159,12 @@ def _read_frame(stored: Stored, frame: int | str | None) -> np.ndarray:
             total = np.zeros(shape, np.float64)
             for _ in range(frames):
                 total += _read_array(stream, stored.dtype, shape)
-            return _scale(total / frames, stored).astype(np.float32)
-        values = _read_array(stream, stored.dtype, (*shape, frames) if frame == "all" else shape)
-        _check_sum(stream)
-    return _scale(values, stored)
+            values = total / frames
+        else:
+            values = _read_array(stream, stored.dtype, (*shape, frames) if frame == "all" else shape)
+        surplus = stream.tell() + _read_tail(stream) - needed
+    values = _scale(values, stored)
+    return values.astype(np.float32) if frame == "mean" else values, max(surplus, 0)
 
 
 def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -172,15 +177,18 @@ def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...])
     return np.frombuffer(content, dtype).reshape(shape, order="F").astype(dtype.newbyteorder("="), copy=False)
 
 
-def _check_sum(stream: IO[bytes]) -> None:
-    """Let gzip compare its check sum at the end of the stream; what follows the packed file is ignored."""
+def _read_tail(stream: IO[bytes]) -> int:
+    """Read on, so that gzip compares its check sum; the number of bytes. What follows the packed file is ignored."""
+    count = 0
     try:
         for _ in range(TAIL_PIECES):
-            if not stream.read(TAIL_BYTES):
-                return
+            if not (piece := stream.read(TAIL_BYTES)):
+                break
+            count += len(piece)
     except gzip.BadGzipFile as error:
         if "Not a gzipped file" not in str(error):
             raise
+    return count
 
 
 def _scale(values: np.ndarray, stored: Stored) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""From any scan to what the network sees: reading it, CT or MR, window and padding, voxel size, percentiles."""
+"""From any scan to what the network sees: reading it, window and padding, voxel size, percentiles."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +17,9 @@ from monai.utils import convert_to_tensor
 from brainfm_monai import io
 from brainfm_monai.functional.intensity import antialias, normalise_percentiles
 from brainfm_monai.tasks import BRAIN_WINDOW_HU
+from brainfm_monai.transforms.values import decide_modality, find_doubts, find_limits, mend_hounsfield
 
 MODALITIES = ("auto", "mr", "ct")
-SAMPLES = 500_000  # voxels that are looked at
-AIR_HU = -900.0  # and below: air, and what scanners pad with
-FAT_HU, EDGE_HU = (-150.0, -30.0), (-800.0, -300.0)  # fat; voxels that are part air, of which a CT has few
-NEGATIVE_HU, WATER_HU, BONE_HU = (-200.0, -10.0), (-30.0, 100.0), (300.0, 3100.0)
-# Shares in the CT template of the clinical toolbox: air 0.35; of the head -200 to -10 HU 0.21, water 0.70, bone 0.07;
-# fat is 8 times as frequent per HU as edges. In MR scans padded with -1024, also resampled ones: -200 to -10 0.01 at
-# most.
-MINIMUM_AIR, MINIMUM_NEGATIVE, MINIMUM_WATER, BONE_RANGE = 0.02, 0.03, 0.3, (0.01, 0.4)
-FAT_PER_EDGE = 2.0
-MINIMUM_PADDING = 0.01  # share of voxels of the one lowest value
-LARGEST_NEGATIVE = 0.05  # share of other negative values in a magnitude image, at the edges of its padding
 
 
 def parse_window(window: Any) -> tuple[float, float] | str | None:
@@ -46,51 +37,6 @@ def parse_window(window: Any) -> tuple[float, float] | str | None:
     if low >= high:
         raise ValueError(f"window: 'auto' or two rising numbers [low, high] are needed, found {window!r}")
     return (low, high)
-
-
-def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
-    """Decide whether a scan is a CT in Hounsfield units, which is clipped to the brain's window before the network.
-
-    A CT has air, water and bone where Hounsfield put them, and fat between air and water, where no magnitude image of
-    MR has anything. ``asked`` decides if it is ``"mr"`` or ``"ct"``; else the file's header if it says, else the
-    values.
-
-    Returns:
-        ``"mr"`` or ``"ct"``, and the reason.
-    """
-    if asked != "auto":
-        return asked, "as asked by --modality"
-    if volume.modality:
-        return volume.modality, "the DICOM header says so"
-    values = volume.values.reshape(-1)
-    values = values[:: max(1, len(values) // SAMPLES)]
-    head = values[values > NEGATIVE_HU[0]]
-
-    def measure(part: np.ndarray, limits: tuple[float, float]) -> float:
-        return float(((part >= limits[0]) & (part < limits[1])).mean()) if len(part) else 0.0
-
-    air = float((values <= AIR_HU).mean())
-    negative, water, bone = (measure(head, limits) for limits in (NEGATIVE_HU, WATER_HU, BONE_HU))
-    fat, edge = (measure(values, limits) / (limits[1] - limits[0]) for limits in (FAT_HU, EDGE_HU))
-    found = f"{air:.0%} air, and of the head {negative:.0%} from -200 to -10, {water:.0%} water, {bone:.0%} bone"
-    is_ct = air >= MINIMUM_AIR and negative >= MINIMUM_NEGATIVE and fat >= FAT_PER_EDGE * edge
-    if is_ct and water >= MINIMUM_WATER and BONE_RANGE[0] <= bone <= BONE_RANGE[1]:
-        return "ct", f"the values are those of Hounsfield units: {found}"
-    return "mr", "the values are not those of Hounsfield units" + (f": {found}" if air >= MINIMUM_AIR else "")
-
-
-def find_floor(values: np.ndarray) -> tuple[float, str]:
-    """The padding of an MR scan, (H, W, D): a negative value that many voxels share, where hardly another is negative.
-
-    Returns:
-        The value below which voxels are lifted, and a warning; minus infinity and an empty string without padding.
-    """
-    lowest = float(values.min())
-    padded = float((values == lowest).mean()) if lowest < 0 else 0.0
-    if padded < MINIMUM_PADDING or float((values < 0).mean()) - padded > LARGEST_NEGATIVE * (1 - padded):
-        return -np.inf, ""
-    found = f"{padded:.0%} of the voxels are {lowest:g}"
-    return 0.0, f"{found}: taken for padding of an MR scan and set to 0 (--modality ct: a CT)"
 
 
 def read_scan(path: str | Path, frame: int | str | None = None) -> MetaTensor:
@@ -141,15 +87,19 @@ class LoadScand(LoadImaged):
         frame = data.get("frame", self.frame)
         for key in self.key_iterator(dict(data)):
             path = str(data[key])
-            volume = io.read_scan(path, frame, data.get("series"))
+            volume = mend_hounsfield(io.read_scan(path, frame, data.get("series")), self.modality)
             modality, reason = decide_modality(volume, self.modality)
             limits = BRAIN_WINDOW_HU if self.window == "auto" and modality == "ct" else self.window
-            floor, padding = find_floor(volume.values) if modality == "mr" else (-np.inf, "")
+            floor, ceiling, padding = find_limits(volume.values) if modality == "mr" else (-np.inf, np.inf, "")
+            if ceiling < np.inf:
+                volume = replace(volume, values=np.where(volume.values > ceiling, np.float32(0), volume.values))
             low, high = (floor, np.inf) if limits is None or isinstance(limits, str) else limits
+            noticed = [*volume.warnings, *([padding] if padding else [])]
+            noticed += find_doubts(np.maximum(volume.values, floor), modality)
             meta = {
                 "filename_or_obj": path,
                 "scan_name": str(data.get(self.name_key) or io.scan_stem(path)),
-                "warnings": "\n".join([*volume.warnings, *([padding] if padding else [])]),
+                "warnings": "\n".join(noticed),
                 "modality": f"{modality}: {reason}",
             }
             if np.isfinite(high):
