@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from brainfm_monai.io import ScanError, is_dicom, list_series, read_scan
+from brainfm_monai.io import ScanError, find_scans, is_dicom, list_series, read_scan
 from brainfm_monai.transforms import LoadScand
 
 pydicom = pytest.importorskip("pydicom")
@@ -56,12 +57,12 @@ def write_series(folder: Path, start: int = 0, leave_out: Sequence[int] = (), ti
     return folder
 
 
-def check_places(found: Any, pixels: np.ndarray = PIXELS, tilt_mm: float = 0) -> None:
+def check_places(found: Any, pixels: np.ndarray = PIXELS, tilt_mm: float = 0, normal: np.ndarray = NORMAL) -> None:
     """Every pixel lies where its slice's header puts it."""
     assert found.values.size == pixels.size
     slices, rows, columns = (a.ravel() for a in np.meshgrid(*map(np.arange, pixels.shape), indexing="ij"))
     world = ORIGIN + np.outer(columns * ACROSS, ROW) + np.outer(rows * DOWN + slices * tilt_mm, COLUMN)
-    world = (world + np.outer(slices * APART, NORMAL)) * [-1, -1, 1]
+    world = (world + np.outer(slices * APART, normal)) * [-1, -1, 1]
     inverse = np.linalg.inv(found.affine)
     voxels = world @ inverse[:3, :3].T + inverse[:3, 3]
     np.testing.assert_allclose(voxels, np.rint(voxels), atol=1e-3)
@@ -156,6 +157,133 @@ def test_a_mosaic_that_does_not_say_how_its_slices_lie_is_refused(tmp_path: Path
     for frame in (None, 0, "mean"):
         with pytest.raises(ScanError, match=f"epi: {rule}$"):
             read_scan(tmp_path / "epi", frame)
+
+
+def test_what_nobody_means_as_a_scan_is_skipped_and_named(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "study", ImageType=["ORIGINAL", "PRIMARY", "M", "ND"])
+    write_series(folder, start=20, ImageType=["ORIGINAL", "PRIMARY", "P", "ND"])
+    for number, tags in enumerate((
+        {"Modality": "SEG", "SeriesDescription": "seg"},
+        {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "ImagePositionPatient": None, "SeriesDescription": "screen"},
+        {"Modality": "SR", "Rows": None, "SeriesDescription": "report"},
+        {"ImageType": ["DERIVED", "SECONDARY", "PROJECTION IMAGE", "MIP"], "SeriesDescription": "mip"},
+    )):  # fmt: skip
+        data = write_slice(
+            folder / f"other{number}", 50 + number, ORIGIN, PIXELS[0], SeriesInstanceUID=f"1.3.{number}", **tags
+        )
+        if tags.get("Modality") == "SR":
+            del data.Rows
+            data.save_as(folder / f"other{number}", enforce_file_format=True)
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    scans = find_scans(tmp_path)
+    (scan,) = [scan for scan in scans if not scan.skipped]
+    assert not scan.problem
+    check_places(read_scan(scan.path, series=scan.series))
+    reasons = "; ".join(scan.skipped for scan in scans)
+    for words in (
+        "a phase image by its image type: P",
+        "the modality is SEG",
+        "a secondary capture",
+        "MIP, PROJECTION",
+    ):
+        assert words in reasons
+    assert "no image: the modality is SR" in reasons
+    with pytest.raises(ScanError, match="a phase image by its image type: P"):
+        read_scan(folder, series=next(s.name for s in list_series(folder) if "phase" in s.problem))
+
+
+def test_the_index_of_a_medium_is_no_series_of_its_folder(tmp_path: Path) -> None:
+    write_series(tmp_path / "IMAGES")
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    assert [(Path(s.path).name, bool(s.skipped)) for s in find_scans(tmp_path)] == [
+        ("IMAGES", False),
+        ("DICOMDIR", True),
+    ]
+
+
+def test_slices_of_one_series_in_two_folders_are_no_two_scans(tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    write_series(tmp_path / "cut" / "0", leave_out=range(5, COUNT))
+    write_series(tmp_path / "cut" / "1", leave_out=range(5))
+    for scan in find_scans(tmp_path / "cut"):
+        assert scan.problem.startswith("the slices of one DICOM series must lie in one folder, found others of it in ")
+    (tmp_path / "copied").mkdir()
+    for name in ("0", "1"):  # of the whole series, with two volumes
+        write_series(write_series(tmp_path / "copied" / name), start=COUNT)
+    assert [scan.problem for scan in find_scans(tmp_path / "copied")] == [""] * 4
+
+
+def test_series_of_several_persons_in_one_folder_name_the_person(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "flat", PatientID="ann")
+    write_series(folder, start=20, PatientID="bob", SeriesInstanceUID="1.2.3.9")
+    assert [s.name for s in list_series(folder)] == ["ann_7-T1_sag_3D", "bob_7-T1_sag_3D"]
+    check_places(read_scan(folder, series="bob_7-T1_sag_3D"), PIXELS + 20)
+
+
+def test_directions_that_headers_round_and_ids_that_an_anonymiser_broke_do_not_part_a_stack(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "series")
+    for number, file in enumerate(sorted(folder.iterdir())):
+        data = pydicom.dcmread(file)
+        data.ImageOrientationPatient = [v + (5e-4 if number % 2 else -5e-4) for v in data.ImageOrientationPatient]
+        data.SOPInstanceUID = "1.2.3.4.5"
+        data.save_as(file)
+    (series,) = list_series(folder)
+    assert (series.problem, series.is_overview, len(series.files)) == ("", False, COUNT)
+
+
+def test_what_the_network_does_not_know_is_warned_of(tmp_path: Path) -> None:
+    found = read_scan(write_series(tmp_path / "pet", Modality="PT"))
+    assert found.warnings == ("the modality is PT, where MR and CT are known",)
+    found = read_scan(write_series(tmp_path / "inverse", PhotometricInterpretation="MONOCHROME1"))
+    assert "small numbers are bright by the header (MONOCHROME1)" in found.warnings[0]
+    check_places(found)
+
+
+def test_slopes_that_differ_from_slice_to_slice_are_applied(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "series")
+    for file in folder.iterdir():
+        data = pydicom.dcmread(file)
+        data.RescaleSlope, data.RescaleIntercept = float(data.InstanceNumber), 0.0
+        data.save_as(file)
+    check_places(read_scan(folder), PIXELS * np.arange(1, COUNT + 1)[:, None, None])
+
+
+def csa_header(**tags: tuple[str, list[str]]) -> bytes:
+    """Siemens' private header, as NiBabel's documentation of it says: by tag its type and values."""
+    content = b"SV10\4\3\2\1" + struct.pack("<2I", len(tags), 77)
+    for name, (kind, values) in tags.items():
+        content += struct.pack("<64si4s3i", name.encode(), len(values), kind.encode(), 0, len(values), 77)
+        for text in (value.encode() + b"\0" for value in values):
+            content += struct.pack("<4i", len(text), len(text), 77, len(text)) + text + bytes(-len(text) % 4)
+    return content
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("upwards", [True, False])
+def test_a_mosaic_lies_where_its_private_header_puts_it(tmp_path: Path, times: int, upwards: bool) -> None:
+    """dcm2niix parts the picture; slices rise along the normal that the header states, or against that of the axes."""
+    normal = NORMAL if upwards else -NORMAL
+    picture = np.block([[PIXELS[3 * i + j] for j in range(3)] for i in range(3)])
+    rows, columns = PIXELS.shape[1:]
+    # Siemens' place of a mosaic is the corner that one large picture around the same middle would have
+    corner = ORIGIN - (columns * (3 - 1) / 2 * ACROSS) * ROW - (rows * (3 - 1) / 2 * DOWN) * COLUMN
+    (tmp_path / "epi").mkdir()
+    for time in range(times):
+        data = write_slice(
+            tmp_path / f"epi/{time}", time, corner, picture + time, AcquisitionNumber=time + 1, Manufacturer="SIEMENS",
+            ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], SpacingBetweenSlices=APART,
+        )  # fmt: skip
+        block = data.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
+        block.add_new(0x08, "CS", "IMAGE NUM 4")
+        image = {"NumberOfImagesInMosaic": ("US", [str(COUNT)]), "ProtocolSliceNumber": ("IS", ["0"])}
+        image |= {"SliceNormalVector": ("FD", [f"{value:.8f}" for value in normal])}
+        block.add_new(0x10, "OB", csa_header(**image, PhaseEncodingDirectionPositive=("IS", ["1"])))
+        block.add_new(0x20, "OB", csa_header(MrPhoenixProtocol=("UN", ["### ASCCONV BEGIN ###"])))
+        data.save_as(tmp_path / f"epi/{time}", enforce_file_format=True)
+    for frame in range(times):
+        found = read_scan(tmp_path / "epi", frame if times > 1 else None)
+        check_places(found, PIXELS + frame, normal=normal)
+        assert not found.warnings
 
 
 def test_frames_of_one_file_lie_where_their_own_groups_put_them(tmp_path: Path) -> None:

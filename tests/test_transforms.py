@@ -223,7 +223,7 @@ def test_a_scan_of_a_head_raises_no_doubt(tmp_path: Path) -> None:
         (lambda mr: np.where(mr > 200, (mr - 450) / 90, 0), "standardised values"),
         (lambda mr: mr.max() - mr, "an inverted contrast"),
         (lambda mr: (mr - mr.mean()) / mr.std(), "values reach from .*, where a magnitude image begins at 0"),
-        (lambda mr: np.clip(mr - 150, 0, 250), "the highest value has a share of [0-9]+%: clipped values"),
+        (lambda mr: np.clip(mr - 150, 0, 250), "the highest values have a share of [0-9]+%: clipped values"),
     ],
     ids=["labels", "mask", "phase", "standardised brain", "inverted", "standardised head", "clipped"],
 )

@@ -1,14 +1,12 @@
-"""DICOM: the series of a folder, each checked to be one evenly spaced stack, and its volume as dcm2niix makes it."""
+"""DICOM: the series of a folder, each checked to be one evenly spaced stack by the headers of its slices."""
 
 import re
-import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,17 @@ TAGS = (
     "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "Modality", "EchoTime",
     "EchoNumbers", "AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber", "ImagePositionPatient",
     "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "PatientID", "SOPClassUID", "PhotometricInterpretation",
 )  # fmt: skip
+INDEX = "DICOMDIR"  # name of the index of a medium, whose images lie in folders below
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # class of screenshots and scanned pages, and beginning of its kinds
+NO_SCANS = ("SEG", "SR", "PR", "KO", "OT", "DOC", "REG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "RTIMAGE")
+# what the header calls an image that is no magnitude image, or that projects many slices onto one
+PHASES = {"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"}
+PROJECTIONS = {"PROJECTION IMAGE", "MIP", "MINIP", "MNIP"}
+AXES_TOLERANCE = 0.01  # between components of the directions of slices of one stack, which headers round
 SPACING_TOLERANCE, PLACE_TOLERANCE_MM = 0.05, 0.05  # of the distance between slices; rounding of places in headers
 TILT_TOLERANCE_DEG = 0.1
-CONVERSION_SECONDS = 1800
 LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 
 
@@ -43,9 +47,11 @@ class Series:
     modality: str = ""  # "ct", "mr" or empty
     affine: np.ndarray | None = None
     problem: str = ""  # why it is not one evenly spaced stack of slices; empty: it is one
-    is_overview: bool = False  # a localizer or a single slice, which nobody means as a scan
+    is_overview: bool = False  # a localizer, a single slice, a phase image, a report: nobody means it as a scan
     warnings: tuple[str, ...] = ()
     mosaic: tuple[int, int] | None = None  # columns and rows of its pictures
+    uid: str = ""  # of the series
+    instances: frozenset[str] = frozenset()  # unique ids of its files
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,13 @@ class _Slice:
 
 
 def is_dicom(path: str | Path) -> bool:
-    """Whether a file has the mark of DICOM, whatever its name, or one of the files in a folder has it."""
+    """Whether a file has the mark of DICOM, whatever its name, or one of the files in a folder has it.
+
+    The index of a medium is none: its images lie in the folders below.
+    """
     path = Path(path)
+    if path.name.upper() == INDEX and not path.is_dir():
+        return False
     if path.is_dir():
         return any(is_dicom(file) for file in sorted(path.glob("[!.]*")) if file.is_file())
     with suppress(OSError):
@@ -81,23 +92,31 @@ def list_series(path: str | Path) -> list[Series]:
         ValueError: if pydicom is not installed, or no file holds an image.
     """
     path = Path(path)
-    slices, copies = _read_slices(sorted(filter(is_dicom, path.iterdir())) if path.is_dir() else [path])
-    if not slices:
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)] if path.is_dir() else [path]
+    slices, copies, volumes = _read_slices(files)
+    if not slices and not volumes:
         raise ValueError("a DICOM image is needed, found no file with pixels")
     groups: dict[tuple[Any, ...], list[_Slice]] = defaultdict(list)
+    turns: dict[tuple[int, str], list[tuple[float, ...]]] = defaultdict(list)
+    patients = sorted({str(one.header.get("PatientID", "")) for one in slices})
     for one in slices:
-        h, axes = one.header, tuple(np.round(one.axes or (), 3))
+        h, axes, patient = one.header, one.axes or (), str(one.header.get("PatientID", ""))
         echo, kind = (float(h.get("EchoTime") or 0), str(h.get("EchoNumbers", ""))), tuple(h.get("ImageType") or ())
         series = int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
-        groups[(*series, echo, kind, axes, h.Rows, h.Columns)].append(one)
-    volumes: list[Series] = []
+        known = [
+            t
+            for t in turns[series]
+            if len(t) == len(axes) and np.abs(np.subtract(t, axes)).max(initial=0) < AXES_TOLERANCE
+        ]
+        turns[series] += [] if known else [axes]
+        groups[(patient, *series, echo, kind, (known or [axes])[0], h.Rows, h.Columns)].append(one)
     for key, members in sorted(groups.items(), key=itemgetter(0)):
-        echoes, kinds, turns = (sorted({k[i] for k in groups if k[:2] == key[:2]}) for i in (2, 3, 4))
-        name = f"{key[0]}-{members[0].header.get('SeriesDescription') or ''}".strip("-")
-        for word, values, value in (("echo", echoes, key[2]), ("type", kinds, key[3])):
+        echoes, kinds = (sorted({k[i] for k in groups if k[:3] == key[:3]}) for i in (3, 4))
+        name = f"{key[1]}-{members[0].header.get('SeriesDescription') or ''}".strip("-")
+        name = f"{key[0]}_{name}" if len(patients) > 1 else name
+        for word, values, value in (("echo", echoes, key[3]), ("type", kinds, key[4])):
             name += f"_{word}-{values.index(value) + 1}" if len(values) > 1 else ""
-        if len(turns) > 1 or "LOCALIZER" in key[3]:
-            problem = f"a localizer, slices in {len(turns)} directions under one series"
+        if problem := _find_overview(members, len(turns[key[1:3]])):
             volumes.append(_describe(name, members, problem=problem, is_overview=True))
         else:
             volumes += _split_volumes(name, members)
@@ -110,29 +129,50 @@ def list_series(path: str | Path) -> list[Series]:
     return listed
 
 
-def _read_slices(files: Sequence[Path]) -> tuple[list[_Slice], int]:
-    """Slices of files, those of frames included, and how many files were copies of others."""
+def _find_overview(slices: Sequence[_Slice], turns: int) -> str:
+    """Why nobody means slices of one series as a scan, by their header; empty: somebody may."""
+    header = slices[0].header
+    modality, kind = (
+        str(header.get("Modality", "")),
+        {str(word).upper() for word in (header.get("ImageType") or ())[2:]},
+    )
+    captured = str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
+    if turns > 1 or "LOCALIZER" in kind:
+        return f"a localizer, slices in {turns} directions under one series"
+    if modality in NO_SCANS or (captured and all(one.place is None for one in slices)):
+        return f"no scan: {'a secondary capture' if captured else f'the modality is {modality}'}"
+    if found := sorted(kind & (PHASES | PROJECTIONS if modality == "MR" else PROJECTIONS)):
+        return f"{'a projection' if kind & PROJECTIONS else 'a phase image'} by its image type: {', '.join(found)}"
+    return ""
+
+
+def _read_slices(files: Sequence[Path]) -> tuple[list[_Slice], int, list[Series]]:
+    """Slices of files, those of frames included, how many files were copies of others, and what has no pixels."""
     try:
         from pydicom import dcmread
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    slices, uids, copies = [], set(), 0
+    slices, seen, copies, others = [], set(), 0, []
     for file in files:
         try:
             header = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
         except Exception as error:  # pydicom raises a dozen kinds for a damaged file
             raise ValueError(f"{file.name} is no readable DICOM file: {first_line(error)}") from error
-        uid = str(header.get("SOPInstanceUID", file))
-        if "Rows" not in header:
-            continue  # an index of a medium, a report, a presentation state
-        if uid in uids:
+        if "Rows" not in header:  # a report, a presentation state
+            if "SOPClassUID" not in header:
+                raise ValueError(f"{file.name} is no readable DICOM file: it does not state its class")
+            problem = f"no image: the modality is {header.get('Modality', 'not stated')}"
+            others.append(Series(file.name, (file,), problem=problem, is_overview=True))
+            continue
+        identity = str(header.get("SOPInstanceUID", file)), str(header.get("ImagePositionPatient"))  # ids may be wrong
+        if identity in seen:
             copies += 1
             continue
-        uids.add(uid)
+        seen.add(identity)
         shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
         for frame in header.get("PerFrameFunctionalGroupsSequence") or [None]:
             slices.append(_read_slice(file, header, (frame, shared)))
-    return slices, copies
+    return slices, copies, others
 
 
 def _read_slice(file: Path, header: Any, groups: Sequence[Any]) -> _Slice:
@@ -201,71 +241,14 @@ def _check_stack(name: str, slices: Sequence[_Slice], stack: Sequence[_Slice]) -
     return _describe(name, slices, affine=LPS_TO_RAS @ affine, warnings=noticed)
 
 
-def _describe(name: str, slices: Sequence[_Slice], **attributes: Any) -> Series:
-    modality = str(slices[0].header.get("Modality", "")).lower()
-    name = re.sub(r"[^\w.+-]+", "_", name).strip("-_") or "series"
+def _describe(name: str, slices: Sequence[_Slice], warnings: Sequence[str] = (), **attributes: Any) -> Series:
+    header, noticed = slices[0].header, list(warnings)
+    modality, name = str(header.get("Modality", "")), re.sub(r"[^\w.+-]+", "_", name).strip("-_") or "series"
+    if modality not in ("CT", "MR"):
+        noticed.append(f"the modality is {modality or 'not stated'}, where MR and CT are known")
+    elif modality == "MR" and header.get("PhotometricInterpretation") == "MONOCHROME1":
+        noticed.append("small numbers are bright by the header (MONOCHROME1); the numbers are taken as they are")
     files = tuple(dict.fromkeys(s.file for s in slices))
-    return Series(name, files, modality if modality in ("ct", "mr") else "", **attributes)
-
-
-@contextmanager
-def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[Path, Series]]:
-    """Convert one series of a folder, or of one file, to NIfTI by dcm2niix; the file lives as long as the block.
-
-    Args:
-        path: folder, or one file.
-        name: name of the series; None: the only one.
-
-    Raises:
-        ValueError: if the series is not one stack of slices, an extra is missing, or the conversion fails.
-    """
-    series = list_series(path)
-    usable = [s for s in series if (s.name == name if name else not s.problem)]
-    if len(usable) != 1:
-        kinds = "; ".join(f"{s.name} ({s.problem or f'{len(s.files)} files'})" for s in series)
-        raise ValueError(f"one DICOM series of evenly spaced slices is needed, found {len(usable)} in {kinds}")
-    (chosen,) = usable
-    if chosen.problem:
-        raise ValueError(f"one evenly spaced stack of DICOM slices is needed, found {chosen.problem}")
-    try:
-        import dcm2niix
-    except ImportError as error:
-        raise ValueError(EXTRA) from error
-    with TemporaryDirectory() as folder:
-        source, target = Path(folder, "source"), Path(folder, "target")
-        source.mkdir()
-        target.mkdir()
-        for number, file in enumerate(chosen.files):  # these files alone, under names that every converter takes
-            (source / f"{number:06d}.dcm").symlink_to(file.resolve())
-        command = [dcm2niix.bin, *"-b n -z n -m y -x i -f scan -o".split(), str(target), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CONVERSION_SECONDS)
-        # beside a volume dcm2niix writes versions that it resampled: without tilt (_Tilt), with even distances (_Eq)
-        made = [f for f in sorted(target.glob("*.nii")) if not re.search(r"_(Tilt|Eq)_?\d*\.nii$", f.name)]
-        if len(made) != 1:
-            said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("Error", "Warning"))]
-            raise ValueError(f"dcm2niix must make one volume of the series, found {len(made)}: {'; '.join(said[-2:])}")
-        yield made[0], chosen
-
-
-def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarray:
-    """The affine of a converted series by the places of its slices, which keep a tilt, in the order of dcm2niix.
-
-    ``affine``, shape (4, 4), is that of dcm2niix, ``depth`` the number of slices.
-
-    Raises:
-        ValueError: if dcm2niix and the headers disagree on anything but a tilt.
-    """
-    if series.affine is None:
-        return affine
-    placed = series.affine.copy()
-    if placed[:3, 2] @ affine[:3, 2] < 0:
-        placed[:3, 3] += placed[:3, 2] * (depth - 1)
-        placed[:3, 2] *= -1
-    sizes = np.linalg.norm(placed[:3, :3], axis=0)
-    off = np.abs(placed - affine)[:3] / np.append(sizes, sizes.max())
-    leaning = np.abs(placed[:3, 2] @ placed[:3, :2] / sizes[:2] / sizes[2]).max()
-    is_tilted = leaning > np.sin(np.radians(TILT_TOLERANCE_DEG))
-    tolerance = 1.0 if is_tilted else SPACING_TOLERANCE  # dcm2niix's own affine leaves a tilt out
-    if off[:, :3].max() > tolerance or off[:, 3].max() > 1:
-        raise ValueError(f"dcm2niix places slices otherwise than their headers: {np.round(affine[:3], 3).tolist()}")
-    return placed
+    instances = frozenset(str(s.header.get("SOPInstanceUID", s.file)) for s in slices)
+    known = {"uid": str(header.get("SeriesInstanceUID", "")), "instances": instances, "warnings": tuple(noticed)}
+    return Series(name, files, modality.lower() if modality in ("CT", "MR") else "", **known, **attributes)

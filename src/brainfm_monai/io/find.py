@@ -6,14 +6,15 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from glob import has_magic
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.io.dicom import is_dicom, list_series
+from brainfm_monai.io.dicom import Series, is_dicom, list_series
 from brainfm_monai.io.files import ABSENT, read_table
 from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, scan_stem
@@ -91,25 +92,35 @@ def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[S
     common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
     names = unique_names(Path(os.path.relpath(p, common)) if p != root else Path(p.resolve().name) for p, *_ in scans)
     named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
-    named = [one for scan in named for one in _split_series(scan)]
-    return [*named, *(_skip(path, reason) for path, _, reason in listed if reason)]
+    return [*_split_series(named), *(_skip(path, reason) for path, _, reason in listed if reason)]
 
 
-def _split_series(scan: Scan) -> list[Scan]:
-    """One scan per series of a DICOM folder; that of one series has the name of the folder."""
-    if scan.problem or not Path(scan.path).is_dir():
-        return [scan]
-    try:
-        series = list_series(scan.path)
-    except (ValueError, OSError):  # reading reports it
-        return [scan]
-    scans = [one.name for one in series if not one.is_overview]
-    names = unique_names(Path(f"{scan.name}_{name}.nii".replace("/", "_")) for name in scans)
-    named = zip(names if len(scans) > 1 else [scan.name] * len(scans), scans, strict=True)
-    split = [replace(scan, name=name, series=one) for name, one in named]
-    reason = "a localizer or a single slice, which is no scan"
-    overviews = [one.name for one in series if one.is_overview]
-    return [*split, *(replace(scan, series=name, skipped=f"{name}: {reason}") for name in overviews)]
+def _split_series(scans: list[Scan]) -> list[Scan]:
+    """One scan per series of a DICOM folder; that of one series has the name of the folder. Others stay as they are."""
+    split: list[tuple[Scan, str]] = []  # and the id of the series
+    held: dict[str, dict[str, frozenset[str]]] = {}  # ids of the slices by series and folder
+    for scan in scans:
+        series: list[Series] = []
+        if not scan.problem and Path(scan.path).is_dir():
+            with suppress(ValueError, OSError):  # reading reports it
+                series = list_series(scan.path)
+        wanted = [one for one in series if not one.is_overview]
+        names = unique_names(Path(f"{scan.name}_{one.name}.nii".replace("/", "_")) for one in wanted)
+        for name, one in zip(names if len(wanted) > 1 else [scan.name] * len(wanted), wanted, strict=True):
+            split.append((replace(scan, name=name, series=one.name), one.uid))
+            folders = held.setdefault(one.uid, {})
+            folders[scan.path] = folders.get(scan.path, frozenset()) | one.instances
+        overviews = [one for one in series if one.is_overview]
+        split += [(replace(scan, series=one.name, skipped=f"{one.name}: {one.problem}"), "") for one in overviews]
+        split += [] if series else [(scan, "")]
+    return [replace(scan, problem=scan.problem or _find_spread(scan.path, held.get(uid, {}))) for scan, uid in split]
+
+
+def _find_spread(path: str, held: Mapping[str, frozenset[str]]) -> str:
+    """Why the slices of a series in one folder are not all; empty: other folders hold none of it, or a copy."""
+    others = [folder for folder, slices in held.items() if slices != held[path]]
+    rule = "the slices of one DICOM series must lie in one folder"
+    return f"{rule}, found others of it in {printable(others[0])}" if others else ""
 
 
 def _skip(path: Path, reason: str) -> Scan:
