@@ -210,3 +210,38 @@ def test_a_bids_subject_whose_folder_no_results_can_have_is_one_bad_scan(tmp_pat
     assert make_scans([scan.item for scan in (good, bad)]) == [good, bad]
     items = [{"image": "a.nii", "name": "a", "folder": "../.."}, {"image": "b.nii", "name": "b", "folder": "b/anat"}]
     assert [(scan.folder, bool(scan.problem)) for scan in make_scans(items)] == [("", True), ("b/anat", False)]
+
+
+def test_a_bids_image_whose_name_contradicts_its_folder_fails_and_a_phase_image_is_skipped(tmp_path: Path) -> None:
+    for name in ("sub-01/ses-1/anat/sub-02_ses-1_T1w", "sub-01/ses-1/anat/sub-01_ses-2_T1w",
+                 "sub-01/ses-1/anat/sub-01_ses-1_part-phase_T1w", "sub-01/ses-1/anat/sub-01_ses-1_part-mag_T1w",
+                 "derivatives/x/sub-01/anat/sub-01_desc-preproc_T1w"):  # fmt: skip
+        touch(tmp_path, f"{name}.nii.gz")
+    scans = {Path(scan.path).name: scan for scan in find_scans(tmp_path)}
+    assert scans["sub-02_ses-1_T1w.nii.gz"].problem.endswith("found sub-02 in sub-01")
+    assert scans["sub-01_ses-2_T1w.nii.gz"].problem.endswith("found ses-2 in ses-1")
+    assert "part-phase" in scans["sub-01_ses-1_part-phase_T1w.nii.gz"].skipped
+    assert not scans["sub-01_ses-1_part-mag_T1w.nii.gz"].problem
+    assert scans["derivatives"].skipped == "lies outside the folders sub-*"
+
+
+def test_names_that_show_nothing_or_turn_the_text_around_are_mended_and_blanks_at_the_end_do_not_count(
+    tmp_path: Path,
+) -> None:
+    for name in ("a\u200bb", "\u202eevil", "line\u2028end", "x", "x.", "x ", "\U0001f469\u200d\U0001f52c"):
+        touch(tmp_path, f"{name}.nii.gz")
+    names = [scan.name for scan in find_scans(tmp_path)]
+    assert {"a_b", "_evil", "line_end", "\U0001f469\u200d\U0001f52c"} < set(names)
+    assert len({name.rstrip(". ") for name in names}) == len(names)
+
+
+def test_a_table_with_one_column_twice_is_refused_and_an_absent_lesion_mask_is_one_bad_scan(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz")
+    (tmp_path / "twice.tsv").write_text("image\timage\na.nii.gz\tb.nii.gz\n")
+    with pytest.raises(ValueError, match="columns with different names are needed, found twice: image"):
+        find_scans(tmp_path / "twice.tsv")
+    (tmp_path / "bad.tsv").write_text("image\tlesions\na.nii.gz\tnone.nii.gz\na.nii.gz\tn/a\na\0.nii\tn/a\n")
+    problems = [scan.problem for scan in find_scans(tmp_path / "bad.tsv")]
+    assert "its mask of lesions must be a file" in problems[0]
+    assert problems[1] == ""
+    assert "found embedded null byte" in problems[2]

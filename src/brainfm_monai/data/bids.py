@@ -1,7 +1,7 @@
 """Prepared subjects out of a BIDS folder: scans of several contrasts, labels from derivatives or the bundle's model."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from monai.bundle import run
 from brainfm_monai.data.freesurfer import BRAIN_PROTOCOL, find_files, make_volumes
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
 from brainfm_monai.data.subjects import CONTRASTS, SIZE
-from brainfm_monai.io import find_bundle, scan_stem, write_table
+from brainfm_monai.io import find_bundle, find_contradiction, scan_stem, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ def find_sessions(root: str | Path) -> list[Session]:
     """
     derivatives = Path(root) / "derivatives"
     derived: dict[str, list[BidsFile]] = {}
-    for path in sorted(derivatives.rglob("sub-*_*")):
-        derived.setdefault(path.name.split("_")[0], []).append(_parse(path))
+    for file in _parse_all(derivatives.rglob("sub-*_*"), derivatives):
+        derived.setdefault(file.path.name.split("_")[0], []).append(file)
     sessions = []
     for person in sorted(f for f in Path(root).glob("sub-*") if f.is_dir()):
-        raw = [_parse(f) for f in sorted(person.glob("*/*")) + sorted(person.glob("ses-*/*/*")) if f.is_file()]
+        raw = [f for places in ("*/*", "ses-*/*/*") for f in _parse_all(person.glob(places), Path(root))]
         scans, files = [f for f in raw if f.is_scan], [*raw, *derived.get(person.name, [])]
         visits = sorted({f.entities.get("ses", "") for f in scans})
         for visit in visits:
@@ -143,6 +143,15 @@ def _find_labels(
     for label in maps:
         logger.warning(UNUSED, label.path, name)
     return {}, None
+
+
+def _parse_all(paths: Iterable[Path], root: Path) -> list[BidsFile]:
+    """The files below a folder, in order; one whose name contradicts its folders is reported and left out."""
+    problems = {path: find_contradiction(path, root) for path in sorted(paths) if path.is_file()}
+    for path, problem in problems.items():
+        if problem:
+            logger.warning("%s: not used: %s", path, problem)
+    return [_parse(path) for path, problem in problems.items() if not problem]
 
 
 def _parse(path: Path) -> BidsFile:

@@ -157,6 +157,8 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
             columns, *rows = [row for row in csv.reader(file, delimiter="\t") if row] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: a tab-separated table in UTF-8 is needed, found {error}") from error
+    if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
+        raise ValueError(f"{path}: columns with different names are needed, found twice: {', '.join(twice)}")
     for number, row in enumerate(rows, 2):
         if len(row) != len(columns):
             raise ValueError(f"{path}: line {number} must have {len(columns)} cells, found {len(row)}")

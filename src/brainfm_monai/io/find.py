@@ -191,6 +191,8 @@ def _find_problem(path: Path) -> str:
         if path.is_symlink():
             return "a link to itself" if error.errno == errno.ELOOP else f"a dead link, to {printable(path.readlink())}"
         return "no such file" if error.errno == errno.ENOENT else str(error.strerror)
+    except ValueError as error:
+        return f"a path of a file is needed, found {error}"
     if stat.S_ISDIR(mode):
         return "" if is_dicom(path) else "a folder without a DICOM series"
     if not stat.S_ISREG(mode):
@@ -219,7 +221,9 @@ def _from_table(path: Path) -> list[Scan]:
         item |= {key: str(path.parent / item[key]) for key in ("image", "lesions") if key in item}
         if re.fullmatch(r"[0-9]+", item.get("frame", "")):
             item["frame"] = int(item["frame"])
-        items.append({**item, "problem": _find_problem(Path(item["image"]))})
+        missing = "lesions" in item and not Path(item["lesions"]).is_file()
+        lesions = f"its mask of lesions must be a file, found none at {printable(item['lesions'])}" if missing else ""
+        items.append({**item, "problem": _find_problem(Path(item["image"])) or lesions})
     return make_scans(items)
 
 
@@ -238,6 +242,11 @@ def _from_bids(path: Path, output: str | None, participant_label: str | int | Se
     for label in sorted(set(labels) - set(absent)):
         for file, problem, reason in _walk(subjects[label], output, {}):
             stem, _, suffix = scan_stem(file).rpartition("_")
+            entities = dict(part.partition("-")[::2] for part in stem.split("_"))
+            if entities.get("part", "mag") != "mag":
+                reason = reason or f"its entity part-{entities['part']} says that it is no magnitude image"
+            if file.parent.name in BIDS_FOLDERS:
+                problem = problem or find_contradiction(file, path)
             if file.parent.name not in BIDS_FOLDERS and not problem:
                 others[file.parent.name] += 1
             elif reason or suffix not in BIDS_SUFFIXES:
@@ -254,8 +263,20 @@ def _from_bids(path: Path, output: str | None, participant_label: str | int | Se
     ]
     items += [{"image": path / f"sub-{n}", "name": f"sub-{n}", "problem": "no such folder"} for n in absent]
     skipped += [(path / "sub-*" / name, f"{n} files that are not anatomical images") for name, n in others.items()]
-    skipped += [(file, "lies outside the folders sub-*") for file in sorted(path.iterdir()) if _judge(file) == ("", "")]
+    beside = [file for file in sorted(path.iterdir()) if not file.name.startswith((".", "sub-")) or file.is_file()]
+    outside = [file for file in beside if file.is_dir() or _judge(file) == ("", "")]
+    skipped += [(file, "lies outside the folders sub-*") for file in outside if os.path.realpath(file) != output]
     return [*make_scans(items), *(_skip(file, reason) for file, reason in skipped)]
+
+
+def find_contradiction(file: Path, root: Path) -> str:
+    """Why a file below ``root``, a BIDS dataset, is not of the person or visit of its folders; empty: it is."""
+    named = dict(part.partition("-")[::2] for part in file.name.split("_"))
+    for folder in file.relative_to(root).parts[:-1]:
+        key, _, value = folder.partition("-")
+        if key in ("sub", "ses") and named.get(key, value) != value:
+            return f"its name and its folder must be of one {key}-*, found {key}-{named[key]} in {folder}"
+    return ""
 
 
 def _split_labels(participant_label: str | int | Sequence[str | int]) -> list[str]:

@@ -15,6 +15,9 @@ from brainfm_monai.io.volumes import scan_stem
 
 LONGEST_NAME = 150  # bytes: the names of files, of which it is the beginning, may have 255
 NAME_RULE = f"one visible file name of 1 to {LONGEST_NAME} bytes without separators and control characters"
+# characters that no name has: controls, halves of pairs, line ends, and marks that show nothing or turn the text
+# around; the two joiners of letters (zero width) stay, which some scripts and emoji need
+HIDDEN_KINDS, JOINERS = ("Cc", "Cs", "Cf", "Zl", "Zp"), "\u200c\u200d"
 RESERVED = ("summary.tsv", "dataset_description.json")  # files in the folder of the results
 
 
@@ -78,7 +81,11 @@ class Scan:
 def printable(text: str | os.PathLike[str]) -> str:
     """A path as UTF-8 text of one line: bytes and control characters that no text can hold become ``?``."""
     shown = os.fsencode(text).decode("utf-8", "replace")
-    return "".join("?" if unicodedata.category(character) == "Cc" else character for character in shown)
+    return "".join("?" if _is_hidden(character) else character for character in shown)
+
+
+def _is_hidden(character: str) -> bool:
+    return character not in JOINERS and unicodedata.category(character) in HIDDEN_KINDS
 
 
 def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
@@ -133,7 +140,7 @@ def _check_names(name: str, folder: str) -> str:
 
 def _clean(text: str) -> str:
     """The text itself if it can be the name of a scan, else the nearest one that can."""
-    kept = "".join("_" if c in "/\\" or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    kept = "".join("_" if c in "/\\" or _is_hidden(c) else c for c in text)
     kept = (kept.lstrip(".") or "scan") + "_" * (kept in RESERVED)
     if len(kept.encode()) > LONGEST_NAME:
         ending = "-" + hashlib.sha256(kept.encode()).hexdigest()[:8]
@@ -142,8 +149,8 @@ def _clean(text: str) -> str:
 
 
 def _fold(name: str) -> str:
-    """What file systems may take two names by: without case, letters and accents composed."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """What file systems may take two names by: without case, accents composed, no dots and blanks at the end."""
+    return unicodedata.normalize("NFC", name).casefold().rstrip(". ")
 
 
 def _changed_ns(path: str) -> int:

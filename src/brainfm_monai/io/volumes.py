@@ -217,6 +217,8 @@ def read_scan(path: str | Path, frame: int | str | None = None, series: str | No
     Raises:
         ScanError: if the file holds no such volume, no head can have its size, or it has no contrast; one line.
     """
+    if frame == "all":
+        raise ScanError(f"{path}: one volume is needed, found 'frame' to be 'all': {FRAME_ADVICE}")
     volume = read_volume(path, frame, series)
     extent_mm = np.linalg.norm(volume.affine[:3, :3], axis=0) * np.array(volume.values.shape)
     low, high = EXTENT_RANGE_MM
