@@ -162,18 +162,18 @@ def test_a_mosaic_that_does_not_say_how_its_slices_lie_is_refused(tmp_path: Path
 def test_what_nobody_means_as_a_scan_is_skipped_and_named(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "study", ImageType=["ORIGINAL", "PRIMARY", "M", "ND"])
     write_series(folder, start=20, ImageType=["ORIGINAL", "PRIMARY", "P", "ND"])
-    for number, tags in enumerate((
-        {"Modality": "SEG", "SeriesDescription": "seg"},
-        {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "ImagePositionPatient": None, "SeriesDescription": "screen"},
-        {"Modality": "SR", "Rows": None, "SeriesDescription": "report"},
-        {"ImageType": ["DERIVED", "SECONDARY", "PROJECTION IMAGE", "MIP"], "SeriesDescription": "mip"},
-    )):  # fmt: skip
-        data = write_slice(
-            folder / f"other{number}", 50 + number, ORIGIN, PIXELS[0], SeriesInstanceUID=f"1.3.{number}", **tags
-        )
-        if tags.get("Modality") == "SR":
+    others: list[dict[str, Any]] = [
+        {"Modality": "SEG"},
+        {"Modality": "SR"},
+        {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "ImagePositionPatient": None},
+        {"ImageType": ["DERIVED", "SECONDARY", "PROJECTION IMAGE", "MIP"]},
+    ]
+    for number, tags in enumerate(others):
+        path = folder / f"other{number}"
+        data = write_slice(path, 50 + number, ORIGIN, PIXELS[0], SeriesInstanceUID=f"1.3.{number}", **tags)
+        if data.Modality == "SR":
             del data.Rows
-            data.save_as(folder / f"other{number}", enforce_file_format=True)
+            data.save_as(path, enforce_file_format=True)
     (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     scans = find_scans(tmp_path)
     (scan,) = [scan for scan in scans if not scan.skipped]

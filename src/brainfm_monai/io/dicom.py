@@ -250,5 +250,9 @@ def _describe(name: str, slices: Sequence[_Slice], warnings: Sequence[str] = (),
         noticed.append("small numbers are bright by the header (MONOCHROME1); the numbers are taken as they are")
     files = tuple(dict.fromkeys(s.file for s in slices))
     instances = frozenset(str(s.header.get("SOPInstanceUID", s.file)) for s in slices)
-    known = {"uid": str(header.get("SeriesInstanceUID", "")), "instances": instances, "warnings": tuple(noticed)}
+    known: dict[str, Any] = {
+        "uid": str(header.get("SeriesInstanceUID", "")),
+        "instances": instances,
+        "warnings": tuple(noticed),
+    }
     return Series(name, files, modality.lower() if modality in ("CT", "MR") else "", **known, **attributes)

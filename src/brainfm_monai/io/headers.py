@@ -216,6 +216,7 @@ def read_nrrd(path: Path) -> Stored:
         affine[range(len(spatial)), range(len(spatial))] = spacings
     affine = np.diag([*(signs or LPS), 1.0]) @ affine
     values = nrrd.read(str(path))[0].transpose(spatial + rest)
-    noticed = () if is_oriented else (NOT_STATED,)
-    noticed += () if len(vectors) or "spacings" in header else ("the header states no voxel size; 1 mm is taken",)
-    return Stored(values.shape, values.dtype, affine, path, warnings=noticed, array=values)
+    noticed = [] if is_oriented else [NOT_STATED]
+    if not len(vectors) and "spacings" not in header:
+        noticed.append("the header states no voxel size; 1 mm is taken")
+    return Stored(values.shape, values.dtype, affine, path, warnings=tuple(noticed), array=values)
