@@ -12,6 +12,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
+from skimage.measure import marching_cubes
 
 from brainfm_monai.evaluation.surfaces import (
     MeasureSurfaces,
@@ -19,7 +20,6 @@ from brainfm_monai.evaluation.surfaces import (
     compare_surfaces,
     compare_thickness,
     compute_vertex_thickness,
-    extract_level,
     read_mesh,
 )
 from brainfm_monai.io import ScanError
@@ -34,8 +34,13 @@ def make_distance(centre: tuple[float, ...], radius: float) -> np.ndarray:
     return np.asarray(np.linalg.norm(grid - np.array(centre), axis=-1) - radius)
 
 
+def extract_level(distance: np.ndarray) -> Mesh:
+    vertices, faces, _, _ = marching_cubes(distance, 0.0)
+    return vertices, faces.astype(np.int64)
+
+
 def make_ball(radius: float, shift_mm: float = 0.0) -> Mesh:
-    return extract_level(make_distance((20 + shift_mm, 21, 20), radius), np.eye(4))
+    return extract_level(make_distance((20 + shift_mm, 21, 20), radius))
 
 
 def test_distances_of_balls_are_those_of_their_radii() -> None:
@@ -61,7 +66,7 @@ def test_both_directions_differ_where_one_surface_has_less() -> None:
 
 def test_a_handle_and_crossings_are_counted() -> None:
     grid = np.stack(np.meshgrid(*(np.arange(n) - n / 2 for n in SIZE), indexing="ij"))
-    torus = extract_level(np.hypot(np.hypot(grid[0], grid[1]) - 13, grid[2]) - 4, np.eye(4))
+    torus = extract_level(np.hypot(np.hypot(grid[0], grid[1]) - 13, grid[2]) - 4)
     assert compare_surfaces(torus, make_ball(11))["euler_number"] == 0
     vertices, faces = make_ball(8)
     crossing = (
@@ -84,6 +89,9 @@ def test_thickness_of_a_shell() -> None:
     assert found["vertex_thickness_correlation"] == pytest.approx(0, abs=0.3)
     again = compare_thickness((white, make_ball(12.5, shift_mm=0.8)), (white, moved))
     assert again["vertex_thickness_correlation"] > 0.99
+    # surfaces in correspondence are measured from their own vertices, both ways
+    larger = (white[0] - [20, 21, 20]) * 1.25 + [20, 21, 20]
+    assert compute_vertex_thickness(white, (larger, white[1])) == pytest.approx(2.5, abs=0.05)
     # a wall, where both surfaces of the reference are one, does not count
     assert math.isnan(compare_thickness((white, pial), (white, white))["vertex_thickness_error"])
 

@@ -177,7 +177,8 @@ def test_surfaces_lie_where_they_are(results: Path, number: int) -> None:
     for (side, name), (centre, radius) in truth.items():
         surface: Any = nib.load(folder / f"{folder.name}_hemi-{side}_{name}.surf.gii")
         vertices, faces = surface.agg_data("pointset"), surface.agg_data("triangle")
-        assert np.abs(np.linalg.norm(vertices - centre, axis=1) - radius).max() < 0.1
+        # the white surface also follows the scan, which here knows nothing of it
+        assert np.abs(np.linalg.norm(vertices - centre, axis=1) - radius).max() < {"white": 0.3, "pial": 0.1}[name]
         a, b, c = (vertices[faces[:, i]].astype(np.float64) - centre for i in range(3))
         volume = np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6  # positive where triangles turn outwards
         assert volume == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.03)

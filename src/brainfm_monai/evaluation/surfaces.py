@@ -7,11 +7,11 @@ from typing import Any
 import igl
 import nibabel as nib
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from scipy import ndimage
 from scipy.spatial import cKDTree
-from skimage.measure import marching_cubes
+from torch import Tensor
 
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.evaluation.cases import SURFACES
@@ -20,11 +20,12 @@ from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.metrics import MetricRow
 from brainfm_monai.metrics.tables import unit_of
 from brainfm_monai.outputs import resample
-from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, grow_hemisphere
+from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, compute_thickness_mm, grow_hemisphere
 
 # FreeSurfer's surface RAS: directions of the axes of a conformed volume, by columns
 SURFACE_AXES = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
 CHANNELS = ("left_pial", "left_white", "right_pial", "right_white")  # of distances: lp, lw, rp, rw
+LIMIT_MM = 3.0  # at which predicted distances end
 MEDIAL_WALL_MM = 0.1  # below it a reference has no cortex: both of its surfaces are one there
 
 Mesh = tuple[np.ndarray, np.ndarray]  # vertices in mm, (V, 3), and their numbers in each triangle, (F, 3)
@@ -55,10 +56,12 @@ def compare_surfaces(pred: Mesh, reference: Mesh) -> dict[str, float]:
 def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
     """Thickness of the cortex in mm at the vertices of the white surface, shape (V,).
 
-    It is the mean of the distance from a vertex to the nearest point on the triangles of the pial surface of that
-    hemisphere, and of that from this point back to the white surface (Fischl and Dale, Measuring the thickness of the
-    human cerebral cortex from magnetic resonance images, PNAS 97, 2000).
+    Of surfaces in correspondence, which have the same triangles, it is that of ``predict``
+    (:func:`~brainfm_monai.surfaces.compute_thickness_mm`), else the mean of the distance from a vertex to the nearest
+    point on the triangles of the pial surface, and of that from this point back to the white surface, which is shorter.
     """
+    if np.array_equal(white[1], pial[1]):
+        return compute_thickness_mm(white[0], pial[0], white[1])
     outwards, nearest = _find_nearest(white[0], pial)
     return np.asarray((outwards + _find_nearest(nearest, white)[0]) / 2)
 
@@ -105,9 +108,9 @@ class MeasureSurfaces(Transform):
     """Compare the surfaces of the predicted distances with those of the reference; after :class:`MeasureMaps`.
 
     The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``,
-    ``right_pial``), else those on which its distances are 0, else those on which the distances to its labels are. A
-    case with none of these has no rows of surfaces. For ``levels_mm`` see
-    :func:`~brainfm_monai.surfaces.grow_hemisphere`.
+    ``right_pial``), else those that grow out of its distances, else those out of the distances to its labels: where
+    labels close a sulcus, the pial surface stands halfway between the banks, as in a prediction. A case with none of
+    these has no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
     """
 
     def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:
@@ -119,7 +122,9 @@ class MeasureSurfaces(Transform):
         reference = _find_reference(d)
         if "distance" not in d or not reference:
             return d
-        pred = self._grow(d["distance"])
+        distance: MetaTensor = d["distance"]
+        image = d["image"].as_tensor()[0].cpu().float() if "image" in d else None
+        pred = grow_meshes(distance.as_tensor().cpu().float(), np.asarray(distance.affine), self.levels_mm, image)
         rows = list(d.get("rows", ()))
         for side in ("left", "right"):
             measures: dict[str, dict[str, float]] = {}
@@ -138,17 +143,21 @@ class MeasureSurfaces(Transform):
             ]
         return d | {"rows": rows}
 
-    def _grow(self, distance: MetaTensor) -> dict[str, Mesh]:
-        """The surfaces that ``predict`` makes of distances lp, lw, rp, rw, shape (4, H, W, D)."""
-        affine = np.asarray(distance.affine, dtype=np.float64)
-        level = dict(zip(CHANNELS, distance.as_tensor().cpu().float(), strict=True))
-        surfaces: dict[str, Mesh] = {}
-        for side, opposite in (("left", "right"), ("right", "left")):
-            channels = (level[f"{side}_white"], level[f"{side}_pial"], level[f"{opposite}_pial"])
-            if (grown := grow_hemisphere(*channels, affine, self.levels_mm)) is not None:
-                surfaces[f"{side}_white"] = (grown.white_mm, grown.faces)
-                surfaces[f"{side}_pial"] = (grown.pial_mm, grown.faces)
-        return surfaces
+
+def grow_meshes(
+    distance: Tensor, affine: np.ndarray, levels_mm: Sequence[float] = (0.0, 0.0), image: Tensor | None = None
+) -> dict[str, Mesh]:
+    """The surfaces that ``predict`` makes of distances lp, lw, rp, rw in mm, shape (4, H, W, D), by their names.
+
+    For the other arguments see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
+    """
+    level, meshes = dict(zip(CHANNELS, distance.clamp(-LIMIT_MM, LIMIT_MM), strict=True)), {}
+    for side, opposite in (("left", "right"), ("right", "left")):
+        channels = (level[f"{side}_white"], level[f"{side}_pial"], level[f"{opposite}_pial"])
+        if (grown := grow_hemisphere(*channels, affine, levels_mm, image)) is not None:
+            meshes[f"{side}_white"] = (grown.white_mm, grown.faces)
+            meshes[f"{side}_pial"] = (grown.pial_mm, grown.faces)
+    return meshes
 
 
 def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:
@@ -156,26 +165,14 @@ def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:
         return files
     if f"{TARGET}distance" in data:
         distance: MetaTensor = data[f"{TARGET}distance"]
-        channels, affine = np.asarray(distance.cpu()), np.asarray(distance.affine, dtype=np.float64)
+        channels, affine = distance.as_tensor().cpu().float(), np.asarray(distance.affine, dtype=np.float64)
     elif f"{TARGET}segmentation" in data:
         grid: MetaTensor = data["image"]  # isotropic
         affine = np.asarray(grid.affine, dtype=np.float64)
         ids = resample(data[f"{TARGET}segmentation"], grid.shape[1:], affine, "nearest", "zeros")
         spacing_mm = float(nib.affines.voxel_sizes(affine)[0])
         distances = compute_hemisphere_distances(np.asarray(ids[0].cpu()).astype(np.int64), spacing_mm)
-        channels = np.moveaxis(distances, -1, 0)
+        channels = torch.from_numpy(np.moveaxis(distances, -1, 0).copy())
     else:
         return {}
-    levels = zip(CHANNELS, channels, strict=True)
-    return {name: extract_level(one, affine) for name, one in levels if one.min() < 0 < one.max()}
-
-
-def extract_level(distance: np.ndarray, affine: np.ndarray) -> Mesh:
-    """The largest connected piece of the surface on which a distance, (H, W, D), is 0, by marching cubes, in RAS mm."""
-    inside = distance < 0
-    regions, _ = ndimage.label(inside)
-    largest = np.bincount(regions.ravel())[1:].argmax() + 1
-    level = np.where(inside & (regions != largest), -distance, distance)
-    # what is beyond the image is outside: the surface is closed there
-    vertices, faces, _, _ = marching_cubes(np.pad(level, 1, constant_values=np.abs(distance).max()), 0.0)
-    return nib.affines.apply_affine(affine, vertices - 1), faces
+    return grow_meshes(channels, affine)

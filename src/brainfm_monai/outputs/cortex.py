@@ -76,14 +76,15 @@ def _shown_hemispheres(scan: ScanResult, distance: Any) -> dict[str, Any]:
 def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
     """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan.
 
-    They are grown from the distances in the network's grid, where these were computed.
+    They are grown from the distances in the network's grid, where these were computed, and from the scan there.
     """
-    shown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float())
-    grown = {}
+    shown, grown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float()), {}
+    image = None if scan.normalised is None else scan.normalised.as_tensor()[0].cpu().float()
+    levels = scan.settings.surface_levels_mm
     for letter, (side, opposite, _, _) in HEMISPHERES.items():
         if side + "w" in shown:
             fields = shown[side + "w"], shown[side + "p"], shown.get(opposite + "p")
-            grown[letter] = surfaces.grow_hemisphere(*fields, scan.network_affine, scan.settings.surface_levels_mm)
+            grown[letter] = surfaces.grow_hemisphere(*fields, scan.network_affine, levels, image)
     return {letter: surface for letter, surface in grown.items() if surface is not None}
 
 
@@ -99,12 +100,12 @@ def write_surfaces(scan: ScanResult) -> None:
     rows = []
     for letter, surface in grow_surfaces(scan).items():
         faces, thickness = surface.faces, measure_thickness(scan)[letter]
+        euler = surfaces.compute_euler_number(faces)
         mean = float(np.average(thickness, weights=surfaces.compute_areas_mm2(surface.white_mm, faces)))
         for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):
             curvature = surfaces.compute_mean_curvature(vertices, faces)
             areas, volume = surfaces.compute_areas_mm2(vertices, faces), surfaces.compute_volume_mm3(vertices, faces)
             crossing = surfaces.compute_crossing_share(vertices, faces)
-            euler = surfaces.compute_euler_number(faces)
             counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
             sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
             rows.append((letter, name, *counts, *sizes, f"{mean:.3f}", f"{np.median(thickness):.3f}"))

@@ -96,6 +96,7 @@ class ScanResult:
     computed: dict[Callable[..., Any], tuple[Any, list[Any]]] = field(default_factory=dict, repr=False)
     outputs: Collection[str] = ()  # names of all outputs that are written
     original: MetaTensor | None = None  # the scan as it was read, in its own intensities and grid, shape (1, h, w, d)
+    normalised: MetaTensor | None = None  # the scan as the network saw it, in the grid of the maps, shape (1, h, w, d)
     modality: str = ""  # what the scan was taken for, with the reason: ct: ... or mr: ...; empty if that is not known
 
     def path(self, suffix: str) -> Path:

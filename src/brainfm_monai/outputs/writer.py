@@ -139,6 +139,7 @@ class ScanWriter:
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
             frame=int(str(frame)) if str(frame).isdigit() else frame, window=str(meta.get("window") or ""),
             lesions=str(scan.get("lesions") or ""), settings=self.settings, original=item.get("original"),
+            normalised=item["image"],
             warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
             modality=modality, summary={"modality": modality} if modality else {}, outputs=self.writers.keys(),
         )  # fmt: skip

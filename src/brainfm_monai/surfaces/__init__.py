@@ -12,8 +12,9 @@ from brainfm_monai.surfaces.measures import (
     draw_contour,
     draw_surface,
 )
-from brainfm_monai.surfaces.topology import extract_sphere, grow_ball
+from brainfm_monai.surfaces.refinement import refine_white
+from brainfm_monai.surfaces.topology import extract_sphere, grow_ball, merge_vertices
 
 __all__ = ["Hemisphere", "compute_areas_mm2", "compute_crossing_share", "compute_distances_mm", "compute_euler_number"]
 __all__ += ["compute_mean_curvature", "compute_thickness_mm", "compute_volume_mm3", "draw_contour", "draw_surface"]
-__all__ += ["extract_sphere", "grow_ball", "grow_hemisphere"]
+__all__ += ["extract_sphere", "grow_ball", "grow_hemisphere", "merge_vertices", "refine_white"]

@@ -10,11 +10,13 @@ from monai.networks.layers import GaussianFilter
 from scipy import sparse
 from torch import Tensor
 
+from brainfm_monai.surfaces.refinement import refine_white
 from brainfm_monai.surfaces.topology import extract_sphere
 
-GRID_MM = 1.4  # of the level from which the white surface is taken: vertices lie about 0.8 mm apart
+GRID_MM = 1.1  # of the level from which the white surface is taken: vertices lie about 1 mm apart
 RELAXATIONS = 12  # rounds in which vertices spread along the white surface and return to its level
 STEPS, STEP = 36, 0.25  # of the growth from white to pial, in units of a fall of the distance to 1/e
+STILL_MM = 0.005  # a vertex that moves less in a step has arrived
 FASTEST_MM = 1.0  # per unit: distance to the pial surface beyond which a vertex does not move faster
 SMOOTHING_MM = 0.7  # standard deviation of the Gaussian of the field whose gradient vertices follow
 RIDGE_STEEPNESS = 0.4  # of that field, which is 2 away from ridges: vertices stop there, some tenths of a mm before
@@ -33,7 +35,12 @@ class Hemisphere:
 
 
 def grow_hemisphere(
-    white: Tensor, pial: Tensor, opposite_pial: Tensor | None, affine: np.ndarray, levels_mm: Sequence[float] = (0, 0)
+    white: Tensor,
+    pial: Tensor,
+    opposite_pial: Tensor | None,
+    affine: np.ndarray,
+    levels_mm: Sequence[float] = (0, 0),
+    image: Tensor | None = None,
 ) -> Hemisphere | None:
     """White surface of a hemisphere, and the pial surface that grows out of it; None where no voxel is inside.
 
@@ -48,18 +55,21 @@ def grow_hemisphere(
         opposite_pial: that of the other hemisphere, which the pial surface does not enter; None: there is none.
         affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
         levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
+        image: the scan in the same grid, which refines the white surface; None: it stays where the distance is 0.
     """
     if opposite_pial is not None:
         pial = torch.maximum(pial, (pial - opposite_pial) / 2)
-    white, pial = white - levels_mm[0], pial - levels_mm[1]
-    pial = torch.minimum(pial, white)
-    inside = (pial < 0).nonzero()
-    if not len(inside):
+    inside = torch.minimum(pial - levels_mm[1], white - levels_mm[0]) < 0
+    if not inside.any():
         return None
-    first = (inside.amin(0) - 3).clamp_min(0).tolist()  # a box around the inside and 3 voxels around it
-    box = tuple(slice(start, stop + 4) for start, stop in zip(first, inside.amax(0).tolist(), strict=True))
-    white, pial = white[box], pial[box]
+    spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
+    first = [max(int(span[0]) - 3, 0) for span in spans]  # a box around the inside and 3 voxels around it
+    box = tuple(slice(start, int(span[-1]) + 4) for start, span in zip(first, spans, strict=True))
     voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
+    white, pial = white[box] - levels_mm[0], pial[box] - levels_mm[1]
+    if image is not None:
+        white = refine_white(white, pial, image[box], voxel_mm)
+    pial = torch.minimum(pial, white)
     size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
     coarse = nnf.interpolate(white[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
     if not (coarse < 0).any():
@@ -97,7 +107,7 @@ def _relax(vertices: Tensor, level: Tensor, faces: np.ndarray, voxel_mm: float) 
         values = _sample(fields, vertices)
         normal = nnf.normalize(values[1:].T, dim=1)
         along = step - (step * normal).sum(1, keepdim=True) * normal
-        back = (values[0] / values[1:].norm(dim=0).clamp_min(0.5)).clamp(-0.5, 0.5)[:, None] * normal / voxel_mm
+        back = (values[0] / _lengths(values[1:]).clamp_min(0.5)).clamp(-0.5, 0.5)[:, None] * normal / voxel_mm
         vertices = vertices + 0.5 * along + 0.1 * (step - along) - 0.5 * back
     return vertices
 
@@ -106,9 +116,17 @@ def _flow(vertices: Tensor, white: Tensor, pial: Tensor, voxel_mm: float) -> Ten
     """Vertices moved from the white surface to the pial one; see :func:`grow_hemisphere`."""
     smooth = GaussianFilter(3, SMOOTHING_MM / voxel_mm)((white + pial)[None, None])[0, 0]
     fields = torch.stack([pial, *torch.gradient(smooth, spacing=voxel_mm)])
+    moving, vertices = torch.arange(len(vertices)), vertices.clone()
     for _ in range(STEPS):
-        values = _sample(fields, vertices)
-        steepness = values[1:].norm(dim=0)
+        values = _sample(fields, vertices[moving])
+        steepness = _lengths(values[1:])
         speed = values[0].clamp(-FASTEST_MM, FASTEST_MM) * (steepness - RIDGE_STEEPNESS).clamp(0, 1)
-        vertices = vertices - STEP * (speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm)[:, None] * values[1:].T
+        step = STEP * speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm
+        vertices[moving] -= step[:, None] * values[1:].T
+        moving = moving[(step * steepness * voxel_mm).abs() > STILL_MM]
     return vertices
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Lengths of vectors (3, V): (V,)."""
+    return (vectors * vectors).sum(0).sqrt()

@@ -19,9 +19,10 @@ CONTOUR_POINTS = np.linspace(0, 1, 6)[:, None]  # on each piece of a contour, wh
 
 def compute_euler_number(faces: np.ndarray) -> int:
     """Vertices minus edges plus faces: 2 for a sphere, 2 less for each handle, 2 more for each further piece."""
-    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).astype(np.int64), axis=1)
-    count = len(np.unique(faces))
-    return count - len(np.unique(edges[:, 0] * (int(faces.max()) + 1) + edges[:, 1])) + len(faces)
+    end = int(faces.max()) + 1
+    ends = faces.reshape(-1).astype(np.int64), faces[:, [1, 2, 0]].reshape(-1).astype(np.int64)
+    edges = np.sort(np.minimum(*ends) * end + np.maximum(*ends))
+    return int(np.count_nonzero(np.bincount(ends[0])) - 1 - np.count_nonzero(np.diff(edges)) + len(faces))
 
 
 def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
