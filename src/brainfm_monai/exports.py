@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from brainfm_monai.io import first_line, literal, write_whole
 from brainfm_monai.weights import load_weights
 
-__all__ = ["ONNX_OPSET", "export_bundle", "export_onnx", "export_torchscript"]
-
 ONNX_OPSET = 20  # group normalisation is of opset 18 to 21; 20 is what current runtimes all read
 ONNX_TOLERANCE = 1e-4  # of the largest output
 DYNAMIC_AXES = (0, 2, 3, 4)  # all but the channel

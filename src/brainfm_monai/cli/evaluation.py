@@ -5,8 +5,6 @@ from typing import Any
 from brainfm_monai.cli.bundle import existing_datalist, run_bundle
 from brainfm_monai.io import literal
 
-__all__ = ["compare", "evaluate"]
-
 
 def evaluate(
     datalist: str,

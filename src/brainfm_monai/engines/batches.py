@@ -16,8 +16,6 @@ from torch.utils.data import Dataset, Sampler
 
 from brainfm_monai.synthesis import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer
 
-__all__ = ["DrawSampler", "DrawnSubjects", "SynthesisPrepareBatch", "hash_key"]
-
 
 def hash_key(*key: int | str) -> int:
     """Deterministic 64-bit hash of a key, the same in every process and on every machine."""

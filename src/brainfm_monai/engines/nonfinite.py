@@ -16,8 +16,6 @@ from brainfm_monai.engines.trainer import MultiTaskTrainer, split_batch
 from brainfm_monai.io import write_text
 from brainfm_monai.synthesis import Synthesizer, describe
 
-__all__ = ["NonFiniteStop"]
-
 logger = logging.getLogger(__name__)
 
 LARGEST_LISTED = (

@@ -10,8 +10,6 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-__all__ = ["MuonAdamW", "TimeBudget", "make_ema_multi_avg_fn", "make_warmup_stable_decay", "orthogonalise"]
-
 # Of the quintic iteration, chosen by its author so that singular values come near 1 fast, and not to 1 exactly.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5

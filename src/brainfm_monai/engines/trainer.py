@@ -23,10 +23,6 @@ from brainfm_monai.engines.batches import DrawSampler
 from brainfm_monai.engines.optimizers import TimeBudget
 from brainfm_monai.networks import MultiTaskNet, checkpoint_activations, parse_precision
 
-__all__ = [
-    "MultiTaskTrainer", "check_shards", "make_grad_scaler", "prepare_for_training", "split_batch", "start_processes",
-]  # fmt: skip
-
 logger = logging.getLogger(__name__)
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from brainfm_monai.io import first_line, write_whole
 
-__all__ = ["BestWeights", "TrainingCheckpoint"]
-
 logger = logging.getLogger(__name__)
 
 

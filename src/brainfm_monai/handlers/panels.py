@@ -13,8 +13,6 @@ from brainfm_monai.io import write_whole
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.tasks import Task, TaskLayout
 
-__all__ = ["ValidationPanels", "compose_panel"]
-
 SMALLEST_PANEL = 96  # pixels
 MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 VOXELS = np.eye(4)  # affine of a batch: RAS axes

@@ -13,8 +13,6 @@ from torch import Tensor
 from brainfm_monai.metrics import fields
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["SegmentationDice", "TaskErrors"]
-
 NAMES = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
 
 

@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 
 from brainfm_monai.losses import MultiTaskLoss
 
-__all__ = ["TrainingStatistics"]
-
 GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage, bytes
 

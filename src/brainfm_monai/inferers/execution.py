@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from brainfm_monai.networks import MultiTaskNet, UNet, autocast, parse_precision
 
-__all__ = ["MEMORY_MODES", "AutocastInferer", "choose_memory", "free_memory"]
-
 MEMORY_MODES = ("auto", "full", "low", "windows")
 ALIASES = {"whole": "full", "slabs": "full"}  # names of version 0.1
 CGROUP = Path("/sys/fs/cgroup")

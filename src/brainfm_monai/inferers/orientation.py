@@ -17,8 +17,6 @@ from brainfm_monai.inferers.two_stage import head_box, pad_to_multiple
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["OrientationInferer", "Turn", "misfit"]
-
 logger = logging.getLogger(__name__)
 
 SAMPLE = 4  # voxels of 1 mm from point to point of the first result that is judged

@@ -16,8 +16,6 @@ from brainfm_monai.inferers.execution import ALIASES, MEMORY_MODES, choose_memor
 from brainfm_monai.networks import MultiTaskNet, UNet, autocast, encode_by_planes, parse_precision, plane_ranges
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["TwoStageInferer", "head_box", "pad_to_multiple"]
-
 HEAD = 0.05  # intensity in [0, 1] above which a voxel is head or noise
 TRAINING_SIZE_MM = (144.0, 176.0, 144.0)  # field of view of a scan of train.json
 MINIMUM_BRAIN_MM3 = 1000.0  # a cubic centimetre; a smaller brain has no position

@@ -12,10 +12,6 @@ from brainfm_monai.networks.multitask import MultiTaskNet
 from brainfm_monai.networks.residual import PreactivationBlock
 from brainfm_monai.networks.unet import ConvUnit, ResidualBlock
 
-__all__ = [
-    "autocast", "checkpoint_activations", "fast_bfloat16", "parse_precision", "prepare_network", "reduced_precision",
-]  # fmt: skip
-
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from brainfm_monai.tasks import TaskLayout
 
-__all__ = ["FeatureMap", "Head", "MultiTaskNet", "trainable_parameters"]
-
 
 class Head(nn.Conv3d):
     """1x1x1 convolution in float32, also under autocast.

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from brainfm_monai.networks.unet import ResidualBlock, UNet
 
-__all__ = ["encode_by_planes", "plane_ranges"]
-
 STATISTICS_VOXELS = 2**14  # summed in float32 at a time; the sums of sums are in float64
 CHUNK_BYTES = 64 * 2**20  # of a unit's input or output at a time: chosen, far below what is held anyway
 

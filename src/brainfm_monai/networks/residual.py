@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-__all__ = ["AdditiveUNet", "PreactivationBlock", "SampleNorm", "TwoScaleUNet"]
-
 NEGATIVE_SLOPE = 0.01  # LeakyReLU of nnU-Net
 
 

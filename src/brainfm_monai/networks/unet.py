@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-__all__ = ["ConvUnit", "ResidualBlock", "ResidualUNet", "UNet"]
-
 GROUPS = 8  # groups of the group normalisation; 1 where a unit's input has fewer channels (BrainFM)
 NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM and SuperSynth
 RESIDUAL_SLOPE = 0.1  # LeakyReLU after SuperSynth's residual sum

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from brainfm_monai.io import first_line
 
-__all__ = ["Placeholder", "read_checkpoint"]
-
 NEVER_NAMED = {"nt", "os", "posix", "subprocess", "sys"}  # modules that no weights need: naming one is refused already
 # functions whose value nothing here needs: numbers of numpy, sets, paths, devices
 IGNORED = {"_codecs.encode", "builtins.complex", "builtins.set", "collections.defaultdict", "numpy.dtype", "torch.Size"}

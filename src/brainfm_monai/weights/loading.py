@@ -13,8 +13,6 @@ from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights.published import load_published
 
-__all__ = ["load_pretrained", "load_weights", "make_pretrained", "read_state_dict"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
 from brainfm_monai.tasks import TASKS, TaskLayout
 from brainfm_monai.weights.checkpoint import Placeholder, read_checkpoint
 
-__all__ = ["Published", "WeightsInfo", "import_weights", "load_published"]
-
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
