@@ -40,12 +40,17 @@ except ModuleNotFoundError:
     raise SystemExit("the package must come out of the bundle")
 assert brainfm_monai.__file__.startswith(sys.argv[1]), brainfm_monai.__file__
 """
-PROPERTIES = """
-import sys
-from monai.bundle import create_workflow
-for name, kind, more in (("inference", "inference", {}), ("train", "train", {"datalist": sys.argv[2]})):
-    workflow = create_workflow(config_file=f"{sys.argv[1]}/configs/{name}.json", workflow_type=kind, **more)
+UNIT_TEST = """
+import json, sys
+from monai.bundle import ConfigWorkflow
+root = sys.argv[1]
+files = {"meta_file": f"{root}/configs/metadata.json", "logging_file": f"{root}/configs/logging.conf"}
+for name, values in json.loads(sys.argv[2]).items():
+    workflow = ConfigWorkflow(config_file=f"{root}/configs/{name}.json", bundle_root=root, **files, **values)
+    workflow.initialize()
     assert workflow.check_properties() == [], name
+    workflow.run()
+    workflow.finalize()
 """
 
 
@@ -172,12 +177,19 @@ def test_load_gives_the_trained_network_in_both_forms(python: str, bundle: Path,
 
 
 @pytest.mark.artifact
-def test_the_checks_of_the_zoo_pass(python: str, bundle: Path, datalist: Path, tmp_path: Path) -> None:
+def test_the_checks_of_the_zoo_pass(python: str, bundle: Path, datalist: Path, scan: Path, tmp_path: Path) -> None:
     meta, config = bundle / "configs/metadata.json", bundle / "configs/inference.json"
     content = json.loads(meta.read_text())  # test_bundle.py holds it against the schema
     shapes = ("verify_net_in_out", "network_def", "--meta_file", meta, "--config_file", config, "--bundle_root", bundle)
     run(python, "-m", "monai.bundle", *shapes, "--device", "cpu", cwd=bundle)
-    run(python, "-c", PROPERTIES, bundle, datalist, cwd=tmp_path)
+    # the form of the zoo's unit tests: configs with overrides are made, checked and run
+    fast = {"mirror": False, "second_look": False, "outputs": ["segmentation"]}
+    inference = {"workflow_type": "inference", "input": str(scan), "output_dir": str(tmp_path / "labels"), **fast}
+    train = {"workflow_type": "train", "datalist": str(datalist), "output_dir": str(tmp_path / "training")}
+    train |= {"spatial_size": [32, 32, 32], "epoch_length": 1, "max_epochs": 1, "val_interval": 1}
+    run(python, "-c", UNIT_TEST, bundle, json.dumps({"inference": inference, "train": train}), cwd=tmp_path)
+    assert (tmp_path / "labels/t1/t1_dseg.nii.gz").is_file()
+    assert (tmp_path / "training/model.pt").is_file()
     for key in ("required_packages_version", "eval_metrics", "data_source", "authors", "intended_use"):
         assert content[key], key
 

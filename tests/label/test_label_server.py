@@ -65,8 +65,7 @@ class Server:
     def _make_app(self, folder: Path) -> list[str]:
         if self.kind == "ours":
             return ["--app", str(REPOSITORY / "monailabel_app"), "--conf", "bundle", str(self.bundle)]
-        download = ["-m", "monailabel.main", "apps", "--download", "--name", "monaibundle", "--output", str(folder)]
-        subprocess.run([sys.executable, *download], check=True, capture_output=True)
+        run(["-m", "monailabel.main", "apps", "--download", "--name", "monaibundle", "--output", str(folder)])
         model = folder / "monaibundle" / "model" / MODEL
         model.parent.mkdir(parents=True, exist_ok=True)
         model.symlink_to(self.bundle)
@@ -154,6 +153,13 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
+def run(words: list[str]) -> str:
+    """Run a command of Python; what it prints."""
+    done = subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
 def copy_bundle(kind: str, folder: Path) -> Path:
     """A copy of the bundle, which trainings may write into, and whose epochs are shorter.
 
@@ -161,9 +167,8 @@ def copy_bundle(kind: str, folder: Path) -> Path:
     """
     target = folder / MODEL
     if kind == "stock":
-        builder = [sys.executable, str(REPOSITORY / "packaging" / "make_bundle.py"), "--output", str(folder)]
-        done = subprocess.run(builder, check=True, capture_output=True, text=True)
-        shutil.unpack_archive(done.stdout.strip(), folder)
+        archive = run([str(REPOSITORY / "packaging" / "make_bundle.py"), "--output", str(folder)]).strip()
+        shutil.unpack_archive(archive, folder)
     else:
         for part in ("configs", "models"):
             shutil.copytree(REPOSITORY / "bundle" / part, target / part, ignore=shutil.ignore_patterns("model_*"))
@@ -239,9 +244,8 @@ def bundle(kind: str, subjects: Path, tmp_path_factory: pytest.TempPathFactory) 
 def predicted(scans: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Labels of the command, with the settings of a click."""
     output = tmp_path_factory.mktemp("predicted")
-    command = [sys.executable, "-m", "brainfm_monai", "predict", str(scans["las"].parent), str(output)]
-    command += ["--bundle", str(REPOSITORY / "bundle"), "--outputs", "segmentation", *FAST]
-    subprocess.run(command, check=True, capture_output=True)
+    command = ["-m", "brainfm_monai", "predict", str(scans["las"].parent), str(output)]
+    run([*command, "--bundle", str(REPOSITORY / "bundle"), "--outputs", "segmentation", *FAST])
     return {name: output / name / f"{name}_dseg.nii.gz" for name in scans}
 
 
