@@ -90,7 +90,7 @@ def main() -> None:
             dice = compare(corrected, labels, brain)
             print(
                 when,
-                {name: round(dice[label_of[name]], 3) for name in GROWN},
+                {name: round(float(dice[label_of[name]]), 3) for name in GROWN},
                 f"mean {np.mean(list(dice.values())):.3f}",
             )
         for path, old, new in zip(scans, before, after, strict=True):
@@ -98,7 +98,9 @@ def main() -> None:
             rest = [value for found, value in dice.items() if found not in grown]
             lowest = min(dice, key=lambda found: dice[found])
             text = f"mean {np.mean(list(dice.values())):.3f}, without the corrected {np.mean(rest):.3f}"
-            print(f"{path.name}: {text}, lowest {dice[lowest]:.3f} ({protocol.structures[lowest].name})")
+            print(
+                f"{path.parent.name}/{path.name}: {text}, lowest {dice[lowest]:.3f} ({protocol.structures[lowest].name})"
+            )
 
 
 if __name__ == "__main__":

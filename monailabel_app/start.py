@@ -29,7 +29,7 @@ WITH_ANATOMIES = "Training mixes {count} anatomies of other persons into the cor
 WITHOUT_ANATOMIES = """Training uses the corrected scans alone: {folder} has no anatomies.
 Label maps of SynthSeg become anatomies of other persons, about two minutes each:
 
-    brainfm-monai prepare labels MAPS {folder} --contrasts T1w,T2w,FLAIR,CT
+    {command} prepare labels MAPS {folder} --contrasts T1w,T2w,FLAIR,CT
 """
 
 
@@ -37,7 +37,9 @@ def describe_training(bundle: Path) -> str:
     """Say what a training from the server learns from, besides the corrected scans."""
     folder = bundle / "anatomies"
     count = len(list(folder.glob("*/subject.json")))
-    return (WITH_ANATOMIES if count else WITHOUT_ANATOMIES).format(count=count, folder=folder)
+    return (WITH_ANATOMIES if count else WITHOUT_ANATOMIES).format(
+        count=count, folder=folder, command=Path(sys.executable).with_name("brainfm-monai")
+    )
 
 
 def main() -> None:

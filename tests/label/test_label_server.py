@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -161,7 +162,7 @@ def run(words: list[str]) -> str:
 
 
 def copy_bundle(kind: str, folder: Path) -> Path:
-    """A copy of the bundle, which trainings may write into, and whose epochs are shorter.
+    """A copy of the bundle, which trainings may write into, and whose trainings are shorter.
 
     The stock app gets what a model zoo distributes, with the package inside; ours what it needs of the repository.
     """
@@ -173,7 +174,7 @@ def copy_bundle(kind: str, folder: Path) -> Path:
         for part in ("configs", "models"):
             shutil.copytree(REPOSITORY / "bundle" / part, target / part, ignore=shutil.ignore_patterns("model_*"))
     values = target / "configs" / "label_train.json"
-    values.write_text(json.dumps({**json.loads(values.read_text()), "epoch_length": STEPS_OF_AN_EPOCH}))
+    values.write_text(json.dumps({**json.loads(values.read_text()), **SHORT_TRAINING}))
     return target
 
 
@@ -181,7 +182,7 @@ FAST = ["--mirror", "False", "--second_look", "False", "--memory", "low"]  # wha
 DELETED, GROWN = "left-hippocampus", "left-thalamus"  # by the annotator
 KEPT = [s.name.lower() for s in Protocol.load("synthseg_head").structures[1:33] if s.name.lower() != DELETED]
 SCANS = ("las", "oblique", "small")
-STEPS_OF_AN_EPOCH = 2
+SHORT_TRAINING = {"epoch_length": 2, "spatial_size": [48, 56, 48]}  # steps, voxels of 2 mm: the middle of the brain
 LARGER_DICE = 0.02  # of the corrected structure, after a training of a few steps
 SMALLEST_AGREEMENT = 0.9  # Dice of the other structures with what they were before the training
 SMALLEST_DICE = 0.99  # of a structure of at least a thousand voxels, against the same network by another command
@@ -214,9 +215,11 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     images = {"las": las, "oblique": nib.Nifti1Image(np.rint(oblique.get_fdata()).astype(np.int16), grid)}
     images["small"] = las.slicer[34:66, 42:74, 30:62]
     assert nib.aff2axcodes(las.affine) == ("L", "A", "S")
+    paths = {name: folder / f"{name}.nii.gz" for name in images}
+    paths["small"] = tmp_path_factory.mktemp("small") / "small.nii.gz"  # which the command does not segment
     for name, image in images.items():
-        nib.save(image, folder / f"{name}.nii.gz")
-    return {name: folder / f"{name}.nii.gz" for name in images}
+        nib.save(image, paths[name])
+    return paths
 
 
 @pytest.fixture(scope="module", params=["stock", "ours"])
@@ -244,9 +247,15 @@ def bundle(kind: str, subjects: Path, tmp_path_factory: pytest.TempPathFactory) 
 def predicted(scans: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Labels of the command, with the settings of a click."""
     output = tmp_path_factory.mktemp("predicted")
-    command = ["-m", "brainfm_monai", "predict", str(scans["las"].parent), str(output)]
-    run([*command, "--bundle", str(REPOSITORY / "bundle"), "--outputs", "segmentation", *FAST])
-    return {name: output / name / f"{name}_dseg.nii.gz" for name in scans}
+    words = ["--bundle", str(REPOSITORY / "bundle"), "--outputs", "segmentation", *FAST]
+    run(["-m", "brainfm_monai", "predict", str(scans["las"].parent), str(output), *words])
+    return {name: output / name / f"{name}_dseg.nii.gz" for name in ("las", "oblique")}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, np.ndarray]:
+    """Labels of the first click on each scan."""
+    return {}
 
 
 @pytest.fixture(scope="session")
@@ -315,6 +324,15 @@ def test_the_structures_are_named_and_numbered_from_one(server: Server) -> None:
         compile(script, "slicer.py", "exec")
 
 
+def test_the_list_of_structures_may_leave_out_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "monailabel_app"))
+    task = importlib.import_module("brain_app.segmentation").SegmentationTask(
+        str(REPOSITORY / "bundle"), {"structures": "brain"}
+    )
+    assert sorted(task.labels.values()) == list(range(1, 33))
+    assert task.config()["mode"] == ["brain"]
+
+
 def test_scans_are_uploaded(server: Server, scans: dict[str, Path]) -> None:
     for name, path in scans.items():
         assert server.upload(name, path).json() == {"image": name}
@@ -323,9 +341,15 @@ def test_scans_are_uploaded(server: Server, scans: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["las", "oblique"])
 def test_labels_are_those_of_predict_in_the_grid_of_the_scan(
-    server: Server, scans: dict[str, Path], predicted: dict[str, Path], name: str, tmp_path: Path
+    server: Server,
+    scans: dict[str, Path],
+    predicted: dict[str, Path],
+    name: str,
+    answers: dict[str, np.ndarray],
+    tmp_path: Path,
 ) -> None:
     labels, affine, dtype = _labels(server.infer_file(MODEL, name, tmp_path / "labels.nii.gz"))
+    answers[name] = labels
     expected, _, _ = _labels(predicted[name])
     _, grid, _ = _labels(scans[name])
     assert dtype == np.uint8
@@ -453,11 +477,10 @@ def _dice_of(name: str, labels: np.ndarray, path: Path, names: dict[str, int]) -
 
 
 def test_training_makes_weights_that_answer_as_the_correction(
-    server: Server, corrected: Path, bundle: Path, tmp_path: Path
+    server: Server, corrected: Path, bundle: Path, answers: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    shipped, names = _hash(bundle / "models" / "model.pt"), _names(server)
-    before = _labels(server.infer_file(MODEL, "las", tmp_path / "before.nii.gz", model_filename="model.pt"))[0]
-    known, answers = set(bundle.glob("models/*.pt")), [before]
+    shipped, names, before = _hash(bundle / "models" / "model.pt"), _names(server), answers["las"]
+    known, found = set(bundle.glob("models/*.pt")), [before]
     for epochs in (2, 1):  # the second click trains, too
         server.post(f"/train/{MODEL}", {"max_epochs": epochs, "device": "cpu"})
         state = server.wait_for("train")
@@ -465,13 +488,13 @@ def test_training_makes_weights_that_answer_as_the_correction(
         (new,) = set(bundle.glob("models/*.pt")) - known
         known.add(new)
         labels = _labels(server.infer_file(MODEL, "las", tmp_path / f"{new.stem}.nii.gz", model_filename=new.name))[0]
-        assert all((labels != other).any() for other in answers)
-        answers.append(labels)
-    old, first, second = (_dice_of(GROWN, labels, corrected, names) for labels in answers)
+        assert all((labels != other).any() for other in found)
+        found.append(labels)
+    old, first, second = (_dice_of(GROWN, labels, corrected, names) for labels in found)
     assert first > old + LARGER_DICE
     assert second > old + LARGER_DICE
     still = {
-        label: dice for label, dice in _dice(answers[1], before).items() if label not in (names[GROWN], names[DELETED])
+        label: dice for label, dice in _dice(found[1], before).items() if label not in (names[GROWN], names[DELETED])
     }
     assert np.mean(list(still.values())) > SMALLEST_AGREEMENT
     assert _hash(bundle / "models" / "model.pt") == shipped
