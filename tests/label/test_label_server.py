@@ -55,12 +55,10 @@ class Server:
         conf = self._make_app(folder)
         command = [sys.executable, "-m", "monailabel.main", "start_server", "--studies", str(self.studies)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *conf]
-        # threads of their own for the server: the machine's, whatever the tests around it were given; a thread that
-        # waits for others leaves the core to other programs
-        environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
-        environment["OMP_WAIT_POLICY"] = "passive"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        with self.log.open(
+            "w"
+        ) as log:  # one thread, as every test has: beside other programs, threads wait for threads
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         self._wait()
 
     def _make_app(self, folder: Path) -> list[str]:
