@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import edt
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
@@ -29,6 +28,8 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
     half a voxel is taken off on both sides. The region has shape (H, W, D), bool, and isotropic voxels of
     ``spacing_mm``; the distance is +inf everywhere for an empty region, -inf for a full one.
     """
+    import edt  # of the extra "prepare": a training on prepared subjects does without it, as in the zip for a model zoo
+
     region = np.ascontiguousarray(inside, dtype=bool)
     if not region.any() or region.all():
         return np.full(region.shape, -np.inf if region.any() else np.inf, dtype=np.float32)
