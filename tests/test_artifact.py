@@ -184,8 +184,17 @@ def test_the_checks_of_the_zoo_pass(python: str, bundle: Path, datalist: Path, s
     run(python, "-m", "monai.bundle", *shapes, "--device", "cpu", cwd=bundle)
     # the form of the zoo's unit tests: configs with overrides are made, checked and run
     fast = {"mirror": False, "second_look": False, "outputs": ["segmentation"]}
-    inference = {"workflow_type": "inference", "input": str(scan), "output_dir": str(tmp_path / "labels"), **fast}
-    train = {"workflow_type": "train", "datalist": str(datalist), "output_dir": str(tmp_path / "training")}
+    inference: dict[str, Any] = {
+        "workflow_type": "inference",
+        "input": str(scan),
+        "output_dir": str(tmp_path / "labels"),
+        **fast,
+    }
+    train: dict[str, Any] = {
+        "workflow_type": "train",
+        "datalist": str(datalist),
+        "output_dir": str(tmp_path / "training"),
+    }
     train |= {"spatial_size": [32, 32, 32], "epoch_length": 1, "max_epochs": 1, "val_interval": 1}
     run(python, "-c", UNIT_TEST, bundle, json.dumps({"inference": inference, "train": train}), cwd=tmp_path)
     assert (tmp_path / "labels/t1/t1_dseg.nii.gz").is_file()
