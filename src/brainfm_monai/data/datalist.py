@@ -12,7 +12,7 @@ from typing import Any
 
 from brainfm_monai.data.loading import find_reference_subjects
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
-from brainfm_monai.io import SCAN_SUFFIXES, write_text
+from brainfm_monai.io import SCAN_SUFFIXES, hash_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,11 @@ SECTIONS = ("training", "validation", "test")
 PROTOCOLS = ("generation_protocol", "protocol")
 FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from", "simulated")
 LONGITUDINAL = ".long."  # FreeSurfer names a visit of its longitudinal stream VISIT.long.TEMPLATE
-VISIT = re.compile(  # what studies append to a person's name: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _20240131
+# what studies append to a person's name: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _post, _week12, _20240131; and the
+# contrast of a scan
+VISIT = re.compile(
     r"(?i)[._-](?:(?:ses|session|visit|tp|timepoint|time|scan|run|base|baseline|template|followup|fu|bl|mr)[._-]?\d*"
+    r"|(?:day|week|month|year)[._-]?\d+|pre|post|(?:re)?test|T1w?|T2w?|FLAIR|CT"
     r"|[vtmy][._-]?\d\d?|d\d{3,}|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d)$"
 )
 NAMES = {"subject", "name", "layout", "dataset", "person", "labels_from", "simulated"}  # never paths
@@ -127,7 +130,23 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
         raise ValueError(f"{sections_needed}, found {error}") from error
     if protocol is not None:
         check_protocols(items, str(path), protocol)
+    for person in _find_leaks(sections):
+        logger.warning("%s: a person must be in one section, found %s", path, person)
     return [{key: _absolute(key, value, path.parent) for key, value in item.items()} for item in items]
+
+
+def _find_leaks(sections: Mapping[str, Any]) -> list[str]:
+    """Subjects of a list that are one person by their names, in several sections."""
+    items = [{**item, "section": name} for name in SECTIONS for item in sections.get(name, []) if "subject" in item]
+    persons = find_persons({str(i): {**item, "segmentation": ""} for i, item in enumerate(items)})
+    first: dict[str, Mapping[str, Any]] = {}
+    leaks = []
+    for i, item in enumerate(items):
+        earlier = first.setdefault(persons[str(i)], item)
+        if earlier["section"] != item["section"]:
+            found = f"{earlier['subject']} in '{earlier['section']}' and {item['subject']} in '{item['section']}'"
+            leaks.append(found)
+    return leaks
 
 
 def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:
@@ -172,7 +191,8 @@ def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names
     differ in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's
-    longitudinal stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
+    longitudinal stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``). Subjects of any sets are one
+    person if their segmentations are the same file.
     """
     parent: dict[str, str] = {}
 
@@ -185,6 +205,8 @@ def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         subject, parts = str(entry["subject"]), str(entry["subject"]).split(LONGITUDINAL)
         persons = [str(entry["person"])] if "person" in entry else [_strip_visit(part) for part in parts]
         keys = [f"{entry.get('dataset', '')}/{name}" for name in (subject, *parts, *persons)]
+        file = Path(str(entry.get("segmentation", "")))
+        keys += [hash_file(file)] if file.is_file() and file.stat().st_size else []
         for key in keys[1:]:
             parent[root(key)] = root(keys[0])
     return {name: root(f"{entry.get('dataset', '')}/{entry['subject']}") for name, entry in entries.items()}

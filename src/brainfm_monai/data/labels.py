@@ -22,6 +22,7 @@ from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_c
 logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE_MM = 1e-3
+COARSE_MM = 1.5  # larger voxels of a label map are warned of
 # FreeSurfer's colour table: parcels of the cortex and of the white matter below it, as (first, last, structure)
 PARCELS = (
     (1000, 1999, 3), (2000, 2999, 42), (3000, 3999, 2), (4000, 4999, 41), (5001, 5001, 2), (5002, 5002, 41),
@@ -72,6 +73,9 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
         if unknown:
             raise ValueError(f"{path}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
         values = np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
+    if (sizes := voxel_sizes(volume.affine)).max() > COARSE_MM:
+        found = " x ".join(f"{size:.3g}" for size in sizes)
+        logger.warning("%s: voxels of about 1 mm are needed, found %s mm: boundaries get their steps", path, found)
     ids: Any = MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(volume.affine))
     ids = Orientation(axcodes="RAS", labels=None)(ids)
     if np.abs(ids.pixdim.numpy() - 1).max() > SPACING_TOLERANCE_MM:  # float64 holds every id of 32 bits
