@@ -184,3 +184,23 @@ def test_errors_name_the_rule(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s1/subject\.json: the record of a prepared subject is needed, found"):
         write_datalist(root)
     assert not (root / "datalist.json").exists()
+
+
+def test_visits_that_names_tell_in_words_are_one_person() -> None:
+    same = [("ann_pre", "ann_post"), ("ann_week0", "ann_week12"), ("s1_tp1_T1w", "s1_tp2_T1w"), ("b_test", "b_retest")]
+    for names in same:
+        assert len(set(find_persons({name: {"subject": name} for name in names}).values())) == 1
+    assert len(set(find_persons({name: {"subject": name} for name in ("ann_1", "ann_2", "bob")}).values())) == 3
+
+
+def test_persons_and_labels_in_two_sections_are_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "s1" / "segmentation.nii.gz").write_text("other labels", encoding="utf-8")
+    write_datalist(root, validation="s1")
+    assert "the same labels" not in caplog.text
+    path = write_datalist(root, validation="s2")
+    assert "s3 and s2" in caplog.text or "s2 and s3" in caplog.text
+    sections = json.loads(path.read_text(encoding="utf-8"))
+    sections["validation"][0]["subject"] = "s3_ses-2"
+    path.write_text(json.dumps(sections), encoding="utf-8")
+    read_datalist(path, "training")
+    assert "a person must be in one section, found s3 in 'training' and s3_ses-2 in 'validation'" in caplog.text

@@ -67,7 +67,11 @@ def write_datalist(
     asked = {"validation": (split_names(validation), validation_fraction), "test": (split_names(test), test_fraction)}
     section_of, target = _draw(find_persons(entries), asked, seed, where), roots[0] / output
     sections: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
+    first: dict[str, str] = {}  # subject by the content of its segmentation
     for name, entry in sorted(entries.items()):
+        earlier = first.setdefault(hash_file(entry["segmentation"]) if "segmentation" in entry else name, name)
+        if section_of.get(earlier, "training") != section_of.get(name, "training"):
+            logger.warning("%s: %s and %s have the same labels and are in different sections", where, earlier, name)
         paths = {*STORAGE, *(key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute())} & set(entry)
         item = {key: _relative(value, target.parent) if key in paths else value for key, value in entry.items()}
         sections[section_of.get(name, "training")].append(item)
@@ -138,7 +142,7 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
 def _find_leaks(sections: Mapping[str, Any]) -> list[str]:
     """Subjects of a list that are one person by their names, in several sections."""
     items = [{**item, "section": name} for name in SECTIONS for item in sections.get(name, []) if "subject" in item]
-    persons = find_persons({str(i): {**item, "segmentation": ""} for i, item in enumerate(items)})
+    persons = find_persons({str(i): item for i, item in enumerate(items)})
     first: dict[str, Mapping[str, Any]] = {}
     leaks = []
     for i, item in enumerate(items):
@@ -191,8 +195,7 @@ def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names
     differ in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's
-    longitudinal stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``). Subjects of any sets are one
-    person if their segmentations are the same file.
+    longitudinal stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
     """
     parent: dict[str, str] = {}
 
@@ -205,8 +208,6 @@ def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         subject, parts = str(entry["subject"]), str(entry["subject"]).split(LONGITUDINAL)
         persons = [str(entry["person"])] if "person" in entry else [_strip_visit(part) for part in parts]
         keys = [f"{entry.get('dataset', '')}/{name}" for name in (subject, *parts, *persons)]
-        file = Path(str(entry.get("segmentation", "")))
-        keys += [hash_file(file)] if file.is_file() and file.stat().st_size else []
         for key in keys[1:]:
             parent[root(key)] = root(keys[0])
     return {name: root(f"{entry.get('dataset', '')}/{entry['subject']}") for name, entry in entries.items()}
