@@ -1,16 +1,19 @@
 """White and pial surfaces out of predicted distances against those out of the distances of the labels.
 
-    python benchmarks/surfaces.py SUBJECT PREDICTION [SUBJECT PREDICTION ...]
+    python benchmarks/surfaces.py SUBJECT PREDICTION SCAN [SUBJECT PREDICTION SCAN ...]
 
-SUBJECT is the folder of a prepared subject, PREDICTION the ``*_distance.nii.gz`` that ``brainfm-monai predict`` wrote of a scan of it.
-Both surfaces of the reference are grown out of the subject's own distances, with levels of 0; those of the prediction with the
-levels of ``inference.json``. One row for each hemisphere and surface: distances in mm (mean and 95th percentile, to the reference
-and back), bias and mean error of the thickness, Euler number, share of crossing triangles, CPU seconds of the growth.
+SUBJECT is the folder of a prepared subject, SCAN a scan of it with isotropic voxels, PREDICTION the ``*_distance.nii.gz`` that
+``brainfm-monai predict`` wrote of it. The surfaces of the reference are grown out of the subject's own distances, with levels of 0;
+those of the prediction with the levels of ``inference.json`` and the scan. One row for each hemisphere and surface: distances in mm
+(mean and 95th percentile, to the reference and back), bias and mean error of the thickness, Euler number, share of crossing
+triangles. The last line is the time of the predictions' surfaces of both hemispheres, with thickness, curvature, crossings and
+Euler number, as ``predict`` takes it, mean over the scans, and the largest resident set of the process.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -19,42 +22,68 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brainfm_monai.evaluation.surfaces import compare_surfaces, compare_thickness
-from brainfm_monai.surfaces import Hemisphere, grow_hemisphere
+from brainfm_monai.evaluation.surfaces import Mesh, compare_surfaces, compare_thickness, grow_meshes
+from brainfm_monai.surfaces import (
+    compute_crossing_share,
+    compute_euler_number,
+    compute_mean_curvature,
+    compute_thickness_mm,
+)
 
 CONFIG = Path(__file__).parents[1] / "bundle/configs/inference.json"
-CHANNELS = {"L": (0, 1, 2), "R": (2, 3, 0)}  # pial, white and the opposite pial distance
-COLUMNS = "subject side surface to_mean to_p95 back_mean back_p95 thickness_bias thickness_error euler crossing cpu_s"
+BRIGHTEST = 0.999  # quantile that becomes 1, as the network's input has it
+COLUMNS = "subject side surface to_mean to_p95 back_mean back_p95 thickness_bias thickness_error euler crossing"
 
 
-def grow(path: Path, side: str, levels_mm: list[float]) -> tuple[Hemisphere, float]:
-    """Surfaces of a hemisphere out of a file of distances, and the CPU seconds that they took."""
+def read(path: Path) -> tuple[torch.Tensor, np.ndarray]:
+    """Values of a file, channels first, and its affine."""
     image = nib.load(path)
-    distance = torch.from_numpy(np.moveaxis(image.get_fdata(dtype=np.float32), -1, 0).copy())  # type: ignore[attr-defined]
-    pial, white, opposite = (distance[channel].clamp(-3, 3) for channel in CHANNELS[side])
-    begun = time.process_time()
-    surfaces = grow_hemisphere(white, pial, opposite, image.affine, levels_mm)  # type: ignore[attr-defined]
-    assert surfaces is not None
-    return surfaces, time.process_time() - begun
+    values = torch.from_numpy(image.get_fdata(dtype=np.float32).copy())  # type: ignore[attr-defined]
+    return (values.movedim(-1, 0) if values.ndim == 4 else values), image.affine  # type: ignore[attr-defined]
+
+
+def measure_all(meshes: dict[str, Mesh]) -> None:
+    """What ``predict`` measures of surfaces."""
+    for side in ("left", "right"):
+        (white, faces), (pial, _) = meshes[f"{side}_white"], meshes[f"{side}_pial"]
+        compute_thickness_mm(white, pial, faces)
+        compute_euler_number(faces)
+        for vertices in (white, pial):
+            compute_crossing_share(vertices, faces)
+            compute_mean_curvature(vertices, faces)
 
 
 def main(words: list[str]) -> None:
-    """Print one row for each surface."""
+    """Print one row for each surface, and what they cost."""
     levels = json.loads(CONFIG.read_text(encoding="utf-8"))["surface_levels_mm"]
     print("| " + " | ".join(COLUMNS.split()) + " |\n" + "|---" * len(COLUMNS.split()) + "|")
-    for subject, prediction in zip(words[::2], words[1::2], strict=True):
-        for side in CHANNELS:
-            true, _ = grow(Path(subject) / "distance.nii.gz", side, [0.0, 0.0])
-            found, seconds = grow(Path(prediction), side, levels)
-            pair, wanted = (((s.white_mm, s.faces), (s.pial_mm, s.faces)) for s in (found, true))
-            thickness = compare_thickness(pair, wanted)
-            for name, one, two in (("white", pair[0], wanted[0]), ("pial", pair[1], wanted[1])):
-                row = compare_surfaces(one, two)
+    elapsed, used, subjects = 0.0, 0.0, words[::3]
+    for subject, prediction, scan in zip(subjects, words[1::3], words[2::3], strict=True):
+        (distance, affine), image = read(Path(prediction)), read(Path(scan))[0]
+        image = ((image - image.min()) / (np.quantile(image.numpy(), BRIGHTEST) - image.min())).clamp(0, 1)
+        begun, cpu = time.perf_counter(), time.process_time()
+        found = grow_meshes(distance, affine, levels, image)
+        measure_all(found)
+        elapsed, used = elapsed + time.perf_counter() - begun, used + time.process_time() - cpu
+        true = grow_meshes(*read(Path(subject) / "distance.nii.gz"))
+        for side in ("left", "right"):
+            names = [f"{side}_{kind}" for kind in ("white", "pial")]
+            thickness = compare_thickness(*([meshes[name] for name in names] for meshes in (found, true)))
+            for name in names:
+                row = compare_surfaces(found[name], true[name])
                 keys = ("to_reference_mean", "to_reference_p95", "from_reference_mean", "from_reference_p95")
                 numbers = [f"{row[key]:.2f}" for key in keys]
                 numbers += [f"{thickness[f'vertex_thickness_{key}']:.2f}" for key in ("bias", "error")]
-                numbers += [f"{row['euler_number']:.0f}", f"{row['crossing_share']:.5f}", f"{seconds:.1f}"]
-                print(f"| {Path(subject).name} | {side} | {name} | " + " | ".join(numbers) + " |", flush=True)
+                numbers += [f"{row['euler_number']:.0f}", f"{row['crossing_share']:.5f}"]
+                print(
+                    f"| {Path(subject).name} | {' | '.join(name.split('_'))} | " + " | ".join(numbers) + " |",
+                    flush=True,
+                )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    count = len(subjects)
+    print(
+        f"both hemispheres: {elapsed / count:.1f} s, {used / count:.1f} CPU s; peak {peak:.1f} GB, references included"
+    )
 
 
 if __name__ == "__main__":

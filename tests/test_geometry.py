@@ -181,7 +181,7 @@ def test_surfaces_lie_where_they_are(results: Path, number: int) -> None:
         assert np.abs(np.linalg.norm(vertices - centre, axis=1) - radius).max() < {"white": 0.3, "pial": 0.1}[name]
         a, b, c = (vertices[faces[:, i]].astype(np.float64) - centre for i in range(3))
         volume = np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6  # positive where triangles turn outwards
-        assert volume == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.03)
+        assert volume == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.05)
 
 
 def displacement(folder: Path, suffix: str) -> tuple[np.ndarray, np.ndarray]:

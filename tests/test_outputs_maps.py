@@ -334,6 +334,27 @@ def test_thickness_of_an_atlas_is_that_of_the_side_it_lies_on(tmp_path: Path) ->
     assert thickness["left, behind"] == pytest.approx(2, abs=0.3)
 
 
+def test_thickness_of_a_lobe_is_that_of_its_side_and_place(tmp_path: Path) -> None:
+    """The left ball lies in the insula, the right one in the pole of the occipital lobe; right at low indices."""
+    shape, affine = (40, 46, 34), LPS @ np.diag([0.5, 0.5, 0.5, 1])
+    affine[:3, 3] = (40, 46, -34)
+    layout = TaskLayout(["segmentation", "distance", "mni"], "synthseg_head")
+    right, left = (ball(shape, (centre, 23, 17), 8) * 2 for centre in (10, 29))
+    distance = np.stack([left, left + 2, right, right + 4]).clip(-6, 6)
+    middle = np.arange(40)[None, :, None, None] > 19
+    points = np.where(middle, np.reshape([-38, 6, 2], (3, 1, 1, 1)), np.reshape([8, -92, 4], (3, 1, 1, 1)))
+    points = np.broadcast_to(points, (3, *shape)).astype(np.float32)
+    scan = make_scan(tmp_path, np.zeros(shape, dtype=np.uint8), affine, layout, distance=distance, mni=points)
+    select_outputs("surfaces", layout)["surfaces"](scan)
+    rows = {(row["hemisphere"], row["lobe"]): row for row in read_table(tmp_path / "scan_lobes.tsv")}
+    lobes = {"frontal", "parietal", "temporal", "occipital", "cingulate", "insula"}
+    assert set(rows) == {(side, lobe) for side in "LR" for lobe in lobes}
+    found = {key: float(row["thickness_mm"]) for key, row in rows.items() if row["vertices"] != "0"}
+    assert found == {("L", "insula"): pytest.approx(2, abs=0.1), ("R", "occipital"): pytest.approx(4, abs=0.3)}
+    assert float(rows["R", "occipital"]["area_mm2"]) == pytest.approx(4 * np.pi * 12**2, rel=0.05)
+    assert rows["L", "frontal"]["thickness_mm"] == rows["L", "frontal"]["closed_share"] == "n/a"
+
+
 def test_the_page_shows_what_the_atlas_warns_of(tmp_path: Path) -> None:
     selected = select_outputs("volumes,quality,report", LAYOUT, write_atlas_files(tmp_path))
     assert {name.split()[0] for name, write in selected.items() if write not in SHOWN} == {"volumes", "atlas"}

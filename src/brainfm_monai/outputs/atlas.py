@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import apply_affine
 
-from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, scan_stem, write_table
-from brainfm_monai.outputs.cortex import grow_surfaces, measure_thickness
+from brainfm_monai.io import ScanError, read_labels, read_table, scan_stem, write_table
+from brainfm_monai.outputs.cortex import describe_thickness, grow_surfaces, measure_thickness
 from brainfm_monai.outputs.maps import compute_volumes_mm3
 from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
 from brainfm_monai.outputs.template import fit_scan_to_template
@@ -117,8 +117,4 @@ def _label_vertices(scan: ScanResult, atlas: Atlas) -> np.ndarray:
 def _measure(vertices: np.ndarray, label: int) -> tuple[object, ...]:
     """Number of a region's vertices, their area, mean thickness and its standard deviation."""
     _, areas, thickness = vertices[vertices[:, 0] == label].T
-    if not areas.sum():
-        return len(areas), ABSENT, ABSENT, ABSENT
-    mean = float(np.average(thickness, weights=areas))
-    deviation = float(np.sqrt(np.average((thickness - mean) ** 2, weights=areas)))
-    return len(areas), f"{areas.sum():.0f}", f"{mean:.3f}", f"{deviation:.3f}"
+    return len(areas), *describe_thickness(areas, thickness)
