@@ -16,7 +16,7 @@ import torch
 from monai.data import MetaTensor
 
 from brainfm_monai import io
-from brainfm_monai.io import ScanError, write_table
+from brainfm_monai.io import ScanError, hash_file, write_table
 from brainfm_monai.outputs import (
     RunSettings,
     ScanResult,
@@ -94,6 +94,15 @@ def test_the_dice_to_expect_is_a_line_in_the_entropy_of_the_weights_in_use(
     assert (rows["Left-Thalamus"], rows["Right-Thalamus"], rows["Total-Brain"]) == ("0.85", "n/a", "n/a")
     scan.settings = RunSettings(weights_sha256="trained by somebody")
     assert expect_dice(scan) == {}
+
+
+def test_the_lines_of_the_expected_dice_are_those_of_the_shipped_weights(repository: Path) -> None:
+    rows = read_table(repository / "src/brainfm_monai/outputs/expected_dice.tsv")
+    assert {row["weights_sha256"] for row in rows} == {hash_file(repository / "bundle/models/model.pt")}
+    ids = [int(i) for row in rows for i in row["freesurfer_ids"].split()]
+    assert {2, 3, 10, 17, 41, 42, 49, 53} < set(ids)  # both sides of cortex, white matter, thalamus, hippocampus
+    assert len(ids) == len(set(ids))
+    assert all(float(row["slope"]) <= 0 for row in rows)
 
 
 def test_totals_are_sums_of_the_stated_structures() -> None:

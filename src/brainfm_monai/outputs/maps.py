@@ -73,7 +73,7 @@ def structure_entropy(scan: ScanResult) -> np.ndarray:
 def expect_dice(scan: ScanResult) -> dict[int, float]:
     """The Dice to expect of each label that was calibrated for the weights in use; see ``expected_dice.tsv``.
 
-    It is a straight line in the mean entropy of the structure, fitted on generated heads that were not trained on, by
+    It is a straight line in the mean entropy of the structure, fitted on generated heads that were not trained on by
     ``benchmarks/expected_dice.py``. There is none for other weights, nor where the entropy is not known.
     """
     if "entropy" not in scan.maps:
