@@ -132,7 +132,7 @@ def test_a_surface_that_is_not_predicted_is_counted() -> None:
 
 def test_labels_give_the_surfaces_of_their_faces() -> None:
     ids = np.zeros((1, *SIZE), dtype=np.int64)
-    for letter, cortex, white in (("l", 3, 2), ("r", 42, 41)):
+    for letter, cortex, white in (("l", 11116, 2), ("r", 2024, 41)):
         ids[0][make_distance(CENTRES[letter], 13) < 0] = cortex
         ids[0][make_distance(CENTRES[letter], 10.5) < 0] = white
     image = MetaTensor(torch.zeros(1, *SIZE), affine=AFFINE)

@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from brainfm_monai.data.distances import compute_hemisphere_distances
+from brainfm_monai.data.labels import fold_ids
 from brainfm_monai.evaluation.cases import SURFACES
 from brainfm_monai.evaluation.conditions import TARGET
 from brainfm_monai.io import ScanError, first_line
@@ -171,7 +172,7 @@ def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:
         affine = np.asarray(grid.affine, dtype=np.float64)
         ids = resample(data[f"{TARGET}segmentation"], grid.shape[1:], affine, "nearest", "zeros")
         spacing_mm = float(nib.affines.voxel_sizes(affine)[0])
-        distances = compute_hemisphere_distances(np.asarray(ids[0].cpu()).astype(np.int64), spacing_mm)
+        distances = compute_hemisphere_distances(fold_ids(np.asarray(ids[0].cpu()).astype(np.int64)), spacing_mm)
         channels = torch.from_numpy(np.moveaxis(distances, -1, 0).copy())
     else:
         return {}
