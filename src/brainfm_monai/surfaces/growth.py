@@ -60,7 +60,7 @@ def grow_hemisphere(
     if opposite_pial is not None:
         pial = torch.maximum(pial, (pial - opposite_pial) / 2)
     inside = torch.minimum(pial - levels_mm[1], white - levels_mm[0]) < 0
-    if not inside.any():
+    if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface
         return None
     spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
     first = [max(int(span[0]) - 3, 0) for span in spans]  # a box around the inside and 3 voxels around it
