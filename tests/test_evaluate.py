@@ -221,6 +221,12 @@ def test_thirteen_structures_beside_the_eleven(tmp_path: Path, evaluate: Evaluat
     assert math.isnan(dice["scan", "native", "accumbens", "left"])
     assert read_rows_of(tmp_path / "out", "mean_dice")["scan", "native", "all", "both"] == 1
     assert read_rows_of(tmp_path / "out", "hd95")["scan", "native", "brainstem", "both"] == 0
+    entropy = read_rows_of(tmp_path / "out", "entropy")
+    assert entropy.keys() == dice.keys()
+    level = LevelReader().level
+    logits = -((level - level[LAYOUT.protocol.label_of_id[3]]) ** 2)  # of a voxel of the left cortex
+    expected = torch.distributions.Categorical(logits=logits).entropy() / math.log(len(level))
+    assert entropy["scan", "native", "cerebral_cortex", "left"] == pytest.approx(float(expected), rel=0.02)
 
 
 def test_further_references_are_measured_where_they_are(tmp_path: Path, evaluate: Evaluate) -> None:

@@ -17,7 +17,9 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
-from brainfm_monai.outputs import ScanResult
+from brainfm_monai.io import read_table
+from brainfm_monai.outputs import RunSettings, ScanResult
+from brainfm_monai.outputs.maps import EXPECTED_DICE
 from brainfm_monai.report import view, write_report, write_view
 from brainfm_monai.report.page import compose_page, draw_sections
 from brainfm_monai.surfaces import Hemisphere
@@ -142,6 +144,16 @@ def test_the_table_gives_millilitres(scan: ScanResult) -> None:
     assert re.findall(row, written) == [(f"{volume:.1f}", f"{volume:.1f}")]
     assert re.findall(r'Brain Stem</td><td class="number">([\d.]+)</td>', written) == ["0.0"]
     assert "skin" not in written
+
+
+def test_the_table_has_the_dice_to_expect_for_the_shipped_weights_alone(scan: ScanResult, repository: Path) -> None:
+    line = next(row for row in read_table(EXPECTED_DICE) if row["structure"] == "cerebral_cortex")
+    shipped = dataclasses.replace(scan, settings=RunSettings(weights_sha256=line["weights_sha256"]), computed={})
+    page = compose_page(shipped)
+    assert "expected Dice" in page
+    cortex = f"{float(line['intercept']):.2f}"  # the entropy of this scan is 0
+    assert re.search(rf"<td class=\"number\">{cortex} {cortex} </td>", page)
+    assert "expected Dice" not in compose_page(scan)
 
 
 def test_every_map_has_a_picture(tmp_path: Path) -> None:

@@ -13,22 +13,20 @@ from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.labels import FLUID_OR_NOTHING, GREY, WHITE, read_means
 from brainfm_monai.data.subjects import Image
 from brainfm_monai.functional.intensity import antialias
 from brainfm_monai.io import read_volume
-from brainfm_monai.synthesis.acquisition import INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
 
 AIR_HU = -1000.0
 UPPER_QUANTILE, CLOSING_VOX = 0.999, 4
 CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
-# FreeSurfer ids, left and right, for the borders of the cortex
-WHITE, GREY, VENTRICLES, FLUID = (2, 41), (3, 42), (4, 43), 24
-OUTSIDE_CORTEX = (0, FLUID)
-BORDER_MM = 10.0  # std of the neighbourhood in which a tissue's mean intensity is taken
-BORDER_SMOOTHING_MM = 0.5  # std against noise
-BORDER_STEPS = 2  # voxels by which a border moves at most
+FLUID, VENTRICLES = 24, (4, 43)  # FreeSurfer ids
+# Of borders of the cortex that a scan moves, chosen by eye on two T1w scans: std of the neighbourhood in which a
+# tissue's mean intensity is taken, std against noise, and voxels by which a border moves at most
+BORDER_MM, BORDER_SMOOTHING_MM, BORDER_STEPS = 10.0, 0.5, 2
 
 
 def read_scan(path: Path) -> Image:
@@ -79,8 +77,8 @@ def find_head(values: np.ndarray) -> np.ndarray:
 def white_matter_level(contrast: str) -> float:
     """The intensity in [0, 1] of cerebral white matter in painted T1w, T2w or FLAIR, out of the contrast's table."""
     protocol = Protocol.load("synthseg_generation")
-    means = read_contrasts([contrast], protocol)[0][0]
-    return float(means[[protocol.label_of_id[i] for i in WHITE]].mean()) / INTENSITY_TOP
+    white = np.array([protocol.label_of_id[i] for i in WHITE])
+    return float(read_means(white, protocol, [contrast], contrast)[contrast][white].mean())
 
 
 def scale_contrast(values: np.ndarray, contrast: str, ids: np.ndarray | None = None) -> np.ndarray:
@@ -157,7 +155,7 @@ def sharpen_cortex(ids: np.ndarray, values: np.ndarray, spacing_mm: float = 1.0)
     bright, dark = smooth > (of_white + of_grey) / 2, smooth < (of_grey + of_fluid) / 2
     for _ in range(BORDER_STEPS):
         white, grey = np.isin(sharp, WHITE), np.isin(sharp, GREY)
-        outside = np.isin(sharp, OUTSIDE_CORTEX)
+        outside = np.isin(sharp, FLUID_OR_NOTHING)
         near_white, near_grey, near_outside = (ndimage.binary_dilation(mask) for mask in (white, grey, outside))
         to_white = ordered & bright & grey & near_white
         to_grey = ordered & ~bright & white & near_grey

@@ -21,12 +21,11 @@ from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.metrics import MetricRow
 from brainfm_monai.metrics.tables import unit_of
 from brainfm_monai.outputs import resample
-from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, compute_thickness_mm, grow_hemisphere
+from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, compute_thickness_mm, grow_hemispheres
+from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS
 
 # FreeSurfer's surface RAS: directions of the axes of a conformed volume, by columns
 SURFACE_AXES = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-CHANNELS = ("left_pial", "left_white", "right_pial", "right_white")  # of distances: lp, lw, rp, rw
-LIMIT_MM = 3.0  # at which predicted distances end
 MEDIAL_WALL_MM = 0.1  # below it a reference has no cortex: both of its surfaces are one there
 
 Mesh = tuple[np.ndarray, np.ndarray]  # vertices in mm, (V, 3), and their numbers in each triangle, (F, 3)
@@ -152,13 +151,14 @@ def grow_meshes(
 
     For the other arguments see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
     """
-    level, meshes = dict(zip(CHANNELS, distance.clamp(-LIMIT_MM, LIMIT_MM), strict=True)), {}
-    for side, opposite in (("left", "right"), ("right", "left")):
-        channels = (level[f"{side}_white"], level[f"{side}_pial"], level[f"{opposite}_pial"])
-        if (grown := grow_hemisphere(*channels, affine, levels_mm, image)) is not None:
-            meshes[f"{side}_white"] = (grown.white_mm, grown.faces)
-            meshes[f"{side}_pial"] = (grown.pial_mm, grown.faces)
-    return meshes
+    near = distance.clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM)
+    grown = grow_hemispheres(dict(zip(TASKS["distance"].channel_names, near, strict=True)), affine, levels_mm, image)
+    sides = {"L": "left", "R": "right"}
+    return {
+        f"{sides[letter]}_{kind}": (vertices, one.faces)
+        for letter, one in grown.items()
+        for kind, vertices in (("white", one.white_mm), ("pial", one.pial_mm))
+    }
 
 
 def _find_reference(data: Mapping[Hashable, Any]) -> dict[str, Mesh]:

@@ -12,9 +12,8 @@ from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.fields import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
 from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure, box_around
 from brainfm_monai.metrics.tables import FITTED, MetricRow, unit_of
-from brainfm_monai.tasks import TASKS
+from brainfm_monai.tasks import BRAIN_WINDOW_HU, TASKS
 
-CT_WINDOW_HU = (0.0, 80.0)  # window of the brain, in which BrainFM reads CT, too
 HEMISPHERES = ("left", "right")
 ALL = "all"  # structure of a mean over structures
 
@@ -129,7 +128,7 @@ def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> 
 
 
 def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
-    low, high = CT_WINDOW_HU
+    low, high = BRAIN_WINDOW_HU
     error = (pred.float() - target)[mask].abs().mean()
     pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
     return _name({"mae": error}) | _compare_images(pred, target, mask)

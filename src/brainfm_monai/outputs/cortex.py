@@ -14,8 +14,8 @@ from brainfm_monai.io import ABSENT, read_table, write_table
 from brainfm_monai.outputs.result import ScanResult, once_per_scan
 from brainfm_monai.transforms import MODES
 
-# By BIDS letter: channel letters of the hemisphere and of the opposite one, FreeSurfer ids of white matter and cortex.
-HEMISPHERES = {"L": ("l", "r", 2, 3), "R": ("r", "l", 41, 42)}
+# By BIDS letter: channel letter of the hemisphere, FreeSurfer ids of white matter and cortex.
+HEMISPHERES = {"L": ("l", 2, 3), "R": ("r", 41, 42)}
 THICKNESS_STEP_MM = 0.01
 SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
 COLUMNS = "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3".split()
@@ -37,7 +37,7 @@ def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
     """
     shape = next(iter(distance.values())).shape
     ribbon, depth = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
-    for side, _, white_id, cortex_id in HEMISPHERES.values():
+    for side, white_id, cortex_id in HEMISPHERES.values():
         if side + "p" in distance:
             pial, white = distance[side + "p"], distance[side + "w"]
             nearest = np.minimum(pial, white)
@@ -53,7 +53,7 @@ def compute_ribbon_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndar
     Distances end at 3 mm, so that no voxel can show more than 6 mm.
     """
     thickness = np.zeros(ribbon.shape, dtype=np.float32)
-    for side, _, _, cortex_id in HEMISPHERES.values():
+    for side, _, cortex_id in HEMISPHERES.values():
         if side + "p" in distance:
             cortex = ribbon == cortex_id
             thickness[cortex] = (distance[side + "w"] - distance[side + "p"])[cortex]
@@ -89,14 +89,9 @@ def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
 
     They are grown from the distances in the network's grid, where these were computed, and from the scan there.
     """
-    shown, grown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float()), {}
+    shown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float())
     image = None if scan.normalised is None else scan.normalised.as_tensor()[0].cpu().float()
-    levels = scan.settings.surface_levels_mm
-    for letter, (side, opposite, _, _) in HEMISPHERES.items():
-        if side + "w" in shown:
-            fields = shown[side + "w"], shown[side + "p"], shown.get(opposite + "p")
-            grown[letter] = surfaces.grow_hemisphere(*fields, scan.network_affine, levels, image)
-    return {letter: surface for letter, surface in grown.items() if surface is not None}
+    return surfaces.grow_hemispheres(shown, scan.network_affine, scan.settings.surface_levels_mm, image)
 
 
 @once_per_scan

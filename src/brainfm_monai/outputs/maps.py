@@ -70,6 +70,7 @@ def structure_entropy(scan: ScanResult) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
+@once_per_scan
 def expect_dice(scan: ScanResult) -> dict[int, float]:
     """The Dice to expect of each label that was calibrated for the weights in use; see ``expected_dice.tsv``.
 

@@ -1,6 +1,6 @@
 """White and pial surfaces of a hemisphere out of its signed distances, vertex by vertex in correspondence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,24 @@ def grow_hemisphere(
         faces = faces[:, ::-1]
     white_mm, pial_mm = ((v.numpy() @ to_mm[:3, :3].T + to_mm[:3, 3]).astype(np.float32) for v in (start, end))
     return Hemisphere(white_mm, pial_mm, np.ascontiguousarray(faces, dtype=np.int32), closed)
+
+
+def grow_hemispheres(
+    distance: Mapping[str, Tensor],
+    affine: np.ndarray,
+    levels_mm: Sequence[float] = (0.0, 0.0),
+    image: Tensor | None = None,
+) -> dict[str, Hemisphere]:
+    """The hemispheres of distances ``lp``, ``lw``, ``rp``, ``rw`` in mm, (H, W, D), by their letters ``L`` and ``R``.
+
+    For the other arguments see :func:`grow_hemisphere`; a hemisphere without a surface is absent.
+    """
+    grown = {}
+    for side, opposite in (("l", "r"), ("r", "l")):
+        if f"{side}w" in distance:
+            fields = distance[f"{side}w"], distance[f"{side}p"], distance.get(f"{opposite}p")
+            grown[side.upper()] = grow_hemisphere(*fields, affine, levels_mm, image)
+    return {letter: surface for letter, surface in grown.items() if surface is not None}
 
 
 def _sample(fields: Tensor, vertices: Tensor) -> Tensor:

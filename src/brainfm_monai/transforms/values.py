@@ -20,9 +20,8 @@ FAT_PER_EDGE = 2.0
 # could pass for one; but of its head at most 0.21 is within the brain's window, of the CT template 0.60.
 OFFSETS_HU, MINIMUM_BRAIN = (1024.0, 1000.0), 0.3
 SIGN_BIT = 2**15  # numbers of 16 bits whose sign was lost are larger
-MINIMUM_CONTRAST = (
-    0.005  # share of a CT within the brain's window, 1 HU off its ends: a head in a field of 50 cm has 0.03
-)
+# Share of a CT within the brain's window, 1 HU off its ends: a head in a field of 50 cm has 0.03
+MINIMUM_CONTRAST = 0.005
 MINIMUM_PADDING = 0.01  # share of voxels of the one lowest or highest value
 LARGEST_NEGATIVE = 0.05  # share of other negative values in a magnitude image, at the edges of its padding
 FILL_RATIO = 2.0  # of padding above and the brightest of all other voxels: at most 1.6 in scans of the open sets
