@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from PIL import ImageFont
 
 from brainfm_monai.handlers import (
     BestWeights,
@@ -14,7 +15,8 @@ from brainfm_monai.handlers import (
     TrainingCheckpoint,
 )
 from brainfm_monai.handlers.panels import compose_panel
-from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.slices import TEXT_PIXELS
+from brainfm_monai.tasks import TASKS, TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "mni"])
 
@@ -185,6 +187,16 @@ def test_errors_of_tasks_in_their_units() -> None:
     assert metric.compute() == pytest.approx(expected, rel=1e-4)  # no T1w: nobody has it
 
 
+def test_captions_of_a_panel_do_not_run_into_each_other() -> None:
+    layout = TaskLayout([*TASKS])
+    size = (36, 44, 36)  # of a training at 4 mm, the smallest there is
+    picture = compose_panel(torch.zeros(1, *size), torch.zeros(layout.channels, *size), {}, layout)
+    drawn = [name for name, task in layout.tasks.items() if task.picture]
+    font = ImageFont.load_default(TEXT_PIXELS)
+    for name in drawn:
+        assert font.getlength(f"{name} (true)") + 4 < picture.shape[1] / (len(drawn) + 1), name
+
+
 def test_a_panel_shows_prediction_and_target_with_the_right_on_the_left_and_the_top_up() -> None:
     layout = TaskLayout(["segmentation", "distance", "age"])
     image = torch.zeros(1, 8, 10, 12)
@@ -198,12 +210,12 @@ def test_a_panel_shows_prediction_and_target_with_the_right_on_the_left_and_the_
     height, width = picture.shape[0] // 3, picture.shape[1] // 4  # three planes; input, prediction, target, distance
     field = picture.reshape(3, height, 4, width, 3).transpose(0, 2, 1, 3, 4)
     axial = field[0, 0, height // 2, :, 0]
-    assert axial[width // 2 - 20 : width // 2 - 4].min() == 255  # right of the subject on the left
-    assert axial[width // 2 + 8 : width // 2 + 20].max() == 0
+    assert axial[width // 2 - 30 : width // 2 - 6].min() == 255  # right of the subject on the left
+    assert axial[width // 2 + 12 : width // 2 + 30].max() == 0
     sagittal = field[2, 0, :, width // 2, 0]
-    assert (sagittal[8:18] > 100).all()
-    assert not sagittal[60:80].any()
-    labels, truth, distance = field[0, 1:, 20:-30, 20:-20]
+    assert (sagittal[12:27] > 100).all()
+    assert not sagittal[90:120].any()
+    labels, truth, distance = field[0, 1:, 30:-45, 30:-30]
     assert np.array_equal(labels, truth)
     assert labels.any()
     assert (distance == [255, 64, 64]).all(-1).any()  # the line of the surface

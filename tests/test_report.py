@@ -21,7 +21,7 @@ from brainfm_monai.io import read_table
 from brainfm_monai.outputs import RunSettings, ScanResult
 from brainfm_monai.outputs.maps import EXPECTED_DICE
 from brainfm_monai.report import view, write_report, write_view
-from brainfm_monai.report.page import compose_page, draw_sections
+from brainfm_monai.report.page import colour_by_thickness, compose_page, draw_sections
 from brainfm_monai.surfaces import Hemisphere
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -268,6 +268,14 @@ def test_the_view_in_a_browser_without_a_network(
     assert (found["meshes"], found["right"]) == (["R.mz3"], 20)
     assert (found["surfaces"], found["slices"]) == (True, True)  # one does not hide the other
     assert "mm" in found["place"]
+
+
+def test_thin_cortex_is_not_drawn_black_on_black(scan: ScanResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view.outputs, "measure_thickness", lambda _: {"L": np.array([0.0, 1.0, 2.5, 5.0, 9.0])})
+    colours = colour_by_thickness(scan)["L"].sum(axis=1)
+    assert colours[0] > 0.5
+    assert (np.diff(colours[:4]) > 0).all()
+    assert colours[3] == colours[4] == 3  # white
 
 
 def test_the_page_in_a_browser(scan: ScanResult, tmp_path: Path) -> None:

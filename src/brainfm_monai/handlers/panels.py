@@ -13,7 +13,7 @@ from brainfm_monai.io import write_whole
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.tasks import Task, TaskLayout
 
-SMALLEST_PANEL = 96  # pixels
+SMALLEST_PANEL = 144  # pixels of the longest side: captions have room
 MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 VOXELS = np.eye(4)  # affine of a batch: RAS axes
 

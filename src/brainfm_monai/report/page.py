@@ -28,6 +28,7 @@ SECTIONS = {"image": "The scan in other contrasts", "distance": "Cortex", "bias_
 SECTIONS |= {"coordinates": "Way to the template", "probability": "Lesions", "scale": "Expected error"}
 WHITE_COLOUR, PIAL_COLOUR = (1.0, 0.9, 0.2), (1.0, 0.25, 0.25)  # of contours
 THICKEST_MM = 5.0  # white in the views of surfaces
+DARKEST = 0.25  # of the scale, for no thickness: thin cortex stands out from the black ground
 LEFT, RIGHT = (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0)  # directions towards the viewer
 VIEWS = {
     "L": (("left hemisphere, from the left", LEFT, "AP"), ("left hemisphere, medial side", RIGHT, "PA")),
@@ -221,7 +222,8 @@ def _draw_contours(scan: ScanResult, cut: Slice) -> np.ndarray:
 def colour_by_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
     """Colours of the vertices of each hemisphere that has surfaces, by its letter, shape (V, 3), in [0, 1]."""
     thickness = outputs.measure_thickness(scan)
-    return {letter: heat(values[:, None], THICKEST_MM)[:, 0] for letter, values in thickness.items()}
+    shares = {letter: DARKEST + (1 - DARKEST) * values[:, None] / THICKEST_MM for letter, values in thickness.items()}
+    return {letter: heat(share)[:, 0] for letter, share in shares.items()}
 
 
 def _draw_hemispheres(scan: ScanResult) -> list[Cell]:
@@ -236,7 +238,7 @@ def _draw_hemispheres(scan: ScanResult) -> list[Cell]:
 
 def _describe_surfaces(scan: ScanResult) -> str:
     """What the pictures of the surfaces show, and the quality of the surfaces."""
-    words = [f"the pial surface is coloured by thickness: black 0, white {THICKEST_MM:g} mm"]
+    words = [f"the pial surface is coloured by thickness: violet 0, white {THICKEST_MM:g} mm"]
     for letter, surface in outputs.grow_surfaces(scan).items():
         closed, count = float(surface.closed.mean()), scan.summary.get(f"euler_number_{letter}_pial", "n/a")
         crossing = scan.summary.get(f"crossing_share_{letter}_pial", "n/a")
