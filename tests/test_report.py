@@ -253,7 +253,7 @@ def test_the_view_in_a_browser_without_a_network(
     shown.outputs = {"surfaces"}
     corners = np.array([[10, -10, -10], [20, -10, -10], [10, 10, -10], [10, -10, 10]], dtype=np.float32)  # to the right
     faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
-    surface = Hemisphere(corners, corners, faces, np.zeros(4, dtype=bool))
+    surface = Hemisphere(corners, corners, faces, np.zeros(4, dtype=bool), (0.0, 0.0))
     monkeypatch.setattr(view.outputs, "grow_surfaces", lambda _: {"R": surface})
     monkeypatch.setattr(view.outputs, "measure_thickness", lambda _: {"R": np.full(4, 2.5)})
     write_view(shown)

@@ -108,10 +108,10 @@ def write_surfaces(scan: ScanResult) -> None:
         faces, thickness = surface.faces, measure_thickness(scan)[letter]
         euler = surfaces.compute_euler_number(faces)
         mean = float(np.average(thickness, weights=surfaces.compute_areas_mm2(surface.white_mm, faces)))
-        for name, vertices in (("white", surface.white_mm), ("pial", surface.pial_mm)):
+        pairs = ("white", surface.white_mm), ("pial", surface.pial_mm)
+        for (name, vertices), crossing in zip(pairs, surface.crossing_shares, strict=True):
             curvature = surfaces.compute_mean_curvature(vertices, faces)
             areas, volume = surfaces.compute_areas_mm2(vertices, faces), surfaces.compute_volume_mm3(vertices, faces)
-            crossing = surfaces.compute_crossing_share(vertices, faces)
             counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
             sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
             rows.append((letter, name, *counts, *sizes, f"{mean:.3f}", f"{np.median(thickness):.3f}"))

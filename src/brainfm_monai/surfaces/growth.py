@@ -7,9 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from monai.networks.layers import GaussianFilter
+from nibabel.affines import apply_affine
 from scipy import sparse
 from torch import Tensor
 
+from brainfm_monai.surfaces.crossings import remove_crossings
 from brainfm_monai.surfaces.refinement import refine_white
 from brainfm_monai.surfaces.topology import extract_sphere
 
@@ -32,6 +34,7 @@ class Hemisphere:
     faces: np.ndarray  # vertex numbers, shape (F, 3), int32, counter-clockwise seen from outside
     # shape (V,), bool: the distances show no pial boundary, and the pial surface stands halfway between the two banks
     closed: np.ndarray
+    crossing_shares: tuple[float, float]  # shares of the triangles that cross another one, white and pial, from 0 to 1
 
 
 def grow_hemisphere(
@@ -78,15 +81,23 @@ def grow_hemisphere(
     step = (np.array(white.shape) - 1) / (np.array(size) - 1)
     edited = torch.from_numpy(level).float() - coarse  # where voxels changed sides
     edited = nnf.interpolate(edited[None, None], size=white.shape, mode="trilinear", align_corners=True)[0, 0]
-    start = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
-    end = _flow(start, white, pial, voxel_mm)
+    grid = np.array(affine, dtype=np.float64)
+    grid[:3, 3] += grid[:3, :3] @ first
+    relaxed = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
+    white_mm, white_share = remove_crossings(_place(index * step, grid), _place(relaxed.numpy(), grid), faces)
+    start = torch.from_numpy(_place(white_mm, np.linalg.inv(grid)))
+    flowed = _flow(start, white, pial, voxel_mm)
+    pial_mm, pial_share = remove_crossings(white_mm, _place(flowed.numpy(), grid), faces)
+    end = torch.from_numpy(_place(pial_mm, np.linalg.inv(grid)))
     closed = (_sample(pial[None], end)[0].abs() > CLOSED_MM).numpy()
-    to_mm = np.array(affine, dtype=np.float64)
-    to_mm[:3, 3] += to_mm[:3, :3] @ first
-    if np.linalg.det(to_mm[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
+    if np.linalg.det(grid[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
         faces = faces[:, ::-1]
-    white_mm, pial_mm = ((v.numpy() @ to_mm[:3, :3].T + to_mm[:3, 3]).astype(np.float32) for v in (start, end))
-    return Hemisphere(white_mm, pial_mm, np.ascontiguousarray(faces, dtype=np.int32), closed)
+    faces = np.ascontiguousarray(faces, dtype=np.int32)
+    return Hemisphere(white_mm, pial_mm, faces, closed, (white_share, pial_share))
+
+
+def _place(vertices: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return apply_affine(affine, vertices).astype(np.float32)
 
 
 def grow_hemispheres(

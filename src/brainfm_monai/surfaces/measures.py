@@ -6,10 +6,11 @@ A surface is vertices in RAS mm, shape (V, 3), and triangles, shape (F, 3), coun
 from collections.abc import Sequence
 
 import igl
-import igl.predicates
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
+
+from brainfm_monai.surfaces.crossings import find_crossing_faces
 
 PIXEL_MM = 0.6  # of a view
 AMBIENT = 0.35  # share of the light that comes from everywhere
@@ -84,9 +85,7 @@ def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarra
 
 def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
     """Share, from 0 to 1, of the triangles of a surface that another of its triangles crosses."""
-    vertices, faces = np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64)
-    crossing = igl.predicates.find_self_intersections(vertices, faces)[1]
-    return len(np.unique(crossing)) / len(faces)
+    return len(find_crossing_faces(vertices, faces)) / len(faces)
 
 
 def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, towards: Sequence[float]) -> np.ndarray:
