@@ -18,6 +18,7 @@ from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thicknes
 from brainfm_monai.outputs.maps import insert_lesions, sharpen, write_lesions, write_synthetic_images
 from brainfm_monai.outputs.quality import write_quality
 from brainfm_monai.outputs.result import SHOWN
+from brainfm_monai.outputs import template
 from brainfm_monai.outputs.template import Warp, fit_affine, fit_warp, fold_fraction, grid_points, invert_warp
 from brainfm_monai.prediction import OUTPUTS, select_outputs
 from brainfm_monai.tasks import TaskLayout
@@ -87,6 +88,25 @@ def test_a_warp_without_folds_comes_out_of_coordinates_with_folds_and_has_an_inv
     assert np.abs(round_trip).max() < 0.05
     mirrored = Warp(warp.points[::-1], affine, MATRIX)
     assert fold_fraction(mirrored) > 0.99
+
+
+def test_an_image_read_axis_by_axis_through_a_warp_is_that_read_voxel_by_voxel(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    affine = np.array([[3.0, 0, 0, -20], [0, 3.0, 0, -30], [0, 0, 3.0, -10], [0, 0, 0, 1]])
+    points = apply_affine(MATRIX, grid_points((14, 16, 12), affine)) + rng.normal(0, 2.0, (14, 16, 12, 3))
+    warp, image = Warp(points.astype(np.float32), affine, MATRIX), torch.from_numpy(rng.random((1, 20, 24, 22)))
+    image_affine = np.diag([2.5, 2.0, 2.0, 1.0]) + np.pad(np.array([[-22.0], [-25], [-20]]), ((0, 1), (3, 0)))
+    # axes in another order, two of them backwards, other voxels, reaching beyond the grid of the warp
+    grid_affine = np.array([[0, 0, -1.3, 24], [0.9, 0, 0, -31], [0, -1.1, 0, 30], [0, 0, 0, 1.0]])
+    by_axes = template.resample_through(image, image_affine, (41, 39, 37), grid_affine, warp)
+    monkeypatch.setattr(template, "SAME_VOXELS", -1.0)  # no grid has the axes of another
+    by_voxels = template.resample_through(image, image_affine, (41, 39, 37), grid_affine, warp)
+    np.testing.assert_allclose(by_axes, by_voxels, atol=2e-5)
+    assert by_voxels.std() > 0.1
+    turned = grid_affine.copy()
+    turned[:3, :3] = turned[:3, :3] @ np.array([[1, 0.02, 0], [-0.02, 1, 0], [0, 0, 1]])
+    monkeypatch.undo()
+    assert np.abs(template.resample_through(image, image_affine, (41, 39, 37), turned, warp) - by_voxels).max() > 0.01
 
 
 def test_lesions_keep_their_contrast_to_tissue_and_nothing_else_changes() -> None:

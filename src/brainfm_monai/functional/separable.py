@@ -23,7 +23,8 @@ def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
     return torch.matmul(over_h[:, None], out.flatten(3)).reshape(batch, channels, -1, *out.shape[3:])
 
 
-def _hat(position: Tensor, columns: int) -> Tensor:
+def hat(position: Tensor, columns: int) -> Tensor:
+    """Weights of linear interpolation at positions (...) along an axis, (..., columns); what lies beyond is 0."""
     index = torch.arange(columns, device=position.device, dtype=position.dtype)
     return (1 - (position[..., None] - index).abs()).clamp_min(0)
 
@@ -33,7 +34,7 @@ def spread_operator(size: int, count: int, *, device: torch.device | None = None
 
     The operator has shape (1, size, count), its rows sum to 1, and it is exact for what is linear along the axis.
     """
-    return _hat(torch.linspace(0, count - 1, size, device=device)[None], count)
+    return hat(torch.linspace(0, count - 1, size, device=device)[None], count)
 
 
 def resize(volume: Tensor, size: Sequence[int]) -> Tensor:
@@ -57,7 +58,7 @@ def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None
     """
     half = (size - 1) / 2
     position = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
-    return _hat((position / spacing[:, None] + (columns - 1) / 2).clamp(0, columns - 1), columns)
+    return hat((position / spacing[:, None] + (columns - 1) / 2).clamp(0, columns - 1), columns)
 
 
 def interpolate_lattice(
@@ -104,7 +105,7 @@ def slice_operator(spacing: Tensor, sigma: Tensor, size: int, exponent: Tensor |
     else:
         profile = torch.exp2(-((offset.abs() / math.sqrt(2 * math.log(2))) ** exponent[:, None, None]))
     # Below a third of a voxel the sampled Gaussian is narrower than the grid: linear interpolation is exact there.
-    operator = torch.where(sigma > 1 / 3, profile, _hat(centre, size))
+    operator = torch.where(sigma > 1 / 3, profile, hat(centre, size))
     return operator / operator.sum(-1, keepdim=True)
 
 
@@ -113,4 +114,4 @@ def upsampling_operator(spacing: Tensor, size: int) -> Tensor:
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     slices = (size / spacing).floor().clamp_min(1)
     position = ((index + 0.5) / spacing[:, None] - 0.5).clamp_min(0)
-    return _hat(torch.minimum(position, slices[:, None] - 1), size)
+    return hat(torch.minimum(position, slices[:, None] - 1), size)

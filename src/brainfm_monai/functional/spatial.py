@@ -67,7 +67,7 @@ def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding
     if coordinates.shape[1] != 3:
         raise ValueError(f"warp: 'coordinates' must have shape (B, 3, H, W, D), got {tuple(coordinates.shape)}")
     scaled = [coordinates[:, i].to(source.dtype) * (2 / max(n - 1, 1)) - 1 for i, n in enumerate(source.shape[2:])]
-    grid = torch.stack(scaled[::-1], dim=-1)
+    grid = torch.stack(scaled[::-1], dim=1).movedim(1, -1)  # written in long runs, several times faster
     return nnf.grid_sample(source, grid, mode=mode, padding_mode=padding_mode, align_corners=True)
 
 

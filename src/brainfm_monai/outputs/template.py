@@ -1,5 +1,6 @@
 """From predicted template coordinates to transforms: robust affine, smooth residual without folds, inverse; RAS mm."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -8,13 +9,14 @@ import nibabel as nib
 import numpy as np
 import torch
 from nibabel.affines import apply_affine
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import find_objects, gaussian_filter
 from torch import Tensor
 
+from brainfm_monai.functional.separable import hat
 from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.functional.spatial import warp as sample
 from brainfm_monai.io import write_text
-from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult, once_per_scan
+from brainfm_monai.outputs.result import SAME_VOXELS, TEMPLATE_SPACE, ScanResult, once_per_scan
 
 ROUNDS, STILL = 30, 1e-7  # of reweighting, at most; it ends when no element of the matrix moves by more
 HUBER_MM = 2.0  # residuals above count by their length, those below by its square: the error of good coordinates
@@ -24,7 +26,7 @@ SMOOTHING_GROWTH, SMOOTHING_ROUNDS = 1.5, 8  # until nothing folds: 5 mm become 
 MINIMUM_JACOBIAN = 0.05  # a voxel of the brain that shrinks to less counts as folded
 DECAY = 0.01  # share of brain in the Gaussian's reach below which the residual goes to 0, and the affine alone is left
 INVERSION_ROUNDS, INVERSION_TOLERANCE_MM = 60, 0.01
-SLAB = 32  # slices that are resampled at once
+SLAB = 16  # planes that are resampled at once: their coordinates stay in the cache of the processor
 OUTER_FLUID_ID = 24  # around the brain
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts to the left and to the back
 TO_TEMPLATE = f"from-scan_to-{TEMPLATE_SPACE}_mode-image"
@@ -131,11 +133,15 @@ def fit_warp(
 
 def fold_fraction(warp: Warp, where: np.ndarray | None = None, minimum: float = 0.0) -> float:
     """Share of voxels (of a mask) whose Jacobian is at most ``minimum`` times that of the affine part; 0: folds."""
-    coordinates = torch.from_numpy(warp.points.astype(np.float32)).movedim(-1, 0)[None]
     scale = np.linalg.det(warp.affine[:3, :3]) * np.linalg.det(warp.matrix[:3, :3])
-    determinant = jacobian_determinant(coordinates)[0, 0].numpy() / scale
-    counted = determinant if where is None else determinant[where]
-    return float((counted <= minimum).mean()) if counted.size else 0.0
+    folded = counted = 0
+    for first in range(0, len(warp.points), SLAB):  # differences need a plane on either side
+        part = warp.points[max(first - 1, 0) : first + SLAB + 1].astype(np.float32)
+        determinant = jacobian_determinant(torch.from_numpy(part).movedim(-1, 0)[None])[0, 0].numpy() / scale
+        values = determinant[min(first, 1) :][:SLAB]
+        values = values if where is None else values[where[first : first + SLAB]]
+        folded, counted = folded + int((values <= minimum).sum()), counted + values.size
+    return folded / counted if counted else 0.0
 
 
 def invert_warp(warp: Warp, shape: tuple[int, ...], affine: np.ndarray) -> Warp:
@@ -156,15 +162,38 @@ def resample_through(
     image: Tensor, affine: np.ndarray, shape: tuple[int, ...], grid_affine: np.ndarray, to_image: Warp
 ) -> np.ndarray:
     """Read an image, (1, h, w, d), where a map sends each voxel of another grid; float32, 0 beyond the image."""
-    source, to_index, parts = image[None].float(), np.linalg.inv(affine), []
-    turn = torch.from_numpy(to_index[:3, :3].astype(np.float32))
+    source, to_index, moved = image[None].float(), np.linalg.inv(affine), np.empty(shape, dtype=np.float32)
+    turn, matrix = torch.from_numpy(to_index[:3, :3].astype(np.float32)), to_index @ to_image.matrix @ grid_affine
+    residual = torch.einsum("ij,bjhwd->bihwd", turn, to_image.residual)
+    read_residual = _interpolate(residual, np.linalg.inv(to_image.affine) @ grid_affine, shape)
     for first in range(0, shape[0], SLAB):
         size = (min(SLAB, shape[0] - first), *shape[1:])
-        residual = sample(to_image.residual, _coordinates(np.linalg.inv(to_image.affine) @ grid_affine, size, first))
-        places = _coordinates(to_index @ to_image.matrix @ grid_affine, size, first)
-        places += torch.einsum("ij,bjhwd->bihwd", turn, residual)
-        parts.append(sample(source, places)[0, 0].numpy())
-    return np.concatenate(parts)
+        places = _coordinates(matrix, size, first).add_(read_residual(first, size))
+        moved[first : first + SLAB] = sample(source, places)[0, 0].numpy()
+    return moved
+
+
+def _interpolate(field: Tensor, matrix: np.ndarray, shape: tuple[int, ...]) -> Callable[[int, tuple[int, ...]], Tensor]:
+    """What reads a field (1, C, h, w, d) in a slab of another grid, by the slab's first plane and size, 0 beyond it.
+
+    The matrix leads from the indices of the grid, which has a ``shape``, to those of the field. Where the axes of both
+    agree, but for order and direction, linear interpolation goes axis by axis.
+    """
+    order = np.abs(matrix[:3, :3]).argmax(axis=0)  # axis of the field along each axis of the grid
+    steps = matrix[order, range(3)]
+    aside = (np.abs(matrix[:3, :3]).sum(axis=0) - np.abs(steps)) * shape
+    if len(set(order)) < 3 or aside.max() > SAME_VOXELS:
+        return lambda first, size: sample(field, _coordinates(matrix, size, first))
+    turned = field[0].permute(0, *(1 + order))
+    places = [step * np.arange(n) + matrix[axis, 3] for step, n, axis in zip(steps, shape, order, strict=True)]
+    axes = zip(places, turned.shape[1:], strict=True)
+    over_h, over_w, over_d = (hat(torch.from_numpy(place).float(), n) for place, n in axes)
+
+    def read(first: int, size: tuple[int, ...]) -> Tensor:
+        planes = torch.einsum("xh,chwd->cxwd", over_h[first : first + size[0]], turned)
+        return (over_w @ planes @ over_d.T)[None]
+
+    return read
 
 
 def _coordinates(matrix: np.ndarray, size: tuple[int, ...], first: int) -> Tensor:
@@ -233,7 +262,7 @@ def write_transforms(scan: ScanResult) -> None:
         scan.save_nifti(f"{name}_xfm", image)
     np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
-    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in np.nonzero(brain))
+    (box,) = find_objects(brain.astype(np.uint8))
     predicted = Warp(
         np.moveaxis(scan.in_network_grid("mni")[(slice(None), *box)], 0, -1), scan.network_affine, np.eye(4)
     )

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
@@ -257,7 +258,9 @@ def _run(writers: Iterable[Writer], result: ScanResult) -> None:
     beside = [_warn, *(write for write in writers if write not in SHOWN)]
     last = [write for write in writers if write in SHOWN]
     parts = [replace(result, summary={}, warnings=[]) for _ in beside]
-    with ThreadPoolExecutor(WRITTEN_AT_ONCE, "output") as pool:
+    threads = torch.get_num_threads()
+    share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
+    with ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,)) as pool:
         jobs = [pool.submit(write, part) for write, part in zip(beside, parts, strict=True)]
         jobs += [pool.submit(SHOWN[write], result) for write in last]
         try:
@@ -266,6 +269,8 @@ def _run(writers: Iterable[Writer], result: ScanResult) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            torch.set_num_threads(threads)  # threads that begin later would have the share, too
     for part in parts:
         result.summary.update(part.summary)
         result.warnings.extend(part.warnings)
