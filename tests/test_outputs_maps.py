@@ -13,12 +13,11 @@ from monai.data import MetaTensor
 from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ScanError, read_table
-from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result
+from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result, template
 from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thickness_mm
 from brainfm_monai.outputs.maps import insert_lesions, sharpen, write_lesions, write_synthetic_images
 from brainfm_monai.outputs.quality import write_quality
 from brainfm_monai.outputs.result import SHOWN
-from brainfm_monai.outputs import template
 from brainfm_monai.outputs.template import Warp, fit_affine, fit_warp, fold_fraction, grid_points, invert_warp
 from brainfm_monai.prediction import OUTPUTS, select_outputs
 from brainfm_monai.tasks import TaskLayout

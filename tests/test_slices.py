@@ -103,9 +103,9 @@ def test_a_volume_of_another_grid_lies_where_it_belongs() -> None:
 
 def test_a_line_is_drawn_where_values_cross_a_level() -> None:
     values = np.tile(np.arange(6.0), (4, 1))
-    drawn = outline(np.zeros((4, 6, 3)), values, 2.5, (1, 0, 0))
+    drawn = outline(np.zeros((4, 6, 3)), values, [2.5], (1, 0, 0))
     assert drawn[..., 0].nonzero()[1].tolist() == [2] * 4
-    assert not outline(np.zeros((4, 6, 3)), values, 2.5, (1, 0, 0), values < 1).any()
+    assert not outline(np.zeros((4, 6, 3)), values, [2.5], (1, 0, 0), values < 1).any()
 
 
 def test_colours_of_values() -> None:

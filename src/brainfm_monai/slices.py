@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -26,7 +27,7 @@ BRAIN_OPACITY, WHITE_MATTER_OPACITY, HEAD_OPACITY = 0.55, 0.25, 0.22
 WHITE_MATTER_IDS = (2, 41)
 PIAL_COLOUR, WHITE_COLOUR = (1.0, 0.25, 0.25), (1.0, 0.88, 0.25)
 AXIS_COLOURS = ((1.0, 0.38, 0.38), (0.38, 0.88, 0.38), (0.38, 0.63, 1.0))  # of lines of equal x, y and z
-GRID_STEP_MM, GRID_END_MM = 20, 200
+GRID_LEVELS_MM = range(-200, 201, 20)
 LARGEST_LOG_BIAS = 0.7  # a factor of 2, shown in full colour
 HEAT = np.array([[0, 0, 0], [0.45, 0.1, 0.5], [0.93, 0.35, 0.35], [1, 0.85, 0.45], [1, 1, 1]])  # black to white
 LARGEST_OPACITY = 0.8  # of a probability over the scan
@@ -65,7 +66,8 @@ class Slice:
         """
         index = nib.affines.apply_affine(np.linalg.inv(np.asarray(affine, dtype=np.float64)), self.points_mm)
         coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
-        source = torch.as_tensor(volume)[None].detach().cpu()
+        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
+        source = plain[None].detach().cpu()
         if nearest:
             return gather_nearest(source, coordinates)[0, ..., 0].movedim(0, -1).numpy()
         return warp(source.float(), coordinates, padding_mode="border")[0, ..., 0].movedim(0, -1).numpy()
@@ -140,11 +142,13 @@ def blend(base: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 
 def outline(
-    base: np.ndarray, values: np.ndarray, level: float, colour: Sequence[float], where: np.ndarray | None = None
-) -> np.ndarray:
-    """Draw the line on which values are ``level`` into a picture, one pixel wide; ``where`` limits it to a mask."""
-    above = np.pad(values > level, ((0, 1), (0, 1)), mode="edge")
-    line = (above[:-1, :-1] ^ above[:-1, 1:]) | (above[:-1, :-1] ^ above[1:, :-1])
+    base: np.ndarray, values: np.ndarray, levels: Sequence[float], colour: Sequence[float],
+    where: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Draw the lines on which values are one of the levels, one pixel wide; ``where`` limits them to a mask."""
+    passed = np.asarray(sum(values > level for level in levels))
+    above = np.pad(passed, ((0, 1), (0, 1)), mode="edge")
+    line = (above[:-1, :-1] != above[:-1, 1:]) | (above[:-1, :-1] != above[1:, :-1])
     return np.where((line if where is None else line & where)[..., None], np.asarray(colour), base)
 
 
@@ -193,7 +197,7 @@ def paint(
 def _draw_boundaries(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
     """The lines on which the distances are 0."""
     for channel, colour in enumerate((PIAL_COLOUR, WHITE_COLOUR) * 2):  # lp, lw, rp, rw
-        base = outline(base, distance[..., channel], 0.0, colour)
+        base = outline(base, distance[..., channel], [0.0], colour)
     return base
 
 
@@ -203,8 +207,7 @@ def _draw_grid(coordinates: np.ndarray, base: np.ndarray, plane: Plane) -> np.nd
     for axis, shift in ((0, 2), (0, -2), (1, 2), (1, -2)):
         known = known & np.roll(known, shift, axis)
     for axis in (plane.horizontal, plane.vertical):
-        for level in range(-GRID_END_MM, GRID_END_MM + 1, GRID_STEP_MM):
-            base = outline(base, coordinates[..., axis], level, AXIS_COLOURS[axis], known)
+        base = outline(base, coordinates[..., axis], GRID_LEVELS_MM, AXIS_COLOURS[axis], known)
     return base
 
 

@@ -1,23 +1,27 @@
 """The cortex: distance maps, ribbon, thickness, and white and pial surfaces in scanner coordinates."""
 
+import base64
+import zlib
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import isal_zlib
 from nibabel.affines import apply_affine
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from brainfm_monai import surfaces
 from brainfm_monai.io import ABSENT, read_table, write_table
-from brainfm_monai.outputs.result import ScanResult, once_per_scan
+from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan
 from brainfm_monai.transforms import MODES
 
 # By BIDS letter: channel letter of the hemisphere, FreeSurfer ids of white matter and cortex.
 HEMISPHERES = {"L": ("l", 2, 3), "R": ("r", 41, 42)}
 THICKNESS_STEP_MM = 0.01
 SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
+EMPTY_DATA = base64.b64encode(zlib.compress(b""))  # as nibabel writes it, in the place of the data
 COLUMNS = "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3".split()
 COLUMNS += ["mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm"]
 LOBE_COLUMNS = "hemisphere lobe vertices closed_share area_mm2 thickness_mm thickness_sd_mm".split()
@@ -162,8 +166,14 @@ def describe_thickness(areas: np.ndarray, thickness: np.ndarray) -> tuple[str, s
 
 
 def _save_gifti(scan: ScanResult, suffix: str, **arrays: np.ndarray) -> None:
-    """Write arrays by their intent; points lie in the coordinates of the scanner."""
+    """Write arrays by their intent; points lie in the coordinates of the scanner. igzip compresses them, not zlib."""
     systems: dict[str, Any] = {"POINTSET": SCANNER}
     make = nib.gifti.GiftiDataArray
     data = [make(values, f"NIFTI_INTENT_{name}", coordsys=systems.get(name)) for name, values in arrays.items()]
-    nib.save(nib.GiftiImage(darrays=data), scan.path(f"{suffix}.gii"))
+    packed = [base64.b64encode(isal_zlib.compress(array.data.tobytes(), PACKING)) for array in data]
+    for array in data:
+        array.data = array.data[:0]
+    content = nib.GiftiImage(darrays=data).to_xml()
+    for text in packed:
+        content = content.replace(EMPTY_DATA, text, 1)
+    scan.path(f"{suffix}.gii").write_bytes(content)

@@ -136,8 +136,11 @@ class ScanResult:
         """
         values, slope = volume, None
         if not np.issubdtype(volume.dtype, np.integer):
-            largest = max(float(volume.max()), -float(volume.min()), float(np.finfo(np.float32).tiny))
-            slope = step or largest * 2 / INT16_LEVELS  # a range of whole steps around 0, so that 0 stays 0
+            if step is None:  # a range of whole steps around 0, so that 0 stays 0
+                step = (
+                    max(float(volume.max()), -float(volume.min()), float(np.finfo(np.float32).tiny)) * 2 / INT16_LEVELS
+                )
+            slope = step
             values, limits = np.empty(volume.shape, np.int16, order="F"), np.iinfo(np.int16)
             thick = SLAB if volume.ndim == 3 else 1
             for first in range(0, volume.shape[-1], thick):  # into the order of the file: large copies cost time

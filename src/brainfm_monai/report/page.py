@@ -202,7 +202,7 @@ def _template_rows(scan: ScanResult) -> list[Row]:
     def draw_outlines(cut: Slice) -> np.ndarray:
         picture, values = draw_scan(cut), read(cut)
         for share, colour in TEMPLATE_LEVELS:
-            picture = slices.outline(picture, values, share * top, colour)
+            picture = slices.outline(picture, values, [share * top], colour)
         return picture
 
     laid_over = ("MNI152 laid over the scan", lambda cut: shade(read(cut), (0, top)))
