@@ -17,7 +17,7 @@ from brainfm_monai.data import jobs as data_jobs
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.jobs import Job, PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import prepare_label, prepare_label_map, prepare_labels
+from brainfm_monai.data.prepare import prepare_label, prepare_labels
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.io import write_folder
 
@@ -280,8 +280,8 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
 )
 def test_heads_on_the_wrong_side_are_refused(tmp_path: Path, axes: tuple[int, ...], rule: str) -> None:
     source = save_head(tmp_path / "a.nii.gz", np.flip(make_head(), axes))
-    with pytest.raises(ValueError, match=rf"^{source}: {rule}"):
-        prepare_label_map(source, tmp_path / "out", size=SIZE)
+    with pytest.raises(PreparationError, match=rf"\n{source}: {rule}"):
+        prepare_labels(source, tmp_path / "out", size=SIZE)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from brainfm_monai.handlers import (
     TaskErrors,
     TrainingCheckpoint,
 )
-from brainfm_monai.handlers.panels import compose_panel
+from brainfm_monai.handlers.reports import compose_panel
 from brainfm_monai.slices import TEXT_PIXELS
 from brainfm_monai.tasks import TASKS, TaskLayout
 

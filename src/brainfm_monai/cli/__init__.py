@@ -8,9 +8,8 @@ from typing import Any
 
 import fire
 
-from brainfm_monai.cli.bundle import export, import_weights, predict, preview, train
+from brainfm_monai.cli.bundle import compare, evaluate, export, import_weights, predict, preview, train
 from brainfm_monai.cli.doctor import doctor, version
-from brainfm_monai.cli.evaluation import compare, evaluate
 from brainfm_monai.cli.subjects import Data, Prepare, demo_scans
 from brainfm_monai.cli.words import spell_out
 

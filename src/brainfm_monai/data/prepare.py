@@ -8,7 +8,7 @@ from typing import Any
 
 from brainfm_monai.data.datalist import make_entry
 from brainfm_monai.data.freesurfer import make_volumes
-from brainfm_monai.data.jobs import Job, PreparationError, common_settings, is_finished, make_subject, run_jobs
+from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
 from brainfm_monai.data.labels import choose_contrasts, read_id_table
 from brainfm_monai.data.subjects import SIZE
 from brainfm_monai.io import SCAN_SUFFIXES, hash_file, scan_stem
@@ -78,17 +78,6 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
             raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
         sources += sorted(files)
     return sources
-
-
-def prepare_label_map(source: str | Path, output_dir: str | Path, **settings: Any) -> Path:
-    """Prepare the subject of a label map, even if finished, and return its folder; settings: :func:`prepare_labels`.
-
-    ValueError, in one line, if the map, the settings or the sides of the head are wrong.
-    """
-    try:
-        return prepare_labels([source], output_dir, overwrite=True, **settings)[0]
-    except PreparationError as error:
-        raise ValueError(str(error).splitlines()[-1]) from error
 
 
 def prepare_label(
