@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.cli.bundle import find_config
+from brainfm_monai.io import find_config
 
 SIZE = (32, 32, 32)
 TINY: dict[str, Any] = {

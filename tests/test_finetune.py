@@ -16,7 +16,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
 from brainfm_monai.anatomy import COLUMNS, Protocol, Structure
-from brainfm_monai.cli.bundle import find_config
+from brainfm_monai.io import find_config
 from brainfm_monai.networks import MultiTaskNet, UNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights import load_pretrained, make_pretrained

@@ -71,7 +71,7 @@ def test_a_training_imports_nothing_that_the_machine_lacks(repository: Path) -> 
 import sys
 for name in {MISSING}: sys.modules[name] = None
 from monai.bundle import ConfigParser
-from brainfm_monai.cli.bundle import find_config
+from brainfm_monai.io import find_config
 parser = ConfigParser()
 names = ["train.json", "release.json", "finetune.json", "muon.json"]
 parser.read_config([str(find_config({str(repository / "bundle")!r}, name)) for name in names])

@@ -161,8 +161,7 @@ class Protocol:
         """
         whole = np.rint(ids).astype(np.int64)
         present = np.unique(whole)
-        unknown = [int(i) for i in present if int(i) not in self.label_of_id]
-        if unknown:
+        if unknown := [int(i) for i in present if int(i) not in self.label_of_id]:
             raise ValueError(f"{source}: every id must be in protocol '{self.name}', found unknown ids {unknown[:10]}")
         table = np.zeros(int(present.max()) + 1, dtype=np.uint8)
         table[present] = [self.label_of_id[int(i)] for i in present]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.annotation.gains import keep_gains
-from brainfm_monai.io import ScanError, read_labels, read_scan, write_text, write_whole
+from brainfm_monai.io import ScanError, bundle_arguments, read_labels, read_scan, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet
 
 logger = logging.getLogger(__name__)
@@ -163,10 +163,7 @@ def fine_tune(
     logger.info("fine-tuning %s on %d corrected scans and %d other anatomies", weights, len(subjects), len(others))
     workflow = ConfigWorkflow(
         workflow_type="train",
-        config_file=[str(bundle / "configs" / name) for name in ("train.json", "label_train.json")],
-        meta_file=str(bundle / "configs" / "metadata.json"),
-        logging_file=False,
-        bundle_root=str(bundle),
+        **bundle_arguments(bundle, ["train.json", "label_train.json"]) | {"logging_file": False},
         weights=str(start),
         output_dir=str(bundle / FOLDER),
         **{"train#dataset#data": [*subjects, *others], **overrides},

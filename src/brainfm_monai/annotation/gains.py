@@ -38,7 +38,7 @@ def keep_gains(
     # a deleted structure has no Dice; tissues of the head are absent because nobody labelled the head
     gain = torch.where(absent & torch.as_tensor(protocol.is_brain, device=absent.device), shrunk, dice - old_dice)
     gained = (gain > SMALLEST_GAIN).nonzero().flatten().tolist()
-    if not gained and gain.max() > 0:  # a later training gains less
+    if not gained and gain.max() > 0:
         gained = [int(gain.argmax())]
     names = ", ".join(protocol.structures[label].name for label in gained)
     logger.info("structures nearer to the corrected labels: %s", names or "none, so that the weights are the old ones")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.io import find_bundle, literal
+from brainfm_monai.io import bundle_arguments, find_bundle, literal
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 MEMORY_MODES = ("auto", "full", "low", "windows")
@@ -240,32 +240,10 @@ def _settings(bundle: str | Path, names: Sequence[str], **overrides: Any) -> dic
     """Arguments of :func:`monai.bundle.run`."""
     if "args_file" in overrides:  # of imported weights, whose files lie beside it
         overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
-    folder = find_bundle(bundle)
-    if folder != Path(str(bundle)):  # the bundle that the package carries, where nothing is written
-        overrides = {"output_dir": literal(str(Path("training").resolve())), **overrides}
-    return {
-        "config_file": [str(find_config(bundle, name)) for name in names],
-        "bundle_root": literal(str(folder)),
-        "meta_file": str(folder / "configs" / "metadata.json"),
-        "logging_file": str(folder / "configs" / "logging.conf"),
-        **overrides,
-    }
-
-
-def find_config(bundle: str | Path, name: str) -> Path:
-    """Path of a config: a file in ``configs`` or ``variants`` of the bundle, or, with a folder in its name, any file.
-
-    Raises:
-        FileNotFoundError: if there is no such config.
-    """
-    folders = [find_bundle(bundle) / folder for folder in ("configs", "variants")]
-    places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]
-    for path in places:
-        if path.is_file():
-            return path
-    names = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
-    listed = ", ".join(names) or "none: pass --bundle FOLDER"
-    raise FileNotFoundError(f"{places[0]}: a config of the bundle is needed, found no such file; there are {listed}")
+    arguments = bundle_arguments(bundle, names)
+    if find_bundle(bundle) != Path(str(bundle)):  # the bundle that the package carries, where nothing is written
+        arguments["output_dir"] = literal(str(Path("training").resolve()))
+    return arguments | overrides
 
 
 def existing_datalist(path: str) -> str:

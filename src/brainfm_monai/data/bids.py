@@ -11,7 +11,7 @@ from monai.bundle import run
 from brainfm_monai.data.freesurfer import BRAIN_PROTOCOL, find_files, make_volumes
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
 from brainfm_monai.data.subjects import CONTRASTS, SIZE
-from brainfm_monai.io import find_bundle, find_contradiction, scan_stem, write_table
+from brainfm_monai.io import bundle_arguments, find_bundle, find_contradiction, literal, scan_stem, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -229,17 +229,14 @@ def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Pa
     waiting = {name: scan for name, scan in scans.items() if not predicted_file(output_dir, name).is_file()}
     if not waiting:
         return
-    root = find_bundle(bundle)
-    files = {"config_file": "inference.json", "meta_file": "metadata.json", "logging_file": "logging.conf"}
-    configs = {key: str(root / "configs" / name) for key, name in files.items()}
-    if not Path(configs["config_file"]).is_file():
-        needed = "subjects have no labels and need the bundle's model"
-        raise FileNotFoundError(f"{configs['config_file']}: {len(waiting)} {needed}")
+    config = find_bundle(bundle) / "configs" / "inference.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: {len(waiting)} subjects have no labels and need the bundle's model")
     with TemporaryDirectory() as scratch:
         table = Path(scratch) / "scans.tsv"
         write_table(table, ("image", "name"), [(scan.resolve(), name) for name, scan in waiting.items()])
-        paths = {"bundle_root": str(root), "input": str(table), "output_dir": str(output_dir)}
+        scans = {"input": literal(str(table)), "output_dir": literal(str(output_dir))}
         try:
-            run(**configs, **paths, outputs="segmentation", grid="1mm")
+            run(**bundle_arguments(bundle, [config.name]), **scans, outputs="segmentation", grid="1mm")
         except SystemExit as end:  # some scans failed; they are reported as subjects without labels
             logger.error("%s", end)

@@ -129,8 +129,7 @@ def _ids_are_known(subject: LoadedSubject) -> Iterator[str]:
     for key, fact in (("segmentation", "protocol"), ("generation_labels", "generation_protocol")):
         if key in subject.keys and fact in subject.entry:
             protocol = Protocol.load(str(subject.entry[fact]))
-            unknown = [int(i) for i in np.unique(subject[key]) if i >= len(protocol)]
-            if unknown:
+            if unknown := [int(i) for i in np.unique(subject[key]) if i >= len(protocol)]:
                 yield f"{key} holds {unknown[:5]}, and protocol '{protocol.name}' has {len(protocol)} labels"
 
 
@@ -222,8 +221,7 @@ def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
         left, right = (float(side[:, 0].mean()) for side in sides)
         if right - left < MINIMUM_SEPARATION_MM:
             yield f"left hemisphere at MNI x = {left:.0f} mm, right one at {right:.0f} mm"
-    folded = int((compute_jacobian(mni, subject.affine("mni"))[brain] <= 0).sum())
-    if folded:
+    if folded := int((compute_jacobian(mni, subject.affine("mni"))[brain] <= 0).sum()):
         yield f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
     if brain.any() and np.abs(mni[brain]).max() > MAXIMUM_MNI_MM:
         yield f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"

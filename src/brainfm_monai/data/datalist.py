@@ -215,8 +215,7 @@ def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _strip_visit(name: str) -> str:
     """Name of a person out of the name of a visit."""
-    bids = re.search(r"sub-[A-Za-z0-9]+", name)
-    if bids:
+    if bids := re.search(r"sub-[A-Za-z0-9]+", name):
         return bids[0]
     while (shorter := VISIT.sub("", name)) not in ("", name):
         name = shorter
@@ -229,8 +228,7 @@ def _draw(
     """The section of every subject that is not for training; a person's subjects stay together."""
     section_of_person: dict[str, str] = {}
     for section, (names, _) in asked.items():
-        unknown = sorted(set(names) - set(person_of))
-        if unknown:
+        if unknown := sorted(set(names) - set(person_of)):
             raise ValueError(f"{where}: '{section}' must name prepared subjects, found no {', '.join(unknown)}")
         for name in names:
             if section_of_person.setdefault(person_of[name], section) != section:

@@ -106,8 +106,7 @@ def run_jobs(
         PreparationError: at the end, if some failed: one line for each.
     """
     output_dir, failures = Path(output), []
-    twice = sorted(name for name, times in Counter(job.name for job in jobs).items() if times > 1)
-    if twice:
+    if twice := sorted(name for name, times in Counter(job.name for job in jobs).items() if times > 1):
         raise ValueError(f"{output_dir}: subjects with different names are needed, found twice: {twice}")
     waiting = [job for job in jobs if overwrite or not is_finished(job, output_dir)]
     folders = [output_dir / job.name for job in jobs]

@@ -69,8 +69,7 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     values = volume.values
     if table is not None:
         present, inverse = np.unique(values, return_inverse=True)
-        unknown = [int(i) for i in present if int(i) not in table and i]
-        if unknown:
+        if unknown := [int(i) for i in present if int(i) not in table and i]:
             raise ValueError(f"{path}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
         values = np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
     if (sizes := voxel_sizes(volume.affine)).max() > COARSE_MM:
@@ -107,8 +106,7 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
             needed = f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' (or 'name') are needed"
             raise ValueError(f"{needed}, found {error}") from error
     keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice or not pairs:
+    if (twice := sorted({key for key in keys if keys.count(key) > 1})) or not pairs:
         raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
 
     def plain(name: int | str) -> str:
@@ -117,8 +115,7 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
     structures = [s for name in (*Protocol.names(), protocol) for s in Protocol.load(name).structures]
     id_of_name = {plain(s.name): s.freesurfer_id for s in structures if not s.mixture}
     table = {int(key): id_of_name.get(plain(value), value) for key, value in pairs}
-    unknown = [str(value) for value in table.values() if not str(value).lstrip("-").isdigit()]
-    if unknown:
+    if unknown := [str(value) for value in table.values() if not str(value).lstrip("-").isdigit()]:
         raise ValueError(f"{path}: whole numbers or names of structures are needed, found {', '.join(unknown[:5])}")
     return {key: int(value) for key, value in table.items()}
 
@@ -216,8 +213,7 @@ def make_generation_labels(
 def choose_contrasts(names: Sequence[str] | str) -> list[str]:
     """Names of contrasts in the order of the package, each once; ValueError if there is no such contrast."""
     asked = split_names(names)
-    unknown = [name for name in asked if name not in CONTRASTS]
-    if unknown:
+    if unknown := [name for name in asked if name not in CONTRASTS]:
         raise ValueError(f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}, got {', '.join(unknown)}")
     return [name for name in CONTRASTS if name in asked]
 
@@ -236,8 +232,7 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):
-        unknown = protocol.freesurfer_ids[painted & np.isnan(mean)].tolist()
-        if unknown:
+        if unknown := protocol.freesurfer_ids[painted & np.isnan(mean)].tolist():
             needed = f"{source}: the table of {name} must know every id that is painted"
             raise ValueError(f"{needed}, found no {unknown[:10]}")
         air, top = (AIR_HU, 1.0) if name == "CT" else (0.0, INTENSITY_TOP)

@@ -155,8 +155,7 @@ class HoldSubjectd(Transform):
     def __call__(self, data: Mapping[Any, Any]) -> dict[str, Any]:
         """Replace the paths by tensors (C, h, w, d); other entries but the name and the protocol are left out."""
         subject = Path(str(data.get("subject", ""))).name  # load_decathlon_datalist makes a path of a name
-        absent = [key for key in ("generation_labels", "segmentation") if key not in data]
-        if absent:
+        if absent := [key for key in ("generation_labels", "segmentation") if key not in data]:
             raise ValueError(f"{subject}: a subject with {absent[0]} is needed, found {', '.join(map(str, data))}")
         loaded = self.load(data)
         labels = loaded["generation_labels"]

@@ -61,8 +61,7 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
     """
     conditions: list[Condition] = []
     for name, settings in table.items():
-        unknown = sorted(set(settings) - set(SETTINGS))
-        if unknown or not re.fullmatch(NAME, name):
+        if (unknown := sorted(set(settings) - set(SETTINGS))) or not re.fullmatch(NAME, name):
             found = f"the setting {', '.join(unknown)}" if unknown else "this name"
             rule = f"letters and digits name it, and {', '.join(SETTINGS)} set it"
             raise ValueError(f"condition {name}: {rule}; found {found}")
@@ -73,8 +72,7 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
             fixed = {**settings, swept[0]: value} if swept else dict(settings)
             _check(name, fixed)
             conditions.append(Condition(f"{name}-{value}" if swept else name, fixed, name if swept else "", value))
-    repeated = find_repeated([condition.name for condition in conditions])
-    if repeated or not conditions:
+    if (repeated := find_repeated([condition.name for condition in conditions])) or not conditions:
         raise ValueError(f"conditions: different ones are needed, found {f'twice: {repeated}' if repeated else 'none'}")
     return tuple(conditions)
 

@@ -1,6 +1,6 @@
 """Files: what is read and written, whole or not at all, and errors in one line."""
 
-from brainfm_monai.io.configs import find_bundle, fingerprint, literal
+from brainfm_monai.io.configs import bundle_arguments, find_bundle, find_config, fingerprint, literal
 from brainfm_monai.io.dicom import is_dicom, list_series
 from brainfm_monai.io.files import (
     ABSENT,
@@ -21,8 +21,9 @@ from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
 
 __all__ = [
-    "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Volume", "exit_on_error", "find_bundle", "find_contradiction",
-    "find_scans", "fingerprint", "first_line", "hash_file", "is_dicom", "list_series", "literal", "locked",
-    "make_scans", "one_line", "printable", "read_labels", "read_maps", "read_scan", "read_table", "read_volume",
-    "scan_stem", "unique_names", "write_folder", "write_table", "write_text", "write_whole",
+    "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Volume", "bundle_arguments", "exit_on_error", "find_bundle",
+    "find_config", "find_contradiction", "find_scans", "fingerprint", "first_line", "hash_file", "is_dicom",
+    "list_series", "literal", "locked", "make_scans", "one_line", "printable", "read_labels", "read_maps", "read_scan",
+    "read_table", "read_volume", "scan_stem", "unique_names", "write_folder", "write_table", "write_text",
+    "write_whole",
 ]  # fmt: skip

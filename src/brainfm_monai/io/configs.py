@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path, PurePath
@@ -21,6 +21,33 @@ def find_bundle(bundle: str | Path = DEFAULT_BUNDLE) -> Path:
     folder, carried = Path(bundle), Path(__file__).parents[1] / DEFAULT_BUNDLE
     missing = not (folder / "configs" / "inference.json").is_file()
     return carried if missing and str(bundle) == DEFAULT_BUNDLE and carried.is_dir() else folder
+
+
+def bundle_arguments(bundle: str | Path, names: Sequence[str]) -> dict[str, Any]:
+    """Arguments by which MONAI's ``run`` and ``ConfigWorkflow`` read configs of a bundle, see :func:`find_config`."""
+    folder = find_bundle(bundle)
+    files = {"meta_file": "metadata.json", "logging_file": "logging.conf"}
+    return {
+        "config_file": [str(find_config(bundle, name)) for name in names],
+        "bundle_root": literal(str(folder)),
+        **{argument: str(folder / "configs" / name) for argument, name in files.items()},
+    }
+
+
+def find_config(bundle: str | Path, name: str) -> Path:
+    """Path of a config: a file in ``configs`` or ``variants`` of the bundle, or, with a folder in its name, any file.
+
+    Raises:
+        FileNotFoundError: if there is no such config.
+    """
+    folders = [find_bundle(bundle) / folder for folder in ("configs", "variants")]
+    places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]
+    for path in places:
+        if path.is_file():
+            return path
+    names = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
+    listed = ", ".join(names) or "none: in Python pass bundle=FOLDER, else pass --bundle FOLDER"
+    raise FileNotFoundError(f"{places[0]}: a config of the bundle is needed, found no such file; there are {listed}")
 
 
 def literal(text: str) -> str:

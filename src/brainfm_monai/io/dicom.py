@@ -103,13 +103,9 @@ def list_series(path: str | Path) -> list[Series]:
         h, axes, patient = one.header, one.axes or (), str(one.header.get("PatientID", ""))
         echo, kind = (float(h.get("EchoTime") or 0), str(h.get("EchoNumbers", ""))), tuple(h.get("ImageType") or ())
         series = int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
-        known = [
-            t
-            for t in turns[series]
-            if len(t) == len(axes) and np.abs(np.subtract(t, axes)).max(initial=0) < AXES_TOLERANCE
-        ]
-        turns[series] += [] if known else [axes]
-        groups[(patient, *series, echo, kind, (known or [axes])[0], h.Rows, h.Columns)].append(one)
+        alike = [t for t in turns[series] if len(t) == len(axes) and np.allclose(t, axes, 0, AXES_TOLERANCE)]
+        turns[series] += [] if alike else [axes]
+        groups[(patient, *series, echo, kind, (alike or [axes])[0], h.Rows, h.Columns)].append(one)
     for key, members in sorted(groups.items(), key=itemgetter(0)):
         echoes, kinds = (sorted({k[i] for k in groups if k[:3] == key[:3]}) for i in (3, 4))
         name = f"{key[1]}-{members[0].header.get('SeriesDescription') or ''}".strip("-")
@@ -132,10 +128,8 @@ def list_series(path: str | Path) -> list[Series]:
 def _find_overview(slices: Sequence[_Slice], turns: int) -> str:
     """Why nobody means slices of one series as a scan, by their header; empty: somebody may."""
     header = slices[0].header
-    modality, kind = (
-        str(header.get("Modality", "")),
-        {str(word).upper() for word in (header.get("ImageType") or ())[2:]},
-    )
+    modality = str(header.get("Modality", ""))
+    kind = {str(word).upper() for word in (header.get("ImageType") or ())[2:]}
     captured = str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
     if turns > 1 or "LOCALIZER" in kind:
         return f"a localizer, slices in {turns} directions under one series"
@@ -250,9 +244,6 @@ def _describe(name: str, slices: Sequence[_Slice], warnings: Sequence[str] = (),
         noticed.append("small numbers are bright by the header (MONOCHROME1); the numbers are taken as they are")
     files = tuple(dict.fromkeys(s.file for s in slices))
     instances = frozenset(str(s.header.get("SOPInstanceUID", s.file)) for s in slices)
-    known: dict[str, Any] = {
-        "uid": str(header.get("SeriesInstanceUID", "")),
-        "instances": instances,
-        "warnings": tuple(noticed),
-    }
-    return Series(name, files, modality.lower() if modality in ("CT", "MR") else "", **known, **attributes)
+    attributes |= {"uid": str(header.get("SeriesInstanceUID", "")), "instances": instances}
+    modality = modality.lower() if modality in ("CT", "MR") else ""
+    return Series(name, files, modality, warnings=tuple(noticed), **attributes)

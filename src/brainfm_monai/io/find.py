@@ -66,7 +66,8 @@ def find_scans(
     if output == os.path.realpath(path):
         rule = "results need a folder of their own, found output_dir to be the folder of the scans"
         raise ValueError(f"{source}: {rule}")
-    if _is_bids(path):
+    folders = [folder / name for p in ("sub-*", "sub-*/ses-*") for folder in path.glob(p) for name in BIDS_FOLDERS]
+    if (path / "dataset_description.json").is_file() or any(folder.is_dir() for folder in folders):
         return _from_bids(path, output, participant_label)
     if participant_label is not None:
         raise ValueError(f"{source}: 'participant_label' needs a BIDS dataset, found a folder without sub-* folders")
@@ -225,11 +226,6 @@ def _from_table(path: Path) -> list[Scan]:
         lesions = f"its mask of lesions must be a file, found none at {printable(item['lesions'])}" if missing else ""
         items.append({**item, "problem": _find_problem(Path(item["image"])) or lesions})
     return make_scans(items)
-
-
-def _is_bids(path: Path) -> bool:
-    patterns = [f"sub-*/{session}{folder}" for session in ("", "ses-*/") for folder in BIDS_FOLDERS]
-    return (path / "dataset_description.json").is_file() or any(f.is_dir() for p in patterns for f in path.glob(p))
 
 
 def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:

@@ -71,9 +71,8 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     dtype, file = header.get_data_dtype(), path.with_suffix(".img") if is_pair else path
     bits, stated = 8 * dtype.itemsize, int(header["bitpix"])
     if bits and stated not in (0, bits):
-        raise ValueError(
-            f"numbers of {bits} bits are needed for the type {int(header['datatype'])}, found {stated} bits"
-        )
+        rule = f"numbers of {bits} bits are needed for the type {int(header['datatype'])}"
+        raise ValueError(f"{rule}, found {stated} bits")
     if kind is None:
         return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,), has_footer=False)
     offset, first = float(header["vox_offset"]), 0 if is_pair else SINGLE_OFFSET[number]

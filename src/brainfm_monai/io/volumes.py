@@ -78,11 +78,8 @@ def read_volume(path: str | Path, frame: int | str | None = None, series: str | 
 def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume:
     with convert_series(path, name) as (file, series):
         if series.mosaic and _read_header(file).shape[:2] == series.mosaic:
-            rule, picture = (
-                "a mosaic whose header says how its slices lie is needed",
-                " x ".join(map(str, series.mosaic)),
-            )
-            raise ValueError(f"{rule}, found one picture of {picture} pixels in {series.name}")
+            found = f"one picture of {' x '.join(map(str, series.mosaic))} pixels in {series.name}"
+            raise ValueError(f"a mosaic whose header says how its slices lie is needed, found {found}")
         volume = _read_file(file, frame)
     affine = place_by_headers(volume.affine, volume.values.shape[2], series)
     return Volume(volume.values, affine, series.warnings, modality=series.modality)
@@ -183,9 +180,7 @@ def _read_tail(stream: IO[bytes]) -> int:
     count = 0
     try:
         for _ in range(TAIL_PIECES):
-            if not (piece := stream.read(TAIL_BYTES)):
-                break
-            count += len(piece)
+            count += len(stream.read(TAIL_BYTES))
     except gzip.BadGzipFile as error:
         if "Not a gzipped file" not in str(error):
             raise

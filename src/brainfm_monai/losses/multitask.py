@@ -140,8 +140,7 @@ class MultiTaskLoss(nn.Module):
 
 
 def _check_names(argument: str, weights: Mapping[str, float] | None, possible: list[str]) -> dict[str, float]:
-    unknown = sorted(set(weights or {}) - set(possible))
-    if unknown:
+    if unknown := sorted(set(weights or {}) - set(possible)):
         raise ValueError(f"MultiTaskLoss: '{argument}' may name {possible}, got {unknown}")
     return dict(weights or {})
 

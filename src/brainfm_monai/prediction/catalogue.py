@@ -51,8 +51,7 @@ def select_outputs(
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]
     wanted = possible if names == ["all"] else names
-    unknown = [name for name in wanted if name not in OUTPUTS]
-    if unknown or not wanted:
+    if (unknown := [name for name in wanted if name not in OUTPUTS]) or not wanted:
         raise ValueError(
             f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed, found {', '.join(unknown) or 'none'}"
         )

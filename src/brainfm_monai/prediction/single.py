@@ -14,7 +14,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from brainfm_monai import outputs
-from brainfm_monai.io import ScanError, find_bundle, literal
+from brainfm_monai.io import ScanError, bundle_arguments, literal
 from brainfm_monai.prediction.loop import engine_logger, maps_of
 from brainfm_monai.report import compose_page, compose_view, find_niivue
 from brainfm_monai.tasks import TaskLayout
@@ -75,20 +75,12 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Pred
         FileNotFoundError: if there is no such bundle.
         ValueError: if a setting or the weights do not fit.
     """
-    bundle = find_bundle(bundle)
-    config = bundle / "configs" / "inference.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: a config of the bundle is needed, found no such file: pass bundle=FOLDER")
+    arguments = bundle_arguments(bundle, ["inference.json"])
     with TemporaryDirectory() as folder:
         path = _as_file(image, Path(folder))
-        settings = {
-            "bundle_root": literal(str(bundle)),
-            "scans": [{"image": literal(str(path)), "name": "scan"}],
-            "handlers": [],  # that of the config writes files
-            **overrides,
-        }
-        files = {"config_file": str(config), "meta_file": str(config.with_name("metadata.json"))}
-        workflow = ConfigWorkflow(workflow_type="inference", **files, logging_file=False, **settings)
+        arguments |= {"logging_file": False, "handlers": []}  # the handler of the config writes files
+        arguments |= {"scans": [{"image": literal(str(path)), "name": "scan"}], **overrides}
+        workflow = ConfigWorkflow(workflow_type="inference", **arguments)
         try:
             workflow.initialize()
             evaluator, layout, run = map(workflow.parser.get_parsed_content, ("evaluator", "layout", "settings"))

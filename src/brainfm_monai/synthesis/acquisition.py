@@ -31,8 +31,7 @@ def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Te
     Raises:
         ValueError: if there is no such table.
     """
-    unknown = [name for name in names if name not in CONTRASTS]
-    if unknown:
+    if unknown := [name for name in names if name not in CONTRASTS]:
         raise ValueError(f"contrast_priors: names must be out of {list(CONTRASTS)}, got {unknown}")
     rows = [[_read(name).get(int(i), (math.nan, math.nan)) for i in protocol.freesurfer_ids] for name in names]
     means, stds = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2).unbind(-1)

@@ -103,8 +103,7 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     Raises:
         ValueError: if a name is not one of a field, or a value does not fit.
     """
-    unknown = sorted(set(values) - {field.name for field in fields(SynthesisRanges)})
-    if unknown:
+    if unknown := sorted(set(values) - {field.name for field in fields(SynthesisRanges)}):
         raise ValueError(f"SynthesisRanges: docs/sampling.md lists the fields, found no {', '.join(unknown)}")
     laws: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return SynthesisRanges(**laws)
