@@ -562,7 +562,7 @@ def test_samples_of_a_subject_share_anatomy_and_differ_in_appearance() -> None:
     bias = out["log_bias_field"].reshape(2, 4, -1).std(2)
     assert float(bias[:, :2].max()) < 0.02
     assert float(bias[:, 2:].min()) > 2 * float(bias[:, :2].max())
-    assert [r.noise_std for r in synthesizer.ranges] == [(0, 5), (0, 5), (10, 15), (10, 15)]
+    assert [r.noise_std for r in synthesizer.laws] == [(0, 5), (0, 5), (10, 15), (10, 15)]
 
 
 def test_super_resolution_is_the_sample_before_slices_and_noise() -> None:

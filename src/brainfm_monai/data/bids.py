@@ -235,8 +235,8 @@ def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Pa
     with TemporaryDirectory() as scratch:
         table = Path(scratch) / "scans.tsv"
         write_table(table, ("image", "name"), [(scan.resolve(), name) for name, scan in waiting.items()])
-        scans = {"input": literal(str(table)), "output_dir": literal(str(output_dir))}
+        places = {"input": literal(str(table)), "output_dir": literal(str(output_dir))}
         try:
-            run(**bundle_arguments(bundle, [config.name]), **scans, outputs="segmentation", grid="1mm")
+            run(**bundle_arguments(bundle, [config.name]), **places, outputs="segmentation", grid="1mm")
         except SystemExit as end:  # some scans failed; they are reported as subjects without labels
             logger.error("%s", end)

@@ -1,6 +1,7 @@
 """Subjects into memory: prepared ones, and those of the reference's layout, in the same units."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -117,6 +118,7 @@ class LoadedSubject:
         return table[np.minimum(self["segmentation"].astype(np.int64), len(self.protocol))]
 
 
+@dataclass(eq=False)
 class HoldSubjectd(Transform):
     """Load a prepared subject and hold it in memory as a training needs it, in the unit of its files.
 
@@ -125,31 +127,21 @@ class HoldSubjectd(Transform):
     What a subject lacks becomes zeros, so that subjects with different targets fit in one batch; ``available_<key>`` is
     1 or 0, and ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input.
 
-    Args:
-        label_mm: voxel of labels and masks; the voxel of the files if not given.
-        image_mm: voxel of distances and images; the voxel of the files if not given.
-        images: real or painted scans of subjects that have them: T1w, T2w, FLAIR, CT.
-        masks: masks of subjects that have them: lesion, lesion_shape, T1w_defacing_mask, ...
-        scalars: numbers of subjects that have them: age.
-        device: where the subject is held; the host if not given.
-
     Raises:
         ValueError: if a subject has no labels, its box does not divide into such voxels, or a file is not a volume.
     """
 
-    def __init__(
-        self,
-        label_mm: float | None = None,
-        image_mm: float | None = None,
-        images: Sequence[str] = (),
-        masks: Sequence[str] = (),
-        scalars: Sequence[str] = (),
-        device: str | torch.device | None = None,
-    ) -> None:
-        self.images, self.scalars, self.device = tuple(images), tuple(scalars), device
+    label_mm: float | None = None  # voxel of labels and masks; None: the voxel of the files
+    image_mm: float | None = None  # voxel of distances and images; None: the voxel of the files
+    images: Sequence[str] = ()  # real or painted scans of subjects that have them: T1w, T2w, FLAIR, CT
+    masks: Sequence[str] = ()  # masks of subjects that have them: lesion, lesion_shape, T1w_defacing_mask, ...
+    scalars: Sequence[str] = ()  # numbers of subjects that have them: age
+    device: str | torch.device | None = None  # where the subject is held; None: the host
+
+    def __post_init__(self) -> None:
         self.grids: dict[str, tuple[float | None, bool]] = {}  # voxel, and whether the numbers are whole
-        self.grids |= dict.fromkeys(("generation_labels", "segmentation", *masks), (label_mm, True))
-        self.grids |= dict.fromkeys(("distance", *images), (image_mm, False)) | {"mni": (MNI_MM, False)}
+        self.grids |= dict.fromkeys(("generation_labels", "segmentation", *self.masks), (self.label_mm, True))
+        self.grids |= dict.fromkeys(("distance", *self.images), (self.image_mm, False)) | {"mni": (MNI_MM, False)}
         self.load = LoadSubjectd(list(self.grids))
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[str, Any]:

@@ -204,25 +204,19 @@ class DegradeScand(MapTransform):
         return normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0], field[0]
 
 
+@dataclass(eq=False)
 class GenerateScan(Transform):
     """Turn a prepared subject into a generated scan under a condition, and its truth.
 
-    The ranges are laws of what the conditions do not set, the layout has the tasks whose truth is wanted. Scans have
-    ``spatial_size`` voxels (H, W, D), each of ``stride`` voxels of the subjects, which are of ``source_mm``. Volumes of
-    noise differ between kinds of devices, all other numbers do not.
+    Volumes of noise differ between kinds of devices, all other numbers do not.
     """
 
-    def __init__(
-        self,
-        ranges: SynthesisRanges,
-        layout: TaskLayout,
-        spatial_size: Sequence[int],
-        stride: int = 1,
-        source_mm: float = 1.0,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.ranges, self.layout, self.device = ranges, layout, torch.device(device)
-        self.spatial_size, self.voxel_mm, self.source_mm = tuple(spatial_size), stride * source_mm, source_mm
+    ranges: SynthesisRanges  # laws of what the conditions do not set
+    layout: TaskLayout  # tasks whose truth is wanted
+    spatial_size: Sequence[int]  # voxels of a scan (H, W, D)
+    stride: int = 1  # voxels of the subjects in a voxel of a scan
+    source_mm: float = 1.0  # voxel of the subjects
+    device: str | torch.device = "cpu"
 
     @torch.no_grad()
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -235,11 +229,11 @@ class GenerateScan(Transform):
         settings = d.pop("settings")
         present = [key for key in SUBJECT_KEYS if key in data]
         subject = {key: convert_to_tensor(data[key], device=self.device, track_meta=False)[None] for key in present}
-        laws = make_laws(self.ranges, settings)
-        synthesizer = Synthesizer(laws, self.layout, self.spatial_size, self.voxel_mm, self.source_mm)
+        laws, voxel_mm = make_laws(self.ranges, settings), self.stride * self.source_mm
+        synthesizer = Synthesizer(laws, self.layout, self.spatial_size, voxel_mm, self.source_mm)
         drawn = synthesizer.draw(subject, [int(d["seed"])], d.get("generation_protocol"))
         made = render(subject, fix_acquisition(drawn, settings), self.layout)
-        affine = torch.diag(torch.tensor([self.voxel_mm] * 3 + [1.0], dtype=torch.float64))
+        affine = torch.diag(torch.tensor([voxel_mm] * 3 + [1.0], dtype=torch.float64))
         affine[:3, 3] = affine[:3, :3] @ (1 - torch.tensor(self.spatial_size, dtype=torch.float64)) / 2
         made["segmentation"] = to_freesurfer_ids(made["segmentation"], self.layout.protocol)
         for name, value in made.items():

@@ -3,6 +3,7 @@
 import logging
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,19 @@ from brainfm_monai.io import first_line, write_whole
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class TrainingCheckpoint:
     """Saves everything at the end of an epoch, whole or not at all, and resumes from the newest whole one at the start.
 
     The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which
     must share the folder, the first one writes and all read.
-
-    Args:
-        save_dir: folder of the checkpoints, ``training_checkpoint_<iteration>.pt``.
-        to_save: objects with ``state_dict`` and ``load_state_dict``, by name; the trainer itself is added.
-        iterations: iterations between two further checkpoints, for long epochs; none if not given.
-        n_saved: number of checkpoints to keep.
     """
 
-    def __init__(
-        self, save_dir: str | Path, to_save: Mapping[str, Any], iterations: int | None = None, n_saved: int = 2
-    ) -> None:
-        self.save_dir, self.to_save, self.iterations, self.n_saved = Path(save_dir), dict(to_save), iterations, n_saved
-        self._random: dict[str, Tensor] = {}
+    save_dir: str | Path  # folder of the checkpoints, training_checkpoint_<iteration>.pt
+    to_save: Mapping[str, Any]  # objects with state_dict and load_state_dict, by name; the trainer itself is added
+    iterations: int | None = None  # between two further checkpoints, for long epochs; None: no further ones
+    n_saved: int = 2  # number of checkpoints to keep
+    _random: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after the handlers whose work belongs in the checkpoint."""
@@ -46,7 +42,8 @@ class TrainingCheckpoint:
 
     def saved(self) -> list[Path]:
         """The checkpoints of this and of earlier runs, oldest first."""
-        return sorted(self.save_dir.glob("training_checkpoint_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+        paths = Path(self.save_dir).glob("training_checkpoint_*.pt")
+        return sorted(paths, key=lambda path: int(path.stem.rsplit("_", 1)[1]))
 
     def save(self, engine: Any) -> None:
         """Write a checkpoint, and remove the oldest."""
@@ -56,9 +53,10 @@ class TrainingCheckpoint:
         content["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             content["random"]["cuda"] = torch.cuda.get_rng_state()
-        with write_whole(self.save_dir / f"training_checkpoint_{engine.state.iteration}.pt") as partial:
+        folder = Path(self.save_dir)
+        with write_whole(folder / f"training_checkpoint_{engine.state.iteration}.pt") as partial:
             torch.save(content, partial)
-        killed = self.save_dir.glob(".*.partial.training_checkpoint_*.pt")  # left by a process, of another iteration
+        killed = folder.glob(".*.partial.training_checkpoint_*.pt")  # left by a process, of another iteration
         for path in [*self.saved()[: -self.n_saved], *killed]:
             path.unlink()
 
@@ -110,17 +108,14 @@ class TrainingCheckpoint:
         self._random = {}
 
 
+@dataclass(eq=False)
 class BestWeights:
-    """Writes the weights that did best in validation, also over several sittings of a training.
+    """Writes the weights that did best in validation, also over several sittings of a training."""
 
-    Args:
-        network: whose state dict is written, plain.
-        path: of the file.
-    """
-
-    def __init__(self, network: nn.Module, path: str | Path) -> None:
-        self.network, self.path = network, Path(path)
-        self.best_metric, self.best_epoch = 0.0, -1  # no epoch yet, in MONAI's words
+    network: nn.Module  # whose state dict is written, plain
+    path: str | Path  # of the file
+    best_metric: float = field(default=0.0, init=False)
+    best_epoch: int = field(default=-1, init=False)  # no epoch yet, in MONAI's words
 
     def attach(self, engine: Engine) -> None:
         """Attach to a MONAI evaluator with a key metric."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -28,48 +29,37 @@ FLAGS = ("available_", "real_")
 _load_protocol = cache(Protocol.load)
 
 
+@dataclass(eq=False)
 class Synthesizer:
     """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch.
 
-    Args:
-        ranges: laws of the (severe) samples.
-        layout: tasks whose targets are made.
-        spatial_size: (H, W, D) of the generated scans.
-        scan_mm: voxel of the generated scans.
-        label_mm: voxel of the subjects' labels, a whole fraction of ``scan_mm``; the same if not given.
-        generation_protocol: protocol of the generation labels of subjects that name none.
-        samples: scans of each subject; they share its deformation and its targets, and differ in everything else.
-        mild_samples: how many of them, the first ones, are mild.
-        image_transform: MONAI transform of one image (1, H, W, D) in [0, 1], such as ``RandKSpaceSpikeNoise`` or
-            ``RandGibbsNoise``; a random one is seeded with the sample. The image is normalised again after it.
+    A random ``image_transform`` is seeded with the sample; the image is normalised again after it.
 
     Raises:
         ValueError: if there are more mild samples than samples, or ``label_mm`` does not divide ``scan_mm``.
     """
 
-    def __init__(
-        self,
-        ranges: SynthesisRanges,
-        layout: TaskLayout,
-        spatial_size: Sequence[int],
-        scan_mm: float = 1.0,
-        label_mm: float | None = None,
-        generation_protocol: str = "synthseg_generation",
-        samples: int = 1,
-        mild_samples: int = 0,
-        image_transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        if not 0 <= mild_samples <= samples or samples < 1:
-            rule = f"'mild_samples' must be in [0, {samples}] of at least one sample"
-            raise ValueError(f"Synthesizer: {rule}, got {mild_samples}")
-        self.label_mm = scan_mm if label_mm is None else label_mm
-        self.stride = round(scan_mm / self.label_mm)
-        if abs(self.stride * self.label_mm - scan_mm) > VOXEL_TOLERANCE_MM or self.stride < 1:
-            raise ValueError(f"Synthesizer: 'label_mm' must divide 'scan_mm' {scan_mm}, got {self.label_mm}")
-        self.layout, self.spatial_size = layout, tuple(spatial_size)
-        self.generation_protocol, self.image_transform = generation_protocol, image_transform
+    ranges: SynthesisRanges  # laws of the (severe) samples
+    layout: TaskLayout  # tasks whose targets are made
+    spatial_size: Sequence[int]  # (H, W, D) of the generated scans
+    scan_mm: float = 1.0  # voxel of the generated scans
+    label_mm: float | None = None  # voxel of the subjects' labels, a whole fraction of scan_mm; None: the same
+    generation_protocol: str = "synthseg_generation"  # of the generation labels of subjects that name none
+    samples: int = 1  # scans of each subject; they share its deformation and targets, and differ in everything else
+    mild_samples: int = 0  # how many of them, the first ones, are mild
+    image_transform: Callable[[Any], Any] | None = None  # MONAI transform of one image (1, H, W, D) in [0, 1]
+
+    def __post_init__(self) -> None:
+        severe, mild = self.samples - self.mild_samples, self.mild_samples
+        if not 0 <= mild <= self.samples or self.samples < 1:
+            rule = f"'mild_samples' must be in [0, {self.samples}] of at least one sample"
+            raise ValueError(f"Synthesizer: {rule}, got {mild}")
+        self.source_mm = self.scan_mm if self.label_mm is None else self.label_mm
+        self.stride = round(self.scan_mm / self.source_mm)
+        if abs(self.stride * self.source_mm - self.scan_mm) > VOXEL_TOLERANCE_MM or self.stride < 1:
+            raise ValueError(f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}, got {self.source_mm}")
         # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
-        self.ranges = [make_mild(ranges)] * mild_samples + [ranges] * (samples - mild_samples)
+        self.laws = [make_mild(self.ranges)] * mild + [self.ranges] * severe
 
     def draw(
         self,
@@ -85,13 +75,13 @@ class Synthesizer:
             if flags or name in subject:
                 inputs[name] = torch.stack(flags or [torch.ones(len(seeds), dtype=torch.bool)]).all(0)
         return sample(
-            self.ranges,
+            self.laws,
             [torch.Generator().manual_seed(seed) for seed in seeds],
             spatial_size=self.spatial_size,
             protocol=self.layout.protocol,
             generation_protocol=_load_protocol(generation_protocol or self.generation_protocol),
             stride=self.stride,
-            source_mm=self.label_mm,
+            source_mm=self.source_mm,
             available=inputs,
             device=device or subject["generation_labels"].device,
         )
@@ -115,7 +105,7 @@ class Synthesizer:
         if self.image_transform is not None:
             images = []
             for index, image in enumerate(out["image"]):
-                number, place = divmod(index, len(self.ranges))
+                number, place = divmod(index, self.samples)
                 if isinstance(self.image_transform, Randomizable):
                     self.image_transform.set_random_state(seed=(seeds[number] + place) % LARGEST_SEED)
                 images.append(convert_to_tensor(self.image_transform(image), track_meta=False))
