@@ -29,11 +29,8 @@ BOX, BRAIN_IDS = (192, 224, 224), (2, 3, 7, 8, 41, 42, 46, 47)  # mm around the 
 LABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 TARGETS = ("segmentation", "distance", "mni", "log_bias_field", "T1w", "T2w", "FLAIR", "CT", "lesion")
 COLUMNS = 2  # samples side by side
-PIXEL_MM, SMALLEST_CELL, CHARACTER_PIXELS = (
-    0.75,
-    180,
-    7,
-)  # the text of a sample fits into a cell; width of a letter, about
+PIXEL_MM, SMALLEST_CELL = 0.75, 180  # the text of a sample fits into a cell
+CHARACTER_PIXELS = 7  # width of a letter, about
 MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 

@@ -147,19 +147,18 @@ def _find_labels(
 
 def _parse_all(paths: Iterable[Path], root: Path) -> list[BidsFile]:
     """The files below a folder, in order; one whose name contradicts its folders is reported and left out."""
-    problems = {path: find_contradiction(path, root) for path in sorted(paths) if path.is_file()}
-    for path, problem in problems.items():
-        if problem:
+    files = []
+    for path in sorted(path for path in paths if path.is_file()):
+        if problem := find_contradiction(path, root):
             logger.warning("%s: not used: %s", path, problem)
-    return [_parse(path) for path, problem in problems.items() if not problem]
-
-
-def _parse(path: Path) -> BidsFile:
-    stem = scan_stem(path).split("_")
-    parts = [part.partition("-") for part in (path.parent.parent.name, *stem)]
-    entities = {key: value for key, dash, value in parts if dash}
-    named = [entities.get("space", ""), *(part for part in stem if "-" not in part), entities.get("mod", "")]
-    return BidsFile(path, entities, next((CONTRAST_OF_SUFFIX[w] for w in named if w in CONTRAST_OF_SUFFIX), ""))
+            continue
+        stem = scan_stem(path).split("_")
+        parts = [part.partition("-") for part in (path.parent.parent.name, *stem)]
+        entities = {key: value for key, dash, value in parts if dash}
+        words = [entities.get("space", ""), *(part for part in stem if "-" not in part), entities.get("mod", "")]
+        contrasts = [CONTRAST_OF_SUFFIX[word] for word in words if word in CONTRAST_OF_SUFFIX]
+        files.append(BidsFile(path, entities, contrasts[0] if contrasts else ""))
+    return files
 
 
 def prepare_bids(

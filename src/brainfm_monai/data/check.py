@@ -35,6 +35,9 @@ ROWS = (*CONTRASTS, "generation_labels", "segmentation", "distance", "mni")
 LABELS = ("generation_labels", "segmentation")
 DEFACED = (0.35, 0.0, 0.35, 1.0)
 GOLDEN_RATIO = 0.618
+# of each generation label, well apart; codes of two tissues go evenly from white to grey matter to fluid
+PURE_SHADES = 0.25 + 0.7 * np.mod(np.arange(1, 150) * GOLDEN_RATIO, 1)
+SHADES = np.concatenate([[0], PURE_SHADES, np.linspace(1.0, 0.1, 101), np.linspace(0.2, 0.6, 5)])
 LONGEST_FAULT = 110  # characters
 
 
@@ -258,7 +261,7 @@ def _draw(subject: LoadedSubject, key: str, cut: Slice, base: np.ndarray) -> np.
         return cut.read(np.ascontiguousarray(first), subject.affine(key), nearest=is_nearest)
 
     if key == "generation_labels":
-        return shade(_shades()[np.clip(read(key)[..., 0], 0, 255).astype(int)])
+        return shade(SHADES[np.clip(read(key)[..., 0], 0, 255).astype(int)])
     name = str(subject.entry.get("protocol", ""))  # one that is not shipped is reported as a fault
     protocol = Protocol.load(name if name in Protocol.names() else "synthseg_head")
     values = read(key)
@@ -267,9 +270,3 @@ def _draw(subject: LoadedSubject, key: str, cut: Slice, base: np.ndarray) -> np.
     picture = paint(TASKS[key], values, base, protocol, cut.plane)
     mask = f"{key}_defacing_mask"
     return blend(picture, (read(mask) > 0) * np.array(DEFACED)) if mask in subject.keys else picture
-
-
-def _shades() -> np.ndarray:
-    """Shade of each generation label, well apart; codes of two tissues go evenly from white to grey matter to fluid."""
-    pure = 0.25 + 0.7 * np.mod(np.arange(1, 150) * GOLDEN_RATIO, 1)
-    return np.concatenate([[0], pure, np.linspace(1.0, 0.1, 101), np.linspace(0.2, 0.6, 5)])
