@@ -49,9 +49,9 @@ def write_datalist(folder: Path) -> Path:
 
 
 def test_a_sheet_of_a_datalist_shows_as_many_scans_as_asked(tmp_path: Path) -> None:
-    sheet = write_preview(write_datalist(tmp_path), tmp_path / "out" / "sheet.png", count=3, spatial_size=SIZE)
+    sheet = write_preview(write_datalist(tmp_path), tmp_path / "out" / "sheet.png", count=3, size=SIZE)
     rows, columns = imread(sheet).shape[:2]
-    two = imread(write_preview(tmp_path / "datalist.json", tmp_path / "two.png", count=2, spatial_size=SIZE))
+    two = imread(write_preview(tmp_path / "datalist.json", tmp_path / "two.png", count=2, size=SIZE))
     assert rows > 1.8 * two.shape[0]  # a second row for the third scan
     assert columns == two.shape[1]
     assert float(imread(sheet)[..., :3].std()) > 0.05

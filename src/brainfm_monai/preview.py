@@ -20,7 +20,7 @@ from brainfm_monai.data.labels import crop_to_box, find_brain_centre, load_label
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.io import write_whole
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
-from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisRanges, Synthesizer, describe, render
+from brainfm_monai.synthesis import SUBJECT_KEYS, Synthesizer, describe, parse_ranges, render
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 BOX, BRAIN_IDS = (192, 224, 224), (2, 3, 7, 8, 41, 42, 46, 47)  # mm around the brain of a label map; ids that place it
 LABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 TARGETS = ("segmentation", "distance", "mni", "log_bias_field", "T1w", "T2w", "FLAIR", "CT", "lesion")
+PROTOCOL = "synthseg_head"  # of the segmentation
 COLUMNS = 2  # samples side by side
 PIXEL_MM, SMALLEST_CELL = 0.75, 180  # the text of a sample fits into a cell
 CHARACTER_PIXELS = 7  # width of a letter, about
@@ -69,34 +70,30 @@ def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def write_preview(
-    source: str | Path, output: str | Path, *, count: int = 24, seed: int = 0,
-    spatial_size: Sequence[int] = (160, 192, 160), samples: int = 1, mild_samples: int = 0,
-    ranges: SynthesisRanges | None = None, protocol: str = "synthseg_head",
-    generation_protocol: str = "synthseg_generation",
+    input: str | Path, output: str | Path = "preview.png", count: int = 24, seed: int = 0,
+    size: Sequence[int] = (160, 192, 160), samples: int = 1, mild_samples: int = 0, **ranges: Any,
 ) -> Path:  # fmt: skip
-    """Draw scans and put them on one sheet: three planes, the targets, and the drawn parameters; return its path.
+    """Draw a contact sheet of generated scans with their targets and what was drawn for them; return its path.
 
     Args:
-        source: see :func:`load_subjects`; the subjects take turns.
+        input: datalist (JSON) of prepared subjects, which take turns, or one label map with FreeSurfer ids.
         output: PNG file.
         count: number of scans.
-        seed: of the first scan; the next ones follow.
-        spatial_size: (H, W, D) of the scans, in voxels of 1 mm.
-        samples: scans of one deformation, see :class:`Synthesizer`.
+        seed: seed of the first scan; the next ones count up.
+        size: size of the scans, in voxels of 1 mm.
+        samples: scans that share one deformation and its targets.
         mild_samples: how many of them are mild.
-        ranges: laws of the generator; the published ones if not given.
-        protocol: of the segmentation.
-        generation_protocol: of subjects that do not name theirs.
+        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists
+            them.
 
     Raises:
         ValueError: if the file is not to be a PNG, or see :func:`load_subjects`.
     """
-    output, layout = Path(output), TaskLayout(TARGETS, protocol)
+    output, layout, laws = Path(output), TaskLayout(TARGETS, PROTOCOL), parse_ranges(ranges)
     if output.suffix.lower() != ".png":
         raise ValueError(f"{output}: the sheet is a PNG, found suffix '{output.suffix}'")
-    options: dict[str, Any] = {"generation_protocol": generation_protocol, "mild_samples": mild_samples}
-    synthesizer = Synthesizer(ranges or SynthesisRanges(), layout, spatial_size, samples=samples, **options)
-    subjects = load_subjects(source, layout.protocol, generation_protocol)
+    synthesizer = Synthesizer(laws, layout, size, samples=samples, mild_samples=mild_samples)
+    subjects = load_subjects(input, layout.protocol, synthesizer.generation_protocol)
     rows: list[list[Cell]] = []
     for number in tqdm(range(math.ceil(count / samples)), desc="scans", unit="subject"):
         entry = subjects[number % len(subjects)]

@@ -8,9 +8,9 @@ from typing import Any
 
 import fire
 
-from brainfm_monai.cli.bundle import compare, evaluate, export, import_weights, predict, preview, train
+from brainfm_monai.cli.bundle import evaluate, export, import_weights, predict, train
 from brainfm_monai.cli.doctor import doctor, version
-from brainfm_monai.cli.subjects import Data, Prepare, demo_scans
+from brainfm_monai.cli.subjects import POSTPONED, Data, Prepare
 from brainfm_monai.cli.words import spell_out
 
 __all__ = ["COMMANDS", "main"]
@@ -19,13 +19,13 @@ COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
     "predict": predict,
     "prepare": Prepare(),
     "data": Data(),
-    "preview": preview,
+    "preview": POSTPONED["preview"],
     "train": train,
     "evaluate": evaluate,
-    "compare": compare,
+    "compare": POSTPONED["compare"],
     "import-weights": import_weights,
     "export": export,
-    "demo-scans": demo_scans,
+    "demo-scans": POSTPONED["demo-scans"],
     "doctor": doctor,
     "version": version,
 }
@@ -34,8 +34,10 @@ COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
 def main() -> None:
     """Run a command; a wrong value or a missing file is reported in one line, with exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    words = sys.argv[1:]
     try:
-        fire.Fire(COMMANDS, spell_out(sys.argv[1:], COMMANDS), name="brainfm-monai")
+        commands = {**COMMANDS, **{name: POSTPONED[name]() for name in words[:1] if name in POSTPONED}}
+        fire.Fire(commands, spell_out(words, commands), name="brainfm-monai")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has left, as in "| head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end

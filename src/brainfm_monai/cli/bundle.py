@@ -1,4 +1,4 @@
-"""Commands that run a config of the bundle, bring weights in and networks out, and compare two evaluations."""
+"""Commands that run a config of the bundle, and bring weights in and networks out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,22 +128,6 @@ def evaluate(
     run_bundle(bundle, names, datalist=existing_datalist(datalist), output_dir=literal(str(output)), **overrides)
 
 
-def compare(first: str, second: str, output: str | None = None) -> str:
-    """Compare two evaluations of the same scans: paired statistics as a table and a page.
-
-    Args:
-        first: folder of an evaluation.
-        second: folder of another one, such as that of other weights.
-        output: folder for comparison.tsv and comparison.html; by default the second one's.
-
-    Returns:
-        Path of the page.
-    """
-    from brainfm_monai.evaluation import compare_evaluations
-
-    return str(compare_evaluations(str(first), str(second), str(second if output is None else output)))
-
-
 def import_weights(file: str, output: str, half: bool = False) -> str:
     """Turn the published weights of BrainFM or SuperSynth into files that the bundle uses.
 
@@ -184,40 +168,6 @@ def export(output: str, bundle: str = "bundle", overrides: str = "", size: int =
 
     configs = [find_bundle(bundle) / "configs" / "inference.json", *([Path(str(overrides))] if overrides else [])]
     return str(export_bundle(configs, str(bundle), str(output), size=size))
-
-
-def preview(
-    input: str,
-    output: str = "preview.png",
-    count: int = 24,
-    seed: int = 0,
-    size: Sequence[int] = (160, 192, 160),
-    samples: int = 1,
-    mild_samples: int = 0,
-    **ranges: Any,
-) -> str:
-    """Draw a contact sheet of generated scans with their targets and what was drawn for them.
-
-    Args:
-        input: datalist (JSON) of prepared subjects, or one label map with FreeSurfer ids.
-        output: PNG file.
-        count: number of scans.
-        seed: seed of the first scan; the next ones count up.
-        size: size of the scans, in voxels of 1 mm.
-        samples: scans that share one deformation and its targets.
-        mild_samples: how many of them are mild.
-        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists
-            them.
-
-    Returns:
-        Path of the sheet.
-    """
-    from brainfm_monai.preview import write_preview
-    from brainfm_monai.synthesis import parse_ranges
-
-    settings: dict[str, Any] = {"count": count, "seed": seed, "samples": samples, "mild_samples": mild_samples}
-    laws = parse_ranges(ranges)
-    return str(write_preview(str(input), str(output), spatial_size=size, ranges=laws, **settings))
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:

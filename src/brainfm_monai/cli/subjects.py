@@ -1,4 +1,4 @@
-"""Commands that make training subjects, list and check them, fetch open data, and make scans to try things on."""
+"""Commands that are functions of the package, and the groups of those that make, list and check training subjects."""
 
 import logging
 from collections.abc import Callable
@@ -11,11 +11,14 @@ logger = logging.getLogger(__name__)
 Command = Callable[..., Any]
 
 
-def _lazy(module: str, name: str, doc: str, *, is_shown: bool = False) -> property:
-    """A command of a module of ``data``, imported when asked for; Fire prints what it returns if ``is_shown``."""
+def loader(module: str, name: str, doc: str, *, is_shown: bool = True) -> Callable[..., Command]:
+    """A function that imports a command of the package; Fire prints what the command returns if ``is_shown``.
 
-    def load(_: object) -> Command:
-        function: Command = getattr(import_module(f"brainfm_monai.data.{module}"), name)
+    ``doc`` is what the list of commands says, for which nothing is imported.
+    """
+
+    def load(_: object = None) -> Command:
+        function: Command = getattr(import_module(f"brainfm_monai.{module}"), name)
 
         @wraps(function)
         def command(*args: Any, **kwargs: Any) -> None:
@@ -23,15 +26,18 @@ def _lazy(module: str, name: str, doc: str, *, is_shown: bool = False) -> proper
 
         return function if is_shown else command
 
-    return property(load, doc=doc)
+    load.__doc__ = doc
+    return load
 
 
 class Prepare:
     """Prepare subjects for training from label maps, from FreeSurfer's results, or from a BIDS folder."""
 
-    labels = _lazy("prepare", "prepare_labels", "Out of label maps.")
-    freesurfer = _lazy("freesurfer", "prepare_freesurfer", "Out of FreeSurfer's or FastSurfer's results.")
-    bids = _lazy("bids", "prepare_bids", "Out of a BIDS folder.")
+    labels = property(loader("data.prepare", "prepare_labels", "Out of label maps.", is_shown=False))
+    freesurfer = property(
+        loader("data.freesurfer", "prepare_freesurfer", "Out of FreeSurfer's results.", is_shown=False)
+    )
+    bids = property(loader("data.bids", "prepare_bids", "Out of a BIDS folder.", is_shown=False))
 
 
 def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
@@ -59,17 +65,13 @@ def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
 class Data:
     """Download open data, write the datalist of prepared subjects, and look for faults in subjects."""
 
-    fetch = _lazy("fetch", "fetch_dataset", "Download an open data set.")
-    list = _lazy("datalist", "write_datalist", "Write the datalist of folders of subjects.", is_shown=True)
+    fetch = property(loader("data.fetch", "fetch_dataset", "Download an open data set.", is_shown=False))
+    list = property(loader("data.datalist", "write_datalist", "Write the datalist of folders of subjects."))
     check = staticmethod(check_data)
 
 
-def demo_scans(output: str) -> None:
-    """Write the demo's scans: the MNI152 T1, and a clinical scan simulated from it.
-
-    Args:
-        output: folder for the scans.
-    """
-    from brainfm_monai.data.fetch import write_demo_scans
-
-    write_demo_scans(str(output))
+POSTPONED = {  # commands that are imported when they are called
+    "preview": loader("preview", "write_preview", "Draw a contact sheet of generated scans with their targets."),
+    "compare": loader("evaluation", "compare_evaluations", "Compare two evaluations of the same scans."),
+    "demo-scans": loader("data.fetch", "write_demo_scans", "Write two scans to try things on.", is_shown=False),
+}

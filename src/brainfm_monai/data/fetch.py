@@ -133,11 +133,15 @@ def _fetch(file: OpenFile, target: Path) -> None:
         raise NoNetworkError(f"{file.file}: {host} cannot be reached ({reason}): {advice}") from error
 
 
-def write_demo_scans(output_dir: str | Path) -> list[Path]:
-    """Write ``mni152_T1w.nii.gz`` and ``clinical_T2like.nii.gz`` (:func:`simulate_clinical_scan`); return the paths."""
+def write_demo_scans(output: str | Path) -> list[Path]:
+    """Write the demo's scans: the MNI152 T1, and a clinical scan simulated from it; return their paths.
+
+    Args:
+        output: folder for the scans, ``mni152_T1w.nii.gz`` and ``clinical_T2like.nii.gz``.
+    """
     from nilearn.datasets import load_mni152_template  # slow to import
 
-    folder = Path(output_dir)
+    folder = Path(output)
     template = load_mni152_template(resolution=1)
     t1w = nib.Nifti1Image(np.asarray(template.get_fdata(dtype=np.float32)), template.affine)
     scans = {"mni152_T1w.nii.gz": t1w, "clinical_T2like.nii.gz": simulate_clinical_scan(t1w)}

@@ -186,28 +186,34 @@ class EvaluationWriter:
         return fingerprint(asdict(self.files.settings), dict(scan), changed)
 
 
-def compare_evaluations(first: str | Path, second: str | Path, output_dir: str | Path) -> Path:
-    """Compare two folders of evaluations of the same scans under the same conditions, scan by scan; returns the page.
+def compare_evaluations(first: str | Path, second: str | Path, output: str | Path | None = None) -> Path:
+    """Compare two evaluations of the same scans: paired statistics as a table and a page, whose path is returned.
 
     ``comparison.tsv`` and ``comparison.html`` have for every condition, task, structure, side and metric the mean
     difference, its bootstrap confidence interval, and the Wilcoxon signed-rank test, corrected by Holm over the
     structures and sides of a metric. A folder without an evaluation is a FileNotFoundError, other scans or conditions
     are a ValueError.
+
+    Args:
+        first: folder of an evaluation.
+        second: folder of another one, such as that of other weights.
+        output: folder for comparison.tsv and comparison.html; by default the second one's.
     """
     left, right = (_read(Path(folder)) for folder in (first, second))
     _check_same_cases({first: left, second: right})
+    folder = Path(second if output is None else output)
     # two networks may predict different tasks: the measures that both have are compared
     measures = left[MEASURE].drop_duplicates().merge(right[MEASURE].drop_duplicates())
     if measures.empty:
         raise ValueError("compare: a measure that both evaluations have is needed, found none")
     left, right = left.merge(measures), right.merge(measures)
     compared = compare(left, right)
-    write_frame(Path(output_dir) / COMPARISON_TABLE, compared)
+    write_frame(folder / COMPARISON_TABLE, compared)
     pairs = left.merge(right, on=["scan", "condition", *MEASURE])
     content: dict[str, Any] = {"first": first, "second": second, "scans": left["scan"].nunique()}
     content |= {"conditions": [_describe_condition(name, compared, pairs) for name in left["condition"].unique()]}
     content |= {"metrics": compared["metric"].unique(), "define": define}
-    page = Path(output_dir) / COMPARISON_PAGE
+    page = folder / COMPARISON_PAGE
     write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
     return page
 
