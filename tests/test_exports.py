@@ -76,7 +76,7 @@ def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
 
 def test_the_bundles_network_is_exported_with_its_weights(repository: Path, tmp_path: Path) -> None:
     bundle = repository / "bundle"
-    path = export_bundle([bundle / "configs/inference.json"], bundle, tmp_path / "model.ts")
+    path = export_bundle(tmp_path / "model.ts", bundle)
     state, weights = torch.jit.load(path).state_dict(), torch.load(bundle / "models/model.pt", weights_only=True)
     for key, tensor in weights.items():
         torch.testing.assert_close(state[key], tensor.float(), rtol=0, atol=0)
@@ -95,8 +95,8 @@ def test_both_files_give_the_networks_maps_of_a_real_scan(repository: Path, shar
     parser.read_config([str(config) for config in configs])
     net = parser.get_parsed_content("network_def").eval()
     load_weights(net, bundle / "models/model.pt")
-    script = torch.jit.load(export_bundle(configs, bundle, tmp_path / "model.ts"))
-    graph = export_bundle(configs, bundle, tmp_path / "model.onnx")
+    script = torch.jit.load(export_bundle(tmp_path / "model.ts", bundle))
+    graph = export_bundle(tmp_path / "model.onnx", bundle)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for size in ((96, 112, 96), (64, 96, 80)):
         image = torch.nn.functional.interpolate(voxels, size=size, mode="trilinear")
@@ -113,7 +113,7 @@ def test_both_files_give_the_networks_maps_of_a_real_scan(repository: Path, shar
 
 def test_messages(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.pt: the suffix \.ts \(TorchScript\) or \.onnx is needed, found '\.pt'"):
-        export_bundle([], repository, tmp_path / "a.pt")
+        export_bundle(tmp_path / "a.pt", repository)
     swin = MultiTaskNet(SwinUNETR(1, 12, feature_size=12), LAYOUT, out_channels=12)
     with pytest.raises(ValueError, match=r"a\.ts: a network that can be scripted is needed: \S+") as caught:
         export_torchscript(swin, tmp_path / "a.ts")

@@ -330,8 +330,8 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
     network = parser.get_parsed_content("network_def")
     load_weights(network, parser.get_parsed_content("weights"))
     image = torch.rand(1, 1, 16, 16, 16)
-    configs = [repository / "bundle/configs/inference.json", tmp_path / "moved/overrides.json"]
-    exported = torch.jit.load(export_bundle(configs, repository / "bundle", tmp_path / "model.ts"))
+    overrides = tmp_path / "moved/overrides.json"
+    exported = torch.jit.load(export_bundle(tmp_path / "model.ts", repository / "bundle", overrides))
     with torch.no_grad():
         assert_same(network(image), published.network(image), 0)
         assert_same(exported(image), published.network(image))

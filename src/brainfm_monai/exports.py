@@ -2,14 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from brainfm_monai.io import first_line, literal, write_whole
+from brainfm_monai.io import find_bundle, find_config, first_line, literal, write_whole
 from brainfm_monai.weights import load_weights
 
 ONNX_OPSET = 20  # group normalisation is of opset 18 to 21; 20 is what current runtimes all read
@@ -71,26 +70,31 @@ def _ramp(*shape: int) -> Tensor:
     return torch.linspace(0, 1, math.prod(shape)).pow(2).mul(37).remainder(1).reshape(shape[0], 1, *shape[1:])
 
 
-def export_bundle(configs: Sequence[str | Path], bundle_root: str | Path, path: str | Path, size: int = 64) -> Path:
-    """Write the network of a bundle, with its weights, in the format that the file's suffix names.
+def export_bundle(
+    output: str | Path, bundle: str | Path = "bundle", overrides: str | Path = "", size: int = 64
+) -> Path:
+    """Write the bundle's network with its weights as TorchScript (.ts) or ONNX (.onnx), for any size of scan.
 
     Args:
-        configs: configurations with ``network_def`` and ``weights``, later ones over earlier ones; the last one may be
-            the overrides.json of imported weights, wherever its folder lies.
-        bundle_root: folder of the bundle.
-        path: the file, ``.ts`` for TorchScript or ``.onnx`` for ONNX.
-        size: see :func:`export_onnx`.
+        output: the file; its suffix decides.
+        bundle: folder of the bundle.
+        overrides: overrides.json of imported weights, wherever its folder lies; empty: the bundle's own.
+        size: side of the cube that an ONNX graph is traced with, an even multiple of what the network needs.
+
+    Returns:
+        Path of the file.
 
     Raises:
         ValueError: if the suffix is another.
     """
-    path = Path(path)
+    path = Path(output)
     if path.suffix not in {".ts", ".onnx"}:
         raise ValueError(f"{path}: the suffix .ts (TorchScript) or .onnx is needed, found '{path.suffix}'")
+    configs = [find_config(bundle, "inference.json"), *([Path(overrides)] if str(overrides) else [])]
     parser = ConfigParser()
     parser.read_config([str(config) for config in configs])
-    parser["bundle_root"] = literal(str(bundle_root))
-    parser["weights_dir"] = literal(str(Path(configs[-1]).parent)) if configs else ""
+    parser["bundle_root"] = literal(str(find_bundle(bundle)))
+    parser["weights_dir"] = literal(str(configs[-1].parent))
     network = parser.get_parsed_content("network_def")
     load_weights(network, parser.get_parsed_content("weights"))
     if path.suffix == ".onnx":

@@ -8,7 +8,7 @@ from typing import Any
 
 import fire
 
-from brainfm_monai.cli.bundle import evaluate, export, import_weights, predict, train
+from brainfm_monai.cli.bundle import evaluate, import_weights, predict, train
 from brainfm_monai.cli.doctor import doctor, version
 from brainfm_monai.cli.subjects import POSTPONED, Data, Prepare
 from brainfm_monai.cli.words import spell_out
@@ -24,7 +24,7 @@ COMMANDS: dict[str, Callable[..., Any] | Prepare | Data] = {
     "evaluate": evaluate,
     "compare": POSTPONED["compare"],
     "import-weights": import_weights,
-    "export": export,
+    "export": POSTPONED["export"],
     "demo-scans": POSTPONED["demo-scans"],
     "doctor": doctor,
     "version": version,

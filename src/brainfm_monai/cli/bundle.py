@@ -1,4 +1,4 @@
-"""Commands that run a config of the bundle, and bring weights in and networks out."""
+"""Commands that run a config of the bundle, and bring weights in."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,24 +150,6 @@ def import_weights(file: str, output: str, half: bool = False) -> str:
     info = import_file(str(file), str(output), half=half).info
     use = f"use it with --args_file {output}/overrides.json"
     return f"{info.format}: {', '.join(info.tasks)}; licence {info.licence}; {use}"
-
-
-def export(output: str, bundle: str = "bundle", overrides: str = "", size: int = 64) -> str:
-    """Write the bundle's network with its weights as TorchScript (.ts) or ONNX (.onnx), for any size of scan.
-
-    Args:
-        output: the file; its suffix decides.
-        bundle: folder of the bundle.
-        overrides: overrides.json of imported weights; empty: the bundle's own.
-        size: side of the cube that an ONNX graph is traced with, an even multiple of what the network needs.
-
-    Returns:
-        Path of the file.
-    """
-    from brainfm_monai.exports import export_bundle
-
-    configs = [find_bundle(bundle) / "configs" / "inference.json", *([Path(str(overrides))] if overrides else [])]
-    return str(export_bundle(configs, str(bundle), str(output), size=size))
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:

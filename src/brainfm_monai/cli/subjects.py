@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 Command = Callable[..., Any]
 
 
-def loader(module: str, name: str, doc: str, *, is_shown: bool = True) -> Callable[..., Command]:
-    """A function that imports a command of the package; Fire prints what the command returns if ``is_shown``.
+def loader(module: str, name: str, doc: str = "") -> Callable[..., Command]:
+    """A function that imports a command of the package; Fire prints what the command returns, unless it is a list.
 
     ``doc`` is what the list of commands says, for which nothing is imported.
     """
@@ -21,10 +21,11 @@ def loader(module: str, name: str, doc: str, *, is_shown: bool = True) -> Callab
         function: Command = getattr(import_module(f"brainfm_monai.{module}"), name)
 
         @wraps(function)
-        def command(*args: Any, **kwargs: Any) -> None:
-            function(*args, **kwargs)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            return None if isinstance(result, list) else result
 
-        return function if is_shown else command
+        return command
 
     load.__doc__ = doc
     return load
@@ -33,11 +34,9 @@ def loader(module: str, name: str, doc: str, *, is_shown: bool = True) -> Callab
 class Prepare:
     """Prepare subjects for training from label maps, from FreeSurfer's results, or from a BIDS folder."""
 
-    labels = property(loader("data.prepare", "prepare_labels", "Out of label maps.", is_shown=False))
-    freesurfer = property(
-        loader("data.freesurfer", "prepare_freesurfer", "Out of FreeSurfer's results.", is_shown=False)
-    )
-    bids = property(loader("data.bids", "prepare_bids", "Out of a BIDS folder.", is_shown=False))
+    labels = property(loader("data.prepare", "prepare_labels"))
+    freesurfer = property(loader("data.freesurfer", "prepare_freesurfer"))
+    bids = property(loader("data.bids", "prepare_bids"))
 
 
 def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
@@ -65,13 +64,14 @@ def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
 class Data:
     """Download open data, write the datalist of prepared subjects, and look for faults in subjects."""
 
-    fetch = property(loader("data.fetch", "fetch_dataset", "Download an open data set.", is_shown=False))
-    list = property(loader("data.datalist", "write_datalist", "Write the datalist of folders of subjects."))
+    fetch = property(loader("data.fetch", "fetch_dataset"))
+    list = property(loader("data.datalist", "write_datalist"))
     check = staticmethod(check_data)
 
 
 POSTPONED = {  # commands that are imported when they are called
     "preview": loader("preview", "write_preview", "Draw a contact sheet of generated scans with their targets."),
     "compare": loader("evaluation", "compare_evaluations", "Compare two evaluations of the same scans."),
-    "demo-scans": loader("data.fetch", "write_demo_scans", "Write two scans to try things on.", is_shown=False),
+    "export": loader("exports", "export_bundle", "Write the bundle's network with its weights as TorchScript or ONNX."),
+    "demo-scans": loader("data.fetch", "write_demo_scans", "Write two scans to try things on."),
 }
