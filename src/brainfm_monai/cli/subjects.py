@@ -1,12 +1,9 @@
 """Commands that are functions of the package, and the groups of those that make, list and check training subjects."""
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 Command = Callable[..., Any]
 
@@ -39,34 +36,12 @@ class Prepare:
     bids = property(loader("data.bids", "prepare_bids"))
 
 
-def check_data(source: str, jobs: int = 1, picture: str | None = None) -> None:
-    """Look for the faults of a set of subjects; the exit status is 1 if there are any.
-
-    Grids that differ within a subject, unknown ids, empty targets, intensities out of range, left and right exchanged,
-    heads that lie on their side or are implausible, distances that disagree with labels, coordinates that fold, and
-    several protocols.
-
-    Args:
-        source: datalist, folder of prepared subjects, or folder in BrainFM's own layout.
-        jobs: subjects that are checked at once; each needs about 2 GB.
-        picture: folder for one contact sheet per subject.
-    """
-    from brainfm_monai.data.check import check_set
-    from brainfm_monai.data.datalist import count_subjects, format_counts
-
-    findings, entries = check_set(str(source), jobs=jobs, picture_dir=picture)
-    logger.info("%s", format_counts(count_subjects(entries)))
-    if findings:
-        lines = [f"{finding.subject}: {finding.rule}: {finding.found}" for finding in findings]
-        raise SystemExit("\n".join([f"{len(findings)} faults in {len(entries)} subjects:", *lines]))
-
-
 class Data:
     """Download open data, write the datalist of prepared subjects, and look for faults in subjects."""
 
     fetch = property(loader("data.fetch", "fetch_dataset"))
     list = property(loader("data.datalist", "write_datalist"))
-    check = staticmethod(check_data)
+    check = property(loader("data.check", "check_data"))
 
 
 POSTPONED = {  # commands that are imported when they are called

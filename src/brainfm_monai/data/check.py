@@ -1,5 +1,6 @@
 """The faults of a set of subjects, found in its files, and a picture of all that a training would see of a subject."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
-from brainfm_monai.data.datalist import check_protocols, find_subjects, read_datalist
+from brainfm_monai.data.datalist import check_protocols, count_subjects, find_subjects, format_counts, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
@@ -17,6 +18,8 @@ from brainfm_monai.data.subjects import CONTRASTS, run_parallel
 from brainfm_monai.io import write_whole
 from brainfm_monai.slices import Cell, Slice, blend, compose, cut_slices, encode, paint, shade
 from brainfm_monai.tasks import TASKS
+
+logger = logging.getLogger(__name__)
 
 BRAIN_RANGE_ML = (400.0, 2600.0)  # an infant of some months; the largest brains measured, with ventricles
 GRID_TOLERANCE_MM = 0.01
@@ -49,15 +52,29 @@ class Finding(NamedTuple):
     found: str
 
 
+def check_data(source: str | Path, jobs: int = 1, picture: str | Path | None = None) -> None:
+    """Look for the faults of a set of subjects; the exit status is 1 if there are any.
+
+    Grids that differ within a subject, unknown ids, empty targets, intensities out of range, left and right exchanged,
+    heads that lie on their side or are implausible, distances that disagree with labels, coordinates that fold, and
+    several protocols.
+
+    Args:
+        source: datalist, folder of prepared subjects, or folder in BrainFM's own layout.
+        jobs: subjects that are checked at once; each needs about 2 GB.
+        picture: folder for one contact sheet per subject; none are drawn without it.
+    """
+    findings, entries = check_set(source, jobs=jobs, picture_dir=picture)
+    logger.info("%s", format_counts(count_subjects(entries)))
+    if findings:
+        lines = [f"{finding.subject}: {finding.rule}: {finding.found}" for finding in findings]
+        raise SystemExit("\n".join([f"{len(findings)} faults in {len(entries)} subjects:", *lines]))
+
+
 def check_set(
     source: str | Path, *, jobs: int = 1, picture_dir: str | Path | None = None
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """Check every subject of a datalist or a folder; return the faults, and the entries that were checked.
-
-    Args:
-        source: datalist, or a folder that :func:`find_subjects` reads.
-        jobs: number of processes; each needs about 2 GB.
-        picture_dir: folder for one contact sheet per subject; none are drawn without it.
+    """Check every subject as :func:`check_data` does; return the faults, and the entries that were checked.
 
     Raises:
         FileNotFoundError: if there is no such list or folder.

@@ -124,24 +124,21 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
     sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"
     try:
         sections = json.loads(path.read_text(encoding="utf-8"))
-        if section is None:
-            items = [{**item, "section": name} for name in SECTIONS for item in sections.get(name, [])]
-        else:
-            items = [dict(item) for item in sections[section]]
+        all_items = [{**item, "section": name} for name in SECTIONS for item in sections.get(name, [])]
+        items = all_items if section is None else [dict(item) for item in sections[section]]
     except KeyError:
         raise ValueError(f"{sections_needed}, found the sections {', '.join(sections) or 'none'}") from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{sections_needed}, found {error}") from error
     if protocol is not None:
         check_protocols(items, str(path), protocol)
-    for person in _find_leaks(sections):
+    for person in _find_leaks([item for item in all_items if "subject" in item]):
         logger.warning("%s: a person must be in one section, found %s", path, person)
     return [{key: _absolute(key, value, path.parent) for key, value in item.items()} for item in items]
 
 
-def _find_leaks(sections: Mapping[str, Any]) -> list[str]:
+def _find_leaks(items: Sequence[Mapping[str, Any]]) -> list[str]:
     """Subjects of a list that are one person by their names, in several sections."""
-    items = [{**item, "section": name} for name in SECTIONS for item in sections.get(name, []) if "subject" in item]
     persons = find_persons({str(i): item for i, item in enumerate(items)})
     first: dict[str, Mapping[str, Any]] = {}
     leaks = []
