@@ -7,21 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from brainfm_monai.anatomy import Protocol, Structure
-    from brainfm_monai.prediction import Prediction
+    from brainfm_monai.prediction import Prediction, predict
     from brainfm_monai.tasks import TASKS, Task, TaskLayout
 
 __version__ = "0.2.0"
 
 __all__ = ["TASKS", "Prediction", "Protocol", "Structure", "Task", "TaskLayout", "__version__", "predict"]
 
-HOMES = {
-    "Prediction": "prediction",
-    "Protocol": "anatomy",
-    "Structure": "anatomy",
-    "TASKS": "tasks",
-    "Task": "tasks",
-    "TaskLayout": "tasks",
-}
+HOMES = {"Prediction": "prediction", "predict": "prediction", "Protocol": "anatomy", "Structure": "anatomy"}
+HOMES |= {"TASKS": "tasks", "Task": "tasks", "TaskLayout": "tasks"}
 
 
 def __getattr__(name: str) -> Any:
@@ -29,10 +23,3 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'brainfm_monai' has no attribute '{name}'")
     return getattr(import_module(f"brainfm_monai.{HOMES[name]}"), name)
-
-
-def predict(image: Any, bundle: str = "bundle", **overrides: Any) -> Prediction:
-    """Predict every map of one scan: see :func:`brainfm_monai.prediction.predict`."""
-    from brainfm_monai.prediction import predict as predict_one  # its libraries come with the extra "report"
-
-    return predict_one(image, bundle, **overrides)

@@ -130,7 +130,8 @@ def make_volumes(
     ids = labels.fold_ids(ids)
     for known in (painted, protocol) if painted else ():
         known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
-    ids, affine = labels.cut_to_brain(ids, affine, settings["spatial_size"], source)
+    centre = labels.find_brain_centre(ids, labels.BOX_IDS, source)
+    ids, affine = labels.crop_to_box(ids, affine, centre, settings["spatial_size"])
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
     distance = _read_surface_distances(files, affine, ids.shape)
     scans: dict[str, contrasts.BoxScan] = {}

@@ -158,11 +158,6 @@ def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "
     return (np.array(start) + np.array(end) - 1) / 2
 
 
-def cut_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str) -> Image:
-    """The box around cerebrum and cerebellum of a map of FreeSurfer ids, and its affine; see :func:`crop_to_box`."""
-    return crop_to_box(ids, affine, find_brain_centre(ids, BOX_IDS, source), spatial_size)
-
-
 def crop_to_box(volume: np.ndarray, affine: np.ndarray, centre: np.ndarray, spatial_size: Sequence[int]) -> Image:
     """Cut a box of fixed size out of a volume, with zeros outside the volume, and move the affine (4, 4) with it.
 

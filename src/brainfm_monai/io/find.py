@@ -230,7 +230,9 @@ def _from_table(path: Path) -> list[Scan]:
 
 def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
     subjects = {folder.name.removeprefix("sub-"): folder for folder in sorted(path.glob("sub-*")) if folder.is_dir()}
-    labels = list(subjects) if participant_label is None else _split_labels(participant_label)
+    given = [participant_label] if isinstance(participant_label, str | int) else participant_label
+    words = [word for label in given or () for word in re.split(r"[\s,]+", str(label)) if word]  # one may hold several
+    labels = list(subjects) if given is None else [word.removeprefix("sub-") for word in words]
     absent = [label for label in labels if label not in subjects]
     if absent and len(absent) == len(labels):
         raise FileNotFoundError(f"{path}: the participants {', '.join(absent)} are wanted, found no such folders sub-*")
@@ -273,9 +275,3 @@ def find_contradiction(file: Path, root: Path) -> str:
         if key in ("sub", "ses") and named.get(key, value) != value:
             return f"its name and its folder must be of one {key}-*, found {key}-{named[key]} in {folder}"
     return ""
-
-
-def _split_labels(participant_label: str | int | Sequence[str | int]) -> list[str]:
-    """Labels of subjects without ``sub-``; a string may hold several, separated by blanks or commas."""
-    given = [participant_label] if isinstance(participant_label, str | int) else list(participant_label)
-    return [part.removeprefix("sub-") for entry in given for part in re.split(r"[\s,]+", str(entry)) if part]
