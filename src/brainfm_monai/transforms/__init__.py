@@ -2,9 +2,6 @@
 
 from brainfm_monai.io import ScanError
 from brainfm_monai.transforms.maps import MODES, SplitTasksd, allowed_labels
-from brainfm_monai.transforms.reading import LoadScand, NormalisePercentilesd, ScanSpacingd, read_scan
+from brainfm_monai.transforms.reading import LoadScand, NormalisePercentilesd, ScanSpacingd
 
-__all__ = [
-    "MODES", "LoadScand", "NormalisePercentilesd", "ScanError", "ScanSpacingd", "SplitTasksd", "allowed_labels",
-    "read_scan",
-]  # fmt: skip
+__all__ = ["MODES", "LoadScand", "NormalisePercentilesd", "ScanError", "ScanSpacingd", "SplitTasksd", "allowed_labels"]

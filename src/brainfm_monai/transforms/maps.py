@@ -91,9 +91,7 @@ class SplitTasksd(MapTransform):
                 task, part = self.layout.tasks[name], part[0]
                 if task.kind == "labels":
                     entries = self._decide(key, part, output)
-                elif (
-                    len(output) < self.layout.channels
-                ):  # labels are decided: nearly all of the output's memory is of maps
+                elif len(output) < self.layout.channels:  # labels are decided: the output's memory is that of maps
                     entries = {task.entry: part.copy_(task.to_map(part))}
                 else:
                     entries = {task.entry: task.to_map(part)}
@@ -107,8 +105,7 @@ class SplitTasksd(MapTransform):
         """Label map, entropy and soft volumes, slab by slab."""
         if len(logits) == 1:  # decided already, by an inferer in little memory
             decided = logits.to(torch.uint8)
-            excluded = sorted(set(decided.unique().tolist()) - set(self.allowed))
-            if excluded:
+            if excluded := sorted(set(decided.unique().tolist()) - set(self.allowed)):
                 raise ValueError(f"the mode excludes the labels {excluded}: decide the labels among those of the mode")
             return {key: decided, **({"segmentation": decided.clone()} if self.probabilities else {})}
         allowed = torch.tensor(self.allowed, device=logits.device)

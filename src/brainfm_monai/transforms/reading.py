@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,12 +36,6 @@ def parse_window(window: Any) -> tuple[float, float] | str | None:
     if low >= high:
         raise ValueError(f"window: 'auto' or two rising numbers [low, high] are needed, found {window!r}")
     return (low, high)
-
-
-def read_scan(path: str | Path, frame: int | str | None = None) -> MetaTensor:
-    """Read one scan as an image: float32, shape (1, H, W, D); see :func:`brainfm_monai.io.read_scan`."""
-    volume = io.read_scan(path, frame)
-    return MetaTensor(torch.from_numpy(volume.values)[None], affine=torch.from_numpy(volume.affine))
 
 
 class LoadScand(LoadImaged):

@@ -66,9 +66,8 @@ def _judge_hounsfield(values: np.ndarray) -> tuple[bool, str, float]:
         return float(((part >= limits[0]) & (part < limits[1])).mean()) if len(part) else 0.0
 
     air = float((values <= AIR_HU).mean())
-    negative, water, bone, brain = (
-        measure(head, limits) for limits in (NEGATIVE_HU, WATER_HU, BONE_HU, BRAIN_WINDOW_HU)
-    )
+    ranges = (NEGATIVE_HU, WATER_HU, BONE_HU, BRAIN_WINDOW_HU)
+    negative, water, bone, brain = (measure(head, limits) for limits in ranges)
     fat, edge = (measure(values, limits) / (limits[1] - limits[0]) for limits in (FAT_HU, EDGE_HU))
     is_ct = air >= MINIMUM_AIR and negative >= MINIMUM_NEGATIVE and fat >= FAT_PER_EDGE * edge
     is_ct = is_ct and water >= MINIMUM_WATER and BONE_RANGE[0] <= bone <= BONE_RANGE[1]
