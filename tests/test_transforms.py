@@ -23,7 +23,6 @@ from brainfm_monai.transforms import (
     ScanSpacingd,
     SplitTasksd,
     allowed_labels,
-    read_scan,
 )
 
 RAMP = np.arange(12 * 14 * 16, dtype=np.float32).reshape(12, 14, 16)
@@ -35,11 +34,12 @@ def write(path: Path, data: np.ndarray, zooms_mm: float = 1.0) -> Path:
 
 
 def test_a_scan_is_read_as_an_image(tmp_path: Path) -> None:
-    image = read_scan(write(tmp_path / "scan.nii", RAMP, zooms_mm=2.0))
+    load, path = LoadScand("image"), write(tmp_path / "scan.nii", RAMP, zooms_mm=2.0)
+    image = load({"image": path})["original"]
     np.testing.assert_array_equal(image.numpy()[0], RAMP)
     np.testing.assert_array_equal(image.affine.numpy(), np.diag([2.0, 2.0, 2.0, 1.0]))
     with pytest.raises(ScanError, match="found no such file"):
-        read_scan(tmp_path / "none.nii")
+        load({"image": tmp_path / "none.nii"})
 
 
 def test_loading_gives_one_channel_and_the_scans_name(tmp_path: Path) -> None:

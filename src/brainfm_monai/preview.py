@@ -32,7 +32,6 @@ PROTOCOL = "synthseg_head"  # of the segmentation
 COLUMNS = 2  # samples side by side
 PIXEL_MM, SMALLEST_CELL = 0.75, 180  # the text of a sample fits into a cell
 CHARACTER_PIXELS = 7  # width of a letter, about
-MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 
 
@@ -116,7 +115,7 @@ def _draw_row(maps: Mapping[str, np.ndarray], text: str, layout: TaskLayout) -> 
     """What was drawn for a sample, its image in three planes, and its targets, as the table of tasks says."""
     image = maps["image"]
     pixel_mm = min(PIXEL_MM, max(image.shape[1:]) / SMALLEST_CELL)
-    cuts = cut_slices(np.ones(image.shape[1:]), VOXELS, MIDDLE, pixel_mm=pixel_mm)
+    cuts = cut_slices(np.ones(image.shape[1:]), VOXELS, pixel_mm=pixel_mm)
     bases = [shade(cut.read(image, VOXELS)[..., 0]) for cut in cuts]
     width = max(bases[0].shape[1] // CHARACTER_PIXELS, 10)
     lines = "\n".join(textwrap.fill(line, width) for line in text.split("\n"))

@@ -49,6 +49,7 @@ class Plane(NamedTuple):
 
 
 PLANES = {"axial": Plane(2, 0, 1, "RL"), "coronal": Plane(1, 0, 2, "RL"), "sagittal": Plane(0, 1, 2, "AP")}
+MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,8 @@ def find_box(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def cut_slices(
-    mask: np.ndarray, affine: np.ndarray, positions: Mapping[str, Sequence[float]], margin_mm: float | None = None,
-    pixel_mm: float = 1.0,
+    mask: np.ndarray, affine: np.ndarray, positions: Mapping[str, Sequence[float]] = MIDDLE,
+    margin_mm: float | None = None, pixel_mm: float = 1.0,
 ) -> list[Slice]:  # fmt: skip
     """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
 

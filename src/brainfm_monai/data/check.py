@@ -33,7 +33,6 @@ MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
 MAXIMUM_MNI_MM = 150.0
 MINIMUM_TARGET_SHARE = 0.001  # of the box
 CHANNELS = {"lp": PIAL_IDS["left"], "lw": WHITE_IDS["left"], "rp": PIAL_IDS["right"], "rw": WHITE_IDS["right"]}
-MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 ROWS = (*CONTRASTS, "generation_labels", "segmentation", "distance", "mni")
 LABELS = ("generation_labels", "segmentation")
 DEFACED = (0.35, 0.0, 0.35, 1.0)
@@ -254,7 +253,7 @@ def write_contact_sheet(subject: LoadedSubject, path: Path, faults: Sequence[str
     in red under the title.
     """
     key = "segmentation" if "segmentation" in subject.keys else subject.keys[0]
-    slices = cut_slices(subject[key] > 0, subject.affine(key), MIDDLE)
+    slices = cut_slices(subject[key] > 0, subject.affine(key))
     bases = [np.zeros((*cut.points_mm.shape[:2], 3)) for cut in slices]
     rows: list[list[Cell]] = []
     for name in (name for name in ROWS if name in subject.keys):

@@ -29,7 +29,6 @@ GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage, bytes
 SCORES = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
 SMALLEST_PANEL = 144  # pixels of the longest side: captions have room
-MIDDLE = {"axial": (0.5,), "coronal": (0.5,), "sagittal": (0.5,)}
 VOXELS = np.eye(4)  # affine of a batch: RAS axes
 
 
@@ -215,7 +214,7 @@ def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], lay
         if name in target and float(target.get(f"available_{name}", 1)) > 0:
             columns.append((f"{name} (true)", task, task.target_to_map(target[name])))
     shape = tuple(image.shape[1:])
-    cuts = cut_slices(np.ones(shape), VOXELS, MIDDLE, pixel_mm=min(1.0, max(shape) / SMALLEST_PANEL))
+    cuts = cut_slices(np.ones(shape), VOXELS, pixel_mm=min(1.0, max(shape) / SMALLEST_PANEL))
     rows = []
     for number, cut in enumerate(cuts):
         base = shade(cut.read(image, VOXELS)[..., 0])
