@@ -10,7 +10,7 @@ import fire
 
 from brainfm_monai.cli.bundle import evaluate, import_weights, predict, train
 from brainfm_monai.cli.doctor import doctor, version
-from brainfm_monai.cli.subjects import POSTPONED, Data, Prepare
+from brainfm_monai.cli.functions import POSTPONED, Data, Prepare
 from brainfm_monai.cli.words import spell_out
 
 __all__ = ["COMMANDS", "main"]
