@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Two workers on two cores: one thread each, here and in every process that a test starts.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
@@ -43,3 +45,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real scans at {folder}")
     return folder
+
+
+class HostWatch(TorchDispatchMode):
+    """Collects what would make a host wait for a device, and what draws a number or makes a tensor of the host's."""
+
+    WAITS = (
+        "_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal", "unique", "masked_select", "bincount",
+        "randn", "rand",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1]
+        if name in self.WAITS or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watch_host() -> type[HostWatch]:
+    """A context in which everything that waits for a device is collected."""
+    return HostWatch

@@ -12,7 +12,6 @@ import pytest
 import torch
 from monai.transforms import RandKSpaceSpikeNoise
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
@@ -759,40 +758,14 @@ def test_a_subject_may_name_its_generation_protocol_but_a_batch_has_one() -> Non
 # -- purity ----------------------------------------------------------------------------------------------------------------
 
 
-class _Watch(TorchDispatchMode):
-    """Collects what would make a host wait for a device: reading a number, or making a tensor out of the host's numbers."""
-
-    WAITS = (
-        "_local_scalar_dense",
-        "lift_fresh",
-        "nonzero",
-        "is_nonzero",
-        "equal",
-        "unique",
-        "masked_select",
-        "randn",
-        "rand",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).split(".")[1]
-        if name in self.WAITS or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def test_rendering_waits_for_nothing_and_draws_nothing() -> None:
+def test_rendering_waits_for_nothing_and_draws_nothing(watch_host: Any) -> None:
     subject, params = full_batch(2), None
     synthesizer = Synthesizer(BUSY, LAYOUT, SIZE, samples=2)
     params = synthesizer.draw(subject, [0, 1])
-    with _Watch() as watch, torch.no_grad():
+    with watch_host() as watch, torch.no_grad():
         render(subject, params, LAYOUT)
     assert watch.found == []
-    with _Watch() as watch:
+    with watch_host() as watch:
         torch.tensor([1.0]).item()
     assert {"lift_fresh", "_local_scalar_dense"} <= set(watch.found)
 
