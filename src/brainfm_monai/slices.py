@@ -6,7 +6,7 @@ whole. Pictures follow the radiological convention: left in a picture is the pat
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -58,6 +58,8 @@ class Slice:
 
     plane: Plane  # which axes it shows
     points_mm: np.ndarray  # RAS mm of every pixel, shape (rows, columns, 3)
+    # voxel indices of every pixel, shape (1, 3, rows, columns, 1), by the affine of the grid: many maps share one
+    indices: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
 
     def read(self, volume: Tensor | np.ndarray, affine: np.ndarray, nearest: bool = False) -> np.ndarray:
         """Values of a volume, (C, H, W, D), in the slice: shape (rows, columns, C).
@@ -65,8 +67,11 @@ class Slice:
         Linear interpolation to float32; beyond the volume its border goes on linearly. ``nearest`` takes the nearest
         voxel in the volume's type (labels), 0 beyond it. ``affine`` leads from voxel indices to RAS mm.
         """
-        index = nib.affines.apply_affine(np.linalg.inv(np.asarray(affine, dtype=np.float64)), self.points_mm)
-        coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
+        matrix = np.asarray(affine, dtype=np.float64)
+        if (coordinates := self.indices.get(matrix.tobytes())) is None:
+            index = nib.affines.apply_affine(np.linalg.inv(matrix), self.points_mm)
+            coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
+            self.indices[matrix.tobytes()] = coordinates
         plain = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
         source = plain[None].detach().cpu()
         if nearest:

@@ -1,11 +1,17 @@
 """Commands that run a config of the bundle, and bring weights in."""
 
+import ctypes
+import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from brainfm_monai.io import bundle_arguments, find_bundle, literal
 
+# M_MMAP_THRESHOLD, bytes from which memory goes back to the kernel at once, and M_TRIM_THRESHOLD, most bytes that are
+# kept, by their numbers in malloc.h. A map of 1 mm has 35 to 70 MB.
+KEPT = {-3: 2**27, -1: 2**29}
 PRECISIONS = ("float32", "bfloat16", "float16")
 MEMORY_MODES = ("auto", "full", "low", "windows")
 FULL_BEFORE = ("whole", "slabs")  # names of version 0.1 for full
@@ -59,12 +65,25 @@ def predict(
         labels = [participant_label] if isinstance(participant_label, str | int) else participant_label
         settings["participant_label"] = [literal(str(label)) for label in labels]
     settings |= {"input": literal(str(input)), "output_dir": literal(str(output)), **overrides}
+    if memory != "low":
+        _keep_freed_memory()
     if cluster is None:
         run_bundle(bundle, ["inference.json"], **settings)
     else:
         from brainfm_monai.prediction.cluster import predict_on_cluster
 
         predict_on_cluster(cluster, _settings(bundle, ["inference.json"], **settings))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc give freed memory of maps to the next maps, unless the environment has settings of its own.
+
+    Otherwise every map gets new pages of the kernel, which took a fifth of the CPU seconds of a scan; the process takes
+    0.1 to 0.3 GB more.
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        for option, size in KEPT.items():
+            ctypes.CDLL(None).mallopt(option, size)
 
 
 def train(

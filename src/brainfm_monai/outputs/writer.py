@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -32,6 +32,7 @@ FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
 WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
+LONGEST = "surfaces"  # output that takes about as long as all others
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
@@ -118,7 +119,7 @@ class ScanWriter:
                     partial.mkdir(parents=True)
                     held.enter_context(locked(partial))
                 result = self._result(item, scan, partial)
-                _run(self.writers.values(), result)
+                _run(self.writers, result)
                 for warning in result.warnings:
                     logger.warning("%s: %s", result.name, warning)
                 with locked(self.output_dir):
@@ -249,29 +250,31 @@ def _warn(result: ScanResult) -> None:
     result.warnings.extend(collect_warnings(result))
 
 
-def _run(writers: Iterable[Writer], result: ScanResult) -> None:
-    """Write the files of all outputs, those of :data:`SHOWN` last.
+def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
+    """Write the files of all outputs, those of :data:`SHOWN` last; the longest begins first.
 
     What is found does not depend on which output ends first: each has warnings and a summary of its own, which are
     joined in the order of the outputs. Of several errors, that of the first output is raised.
     """
-    beside = [_warn, *(write for write in writers if write not in SHOWN)]
-    last = [write for write in writers if write in SHOWN]
-    parts = [replace(result, summary={}, warnings=[]) for _ in beside]
+    beside = {"": _warn, **{name: write for name, write in writers.items() if write not in SHOWN}}
+    last = [write for write in writers.values() if write in SHOWN]
+    parts = {name: replace(result, summary={}, warnings=[]) for name in beside}
     threads = torch.get_num_threads()
     share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
     with ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,)) as pool:
-        jobs = [pool.submit(write, part) for write, part in zip(beside, parts, strict=True)]
-        jobs += [pool.submit(SHOWN[write], result) for write in last]
+        jobs = {
+            name: pool.submit(beside[name], parts[name]) for name in sorted(beside, key=lambda name: name != LONGEST)
+        }
+        ahead = [pool.submit(SHOWN[write], result) for write in last]
         try:
-            for job in jobs:
+            for job in [*(jobs[name] for name in beside), *ahead]:
                 job.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         finally:
             torch.set_num_threads(threads)  # threads that begin later would have the share, too
-    for part in parts:
+    for part in parts.values():
         result.summary.update(part.summary)
         result.warnings.extend(part.warnings)
     for write in last:
