@@ -167,10 +167,9 @@ class EvaluationWriter:
     def _read_measures(self, scan: Case) -> dict[str, Any]:
         """What is stored of a case; empty where it was not measured."""
         try:
-            content: dict[str, Any] = json.loads(self._stored(scan).read_text(encoding="utf-8"))
+            return json.loads(self._stored(scan).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return content
 
     def _keeps_files(self, scan: Case) -> bool:
         """Whether the maps are written, too: of scans that are files, as they are."""

@@ -91,8 +91,7 @@ def _build(settings: str) -> ConfigParser:
     """The parsed config, which a process keeps for its next scan; settings as JSON."""
     workflow = ConfigWorkflow(workflow_type="inference", **json.loads(settings))
     workflow.initialize()
-    parser: ConfigParser = workflow.parser
-    return parser
+    return workflow.parser
 
 
 def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,7 @@ class ScanLoader(Iterable[dict[str, Any]]):
                 yield number, ahead.pop(0).result
 
     def _read(self, number: int) -> dict[str, Any]:
-        batch: dict[str, Any] = list_data_collate([self.dataset[number]])
-        return batch
+        return list_data_collate([self.dataset[number]])
 
 
 def share_of(count: int, shard: str | None = None) -> list[int]:
