@@ -62,6 +62,10 @@ def test_both_directions_differ_where_one_surface_has_less() -> None:
     assert measures["to_reference_p95"] < 1e-6
     assert measures["from_reference_p95"] > 12
     assert measures["from_reference_median"] < 1e-6
+    assert "from_cortex_mean" not in measures
+    near = both[0][:, 0] < 35
+    assert compare_surfaces(make_ball(11), both, near)["from_cortex_p95"] < 1e-6
+    assert compare_surfaces(make_ball(11), both, ~near)["from_cortex_mean"] > 12
 
 
 def test_a_handle_and_crossings_are_counted() -> None:
@@ -119,6 +123,19 @@ def test_each_side_is_compared_with_its_own() -> None:
     assert found["surface_thickness", "left", "vertex_thickness_bias"] == pytest.approx(1, abs=0.05)
     assert found["surface_thickness", "right", "vertex_thickness_bias"] == pytest.approx(0, abs=0.03)
     assert {value for (_, _, metric), value in found.items() if metric == "found"} == {1}
+
+
+def test_the_wall_of_the_reference_is_left_out_of_the_way_back_from_its_cortex() -> None:
+    """The reference's white surface is the pial one in half of the ball, in which it lies 1.5 mm further out."""
+    white, wall = (make_distance(CENTRES["l"], radius) for radius in (10.5, 12.0))
+    upper = np.arange(SIZE[2]) > CENTRES["l"][2]
+    fields = [np.where(upper, wall, make_distance(CENTRES["l"], 13.0)), np.where(upper, wall, white)]
+    reference = make_case(TRUTH)["distance"].clone()
+    reference[:2] = torch.from_numpy(np.stack(fields)).float().clamp(-3, 3)
+    found = values_of(MeasureSurfaces()(make_case(TRUTH, target_distance=reference)))
+    assert found["surface_white", "left", "from_reference_mean"] > 0.6
+    assert found["surface_white", "left", "from_cortex_mean"] < 0.2
+    assert found["surface_white", "right", "from_cortex_mean"] == found["surface_white", "right", "from_reference_mean"]
 
 
 def test_a_surface_that_is_not_predicted_is_counted() -> None:

@@ -38,16 +38,21 @@ def _find_nearest(points: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarra
     return np.sqrt(squared), nearest
 
 
-def compare_surfaces(pred: Mesh, reference: Mesh) -> dict[str, float]:
+def compare_surfaces(pred: Mesh, reference: Mesh, cortex: np.ndarray | None = None) -> dict[str, float]:
     """Distances in mm between two surfaces of the same space, and what is wrong with the predicted one by itself.
 
     ``to_reference_mean``, ``_median`` and ``_p95`` (95th percentile) are of the distances from the vertices of the
-    prediction to the triangles of the reference, ``from_reference_*`` of those back; ``euler_number`` of the prediction
-    is 2 for a sphere and 2 less for each handle, ``crossing_share`` that of its faces that cross another face.
+    prediction to the triangles of the reference, ``from_reference_*`` of those back, ``from_cortex_*`` of those back
+    from vertices of the reference that ``cortex``, (V,) bool, tells: references differ in the medial wall, which has
+    none. ``euler_number`` of the prediction is 2 for a sphere and 2 less for each handle, ``crossing_share`` that of
+    its faces that cross another face.
     """
+    back = _find_nearest(reference[0], pred)[0]
+    distances = {"to_reference": _find_nearest(pred[0], reference)[0], "from_reference": back}
+    if cortex is not None and cortex.any():
+        distances["from_cortex"] = back[cortex]
     measures: dict[str, float] = {}
-    for name, points, mesh in (("to_reference", pred[0], reference), ("from_reference", reference[0], pred)):
-        distance = _find_nearest(points, mesh)[0]
+    for name, distance in distances.items():
         statistics = {"mean": distance.mean(), "median": np.median(distance), "p95": np.percentile(distance, 95)}
         measures |= {f"{name}_{statistic}": float(value) for statistic, value in statistics.items()}
     return measures | {"euler_number": compute_euler_number(pred[1]), "crossing_share": compute_crossing_share(*pred)}
@@ -129,9 +134,13 @@ class MeasureSurfaces(Transform):
         for side in ("left", "right"):
             measures: dict[str, dict[str, float]] = {}
             names = {kind: f"{side}_{kind}" for kind in ("white", "pial")}
+            both = [reference[name] for name in names.values() if name in reference]
+            cortex = compute_vertex_thickness(*both) > MEDIAL_WALL_MM if len(both) == len(names) else None
             for kind, name in names.items():
                 if name in reference:
-                    own = compare_surfaces(pred[name], reference[name]) if name in pred else {}
+                    same = cortex is not None and len(cortex) == len(reference[name][0])
+                    mask = cortex if same else None
+                    own = compare_surfaces(pred[name], reference[name], mask) if name in pred else {}
                     measures[f"surface_{kind}"] = {"found": float(name in pred), **own}
             if {*names.values()} <= pred.keys() & reference.keys():
                 pairs = ([meshes[name] for name in names.values()] for meshes in (pred, reference))

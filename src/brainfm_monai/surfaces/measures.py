@@ -66,19 +66,19 @@ def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarra
     Desbrun, Schroeder, Barr, Discrete differential-geometry operators for triangulated 2-manifolds, 2003).
     """
     count, points = len(vertices), vertices.astype(np.float64)
-    weights, normals = sparse.csr_matrix((count, count)), np.zeros((count, 3))
+    corners = points[faces.T]
+    normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])
+    doubled = np.maximum(np.linalg.norm(normal, axis=1), 1e-6)  # areas
+    weights = sparse.csr_matrix((count, count))
     for i in range(3):
-        tip, one, two = (faces[:, (i + k) % 3] for k in range(3))
-        u, v = points[one] - points[tip], points[two] - points[tip]
-        normal = np.cross(u, v)
-        cotangent = np.einsum("ij,ij->i", u, v) / np.maximum(np.linalg.norm(normal, axis=1), 1e-6)
-        weights += sparse.csr_matrix(
-            (cotangent.clip(-5, 5) / 2, (one, two)), shape=(count, count)
-        )  # clipped in slivers
-        np.add.at(normals, tip, normal)
+        u, v = (corners[(i + k) % 3] - corners[i] for k in (1, 2))
+        cotangent = (np.einsum("ij,ij->i", u, v) / doubled).clip(-5, 5)  # clipped in slivers
+        ends = faces[:, (i + 1) % 3], faces[:, (i + 2) % 3]
+        weights += sparse.csr_matrix((cotangent / 2, ends), shape=(count, count))
+    normals = np.stack([np.bincount(faces.reshape(-1), np.repeat(axis, 3), count) for axis in normal.T], axis=1)
     weights += weights.T
     laplacian = weights @ points - np.asarray(weights.sum(axis=1)) * points
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
     area = np.maximum(compute_areas_mm2(points, faces), 1e-6)
     return (-np.einsum("ij,ij->i", laplacian, normals) / (2 * area)).astype(np.float32)
 

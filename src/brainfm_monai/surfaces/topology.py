@@ -18,6 +18,7 @@ CORNERS = np.array(list(np.ndindex(2, 2, 2)))  # of a cube
 EDGES = CORNERS[1:]  # the seven directions of edges
 NEIGHBOURS = np.concatenate([EDGES, -EDGES])
 LEVELS = 32  # groups of voxels of similar level that are added one after the other
+CELL = 6.0  # voxels or mm: vertices and triangles are ordered by cells of this size
 NUDGE = 0.05  # level, in mm, of voxels that were moved across the surface, and least share of an edge before a vertex
 
 
@@ -141,7 +142,15 @@ def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     start = np.stack(np.unravel_index(first, level.shape), axis=-1)
     vertices = start + position[:, None] * direction - 1
     vertices, faces = merge_vertices(vertices, faces, np.where(position < 0.5, first, second))
-    return vertices, faces, level[1:-1, 1:-1, 1:-1]
+    order = sort_by_cell(vertices)  # what is near in space is near in memory: searches and samples take less time
+    vertices, faces = vertices[order], np.argsort(order)[faces]
+    return vertices, faces[np.argsort(faces[:, 0], kind="stable")], level[1:-1, 1:-1, 1:-1]
+
+
+def sort_by_cell(points: np.ndarray) -> np.ndarray:
+    """Order of points (N, 3) by cells of a coarse grid: (N,)."""
+    cells = ((points - points.min(axis=0)) // CELL).astype(np.int64) @ [1 << 20, 1 << 10, 1]
+    return np.argsort(cells, kind="stable")
 
 
 def _renumber(numbers: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
