@@ -18,6 +18,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, write_table, write_text
@@ -261,7 +262,8 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     parts = {name: replace(result, summary={}, warnings=[]) for name in beside}
     threads = torch.get_num_threads()
     share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
-    with ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,)) as pool:
+    pool = ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,))
+    with threadpool_limits(1, "blas"), pool:  # its threads wait in a loop for the next product: a third of all CPU time
         jobs = {
             name: pool.submit(beside[name], parts[name]) for name in sorted(beside, key=lambda name: name != LONGEST)
         }
