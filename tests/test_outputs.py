@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from threadpoolctl import threadpool_info
 
 from brainfm_monai import io
 from brainfm_monai.io import ScanError, hash_file, write_table
@@ -266,6 +267,31 @@ def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: P
     with pytest.raises(ScanError, match="the first error"):
         ScanWriter(tmp_path / "bad", LAYOUT, {"fail": fail, "fail_early": fail_early}).write(item(), entry)
     assert names(tmp_path / "bad") == []
+
+
+def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Path, entry: dict[str, str]) -> None:
+    begun: list[tuple[str, int, set[int]]] = []
+
+    def note(name: str) -> Any:
+        def write(scan: ScanResult) -> None:
+            pools = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+            begun.append((name, torch.get_num_threads(), pools))
+
+        return write
+
+    before, pools_before = torch.get_num_threads(), threadpool_info()
+    torch.set_num_threads(4)
+    try:
+        names = ("first", "second", "surfaces")
+        ScanWriter(tmp_path / "out", LAYOUT, {name: note(name) for name in names}).write(item(), entry)
+        assert torch.get_num_threads() == 4
+        with ThreadPoolExecutor(1) as pool:  # a thread that begins later
+            assert pool.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert begun[0][0] == "surfaces"
+    assert {(threads, *pools) for _, threads, pools in begun} == {(2, 1)}
+    assert threadpool_info() == pools_before
 
 
 def test_a_failing_writer_leaves_the_old_results_and_no_new_ones(tmp_path: Path, entry: dict[str, str]) -> None:
