@@ -52,9 +52,8 @@ def load_atlas(path: str | Path) -> Atlas:
     stem = scan_stem(path)
     table = Path(path).with_name(f"{stem}.tsv")
     if not table.is_file():
-        raise ScanError(
-            f"{table}: the table of the atlas, with the columns index and name, is needed, found no such file"
-        )
+        rule = "the table of the atlas, with the columns index and name, is needed"
+        raise ScanError(f"{table}: {rule}, found no such file")
     rows = read_table(table)
     column = next((name for name in LABEL_COLUMNS if rows and name in rows[0]), "")
     if not column or "name" not in rows[0]:
@@ -94,14 +93,9 @@ def write_atlas(scan: ScanResult, atlas: Atlas) -> None:
     scan.save_image(f"{suffix}_dseg", labels, Description=description)
     volumes = compute_volumes_mm3(labels, scan.affine, max(atlas.regions) + 1)
     vertices = _label_vertices(scan, atlas) if "distance" in scan.maps else np.zeros((0, 3))
-    write_table(
-        scan.path(f"{suffix}_regions.tsv"),
-        COLUMNS,
-        [
-            (label, name, f"{volumes[label]:.1f}", *_measure(vertices, label))
-            for label, name in sorted(atlas.regions.items())
-        ],
-    )
+    regions = sorted(atlas.regions.items())
+    rows = [(label, name, f"{volumes[label]:.1f}", *_measure(vertices, label)) for label, name in regions]
+    write_table(scan.path(f"{suffix}_regions.tsv"), COLUMNS, rows)
 
 
 def _label_vertices(scan: ScanResult, atlas: Atlas) -> np.ndarray:

@@ -188,12 +188,8 @@ def _interpolate(field: Tensor, matrix: np.ndarray, shape: tuple[int, ...]) -> C
     places = [step * np.arange(n) + matrix[axis, 3] for step, n, axis in zip(steps, shape, order, strict=True)]
     axes = zip(places, turned.shape[1:], strict=True)
     over_h, over_w, over_d = (hat(torch.from_numpy(place).float(), n) for place, n in axes)
-
-    def read(first: int, size: tuple[int, ...]) -> Tensor:
-        planes = torch.einsum("xh,chwd->cxwd", over_h[first : first + size[0]], turned)
-        return (over_w @ planes @ over_d.T)[None]
-
-    return read
+    turn = "xh,chwd->cxwd"
+    return lambda first, size: (over_w @ torch.einsum(turn, over_h[first : first + size[0]], turned) @ over_d.T)[None]
 
 
 def _coordinates(matrix: np.ndarray, size: tuple[int, ...], first: int) -> Tensor:
@@ -263,9 +259,8 @@ def write_transforms(scan: ScanResult) -> None:
     np.savetxt(scan.path(f"from-scan_to-{TEMPLATE_SPACE}_mode-points_desc-affine_xfm.txt"), forward.matrix, fmt="%.9g")
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
     (box,) = find_objects(brain.astype(np.uint8))
-    predicted = Warp(
-        np.moveaxis(scan.in_network_grid("mni")[(slice(None), *box)], 0, -1), scan.network_affine, np.eye(4)
-    )
+    inside = np.moveaxis(scan.in_network_grid("mni")[(slice(None), *box)], 0, -1)
+    predicted = Warp(inside, scan.network_affine, np.eye(4))
     folds = {"predicted": fold_fraction(predicted, brain[box]), "warp": fold_fraction(forward)}
     scan.summary["folds_of_predicted_coordinates"] = round(folds["predicted"], 6)
     scan.summary["folds_of_warp"] = round(folds["warp"], 6)

@@ -168,12 +168,8 @@ class ScanWriter:
             (result.folder / file).replace(final / file)
         summary = {"warnings": len(result.warnings), **result.summary}
         content: dict[str, Any] = {"outputs": list(self.writers), "settings": asdict(self.settings), "source": source}
-        content |= {
-            "files": new,
-            "warnings": result.warnings,
-            "summary": summary,
-            "seconds_to_write": round(seconds, 1),
-        }
+        content |= {"files": new, "warnings": result.warnings, "summary": summary}
+        content["seconds_to_write"] = round(seconds, 1)
         write_text(finished, as_json(content))
         unfinished.unlink()
         return final
@@ -264,9 +260,8 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
     pool = ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,))
     with threadpool_limits(1, "blas"), pool:  # its threads wait in a loop for the next product: a third of all CPU time
-        jobs = {
-            name: pool.submit(beside[name], parts[name]) for name in sorted(beside, key=lambda name: name != LONGEST)
-        }
+        order = sorted(beside, key=lambda name: name != LONGEST)
+        jobs = {name: pool.submit(beside[name], parts[name]) for name in order}
         ahead = [pool.submit(SHOWN[write], result) for write in last]
         try:
             for job in [*(jobs[name] for name in beside), *ahead]:

@@ -15,11 +15,7 @@ from brainfm_monai.tasks import BRAIN_WINDOW_HU, Task
 
 PIXEL_MM, MARGIN_MM = 0.8, 22.0  # margin around cerebrum and cerebellum: skull and scalp, not the neck
 MANY = (0.1, 0.25, 0.4, 0.5, 0.62, 0.75, 0.9)  # positions within the brain's box, from inferior, posterior, left
-FEW = {
-    "axial": (0.35, 0.5, 0.68),
-    "coronal": (0.5,),
-    "sagittal": (0.32,),
-}  # nuclei, ventricles, vertex; thalami; one side
+FEW = {"axial": (0.35, 0.5, 0.68), "coronal": (0.5,), "sagittal": (0.32,)}  # nuclei, ventricles, vertex; thalami; side
 WINDOW_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, so that skin fat or bone does not darken it
 RIBBON_COLOURS = ((1.0, 0.25, 0.25, 0.55), (1.0, 1.0, 1.0, 0.25))  # of cortex and white matter
 TEMPLATE_LEVELS = ((0.35, (0.25, 0.75, 1.0)), (0.75, (1.0, 0.82, 0.25)))  # shares of its maximum: outline, white matter
@@ -104,9 +100,8 @@ def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
     """Rows of pictures below each heading; a heading whose maps are absent has none."""
     rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
     if scan.modality.startswith("ct"):
-        rows["The CT in two windows"] = [
-            _ct_row("", lambda cut: cut.read(scan.image, scan.affine), w) for w in WINDOWS_HU
-        ]
+        pairs = [_ct_row("", lambda cut: cut.read(scan.image, scan.affine), window) for window in WINDOWS_HU]
+        rows["The CT in two windows"] = pairs
     for entry, task in scan.layout.maps.items():
         if task.picture in SECTIONS and entry in scan.maps:
             rows[SECTIONS[task.picture]] += _map_rows(scan, task)
@@ -157,11 +152,8 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
         low, high = np.percentile(values.numpy()[:, ::2, ::2, ::2], WINDOW_PERCENTILES)
         return [(task.entry, lambda cut: draw(cut, window=(float(low), float(high))))]
     if task.picture == "distance":
-        ribbon = "ribbon (red) and white matter"
-        return [
-            ("pial (red) and white (yellow) surface", draw),
-            (ribbon, lambda cut: _ribbon(read(cut), draw_scan(cut))),
-        ]
+        ribbon: Row = ("ribbon (red) and white matter", lambda cut: _ribbon(read(cut), draw_scan(cut)))
+        return [("pial (red) and white (yellow) surface", draw), ribbon]
     if task.picture == "bias_field":
         head, window = scan.maps["segmentation"].cpu() > 0, _grey_window(scan)
         middle = float(values[head].median()) if head.any() else 1.0  # the scale of a bias field is free
