@@ -61,13 +61,9 @@ class LoadScand(LoadImaged):
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        name_key: str = "name",
-        frame: int | str | None = None,
-        window: Any = None,
+        self, keys: KeysCollection, name_key: str = "name", frame: int | str | None = None, window: Any = None,
         modality: str = "auto",
-    ) -> None:
+    ) -> None:  # fmt: skip
         MapTransform.__init__(self, keys)
         self._loader: Any = SimpleNamespace(image_only=True)  # MONAI Label sets it in every LoadImaged of a bundle
         if modality not in MODALITIES:
