@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from igl.predicates import find_self_intersections
+from igl.predicates import find_intersections, find_self_intersections
 from scipy import ndimage
 
 from brainfm_monai.slices import Slice, cut_slices
@@ -22,6 +22,7 @@ from brainfm_monai.surfaces import (
     extract_sphere,
     grow_ball,
     grow_hemisphere,
+    grow_hemispheres,
     merge_vertices,
     refine_white,
     remove_crossings,
@@ -150,14 +151,19 @@ def test_the_pial_surface_enters_a_sulcus_that_the_distance_closes() -> None:
 
 
 def test_hemispheres_do_not_enter_each_other() -> None:
-    """Two balls whose pial distances overlap by 2 mm share the plane between them."""
+    """Two balls whose distances overlap by 2 mm (pial) and 1.2 mm (white) share the plane between them."""
     place = offsets(64)
     left, right = (np.linalg.norm(place - [side, 0, 0], axis=-1) for side in (-10.0, 10.0))
     fields = {
-        side: torch.from_numpy(np.stack([r - 8.5, r - 11.0]).clip(-3, 3)).float()
+        side: torch.from_numpy(np.stack([r - 10.6, r - 11.0]).clip(-3, 3)).float()
         for side, r in (("l", left), ("r", right))
     }
-    found = grow_hemisphere(fields["l"][0], fields["l"][1], fields["r"][1], np.eye(4))
+    distance = {f"{side}{kind}": field[i] for side, field in fields.items() for i, kind in enumerate("wp")}
+    both = grow_hemispheres(distance, np.eye(4), (0.2, -0.25))
+    for kind in ("white_mm", "pial_mm"):
+        meshes = [a for one in both.values() for a in (getattr(one, kind).astype(float), one.faces.astype(np.int64))]
+        assert not find_intersections(*meshes)[0]
+    found = grow_hemisphere(fields["l"][0], fields["l"][1], (fields["r"][0], fields["r"][1]), np.eye(4))
     alone = grow_hemisphere(fields["l"][0], fields["l"][1], None, np.eye(4))
     assert found is not None
     assert alone is not None

@@ -22,6 +22,7 @@ STILL_MM = 0.005  # a vertex that moves less in a step has arrived
 FASTEST_MM = 1.0  # per unit: distance to the pial surface beyond which a vertex does not move faster
 SMOOTHING_MM = 0.7  # standard deviation of the Gaussian of the field whose gradient vertices follow
 RIDGE_STEEPNESS = 0.4  # of that field, which is 2 away from ridges: vertices stop there, some tenths of a mm before
+MIDLINE_MM = 0.1  # least distance of a surface from where both hemispheres are equally deep
 CLOSED_MM = 0.5  # a vertex that ends further from the zero of the pial distance saw no boundary: the sulcus is closed
 
 
@@ -40,7 +41,7 @@ class Hemisphere:
 def grow_hemisphere(
     white: Tensor,
     pial: Tensor,
-    opposite_pial: Tensor | None,
+    opposite: tuple[Tensor, Tensor] | None,
     affine: np.ndarray,
     levels_mm: Sequence[float] = (0, 0),
     image: Tensor | None = None,
@@ -55,13 +56,13 @@ def grow_hemisphere(
     Args:
         white: signed distance to the white surface in mm, negative inside, shape (H, W, D).
         pial: signed distance to the pial surface.
-        opposite_pial: that of the other hemisphere, which the pial surface does not enter; None: there is none.
+        opposite: both of the other hemisphere, which the surfaces do not enter; None: there is none.
         affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
         levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
         image: the scan in the same grid, which refines the white surface; None: it stays where the distance is 0.
     """
-    if opposite_pial is not None:
-        pial = torch.maximum(pial, (pial - opposite_pial) / 2)
+    if opposite is not None:
+        pial = torch.maximum(pial, (pial - opposite[1]) / 2 + levels_mm[1] + MIDLINE_MM)
     inside = torch.minimum(pial - levels_mm[1], white - levels_mm[0]) < 0
     if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface
         return None
@@ -72,6 +73,8 @@ def grow_hemisphere(
     white, pial = white[box] - levels_mm[0], pial[box] - levels_mm[1]
     if image is not None:
         white = refine_white(white, pial, image[box], voxel_mm)
+    if opposite is not None:
+        white = torch.maximum(white, (white + levels_mm[0] - opposite[0][box]) / 2 + MIDLINE_MM)
     pial = torch.minimum(pial, white)
     size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
     coarse = nnf.interpolate(white[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
@@ -113,7 +116,8 @@ def grow_hemispheres(
     grown = {}
     for side, opposite in (("l", "r"), ("r", "l")):
         if f"{side}w" in distance:
-            fields = distance[f"{side}w"], distance[f"{side}p"], distance.get(f"{opposite}p")
+            facing = (distance[f"{opposite}w"], distance[f"{opposite}p"]) if f"{opposite}w" in distance else None
+            fields = distance[f"{side}w"], distance[f"{side}p"], facing
             grown[side.upper()] = grow_hemisphere(*fields, affine, levels_mm, image)
     return {letter: surface for letter, surface in grown.items() if surface is not None}
 
