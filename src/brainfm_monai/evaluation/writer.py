@@ -92,7 +92,8 @@ class EvaluationWriter:
 
     def write_summary(self, scans: Sequence[Case]) -> Path:
         """Write tables and page of all cases by the first process, when every process has done its share."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and idist.get_world_size() == 1:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and idist.get_world_size() == 1
+        if alone:
             # the results of the shares are in files: the processes do nothing but wait, and gloo serves every device
             idist.initialize("gloo", timeout=LONGEST_WAIT)
         idist.barrier()
@@ -109,6 +110,8 @@ class EvaluationWriter:
             failures = {scan["name"]: self.files.read_failure(scan) or "not measured yet" for scan in lost}
             write_text(self.output_dir / PAGE, self._compose(table, done, failures))
         idist.barrier()
+        if alone:
+            idist.finalize()  # a thread of gloo that lives when the program ends would abort it
         return self.output_dir / PAGE
 
     def _compose(self, table: pd.DataFrame, done: Sequence[Case], failures: Mapping[str, str]) -> str:

@@ -56,6 +56,7 @@ class TwoStageInferer(Inferer):
         size_mm: size of the second stage's box; the box is padded with zeros where the image is smaller. Voxels are 1
             mm.
         sigma_mm: standard deviation of the Gaussian that smooths the coordinates.
+        detail: apply the network's :class:`~brainfm_monai.networks.DetailHead`, if it has one.
 
     Raises:
         ValueError: if there is no such memory mode or precision.
@@ -65,6 +66,7 @@ class TwoStageInferer(Inferer):
         self, layout: TaskLayout, mirror: bool = True, second_look: bool = True, memory: str = "auto",
         precision: str | None = None, labels: Sequence[int] | None = None, threshold: float = HEAD, margin: int = 4,
         multiple: int = 32, size_mm: Sequence[float] = TRAINING_SIZE_MM, sigma_mm: float = 8.0,
+        detail: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.memory = ALIASES.get(memory, memory)
@@ -76,7 +78,7 @@ class TwoStageInferer(Inferer):
         every = range(layout.tasks["segmentation"].channels if "segmentation" in layout.tasks else 0)
         self.excluded = [] if labels is None else sorted(set(every) - set(labels))
         self.threshold, self.margin, self.multiple = threshold, margin, multiple
-        self.size_mm, self.sigma_mm = tuple(size_mm), sigma_mm
+        self.size_mm, self.sigma_mm, self.detail = tuple(size_mm), sigma_mm, detail
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map images (B, 1, H, W, D) in RAS+ order, voxels of 1 mm, values in [0, 1], to (B, layout.channels, H, W, D).
@@ -122,8 +124,8 @@ class TwoStageInferer(Inferer):
     def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Maps:
         if isinstance(network, MultiTaskNet):
             encode = self._make_encoder(network.backbone, memory, ROI_SIZE // network.stride)
-            image = network.pool(image)  # the image itself is freed
-            yield from self._decode(self._average(image, network, encode), network, image.shape[2:], memory == "low")
+            read = self._average(network.pool(image), network, encode)
+            yield from self._decode(read, network, image, memory == "low")
             return
         name = type(network).__name__
         if self.second_look:
@@ -213,13 +215,22 @@ class TwoStageInferer(Inferer):
         labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
         return torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
 
-    def _decode(self, read: Planes, network: MultiTaskNet, size: Sequence[int], decide: bool) -> Maps:
-        """Interpolation to the image's grid and the choice of a label, a few planes at a time."""
+    def _decode(self, read: Planes, network: MultiTaskNet, image: Tensor, decide: bool) -> Maps:
+        """Interpolation to the image's grid, its detail and the choice of a label, a few planes at a time."""
         stride = network.stride
+        height, *size = (n // stride for n in image.shape[2:])
+        detail, extracted = network.detail if self.detail and stride > 1 else None, torch.empty(0)
+        if detail is not None:
+            coarse = torch.cat([read(a, b)[:, detail.channels] for a, b in plane_ranges(height, 1, PLANES)], dim=2)
+            with autocast(image.device, parse_precision(self.precision, image.device)):
+                extracted = detail.extract(coarse, image)
         context = 0 if stride == 1 else 1  # plane on each side that the interpolation reads
-        for a, b in plane_ranges(size[0], 1, PLANES):
-            first, last = max(a - context, 0), min(b + context, size[0])
-            maps = network.upsample(read(first, last), [(last - first) * stride, size[1] * stride, size[2] * stride])
+        for a, b in plane_ranges(height, 1, PLANES):
+            first, last = max(a - context, 0), min(b + context, height)
+            maps = network.upsample(read(first, last), [n * stride for n in (last - first, *size)])
+            if detail is not None:
+                fine = image[:, :, first * stride : last * stride]
+                maps[:, detail.channels] += detail.show(extracted[:, :, first:last], fine)
             maps = maps[:, :, (a - first) * stride : (b - first) * stride]
             if decide:
                 if self.excluded:

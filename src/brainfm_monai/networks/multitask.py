@@ -1,11 +1,12 @@
 """A backbone and the head that makes a multi-task network of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from brainfm_monai.networks.detail import DetailHead
 from brainfm_monai.tasks import TaskLayout
 
 
@@ -39,6 +40,8 @@ class MultiTaskNet(nn.Module):
         freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor
             running statistics nor dropout change its features; the head alone is trained.
         out_channels: channels of the backbone's output, for a backbone without the attribute ``out_channels``.
+        detail: tasks whose maps get edges of the scan by a :class:`~brainfm_monai.networks.DetailHead`, where
+            ``stride`` is larger than 1; those that are not in the layout do not matter.
 
     Raises:
         ValueError: if ``stride`` is smaller than 1, or the number of the backbone's channels is unknown.
@@ -46,7 +49,7 @@ class MultiTaskNet(nn.Module):
 
     def __init__(
         self, backbone: nn.Module, layout: TaskLayout, stride: int = 1, freeze_backbone: bool = False,
-        out_channels: int | None = None,
+        out_channels: int | None = None, detail: Sequence[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         if stride < 1:
@@ -56,6 +59,8 @@ class MultiTaskNet(nn.Module):
             raise ValueError(f"MultiTaskNet: pass 'out_channels', which {type(backbone).__name__} does not have")
         self.backbone, self.stride, self.layout = backbone, stride, layout
         self.head = Head(features, layout.channels)
+        names = [name for name in detail if name in layout.tasks and stride > 1]
+        self.detail = DetailHead(layout, names, stride) if names else None
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             backbone.requires_grad_(False).eval()
@@ -83,10 +88,16 @@ class MultiTaskNet(nn.Module):
         return maps if self.stride == 1 else nnf.interpolate(maps, size=size, mode="trilinear", align_corners=False)
 
     @torch.jit.export
-    def decode(self, features: Tensor, size: list[int]) -> Tensor:
-        """Map features (B, head.in_channels, h, w, d) to all maps, (B, layout.channels, H, W, D); size is [H, W, D]."""
+    def decode(self, features: Tensor, image: Tensor) -> Tensor:
+        """Map features (B, head.in_channels, h, w, d) and their image to all maps, (B, layout.channels, H, W, D)."""
         # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
-        return self.upsample(self.head(features), size)
+        coarse = self.head(features)
+        maps = self.upsample(coarse, list(image.shape[2:]))
+        detail = self.detail
+        if detail is None or self.stride == 1:
+            return maps
+        channels = torch.tensor(detail.channels, device=maps.device)
+        return maps.index_add(1, channels, detail(coarse.index_select(1, channels), image))
 
     @torch.jit.export
     def features(self, image: Tensor) -> Tensor:
@@ -95,7 +106,7 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image of shape (B, 1, H, W, D), intensities in [0, 1], to (B, layout.channels, H, W, D)."""
-        return self.decode(self.encode(image), list(image.shape[2:]))
+        return self.decode(self.encode(image), image)
 
 
 class FeatureMap(nn.Module):

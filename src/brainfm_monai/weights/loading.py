@@ -1,7 +1,7 @@
 """Plain state dicts into networks that they fit: whole, or the backbone and those channels that both layouts have."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +58,22 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 def make_pretrained(
     backbone: nn.Module, layout: TaskLayout, weights: str | Path, weights_layout: TaskLayout | None = None,
-    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None,
+    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None, detail: Sequence[str] = (),
 ) -> MultiTaskNet:  # fmt: skip
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
     Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and path and layout of
     :func:`load_pretrained`.
     """
-    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels)
+    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels, detail)
     load_pretrained(network, weights, weights_layout)
     return network
 
 
 def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
     """Load the whole backbone and the head's channels that mean the same in both layouts; others keep their values.
+
+    A detail head is taken as it is if its tensors have the shapes that the network needs.
 
     Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name;
     those of other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a
@@ -109,6 +111,9 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     pairs = _match_channels(path, network.layout, source, given, skipped)
     state = network.state_dict()
     _copy_backbone(path, state, given)
+    detail = {key: given[key] for key in state if key.startswith("detail.") and key in given}
+    if all(state[key].shape == value.shape for key, value in detail.items()):
+        state |= detail
     rows, sources = list(pairs), list(pairs.values())
     weight, bias = state["head.weight"].clone(), state["head.bias"].clone()
     weight[rows] = 0  # for the features that a coarse network does not have
