@@ -282,7 +282,7 @@ def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Pat
     before, pools_before = torch.get_num_threads(), threadpool_info()
     torch.set_num_threads(4)
     try:
-        names = ("first", "second", "surfaces")
+        names = ("first", "view", "second", "surfaces")
         ScanWriter(tmp_path / "out", LAYOUT, {name: note(name) for name in names}).write(item(), entry)
         assert torch.get_num_threads() == 4
         with ThreadPoolExecutor(1) as pool:  # a thread that begins later
@@ -290,6 +290,7 @@ def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Pat
     finally:
         torch.set_num_threads(before)
     assert begun[0][0] == "surfaces"
+    assert begun[-1][0] == "view"  # which waits for them
     assert {(threads, *pools) for _, threads, pools in begun} == {(2, 1)}
     assert threadpool_info() == pools_before
 

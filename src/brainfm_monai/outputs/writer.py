@@ -33,7 +33,7 @@ FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
 WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
-LONGEST = "surfaces"  # output that takes about as long as all others
+LONGEST, WAITING = "surfaces", "view"  # outputs: one takes about as long as all others, one needs its result at once
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
@@ -260,9 +260,10 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
     pool = ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,))
     with threadpool_limits(1, "blas"), pool:  # its threads wait in a loop for the next product: a third of all CPU time
-        order = sorted(beside, key=lambda name: name != LONGEST)
-        jobs = {name: pool.submit(beside[name], parts[name]) for name in order}
+        order = sorted(beside, key=lambda name: (name != LONGEST, name == WAITING))
+        jobs = {name: pool.submit(beside[name], parts[name]) for name in order if name != WAITING}
         ahead = [pool.submit(SHOWN[write], result) for write in last]
+        jobs |= {name: pool.submit(beside[name], parts[name]) for name in order if name == WAITING}
         try:
             for job in [*(jobs[name] for name in beside), *ahead]:
                 job.result()
