@@ -14,6 +14,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from brainfm_monai import __version__, cli
+from brainfm_monai.cli.functions import loader
 from brainfm_monai.data import datalist as datalist_module
 from brainfm_monai.networks import MultiTaskNet, UNet
 from brainfm_monai.tasks import TaskLayout
@@ -354,3 +355,22 @@ def test_overrides_may_be_numbers_lists_and_expressions(
     call(monkeypatch, "predict", "in", "out", "--bundle", str(repository / "bundle"), *words)
     for key, (_, value) in options.items():
         assert bundle_runs[0][key] == value, key
+
+
+def test_a_missing_library_is_one_line_and_leaves_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Group:
+        absent = property(loader("absent", "do"))
+        list = property(loader("data.datalist", "write_datalist"))
+
+    monkeypatch.setitem(cli.COMMANDS, "group", Group())
+    with pytest.raises(SystemExit) as found:
+        call(monkeypatch, "group", "absent", "a", "b")
+    assert str(found.value).startswith("brainfm-monai: the package 'brainfm_monai.absent' is needed, found none: ")
+    with pytest.raises(SystemExit) as found:
+        call(monkeypatch, "group", "--help")
+    assert found.value.code == 0
+    text = "".join(capsys.readouterr())
+    assert "Needs the package 'brainfm_monai.absent'" in text
+    assert "datalist" in text

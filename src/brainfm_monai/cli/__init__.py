@@ -42,5 +42,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of the output has left, as in "| head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        rule = f"the package '{error.name}' is needed, found none"
+        sys.exit(f"brainfm-monai: {rule}: brainfm-monai doctor says which extra contains it")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"brainfm-monai: {error}")

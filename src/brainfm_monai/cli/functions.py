@@ -11,11 +11,15 @@ Command = Callable[..., Any]
 def loader(module: str, name: str, doc: str = "") -> Callable[..., Command]:
     """A function that imports a command of the package; Fire prints what the command returns, unless it is a list.
 
-    ``doc`` is what the list of commands says, for which nothing is imported.
+    ``doc`` is what the list of commands says, for which nothing is imported. Where a library is missing, the command
+    stands in the list and ends with the error.
     """
 
     def load(_: object = None) -> Command:
-        function: Command = getattr(import_module(f"brainfm_monai.{module}"), name)
+        try:
+            function: Command = getattr(import_module(f"brainfm_monai.{module}"), name)
+        except ModuleNotFoundError as error:
+            return _refuse(error)
 
         @wraps(function)
         def command(*args: Any, **kwargs: Any) -> Any:
@@ -26,6 +30,16 @@ def loader(module: str, name: str, doc: str = "") -> Callable[..., Command]:
 
     load.__doc__ = doc
     return load
+
+
+def _refuse(error: ModuleNotFoundError) -> Command:
+    """A command that cannot be imported."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    refuse.__doc__ = f"Needs the package '{error.name}': brainfm-monai doctor names the extra."
+    return refuse
 
 
 class Prepare:

@@ -37,6 +37,8 @@ def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
     if function is None or {"--help", "-h"} & set(rest):
         return words
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):  # it takes any words
+        return words
     kinds = {p.name: p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation) for p in parameters}
     flags, loose = _take_flags(rest, kinds)
     free = [name for name in kinds if name not in flags]
