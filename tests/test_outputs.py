@@ -7,7 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, Event
+from threading import Event
 from typing import Any
 
 import nibabel as nib
@@ -271,14 +271,19 @@ def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: P
 
 def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Path, entry: dict[str, str]) -> None:
     begun: list[tuple[str, int, set[int]]] = []
-    both_begun = Barrier(2)
+    longest_begun, last_begun = Event(), Event()
 
     def note(name: str) -> Any:
         def write(scan: ScanResult) -> None:
             pools = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+            if name == "first":  # begins at the same time as the longest: notes it second
+                longest_begun.wait(60)
             begun.append((name, torch.get_num_threads(), pools))
-            if name in ("surfaces", "first"):  # each waits for the other, whichever of the two notes its begin first
-                both_begun.wait(60)
+            if name == "surfaces":  # keeps its thread, so that the others follow one another in the other
+                longest_begun.set()
+                last_begun.wait(60)
+            elif name == "view":
+                last_begun.set()
 
         return write
 
@@ -292,8 +297,7 @@ def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Pat
             assert pool.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(before)
-    assert {name for name, *_ in begun[:2]} == {"surfaces", "first"}  # "surfaces" was named last
-    assert begun[-1][0] == "view"  # which waits for them
+    assert [name for name, *_ in begun] == ["surfaces", "first", "second", "view"]  # "view" needs the surfaces
     assert {(threads, *pools) for _, threads, pools in begun} == {(2, 1)}
     assert threadpool_info() == pools_before
 
