@@ -93,17 +93,16 @@ def test_a_wrong_file_is_refused_and_the_others_come(server: Server, tmp_path: P
 
 
 def test_no_network_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    table = write_table(tmp_path / "table.tsv", address)
-    with pytest.raises(NoNetworkError, match=r"a\.nii\.gz: 127\.0\.0\.1 cannot be reached .* is there a network\?"):
-        fetch_dataset("tiny", tmp_path / "out", table=table)
-    monkeypatch.setattr(
-        "sys.argv", ["brainfm-monai", "data", "fetch", "tiny", str(tmp_path / "out"), "--table", str(table)]
-    )
-    with pytest.raises(SystemExit, match=r"^brainfm-monai: a\.nii\.gz: 127\.0\.0\.1 cannot be reached"):
-        cli.main()
+    with socket.socket() as silent:  # it has its port, so that nobody else does, and does not listen
+        silent.bind(("127.0.0.1", 0))
+        table = write_table(tmp_path / "table.tsv", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(NoNetworkError, match=r"a\.nii\.gz: 127\.0\.0\.1 cannot be reached .* is there a network\?"):
+            fetch_dataset("tiny", tmp_path / "out", table=table)
+        monkeypatch.setattr(
+            "sys.argv", ["brainfm-monai", "data", "fetch", "tiny", str(tmp_path / "out"), "--table", str(table)]
+        )
+        with pytest.raises(SystemExit, match=r"^brainfm-monai: a\.nii\.gz: 127\.0\.0\.1 cannot be reached"):
+            cli.main()
 
 
 def test_the_package_lists_open_sets() -> None:

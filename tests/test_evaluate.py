@@ -487,7 +487,7 @@ def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) 
     ]
     options = [f"--{key}={value}" for key, value in {**values, "output_dir": str(tmp_path / "shared")}.items()]
     command = [*torchrun, *options, "--device=$torch.device('cpu')"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("metrics.tsv", "summary.tsv", "dice.tsv", "dice_summary.tsv"):
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

@@ -598,7 +598,7 @@ def test_two_ranks_with_different_targets_make_the_gradient_of_one_batch(tmp_pat
     balance = UncertaintyWeights(LAYOUT)
     total = MultiTaskLoss(LAYOUT, balance=balance)(pred, targets)
     total.backward()
-    errors = [process.communicate(timeout=100)[1].decode() for process in running]
+    errors = [process.communicate(timeout=600)[1].decode() for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     # DistributedDataParallel averages the gradients of the weights over ranks.

@@ -237,7 +237,7 @@ def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: P
         return 7
 
     def first(scan: ScanResult) -> None:
-        assert second_ended.wait(10)
+        assert second_ended.wait(60)
         scan.summary["first"] = shared(scan)
         scan.warnings.append("of the first")
 
@@ -256,7 +256,7 @@ def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: P
     assert computed == ["sub-01"]
 
     def fail(scan: ScanResult) -> None:
-        assert second_ended.wait(10)
+        assert second_ended.wait(60)
         raise ScanError("the first error")
 
     def fail_early(scan: ScanResult) -> None:
