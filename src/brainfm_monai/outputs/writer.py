@@ -160,8 +160,9 @@ class ScanWriter:
             if file not in earlier and os.path.lexists(final / file):
                 rule = "no file of this name must be there, found one that is no result"
                 raise FileExistsError(f"{final / file}: {rule}")
+        if finished.exists():
+            finished.replace(unfinished)  # a process that dies leaves one marker, never both
         write_text(unfinished, json.dumps({"source": source, "files": sorted({*earlier, *new})}))
-        finished.unlink(missing_ok=True)
         for file in earlier - set(new):
             (final / file).unlink(missing_ok=True)
         for file in new:
@@ -170,8 +171,8 @@ class ScanWriter:
         content: dict[str, Any] = {"outputs": list(self.writers), "settings": asdict(self.settings), "source": source}
         content |= {"files": new, "warnings": result.warnings, "summary": summary}
         content["seconds_to_write"] = round(seconds, 1)
-        write_text(finished, as_json(content))
-        unfinished.unlink()
+        write_text(unfinished, as_json(content))
+        unfinished.replace(finished)
         return final
 
     def clear(self) -> None:
