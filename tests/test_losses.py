@@ -595,10 +595,14 @@ def test_two_ranks_with_different_targets_make_the_gradient_of_one_batch(tmp_pat
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(tmp_path / "rank.py"), str(tmp_path)]
     running = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
-    balance = UncertaintyWeights(LAYOUT)
-    total = MultiTaskLoss(LAYOUT, balance=balance)(pred, targets)
-    total.backward()
-    errors = [process.communicate(timeout=600)[1].decode() for process in running]
+    try:
+        balance = UncertaintyWeights(LAYOUT)
+        total = MultiTaskLoss(LAYOUT, balance=balance)(pred, targets)
+        total.backward()
+        errors = [process.communicate(timeout=600)[1].decode() for process in running]
+    finally:
+        for process in running:  # one whose partner failed would wait for it
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     # DistributedDataParallel averages the gradients of the weights over ranks.

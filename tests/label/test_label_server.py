@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ MODEL = "brain_multitask"
 START_S, ANSWER_S, TRAINING_S = 600, 900, 2400  # limits for a machine with much other work; none is waited for
 
 
+def find_port() -> int:
+    """A free port below those that the system gives to any process that asks for some port, before the server listens."""
+    for port in range(20000 + os.getpid() % 10000, 32768):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port below 32768 is free")
+
+
 class Server:
     """One running server.
 
@@ -47,9 +57,7 @@ class Server:
     def __init__(self, kind: str, bundle: Path, folder: Path) -> None:
         self.kind, self.bundle, self.studies = kind, bundle, folder / "studies"
         self.studies.mkdir(parents=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = find_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
         conf = self._make_app(folder)
