@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
@@ -26,6 +27,7 @@ import brainfm_monai
 from brainfm_monai.io import ScanError
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.prediction import OUTPUTS, local_device, select_outputs, share_of
+from brainfm_monai.prediction.loop import run_scans
 from brainfm_monai.tasks import TaskLayout
 
 FEATURES = [8, 8, 16]
@@ -249,6 +251,17 @@ def test_a_plain_run_of_the_evaluator_writes_the_files(repository: Path, weights
     assert labels.shape == nib.load(tmp_path / "in/two.nii.gz").shape  # type: ignore[attr-defined]
     sidecar = json.loads((tmp_path / "out/two/two_dseg.json").read_text())
     assert sidecar["GeneratedBy"]["surface_levels_mm"] == [1, 2]
+
+    def interrupt(_: Engine) -> None:
+        raise KeyboardInterrupt
+
+    loader = workflow.evaluator.data_loader
+    workflow.evaluator.add_event_handler(Events.ITERATION_STARTED, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_scans(
+            workflow.evaluator, workflow.parser.get_parsed_content("writer"), [0], keep_notes=False, show_bar=False
+        )
+    assert workflow.evaluator.data_loader is loader  # an evaluator whose run was interrupted can run again
 
 
 @pytest.fixture(scope="module")

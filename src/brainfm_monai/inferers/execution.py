@@ -42,10 +42,12 @@ def free_memory(device: torch.device) -> int:
 
     free = int(psutil.virtual_memory().available)
     try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used, parts = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
     except OSError:  # no container
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    # Files that were read count as used, but the kernel drops the inactive ones when memory is short.
+    dropped = dict(line.split() for line in parts.splitlines()).get("inactive_file", 0)
+    return free if limit.strip() == "max" else min(free, int(limit) - int(used) + int(dropped))
 
 
 def choose_memory(image: Tensor, network: object) -> str:

@@ -207,16 +207,18 @@ def run_scans(
     forward = evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda _: bar.set_postfix_str("maps"))
     catch = evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: raised.append(error))
     evaluator.logger = engine_logger
-    with logging_redirect_tqdm(), bar, ThreadPoolExecutor(1, "write") as pool, forward, catch:
-        for number, wait in loader.read_ahead(numbers):
-            scan = loader.dataset.data[number]
-            bar.set_postfix_str("reading")
-            with _reported(scan, failures, notes, bar):
-                future = pool.submit(writer.write, compute(scan, wait()), scan)
-                finish_writing()
-                writing.append((scan, future))
-        finish_writing()
-    evaluator.data_loader, evaluator.state.epoch_length = loader, None
+    try:
+        with logging_redirect_tqdm(), bar, ThreadPoolExecutor(1, "write") as pool, forward, catch:
+            for number, wait in loader.read_ahead(numbers):
+                scan = loader.dataset.data[number]
+                bar.set_postfix_str("reading")
+                with _reported(scan, failures, notes, bar):
+                    future = pool.submit(writer.write, compute(scan, wait()), scan)
+                    finish_writing()
+                    writing.append((scan, future))
+            finish_writing()
+    finally:  # a worker runs again with the same evaluator, whatever ended this run
+        evaluator.data_loader, evaluator.state.epoch_length = loader, None
     return failures
 
 
