@@ -322,7 +322,7 @@ def test_a_scan_without_contrast_or_full_of_noise_moves_little() -> None:
     white, pial = (torch.from_numpy(ball(radius, 48).clip(-3, 3)).float() for radius in (14.0, 16.5))
     assert (refine_white(white, pial, torch.full_like(white, 0.4)) - white).abs().max() < 1e-4
     noise = torch.from_numpy(np.random.default_rng(0).normal(size=white.shape)).float()
-    for strength, most_mm in ((0.01, 0.35), (0.2, 0.06)):
+    for strength, most_mm in ((0.01, 0.35), (0.5, 0.05)):  # the tissues are 0.2 apart
         moved = (refine_white(white, pial, make_scan(0.3) + strength * noise) - white).abs()
         assert moved[white.abs() < 1].mean() < most_mm
     # cerebrospinal fluid that is as bright as white matter, outside of the pial surface, is not taken for it

@@ -8,9 +8,7 @@ from torch import Tensor
 REACH_MM = 5.0  # standard deviation of the Gaussian over which the intensity of a tissue is averaged
 POOLED_MM = 3.0  # voxels in which that is done
 SLOPE_MM = 1.5  # way over which the intensity goes from one tissue to the other, in a scan of 1 mm
-ERROR_MM = (
-    0.4  # of the white surface of the bundle's network, which computes at 2 mm: measured on heads of the training
-)
+ERROR_MM = 0.8  # of the predicted white surface: of 0.4, 0.6, 0.8 and 1.2 mm the best, see docs/outputs.md
 FARTHEST_MM = (1.2, 2.2)  # from the predicted surface: up to the first the scan counts fully, beyond the second not
 LEAST_NOISE = 0.005  # of the range of intensities
 LEAST_CONTRAST, FULL_CONTRAST = 0.25, 0.75  # of the median, where the scan counts not at all, and fully
