@@ -234,3 +234,13 @@ def test_what_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], object]
     make(path)
     with pytest.raises(ScanError, match=words):
         read_scan(path)
+
+
+@pytest.mark.parametrize(("header", "voxels"), [("a.hdr", "a.img"), ("A.HDR", "A.IMG")])
+def test_the_voxels_of_a_pair_are_found_or_named(tmp_path: Path, header: str, voxels: str) -> None:
+    nib.save(nib.Nifti1Pair(VALUES, AFFINE), tmp_path / "pair.img")
+    (tmp_path / "pair.hdr").rename(tmp_path / header)
+    with pytest.raises(ScanError, match=f"the voxels are needed in {voxels} beside the header, found no such file"):
+        read_scan(tmp_path / header)
+    (tmp_path / "pair.img").rename(tmp_path / voxels)
+    np.testing.assert_array_equal(read_scan(tmp_path / header).values, VALUES)

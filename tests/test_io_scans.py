@@ -243,3 +243,46 @@ def test_a_table_with_one_column_twice_is_refused_and_an_absent_lesion_mask_is_o
     assert "its mask of lesions must be a file" in problems[0]
     assert problems[1] == ""
     assert "found embedded null byte" in problems[2]
+
+
+@pytest.mark.parametrize(("header", "voxels"), [("a.hdr", "a.img"), ("a.nhdr", "numbers.raw")])
+def test_the_voxels_beside_a_header_are_part_of_its_content(tmp_path: Path, header: str, voxels: str) -> None:
+    text = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: numbers.raw\n"
+    found = []
+    for person in ("one", "two"):
+        folder = tmp_path / person
+        folder.mkdir()
+        (folder / header).write_text(text)
+        (folder / voxels).write_bytes(person.encode() * 8)
+        found.append(Scan("a", str(folder / header)))
+    assert found[0].hash_content() != found[1].hash_content()
+    earlier = found[0].identify()
+    (tmp_path / "one" / voxels).write_bytes(b"new" * 8)
+    assert found[0].identify() != earlier
+
+
+def test_a_time_that_a_program_sets_does_not_hide_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"one")
+    os.utime(path, (0, 0))
+    earlier = Scan("a", str(path)).identify()
+    path.write_bytes(b"two")
+    os.utime(path, (0, 0))
+    assert Scan("a", str(path)).identify() != earlier
+
+
+def test_a_bids_participant_without_images_or_behind_a_dead_link_is_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-04/func/sub-04_bold.nii.gz")
+    (tmp_path / "sub-02").symlink_to("nowhere")
+    (tmp_path / "sub-03").mkdir()
+    found = find_scans(tmp_path)
+    assert names_of(found) == ["sub-01_space-T1w", "sub-02"]
+    assert left_out(found)["sub-02"] == "a dead link, to nowhere"
+    assert left_out(found)["sub-03"] == left_out(found)["sub-04"] == "a participant without an anatomical image"
+
+
+def test_a_table_with_an_open_quotation_mark_does_not_swallow_the_rows_after_it(tmp_path: Path) -> None:
+    touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    (tmp_path / "scans.tsv").write_text('image\tnote\na.nii.gz\t"moved\nb.nii.gz\tstill\n')
+    with pytest.raises(ValueError, match="a tab-separated table in UTF-8 is needed, found unexpected end of data"):
+        find_scans(tmp_path / "scans.tsv")

@@ -240,6 +240,20 @@ def test_padding_above_all_values_becomes_zero(tmp_path: Path) -> None:
         assert "taken for padding of a scan and set to 0" in found.meta["warnings"]
 
 
+def test_a_few_damaged_voxels_and_a_mark_in_the_picture_do_not_take_the_range_of_the_scan(tmp_path: Path) -> None:
+    scan = np.round(phantom_of_mr())
+    damaged, marked = scan.copy(), scan.copy()
+    damaged.reshape(-1)[::9973] = -32768
+    marked[:5, :5, :5] = 32767
+    found = load(write(tmp_path / "damaged.nii", damaged))
+    np.testing.assert_array_equal(found.numpy()[0][damaged >= 0], np.maximum(scan, found.min())[damaged >= 0])
+    assert 0 <= found.min() < 10
+    assert "7 voxels lie far below all others, down to -32768" in found.meta["warnings"]
+    found = load(write(tmp_path / "marked.nii", marked))
+    np.testing.assert_array_equal(found.numpy()[0], np.where(marked > 2000, 0, scan))
+    assert "0.2% of the voxels are 32767: taken for padding of a scan and set to 0" in found.meta["warnings"]
+
+
 @pytest.mark.parametrize("stored", ["1024", "1000", "sign"])
 def test_a_ct_without_its_intercept_or_sign_is_brought_to_hounsfield_units(tmp_path: Path, stored: str) -> None:
     hounsfield = np.round(phantom_of_a_ct())

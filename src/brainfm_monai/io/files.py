@@ -154,7 +154,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     """
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            columns, *rows = [row for row in csv.reader(file, delimiter="\t") if row] or [[]]
+            columns, *rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: a tab-separated table in UTF-8 is needed, found {error}") from error
     if twice := sorted({column for column in columns if column and columns.count(column) > 1}):

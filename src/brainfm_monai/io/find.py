@@ -228,17 +228,28 @@ def _from_table(path: Path) -> list[Scan]:
     return make_scans(items)
 
 
-def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
-    subjects = {folder.name.removeprefix("sub-"): folder for folder in sorted(path.glob("sub-*")) if folder.is_dir()}
+def _choose_participants(
+    path: Path, participant_label: str | int | Sequence[str | int] | None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Folders of the participants by their labels, and why others have none: dead links, or no such folder."""
+    places = {file.name.removeprefix("sub-"): file for file in sorted(path.glob("sub-*")) if not file.is_file()}
     given = [participant_label] if isinstance(participant_label, str | int) else participant_label
     words = [word for label in given or () for word in re.split(r"[\s,]+", str(label)) if word]  # one may hold several
-    labels = list(subjects) if given is None else [word.removeprefix("sub-") for word in words]
+    labels = sorted(places if given is None else {word.removeprefix("sub-") for word in words})
+    subjects = {label: places[label] for label in labels if label in places and places[label].is_dir()}
     absent = [label for label in labels if label not in subjects]
-    if absent and len(absent) == len(labels):
+    if absent and not subjects:
         raise FileNotFoundError(f"{path}: the participants {', '.join(absent)} are wanted, found no such folders sub-*")
-    images, skipped, others = [], [], Counter[str]()
-    for label in sorted(set(labels) - set(absent)):
-        for file, problem, reason in _walk(subjects[label], output, {}):
+    return subjects, {label: _find_problem(places[label]) if label in places else "no such folder" for label in absent}
+
+
+def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
+    subjects, absent = _choose_participants(path, participant_label)
+    images: list[tuple[Path, str, str]] = []  # file, problem, name
+    skipped, others = [], Counter[str]()
+    for subject in subjects.values():
+        found = len(images)
+        for file, problem, reason in _walk(subject, output, {}):
             stem, _, suffix = scan_stem(file).rpartition("_")
             entities = dict(part.partition("-")[::2] for part in stem.split("_"))
             if entities.get("part", "mag") != "mag":
@@ -251,6 +262,8 @@ def _from_bids(path: Path, output: str | None, participant_label: str | int | Se
                 skipped.append((file, reason or f"the BIDS suffix '{suffix}' is none of {', '.join(BIDS_SUFFIXES)}"))
             else:
                 images.append((file, problem, f"{stem}_space-{suffix}" if stem else suffix))
+        if len(images) == found:
+            skipped.append((subject, "a participant without an anatomical image"))
     if not images:
         kinds = ", ".join(BIDS_SUFFIXES)
         raise FileNotFoundError(f"{path}: a BIDS dataset with anatomical images ({kinds}) is needed, found none")
@@ -259,7 +272,7 @@ def _from_bids(path: Path, output: str | None, participant_label: str | int | Se
         {"image": file, "name": name, "folder": file.parent.relative_to(path).as_posix(), "problem": problem}
         for name, (file, problem, _) in zip(names, images, strict=True)
     ]
-    items += [{"image": path / f"sub-{n}", "name": f"sub-{n}", "problem": "no such folder"} for n in absent]
+    items += [{"image": path / f"sub-{n}", "name": f"sub-{n}", "problem": problem} for n, problem in absent.items()]
     skipped += [(path / "sub-*" / name, f"{n} files that are not anatomical images") for name, n in others.items()]
     beside = [file for file in sorted(path.iterdir()) if not file.name.startswith((".", "sub-")) or file.is_file()]
     outside = [file for file in beside if file.is_dir() or _judge(file) == ("", "")]

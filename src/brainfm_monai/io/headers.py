@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -68,7 +69,9 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     shape = tuple(int(n) for n in header["dim"][1 : 1 + count])
     if not 1 <= count <= 7 or min(shape) < 1:
         raise ValueError(f"1 to 7 dimensions of at least 1 voxel are needed, found {header['dim'].tolist()}")
-    dtype, file = header.get_data_dtype(), path.with_suffix(".img") if is_pair else path
+    dtype, file = header.get_data_dtype(), _pair_of(path) if is_pair else path
+    if not file.is_file():
+        raise ValueError(f"the voxels are needed in {file.name} beside the header, found no such file")
     bits, stated = 8 * dtype.itemsize, int(header["bitpix"])
     if bits and stated not in (0, bits):
         rule = f"numbers of {bits} bits are needed for the type {int(header['datatype'])}"
@@ -171,6 +174,25 @@ def read_mgh_header(path: Path, block: bytes) -> Stored:
     affine, dtype = np.asarray(header.get_affine(), dtype=np.float64), header.get_data_dtype().newbyteorder(">")
     noticed = () if is_oriented else (NOT_STATED,)
     return Stored(shape if shape[3] > 1 else shape[:3], dtype, affine, path, MGH_BYTES, warnings=noticed)
+
+
+def _pair_of(path: Path) -> Path:
+    return path.with_suffix(".IMG" if path.suffix.isupper() else ".img")
+
+
+def find_voxels(path: Path) -> list[Path]:
+    """Files beside a header that hold its voxels: of a pair, or of a NRRD header; none where one file holds both."""
+    name, found = path.name.lower(), []
+    if name.endswith(".hdr"):
+        found = [_pair_of(path)]
+    elif name.endswith(".nhdr"):
+        import nrrd  # slow to import
+
+        with suppress(Exception):  # reading reports what is wrong
+            header: Any = nrrd.read_header(str(path))
+            named = header.get("data file", header.get("datafile", []))
+            found = [path.parent / file for file in ([named] if isinstance(named, str) else named)]
+    return [file for file in found if file.is_file()]
 
 
 def read_nrrd(path: Path) -> Stored:

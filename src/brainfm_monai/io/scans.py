@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brainfm_monai.io.files import ScanError, hash_file
+from brainfm_monai.io.headers import find_voxels
 from brainfm_monai.io.volumes import scan_stem
 
 LONGEST_NAME = 150  # bytes: the names of files, of which it is the beginning, may have 255
@@ -69,11 +70,11 @@ class Scan:
         }
 
     def hash_content(self) -> str:
-        """SHA-256 of the bytes of the scan: of the file, or of all files of the folder; empty without a file."""
+        """SHA-256 of the bytes of the scan: of all files that it is made of; empty without a file."""
         if not self.path:
             return ""
-        digest, path = hashlib.sha256(), Path(self.path)
-        for file in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
+        digest = hashlib.sha256()
+        for file in _files_of(Path(self.path)):
             digest.update(bytes.fromhex(hash_file(file)))
         return digest.hexdigest()
 
@@ -153,10 +154,20 @@ def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().rstrip(". ")
 
 
+def _files_of(path: Path) -> list[Path]:
+    """Files that a scan is made of: those of its folder, its own, or a header and the files of its voxels."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [path, *find_voxels(path)]
+
+
 def _changed_ns(path: str) -> int:
-    """Newest time of change of a file, or of a folder and its files; 0 if there is none."""
+    """Newest time of change of a file, or of a folder and its files; 0 if there is none.
+
+    Times that programs set, as archives and copies do, do not hide a change.
+    """
     try:
-        files = [Path(path), *(Path(path).iterdir() if Path(path).is_dir() else ())]
-        return max(file.stat().st_mtime_ns for file in files)
+        found = [file.stat() for file in (Path(path), *_files_of(Path(path)))]
     except OSError:
         return 0
+    return max(max(state.st_mtime_ns, state.st_ctime_ns) for state in found)

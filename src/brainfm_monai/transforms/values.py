@@ -22,7 +22,10 @@ OFFSETS_HU, MINIMUM_BRAIN = (1024.0, 1000.0), 0.3
 SIGN_BIT = 2**15  # numbers of 16 bits whose sign was lost are larger
 # Share of a CT within the brain's window, 1 HU off its ends: a head in a field of 50 cm has 0.03
 MINIMUM_CONTRAST = 0.005
-MINIMUM_PADDING = 0.01  # share of voxels of the one lowest or highest value
+MINIMUM_PADDING = 0.01  # share of voxels of the one lowest value
+# of the one highest value: a mark that is written into the picture; fewer than 0.001 do not change the scale
+MINIMUM_FILLED = 0.0005
+FAR_BELOW = 0.5  # of the range from the 1st to the 99th percentile, by which damaged voxels lie below it
 LARGEST_NEGATIVE = 0.05  # share of other negative values in a magnitude image, at the edges of its padding
 FILL_RATIO = 2.0  # of padding above and the brightest of all other voxels: at most 1.6 in scans of the open sets
 # Of voxels that are not background, the share with the value of their neighbour is 0.22 at most in 30 scans, 0.78 and
@@ -95,10 +98,11 @@ def mend_hounsfield(volume: io.Volume, asked: str = "auto") -> io.Volume:
 
 
 def find_limits(values: np.ndarray) -> tuple[float, float, str]:
-    """The values that an MR scan, (H, W, D), is clipped to because of its padding.
+    """The values that an MR scan, (H, W, D), is clipped to because of its padding, or of voxels that are damaged.
 
-    Below: a negative value that many voxels share, where hardly another is negative. Above: a value that many voxels
-    share, far from all others; such voxels are background as well.
+    Below: a negative value that many voxels share, where hardly another is negative; or a few negative values far below
+    all others, which would take the range of the rest. Above: a value that many voxels share, far from all others; such
+    voxels are background as well.
 
     Returns:
         The lowest and the highest value of the scan itself, infinite without padding, and a warning or nothing.
@@ -109,10 +113,15 @@ def find_limits(values: np.ndarray) -> tuple[float, float, str]:
         found = f"{padded:.0%} of the voxels are {low:g}"
         return 0.0, np.inf, f"{found}: taken for padding of an MR scan and set to 0 (--modality ct: a CT)"
     filled = float((values == high).mean())
-    if filled >= MINIMUM_PADDING:
+    if filled >= MINIMUM_FILLED:
         second = float(values[values < high].max())
         if second > max(low, 0.0) and high >= FILL_RATIO * second:
-            return -np.inf, second, f"{filled:.0%} of the voxels are {high:g}: taken for padding of a scan and set to 0"
+            return -np.inf, second, f"{filled:.1%} of the voxels are {high:g}: taken for padding of a scan and set to 0"
+    first, last = np.quantile(_sample(values), [0.01, 0.99])
+    if low < min(0.0, first - FAR_BELOW * (last - first)):
+        count = int((values < first - FAR_BELOW * (last - first)).sum())
+        found = f"{count} voxels lie far below all others, down to {low:g}, and become {first:g}"
+        return float(first), np.inf, f"{found}: damaged, or large numbers that lost their sign?"
     return -np.inf, np.inf, ""
 
 
