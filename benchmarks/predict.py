@@ -57,4 +57,4 @@ def main(rounds: int = ROUNDS, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]), *sys.argv[2:])
+    main(int(next(iter(sys.argv[1:]), ROUNDS)), *sys.argv[2:])
