@@ -14,7 +14,7 @@ from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ScanError, read_table
 from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result, template
-from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thickness_mm
+from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thickness_mm, write_distances
 from brainfm_monai.outputs.maps import insert_lesions, sharpen, write_lesions, write_synthetic_images
 from brainfm_monai.outputs.quality import write_quality
 from brainfm_monai.outputs.result import SHOWN
@@ -47,6 +47,36 @@ def test_ribbon_and_thickness_of_two_shells() -> None:
     np.testing.assert_allclose(thickness[ribbon == 3], 2.5, atol=1e-4)
     np.testing.assert_allclose(thickness[ribbon == 42], 3.0, atol=1e-4)
     assert not thickness[(ribbon != 3) & (ribbon != 42)].any()
+
+
+def test_the_ribbon_follows_the_levels_of_the_weights_and_the_scan(tmp_path: Path) -> None:
+    """The predicted boundaries stand 0.8 mm off in both hemispheres, of which the left one is the larger."""
+    shape = (64, 40, 36)
+    centres, radii = {"l": (18, 19, 17), "r": (47, 19, 17)}, {"l": 10.3, "r": 8.3}
+    true = {side: ball(shape, centres[side], radii[side]) for side in "lr"}
+    channels = [true[side] + error for side in "lr" for error in (-3.0 + 0.8, 0.8)]  # pial, white
+    maps = {"distance": np.stack(channels).clip(-3, 3), "segmentation": np.zeros((1, *shape), np.float32)}
+    tensors = {name: MetaTensor(torch.from_numpy(values), affine=torch.eye(4)) for name, values in maps.items()}
+    share = (0.5 - np.minimum(true["l"], true["r"])).clip(0, 1)  # of white matter in a voxel
+    image = MetaTensor(torch.from_numpy(0.3 + 0.4 * share[None]).float(), affine=torch.eye(4))
+    layout = TaskLayout(["segmentation", "distance"], "synthseg_head")
+
+    def write(name: str, **more: Any) -> np.ndarray:
+        (tmp_path / name).mkdir()
+        scan = ScanResult("scan", tmp_path, tmp_path / name, layout, np.zeros(shape), np.eye(4), tensors, **more)
+        write_distances(scan)
+        return np.asarray(nib.load(tmp_path / name / "scan_desc-ribbon_dseg.nii.gz").dataobj)  # type: ignore[attr-defined]
+
+    plain = write("plain")
+    levelled = write("levelled", settings=RunSettings(surface_levels_mm=(0.8, 0.8)))
+    refined = write("refined", normalised=image)
+    for side, white, cortex in (("l", 2, 3), ("r", 41, 42)):
+        inside = true[side] < 0
+        assert (plain == white).sum() < 0.85 * inside.sum()
+        np.testing.assert_array_equal(levelled == white, inside)
+        np.testing.assert_array_equal(levelled == cortex, ~inside & (true[side] < 3))
+        assert (refined == white).sum() == pytest.approx(inside.sum(), rel=0.06)
+        assert not (refined[~np.isin(plain, (white, cortex))] == white).any()
 
 
 MATRIX = np.array([[1.1, 0.1, 0, 4], [-0.05, 0.9, 0.1, -6], [0.02, -0.1, 1.05, 9], [0, 0, 0, 1]])

@@ -1,6 +1,6 @@
 """From the maps of a scan to its files: label maps, volumes, images, surfaces, transforms, tables and warnings."""
 
-from brainfm_monai.outputs.cortex import grow_surfaces, measure_thickness
+from brainfm_monai.outputs.cortex import find_boundaries, grow_surfaces, measure_thickness
 from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3, expect_dice, hard_volumes_mm3
 from brainfm_monai.outputs.quality import collect_warnings
 from brainfm_monai.outputs.result import (
@@ -16,5 +16,5 @@ from brainfm_monai.outputs.template import fit_scan_to_template
 from brainfm_monai.outputs.writer import ScanWriter
 
 __all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "ScanWriter", "collect_warnings", "compute_totals_mm3"]
-__all__ += ["compute_volumes_mm3", "describe_run", "expect_dice", "fit_scan_to_template", "grow_surfaces"]
-__all__ += ["hard_volumes_mm3", "measure_thickness", "once_per_scan", "resample", "written_last"]
+__all__ += ["compute_volumes_mm3", "describe_run", "expect_dice", "find_boundaries", "fit_scan_to_template"]
+__all__ += ["grow_surfaces", "hard_volumes_mm3", "measure_thickness", "once_per_scan", "resample", "written_last"]

@@ -7,14 +7,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from isal import isal_zlib
+from monai.data import MetaTensor
 from nibabel.affines import apply_affine
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from brainfm_monai import surfaces
 from brainfm_monai.io import ABSENT, read_table, write_table
-from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan
+from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan, resample
 from brainfm_monai.transforms import MODES
 
 # By BIDS letter: channel letter of the hemisphere, FreeSurfer ids of white matter and cortex.
@@ -69,9 +71,9 @@ def write_distances(scan: ScanResult) -> None:
     distance = scan.in_grid("distance")
     text = "signed distance to the surfaces, negative inside, clipped at 3 mm; l, r: hemisphere, p, w: pial, white"
     scan.save_map("distance", distance, text)
-    shown = _shown_hemispheres(scan, distance)
-    ribbon = compute_ribbon(shown)
-    thickness = compute_ribbon_thickness_mm(shown, ribbon)
+    boundaries = resample(find_boundaries(scan), scan.labels.shape, scan.affine).cpu().numpy()
+    ribbon = compute_ribbon(_shown_hemispheres(scan, boundaries))
+    thickness = compute_ribbon_thickness_mm(_shown_hemispheres(scan, distance), ribbon)
     text = "2, 41: left and right white matter; 3, 42: left and right cortex"
     scan.save_image("desc-ribbon_dseg", ribbon, Description=text)
     text = "distance to white + to pial surface"
@@ -85,6 +87,25 @@ def _shown_hemispheres(scan: ScanResult, distance: Any) -> dict[str, Any]:
     channels = zip(scan.layout.tasks["distance"].channel_names, distance, strict=True)
     left_out = MODES[scan.settings.mode].excluded_side[:1]
     return {name: value for name, value in channels if not left_out or not name.startswith(left_out)}
+
+
+@once_per_scan
+def find_boundaries(scan: ScanResult) -> MetaTensor:
+    """The distances, (4, h, w, d) in the network's grid, with their zero where the boundaries are taken to be.
+
+    The levels of the weights are subtracted, and the scan corrects the white ones as it does the white surfaces.
+    """
+    found, affine = scan.maps["distance"].as_tensor().cpu().float().clone(), scan.network_affine
+    voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
+    for pial, white in found.split(2):
+        white -= scan.settings.surface_levels_mm[0]
+        pial -= scan.settings.surface_levels_mm[1]
+        inside = torch.minimum(white, pial) < 0
+        if scan.normalised is not None and inside.any():
+            box = surfaces.box_around(inside)
+            image = scan.normalised.as_tensor()[0].cpu().float()[box]
+            white[box] = surfaces.refine_white(white[box], pial[box], image, voxel_mm)
+    return MetaTensor(found, affine=torch.from_numpy(affine))
 
 
 @once_per_scan

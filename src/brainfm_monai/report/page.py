@@ -137,7 +137,8 @@ def _ct_row(prefix: str, read: Draw, window: tuple[float, float]) -> Row:
 
 def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
     """Rows of pictures of one map."""
-    values, affine, draw_scan = scan.maps[task.entry].cpu(), scan.network_affine, _grey(scan)
+    drawn = {"distance": outputs.find_boundaries}.get(task.picture, lambda scan: scan.maps[task.entry].cpu())
+    values, affine, draw_scan = drawn(scan), scan.network_affine, _grey(scan)
 
     @cache
     def read(cut: Slice) -> np.ndarray:

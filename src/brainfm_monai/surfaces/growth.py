@@ -66,9 +66,7 @@ def grow_hemisphere(
     inside = torch.minimum(pial - levels_mm[1], white - levels_mm[0]) < 0
     if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface
         return None
-    spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
-    first = [max(int(span[0]) - 3, 0) for span in spans]  # a box around the inside and 3 voxels around it
-    box = tuple(slice(start, int(span[-1]) + 4) for start, span in zip(first, spans, strict=True))
+    box = box_around(inside)
     voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
     white, pial = white[box] - levels_mm[0], pial[box] - levels_mm[1]
     if image is not None:
@@ -85,7 +83,7 @@ def grow_hemisphere(
     edited = torch.from_numpy(level).float() - coarse  # where voxels changed sides
     edited = nnf.interpolate(edited[None, None], size=white.shape, mode="trilinear", align_corners=True)[0, 0]
     grid = np.array(affine, dtype=np.float64)
-    grid[:3, 3] += grid[:3, :3] @ first
+    grid[:3, 3] += grid[:3, :3] @ [side.start for side in box]
     relaxed = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
     white_mm, white_share = remove_crossings(_place(index * step, grid), _place(relaxed.numpy(), grid), faces)
     start = torch.from_numpy(_place(white_mm, np.linalg.inv(grid)))
@@ -97,6 +95,12 @@ def grow_hemisphere(
         faces = faces[:, ::-1]
     faces = np.ascontiguousarray(faces, dtype=np.int32)
     return Hemisphere(white_mm, pial_mm, faces, closed, (white_share, pial_share))
+
+
+def box_around(inside: Tensor) -> tuple[slice, ...]:
+    """Box around a mask (H, W, D), which is not empty, and around up to 3 voxels beside it."""
+    spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
+    return tuple(slice(max(int(span[0]) - 3, 0), int(span[-1]) + 4) for span in spans)
 
 
 def _place(vertices: np.ndarray, affine: np.ndarray) -> np.ndarray:
