@@ -128,6 +128,14 @@ def test_missing_slices_and_uneven_distances_are_refused(tmp_path: Path) -> None
         read_scan(write_series(tmp_path / "one", leave_out=range(1, COUNT)))
 
 
+def test_slices_whose_pixels_differ_in_size_are_refused(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "mixed", leave_out=(7, 8))
+    for n in (7, 8):
+        write_slice(folder / str(n), n, ORIGIN + APART * n * NORMAL, PIXELS[n], PixelSpacing=[DOWN / 2, ACROSS / 2])
+    with pytest.raises(ScanError, match=r"pixels differ in size from slice to slice: 0\.75 to 2\.5 mm"):
+        read_scan(folder)
+
+
 def test_the_tilt_of_a_gantry_is_kept_in_the_affine(tmp_path: Path) -> None:
     found = read_scan(write_series(tmp_path / "tilt", tilt_mm=0.8, Modality="CT"))
     check_places(found, tilt_mm=0.8)

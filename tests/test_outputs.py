@@ -30,6 +30,7 @@ from brainfm_monai.outputs import (
     written_last,
 )
 from brainfm_monai.outputs.maps import write_segmentation, write_volumes
+from brainfm_monai.prediction.loop import ScanDataset, choose_scans
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation"], "synthseg_head")
@@ -347,10 +348,20 @@ def test_results_of_another_scan_are_not_replaced(tmp_path: Path, entry: dict[st
             FileExistsError, match=r"b/sub-01\.nii: .*found those of another scan, .*/sub-01\.nii: give"
         ):
             refuse(other)
+    with pytest.raises(FileExistsError, match=r"another scan, .*/sub-01\.nii with frame None and series '': give"):
+        writer.check_place(entry | {"frame": 1})  # another volume of the same file
     assert (out / "sub-01/sub-01_finished.json").read_bytes() == before
     ScanWriter(out, LAYOUT, {"note": write_note}, overwrite=True).write(item(), other)
     assert writer.is_finished(other)
     assert not (out / ".partial").exists()
+
+
+def test_a_scan_that_is_what_it_was_when_it_was_finished_has_not_failed(tmp_path: Path, entry: dict[str, str]) -> None:
+    writer = ScanWriter(tmp_path / "out", LAYOUT, {"note": write_note})
+    writer.write(item(), entry)
+    writer.note_failure(entry, "the file was damaged for a while")
+    assert choose_scans(ScanDataset([entry]), writer, None, overwrite=False) == []
+    assert read_table(writer.write_summary([entry]))[0]["status"] == "done"
 
 
 def test_files_of_the_users_are_not_replaced(tmp_path: Path, entry: dict[str, str]) -> None:

@@ -211,10 +211,14 @@ def _split_volumes(name: str, slices: list[_Slice]) -> list[Series]:
 
 
 def _check_stack(name: str, slices: Sequence[_Slice], stack: Sequence[_Slice]) -> Series:
-    """Whether slices, one at each height, are evenly spaced on one line; their affine."""
+    """Whether slices, one at each height, have pixels of one size and are evenly spaced on one line; their affine."""
     places = np.array([s.place for s in stack])
     if len(places) < 2:
         return _describe(name, slices, problem="one slice alone", is_overview=True)
+    sizes = np.array([s.spacing for s in slices])
+    if (np.ptp(sizes, axis=0) > SPACING_TOLERANCE * sizes.min()).any():
+        found = f"{sizes.min():.4g} to {sizes.max():.4g} mm"
+        return _describe(name, slices, problem=f"pixels differ in size from slice to slice: {found}")
     row, column = np.array(stack[0].axes).reshape(2, 3)
     normal = np.cross(row, column)
     gaps, step = np.diff(places @ normal), (places[-1] - places[0]) / (len(places) - 1)

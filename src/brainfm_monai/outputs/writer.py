@@ -96,11 +96,14 @@ class ScanWriter:
         marker, entry = self.read_marker(scan) or self.read_marker(scan, UNFINISHED), Scan.of(scan)
         if marker is None or self.overwrite:
             return
-        earlier = str(marker["source"]["path"])
-        if earlier != entry.identify()["path"] and marker["source"]["sha256"] != entry.hash_content():
+        source, identity = marker["source"], entry.identify()
+        earlier, is_moved = str(source["path"]), source["path"] != identity["path"]
+        is_other = source["part"] != identity["part"]  # frame or series
+        if is_other or (is_moved and source["sha256"] != entry.hash_content()):
             rule = f"{self.output_dir / entry.results} must hold results of this scan or none"
             choices = "give this one another name or folder, or pass --overwrite to replace them"
-            found = f"found those of another scan, {printable(earlier)}"
+            part = " with frame {!r} and series {!r}".format(*source["part"]) if is_other else ""
+            found = f"found those of another scan, {printable(earlier)}{part}"
             raise FileExistsError(f"{printable(entry.path)}: {rule}, {found}: {choices}")
 
     def write(self, item: Mapping[str, Any], scan: Entry) -> Path:
