@@ -254,7 +254,7 @@ def test_a_few_damaged_voxels_and_a_mark_in_the_picture_do_not_take_the_range_of
     assert "0.2% of the voxels are 32767: taken for padding of a scan and set to 0" in found.meta["warnings"]
 
 
-@pytest.mark.parametrize("stored", ["1024", "1000", "sign"])
+@pytest.mark.parametrize("stored", ["1024", "1000", "2000", "3024", "8192", "sign"])
 def test_a_ct_without_its_intercept_or_sign_is_brought_to_hounsfield_units(tmp_path: Path, stored: str) -> None:
     hounsfield = np.round(phantom_of_a_ct())
     numbers = hounsfield.astype(np.int16).view(np.uint16) if stored == "sign" else hounsfield + float(stored)
@@ -262,10 +262,16 @@ def test_a_ct_without_its_intercept_or_sign_is_brought_to_hounsfield_units(tmp_p
     loaded = LoadScand("image", window="auto")({"image": str(path)})
     found = loaded["original"].numpy()[0] - hounsfield
     assert np.ptp(found) == 0
-    assert abs(found[0, 0, 0]) <= 24  # 1024 and 1000 cannot always be told apart
+    assert abs(found[0, 0, 0]) <= 48  # 1024 and 1000, or 2048 and 2000, cannot always be told apart
     assert loaded["image"].meta["modality"].startswith("ct: ")
     assert "the values are those of a CT" in loaded["image"].meta["warnings"]
     assert load(path, modality="mr").meta["modality"] == "mr: as asked by --modality"
+
+
+def test_a_ct_without_its_negative_numbers_is_warned_of(tmp_path: Path) -> None:
+    path = write(tmp_path / "ct.nii", np.clip(np.round(phantom_of_a_ct()), 0, None))
+    assert "a CT without its negative numbers: if it is one, pass --modality ct" in load(path).meta["warnings"]
+    assert not load(path, window="auto", modality="ct").meta["warnings"]
 
 
 def test_a_ct_in_another_unit_is_warned_of(tmp_path: Path) -> None:
