@@ -64,6 +64,7 @@ class EvaluationWriter:
         self.files, self.output_dir, self.definition = files, files.output_dir, dict(definition or {})
         self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
         self.clear, self.note_failure = files.clear, files.note_failure  # what the loop of scans calls, too
+        self.forget_failure = files.forget_failure
 
     def is_finished(self, scan: Case) -> bool:
         """Whether a case was measured with the same configuration, weights, condition and files."""
