@@ -20,6 +20,7 @@ from brainfm_monai.surfaces import (
     draw_contour,
     draw_surface,
     extract_sphere,
+    find_boundaries,
     grow_ball,
     grow_hemisphere,
     grow_hemispheres,
@@ -107,7 +108,7 @@ def test_two_spheres_have_the_thickness_between_them_in_an_oblique_grid(mirrored
     if mirrored:
         affine[:3, 0] *= -1
     white, pial = (torch.from_numpy(ball(r, 46).clip(-3, 3)).float() for r in (12.0, 14.5))
-    found = grow_hemisphere(white, pial, None, affine)
+    found = grow_hemisphere(white, pial, affine)
     assert found is not None
     centre = affine[:3, :3] @ np.full(3, 22.5) + affine[:3, 3]
     assert np.abs(np.linalg.norm(found.white_mm - centre, axis=1) - 12.0).max() < 0.1
@@ -130,7 +131,7 @@ def test_the_pial_surface_enters_a_sulcus_that_the_distance_closes() -> None:
     white = distance_of(inside, voxel_mm)
     pial = distance_of(ndimage.distance_transform_edt(~inside) * voxel_mm <= 2.5, voxel_mm)
     affine = np.diag([voxel_mm] * 3 + [1.0])
-    found = grow_hemisphere(white, pial, None, affine)
+    found = grow_hemisphere(white, pial, affine)
     assert found is not None
     middle = (np.array(white.shape) - 1) / 2 * voxel_mm
     start, end = found.white_mm - middle, found.pial_mm - middle
@@ -159,17 +160,17 @@ def test_hemispheres_do_not_enter_each_other() -> None:
         for side, r in (("l", left), ("r", right))
     }
     distance = {f"{side}{kind}": field[i] for side, field in fields.items() for i, kind in enumerate("wp")}
-    both = grow_hemispheres(distance, np.eye(4), (0.2, -0.25))
+    both = grow_hemispheres(find_boundaries(distance, np.eye(4), (0.2, -0.25)), np.eye(4))
     for kind in ("white_mm", "pial_mm"):
         meshes = [a for one in both.values() for a in (getattr(one, kind).astype(float), one.faces.astype(np.int64))]
         assert not find_intersections(*meshes)[0]
-    found = grow_hemisphere(fields["l"][0], fields["l"][1], (fields["r"][0], fields["r"][1]), np.eye(4))
-    alone = grow_hemisphere(fields["l"][0], fields["l"][1], None, np.eye(4))
+    found = grow_hemispheres(find_boundaries(distance, np.eye(4)), np.eye(4)).get("L")
+    alone = grow_hemisphere(fields["l"][0], fields["l"][1], np.eye(4))
     assert found is not None
     assert alone is not None
     assert found.pial_mm[:, 0].max() - 31.5 < 0.1
     assert alone.pial_mm[:, 0].max() - 31.5 > 0.8
-    assert grow_hemisphere(torch.ones(6, 6, 6), torch.ones(6, 6, 6), None, np.eye(4)) is None
+    assert grow_hemisphere(torch.ones(6, 6, 6), torch.ones(6, 6, 6), np.eye(4)) is None
 
 
 def test_crossings_and_euler_numbers_are_counted() -> None:
@@ -229,7 +230,7 @@ def test_surfaces_of_ragged_distances_do_not_cross_themselves() -> None:
     fields = [ball(14, 48) + 1.5 * noise / noise.std(), ball(16.5, 48)]
     white, pial = (torch.from_numpy(field.clip(-3, 3)).float() for field in fields)
     affine = np.array([[0.0, 0, 0.9, 3], [0, -0.9, 0, 40], [0.9, 0, 0, -7], [0, 0, 0, 1]])
-    found = grow_hemisphere(white, pial, None, affine)
+    found = grow_hemisphere(white, pial, affine)
     assert found is not None
     shares = [compute_crossing_share(vertices, found.faces) for vertices in (found.white_mm, found.pial_mm)]
     assert list(found.crossing_shares) == shares
@@ -279,7 +280,7 @@ def test_a_folded_sheet_has_its_thickness_everywhere() -> None:
     rough = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
     white = ndimage.gaussian_filter((rough - 0.5 * np.sign(rough)) * voxel_mm, 0.7)  # without the steps of voxels
     fields = [torch.from_numpy((white - depth).clip(-3, 3)).float() for depth in (0, 2.5)]
-    found = grow_hemisphere(fields[0], fields[1], None, np.diag([voxel_mm] * 3 + [1.0]))
+    found = grow_hemisphere(fields[0], fields[1], np.diag([voxel_mm] * 3 + [1.0]))
     assert found is not None
     thickness = compute_thickness_mm(found.white_mm, found.pial_mm, found.faces)
     place = found.white_mm - 63 / 2 * voxel_mm
@@ -313,8 +314,8 @@ def test_the_scan_moves_the_white_surface_to_where_its_tissues_meet(grey: float)
     assert (refined - truth)[near].abs().mean() < 0.3
     far = wrong.abs() > 2.3
     assert torch.equal(refined[far], wrong.clamp(-3, 3)[far])
-    found = grow_hemisphere(wrong.clamp(-3, 3), pial.clamp(-3, 3), None, np.eye(4), image=image)
-    assert found is not None
+    distance = {"rw": wrong.clamp(-3, 3), "rp": pial.clamp(-3, 3)}
+    found = grow_hemispheres(find_boundaries(distance, np.eye(4), image=image), np.eye(4))["R"]
     assert np.abs(np.linalg.norm(found.white_mm - 23.5, axis=1) - 14).mean() < 0.25
 
 

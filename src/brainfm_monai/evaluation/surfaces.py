@@ -21,7 +21,13 @@ from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.metrics import MetricRow
 from brainfm_monai.metrics.tables import unit_of
 from brainfm_monai.outputs import resample
-from brainfm_monai.surfaces import compute_crossing_share, compute_euler_number, compute_thickness_mm, grow_hemispheres
+from brainfm_monai.surfaces import (
+    compute_crossing_share,
+    compute_euler_number,
+    compute_thickness_mm,
+    find_boundaries,
+    grow_hemispheres,
+)
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS
 
 # FreeSurfer's surface RAS: directions of the axes of a conformed volume, by columns
@@ -115,7 +121,7 @@ class MeasureSurfaces(Transform):
     The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``,
     ``right_pial``), else those that grow out of its distances, else those out of the distances to its labels: where
     labels close a sulcus, the pial surface stands halfway between the banks, as in a prediction. A case with none of
-    these has no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
+    these has no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.surfaces.find_boundaries`.
     """
 
     def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:
@@ -158,10 +164,11 @@ def grow_meshes(
 ) -> dict[str, Mesh]:
     """The surfaces that ``predict`` makes of distances lp, lw, rp, rw in mm, shape (4, H, W, D), by their names.
 
-    For the other arguments see :func:`~brainfm_monai.surfaces.grow_hemisphere`.
+    For the other arguments see :func:`~brainfm_monai.surfaces.find_boundaries`.
     """
     near = distance.clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM)
-    grown = grow_hemispheres(dict(zip(TASKS["distance"].channel_names, near, strict=True)), affine, levels_mm, image)
+    named = dict(zip(TASKS["distance"].channel_names, near, strict=True))
+    grown = grow_hemispheres(find_boundaries(named, affine, levels_mm, image), affine)
     sides = {"L": "left", "R": "right"}
     return {
         f"{sides[letter]}_{kind}": (vertices, one.faces)

@@ -17,6 +17,7 @@ from scipy.spatial import cKDTree
 from brainfm_monai import surfaces
 from brainfm_monai.io import ABSENT, read_table, write_table
 from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan, resample
+from brainfm_monai.tasks import MAX_DISTANCE_MM
 from brainfm_monai.transforms import MODES
 
 # By BIDS letter: channel letter of the hemisphere, FreeSurfer ids of white matter and cortex.
@@ -72,8 +73,8 @@ def write_distances(scan: ScanResult) -> None:
     text = "signed distance to the surfaces, negative inside, clipped at 3 mm; l, r: hemisphere, p, w: pial, white"
     scan.save_map("distance", distance, text)
     boundaries = resample(find_boundaries(scan), scan.labels.shape, scan.affine).cpu().numpy()
-    ribbon = compute_ribbon(_shown_hemispheres(scan, boundaries))
-    thickness = compute_ribbon_thickness_mm(_shown_hemispheres(scan, distance), ribbon)
+    ribbon = compute_ribbon(_by_name(scan, boundaries))
+    thickness = compute_ribbon_thickness_mm(_by_name(scan, distance), ribbon)
     text = "2, 41: left and right white matter; 3, 42: left and right cortex"
     scan.save_image("desc-ribbon_dseg", ribbon, Description=text)
     text = "distance to white + to pial surface"
@@ -82,41 +83,29 @@ def write_distances(scan: ScanResult) -> None:
     scan.summary["cortical_thickness_mm"] = round(float(np.median(cortex)), 3) if cortex.size else "n/a"
 
 
-def _shown_hemispheres(scan: ScanResult, distance: Any) -> dict[str, Any]:
-    """The channels of the distances by name, without those of a hemisphere that the mode leaves out."""
-    channels = zip(scan.layout.tasks["distance"].channel_names, distance, strict=True)
-    left_out = MODES[scan.settings.mode].excluded_side[:1]
-    return {name: value for name, value in channels if not left_out or not name.startswith(left_out)}
+def _by_name(scan: ScanResult, channels: Any) -> dict[str, Any]:
+    return dict(zip(scan.layout.tasks["distance"].channel_names, channels, strict=True))
 
 
 @once_per_scan
 def find_boundaries(scan: ScanResult) -> MetaTensor:
     """The distances, (4, h, w, d) in the network's grid, with their zero where the boundaries are taken to be.
 
-    The levels of the weights are subtracted, and the scan corrects the white ones as it does the white surfaces.
+    See :func:`~brainfm_monai.surfaces.find_boundaries`. A hemisphere that the mode leaves out is far from everywhere.
     """
-    found, affine = scan.maps["distance"].as_tensor().cpu().float().clone(), scan.network_affine
-    voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
-    for pial, white in found.split(2):
-        white -= scan.settings.surface_levels_mm[0]
-        pial -= scan.settings.surface_levels_mm[1]
-        inside = torch.minimum(white, pial) < 0
-        if scan.normalised is not None and inside.any():
-            box = surfaces.box_around(inside)
-            image = scan.normalised.as_tensor()[0].cpu().float()[box]
-            white[box] = surfaces.refine_white(white[box], pial[box], image, voxel_mm)
-    return MetaTensor(found, affine=torch.from_numpy(affine))
+    distance = _by_name(scan, scan.maps["distance"].as_tensor().cpu().float())
+    left_out = MODES[scan.settings.mode].excluded_side[:1]
+    shown = {name: value for name, value in distance.items() if not left_out or not name.startswith(left_out)}
+    image = None if scan.normalised is None else scan.normalised.as_tensor()[0].cpu().float()
+    found = surfaces.find_boundaries(shown, scan.network_affine, scan.settings.surface_levels_mm, image)
+    channels = [found.get(name, torch.full_like(value, MAX_DISTANCE_MM)) for name, value in distance.items()]
+    return MetaTensor(torch.stack(channels), affine=torch.from_numpy(scan.network_affine))
 
 
 @once_per_scan
 def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
-    """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan.
-
-    They are grown from the distances in the network's grid, where these were computed, and from the scan there.
-    """
-    shown = _shown_hemispheres(scan, scan.maps["distance"].as_tensor().cpu().float())
-    image = None if scan.normalised is None else scan.normalised.as_tensor()[0].cpu().float()
-    return surfaces.grow_hemispheres(shown, scan.network_affine, scan.settings.surface_levels_mm, image)
+    """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan."""
+    return surfaces.grow_hemispheres(_by_name(scan, find_boundaries(scan).as_tensor()), scan.network_affine)
 
 
 @once_per_scan

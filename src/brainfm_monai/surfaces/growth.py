@@ -38,14 +38,43 @@ class Hemisphere:
     crossing_shares: tuple[float, float]  # shares of the triangles that cross another one, white and pial, from 0 to 1
 
 
-def grow_hemisphere(
-    white: Tensor,
-    pial: Tensor,
-    opposite: tuple[Tensor, Tensor] | None,
+def find_boundaries(
+    distance: Mapping[str, Tensor],
     affine: np.ndarray,
-    levels_mm: Sequence[float] = (0, 0),
+    levels_mm: Sequence[float] = (0.0, 0.0),
     image: Tensor | None = None,
-) -> Hemisphere | None:
+) -> dict[str, Tensor]:
+    """Distances whose zero is where the boundaries are taken to be: what surfaces, ribbon and pictures have in common.
+
+    The levels are subtracted, the scan corrects the white surfaces, none comes nearer to the other hemisphere than
+    where both are equally deep, and no pial surface lies within the white one.
+
+    Args:
+        distance: signed distances ``lp``, ``lw``, ``rp``, ``rw`` in mm, negative inside, shape (H, W, D); a hemisphere
+            may be missing.
+        affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
+        levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
+        image: the scan in the same grid, in [0, 1]; None: the white surface stays where the distance is 0.
+    """
+    found: dict[str, Tensor] = {}
+    for side, opposite in (("l", "r"), ("r", "l")):
+        if f"{side}w" not in distance:
+            continue
+        pial, has_opposite = distance[f"{side}p"], f"{opposite}w" in distance
+        if has_opposite:
+            pial = torch.maximum(pial, (pial - distance[f"{opposite}p"]) / 2 + levels_mm[1] + MIDLINE_MM)
+        white, pial = distance[f"{side}w"] - levels_mm[0], pial - levels_mm[1]
+        inside = torch.minimum(white, pial) < 0
+        if image is not None and inside.any():
+            box = _box_around(inside)
+            white[box] = refine_white(white[box], pial[box], image[box], _voxel_mm(affine))
+        if has_opposite:
+            white = torch.maximum(white, (white + levels_mm[0] - distance[f"{opposite}w"]) / 2 + MIDLINE_MM)
+        found |= {f"{side}p": torch.minimum(pial, white), f"{side}w": white}
+    return found
+
+
+def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphere | None:
     """White surface of a hemisphere, and the pial surface that grows out of it; None where no voxel is inside.
 
     The white surface is the zero of its distance, cut to the topology of a sphere. The vertices then follow the
@@ -55,25 +84,14 @@ def grow_hemisphere(
 
     Args:
         white: signed distance to the white surface in mm, negative inside, shape (H, W, D).
-        pial: signed distance to the pial surface.
-        opposite: both of the other hemisphere, which the surfaces do not enter; None: there is none.
+        pial: signed distance to the pial surface, nowhere larger.
         affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
-        levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
-        image: the scan in the same grid, which refines the white surface; None: it stays where the distance is 0.
     """
-    if opposite is not None:
-        pial = torch.maximum(pial, (pial - opposite[1]) / 2 + levels_mm[1] + MIDLINE_MM)
-    inside = torch.minimum(pial - levels_mm[1], white - levels_mm[0]) < 0
+    inside = pial < 0
     if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface
         return None
-    box = box_around(inside)
-    voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
-    white, pial = white[box] - levels_mm[0], pial[box] - levels_mm[1]
-    if image is not None:
-        white = refine_white(white, pial, image[box], voxel_mm)
-    if opposite is not None:
-        white = torch.maximum(white, (white + levels_mm[0] - opposite[0][box]) / 2 + MIDLINE_MM)
-    pial = torch.minimum(pial, white)
+    box, voxel_mm = _box_around(inside), _voxel_mm(affine)
+    white, pial = white[box], pial[box]
     size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
     coarse = nnf.interpolate(white[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
     if not (coarse < 0).any():
@@ -97,33 +115,25 @@ def grow_hemisphere(
     return Hemisphere(white_mm, pial_mm, faces, closed, (white_share, pial_share))
 
 
-def box_around(inside: Tensor) -> tuple[slice, ...]:
+def _place(vertices: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return apply_affine(affine, vertices).astype(np.float32)
+
+
+def grow_hemispheres(boundaries: Mapping[str, Tensor], affine: np.ndarray) -> dict[str, Hemisphere]:
+    """The hemispheres of :func:`find_boundaries` by their letters ``L`` and ``R``; one without a surface is absent."""
+    sides = [side for side in "lr" if f"{side}w" in boundaries]
+    grown = {s.upper(): grow_hemisphere(boundaries[f"{s}w"], boundaries[f"{s}p"], affine) for s in sides}
+    return {letter: surface for letter, surface in grown.items() if surface is not None}
+
+
+def _box_around(inside: Tensor) -> tuple[slice, ...]:
     """Box around a mask (H, W, D), which is not empty, and around up to 3 voxels beside it."""
     spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
     return tuple(slice(max(int(span[0]) - 3, 0), int(span[-1]) + 4) for span in spans)
 
 
-def _place(vertices: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return apply_affine(affine, vertices).astype(np.float32)
-
-
-def grow_hemispheres(
-    distance: Mapping[str, Tensor],
-    affine: np.ndarray,
-    levels_mm: Sequence[float] = (0.0, 0.0),
-    image: Tensor | None = None,
-) -> dict[str, Hemisphere]:
-    """The hemispheres of distances ``lp``, ``lw``, ``rp``, ``rw`` in mm, (H, W, D), by their letters ``L`` and ``R``.
-
-    For the other arguments see :func:`grow_hemisphere`; a hemisphere without a surface is absent.
-    """
-    grown = {}
-    for side, opposite in (("l", "r"), ("r", "l")):
-        if f"{side}w" in distance:
-            facing = (distance[f"{opposite}w"], distance[f"{opposite}p"]) if f"{opposite}w" in distance else None
-            fields = distance[f"{side}w"], distance[f"{side}p"], facing
-            grown[side.upper()] = grow_hemisphere(*fields, affine, levels_mm, image)
-    return {letter: surface for letter, surface in grown.items() if surface is not None}
+def _voxel_mm(affine: np.ndarray) -> float:
+    return float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
 
 
 def _sample(fields: Tensor, vertices: Tensor) -> Tensor:
