@@ -70,10 +70,7 @@ def find_sessions(root: str | Path) -> list[Session]:
     belongs to the one scan that it can mean. Labels whose name tells no contrast are those of the T1w. Of several scans
     of one contrast, the first with labels is taken, or the first by name. A folder of FreeSurfer does not tell which of
     several T1w scans it was made of: FreeSurfer's own copy of the scan is taken then. Files that belong to none of the
-    scans are reported.
-
-    Raises:
-        FileNotFoundError: if there is none.
+    scans are reported. FileNotFoundError if there is no visit.
     """
     derivatives = Path(root) / "derivatives"
     derived: dict[str, list[BidsFile]] = {}
@@ -219,11 +216,8 @@ def predicted_file(folder: Path, name: str) -> Path:
 def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Path) -> None:
     """Run the bundle's inference on scans, with labels of 1 mm; those that have a result already are left out.
 
-    ``scans`` are by subject; results are in ``output_dir``, see :func:`predicted_file`. A scan that fails leaves no
-    result; the inference itself reports why.
-
-    Raises:
-        FileNotFoundError: if the bundle has no inference config.
+    ``scans`` are by subject, results are :func:`predicted_file`. A scan that fails leaves none, and the inference
+    reports why. FileNotFoundError if the bundle has no inference config.
     """
     waiting = {name: scan for name, scan in scans.items() if not predicted_file(output_dir, name).is_file()}
     if not waiting:

@@ -75,9 +75,7 @@ def check_set(
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Check every subject as :func:`check_data` does; return the faults, and the entries that were checked.
 
-    Raises:
-        FileNotFoundError: if there is no such list or folder.
-        ValueError: if it holds no subject.
+    FileNotFoundError if there is no such list or folder, ValueError if it holds no subject.
     """
     path = Path(source)
     entries = read_datalist(path) if path.is_file() else find_subjects(path)

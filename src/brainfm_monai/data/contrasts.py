@@ -20,7 +20,8 @@ from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 
 from brainfm_monai.anatomy import Protocol, is_brain
-from brainfm_monai.data.intensities import AIR_HU, find_head, read_scan, resample_to_box
+from brainfm_monai.data.intensities import find_head, read_scan, resample_to_box
+from brainfm_monai.data.labels import AIR_HU
 from brainfm_monai.data.subjects import Image
 from brainfm_monai.io import read_table
 from brainfm_monai.synthesis.acquisition import CONTRASTS, read_contrasts
@@ -58,8 +59,7 @@ class BoxScan(NamedTuple):
 def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:
     """Every contrast among files by role, on the box. The first one is the reference; the others are registered to it.
 
-    Raises:
-        ValueError: if a file holds no scan, a CT is not in HU, or the labels do not lie on the head of the reference.
+    ValueError if a file holds no scan, a CT is not in HU, or the labels do not lie on the head of the reference.
     """
     scans: dict[str, BoxScan] = {}
     for key, path in ((key, path) for key, path in files.items() if key in CONTRASTS):

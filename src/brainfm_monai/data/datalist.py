@@ -106,19 +106,13 @@ def make_entry(folder: Path) -> dict[str, Any]:
 
 
 def read_datalist(path: str | Path, section: str | None = None, protocol: str | None = None) -> list[dict[str, Any]]:
-    """Read the items of a datalist with whole paths.
+    """Read the items of a datalist (JSON), in which paths are relative to its folder, with whole paths.
 
     A value is a path if its key is that of a volume or if it ends like an image file. (``load_decathlon_datalist``
-    makes a path of every value that happens to exist as a file or folder, names of subjects included.)
-
-    Args:
-        path: JSON file of sections; paths are relative to its folder.
-        section: section to read; without it, all of :data:`SECTIONS` are read, and each item names its own in
-            ``section``.
-        protocol: protocol of the segmentations of the training that reads the list: a name or a table file.
-
-    Raises:
-        ValueError: if it is no such list, or an item has another protocol than ``protocol``.
+    makes a path of every value that happens to exist as a file or folder, names of subjects included.) Without a
+    ``section``, all of :data:`SECTIONS` are read, and each item names its own in ``section``. ``protocol`` is that of
+    the training that reads the list: a name or a table file. ValueError if it is no such list, or an item has another
+    protocol.
     """
     path = Path(path)
     sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"
@@ -132,22 +126,14 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
         raise ValueError(f"{sections_needed}, found {error}") from error
     if protocol is not None:
         check_protocols(items, str(path), protocol)
-    for person in _find_leaks([item for item in all_items if "subject" in item]):
-        logger.warning("%s: a person must be in one section, found %s", path, person)
+    subjects = {str(number): item for number, item in enumerate(all_items) if "subject" in item}
+    first: dict[str, Mapping[str, Any]] = {}  # subject of every person
+    for number, person in find_persons(subjects).items():
+        pair = first.setdefault(person, subjects[number]), subjects[number]
+        if pair[0]["section"] != pair[1]["section"]:
+            found = " and ".join(f"{item['subject']} in '{item['section']}'" for item in pair)
+            logger.warning("%s: a person must be in one section, found %s", path, found)
     return [{key: _absolute(key, value, path.parent) for key, value in item.items()} for item in items]
-
-
-def _find_leaks(items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Subjects of a list that are one person by their names, in several sections."""
-    persons = find_persons({str(i): item for i, item in enumerate(items)})
-    first: dict[str, Mapping[str, Any]] = {}
-    leaks = []
-    for i, item in enumerate(items):
-        earlier = first.setdefault(persons[str(i)], item)
-        if earlier["section"] != item["section"]:
-            found = f"{earlier['subject']} in '{earlier['section']}' and {item['subject']} in '{item['section']}'"
-            leaks.append(found)
-    return leaks
 
 
 def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:

@@ -48,21 +48,11 @@ def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np
 
 
 def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Read a FreeSurfer surface and take its vertices from surface RAS to scanner RAS.
+    """Read a FreeSurfer surface: vertices in scanner RAS mm, shape (V, 3), and triangles, shape (T, 3).
 
-    Surface RAS has its origin in the middle of the conformed volume; scanner RAS is what the affines of volumes speak
-    of.
-
-    Args:
-        path: surface file (``lh.white``, ``rh.pial``, ...).
-        volume: the subject's conformed volume (``nibabel.freesurfer.MGHImage`` of ``orig.mgz`` or one on its grid).
-
-    Returns:
-        Vertices in scanner RAS mm, shape (V, 3), and triangles, shape (T, 3).
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no surface, or was made on another volume.
+    The file is in surface RAS, whose origin is the middle of the subject's conformed ``volume`` (an ``MGHImage``);
+    scanner RAS is what the affines of volumes speak of. FileNotFoundError if there is no such file, ValueError if it is
+    no surface, or was made on another volume.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: a FreeSurfer surface is needed, found no such file")
@@ -87,13 +77,9 @@ def compute_surface_distance(
     """Signed distance in mm of voxel centres to a closed triangle surface, shape (H, W, D), float32, negative inside.
 
     The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and
-    crossings do not upset. Voxels further away than 7 mm get that distance.
-
-    Args:
-        vertices: in mm, shape (V, 3).
-        triangles: shape (T, 3), all turned the same way.
-        affine: voxels of about 1 mm to the vertices' mm, shape (4, 4).
-        shape: size of the volume.
+    crossings do not upset. Voxels further away than 7 mm get that distance. Vertices are in mm, shape (V, 3),
+    triangles, all turned the same way, (T, 3); the affine takes voxels of about 1 mm of a volume of ``shape`` to these
+    mm.
     """
     import igl  # a training on prepared subjects does without it, as on the machine of the GPU kit
 

@@ -105,7 +105,10 @@ def make_volumes(
     """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
 
     The first contrast among the files is the reference, on which the labels lie; the others are registered to it
-    rigidly and resampled once. A file of the role ``image`` is a reference whose contrast is recognised.
+    rigidly and resampled once. A file of the role ``image`` is a reference whose contrast is recognised. Returns values
+    and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``. OSError if the
+    label map or a surface is missing, ValueError if a file is not what its name says, an id is unknown, or labels,
+    surfaces and scans do not fit.
 
     Args:
         files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and
@@ -113,15 +116,7 @@ def make_volumes(
         settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated``
             contrasts; ``sharpen``, see :func:`sharpen_cortex`.
         options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label
-            maps alone: without it, the generation labels follow the scan and the surfaces, see
-            :func:`make_generation_labels`.
-
-    Returns:
-        Values and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``.
-
-    Raises:
-        OSError: if the label map or a surface is missing.
-        ValueError: if a file is not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
+            maps alone: without it, the generation labels follow scan and surfaces, see :func:`make_generation_labels`.
     """
     files, source, protocol = dict(files), str(files["labels"]), Protocol.load(options["protocol"])
     painted = Protocol.load(options["generation_protocol"]) if "generation_protocol" in options else None

@@ -20,7 +20,6 @@ from brainfm_monai.io import read_volume
 
 logger = logging.getLogger(__name__)
 
-AIR_HU = -1000.0
 UPPER_QUANTILE, CLOSING_VOX = 0.999, 4
 CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
 FLUID, VENTRICLES = 24, (4, 43)  # FreeSurfer ids
@@ -120,33 +119,27 @@ def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     return classes
 
 
-def sharpen_cortex(ids: np.ndarray, values: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
+def sharpen_cortex(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Move the borders of the cortex to where a T1w scan shows them, by two voxels at most.
 
     A network that labels a scan draws the cortex smooth and too thick; the scan itself shows where its intensity
     crosses the middle between white matter and cortex, and between cortex and fluid. The intensities of white matter
     and cortex are means of what lies within :data:`BORDER_MM`, so that a bias field does not move the borders.
 
-    Args:
-        ids: FreeSurfer ids, shape (H, W, D).
-        values: the scan on the same grid, same shape, air at 0.
-        spacing_mm: size of the voxels.
-
-    Returns:
-        The ids, same shape, in which cortex that is as bright as white matter is white matter, white matter beside the
-        cortex that is as dark as cortex is cortex, and cortex that is as dark as fluid is fluid. They are unchanged
-        where the scan does not show fluid, cortex and white matter in this order of brightness.
+    FreeSurfer ids and scan, air at 0, have one shape (H, W, D) and voxels of 1 mm. In the result, cortex as bright as
+    white matter is white matter, white matter beside the cortex as dark as cortex is cortex, and cortex as dark as
+    fluid is fluid; where the scan does not show fluid, cortex and white matter in this order of brightness, nothing is
+    changed.
     """
-    sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM / spacing_mm)
+    sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM)
     white, grey = np.isin(ids, WHITE), np.isin(ids, GREY)
     fluid = ndimage.binary_erosion(np.isin(ids, VENTRICLES))
     if not (white.any() and grey.any() and fluid.any()):
         return sharp
 
     def mean_near(mask: np.ndarray) -> np.ndarray:
-        weight, total = (
-            ndimage.gaussian_filter(part.astype(np.float32), BORDER_MM / spacing_mm) for part in (mask, mask * smooth)
-        )
+        parts = (part.astype(np.float32) for part in (mask, mask * smooth))
+        weight, total = (ndimage.gaussian_filter(part, BORDER_MM) for part in parts)
         return np.asarray(total / np.maximum(weight, 1e-6))
 
     core_white, core_grey = ndimage.binary_erosion(white, iterations=2), ndimage.binary_erosion(grey)

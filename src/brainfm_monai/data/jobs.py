@@ -56,8 +56,7 @@ class Job:
 def common_settings(dataset: str, protocol: str, size: Sequence[int] | str) -> dict[str, Any]:
     """The settings that every kind of preparation records.
 
-    Raises:
-        ValueError: if ``size``, which a text holds separated by commas, is not three positive multiples of 4.
+    ValueError if ``size``, which a text holds separated by commas, is not three positive multiples of 4.
     """
     box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
     if len(box) != 3 or any(n < subjects.MNI_FACTOR or n % subjects.MNI_FACTOR for n in box):
@@ -69,10 +68,7 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
     """Make the subject of a job, check it as ``data check`` does, and write its folder, whole or not at all.
 
     An older folder is replaced. The faults are returned, one line each, and the record of the subject names them.
-
-    Raises:
-        ValueError: if left and right are exchanged or the head lies on its side; or what the making of its volumes
-            raises.
+    ValueError if left and right are exchanged or the head lies on its side; or what the making of its volumes raises.
     """
     volumes, facts = job.make(job.files, job.settings, job.options)
     with write_folder(output_dir / job.name) as folder:
@@ -94,16 +90,9 @@ def run_jobs(
 ) -> list[Path]:
     """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues.
 
-    Args:
-        jobs: the subjects.
-        output: folder for the subjects' folders, which are returned in the order of the jobs.
-        processes: how many are prepared at once.
-        overwrite: prepare finished subjects again.
-        dry_run: log what would be done, and do nothing.
-
-    Raises:
-        ValueError: if two jobs have one name.
-        PreparationError: at the end, if some failed: one line for each.
+    Returns the subjects' folders, in ``output``, in the order of the jobs, of which so many ``processes`` are done at
+    once; ``dry_run`` logs what would be done. ValueError if two jobs have one name; PreparationError at the end, if
+    some failed: one line for each.
     """
     output_dir, failures = Path(output), []
     if twice := sorted(name for name, times in Counter(job.name for job in jobs).items() if times > 1):

@@ -53,12 +53,8 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the
     rest. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
 
-    Returns:
-        The ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4).
-
-    Raises:
-        ScanError: if the file has no single volume or states no orientation, or a value is no id.
-        ValueError: if an id is not in the table.
+    Returns the ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4). ScanError if the file
+    has no single volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
     """
     volume = read_labels(path)
     if not volume.is_oriented:
@@ -88,11 +84,8 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
 
     ``source`` is a tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``, or the rows as a
     mapping of ids to ids or names. Names are looked up in ``protocol``, before the shipped ones; case, blanks and
-    hyphens do not matter.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, a value is no whole number or no known name, or an id stands twice.
+    hyphens do not matter. FileNotFoundError if there is no such file, ValueError if a column is missing, a value is no
+    whole number or no known name, or an id stands twice.
     """
     if isinstance(source, Mapping):
         pairs, path = list(source.items()), Path("ids")
@@ -219,11 +212,9 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
     Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real
     images. The quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where
     it was measured in four real heads: the labels do not tell fat, the brightest there, from other soft tissue.
-    Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU.
-
-    Raises:
-        ValueError: if a table does not know an id that the labels hold, or that a mixture among them is made of;
-            ``source`` is named in the message.
+    Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU. ValueError,
+    which names the ``source``, if a table does not know an id that the labels hold, or that a mixture among them is
+    made of.
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):

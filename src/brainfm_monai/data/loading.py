@@ -42,13 +42,10 @@ class LoadSubjectd(MapTransform):
     """Read the volumes of a datalist's item, channel first, in this package's units.
 
     It takes the place of ``LoadImaged`` and ``EnsureChannelFirstd`` for subjects: labels and masks keep their whole
-    numbers, distances and coordinates become mm, scans [0, 1], CT HU. A contrast that the item names in ``simulated``
-    is painted on the generation labels, see :func:`simulate_contrasts`. An item of the reference's layout (``"layout":
-    "brainfm"``), whose distances and coordinates are several files, is decoded, see :func:`decode_reference`.
-
-    Args:
-        keys: keys of the paths; a value may be a list of paths, one per channel.
-        allow_missing_keys: whether subjects may lack some of them.
+    numbers, distances and coordinates become mm, scans [0, 1], CT HU. The value of a key is a path, or a list of paths,
+    one per channel. A contrast that the item names in ``simulated`` is painted on the generation labels, see
+    :func:`simulate_contrasts`. An item of the reference's layout (``"layout": "brainfm"``), whose distances and
+    coordinates are several files, is decoded, see :func:`decode_reference`.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = True) -> None:
@@ -125,10 +122,8 @@ class HoldSubjectd(Transform):
     Labels and masks are whole numbers of one byte in voxels of ``label_mm``, distances and images floats in voxels of
     ``image_mm``, and coordinates in voxels of 4 mm, because they change slowly; all grids cover the box of the subject.
     What a subject lacks becomes zeros, so that subjects with different targets fit in one batch; ``available_<key>`` is
-    1 or 0, and ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input.
-
-    Raises:
-        ValueError: if a subject has no labels, its box does not divide into such voxels, or a file is not a volume.
+    1 or 0, and ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input. ValueError
+    if a subject has no labels, its box does not divide into such voxels, or a file is not a volume.
     """
 
     label_mm: float | None = None  # voxel of labels and masks; None: the voxel of the files
@@ -209,11 +204,9 @@ def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
 def decode_reference(key: str, values: Tensor) -> Tensor:
     """Values of a file of the reference, (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
 
-    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation``, [0, 1] for magnetic
-    resonance (quantiles 0 and 99.9 % of the volume), and everything else as it is.
-
-    Raises:
-        ValueError: if the segmentation holds an id that the reference does not know.
+    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation`` (ValueError for an id that
+    the reference does not know), [0, 1] for magnetic resonance (quantiles 0 and 99.9 % of the volume), and everything
+    else as it is.
     """
     if key in STEPS:
         zero, steps_per_mm = STEPS[key]

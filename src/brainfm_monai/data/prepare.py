@@ -92,25 +92,20 @@ def prepare_label(
 ) -> dict[str, Any]:
     """Prepare the subject of a scan and its label map as an annotator corrects them; the same content is prepared once.
 
-    The scan is a real image of the subject beside the labels, which are also painted in simulated contrasts.
+    The scan is a real image of the subject beside the labels, which are also painted in simulated contrasts. Returns
+    the item of a datalist, with whole paths. FileNotFoundError if a file is missing, ValueError if the files are not a
+    scan and a label map of known ids that lie on each other.
 
     Args:
         image: the scan.
         label: label map in the same space, in a grid of its own.
         output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
-        ids: FreeSurfer id, or name of a structure in a shipped protocol, of each id in the label map; or a table of
-            these, see :func:`read_id_table`. Without it the label map holds FreeSurfer ids.
-        contrast: T1w, T2w, FLAIR or CT; without it, the one in which the structures have the most similar order of
-            brightness.
+        ids: FreeSurfer id or name of a structure of each id in the label map, see :func:`read_id_table`; without it the
+            label map holds FreeSurfer ids.
+        contrast: T1w, T2w, FLAIR or CT; without it, the one with the most similar order of brightness of the
+            structures.
         protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
-
-    Returns:
-        The item of a datalist, with whole paths.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the files are not a scan and a label map of known ids that lie on each other.
     """
     files = {"labels": Path(label), "image": Path(image)}
     table = None if ids is None else read_id_table(ids, protocol)

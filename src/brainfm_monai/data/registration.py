@@ -100,22 +100,13 @@ def compute_mni_coordinates(
 
     The affine map makes a T1-like rendering of the labels agree with the template's T1 (elastix). The flow brings the
     template's maps of white and grey matter onto the subject's: mean squared difference, with a penalty on first and
-    second derivatives of the velocity, from coarse to fine. A flow folds nowhere; sampled on the grid of the result it
-    may come close to it, and is smoothed there. ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that
-    ``affine`` takes to RAS mm; ``initial`` is a rough matrix from RAS mm to MNI152 mm, with which the affine
-    registration starts.
+    second derivatives of the velocity, from coarse to fine (Ashburner, A fast diffeomorphic image registration
+    algorithm, NeuroImage 38, 2007). A flow folds nowhere; sampled on the grid of the result it may come close to it,
+    and is smoothed there. ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that ``affine`` takes to RAS
+    mm; ``initial`` is a rough matrix from RAS mm to MNI152 mm, with which the affine registration starts.
 
-    Returns:
-        MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that
-        grid.
-
-    Raises:
-        ValueError: if a size is no multiple of ``factor`` and of 2.
-        RuntimeError: if elastix fails, or the map folds.
-
-    Reference:
-        Ashburner, A fast diffeomorphic image registration algorithm, NeuroImage 38, 2007 (velocity fields on tissue
-        maps).
+    Returns MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that
+    grid. ValueError if a size is no multiple of ``factor`` and of 2, RuntimeError if elastix fails, or the map folds.
     """
     if any(n % factor or n % SPACING_VOX for n in ids.shape):
         needed = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
@@ -197,10 +188,8 @@ def unfold_coordinates(points: np.ndarray, displacement: np.ndarray, affine: np.
     """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least 0.2.
 
     ``points`` are the positions of the voxels in mm, ``displacement`` leads from these to the template, both (H, W, D,
-    3); ``affine`` takes voxels to mm. The result are template coordinates in mm, of the same shape.
-
-    Raises:
-        RuntimeError: if the folds do not go away.
+    3); ``affine`` takes voxels to mm. The result are template coordinates in mm, of the same shape. RuntimeError if the
+    folds do not go away.
     """
     for _ in range(UNFOLDING_ROUNDS):
         folded = compute_jacobian(points + displacement, affine) < MINIMUM_JACOBIAN
