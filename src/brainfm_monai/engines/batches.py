@@ -6,6 +6,7 @@ would see, and two processes with one subject each see what one process with two
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,22 +23,17 @@ def hash_key(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
 
+@dataclass(eq=False)
 class DrawnSubjects(Dataset[dict[str, Any]]):
-    """The subjects in an endless sequence of shuffled passes, each with the ``seed`` of its draw.
+    """The subjects in an endless sequence of shuffled passes, each with the ``seed`` of its draw."""
 
-    Args:
-        data: the subjects, such as a MONAI ``CacheDataset`` of dictionaries.
-        seed: of the sequence.
+    data: Sequence[Mapping[str, Any]]  # such as a MONAI CacheDataset of dictionaries; none are a ValueError
+    seed: int = 0  # of the sequence
+    _pass: tuple[int, list[int]] = field(default=(-1, []), init=False)  # its number, and its order of the subjects
 
-    Raises:
-        ValueError: if there are no subjects.
-    """
-
-    def __init__(self, data: Sequence[Mapping[str, Any]], seed: int = 0) -> None:
-        if not len(data):
+    def __post_init__(self) -> None:
+        if not len(self.data):
             raise ValueError("DrawnSubjects: 'data' must hold at least one subject, got none")
-        self.data, self.seed = data, seed
-        self._pass: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each once."""
@@ -48,24 +44,22 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
         return {**self.data[self._pass[1][position]], "seed": hash_key(self.seed, draw) % LARGEST_SEED}
 
 
+@dataclass(eq=False)
 class DrawSampler(Sampler[list[int]]):
     """Numbers of this process's draws, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
 
     Batch i of all processes together consists of the draws from ``i * step`` on; process r takes the r-th part.
-
-    Args:
-        batch_size: subjects of one process in one step.
-        rank: of this process.
-        processes: number of processes.
-
-    Attributes:
-        first: the draw at which the next iterator starts.
-        step: draws of all processes in one step.
     """
 
-    def __init__(self, batch_size: int = 1, rank: int = 0, processes: int = 1) -> None:
-        self.batch_size, self.rank = batch_size, rank
-        self.first, self.step = 0, batch_size * processes
+    batch_size: int = 1  # subjects of one process in one step
+    rank: int = 0  # of this process
+    processes: int = 1
+    first: int = field(default=0, init=False)  # the draw at which the next iterator starts
+
+    @property
+    def step(self) -> int:
+        """Draws of all processes in one step."""
+        return self.batch_size * self.processes
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of numbers, from ``first`` on."""
@@ -75,19 +69,16 @@ class DrawSampler(Sampler[list[int]]):
             start += self.step
 
 
+@dataclass(eq=False)
 class SynthesisPrepareBatch(PrepareBatch):
     """Turns a batch of cached subjects into generated scans and their targets, on the engine's device.
 
     The seed of a subject is its entry ``seed``, which :class:`DrawnSubjects` adds. Without the entry, as in a
     validation, the seed is a hash of the subject's name: every pass draws the same sample of a subject.
-
-    Args:
-        synthesizer: makes scans and targets.
-        fixed: take the hash of the name in any case.
     """
 
-    def __init__(self, synthesizer: Synthesizer, fixed: bool = False) -> None:
-        self.synthesizer, self.fixed = synthesizer, fixed
+    synthesizer: Synthesizer  # makes scans and targets
+    fixed: bool = False  # take the hash of the name in any case
 
     def seeds(self, batch: Mapping[str, Any]) -> list[int]:
         """One seed for each subject of a batch."""
@@ -101,9 +92,7 @@ class SynthesisPrepareBatch(PrepareBatch):
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
 
-        Raises:
-            ValueError: if the subjects' generation labels follow different protocols (``accumulation`` parts of one
-                subject may).
+        ValueError if generation labels follow different protocols (``accumulation`` parts of one subject may).
         """
         subject = {
             key: convert_to_tensor(batchdata[key], track_meta=False).to(device=device, non_blocking=non_blocking)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,31 +19,24 @@ from brainfm_monai.synthesis import Synthesizer, describe
 
 logger = logging.getLogger(__name__)
 
-LARGEST_LISTED = (
-    512  # numbers of one drawn quantity in the JSON file; of larger ones, such as noise, the shape is written
-)
+LARGEST_LISTED = 512  # numbers of a drawn quantity in the JSON file; of larger ones, as noise, the shape is written
 
 
+@dataclass(eq=False)
 class NonFiniteStop:
     """Reports the samples of steps that were left out because they were not finite, and stops after several in a row.
 
     For each such step one line is logged and ``nonfinite_<iteration>_rank<rank>.json`` written, which has all that was
     drawn; ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again. Processes count alike and
     stop together.
-
-    Args:
-        synthesizer: of the training.
-        output_dir: folder of the files.
-        max_in_row: steps in a row after which the training stops.
-        interval: iterations between two looks, because each look waits for the device.
     """
 
-    def __init__(
-        self, synthesizer: Synthesizer, output_dir: str | Path, max_in_row: int = 10, interval: int = 1
-    ) -> None:
-        self.synthesizer, self.output_dir = synthesizer, Path(output_dir)
-        self.max_in_row, self.interval, self.in_row = max_in_row, interval, 0
-        self._steps: list[tuple[int, dict[str, Any], Tensor, dict[str, Tensor]]] = []
+    synthesizer: Synthesizer  # of the training
+    output_dir: str | Path  # folder of the files
+    max_in_row: int = 10  # steps after which the training stops
+    interval: int = 1  # iterations between two looks, because each look waits for the device
+    in_row: int = field(default=0, init=False)  # steps so far
+    _steps: list[tuple[int, dict[str, Any], Tensor, dict[str, Tensor]]] = field(default_factory=list, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a :class:`MultiTaskTrainer`."""
@@ -60,8 +54,7 @@ class NonFiniteStop:
     def look(self, engine: MultiTaskTrainer) -> None:
         """Read losses and norms of the steps since the last look.
 
-        Raises:
-            FloatingPointError: after ``max_in_row`` steps in a row that were not finite.
+        FloatingPointError after ``max_in_row`` steps in a row that were not finite.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -78,7 +71,7 @@ class NonFiniteStop:
                 self._report(engine, iteration, facts, row, tasks)
             if self.in_row >= self.max_in_row:
                 found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
-                report = f"{self.output_dir}/nonfinite_*.json"
+                report = f"{Path(self.output_dir)}/nonfinite_*.json"
                 raise FloatingPointError(f"training: the loss must be finite, found {found}: see {report}")
 
     def _report(
@@ -92,7 +85,7 @@ class NonFiniteStop:
         named = [name for name, value in tasks.items() if not math.isfinite(float(value))]
         content = {"iteration": iteration, "rank": idist.get_rank(), "losses_of_parts": [str(loss) for loss in losses]}
         content |= {"gradient_norm": str(norm), "tasks": named, "samples": samples}
-        path = self.output_dir / f"nonfinite_{iteration:08d}_rank{idist.get_rank()}.json"
+        path = Path(self.output_dir) / f"nonfinite_{iteration:08d}_rank{idist.get_rank()}.json"
         write_text(path, json.dumps(content, indent=1, default=_to_json))
         who = "; ".join(f"{s['subject']}, seed {s['seed']} ({s['summary']})" for s in samples) or "another process"
         what = f"loss of {', '.join(named)}" if named else "gradient"

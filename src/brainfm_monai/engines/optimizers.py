@@ -24,10 +24,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
     Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are
     computed on the (small) Gram matrix, and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the
-    matrix, in bfloat16, which most CPUs emulate.
-
-    Reference:
-        Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
+    matrix, in bfloat16, which most CPUs emulate. (Jordan et al., Muon: an optimizer for hidden layers in neural
+    networks, 2024.)
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.float()
@@ -46,7 +44,8 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW whose steps are orthogonal matrices for hidden convolutions, not for biases, norms, head and first kernel.
 
     ``torch.optim.Muon`` takes two-dimensional parameters alone, and the view (O, I h w d) of a kernel (O, I, h, w, d)
-    does not exist where the channels of a voxel lie side by side in memory.
+    does not exist where the channels of a voxel lie side by side in memory. (Jordan et al., Muon, 2024; Loshchilov and
+    Hutter, Decoupled weight decay regularization, ICLR 2019.) A negative rate is a ValueError.
 
     Args:
         network: its parameters are optimised; kernels of ``network.backbone`` with more than one input channel by Muon.
@@ -57,12 +56,6 @@ class MuonAdamW(torch.optim.AdamW):
         weight_decay: of both, decoupled from the gradient.
         fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without waiting for the
             device.
-
-    Raises:
-        ValueError: if a rate is negative.
-
-    Reference:
-        Jordan et al., Muon, 2024; Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
 
     def __init__(
@@ -121,11 +114,8 @@ class MuonAdamW(torch.optim.AdamW):
 def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
     """``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel` whose first steps forget the start faster.
 
-    Step n keeps the smaller of ``decay`` and (1 + n) / (10 + n) of the average, the law of TensorFlow's
-    ExponentialMovingAverage.
-
-    Raises:
-        ValueError: if ``decay`` is not in [0, 1].
+    Step n keeps the smaller of ``decay``, in [0, 1], else a ValueError, and (1 + n) / (10 + n) of the average, the law
+    of TensorFlow's ExponentialMovingAverage.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"make_ema_multi_avg_fn: 'decay' must be in [0, 1], got {decay}")
@@ -144,10 +134,8 @@ class TimeBudget:
 
     The clock starts when the object is made, and runs while the training does: time between two sittings does not
     count. The last validation is part of the budget: as much time is kept for it as the longest pause between two
-    iterations took so far.
-
-    Args:
-        minutes: of all sittings together; without a number the training ends by its epochs.
+    iterations took so far. The minutes are those of all sittings together; without a number the training ends by its
+    epochs.
     """
 
     def __init__(self, minutes: float | None = None) -> None:

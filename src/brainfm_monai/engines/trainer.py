@@ -33,11 +33,7 @@ def start_processes(backend: str | None = None) -> None:
 
 
 def check_shards(data: Sized, processes: int) -> None:
-    """Check that each process gets a part of the data of the validation.
-
-    Raises:
-        ValueError: if there are fewer items than processes.
-    """
+    """Check that each process gets a part of the data of the validation; else a ValueError."""
     if len(data) < processes:
         rule = f"validation: each of {processes} processes needs a subject"
         raise ValueError(f"{rule}, found {len(data)}: list more or start fewer")
@@ -73,8 +69,7 @@ def prepare_for_training(
 def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch.amp.GradScaler:
     """Scaler of the loss for float16, whose gradients would vanish without; in other precisions it does nothing.
 
-    Reference:
-        Micikevicius et al., Mixed precision training, ICLR 2018.
+    Micikevicius et al., Mixed precision training, ICLR 2018.
     """
     device = torch.device(device)
     return torch.amp.GradScaler(device.type, enabled=parse_precision(precision, device) == torch.float16)
@@ -101,15 +96,13 @@ class MultiTaskTrainer(SupervisedTrainer):
     training continues with the right one.
 
     Args:
-        accumulation: parts in which a batch is computed, one after the other, to save memory.
-        max_norm: gradients of a larger norm are scaled down to it.
+        accumulation: parts in which a batch is computed, one after the other, to save memory; not positive: a
+            ValueError.
+        max_norm: gradients of a larger norm are scaled down to it; not positive: a ValueError.
         scaler: of the loss, for float16.
         average: average of the network's weights, updated after every step.
         budget: ends the training after its minutes.
         options: arguments of :class:`monai.engines.SupervisedTrainer`.
-
-    Raises:
-        ValueError: if ``accumulation`` or ``max_norm`` is not positive.
     """
 
     def __init__(
