@@ -37,8 +37,7 @@ def bundle_arguments(bundle: str | Path, names: Sequence[str]) -> dict[str, Any]
 def find_config(bundle: str | Path, name: str) -> Path:
     """Path of a config: a file in ``configs`` or ``variants`` of the bundle, or, with a folder in its name, any file.
 
-    Raises:
-        FileNotFoundError: if there is no such config.
+    FileNotFoundError if there is no such config.
     """
     folders = [find_bundle(bundle) / folder for folder in ("configs", "variants")]
     places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]

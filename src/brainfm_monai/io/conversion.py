@@ -18,12 +18,8 @@ CONVERSION_SECONDS = 1800
 def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[Path, Series]]:
     """Convert one series of a folder, or of one file, to NIfTI by dcm2niix; the file lives as long as the block.
 
-    Args:
-        path: folder, or one file.
-        name: name of the series; None: the only one.
-
-    Raises:
-        ValueError: if the series is not one stack of slices, an extra is missing, or the conversion fails.
+    The ``name`` is that of the series; None: the only one. ValueError if the series is not one stack of slices, an
+    extra is missing, or the conversion fails.
     """
     series = list_series(path)
     usable = [s for s in series if (s.name == name if name else not s.problem)]
@@ -57,10 +53,8 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
 def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarray:
     """The affine of a converted series by the places of its slices, which keep a tilt, in the order of dcm2niix.
 
-    ``affine``, shape (4, 4), is that of dcm2niix, ``depth`` the number of slices.
-
-    Raises:
-        ValueError: if dcm2niix and the headers disagree on anything but a tilt.
+    ``affine``, shape (4, 4), is that of dcm2niix, ``depth`` the number of slices. ValueError if dcm2niix and the
+    headers disagree on anything but a tilt.
     """
     if series.affine is None:
         return affine

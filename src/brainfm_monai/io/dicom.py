@@ -81,15 +81,11 @@ def is_dicom(path: str | Path) -> bool:
 
 
 def list_series(path: str | Path) -> list[Series]:
-    """List the volumes of a folder (not of the folders in it), or of one file, by their headers.
+    """List the volumes of a folder (not of the folders in it), or of one file, by their headers, ordered by number.
 
     Echoes, magnitude and phase, and repetitions under one series are volumes of their own. Copies of a file count once.
-
-    Returns:
-        In the order of their numbers; those that are not one evenly spaced stack have a ``problem``.
-
-    Raises:
-        ValueError: if pydicom is not installed, or no file holds an image.
+    A volume that is not one evenly spaced stack has a ``problem``. ValueError if pydicom is not installed, or no file
+    holds an image.
     """
     path = Path(path)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)] if path.is_dir() else [path]

@@ -27,11 +27,9 @@ class ScanError(ValueError):
 
 
 def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function; configs use it, because MONAI wraps exceptions of an expression in a traceback.
+    """Call a function; a ValueError, OSError or FloatingPointError becomes a SystemExit with its one-line message.
 
-    Raises:
-        SystemExit: with a one-line message, if the function raises ``ValueError``, ``OSError`` or
-            ``FloatingPointError``.
+    Configs use it, because MONAI wraps exceptions of an expression in a traceback.
     """
     try:
         return function(*args, **kwargs)
@@ -149,8 +147,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
 def read_table(path: str | Path) -> list[dict[str, str]]:
     """Read a TSV file with a header line: a dictionary per row, all cells the strings that :func:`write_table` got.
 
-    Raises:
-        ValueError: if the file is not UTF-8 text, or a row has another number of cells than the header.
+    ValueError if the file is not UTF-8 text, or a row has another number of cells than the header.
     """
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:

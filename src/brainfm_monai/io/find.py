@@ -36,25 +36,19 @@ def find_scans(
     """List the scans that a user means, in the order of their paths, and what is found among them.
 
     Links are followed, each folder once. Files that are named like scans and cannot be read have a ``problem``; other
-    files, hidden scans and results of earlier runs are ``skipped``, with the reason.
+    files, hidden scans and results of earlier runs are ``skipped``, with the reason. The names of scans differ: see
+    :func:`~brainfm_monai.io.unique_names`. Of BIDS images the suffix becomes the entity ``space``, and ``folder`` is
+    that of the image. FileNotFoundError if there is no such file or folder, or no scan in it; ValueError if the file
+    has another suffix, the table is none of scans, or the results would land among the scans.
 
     Args:
         source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in
             it; a pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset (a folder with dataset_description.json or
             sub-* folders), of which the anatomical images are taken; or a TSV with the column ``image`` and perhaps
-            ``name``, ``frame`` and ``lesions`` (a mask), its paths relative to it. An empty string, which is a
-            configuration's default, lists nothing.
+            ``name``, ``frame`` and ``lesions`` (a mask), its paths relative to it. An empty string, a configuration's
+            default, lists nothing.
         output_dir: where results are written; it may lie inside ``source`` but not be the same.
         participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
-
-    Returns:
-        The scans, whose names differ: see :func:`~brainfm_monai.io.unique_names`. Of BIDS images the suffix becomes the
-        entity ``space``, and ``folder`` is that of the image.
-
-    Raises:
-        FileNotFoundError: if there is no such file or folder, or no scan in it.
-        ValueError: if the file has another suffix, the table is none of scans, or the results would land among the
-            scans.
     """
     if not str(source):
         return []

@@ -52,10 +52,7 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     The affine is the sform if its code is above 0 and its axes are independent; else the qform if its code is above 0
     and it is valid; else the voxel sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. A
     form with code 0 is never used. ``block`` are the first 540 bytes of the file; an ``.hdr`` has its voxels in the
-    ``.img`` beside it.
-
-    Raises:
-        ValueError: if the block is no such header, or states an orientation that is not valid.
+    ``.img`` beside it. ValueError if the block is no such header, or states an orientation that is not valid.
     """
     orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
     number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in orders and len(block) >= n), 0)
@@ -161,10 +158,9 @@ def _sizes(sizes: np.ndarray) -> str:
 
 
 def read_mgh_header(path: Path, block: bytes) -> Stored:
-    """Read the header (first bytes, unpacked) of an MGH file; without ``goodRASFlag``, coronal slices as in FreeSurfer.
+    """Read the header of an MGH file (its first bytes, unpacked), else a ValueError.
 
-    Raises:
-        ValueError: if the block is no such header.
+    Without ``goodRASFlag`` the slices are coronal as in FreeSurfer.
     """
     if len(block) < MGH_BYTES:
         raise ValueError(f"an MGH header of {MGH_BYTES} bytes is needed, found {len(block)}")
@@ -199,10 +195,8 @@ def read_nrrd(path: Path) -> Stored:
     """Read a NRRD file, whose voxels may be packed within it or lie in files of their own.
 
     A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left,
-    posterior, superior, as ITK does.
-
-    Raises:
-        ValueError: if the file is none, or the header promises more voxels than the file can hold.
+    posterior, superior, as ITK does. ValueError if the file is none, or the header promises more voxels than the file
+    can hold.
     """
     import nrrd  # slow to import
 

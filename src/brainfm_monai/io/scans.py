@@ -24,11 +24,7 @@ RESERVED = ("summary.tsv", "dataset_description.json")  # files in the folder of
 
 @dataclass(frozen=True)
 class Scan:
-    """One entry of a list of scans.
-
-    Raises:
-        ScanError: if name or folder could lead out of the folder of the results, or no file can have them.
-    """
+    """One entry of a list; a name or folder that no file can have, or that leads out of the results, is a ScanError."""
 
     name: str  # folder and beginning of the files of its results: one visible part of a path, of at most 150 bytes
     path: str = ""  # its file, or the folder of its DICOM series; empty for a scan that is generated

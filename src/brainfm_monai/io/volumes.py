@@ -49,19 +49,15 @@ def scan_stem(path: str | Path) -> str:
 
 
 def read_volume(path: str | Path, frame: int | str | None = None, series: str | None = None) -> Volume:
-    """Read one volume of real numbers, as it is stored.
+    """Read one volume of real numbers, as it is stored; integers stay integers where the header does not scale them.
+
+    A file that is missing, damaged, or holds no such volume is a ScanError of one line.
 
     Args:
         path: NIfTI, Analyze (``.hdr``), MGH or NRRD file, or the folder of a DICOM series.
         frame: which volume of a 4-D file: its number, from 0; ``"mean"``; or ``"all"``, see :func:`read_maps`; None
             refuses such a file.
         series: name of the series in a DICOM folder, see :func:`~brainfm_monai.io.list_series`; None: the only one.
-
-    Returns:
-        The volume; integers stay integers where the header does not scale them.
-
-    Raises:
-        ScanError: if the file is missing, damaged, or holds no such volume; one line.
     """
     path, frame = Path(path), int(frame) if isinstance(frame, str) and frame.isdecimal() else frame
     if not path.is_file() and not is_dicom(path):
@@ -204,13 +200,9 @@ def read_maps(path: str | Path) -> Volume:
 
 
 def read_scan(path: str | Path, frame: int | str | None = None, series: str | None = None) -> Volume:
-    """Read one scan of a head: see :func:`read_volume`; voxels that are not finite become 0, with a warning.
+    """Read one scan of a head, float32: see :func:`read_volume`; voxels that are not finite become 0, with a warning.
 
-    Returns:
-        The volume, float32.
-
-    Raises:
-        ScanError: if the file holds no such volume, no head can have its size, or it has no contrast; one line.
+    ScanError of one line if the file holds no such volume, no head can have its size, or it has no contrast.
     """
     if frame == "all":
         raise ScanError(f"{path}: one volume is needed, found 'frame' to be 'all': {FRAME_ADVICE}")
@@ -238,13 +230,9 @@ def read_scan(path: str | Path, frame: int | str | None = None, series: str | No
 
 
 def read_labels(path: str | Path) -> Volume:
-    """Read one label map: see :func:`read_volume`.
+    """Read one label map, int32: see :func:`read_volume`.
 
-    Returns:
-        The volume of ids, int32.
-
-    Raises:
-        ScanError: if the file holds no such volume, or a value is not a whole number from 0 on; one line.
+    ScanError of one line if the file holds no such volume, or a value is not a whole number from 0 on.
     """
     volume = read_volume(path)
     values: Any = volume.values
