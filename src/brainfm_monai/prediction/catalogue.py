@@ -37,16 +37,10 @@ def select_outputs(
 ) -> dict[str, Writer]:
     """The functions that write the wanted outputs.
 
-    Args:
-        outputs: ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a
-            string may hold several, separated by commas.
-        layout: tasks of the network.
-        atlas: label map in the template's space that is carried to each scan, see
-            :func:`~brainfm_monai.outputs.atlas.load_atlas`.
-
-    Raises:
-        ValueError: if there is no such output, or the network does not predict what it is made of.
-        ScanError: if the atlas or its table cannot be read.
+    Outputs are ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a string
+    may hold several, separated by commas. For the atlas see :func:`~brainfm_monai.outputs.atlas.load_atlas`. ValueError
+    if there is no such output, or the network does not predict what it is made of; ScanError if the atlas or its table
+    cannot be read.
     """
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]

@@ -34,15 +34,12 @@ def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
     """Run the inference config over its scans on the workers of a Dask cluster.
 
     Every worker loads the network once, and reads and writes files itself: paths must be valid on all machines. Scans
-    that are finished are skipped; those of a worker that dies are done by another worker.
+    that are finished are skipped; those of a worker that dies are done by another worker. ValueError if the cluster is
+    not of the form below, or cannot be reached; SystemExit as by :func:`~brainfm_monai.prediction.predict_scans`.
 
     Args:
         cluster: address of a scheduler, as in ``tcp://host:8786``, or ``local:N`` for N processes of this machine.
         settings: arguments of MONAI's ConfigWorkflow, with overrides of the config.
-
-    Raises:
-        SystemExit: see :func:`~brainfm_monai.prediction.predict_scans`.
-        ValueError: if the cluster is not of that form, or cannot be reached.
     """
     settings = _with_absolute_paths(settings)
     keys = ("dataset", "writer", "shard", "overwrite")

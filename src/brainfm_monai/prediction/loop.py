@@ -27,14 +27,10 @@ MOST_LINES = 20  # of skipped files in the log; all are in the summary
 
 
 class ScanDataset(Dataset):
-    """Items of scans, read lazily by a transform.
+    """Scans, or items with ``image`` (a path), perhaps ``name`` and what else their transform needs, read lazily.
 
     Every item has a ``name`` that is allowed and occurs once; where that of the list is not, or the scan cannot be read
     for another known reason, reading the item fails with the reason.
-
-    Args:
-        data: scans, or items with ``image`` (a path) and perhaps ``name`` and whatever else the transform needs.
-        transform: reads an item.
     """
 
     def __init__(self, data: Sequence[Scan | Mapping[Any, Any]], transform: Callable[..., Any] | None = None) -> None:
@@ -80,11 +76,8 @@ class ScanLoader(Iterable[dict[str, Any]]):
 def share_of(count: int, shard: str | None = None) -> list[int]:
     """Numbers, from 0, of those of ``count`` scans that this process does; all processes together do every scan once.
 
-    ``shard`` is ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all. torchrun's ``RANK`` and
-    ``WORLD_SIZE`` in the environment divide the shard further.
-
-    Raises:
-        ValueError: if the shard is not of that form.
+    ``shard`` is ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all; another text is a ValueError.
+    torchrun's ``RANK`` and ``WORLD_SIZE`` in the environment divide the shard further.
     """
     numbers = list(range(count))
     if shard is not None:
@@ -105,18 +98,10 @@ def local_device() -> torch.device:
 def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = None, overwrite: bool = False) -> None:
     """Run an evaluator over its scans and write their files; a failing scan is reported in one line, the rest is done.
 
-    Scans that are finished already are skipped. ``summary.tsv`` has all scans of the list, also those of other shards.
-
-    Args:
-        evaluator: its ``data_loader`` is a :class:`ScanLoader`; its postprocessing makes the maps; its handlers may
-            look at them.
-        writer: writes the files.
-        shard: see :func:`~brainfm_monai.prediction.share_of`.
-        overwrite: do finished scans again.
-
-    Raises:
-        SystemExit: if there is no scan, if the shard is wrong, and after the last scan if any failed; the message is
-            one line.
+    Scans that are finished already are skipped, unless ``overwrite``. ``summary.tsv`` has all scans of the list, also
+    those of other shards, see :func:`share_of`. The evaluator's ``data_loader`` is a :class:`ScanLoader`, its
+    postprocessing makes the maps, and its handlers may look at them. SystemExit of one line if there is no scan, if the
+    shard is wrong, and after the last scan if any failed.
     """
     loader: Any = evaluator.data_loader
     dataset: ScanDataset = loader.dataset
@@ -127,8 +112,7 @@ def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = 
 def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, overwrite: bool) -> list[int]:
     """Numbers of the scans of this shard that are not finished; what is skipped is logged.
 
-    Raises:
-        SystemExit: if there is no scan, or the shard is wrong.
+    SystemExit if there is no scan, or the shard is wrong.
     """
     for entry in dataset.skipped[:MOST_LINES]:
         logger.info("%s: skipped: %s", printable(entry["image"]), entry["skipped"])
@@ -150,11 +134,7 @@ def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, ov
 
 
 def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]) -> None:
-    """Write the summary of all scans; ``failures`` has one message for each scan that failed.
-
-    Raises:
-        SystemExit: if any failed; the message is one line.
-    """
+    """Write the summary of all scans; if any failed, for ``failures`` as messages, end by a SystemExit of one line."""
     try:
         if len(dataset) > 1 or not failures:
             logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
@@ -168,19 +148,10 @@ def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]
 def run_scans(
     evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], keep_notes: bool = True, show_bar: bool = True
 ) -> list[str]:
-    """Run an evaluator over some of its scans, each as an epoch of its own, and write their files.
+    """Run an evaluator, see :func:`predict_scans`, over some of its scans, each as one epoch, and write their files.
 
-    Three scans at most are in memory: the next one, this one, and the one that is being written.
-
-    Args:
-        evaluator: see :func:`predict_scans`.
-        writer: writes the files.
-        numbers: of the scans.
-        keep_notes: log failures, and keep them for the summary.
-        show_bar: show a progress bar.
-
-    Returns:
-        One line for each scan that failed.
+    Three scans at most are in memory: the next one, this one, and the one that is being written. ``keep_notes`` logs
+    failures, and keeps them for the summary. Returns one line for each scan that failed.
     """
     loader: Any = evaluator.data_loader
     failures: list[str] = []

@@ -121,17 +121,10 @@ class _Unpickler(pickle.Unpickler):
 def read_checkpoint(path: str | Path) -> Any:
     """Content of a ``torch.save`` file, of torch 1.6 or newer or of the format before.
 
-    Args:
-        path: the file, which must stay as it is while its tensors are used: tensors of a zip archive are read from the
-            disk when they are needed. An optimiser's state, twice the size of the weights, never is.
-
-    Returns:
-        What was saved: containers, numbers, text and tensors as they are, objects of other classes as
-        :class:`Placeholder`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated or no checkpoint, or asks for a call, which is named.
+    Containers, numbers, text and tensors are as they were saved, objects of other classes are a :class:`Placeholder`.
+    The file must stay as it is while its tensors are used: tensors of a zip archive are read from the disk when they
+    are needed. An optimiser's state, twice the size of the weights, never is. FileNotFoundError if there is no such
+    file, ValueError if it is truncated or no checkpoint, or asks for a call, which is named.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: a file of weights is needed, found no such file")

@@ -19,9 +19,7 @@ logger = logging.getLogger(__name__)
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a plain state dict; nothing in the file is run.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a dictionary of tensors.
+    FileNotFoundError if there is no such file, ValueError if it is not a dictionary of tensors.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: a file of weights is needed, found no such file")
@@ -41,10 +39,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load a plain state dict, ``torch.save(network.state_dict(), path)``, into a network that it fits exactly.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a state dict, or a tensor is missing, unknown or of another shape; the first is
-            named.
+    FileNotFoundError if there is no such file, ValueError if it is not a state dict, or names the first tensor that is
+    missing, unknown or of another shape.
     """
     state, expected = read_state_dict(path), network.state_dict()
     for key in [*expected, *state]:
@@ -73,7 +69,8 @@ def make_pretrained(
 def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
     """Load the whole backbone and the head's channels that mean the same in both layouts; others keep their values.
 
-    A detail head is taken as it is if its tensors have the shapes that the network needs.
+    Returns the names of the head's channels that the weights do not have. A detail head is taken as it is if its
+    tensors have the shapes that the network needs.
 
     Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name;
     those of other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a
@@ -81,19 +78,10 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     from the weights of its coarse network, an ``AdditiveUNet``: its first output is that of the coarse network, each
     voxel repeated.
 
-    Args:
-        network: network whose weights are overwritten.
-        path: plain state dict of a ``MultiTaskNet``, or a published checkpoint, see
-            :func:`~brainfm_monai.weights.load_published`; empty: nothing is done.
-        layout: layout of a plain state dict, which does not contain it; ``None``: that of the network.
-
-    Returns:
-        Names of the head's channels that the weights do not have.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is neither, the layout is not that of its head, or a tensor of the backbone is missing
-            or of another shape.
+    The path is that of a plain state dict of a ``MultiTaskNet``, which does not contain its ``layout`` (None: that of
+    the network), or of a published checkpoint, see :func:`~brainfm_monai.weights.load_published`; if it is empty,
+    nothing is done. FileNotFoundError if there is no such file, ValueError if it is neither, the layout is not that of
+    its head, or a tensor of the backbone is missing or of another shape.
     """
     if not str(path):
         return []
