@@ -54,11 +54,9 @@ class Protocol:
 
     A protocol is one tab-separated table with the columns :data:`COLUMNS`; ``includes`` lists, separated by blanks, ids
     of the source maps that are folded into the structure. A column ``mixture`` may follow: ``2:0.48 3:0.52`` makes a
-    label a partial-volume code of the structures with ids 2 and 3.
-
-    Raises:
-        ValueError: if labels are not 0, 1, 2, ... in order, or more than 256; if an id stands twice, the mirror rule is
-            not its own inverse, or the shares of a mixture do not sum to 1 over pure structures of the table.
+    label a partial-volume code of the structures with ids 2 and 3. ValueError if labels are not 0, 1, 2, ... in order,
+    or more than 256; if an id stands twice, the mirror rule is not its own inverse, or the shares of a mixture do not
+    sum to 1 over pure structures of the table.
     """
 
     name: str
@@ -91,9 +89,7 @@ class Protocol:
     def load(cls, source: str | Path) -> "Protocol":
         """Read a protocol by the name of a shipped one (``brainfm``, ``synthseg_head``, ...) or from a table file.
 
-        Raises:
-            FileNotFoundError: if ``source`` is neither a shipped protocol nor a file.
-            ValueError: if the table breaks a rule of the class.
+        FileNotFoundError if ``source`` is neither, ValueError if the table breaks a rule of the class.
         """
         path, shipped = Path(source), SHIPPED / f"{source}.tsv"
         if not path.suffix and shipped.is_file():
@@ -156,8 +152,7 @@ class Protocol:
     def encode(self, ids: np.ndarray, source: str = "label map") -> np.ndarray:
         """Turn a map of integer-valued source ids, any shape, into a map of labels, uint8.
 
-        Raises:
-            ValueError: if an id is not in the table; ``source`` names the map.
+        ValueError if an id is not in the table; ``source`` names the map.
         """
         whole = np.rint(ids).astype(np.int64)
         present = np.unique(whole)

@@ -19,8 +19,7 @@ DYNAMIC_AXES = (0, 2, 3, 4)  # all but the channel
 def export_torchscript(network: nn.Module, path: str | Path) -> None:
     """Write a network that ``torch.jit.script`` takes as TorchScript, for any batch and size that the network takes.
 
-    Raises:
-        ValueError: if the network cannot be scripted; with the first line of the reason.
+    ValueError with the first line of the reason if the network cannot be scripted.
     """
     try:
         scripted = torch.jit.script(network.eval())
@@ -33,17 +32,9 @@ def export_torchscript(network: nn.Module, path: str | Path) -> None:
 def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance: float = ONNX_TOLERANCE) -> float:
     """Write a network over one of our U-Nets as ONNX, for any batch and size, and compare it on another size.
 
-    Args:
-        network: is put into evaluation mode.
-        path: the file.
-        size: side of the cube that the graph is traced with, in voxels: an even multiple of what the network needs.
-        tolerance: largest difference that is accepted, relative to the largest output.
-
-    Returns:
-        The largest difference found, relative to the largest output.
-
-    Raises:
-        ValueError: if the difference exceeds the tolerance; then nothing is written.
+    The graph is traced with a cube of ``size`` voxels along each side, an even multiple of what the network needs.
+    Returns the largest difference, relative to the largest output; if it exceeds the tolerance, nothing is written,
+    which is a ValueError. The network is put into evaluation mode.
     """
     import onnxruntime
 

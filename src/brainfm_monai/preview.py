@@ -39,10 +39,7 @@ def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: s
     """Subjects of a JSON datalist, entries with paths; or of a label map, one entry with volumes (1, H, W, D).
 
     A label map has FreeSurfer ids, is painted by ``generation_protocol`` and has no distance and no MNI target.
-
-    Raises:
-        FileNotFoundError: if the source does not exist.
-        ValueError: if it is neither a datalist nor a label map.
+    FileNotFoundError if the source does not exist, ValueError if it is neither.
     """
     source = Path(source)
     if not source.is_file():

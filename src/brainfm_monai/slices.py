@@ -94,13 +94,10 @@ def cut_slices(
 ) -> list[Slice]:  # fmt: skip
     """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
 
-    Args:
-        mask: decides where the slices lie, bool, shape (H, W, D).
-        affine: its voxel indices to RAS mm, shape (4, 4); any order and direction of axes, sheared ones, too.
-        positions: for each of ``axial``, ``coronal`` and ``sagittal`` shares of the box, from inferior, posterior,
-            left; a slice lies in the middle of a voxel.
-        margin_mm: what is shown around the box; None: the whole grid.
-        pixel_mm: size of a pixel.
+    The mask is bool, (H, W, D), the affine, (4, 4), takes its voxels to RAS mm, in any order and direction of axes,
+    sheared ones, too. The positions of ``axial``, ``coronal`` and ``sagittal`` slices are shares of the box, from
+    inferior, posterior, left; a slice lies in the middle of a voxel. ``margin_mm`` is what is shown around the box;
+    None: the whole grid.
     """
     turn = nib.orientations.io_orientation(affine)
     ras = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)  # the grid with its axes closest to R, A, S
@@ -174,16 +171,9 @@ def paint(
 ) -> np.ndarray:
     """Draw a slice of a task's map by the column ``picture`` of the table of tasks: (rows, columns, 3).
 
-    Args:
-        task: the row.
-        values: the map in its ``output_unit``, shape (rows, columns, C).
-        base: the scan there, shape (rows, columns, 3), in [0, 1].
-        protocol: colours of labels.
-        plane: of the slice.
-        window: of an image.
-
-    Raises:
-        ValueError: if the task is not drawn.
+    Values are the map in its ``output_unit``, shape (rows, columns, C), ``base`` is the scan there, (rows, columns, 3),
+    in [0, 1], the protocol colours labels, and the window is that of an image. A task that is not drawn is a
+    ValueError.
     """
     first = values[..., 0]
     painters: dict[str, Callable[[], np.ndarray]] = {

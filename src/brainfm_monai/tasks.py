@@ -188,10 +188,7 @@ class TaskLayout:
         """Views of the output tensor by task, each of shape (B, channels of the task, H, W, D).
 
         The output is (B, C, H, W, D) with C the layout's channels, or ``label_channels`` where the segmentation has
-        been decided and has one channel.
-
-        Raises:
-            ValueError: if the number of channels differs from the layout's.
+        been decided and has one channel; another number is a ValueError.
         """
         sizes = {name: task.channels for name, task in self.tasks.items()}
         if output.shape[1] == self.label_channels and "segmentation" in sizes:

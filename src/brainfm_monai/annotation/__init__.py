@@ -70,10 +70,8 @@ def match_structures(
     3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say
     which structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else
     positions in the list: Slicer counts scribbles in ``idx`` and leaves them out of the map. Without entries, values
-    are labels of the protocol.
-
-    Raises:
-        ScanError: if a value has no name, or one that the protocol does not know; the message begins with ``source``.
+    are labels of the protocol. ScanError, which begins with ``source``, if a value has no name, or one that the
+    protocol does not know.
     """
     names = {s.label: s.name for s in protocol.structures}
     if label_info:
@@ -104,10 +102,8 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
 
     The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1.
     The maps are not interpolated to the grid of the image: the mean hardly differs, and it takes a quarter of the time.
-
-    Args:
-        network: in evaluation mode.
-        image: shape (1, 1, H, W, D), RAS+ order, voxels of 1 mm, intensities in [0, 1].
+    The network is in evaluation mode; the image has the shape (1, 1, H, W, D), RAS+ order, voxels of 1 mm and
+    intensities in [0, 1].
     """
     occupied = (image[0, 0] > FOREGROUND).nonzero()
     if not len(occupied):
@@ -184,10 +180,8 @@ def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[
     """Items of a datalist out of corrected scans: the scan is a real image, and the labels are also painted.
 
     Items have ``image`` and ``label``, paths, and perhaps ``label_info``, see :func:`match_structures`. The subjects
-    lie in ``folder``; what was prepared before is not prepared again.
-
-    Raises:
-        ValueError: if there are no items; if none can be used, with the reason of the first.
+    lie in ``folder``; what was prepared before is not prepared again. ValueError if there are no items, or, with the
+    reason of the first, if none can be used.
     """
     if not items:
         raise ValueError("training: a corrected scan is needed, found none: save a label (Submit Label) first")

@@ -24,12 +24,8 @@ def keep_gains(
 
     A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`,
     or if the annotators deleted it and it shrank by that share. All other structures and maps stay as they were: what
-    nobody corrected does not drift.
-
-    Args:
-        network: after the training, for scans in the voxels of its backbone; it has the old weights afterwards.
-        items: corrected scans as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
-        old: weights before the training.
+    nobody corrected does not drift. The network comes from the training, for scans in the voxels of its backbone, and
+    has the ``old`` weights afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
     """
     new = {key: value.clone() for key, value in network.state_dict().items()}
     rows, protocol = network.layout.slices["segmentation"], network.layout.protocol

@@ -172,16 +172,7 @@ def import_weights(file: str, output: str, half: bool = False) -> str:
 
 
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
-    """Run configs of a bundle with MONAI, later ones over earlier ones.
-
-    Args:
-        bundle: folder of the bundle.
-        names: files in the folders ``configs`` and ``variants`` of the bundle, or paths of other configs.
-        overrides: values that replace those of the configs.
-
-    Raises:
-        FileNotFoundError: if there is no such config.
-    """
+    """Run configs of a bundle, see :func:`~brainfm_monai.io.find_config`, with MONAI, later ones over earlier ones."""
     from monai.bundle import run
 
     run(**_settings(bundle, names, **overrides))
@@ -198,11 +189,7 @@ def _settings(bundle: str | Path, names: Sequence[str], **overrides: Any) -> dic
 
 
 def existing_datalist(path: str) -> str:
-    """The path of a datalist as a value for a config.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
+    """The path of a datalist as a value for a config; FileNotFoundError if there is no such file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: a datalist (JSON) is needed, found no such file")
     return literal(str(path))

@@ -26,12 +26,8 @@ def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
     up to the next flag, or one word with commas. Overrides of a config may still be numbers, lists and expressions.
     Words after ``--`` are no flags.
 
-    Returns:
-        The command and ``--parameter=literal`` for each value; the words unchanged where help is asked for or there is
-        no such command.
-
-    Raises:
-        ValueError: if there are more words than the command has parameters.
+    Returns the command and ``--parameter=literal`` for each value; the words unchanged where help is asked for or there
+    is no such command. ValueError if there are more words than the command has parameters.
     """
     function, rest = _find_command(words, commands)
     if function is None or {"--help", "-h"} & set(rest):

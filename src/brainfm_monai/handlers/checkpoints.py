@@ -67,8 +67,7 @@ class TrainingCheckpoint:
     def resume(self, engine: Any) -> None:
         """Restore the newest whole checkpoint, keeping the number of epochs that was asked for now.
 
-        Raises:
-            ValueError: if there are checkpoints, and none is whole, or the newest is of another training.
+        ValueError if there are checkpoints, and none is whole, or the newest is of another training.
         """
         path, content = self._read_newest() if idist.get_rank() == 0 else (None, None)
         if idist.get_world_size() > 1:

@@ -198,11 +198,8 @@ class ValidationPanels:
 def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], layout: TaskLayout) -> np.ndarray:
     """One picture of a sample, RGB of shape (rows, columns, 3), uint8.
 
-    Args:
-        image: shape (1, H, W, D), in [0, 1].
-        pred: shape (layout.channels, H, W, D).
-        target: by task (C, H, W, D); ``available_<task>`` where 0 takes the target out.
-        layout: names the channels.
+    The image is (1, H, W, D), in [0, 1], the prediction (layout.channels, H, W, D), and the targets by task are (C, H,
+    W, D); ``available_<task>`` of 0 takes a target out.
     """
     columns: list[tuple[str, Task, Tensor]] = []
     for name, output in layout.split(pred[None]).items():
