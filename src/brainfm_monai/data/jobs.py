@@ -1,7 +1,6 @@
 """Many subjects, made in parallel, checked, written whole: finished ones are skipped, bad ones reported at the end."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from brainfm_monai.data import subjects
 from brainfm_monai.data.check import check_subject
 from brainfm_monai.data.datalist import PROTOCOLS, make_entry
 from brainfm_monai.data.registration import TEMPLATE_NAME
-from brainfm_monai.io import hash_file, write_folder, write_text
+from brainfm_monai.io import find_repeated, hash_file, write_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,7 @@ class Job:
 
 
 def common_settings(dataset: str, protocol: str, size: Sequence[int] | str) -> dict[str, Any]:
-    """The settings that every kind of preparation records.
-
-    ValueError if ``size``, which a text holds separated by commas, is not three positive multiples of 4.
-    """
+    """What every preparation records; ValueError if ``size`` is not three positive multiples of 4."""
     box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
     if len(box) != 3 or any(n < subjects.MNI_FACTOR or n % subjects.MNI_FACTOR for n in box):
         raise ValueError(f"prepare: 'size' must be three positive multiples of {subjects.MNI_FACTOR}, got {tuple(box)}")
@@ -95,7 +91,7 @@ def run_jobs(
     some failed: one line for each.
     """
     output_dir, failures = Path(output), []
-    if twice := sorted(name for name, times in Counter(job.name for job in jobs).items() if times > 1):
+    if twice := find_repeated(job.name for job in jobs):
         raise ValueError(f"{output_dir}: subjects with different names are needed, found twice: {twice}")
     waiting = [job for job in jobs if overwrite or not is_finished(job, output_dir)]
     folders = [output_dir / job.name for job in jobs]

@@ -16,7 +16,7 @@ from scipy import ndimage
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.data.subjects import Image, split_names
-from brainfm_monai.io import ScanError, read_labels, read_table
+from brainfm_monai.io import ScanError, find_repeated, read_labels, read_table
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ PARCELS = (
     (1000, 1999, 3), (2000, 2999, 42), (3000, 3999, 2), (4000, 4999, 41), (5001, 5001, 2), (5002, 5002, 41),
     (11000, 11999, 3), (12000, 12999, 42), (13000, 13999, 2), (14000, 14999, 41),
 )  # fmt: skip
-# ids of both sides, and what they become on the left and on the right: hypointensities, and the parts of the corpus
-# callosum
+# ids of both sides, and what they become on the left and on the right: hypointensities, and the corpus callosum
 UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
 BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)  # cerebrum and cerebellum, which place the box
 # of what the generator paints
@@ -42,8 +41,7 @@ HYPOINTENSITIES, HYPOINTENSITY_CODE = (77, 78, 79), 77
 TRANSITION_MM = 1.0  # a voxel: the ramp of a boundary that runs through its centre
 AIR_HU = -1000.0
 # Labels end in steps of a voxel, where a scan's profile blends the tissues of a voxel. A Gaussian of this width,
-# chosen, has a full width at half maximum of 1.2 mm, about a voxel: it takes the steps away and leaves sulci and thin
-# bone.
+# chosen, has a full width at half maximum of 1.2 mm, about a voxel: it takes the steps away and leaves sulci and bone.
 SMOOTHING_MM = 0.5
 
 
@@ -98,8 +96,7 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
         except (KeyError, ValueError) as error:
             needed = f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' (or 'name') are needed"
             raise ValueError(f"{needed}, found {error}") from error
-    keys = [key for key, _ in pairs]
-    if (twice := sorted({key for key in keys if keys.count(key) > 1})) or not pairs:
+    if (twice := find_repeated(key for key, _ in pairs)) or not pairs:
         raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
 
     def plain(name: int | str) -> str:
@@ -118,8 +115,7 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
 
     Cortical parcels become cortex; parcels of white matter and the corpus callosum become white matter; hypointensities
     become those of their side. The side of a voxel is that of the plane halfway between the centroids of left and right
-    white matter. The map has shape (H, W, D) and isotropic voxels; where there is nothing to fold, the very same array
-    is returned.
+    white matter. The map has shape (H, W, D) and isotropic voxels; with nothing to fold, it is the very same array.
     """
     present = set(np.unique(ids).tolist())
     table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
@@ -141,8 +137,7 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
 def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:
     """Centre in voxels, shape (3,), of the bounding box of some ids of a map (H, W, D); a multiple of one half.
 
-    ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if none of the ids is
-    there.
+    ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if there is none.
     """
     brain = np.isin(ids, list(brain_ids))
     if not brain.any():
@@ -213,8 +208,7 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
     images. The quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where
     it was measured in four real heads: the labels do not tell fat, the brightest there, from other soft tissue.
     Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU. ValueError,
-    which names the ``source``, if a table does not know an id that the labels hold, or that a mixture among them is
-    made of.
+    which names the ``source``, if a table does not know an id that the labels hold, or a mixture among them mixes.
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):

@@ -15,14 +15,8 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_contrast
-from brainfm_monai.evaluation.conditions import (
-    TARGET,
-    Condition,
-    check_for_real_scans,
-    find_repeated,
-    to_freesurfer_ids,
-)
-from brainfm_monai.io import read_maps, scan_stem
+from brainfm_monai.evaluation.conditions import TARGET, Condition, check_for_real_scans, to_freesurfer_ids
+from brainfm_monai.io import find_repeated, read_maps, scan_stem
 from brainfm_monai.metrics import Scene, TemplateTissues, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
@@ -78,8 +72,7 @@ def make_generated_cases(
 
     The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it; its section of training would
     measure what was learnt by heart. The scans of a subject have different heads and looks and the names
-    ``<subject>_<number>``. The seed of a scan follows from ``seed`` and this name, and is the same under each
-    condition.
+    ``<subject>_<number>``. The seed of a scan follows from ``seed`` and this name under every condition.
     """
     rule = "subject needs 'generation_labels' and 'segmentation'"
     subjects = _read_items(datalist, section, rule, {"generation_labels", "segmentation"}.issubset)
@@ -103,13 +96,11 @@ def _under_conditions(
 ) -> list[Case]:
     cases = []
     for scan, item in scans:
-        own = {"scan": scan, "seed": seed + zlib.crc32(scan.encode())}
+        item = {**item, "scan": scan, "seed": seed + zlib.crc32(scan.encode())}
         for condition in conditions:
             name = f"{scan}_{condition.name}" if condition.settings else scan
-            cases.append(
-                {**item, **own, "name": name, "condition": condition.name, "settings": dict(condition.settings)}
-            )
-    if (repeated := find_repeated([case["name"] for case in cases])) or not cases:
+            cases.append({**item, "name": name, "condition": condition.name, "settings": dict(condition.settings)})
+    if (repeated := find_repeated(case["name"] for case in cases)) or not cases:
         rule = "items whose names, with those of the conditions, differ are needed"
         raise ValueError(f"{datalist}: {rule}, found {f'twice: {repeated}' if repeated else 'none'}")
     return cases
@@ -203,7 +194,10 @@ class MeasureMaps(Transform):
             scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
         dense = _bring_to_grid(targets, maps, image)
         ids = dense.get("segmentation", shown[0] if shown else None)
-        dense |= {n: _scale_as_target(dense[n], ids, n) for n in MAGNITUDES if n in dense and n in CONTRASTS}
+        for name in [name for name in MAGNITUDES if name in dense and name in CONTRASTS]:  # to the training's unit
+            reference, known = dense[name][0], None if ids is None else ids[0].cpu().numpy()
+            scaled = torch.from_numpy(scale_contrast(reference.cpu().numpy(), name, known))
+            dense[name] = scaled[None].to(reference.device)
         d["rows"] += measure_scan(maps, dense, scene)
         shown += [dense["segmentation"]] if "segmentation" in dense else []
         d["picture"] = draw_case(image, shown, self.structures, protocol)
@@ -212,13 +206,6 @@ class MeasureMaps(Transform):
 
 def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
-
-
-def _scale_as_target(values: Tensor, ids: Tensor | None, contrast: str) -> Tensor:
-    """A reference (1, H, W, D) of any unit in that of the training's targets, by the white matter of FreeSurfer ids."""
-    labels = None if ids is None else ids[0].cpu().numpy()
-    scaled = scale_contrast(values[0].cpu().numpy(), contrast, labels)
-    return torch.from_numpy(scaled)[None].to(values.device)
 
 
 def _bring_to_grid(

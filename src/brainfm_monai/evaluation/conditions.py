@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.intensity import normalise_percentiles
-from brainfm_monai.io import read_table
+from brainfm_monai.io import find_repeated, read_table
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, parse_ranges, render
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquire
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA, sample
@@ -72,14 +71,9 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
             fixed = {**settings, swept[0]: value} if swept else dict(settings)
             _check(name, fixed)
             conditions.append(Condition(f"{name}-{value}" if swept else name, fixed, name if swept else "", value))
-    if (repeated := find_repeated([condition.name for condition in conditions])) or not conditions:
+    if (repeated := find_repeated(condition.name for condition in conditions)) or not conditions:
         raise ValueError(f"conditions: different ones are needed, found {f'twice: {repeated}' if repeated else 'none'}")
     return tuple(conditions)
-
-
-def find_repeated(names: Sequence[str]) -> list[str]:
-    """The names that occur more than once, sorted."""
-    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from brainfm_monai.io.files import (
     ABSENT,
     ScanError,
     exit_on_error,
+    find_repeated,
     first_line,
     hash_file,
     locked,
@@ -22,8 +23,8 @@ from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_ma
 
 __all__ = [
     "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Volume", "bundle_arguments", "exit_on_error", "find_bundle",
-    "find_config", "find_contradiction", "find_scans", "fingerprint", "first_line", "hash_file", "is_dicom",
-    "list_series", "literal", "locked", "make_scans", "one_line", "printable", "read_labels", "read_maps", "read_scan",
-    "read_table", "read_volume", "scan_stem", "unique_names", "write_folder", "write_table", "write_text",
+    "find_config", "find_contradiction", "find_repeated", "find_scans", "fingerprint", "first_line", "hash_file",
+    "is_dicom", "list_series", "literal", "locked", "make_scans", "one_line", "printable", "read_labels", "read_maps",
+    "read_scan", "read_table", "read_volume", "scan_stem", "unique_names", "write_folder", "write_table", "write_text",
     "write_whole",
 ]  # fmt: skip

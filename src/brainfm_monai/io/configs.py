@@ -26,11 +26,11 @@ def find_bundle(bundle: str | Path = DEFAULT_BUNDLE) -> Path:
 def bundle_arguments(bundle: str | Path, names: Sequence[str]) -> dict[str, Any]:
     """Arguments by which MONAI's ``run`` and ``ConfigWorkflow`` read configs of a bundle, see :func:`find_config`."""
     folder = find_bundle(bundle)
-    files = {"meta_file": "metadata.json", "logging_file": "logging.conf"}
     return {
         "config_file": [str(find_config(bundle, name)) for name in names],
         "bundle_root": literal(str(folder)),
-        **{argument: str(folder / "configs" / name) for argument, name in files.items()},
+        "meta_file": str(folder / "configs" / "metadata.json"),
+        "logging_file": str(folder / "configs" / "logging.conf"),
     }
 
 
@@ -52,8 +52,7 @@ def find_config(bundle: str | Path, name: str) -> Path:
 def literal(text: str) -> str:
     """Write a string, such as a path with ``$`` or ``#``, for a config override so that MONAI's parser yields just it.
 
-    Where the parser has nothing to evaluate that is the string itself, else a ``$`` expression of an escaped string
-    literal.
+    Without anything to evaluate that is the string itself, else a ``$`` expression of an escaped string literal.
     """
     if not set(EVALUATED) & set(text):
         return text

@@ -64,10 +64,7 @@ class _Slice:
 
 
 def is_dicom(path: str | Path) -> bool:
-    """Whether a file has the mark of DICOM, whatever its name, or one of the files in a folder has it.
-
-    The index of a medium is none: its images lie in the folders below.
-    """
+    """Whether a file, or one in a folder, has the mark of DICOM, whatever its name; the index of a medium is none."""
     path = Path(path)
     if path.name.upper() == INDEX and not path.is_dir():
         return False
@@ -84,8 +81,7 @@ def list_series(path: str | Path) -> list[Series]:
     """List the volumes of a folder (not of the folders in it), or of one file, by their headers, ordered by number.
 
     Echoes, magnitude and phase, and repetitions under one series are volumes of their own. Copies of a file count once.
-    A volume that is not one evenly spaced stack has a ``problem``. ValueError if pydicom is not installed, or no file
-    holds an image.
+    A volume that is not one evenly spaced stack has a ``problem``. ValueError without pydicom, or without an image.
     """
     path = Path(path)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)] if path.is_dir() else [path]

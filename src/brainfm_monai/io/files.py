@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
@@ -83,6 +84,11 @@ def _hold_abandoned(target: Path) -> Iterator[Path]:
                 yield partial
 
 
+def find_repeated(names: Iterable[T]) -> list[T]:
+    """The names that occur more than once, sorted."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)  # type: ignore[type-var]
+
+
 def hash_file(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -154,7 +160,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
             columns, *rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: a tab-separated table in UTF-8 is needed, found {error}") from error
-    if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
+    if twice := find_repeated(filter(None, columns)):
         raise ValueError(f"{path}: columns with different names are needed, found twice: {', '.join(twice)}")
     for number, row in enumerate(rows, 2):
         if len(row) != len(columns):

@@ -45,8 +45,7 @@ def find_scans(
         source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in
             it; a pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset (a folder with dataset_description.json or
             sub-* folders), of which the anatomical images are taken; or a TSV with the column ``image`` and perhaps
-            ``name``, ``frame`` and ``lesions`` (a mask), its paths relative to it. An empty string, a configuration's
-            default, lists nothing.
+            ``name``, ``frame`` and ``lesions`` (a mask), its paths relative to it. An empty string lists nothing.
         output_dir: where results are written; it may lie inside ``source`` but not be the same.
         participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
     """

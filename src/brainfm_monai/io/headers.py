@@ -195,8 +195,7 @@ def read_nrrd(path: Path) -> Stored:
     """Read a NRRD file, whose voxels may be packed within it or lie in files of their own.
 
     A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left,
-    posterior, superior, as ITK does. ValueError if the file is none, or the header promises more voxels than the file
-    can hold.
+    posterior, superior, as ITK does. ValueError if the file is none, or promises more voxels than it can hold.
     """
     import nrrd  # slow to import
 
