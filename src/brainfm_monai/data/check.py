@@ -114,19 +114,6 @@ def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> 
     return [Finding(str(entry["subject"]), *fault) for fault in faults]
 
 
-Look = Callable[[LoadedSubject], Iterator[str]]
-RULES: dict[str, tuple[set[str], Look]] = {}  # by name: the volumes that a rule needs, and the faults
-
-
-def _rule(name: str, *needed: str) -> Callable[[Look], Look]:
-    def add(look: Look) -> Look:
-        RULES[name] = (set(needed), look)
-        return look
-
-    return add
-
-
-@_rule("one grid")
 def _grids_agree(subject: LoadedSubject) -> Iterator[str]:
     shape_of = {key: subject[key].shape[:3] for key in subject.keys}
     keys = [key for key in subject.keys if key != "mni"]
@@ -141,7 +128,6 @@ def _grids_agree(subject: LoadedSubject) -> Iterator[str]:
             yield f"mni {shape_of['mni']} does not divide the box of {keys[0]} {shape_of[keys[0]]}"
 
 
-@_rule("known ids")
 def _ids_are_known(subject: LoadedSubject) -> Iterator[str]:
     for key, fact in (("segmentation", "protocol"), ("generation_labels", "generation_protocol")):
         if key in subject.keys and fact in subject.entry:
@@ -150,7 +136,6 @@ def _ids_are_known(subject: LoadedSubject) -> Iterator[str]:
                 yield f"{key} holds {unknown[:5]}, and protocol '{protocol.name}' has {len(protocol)} labels"
 
 
-@_rule("targets")
 def _targets_hold_something(subject: LoadedSubject) -> Iterator[str]:
     for key in subject.keys:
         if key in ("generation_labels", "segmentation") and (subject[key] > 0).mean() < MINIMUM_TARGET_SHARE:
@@ -162,7 +147,6 @@ def _targets_hold_something(subject: LoadedSubject) -> Iterator[str]:
             yield f"{key} is {float(subject[key].min()):g} everywhere"
 
 
-@_rule("intensities")
 def _values_are_in_range(subject: LoadedSubject) -> Iterator[str]:
     for key in (key for key in CONTRASTS if key in subject.keys):
         low, high = float(subject[key].min()), float(subject[key].max())
@@ -178,14 +162,12 @@ def _centroid(subject: LoadedSubject, ids: Sequence[int]) -> np.ndarray | None:
     return apply_affine(subject.affine("segmentation"), voxels.mean(axis=0)) if len(voxels) else None
 
 
-@_rule("left and right", "segmentation")
 def _sides_are_right(subject: LoadedSubject) -> Iterator[str]:
     left, right = (_centroid(subject, PIAL_IDS[side]) for side in ("left", "right"))
     if left is not None and right is not None and right[0] - left[0] < MINIMUM_SEPARATION_MM:
         yield f"left hemisphere at x = {left[0]:.0f} mm, right one at {right[0]:.0f} mm in the affine's RAS"
 
 
-@_rule("axes", "segmentation")
 def _head_is_upright(subject: LoadedSubject) -> Iterator[str]:
     cerebrum, cerebellum = (_centroid(subject, ids) for ids in (PIAL_IDS["left"] + PIAL_IDS["right"], CEREBELLUM_IDS))
     if cerebrum is not None and cerebellum is not None:
@@ -196,7 +178,6 @@ def _head_is_upright(subject: LoadedSubject) -> Iterator[str]:
             yield f"{place} in the affine's RAS, where it lies behind and below"
 
 
-@_rule("sides alike", "segmentation")
 def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
     protocol = subject.protocol
     labels = np.minimum(subject["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
@@ -211,7 +192,6 @@ def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
             yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[mirror]:.1f} ml"
 
 
-@_rule("head size", "segmentation")
 def _head_is_plausible(subject: LoadedSubject) -> Iterator[str]:
     voxel_ml, (low, high) = abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000, BRAIN_RANGE_ML
     brain_ml = (is_brain(subject.ids) & (subject.ids != 24)).sum() * voxel_ml
@@ -219,7 +199,6 @@ def _head_is_plausible(subject: LoadedSubject) -> Iterator[str]:
         yield f"brain of {brain_ml:.0f} ml, {low:.0f} to {high:.0f} are plausible"
 
 
-@_rule("distances", "distance", "segmentation")
 def _distances_fit_the_labels(subject: LoadedSubject) -> Iterator[str]:
     for channel, (name, ids) in enumerate(CHANNELS.items()):
         inside, labelled = subject["distance"][..., channel] < 0, np.isin(subject.ids, ids)
@@ -228,7 +207,6 @@ def _distances_fit_the_labels(subject: LoadedSubject) -> Iterator[str]:
             yield f"inside of channel {name} and the labels in it overlap with Dice {dice:.2f}"
 
 
-@_rule("coordinates", "mni", "segmentation")
 def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
     mni = subject["mni"]
     step = subject.ids.shape[0] // mni.shape[0]
@@ -244,11 +222,24 @@ def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
         yield f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"
 
 
+RULES: dict[str, tuple[set[str], Callable[[LoadedSubject], Iterator[str]]]] = {  # volumes of a rule, and its faults
+    "one grid": (set(), _grids_agree),
+    "known ids": (set(), _ids_are_known),
+    "targets": (set(), _targets_hold_something),
+    "intensities": (set(), _values_are_in_range),
+    "left and right": ({"segmentation"}, _sides_are_right),
+    "axes": ({"segmentation"}, _head_is_upright),
+    "sides alike": ({"segmentation"}, _sides_are_alike),
+    "head size": ({"segmentation"}, _head_is_plausible),
+    "distances": ({"distance", "segmentation"}, _distances_fit_the_labels),
+    "coordinates": ({"mni", "segmentation"}, _coordinates_are_plausible),
+}
+
+
 def write_contact_sheet(subject: LoadedSubject, path: Path, faults: Sequence[str]) -> None:
     """Draw the volumes of a subject in rows, and three planes through the brain's centre in columns, into a PNG.
 
-    Labels, surfaces (pial red, white yellow) and lines of equal coordinates are drawn over the first row; faults stand
-    in red under the title.
+    Labels, surfaces (pial red, white yellow) and equal coordinates lie over the first row, faults under the title.
     """
     key = "segmentation" if "segmentation" in subject.keys else subject.keys[0]
     slices = cut_slices(subject[key] > 0, subject.affine(key))

@@ -1,7 +1,6 @@
 """Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and lesions drawn on them.
 
-Everywhere here ``ids`` are FreeSurfer ids on the box of the subject, shape (H, W, D), and ``affine`` takes its voxels
-to RAS mm.
+Here ``ids`` are FreeSurfer ids on the box of the subject, (H, W, D), and ``affine`` takes its voxels to RAS mm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +32,7 @@ MINIMUM_COVER = 0.8  # share of the labelled brain that must lie in the head of 
 SAME_GRID_MM = 0.1
 SHELL_MM = (6, 14)  # skull and scalp around the brain
 STRIPPED_SHARE, DEFACED_SHARE = 0.9, 0.7  # of a shell or of the face that must be exactly 0
-# eyes, nose and cheeks, and the space in front of and below them that defacing tools clear, in MNI152 mm: low and high
-# corner
+# eyes, nose and cheeks, and what defacing tools clear in front of and below them: low and high corner in MNI152 mm
 FACE_MNI_MM = ((-35, 55, -65), (35, 85, -30))
 FRONT_MNI_MM = ((-90, 15, -140), (90, 130, 5))
 MINIMUM_VOXELS = 100  # of a structure whose brightness is compared
@@ -42,7 +40,6 @@ RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ORTHOGONAL_TOLERANCE_MM = 1e-4  # per voxel
 _ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "elastix.tsv"))
 # what differs from elastix's own parameters of affine registrations: of images of one contrast, and of any two
-# contrasts
 AFFINE: dict[str, Sequence[str]] = {row["parameter"]: row["affine"].split() for row in _ROWS if row["affine"]}
 RIGID: dict[str, Sequence[str]] = {row["parameter"]: row["rigid"].split() for row in _ROWS if row["rigid"]}
 
@@ -136,8 +133,7 @@ def carry_lesion(
     """Bring the mask of lesions, the file of the role ``lesion``, onto the box, from the scan on which it was drawn.
 
     That is the scan of ``contrast``; if this is empty, the scan whose grid the mask has, or the only one. The scans on
-    the box know how the head moved between them. Returns the mask, uint8, or None with the reason why the lesion is
-    left out.
+    the box know how the head moved between them. Returns the mask, uint8, or None and why it is left out.
     """
     values, file_affine = read_scan(files["lesion"])
     corners = _corners(values.shape, file_affine)
@@ -161,8 +157,7 @@ def find_removed(
     A mask of the data set, which is 1 where the scan was defaced, decides where there is one. Without it: defacing and
     brain extraction set voxels to exactly 0, which the noise of air rarely is. A scan, not yet scaled, counts as
     brain-extracted if nine tenths of a shell around the brain are 0, and as defaced if seven tenths of the place of
-    eyes and nose are. ``mni_mm`` are MNI152 coordinates on a grid that divides the box into blocks, shape (H / n, W /
-    n, D / n, 3).
+    eyes and nose are. ``mni_mm`` are MNI152 coordinates on a grid of blocks of the box, (H / n, W / n, D / n, 3).
     """
     removed = ~scan.seen
     if mask is not None:
@@ -196,8 +191,7 @@ def register_linear(
     """Find the linear map, shape (4, 4), from the points of the fixed image in RAS mm to those of the moving one.
 
     ``parameters`` are :data:`AFFINE` or :data:`RIGID`, or a variation of them. The search starts where the affines
-    place the images, or with the centres of gravity on each other. RuntimeError if elastix fails, as for an image
-    without contrast.
+    place the images, or with the centres of gravity on each other. RuntimeError if elastix fails, as without contrast.
     """
     stages = itk.ParameterObject.New()
     start = {"AutomaticTransformInitialization": ["false"]} if from_headers else {}

@@ -20,8 +20,7 @@ SECTIONS = ("training", "validation", "test")
 PROTOCOLS = ("generation_protocol", "protocol")
 FACTS = ("dataset", "person", "generation_protocol", "protocol", "labels_from", "simulated")
 LONGITUDINAL = ".long."  # FreeSurfer names a visit of its longitudinal stream VISIT.long.TEMPLATE
-# what studies append to a person's name: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _post, _week12, _20240131; and the
-# contrast of a scan
+# what studies append to a person's name: _ses-2, _tp1, _v02, _m12, _MR_d0129, _base, _post, _week12, _20240131, _T1w
 VISIT = re.compile(
     r"(?i)[._-](?:(?:ses|session|visit|tp|timepoint|time|scan|run|base|baseline|template|followup|fu|bl|mr)[._-]?\d*"
     r"|(?:day|week|month|year)[._-]?\d+|pre|post|(?:re)?test|T1w?|T2w?|FLAIR|CT"

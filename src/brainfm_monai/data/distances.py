@@ -78,8 +78,7 @@ def compute_surface_distance(
 
     The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and
     crossings do not upset. Voxels further away than 7 mm get that distance. Vertices are in mm, shape (V, 3),
-    triangles, all turned the same way, (T, 3); the affine takes voxels of about 1 mm of a volume of ``shape`` to these
-    mm.
+    triangles, all turned the same way, (T, 3); the affine takes voxels of about 1 mm to these mm.
     """
     import igl  # a training on prepared subjects does without it, as on the machine of the GPU kit
 

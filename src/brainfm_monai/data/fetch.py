@@ -52,8 +52,7 @@ class OpenFile(NamedTuple):
 def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]:
     """The files of every set, from the package's table or another one of the same columns.
 
-    FileNotFoundError if there is no such table, ValueError if a row is not what it should be, or would lead out of the
-    folder of the download.
+    FileNotFoundError if there is no such table, ValueError if a row is wrong, or leads out of the download's folder.
     """
     source = Path(table or str(resources.files("brainfm_monai") / "datasets" / "open.tsv"))
     if not source.is_file():

@@ -31,8 +31,7 @@ BORDER_MM, BORDER_SMOOTHING_MM, BORDER_STEPS = 10.0, 0.5, 2
 def read_scan(path: Path) -> Image:
     """Read one volume of real numbers, with NaN and infinite voxels as 0; warnings of the reader are logged.
 
-    Returns values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm; ScanError if there is no
-    such volume.
+    Returns values, shape (H, W, D), float32, in the file's own axes, and the affine to RAS mm; else a ScanError.
     """
     volume = read_volume(path)
     for warning in volume.warnings:
@@ -128,8 +127,7 @@ def sharpen_cortex(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
 
     FreeSurfer ids and scan, air at 0, have one shape (H, W, D) and voxels of 1 mm. In the result, cortex as bright as
     white matter is white matter, white matter beside the cortex as dark as cortex is cortex, and cortex as dark as
-    fluid is fluid; where the scan does not show fluid, cortex and white matter in this order of brightness, nothing is
-    changed.
+    fluid is fluid; where the scan does not show the three in this order of brightness, nothing is changed.
     """
     sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM)
     white, grey = np.isin(ids, WHITE), np.isin(ids, GREY)

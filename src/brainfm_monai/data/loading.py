@@ -204,9 +204,8 @@ def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
 def decode_reference(key: str, values: Tensor) -> Tensor:
     """Values of a file of the reference, (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
 
-    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation`` (ValueError for an id that
-    the reference does not know), [0, 1] for magnetic resonance (quantiles 0 and 99.9 % of the volume), and everything
-    else as it is.
+    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation`` (ValueError for an unknown
+    id), [0, 1] for magnetic resonance (quantiles 0 and 99.9 % of the volume), and everything else as it is.
     """
     if key in STEPS:
         zero, steps_per_mm = STEPS[key]

@@ -102,8 +102,7 @@ def prepare_label(
         output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
         ids: FreeSurfer id or name of a structure of each id in the label map, see :func:`read_id_table`; without it the
             label map holds FreeSurfer ids.
-        contrast: T1w, T2w, FLAIR or CT; without it, the one with the most similar order of brightness of the
-            structures.
+        contrast: T1w, T2w, FLAIR or CT; without it, that with the most similar order of brightness.
         protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
     """

@@ -51,10 +51,7 @@ STORAGE: dict[str, Storage] = {
 
 
 def run_parallel(work: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[tuple[T, R | BaseException]]:
-    """Do work for many items in processes, with a progress bar; yield each item, in order, with its result or error.
-
-    ``work`` is a function of a module, so that other processes can import it.
-    """
+    """Do work, a module's function, in processes, with a bar; yield each item, in order, with its result or error."""
     show = partial(tqdm, total=len(items), desc="subjects", unit="subject")
     if processes <= 1 or len(items) <= 1:
         for item in show(items):
