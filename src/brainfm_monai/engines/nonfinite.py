@@ -27,8 +27,7 @@ class NonFiniteStop:
     """Reports the samples of steps that were left out because they were not finite, and stops after several in a row.
 
     For each such step one line is logged and ``nonfinite_<iteration>_rank<rank>.json`` written, which has all that was
-    drawn; ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again. Processes count alike and
-    stop together.
+    drawn; ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws the sample again. Processes stop together.
     """
 
     synthesizer: Synthesizer  # of the training
@@ -52,10 +51,7 @@ class NonFiniteStop:
         self._steps.append((engine.state.iteration, facts, values, output["task_losses"]))
 
     def look(self, engine: MultiTaskTrainer) -> None:
-        """Read losses and norms of the steps since the last look.
-
-        FloatingPointError after ``max_in_row`` steps in a row that were not finite.
-        """
+        """Read losses and norms since the last look; FloatingPointError after ``max_in_row`` bad steps in a row."""
         steps, self._steps = self._steps, []
         if not steps:
             return
@@ -85,8 +81,12 @@ class NonFiniteStop:
         named = [name for name, value in tasks.items() if not math.isfinite(float(value))]
         content = {"iteration": iteration, "rank": idist.get_rank(), "losses_of_parts": [str(loss) for loss in losses]}
         content |= {"gradient_norm": str(norm), "tasks": named, "samples": samples}
+
+        def shorten(value: Tensor) -> Any:
+            return value.tolist() if value.numel() <= LARGEST_LISTED else f"shape {tuple(value.shape)}"
+
         path = Path(self.output_dir) / f"nonfinite_{iteration:08d}_rank{idist.get_rank()}.json"
-        write_text(path, json.dumps(content, indent=1, default=_to_json))
+        write_text(path, json.dumps(content, indent=1, default=shorten))
         who = "; ".join(f"{s['subject']}, seed {s['seed']} ({s['summary']})" for s in samples) or "another process"
         what = f"loss of {', '.join(named)}" if named else "gradient"
         logger.warning("iteration %d: the %s is not finite: %s; step left out, see %s", iteration, what, who, path)
@@ -103,8 +103,3 @@ class NonFiniteStop:
             "subject": facts["subject"], "seed": seed, "generation_protocol": protocol, "flags": values,
             "summary": summary, "drawn": drawn,
         }  # fmt: skip
-
-
-def _to_json(value: Tensor) -> Any:
-    """A drawn tensor as JSON; of a large one the shape."""
-    return value.tolist() if value.numel() <= LARGEST_LISTED else f"shape {tuple(value.shape)}"

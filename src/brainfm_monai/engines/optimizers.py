@@ -50,12 +50,10 @@ class MuonAdamW(torch.optim.AdamW):
     Args:
         network: its parameters are optimised; kernels of ``network.backbone`` with more than one input channel by Muon.
         lr: learning rate of AdamW.
-        kernel_lr: learning rate of Muon, whose steps change a kernel by so much of a matrix with singular values near
-            1.
+        kernel_lr: of Muon, whose steps change a kernel by so much of a matrix with singular values near 1.
         momentum: of Muon.
         weight_decay: of both, decoupled from the gradient.
-        fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without waiting for the
-            device.
+        fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without a wait.
     """
 
     def __init__(
@@ -134,8 +132,7 @@ class TimeBudget:
 
     The clock starts when the object is made, and runs while the training does: time between two sittings does not
     count. The last validation is part of the budget: as much time is kept for it as the longest pause between two
-    iterations took so far. The minutes are those of all sittings together; without a number the training ends by its
-    epochs.
+    iterations took so far. The minutes are those of all sittings together; without them the epochs end it.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
