@@ -13,6 +13,7 @@ from monai.transforms import Transform
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from brainfm_monai import surfaces
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.data.labels import fold_ids
 from brainfm_monai.evaluation.cases import SURFACES
@@ -21,13 +22,6 @@ from brainfm_monai.io import ScanError, first_line
 from brainfm_monai.metrics import MetricRow
 from brainfm_monai.metrics.tables import unit_of
 from brainfm_monai.outputs import resample
-from brainfm_monai.surfaces import (
-    compute_crossing_share,
-    compute_euler_number,
-    compute_thickness_mm,
-    find_boundaries,
-    grow_hemispheres,
-)
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS
 
 # FreeSurfer's surface RAS: directions of the axes of a conformed volume, by columns
@@ -61,7 +55,10 @@ def compare_surfaces(pred: Mesh, reference: Mesh, cortex: np.ndarray | None = No
     for name, distance in distances.items():
         statistics = {"mean": distance.mean(), "median": np.median(distance), "p95": np.percentile(distance, 95)}
         measures |= {f"{name}_{statistic}": float(value) for statistic, value in statistics.items()}
-    return measures | {"euler_number": compute_euler_number(pred[1]), "crossing_share": compute_crossing_share(*pred)}
+    return measures | {
+        "euler_number": surfaces.compute_euler_number(pred[1]),
+        "crossing_share": surfaces.compute_crossing_share(*pred),
+    }
 
 
 def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
@@ -72,7 +69,7 @@ def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:
     point on the triangles of the pial surface, and of that from this point back to the white surface, which is shorter.
     """
     if np.array_equal(white[1], pial[1]):
-        return compute_thickness_mm(white[0], pial[0], white[1])
+        return surfaces.compute_thickness_mm(white[0], pial[0], white[1])
     outwards, nearest = _find_nearest(white[0], pial)
     return np.asarray((outwards + _find_nearest(nearest, white)[0]) / 2)
 
@@ -168,7 +165,7 @@ def grow_meshes(
     """
     near = distance.clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM)
     named = dict(zip(TASKS["distance"].channel_names, near, strict=True))
-    grown = grow_hemispheres(find_boundaries(named, affine, levels_mm, image), affine)
+    grown = surfaces.grow_hemispheres(surfaces.find_boundaries(named, affine, levels_mm, image), affine)
     sides = {"L": "left", "R": "right"}
     return {
         f"{sides[letter]}_{kind}": (vertices, one.faces)

@@ -77,10 +77,7 @@ class EvaluationWriter:
             self.files.check_place(scan)
 
     def write(self, item: Mapping[str, Any], scan: Case) -> Path:
-        """Write the measures of a case, an entry of the list, after its files; returns the folder of the results.
-
-        The item has maps after the postprocessing, with what :class:`~brainfm_monai.evaluation.MeasureMaps` adds.
-        """
+        """Write files and measures of a case, whose item :class:`MeasureMaps` has measured; returns their folder."""
         folder = self.files.write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
         with write_whole(self._stored(scan).with_suffix(".webp")) as partial:
             partial.write_bytes(item["picture"])
@@ -141,8 +138,7 @@ class EvaluationWriter:
     def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:
         """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
 
-        The Dice of a scan has the shape (S, 3): structures by left, right, both; NaN where one is absent or has no
-        sides.
+        The Dice of a scan is (S, 3): structures by left, right, both; NaN where one is absent or has no sides.
         """
         scans = {scan: pd.DataFrame(values, index=self.dice_structures, columns=SIDES) for scan, values in dice.items()}
         table = pd.concat(scans, names=["scan", "structure"])

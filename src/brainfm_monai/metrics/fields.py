@@ -30,10 +30,7 @@ TISSUE_IDS = {
 
 
 def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of each sample and channel of values, (B, C, H, W, D), over a mask, (B, C or 1, H, W, D): shape (B, C).
-
-    It is NaN where the mask is empty.
-    """
+    """Mean over a mask, (B, C or 1, H, W, D), of values, (B, C, H, W, D): shape (B, C), NaN where the mask is empty."""
     mask = mask.expand_as(values)
     total = torch.where(mask, values, 0.0).sum((2, 3, 4), dtype=torch.float64)
     return (total / mask.sum((2, 3, 4))).float()
@@ -93,10 +90,7 @@ def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[
 
 
 def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """``error_mean`` and ``error_p95`` (95th percentile), mm, of the distance between coordinates, (B, 3, H, W, D).
-
-    The mask has the shape (B, 1, H, W, D), the results (B,), NaN where it is empty.
-    """
+    """``error_mean`` and ``error_p95``, (B,), mm, of coordinates, (B, 3, H, W, D), in a mask; NaN where it is empty."""
     distance = (pred_mm.float() - target_mm).norm(dim=1, keepdim=True)
     inside = [one[m] for one, m in zip(distance, mask.bool(), strict=True)]
     # the nearest rank: torch.quantile takes 16 million values at most
@@ -108,8 +102,7 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
     """Share of voxels in a mask, (B, 1, H, W, D), at which a coordinate map folds space, shape (B,).
 
     The Jacobian determinant of the map, (B, 3, H, W, D) in RAS mm, by central differences, is 0 or below there; the
-    sign of that of the affine from voxel indices to RAS mm, negative where the axes mirror space, is divided out. NaN
-    where the mask is empty.
+    sign of the affine's, negative where the axes mirror space, is divided out. NaN where the mask is empty.
     """
     sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
     box = box_around(mask.flatten(0, 1).any(0), margin=1)
@@ -178,8 +171,7 @@ def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The prediction with the gain and the offset that fit it best to the target, by least squares inside the mask.
 
     The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure. All have
-    one shape. The result is the target's mean where the prediction is constant in the mask, NaN where the mask is
-    empty.
+    one shape. The result is the target's mean where the prediction is constant in the mask, NaN for an empty mask.
     """
     pred = pred.float()
     x, y = (one.float()[mask.bool()].double() for one in (pred, target))

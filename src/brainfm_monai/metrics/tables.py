@@ -148,8 +148,7 @@ def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:
 def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
     """One row of every case for each headline: the mean of its metric over structures and sides.
 
-    The result has the columns of :class:`MetricRow`, without undefined values; ``structure`` is the title of the
-    headline.
+    The result has the columns of :class:`MetricRow`, without undefined values; ``structure`` is the headline's title.
     """
     import pandas as pd
 
