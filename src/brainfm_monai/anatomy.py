@@ -150,10 +150,7 @@ class Protocol:
         return weights
 
     def encode(self, ids: np.ndarray, source: str = "label map") -> np.ndarray:
-        """Turn a map of integer-valued source ids, any shape, into a map of labels, uint8.
-
-        ValueError if an id is not in the table; ``source`` names the map.
-        """
+        """Labels, uint8, of a map of source ids, any shape; an unknown id is a ValueError that names ``source``."""
         whole = np.rint(ids).astype(np.int64)
         present = np.unique(whole)
         if unknown := [int(i) for i in present if int(i) not in self.label_of_id]:

@@ -17,10 +17,7 @@ DYNAMIC_AXES = (0, 2, 3, 4)  # all but the channel
 
 
 def export_torchscript(network: nn.Module, path: str | Path) -> None:
-    """Write a network that ``torch.jit.script`` takes as TorchScript, for any batch and size that the network takes.
-
-    ValueError with the first line of the reason if the network cannot be scripted.
-    """
+    """Write a network as TorchScript, for any batch and size that it takes; ValueError if it cannot be scripted."""
     try:
         scripted = torch.jit.script(network.eval())
     except Exception as error:  # torch.jit raises many kinds

@@ -172,8 +172,7 @@ def paint(
     """Draw a slice of a task's map by the column ``picture`` of the table of tasks: (rows, columns, 3).
 
     Values are the map in its ``output_unit``, shape (rows, columns, C), ``base`` is the scan there, (rows, columns, 3),
-    in [0, 1], the protocol colours labels, and the window is that of an image. A task that is not drawn is a
-    ValueError.
+    in [0, 1], the protocol colours labels, the window is of an image. ValueError if the task has no picture.
     """
     first = values[..., 0]
     painters: dict[str, Callable[[], np.ndarray]] = {

@@ -178,8 +178,7 @@ class TaskLayout:
     def outside_values(self) -> list[float]:
         """Value of every channel in the air around a head: certain background, far from any surface, no bias, -1000 HU.
 
-        MNI coordinates are not defined there: they are 0 with a scale of error of one unit; else that scale is the
-        least.
+        MNI coordinates are not defined there: they are 0 with a scale of error of one unit, elsewhere the least.
         """
         tasks = self.tasks.values()
         return [t.outside * (t.kind != "labels" or i == 0) for t in tasks for i in range(t.channels)]

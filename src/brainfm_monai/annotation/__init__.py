@@ -70,8 +70,7 @@ def match_structures(
     3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say
     which structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else
     positions in the list: Slicer counts scribbles in ``idx`` and leaves them out of the map. Without entries, values
-    are labels of the protocol. ScanError, which begins with ``source``, if a value has no name, or one that the
-    protocol does not know.
+    are labels of the protocol. ScanError, which begins with ``source``, if a value has no name, or an unknown one.
     """
     names = {s.label: s.name for s in protocol.structures}
     if label_info:
@@ -102,8 +101,7 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
 
     The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1.
     The maps are not interpolated to the grid of the image: the mean hardly differs, and it takes a quarter of the time.
-    The network is in evaluation mode; the image has the shape (1, 1, H, W, D), RAS+ order, voxels of 1 mm and
-    intensities in [0, 1].
+    The network is in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
     """
     occupied = (image[0, 0] > FOREGROUND).nonzero()
     if not len(occupied):
@@ -143,14 +141,10 @@ def fine_tune(
 ) -> Path:
     """Fine-tune weights on corrected scans; the result of each call is a new ``models/model_tuned_N.pt``.
 
-    Args:
-        items: each with ``image``, ``label``, and perhaps ``label_info``, see :func:`prepare_corrected`.
-        bundle: folder of the bundle; ``anatomies`` in it may hold prepared subjects of other persons.
-        weights: name of the weights in the bundle's ``models`` from which the training starts.
-        overrides: values of ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and ``device``.
-
-    Raises:
-        ValueError: if there is no corrected scan, or one cannot be used; one line.
+    The items are those of :func:`prepare_corrected`, the ``weights`` are a file in the bundle's ``models``, and
+    ``anatomies`` in the bundle may hold prepared subjects of other persons. ``overrides`` replace values of
+    ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and ``device``. ValueError of one line if
+    there is no corrected scan, or one cannot be used.
     """
     bundle = Path(bundle)
     start, target = bundle / "models" / weights, _next_weights(bundle)

@@ -78,8 +78,7 @@ def predict(
 def _keep_freed_memory() -> None:
     """Let glibc give freed memory of maps to the next maps, unless the environment has settings of its own.
 
-    Otherwise every map gets new pages of the kernel, which took a fifth of the CPU seconds of a scan; the process takes
-    0.1 to 0.3 GB more.
+    Otherwise every map gets new pages of the kernel, a fifth of the CPU seconds of a scan; this takes 0.1 to 0.3 GB.
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         for option, size in KEPT.items():

@@ -19,7 +19,13 @@ def loader(module: str, name: str, doc: str = "") -> Callable[..., Command]:
         try:
             function: Command = getattr(import_module(f"brainfm_monai.{module}"), name)
         except ModuleNotFoundError as error:
-            return _refuse(error)
+            missing = error
+
+            def refuse(*args: Any, **kwargs: Any) -> None:
+                raise missing
+
+            refuse.__doc__ = f"Needs the package '{missing.name}': brainfm-monai doctor names the extra."
+            return refuse
 
         @wraps(function)
         def command(*args: Any, **kwargs: Any) -> Any:
@@ -30,16 +36,6 @@ def loader(module: str, name: str, doc: str = "") -> Callable[..., Command]:
 
     load.__doc__ = doc
     return load
-
-
-def _refuse(error: ModuleNotFoundError) -> Command:
-    """A command that cannot be imported."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    refuse.__doc__ = f"Needs the package '{error.name}': brainfm-monai doctor names the extra."
-    return refuse
 
 
 class Prepare:

@@ -65,10 +65,7 @@ class TrainingCheckpoint:
             self.save(engine)
 
     def resume(self, engine: Any) -> None:
-        """Restore the newest whole checkpoint, keeping the number of epochs that was asked for now.
-
-        ValueError if there are checkpoints, and none is whole, or the newest is of another training.
-        """
+        """Restore the newest whole checkpoint, but for the number of epochs; ValueError if none is whole or fits."""
         path, content = self._read_newest() if idist.get_rank() == 0 else (None, None)
         if idist.get_world_size() > 1:
             chosen = str(idist.broadcast(str(path or ""), src=0))

@@ -147,10 +147,7 @@ class TaskErrors(Metric):
 
 
 class SegmentationDice(TaskErrors):
-    """Mean hard Dice over the foreground structures that occur in the reference, over all samples of all processes.
-
-    A sample that shows no structure does not count.
-    """
+    """Mean hard Dice over the foreground structures of the reference, over all processes' samples that show any."""
 
     mode = "both"
 
@@ -170,8 +167,7 @@ class ValidationPanels:
     """Draws the first subjects of every validation, into the folder of the run and into TensorBoard.
 
     A row is a plane through the middle: axial, coronal, sagittal, in the radiological convention. Columns are the input
-    and, for every task, prediction and target, drawn as the table of tasks says. Files go into ``panels`` in the
-    folder.
+    and, for every task, prediction and target, drawn as the table of tasks says. Files go into ``panels``.
     """
 
     def __init__(self, layout: TaskLayout, output_dir: str | Path, summary_writer: Any = None, count: int = 2) -> None:

@@ -11,8 +11,7 @@ from brainfm_monai.outputs.result import Writer
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-# In the order of their warnings and of the columns of the summary. Which tasks an output needs stands in the table of
-# tasks (``Task.outputs``).
+# In the order of their warnings and of the summary's columns; ``Task.outputs`` says which tasks an output needs.
 OUTPUTS: dict[str, Writer] = {
     "segmentation": maps.write_segmentation,
     "volumes": maps.write_volumes,
@@ -39,8 +38,7 @@ def select_outputs(
 
     Outputs are ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a string
     may hold several, separated by commas. For the atlas see :func:`~brainfm_monai.outputs.atlas.load_atlas`. ValueError
-    if there is no such output, or the network does not predict what it is made of; ScanError if the atlas or its table
-    cannot be read.
+    if there is no such output, or the network does not predict what it is made of; ScanError for an unreadable atlas.
     """
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]

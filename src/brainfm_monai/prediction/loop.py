@@ -110,10 +110,7 @@ def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = 
 
 
 def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, overwrite: bool) -> list[int]:
-    """Numbers of the scans of this shard that are not finished; what is skipped is logged.
-
-    SystemExit if there is no scan, or the shard is wrong.
-    """
+    """Numbers of this shard's unfinished scans; the rest is logged. SystemExit for no scan at all, or a wrong shard."""
     for entry in dataset.skipped[:MOST_LINES]:
         logger.info("%s: skipped: %s", printable(entry["image"]), entry["skipped"])
     if len(dataset.skipped) > MOST_LINES:

@@ -59,8 +59,7 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Pred
     """Predict every map of one scan.
 
     Args:
-        image: path of a scan (anything that the command takes as one); or a nibabel image; or a MetaTensor of shape (1,
-            H, W, D).
+        image: path of a scan (anything that the command takes as one), nibabel image, or MetaTensor (1, H, W, D).
         bundle: folder of the bundle.
         overrides: any value of configs/inference.json by its name, such as ``mode="brain"``, ``weights=path``,
             ``device=torch.device("cpu")``.

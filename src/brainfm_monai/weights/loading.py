@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a plain state dict; nothing in the file is run.
-
-    FileNotFoundError if there is no such file, ValueError if it is not a dictionary of tensors.
-    """
+    """Read a plain state dict, running nothing in it; FileNotFoundError without a file, ValueError if it is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: a file of weights is needed, found no such file")
     rule = f"{path}: a plain state dict of tensors is needed"
@@ -58,8 +55,7 @@ def make_pretrained(
 ) -> MultiTaskNet:  # fmt: skip
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
-    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and path and layout of
-    :func:`load_pretrained`.
+    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and :func:`load_pretrained`.
     """
     network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels, detail)
     load_pretrained(network, weights, weights_layout)

@@ -102,8 +102,7 @@ def load_published(path: str | Path) -> Published:
     have any floating precision, keys the prefix ``module.``, and heads may be missing. The network is in float32 on the
     CPU. Its input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; its output is that of the file's
     heads, without any activation (``super_resolution`` is a residual to the input). FileNotFoundError if there is no
-    such file, ValueError if it is truncated, asks to call something, is of neither format, or its tensors do not fit
-    together.
+    such file, ValueError if it is truncated, asks to call something, is of neither format, or does not fit together.
     """
     content = read_checkpoint(path)
     try:
