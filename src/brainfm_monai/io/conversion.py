@@ -53,8 +53,7 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
 def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarray:
     """The affine of a converted series by the places of its slices, which keep a tilt, in the order of dcm2niix.
 
-    ``affine``, shape (4, 4), is that of dcm2niix, ``depth`` the number of slices. ValueError if dcm2niix and the
-    headers disagree on anything but a tilt.
+    ``affine``, (4, 4), is dcm2niix's, ``depth`` the number of slices. ValueError if both disagree on more than a tilt.
     """
     if series.affine is None:
         return affine

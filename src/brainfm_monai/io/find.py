@@ -54,8 +54,14 @@ def find_scans(
     path, output = Path(source), os.path.realpath(output_dir) if output_dir else None
     if has_magic(str(source)) and not os.path.lexists(path):
         return _name(_match(path, output), f"{source}: a pattern of scans")
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: a scan or a folder of scans is needed, found no such file or folder")
     if not path.is_dir():
-        return _from_file(path)
+        if path.name.lower().endswith(".tsv"):
+            return _from_table(path)
+        if not path.name.lower().endswith(SCAN_SUFFIXES) and not is_dicom(path):
+            raise ValueError(f"{path}: a scan is a file of the kind {KINDS}, found another suffix")
+        return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_find_problem(path))]
     if output == os.path.realpath(path):
         rule = "results need a folder of their own, found output_dir to be the folder of the scans"
         raise ValueError(f"{source}: {rule}")
@@ -65,16 +71,6 @@ def find_scans(
     if participant_label is not None:
         raise ValueError(f"{source}: 'participant_label' needs a BIDS dataset, found a folder without sub-* folders")
     return _name(_walk(path, output, {}), f"{source}: a folder of scans", path)
-
-
-def _from_file(path: Path) -> list[Scan]:
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path}: a scan or a folder of scans is needed, found no such file or folder")
-    if path.name.lower().endswith(".tsv"):
-        return _from_table(path)
-    if not path.name.lower().endswith(SCAN_SUFFIXES) and not is_dicom(path):
-        raise ValueError(f"{path}: a scan is a file of the kind {KINDS}, found another suffix")
-    return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_find_problem(path))]
 
 
 def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[Scan]:
