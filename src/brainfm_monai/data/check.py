@@ -138,7 +138,7 @@ def _ids_are_known(subject: LoadedSubject) -> Iterator[str]:
 
 def _targets_hold_something(subject: LoadedSubject) -> Iterator[str]:
     for key in subject.keys:
-        if key in ("generation_labels", "segmentation") and (subject[key] > 0).mean() < MINIMUM_TARGET_SHARE:
+        if key in LABELS and (subject[key] > 0).mean() < MINIMUM_TARGET_SHARE:
             yield f"{key} is empty"
         for channel, name in enumerate(CHANNELS if key == "distance" else ()):
             if not (subject[key][..., channel] < 0).any():

@@ -110,8 +110,7 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
     A value is a path if its key is that of a volume or if it ends like an image file. (``load_decathlon_datalist``
     makes a path of every value that happens to exist as a file or folder, names of subjects included.) Without a
     ``section``, all of :data:`SECTIONS` are read, and each item names its own in ``section``. ``protocol`` is that of
-    the training that reads the list: a name or a table file. ValueError if it is no such list, or an item has another
-    protocol.
+    the training: a name or a table file. ValueError if it is no such list, or an item has another protocol.
     """
     path = Path(path)
     sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"

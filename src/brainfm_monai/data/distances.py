@@ -40,8 +40,7 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
 def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
     """Distances in mm, negative inside, to the boundaries of the cerebral cortex in a map of FreeSurfer ids (H, W, D).
 
-    The voxels are isotropic, of ``spacing_mm``. The last axis of the result (H, W, D, 4) is left pial, left white,
-    right pial, right white.
+    Voxels are isotropic; the result is (H, W, D, 4): left pial, left white, right pial, right white.
     """
     regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
     return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
@@ -50,9 +49,8 @@ def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np
 def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
     """Read a FreeSurfer surface: vertices in scanner RAS mm, shape (V, 3), and triangles, shape (T, 3).
 
-    The file is in surface RAS, whose origin is the middle of the subject's conformed ``volume`` (an ``MGHImage``);
-    scanner RAS is what the affines of volumes speak of. FileNotFoundError if there is no such file, ValueError if it is
-    no surface, or was made on another volume.
+    The file is in surface RAS, whose origin is the middle of the subject's conformed ``volume`` (an ``MGHImage``).
+    FileNotFoundError if there is no such file, ValueError if it is no surface, or was made on another volume.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: a FreeSurfer surface is needed, found no such file")

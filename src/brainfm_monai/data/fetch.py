@@ -74,8 +74,7 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
     """Download an open data set and check its hashes; what is there already is kept. Returns its files.
 
     ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple
-        sclerosis,
-    as a BIDS folder (CC-BY).
+    sclerosis, as a BIDS folder (CC-BY).
 
     Args:
         name: name of the set.
@@ -153,9 +152,8 @@ def write_demo_scans(output: str | Path) -> list[Path]:
 def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Image:
     """Make of a T1 what a clinical archive might hold: 5 mm slices askew to the head, turned contrast, shading, noise.
 
-    The contrast of the tissues is turned around (fluid bright, white matter dark); the voxels are stored from right to
-    left and front to back (LPS), with the true oblique affine. ``t1w`` is skull-stripped with background 0, ``seed``
-    that of the noise; the image is int16, of 0.9 x 0.9 x 5 mm.
+    Fluid is bright, white matter dark; voxels are stored from right to left and front to back (LPS), with the true
+    oblique affine. ``t1w`` is skull-stripped with background 0; the image is int16, of 0.9 x 0.9 x 5 mm.
     """
     image = np.asarray(t1w.get_fdata(dtype=np.float32))
     brain = image > 0

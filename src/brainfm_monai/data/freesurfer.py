@@ -128,7 +128,7 @@ def make_volumes(
     centre = labels.find_brain_centre(ids, labels.BOX_IDS, source)
     ids, affine = labels.crop_to_box(ids, affine, centre, settings["spatial_size"])
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
-    distance = _read_surface_distances(files, affine, ids.shape)
+    distance = _read_distances(files, affine, ids.shape)
     scans: dict[str, contrasts.BoxScan] = {}
     facts: dict[str, Any] = {}
     if painted:
@@ -167,9 +167,7 @@ def make_volumes(
     return volumes, facts
 
 
-def _read_surface_distances(
-    files: Mapping[str, Path], affine: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray | None:
+def _read_distances(files: Mapping[str, Path], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray | None:
     """Distances in mm to the surfaces among files by role, on a box of ``shape``, (*shape, 4); None without them."""
     if not all(name in files for name in SURFACES):
         return None

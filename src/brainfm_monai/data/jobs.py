@@ -86,9 +86,8 @@ def run_jobs(
 ) -> list[Path]:
     """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues.
 
-    Returns the subjects' folders, in ``output``, in the order of the jobs, of which so many ``processes`` are done at
-    once; ``dry_run`` logs what would be done. ValueError if two jobs have one name; PreparationError at the end, if
-    some failed: one line for each.
+    Returns the folders in ``output`` in the order of the jobs; ``dry_run`` logs what would be done. ValueError if two
+    jobs have one name; PreparationError at the end, with one line for each that failed.
     """
     output_dir, failures = Path(output), []
     if twice := find_repeated(job.name for job in jobs):

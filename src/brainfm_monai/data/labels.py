@@ -49,10 +49,9 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     """Read a label map, turn it to RAS+ and resample it to 1 mm isotropic voxels (nearest neighbour) if it is not.
 
     An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the
-    rest. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids.
-
-    Returns the ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4). ScanError if the file
-    has no single volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
+    rest. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids. Returns the
+    ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4). ScanError if the file has no single
+    volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
     """
     volume = read_labels(path)
     if not volume.is_oriented:

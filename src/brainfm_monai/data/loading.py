@@ -152,7 +152,11 @@ class HoldSubjectd(Transform):
         held |= {key: data[key] for key in ("generation_protocol",) if key in data}
         for key, (voxel_mm, whole) in self.grids.items():
             volume = loaded.get(key)
-            size = _divide(box_mm, voxel_mm or spacing_mm[0], subject)
+            mm = voxel_mm or spacing_mm[0]
+            size = [max(1, round(side / mm)) for side in box_mm]
+            if any(abs(n * mm - side) > BOX_TOLERANCE_MM for n, side in zip(size, box_mm, strict=True)):
+                box = " x ".join(f"{side:g}" for side in box_mm)
+                raise ValueError(f"{subject}: a box that divides into voxels of {mm:g} mm is needed, found {box} mm")
             if key not in ("generation_labels", "segmentation"):
                 held[f"available_{key}"] = torch.tensor(float(volume is not None))
             if key in self.images:
@@ -165,14 +169,6 @@ class HoldSubjectd(Transform):
             held[f"available_{key}"] = torch.tensor(float(key in data))
             held[key] = torch.as_tensor(data.get(key, 0.0), dtype=torch.float32)
         return held
-
-
-def _divide(box_mm: Sequence[float], voxel_mm: float, subject: str) -> list[int]:
-    size = [max(1, round(mm / voxel_mm)) for mm in box_mm]
-    if any(abs(n * voxel_mm - mm) > BOX_TOLERANCE_MM for n, mm in zip(size, box_mm, strict=True)):
-        box = " x ".join(f"{mm:g}" for mm in box_mm)
-        raise ValueError(f"{subject}: a box that divides into voxels of {voxel_mm:g} mm is needed, found {box} mm")
-    return size
 
 
 def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:

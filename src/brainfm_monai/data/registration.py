@@ -187,9 +187,8 @@ def _roughness(velocity: Tensor) -> Tensor:
 def unfold_coordinates(points: np.ndarray, displacement: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least 0.2.
 
-    ``points`` are the positions of the voxels in mm, ``displacement`` leads from these to the template, both (H, W, D,
-    3); ``affine`` takes voxels to mm. The result are template coordinates in mm, of the same shape. RuntimeError if the
-    folds do not go away.
+    ``points`` are voxels in mm, ``displacement`` leads from these to the template, both (H, W, D, 3); ``affine`` takes
+    voxels to mm. The result are template coordinates in mm, same shape. RuntimeError if folds remain.
     """
     for _ in range(UNFOLDING_ROUNDS):
         folded = compute_jacobian(points + displacement, affine) < MINIMUM_JACOBIAN
