@@ -192,7 +192,7 @@ class MeasureMaps(Transform):
         scene = replace(scene, image=image.as_tensor(), labels=shown[0] if shown else None, template=self.template)
         if "segmentation" not in targets:
             scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
-        dense = _bring_to_grid(targets, maps, image)
+        dense = _move_to_grid(targets, maps, image)
         ids = dense.get("segmentation", shown[0] if shown else None)
         for name in [name for name in MAGNITUDES if name in dense and name in CONTRASTS]:  # to the training's unit
             reference, known = dense[name][0], None if ids is None else ids[0].cpu().numpy()
@@ -208,9 +208,7 @@ def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
 
 
-def _bring_to_grid(
-    targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor
-) -> dict[str, Tensor]:
+def _move_to_grid(targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor) -> dict[str, Tensor]:
     """References in the network's grid, in the units of the maps, each with where it is known."""
     dense = {name: _match(targets[name], grid, "nearest") for name in ("segmentation", "visible") if name in targets}
     for name in [name for name in maps if name in targets]:

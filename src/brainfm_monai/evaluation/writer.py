@@ -240,14 +240,11 @@ def _describe_condition(condition: str, compared: pd.DataFrame, pairs: pd.DataFr
     """Rows of the headlines with the names of their parts, and the figure of Dice by structure."""
     own = compared[(compared["condition"] == condition) & (compared["n"] > 0)]
     own = own.assign(part=[_name_part(row) for row in own.itertuples()], certain=own["p_holm"] < LEVEL)
-    rows = [
-        (headline, row) for headline in HEADLINES for row in own.itertuples() if headline[1:3] == (row.task, row.metric)
-    ]
+    rows = [(h, row) for h in HEADLINES for row in own.itertuples() if h[1:3] == (row.task, row.metric)]
     dice = drop_merged_sides(own[(own["metric"] == "dice") & (own["task"] == "segmentation")])
     dots = dice.merge(pairs, on=["condition", *MEASURE]).assign(panel="difference of Dice, B - A")
-    dots = dots.assign(
-        value=dots["value_y"] - dots["value_x"], side="both", row=dots["part"] + np.where(dots["certain"], " *", "")
-    )
+    marked = dots["part"] + np.where(dots["certain"], " *", "")
+    dots = dots.assign(value=dots["value_y"] - dots["value_x"], side="both", row=marked)
     figure = draw_rows(dots, zero=True) if len(dots) else ""
     return {"name": condition, "rows": rows, "figure": figure}
 

@@ -40,10 +40,9 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor |
     """Error of a bias field up to its gain, which no scan determines, in a mask of the head.
 
     With o and t the predicted and the true factor, ``normalised_l2`` is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua
-    et al., Evaluation of performance metrics for bias field correction in MR brain images, Journal of Magnetic
-    Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549). With an image that has the bias, ``corrected_l1`` is the
-    mean absolute difference of the image divided by either field, each divided by its mean. All have the shape (B, 1,
-    H, W, D), the results (B,), NaN for an empty mask.
+    et al., Journal of Magnetic Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549). With an image that has the
+    bias, ``corrected_l1`` is the mean absolute difference of the image divided by either field, each divided by its
+    mean. All have the shape (B, 1, H, W, D), the results (B,), NaN for an empty mask.
     """
 
     def mean(values: Tensor) -> Tensor:
@@ -62,8 +61,7 @@ def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute error of signed distances (B, C, H, W, D), in mm, where the true one is within +-3 mm.
 
     Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too.
-    The channels are lp, lw, rp, rw, the mask has the shape (B, 1, H, W, D), the result (B, C), NaN where there is no
-    such voxel.
+    Channels are lp, lw, rp, rw, the mask is (B, 1, H, W, D), the result (B, C), NaN where no voxel is left.
     """
     near = (target.abs() < MAX_DISTANCE_MM) & mask.bool()
     return compute_mean_inside((pred.float().clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
@@ -75,8 +73,7 @@ def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[
     A voxel is cortex of a hemisphere where it lies inside its pial and not inside its white surface; the thickness
     there is the distance to the one plus the distance to the other, as in the thickness map of the outputs. For left
     and right, (B, 2), NaN without cortex: ``thickness`` and ``reference_thickness``, the mean over either's own cortex,
-    ``thickness_error``, their difference, and ``thickness_absolute_error``, the mean over the reference's cortex,
-    whatever the prediction has there.
+    ``thickness_error``, their difference, and ``thickness_absolute_error``, the mean over the reference's cortex.
     """
     thickness = [(one[:, 1::2].float() - one[:, 0::2]).clamp_min(0) for one in (pred, target)]
     cortex = [(one[:, 0::2] < 0) & (one[:, 1::2] >= 0) & mask.bool() for one in (pred, target)]
@@ -155,9 +152,8 @@ def compute_warped_dice(pred_mm: Tensor, reference: Tensor, template: TemplateTi
 def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both images in units in which 0.1 and 99.9 % of the target inside the mask are 0 and 1; nothing is clipped.
 
-    The prediction gets the target's gain and offset, and none of its own: an error of its scale stays an error. Both
-    images and the mask (bool) have one shape and the images one unit. The results are NaN where the mask is empty or
-    the target constant.
+    The prediction gets the target's gain and offset, none of its own: an error of its scale stays an error. Images and
+    mask (bool) have one shape and the images one unit. The results are NaN for an empty mask or a constant target.
     """
     pred, inside = pred.float(), target.float()[mask.bool()]
     low = high = inside.new_tensor(torch.nan)
@@ -210,11 +206,10 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def compute_ms_ssim(pred: Tensor, target: Tensor, mask: Tensor, weights: Sequence[float] = SCALE_WEIGHTS) -> Tensor:
     """Multi-scale structural similarity inside a mask; shapes and range as in :func:`compute_ssim`.
 
-    The weights are the exponents of the scales, finest first (Wang et al., Multiscale structural similarity for image
-    quality assessment, Asilomar 2003, equation 7). From each scale to the next, 2 x 2 x 2 voxels are averaged; a
-    coarser voxel is in the mask if half of it is. Axes that are too short for the window of the coarsest scale, 176
-    voxels for five, are continued by their last voxels, which are not in the mask. Else it is MONAI's
-    ``MultiScaleSSIMMetric`` over a whole image.
+    The weights are the exponents of the scales, finest first (Wang et al., Asilomar 2003, equation 7). From each scale
+    to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. Axes that are too short
+    for the window of the coarsest scale, 176 voxels for five, are continued by their last voxels, which are not in the
+    mask. Else it is MONAI's ``MultiScaleSSIMMetric`` over a whole image.
     """
     smallest = (2 * RADIUS + 1) * 2 ** (len(weights) - 1)
     missing = [max(smallest - n, 0) for n in pred.shape[2:]]

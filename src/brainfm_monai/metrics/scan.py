@@ -114,9 +114,8 @@ def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> 
     if scene.labels is None or scene.image is None:
         return measures
     index = scene.labels[None].long().clamp_min(0)
-    count, total = (
-        torch.bincount(index[mask], x, minlength=int(index.max()) + 1) for x in (None, target[mask].double())
-    )
+    weights = (None, target[mask].double())
+    count, total = (torch.bincount(index[mask], x, minlength=int(index.max()) + 1) for x in weights)
     # the target's mean in each label: what one knows of a contrast who knows the anatomy alone
     images = {"": pred, "_input": scene.image[None], "_painted": (total / count.clamp_min(1)).float()[index]}
     brain = mask & scene.is_evaluated(scene.labels)

@@ -197,9 +197,8 @@ def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
     """P of the two-sided Wilcoxon signed-rank test of paired differences, and the rank-biserial correlation.
 
     Zeros are left out: P is 1 where there is nothing else, NaN where there is no pair. The correlation, in [-1, 1], is
-    the rank sum of positive differences minus that of negative ones over the sum of both (Wilcoxon, Individual
-    comparisons by ranking methods, Biometrics Bulletin 1, 1945; Kerby, The simple difference formula, Comprehensive
-    Psychology 3, 2014).
+    the rank sum of positive differences minus that of negative ones over the sum of both (Wilcoxon, Biometrics Bulletin
+    1, 1945; Kerby, Comprehensive Psychology 3, 2014).
     """
     from scipy.stats import wilcoxon
 
