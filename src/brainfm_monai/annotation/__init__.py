@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.annotation.gains import keep_gains
+from brainfm_monai.annotation.gains import Items, keep_gains
 from brainfm_monai.io import ScanError, bundle_arguments, read_labels, read_scan, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet
 
@@ -62,9 +62,7 @@ def read_label_info(label: str | Path) -> list[dict[str, Any]]:
         return []  # a label map from elsewhere
 
 
-def match_structures(
-    values: Collection[int], label_info: Sequence[Mapping[str, Any]], protocol: Protocol, source: str
-) -> dict[int, int]:
+def match_structures(values: Collection[int], label_info: Items, protocol: Protocol, source: str) -> dict[int, int]:
     """FreeSurfer id by value, for each value of a label map, and for the background.
 
     3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say
@@ -121,9 +119,7 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     return total / count / math.log(len(protocol)) if count else 1.0
 
 
-def train_from_server(
-    items: Sequence[Mapping[str, Any]], bundle: str | Path, first_handler: Any, device: str, max_epochs: int
-) -> None:
+def train_from_server(items: Items, bundle: str | Path, first_handler: Any, device: str, max_epochs: int) -> None:
     """Take over from ``train.json`` if MONAI Label's own task runs it: its items are scans with corrected labels.
 
     MONAI Label inserts the first of the handlers, which loads the weights in use. After such a training the program
@@ -136,9 +132,7 @@ def train_from_server(
     raise SystemExit(0)
 
 
-def fine_tune(
-    items: Sequence[Mapping[str, Any]], bundle: str | Path, weights: str = "model.pt", **overrides: Any
-) -> Path:
+def fine_tune(items: Items, bundle: str | Path, weights: str = "model.pt", **overrides: Any) -> Path:
     """Fine-tune weights on corrected scans; the result of each call is a new ``models/model_tuned_N.pt``.
 
     The items are those of :func:`prepare_corrected`, the ``weights`` are a file in the bundle's ``models``, and
@@ -170,7 +164,7 @@ def fine_tune(
     return target
 
 
-def prepare_corrected(items: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def prepare_corrected(items: Items, folder: Path) -> list[dict[str, Any]]:
     """Items of a datalist out of corrected scans: the scan is a real image, and the labels are also painted.
 
     Items have ``image`` and ``label``, paths, and perhaps ``label_info``, see :func:`match_structures`. The subjects

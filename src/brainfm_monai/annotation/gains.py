@@ -13,13 +13,12 @@ from brainfm_monai.networks import MultiTaskNet
 logger = logging.getLogger(__name__)
 
 SMALLEST_GAIN = 0.01  # of a structure's Dice with the corrected labels, for which its new weights are taken
+Items = Sequence[Mapping[str, Any]]
 REAL = {"T1w": 1.0, "T2w": 1.0, "FLAIR": 1.0, "CT": 80.0}  # value of a real image that the network sees as 1
 
 
 @torch.no_grad()
-def keep_gains(
-    network: MultiTaskNet, items: Sequence[Mapping[str, Any]], old: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights before a training, with the new rows of the head for the structures that the training brought nearer.
 
     A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`,
@@ -45,9 +44,7 @@ def keep_gains(
     return state
 
 
-def _compare(
-    network: MultiTaskNet, weights: Mapping[str, Tensor], items: Sequence[Mapping[str, Any]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _compare(network: MultiTaskNet, weights: Mapping[str, Tensor], items: Items) -> tuple[Tensor, Tensor, Tensor]:
     """Of each structure (0 for the background): Dice with the labels, predicted voxels, whether no label has it."""
     network.load_state_dict(weights)
     network.eval()
