@@ -87,10 +87,7 @@ class Protocol:
 
     @classmethod
     def load(cls, source: str | Path) -> "Protocol":
-        """Read a protocol by the name of a shipped one (``brainfm``, ``synthseg_head``, ...) or from a table file.
-
-        FileNotFoundError if ``source`` is neither, ValueError if the table breaks a rule of the class.
-        """
+        """Read a shipped protocol by its name (``brainfm``) or a table file; FileNotFoundError if it is neither."""
         path, shipped = Path(source), SHIPPED / f"{source}.tsv"
         if not path.suffix and shipped.is_file():
             return cls(str(source), _parse(shipped.read_text(encoding="utf-8"), str(source)))

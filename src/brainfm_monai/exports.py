@@ -64,16 +64,10 @@ def export_bundle(
     """Write the bundle's network with its weights as TorchScript (.ts) or ONNX (.onnx), for any size of scan.
 
     Args:
-        output: the file; its suffix decides.
+        output: the file, whose path is returned; its suffix decides, others are refused.
         bundle: folder of the bundle.
         overrides: overrides.json of imported weights, wherever its folder lies; empty: the bundle's own.
         size: side of the cube that an ONNX graph is traced with, an even multiple of what the network needs.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        ValueError: if the suffix is another.
     """
     path = Path(output)
     if path.suffix not in {".ts", ".onnx"}:

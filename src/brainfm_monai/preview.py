@@ -73,7 +73,7 @@ def write_preview(
 
     Args:
         input: datalist (JSON) of prepared subjects, which take turns, or one label map with FreeSurfer ids.
-        output: PNG file.
+        output: PNG file; another suffix is refused.
         count: number of scans.
         seed: seed of the first scan; the next ones count up.
         size: size of the scans, in voxels of 1 mm.
@@ -81,9 +81,6 @@ def write_preview(
         mild_samples: how many of them are mild.
         ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists
             them.
-
-    Raises:
-        ValueError: if the file is not to be a PNG, or see :func:`load_subjects`.
     """
     output, layout, laws = Path(output), TaskLayout(TARGETS, PROTOCOL), parse_ranges(ranges)
     if output.suffix.lower() != ".png":

@@ -159,9 +159,6 @@ def import_weights(file: str, output: str, half: bool = False) -> str:
         file: the published checkpoint.
         output: folder for model.pt, overrides.json and source.json (format, SHA-256, template space, licence).
         half: write half precision, half the size.
-
-    Returns:
-        What was found in the file.
     """
     from brainfm_monai.weights import import_weights as import_file
 

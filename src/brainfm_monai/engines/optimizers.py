@@ -24,8 +24,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
     Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are
     computed on the (small) Gram matrix, and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the
-    matrix, in bfloat16, which most CPUs emulate. (Jordan et al., Muon: an optimizer for hidden layers in neural
-    networks, 2024.)
+    matrix, in bfloat16, which most CPUs emulate. (Jordan et al., Muon, 2024.)
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.float()

@@ -46,7 +46,6 @@ def prepare_for_training(
     """A copy of a network on a device, for scans in the voxels of its backbone, or, with a stride, in smaller ones.
 
     With stride 1 the :class:`~brainfm_monai.networks.DetailHead` is not used; with a larger one it alone is trained.
-
     The channels of a voxel lie side by side in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32
     and 18 % more in bfloat16 (TwoScaleUNet on AVX512). See also :func:`~brainfm_monai.networks.checkpoint_activations`.
     """
@@ -86,10 +85,8 @@ class MultiTaskTrainer(SupervisedTrainer):
     gradients are summed over processes, all processes leave the step out. After each iteration ``state.output`` has,
     besides MONAI's keys (image, label and prediction of the last part), ``loss``, the mean of the batch,
     ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits
-    for the device, unless the optimizer is not fused.
-
-    ``state.draws`` counts the draws of all processes, and is kept in checkpoints: with :class:`DrawSampler` a resumed
-    training continues with the right one.
+    for the device, unless the optimizer is not fused. ``state.draws`` counts the draws of all processes, and is kept in
+    checkpoints: with :class:`DrawSampler` a resumed training continues with the right one.
 
     Args:
         accumulation: parts in which a batch is computed, one by one, to save memory; not positive: a ValueError.

@@ -44,9 +44,8 @@ def select_outputs(
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]
     wanted = possible if names == ["all"] else names
     if (unknown := [name for name in wanted if name not in OUTPUTS]) or not wanted:
-        raise ValueError(
-            f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed, found {', '.join(unknown) or 'none'}"
-        )
+        found = ", ".join(unknown) or "none"
+        raise ValueError(f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed, found {found}")
     for name in wanted:
         if name not in possible:
             needs = " or ".join(task.name for task in TASKS.values() if name in task.outputs) or "scales of error"

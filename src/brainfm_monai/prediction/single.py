@@ -56,21 +56,15 @@ class Prediction(dict[str, Any]):
 
 
 def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Prediction:
-    """Predict every map of one scan.
+    """Predict every map of one scan: maps, volumes and warnings by name, see :class:`Prediction`.
+
+    ScanError if the scan cannot be used, FileNotFoundError without a bundle, ValueError if settings do not fit.
 
     Args:
         image: path of a scan (anything that the command takes as one), nibabel image, or MetaTensor (1, H, W, D).
         bundle: folder of the bundle.
         overrides: any value of configs/inference.json by its name, such as ``mode="brain"``, ``weights=path``,
             ``device=torch.device("cpu")``.
-
-    Returns:
-        Maps, volumes and warnings by name, see :class:`Prediction`.
-
-    Raises:
-        ScanError: if the scan cannot be used.
-        FileNotFoundError: if there is no such bundle.
-        ValueError: if a setting or the weights do not fit.
     """
     arguments = bundle_arguments(bundle, ["inference.json"])
     with TemporaryDirectory() as folder:

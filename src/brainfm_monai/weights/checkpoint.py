@@ -1,8 +1,7 @@
 """Published checkpoints, read by ``torch.load`` with an unpickler that calls nothing.
 
-A checkpoint is a pickle, and a pickle can name any function and call it. The unpickler of this module knows
-dictionaries, numbers, text and tensors. Every other class becomes an inert :class:`Placeholder`; a file that calls
-anything else is refused.
+A checkpoint is a pickle, which can call any function. The unpickler of this module knows dictionaries, numbers, text
+and tensors. Every other class becomes an inert :class:`Placeholder`; a file that calls anything else is refused.
 """
 
 import pickle

@@ -71,8 +71,7 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name;
     those of other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a
     residual to the input, differs from ours and is left out. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start
-    from the weights of its coarse network, an ``AdditiveUNet``: its first output is that of the coarse network, each
-    voxel repeated.
+    from the weights of its coarse network, an ``AdditiveUNet``, whose output, each voxel repeated, is its first one.
 
     The path is that of a plain state dict of a ``MultiTaskNet``, which does not contain its ``layout`` (None: that of
     the network), or of a published checkpoint, see :func:`~brainfm_monai.weights.load_published`; if it is empty,

@@ -141,14 +141,11 @@ def _recognise(content: Any) -> tuple[str, MultiTaskNet, list[str]]:
                     groups[name][kind] = tensor
                 else:
                     rest.append(key)
-            return "BrainFM", *_assemble(
-                "BrainFM", groups, rest, next(_settings(content, "unit_feat"), True) is not False
-            )
+            unit_norm = next(_settings(content, "unit_feat"), True) is not False
+            return "BrainFM", *_assemble("BrainFM", groups, rest, unit_norm)
     keys = ", ".join(str(key) for key in list(content)[:5]) if isinstance(content, Mapping) else ""
-    rule = (
-        "a checkpoint of BrainFM ('model' with 'backbone.encoders...') or SuperSynth ('backbone_state_dict') is needed"
-    )
-    raise ValueError(f"{rule}, found {keys or type(content).__name__}")
+    formats = "BrainFM ('model' with 'backbone.encoders...') or SuperSynth ('backbone_state_dict')"
+    raise ValueError(f"a checkpoint of {formats} is needed, found {keys or type(content).__name__}")
 
 
 def _assemble(
