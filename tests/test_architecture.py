@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preview": TABLES | {"slices", "synthesis", "data"},
     "prediction": TABLES | {"transforms", "outputs", "report"},
     "data": TABLES | {"slices", "functional", "synthesis", "transforms"},
-    "evaluation": TABLES | {"slices", "surfaces", "report", "functional", "synthesis", "metrics", "outputs", "data"},
+    "evaluation": TABLES
+    | {"slices", "surfaces", "report", "functional", "synthesis", "metrics", "outputs", "data", "transforms"},
     "annotation": TABLES | {"networks", "weights", "transforms", "data"},
     "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},

@@ -94,8 +94,8 @@ def test_what_monai_label_reads_is_there(parser: ConfigParser) -> None:
         assert parser.get_parsed_content(name) is not None
     kinds = [type(t).__name__ for t in parser.get_parsed_content("postprocessing").transforms]
     # MONAI Label runs these on every request: nothing here may write. Without Invertd its labels would lie in a wrong grid.
-    assert kinds == ["SplitTasksd", "Invertd", "CastToTyped"]
-    assert parser["postprocessing#transforms#2#keys"] == "pred"
+    assert kinds == ["SplitTasksd", "RefineCortexd", "Invertd", "CastToTyped"]
+    assert parser["postprocessing#transforms#3#keys"] == "pred"
 
 
 def test_an_annotator_gets_the_fast_settings_and_a_run_the_accurate_ones(parser: ConfigParser) -> None:

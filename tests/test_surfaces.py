@@ -20,14 +20,14 @@ from brainfm_monai.surfaces import (
     draw_contour,
     draw_surface,
     extract_sphere,
-    find_boundaries,
     grow_ball,
     grow_hemisphere,
     grow_hemispheres,
     merge_vertices,
-    refine_white,
     remove_crossings,
 )
+from brainfm_monai.transforms import find_boundaries
+from brainfm_monai.transforms.refinement import measure_white
 
 
 def offsets(size: int = 40) -> np.ndarray:
@@ -160,11 +160,11 @@ def test_hemispheres_do_not_enter_each_other() -> None:
         for side, r in (("l", left), ("r", right))
     }
     distance = {f"{side}{kind}": field[i] for side, field in fields.items() for i, kind in enumerate("wp")}
-    both = grow_hemispheres(find_boundaries(distance, np.eye(4), (0.2, -0.25)), np.eye(4))
+    both = grow_hemispheres(find_boundaries(distance, 1.0, (0.2, -0.25)).distance, np.eye(4))
     for kind in ("white_mm", "pial_mm"):
         meshes = [a for one in both.values() for a in (getattr(one, kind).astype(float), one.faces.astype(np.int64))]
         assert not find_intersections(*meshes)[0]
-    found = grow_hemispheres(find_boundaries(distance, np.eye(4)), np.eye(4)).get("L")
+    found = grow_hemispheres(find_boundaries(distance).distance, np.eye(4)).get("L")
     alone = grow_hemisphere(fields["l"][0], fields["l"][1], np.eye(4))
     assert found is not None
     assert alone is not None
@@ -300,6 +300,11 @@ def make_scan(grey: float, radius: float = 14.0, size: int = 48) -> torch.Tensor
     return torch.from_numpy(share * 0.5 + (1 - share) * grey).float()
 
 
+def refine_white(white: torch.Tensor, pial: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    measured, weight = measure_white(white, pial, image)
+    return torch.lerp(white, measured, weight)
+
+
 @pytest.mark.parametrize("grey", [0.3, 0.7])
 def test_the_scan_moves_the_white_surface_to_where_its_tissues_meet(grey: float) -> None:
     """The predicted surface is 0.8 mm too deep on one side and 0.8 mm too far out on the other, in both contrasts."""
@@ -315,7 +320,7 @@ def test_the_scan_moves_the_white_surface_to_where_its_tissues_meet(grey: float)
     far = wrong.abs() > 2.3
     assert torch.equal(refined[far], wrong.clamp(-3, 3)[far])
     distance = {"rw": wrong.clamp(-3, 3), "rp": pial.clamp(-3, 3)}
-    found = grow_hemispheres(find_boundaries(distance, np.eye(4), image=image), np.eye(4))["R"]
+    found = grow_hemispheres(find_boundaries(distance, image=image).distance, np.eye(4))["R"]
     assert np.abs(np.linalg.norm(found.white_mm - 23.5, axis=1) - 14).mean() < 0.25
 
 

@@ -23,6 +23,7 @@ from brainfm_monai.metrics import MetricRow
 from brainfm_monai.metrics.tables import unit_of
 from brainfm_monai.outputs import resample
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS
+from brainfm_monai.transforms import find_boundaries
 
 # FreeSurfer's surface RAS: directions of the axes of a conformed volume, by columns
 SURFACE_AXES = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
@@ -118,7 +119,7 @@ class MeasureSurfaces(Transform):
     The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``,
     ``right_pial``), else those that grow out of its distances, else those out of the distances to its labels: where
     labels close a sulcus, the pial surface stands halfway between the banks, as in a prediction. A case with none of
-    these has no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.surfaces.find_boundaries`.
+    these has no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.transforms.find_boundaries`.
     """
 
     def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:
@@ -161,11 +162,12 @@ def grow_meshes(
 ) -> dict[str, Mesh]:
     """The surfaces that ``predict`` makes of distances lp, lw, rp, rw in mm, shape (4, H, W, D), by their names.
 
-    For the other arguments see :func:`~brainfm_monai.surfaces.find_boundaries`.
+    For the other arguments see :func:`~brainfm_monai.transforms.find_boundaries`.
     """
     near = distance.clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM)
     named = dict(zip(TASKS["distance"].channel_names, near, strict=True))
-    grown = surfaces.grow_hemispheres(surfaces.find_boundaries(named, affine, levels_mm, image), affine)
+    voxel_mm = float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
+    grown = surfaces.grow_hemispheres(find_boundaries(named, voxel_mm, levels_mm, image).distance, affine)
     sides = {"L": "left", "R": "right"}
     return {
         f"{sides[letter]}_{kind}": (vertices, one.faces)

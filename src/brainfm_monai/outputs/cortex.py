@@ -7,7 +7,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from isal import isal_zlib
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
@@ -17,8 +16,7 @@ from scipy.spatial import cKDTree
 from brainfm_monai import surfaces
 from brainfm_monai.io import ABSENT, read_table, write_table
 from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan, resample
-from brainfm_monai.tasks import MAX_DISTANCE_MM
-from brainfm_monai.transforms import MODES
+from brainfm_monai.transforms import FindBoundariesd
 
 # By BIDS letter: channel letter of the hemisphere, FreeSurfer ids of white matter and cortex.
 HEMISPHERES = {"L": ("l", 2, 3), "R": ("r", 41, 42)}
@@ -91,15 +89,15 @@ def _by_name(scan: ScanResult, channels: Any) -> dict[str, Any]:
 def find_boundaries(scan: ScanResult) -> MetaTensor:
     """The distances, (4, h, w, d) in the network's grid, with their zero where the boundaries are taken to be.
 
-    See :func:`~brainfm_monai.surfaces.find_boundaries`. A hemisphere that the mode leaves out is far from everywhere.
+    See :class:`~brainfm_monai.transforms.FindBoundariesd`, which is done here where the caller's pipeline lacks it.
     """
-    distance = _by_name(scan, scan.maps["distance"].as_tensor().cpu().float())
-    left_out = MODES[scan.settings.mode].excluded_side[:1]
-    shown = {name: value for name, value in distance.items() if not left_out or not name.startswith(left_out)}
-    image = None if scan.normalised is None else scan.normalised.as_tensor()[0].cpu().float()
-    found = surfaces.find_boundaries(shown, scan.network_affine, scan.settings.surface_levels_mm, image)
-    channels = [found.get(name, torch.full_like(value, MAX_DISTANCE_MM)) for name, value in distance.items()]
-    return MetaTensor(torch.stack(channels), affine=torch.from_numpy(scan.network_affine))
+    item: dict[Any, Any] = dict(scan.maps)
+    if "boundaries" not in item:
+        settings = scan.settings
+        find = FindBoundariesd("boundaries", scan.layout, settings.surface_levels_mm, settings.mode, relabel=False)
+        item = find(item if scan.normalised is None else item | {"image": scan.normalised})
+    boundaries: MetaTensor = item["boundaries"]
+    return boundaries.cpu()
 
 
 @once_per_scan

@@ -1,7 +1,7 @@
 """White and pial surfaces as triangles: topology, growth, measures and pictures; numpy, scipy and torch, no files."""
 
 from brainfm_monai.surfaces.crossings import find_crossing_faces, remove_crossings
-from brainfm_monai.surfaces.growth import Hemisphere, find_boundaries, grow_hemisphere, grow_hemispheres
+from brainfm_monai.surfaces.growth import Hemisphere, grow_hemisphere, grow_hemispheres
 from brainfm_monai.surfaces.measures import (
     compute_areas_mm2,
     compute_crossing_share,
@@ -13,10 +13,9 @@ from brainfm_monai.surfaces.measures import (
     draw_contour,
     draw_surface,
 )
-from brainfm_monai.surfaces.refinement import refine_white
 from brainfm_monai.surfaces.topology import extract_sphere, grow_ball, merge_vertices
 
 __all__ = ["Hemisphere", "compute_areas_mm2", "compute_crossing_share", "compute_distances_mm", "compute_euler_number"]
 __all__ += ["compute_mean_curvature", "compute_thickness_mm", "compute_volume_mm3", "draw_contour", "draw_surface"]
-__all__ += ["extract_sphere", "grow_ball", "grow_hemisphere", "grow_hemispheres", "merge_vertices", "refine_white"]
-__all__ += ["find_boundaries", "find_crossing_faces", "remove_crossings"]
+__all__ += ["extract_sphere", "grow_ball", "grow_hemisphere", "grow_hemispheres", "merge_vertices"]
+__all__ += ["find_crossing_faces", "remove_crossings"]

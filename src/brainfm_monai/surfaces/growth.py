@@ -1,6 +1,6 @@
 """White and pial surfaces of a hemisphere out of its signed distances, vertex by vertex in correspondence."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,6 @@ from scipy import sparse
 from torch import Tensor
 
 from brainfm_monai.surfaces.crossings import remove_crossings
-from brainfm_monai.surfaces.refinement import refine_white
 from brainfm_monai.surfaces.topology import extract_sphere
 
 GRID_MM = 1.1  # of the level from which the white surface is taken: vertices lie about 1 mm apart
@@ -22,7 +21,6 @@ STILL_MM = 0.005  # a vertex that moves less in a step has arrived
 FASTEST_MM = 1.0  # per unit: distance to the pial surface beyond which a vertex does not move faster
 SMOOTHING_MM = 0.7  # standard deviation of the Gaussian of the field whose gradient vertices follow
 RIDGE_STEEPNESS = 0.4  # of that field, which is 2 away from ridges: vertices stop there, some tenths of a mm before
-MIDLINE_MM = 0.1  # least distance of a surface from where both hemispheres are equally deep
 CLOSED_MM = 0.5  # a vertex that ends further from the zero of the pial distance saw no boundary: the sulcus is closed
 
 
@@ -36,42 +34,6 @@ class Hemisphere:
     # shape (V,), bool: the distances show no pial boundary, and the pial surface stands halfway between the two banks
     closed: np.ndarray
     crossing_shares: tuple[float, float]  # shares of the triangles that cross another one, white and pial, from 0 to 1
-
-
-def find_boundaries(
-    distance: Mapping[str, Tensor],
-    affine: np.ndarray,
-    levels_mm: Sequence[float] = (0.0, 0.0),
-    image: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Distances whose zero is where the boundaries are taken to be: what surfaces, ribbon and pictures have in common.
-
-    The levels are subtracted, the scan corrects the white surfaces, none comes nearer to the other hemisphere than
-    where both are equally deep, and no pial surface lies within the white one.
-
-    Args:
-        distance: signed distances ``lp``, ``lw``, ``rp``, ``rw`` in mm, negative inside, shape (H, W, D); a hemisphere
-            may be missing.
-        affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
-        levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
-        image: the scan in the same grid, in [0, 1]; None: the white surface stays where the distance is 0.
-    """
-    found: dict[str, Tensor] = {}
-    for side, opposite in (("l", "r"), ("r", "l")):
-        if f"{side}w" not in distance:
-            continue
-        pial, has_opposite = distance[f"{side}p"], f"{opposite}w" in distance
-        if has_opposite:
-            pial = torch.maximum(pial, (pial - distance[f"{opposite}p"]) / 2 + levels_mm[1] + MIDLINE_MM)
-        white, pial = distance[f"{side}w"] - levels_mm[0], pial - levels_mm[1]
-        inside = torch.minimum(white, pial) < 0
-        if image is not None and inside.any():
-            box = _box_around(inside)
-            white[box] = refine_white(white[box], pial[box], image[box], _voxel_mm(affine))
-        if has_opposite:
-            white = torch.maximum(white, (white + levels_mm[0] - distance[f"{opposite}w"]) / 2 + MIDLINE_MM)
-        found |= {f"{side}p": torch.minimum(pial, white), f"{side}w": white}
-    return found
 
 
 def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphere | None:
@@ -90,7 +52,7 @@ def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphe
     inside = pial < 0
     if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface
         return None
-    box, voxel_mm = _box_around(inside), _voxel_mm(affine)
+    box, voxel_mm = _box_around(inside), float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
     white, pial = white[box], pial[box]
     size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
     coarse = nnf.interpolate(white[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
@@ -120,7 +82,11 @@ def _place(vertices: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def grow_hemispheres(boundaries: Mapping[str, Tensor], affine: np.ndarray) -> dict[str, Hemisphere]:
-    """The hemispheres of :func:`find_boundaries` by their letters ``L`` and ``R``; one without a surface is absent."""
+    """Both hemispheres, by their letters ``L`` and ``R``; one without a surface is absent.
+
+    The distances ``lp``, ``lw``, ``rp``, ``rw`` are 0 at the boundaries, see
+    :func:`brainfm_monai.transforms.find_boundaries`; a hemisphere may be missing.
+    """
     sides = [side for side in "lr" if f"{side}w" in boundaries]
     grown = {s.upper(): grow_hemisphere(boundaries[f"{s}w"], boundaries[f"{s}p"], affine) for s in sides}
     return {letter: surface for letter, surface in grown.items() if surface is not None}
@@ -130,10 +96,6 @@ def _box_around(inside: Tensor) -> tuple[slice, ...]:
     """Box around a mask (H, W, D), which is not empty, and around up to 3 voxels beside it."""
     spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
     return tuple(slice(max(int(span[0]) - 3, 0), int(span[-1]) + 4) for span in spans)
-
-
-def _voxel_mm(affine: np.ndarray) -> float:
-    return float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
 
 
 def _sample(fields: Tensor, vertices: Tensor) -> Tensor:

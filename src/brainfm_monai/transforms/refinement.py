@@ -15,19 +15,22 @@ LEAST_CONTRAST, FULL_CONTRAST = 0.25, 0.75  # of the median, where the scan coun
 ROBUST_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
-def refine_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 1.0) -> Tensor:
-    """Distance to the white surface, corrected by the scan; any contrast, as the tissues are taken from the scan.
+def measure_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the scan shows of the white surface; any contrast, as the tissues are taken from the scan.
 
     The intensity of white and grey matter is averaged over the neighbourhood on either side of the predicted surface.
-    The scan's share of white matter then gives a distance of its own, and both are averaged with weights of inverse
-    variance: the scan counts little where tissues differ little against its noise (CT), and not at all where the
-    contrast is another than in most places (ventricles, hippocampus), or outside of the pial surface.
+    The scan's share of white matter then gives a distance of its own. Its weight against the prediction is that of
+    inverse variance: the scan counts little where tissues differ little against its noise (CT), and not at all where
+    the contrast is another than in most places (ventricles, hippocampus), or outside of the pial surface.
 
     Args:
-        white: signed distance to the white surface in mm, negative inside, shape (H, W, D).
+        white: predicted signed distance to the white surface in mm, negative inside, shape (H, W, D).
         pial: that to the pial surface.
         image: the scan in the same grid, in [0, 1].
         voxel_mm: size of the isotropic voxels.
+
+    Returns:
+        The measured distance in mm, and its weight from 0 to 1, both of shape (H, W, D).
     """
     near = white.abs() < FARTHEST_MM[0]
     inner = (-white - 0.5).clamp(0, 1) * (white > -2.9)  # distances end at -3 mm
@@ -37,7 +40,7 @@ def refine_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 1
     contrast = white_matter - grey_matter
     core = inner > 0.9
     if not near.any() or not core.any():
-        return white
+        return white, torch.zeros_like(white)
     usual = contrast[near].median()
     unit = torch.where(usual == 0, 1, usual)
     noise = (ROBUST_STD * (image[core] - white_matter[core]).abs().median()).clamp_min(LEAST_NOISE)
@@ -45,11 +48,9 @@ def refine_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 1
     share = (image - grey_matter) / (relative.clamp_min(LEAST_CONTRAST) * unit)
     measured = ((0.5 - share) * SLOPE_MM).clamp(-1, 1)
     certainty = usual**2 / (usual**2 + (noise * SLOPE_MM / ERROR_MM) ** 2)
-    usable = ((relative - LEAST_CONTRAST) / (FULL_CONTRAST - LEAST_CONTRAST)).clamp(0, 1)
-    usable = (
-        usable * ((FARTHEST_MM[1] - white.abs()) / (FARTHEST_MM[1] - FARTHEST_MM[0])).clamp(0, 1) * (-pial).clamp(0, 1)
-    )
-    return white + certainty * usable * (measured - white)
+    usable = ((relative - LEAST_CONTRAST) / (FULL_CONTRAST - LEAST_CONTRAST)).clamp(0, 1) * (-pial).clamp(0, 1)
+    usable *= ((FARTHEST_MM[1] - white.abs()) / (FARTHEST_MM[1] - FARTHEST_MM[0])).clamp(0, 1)
+    return measured, certainty * usable
 
 
 def _average(volumes: Tensor, voxel_mm: float) -> Tensor:

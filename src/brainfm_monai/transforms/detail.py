@@ -1,0 +1,84 @@
+"""Synthetic contrasts at the resolution of the scan."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
+from torch import Tensor
+
+WINDOW = 5  # voxels of the network in which both images are compared: of 3 and 5, and 3 twice, the best
+LEAST_VARIANCE = 1e-4  # of intensities in [0, 1]: a hundredth of the range is noise
+
+
+class RestoreDetaild(MapTransform):
+    """Give synthetic contrasts the detail of the scan that they were made of, where it shows the same edges.
+
+    A network whose voxels are larger than the scan's draws blurred contrasts. See :func:`restore_detail`.
+
+    Args:
+        keys: synthetic images in [0, 1], (1, H, W, D); an image may be missing.
+        labels: key of the label map in their grid: what is not 0 is the head, (1, H, W, D).
+        stride: size of the network's voxels in those of the images; 1: nothing is to be restored.
+    """
+
+    def __init__(self, keys: KeysCollection, labels: str = "segmentation", stride: int = 2) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.labels, self.stride = labels, stride
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change the images in place; ``image`` is the scan in their grid, in [0, 1]."""
+        d = dict(data)
+        keys = list(self.key_iterator(d)) if self.stride > 1 else []
+        if not keys:
+            return d
+        images = [d[key].as_tensor() for key in keys]
+        scan, labels = (convert_to_tensor(d[key], track_meta=False).to(images[0].device) for key in ("image", self.labels))
+        for image, restored in zip(images, restore_detail(images, scan.float(), labels > 0, self.stride), strict=True):
+            image.copy_(restored)
+        return d
+
+
+def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride: int) -> list[Tensor]:
+    """Images (1, H, W, D) with the fine structure of the scan of the same shape, by regression in each neighbourhood.
+
+    Within :data:`WINDOW` of the network's voxels, in the head, a straight line turns the scan into the image, as in the
+    guided filter (He, Sun, Tang, IEEE TPAMI 35, 2013). Its slope turns what the scan shows beyond the network's voxels
+    into what the image lacks, and counts as much as the line explains of the image's variance, R^2: all where the image
+    is the scan's own contrast, nothing where both differ or the scan is noise. The image's departure from the line at
+    the network's own voxels is taken back by R^4, as far as it is the blur of the network.
+    """
+    shape = scan.shape[1:]
+    coarse, weight = _pool(scan, stride), _pool(head.to(scan), stride)
+    count = _average(weight).clamp_min(1e-3)
+    mean = _average(coarse * weight) / count
+    variance = (_average(coarse * coarse * weight) / count - mean * mean).clamp_min(0) + LEAST_VARIANCE
+    beyond = scan - _spread(coarse, shape, stride)
+    restored = []
+    for image in images:
+        drawn = _pool(image, stride)
+        level = _average(drawn * weight) / count
+        spread = (_average(drawn * drawn * weight) / count - level * level).clamp_min(0) + LEAST_VARIANCE
+        shared = _average(coarse * drawn * weight) / count - mean * level
+        slope, explained = shared / variance, (shared * shared / (variance * spread)).clamp(0, 1)
+        departure = drawn - level - slope * (coarse - mean)
+        changes = _spread(torch.cat([slope * explained, explained * explained * departure]), shape, stride)
+        restored.append(image + changes[:1] * beyond - changes[1:])
+    return restored
+
+
+def _pool(volume: Tensor, stride: int) -> Tensor:
+    return nnf.avg_pool3d(volume[None], stride, ceil_mode=True, count_include_pad=False)[0]
+
+
+def _average(volume: Tensor) -> Tensor:
+    return nnf.avg_pool3d(volume[None], WINDOW, 1, WINDOW // 2)[0]
+
+
+def _spread(volumes: Tensor, shape: Sequence[int], stride: int) -> Tensor:
+    """Volumes (C, h, w, d) in the finer voxels, linearly interpolated: (C, H, W, D)."""
+    fine = nnf.interpolate(volumes[None], scale_factor=stride, mode="trilinear")[0]
+    return fine[:, : shape[0], : shape[1], : shape[2]]
