@@ -94,8 +94,8 @@ def test_what_monai_label_reads_is_there(parser: ConfigParser) -> None:
         assert parser.get_parsed_content(name) is not None
     kinds = [type(t).__name__ for t in parser.get_parsed_content("postprocessing").transforms]
     # MONAI Label runs these on every request: nothing here may write. Without Invertd its labels would lie in a wrong grid.
-    assert kinds == ["SplitTasksd", "RefineCortexd", "Invertd", "CastToTyped"]
-    assert parser["postprocessing#transforms#3#keys"] == "pred"
+    assert kinds == ["SplitTasksd", "FindBoundariesd", "RestoreDetaild", "Invertd", "CastToTyped"]
+    assert parser["postprocessing#transforms#5#keys"] == "pred"
 
 
 def test_an_annotator_gets_the_fast_settings_and_a_run_the_accurate_ones(parser: ConfigParser) -> None:
@@ -105,9 +105,20 @@ def test_an_annotator_gets_the_fast_settings_and_a_run_the_accurate_ones(parser:
     config["use_click"] = False  # what MONAI Label does to the config of every bundle
     parser.parse()
     assert [parser.get_parsed_content(name) for name in names] == ["whole_head", False, False, "low"]
-    split, delete, *_ = parser.get_parsed_content("postprocessing").transforms
+    split, find, delete, *_ = parser.get_parsed_content("postprocessing").transforms
     assert not split.probabilities
-    assert set(delete.keys) == {"segmentation", "distance", "bias_field", "mni", "T1w", "T2w", "FLAIR", "CT"}
+    assert find.relabel
+    assert set(delete.keys) == {
+        "segmentation",
+        "distance",
+        "bias_field",
+        "mni",
+        "T1w",
+        "T2w",
+        "FLAIR",
+        "CT",
+        "boundaries",
+    }
     parser["displayable_configs"].update(
         mode="brain", mirror=True
     )  # what MONAI Label does with the request of a client

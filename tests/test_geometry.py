@@ -111,7 +111,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("brainfm_monai.outputs.template.load_template", lambda: template)
         # The scan is one bright spot: it knows nothing of the surfaces, and would move the white one.
-        patch.setattr("brainfm_monai.transforms.cortex.measure_white", lambda white, *_: (white, torch.zeros_like(white)))
+        patch.setattr(
+            "brainfm_monai.transforms.cortex.measure_white", lambda white, *_: (white, torch.zeros_like(white))
+        )
         torch.save({"level": torch.zeros(1)}, folder / "none.pt")
         tasks: dict[str, Any] = {"layout#tasks": list(LAYOUT.tasks)}
         workflow = ConfigWorkflow(

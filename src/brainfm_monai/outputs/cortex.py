@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from isal import isal_zlib
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
@@ -96,8 +97,7 @@ def find_boundaries(scan: ScanResult) -> MetaTensor:
         settings = scan.settings
         find = FindBoundariesd("boundaries", scan.layout, settings.surface_levels_mm, settings.mode, relabel=False)
         item = find(item if scan.normalised is None else item | {"image": scan.normalised})
-    boundaries: MetaTensor = item["boundaries"]
-    return boundaries.cpu()
+    return MetaTensor(item["boundaries"].as_tensor().cpu(), affine=torch.from_numpy(scan.network_affine))
 
 
 @once_per_scan

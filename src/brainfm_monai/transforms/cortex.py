@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -48,7 +47,8 @@ def find_boundaries(
         levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
         image: the scan in the same grid, in [0, 1]; None: the white surface stays where the distance is 0.
     """
-    found, shown = {}, {}
+    found: dict[str, Tensor] = {}
+    shown: dict[str, Tensor] = {}
     for side, opposite in (("l", "r"), ("r", "l")):
         if f"{side}w" not in distance:
             continue
@@ -108,9 +108,10 @@ class FindBoundariesd(MapTransform):
         channels = convert_to_tensor(d["distance"], track_meta=False).float()
         distance = dict(zip(self.layout.tasks["distance"].channel_names, channels, strict=True))
         left = {name: one for name, one in distance.items() if not self.excluded or not name.startswith(self.excluded)}
-        affine = np.asarray(d["distance"].affine, dtype=np.float64)
+        affine = d["distance"].affine
+        voxel_mm = float(torch.linalg.det(affine[:3, :3].double()).abs() ** (1 / 3))
         image = convert_to_tensor(d["image"], track_meta=False)[0].to(channels) if "image" in d else None
-        found = find_boundaries(left, float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3)), self.levels_mm, image)
+        found = find_boundaries(left, voxel_mm, self.levels_mm, image)
         far = torch.full_like(channels[0], MAX_DISTANCE_MM)
         d["boundaries"] = MetaTensor(torch.stack([found.distance.get(n, far) for n in distance]), affine=affine)
         label_of_id = self.layout.protocol.label_of_id

@@ -36,7 +36,9 @@ class RestoreDetaild(MapTransform):
         if not keys:
             return d
         images = [d[key].as_tensor() for key in keys]
-        scan, labels = (convert_to_tensor(d[key], track_meta=False).to(images[0].device) for key in ("image", self.labels))
+        scan, labels = (
+            convert_to_tensor(d[key], track_meta=False).to(images[0].device) for key in ("image", self.labels)
+        )
         for image, restored in zip(images, restore_detail(images, scan.float(), labels > 0, self.stride), strict=True):
             image.copy_(restored)
         return d
