@@ -223,6 +223,9 @@ def test_mask_loss_is_cross_entropy_plus_dice_inside_the_mask() -> None:
 def test_nothing_predicted_where_nothing_is_costs_nothing() -> None:
     nothing = torch.zeros(1, 1, 4, 4, 4)
     assert float(compute_mask_loss(nothing - 30, nothing, torch.ones_like(nothing))) == pytest.approx(0, abs=1e-5)
+    # Dice would punish the sum of all small probabilities, and take the gradient from those of the next lesion.
+    few = compute_mask_loss(nothing - 6, nothing, torch.ones_like(nothing))
+    assert float(few) == pytest.approx(math.log1p(math.exp(-6)), rel=1e-4)
 
 
 def test_a_defaced_part_of_an_image_does_not_count() -> None:

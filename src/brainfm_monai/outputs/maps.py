@@ -156,8 +156,10 @@ def write_synthetic_images(scan: ScanResult) -> None:
 
 
 def _lesion_mask(scan: ScanResult, ids: np.ndarray) -> np.ndarray:
-    """Where the scan has lesions, in the network's grid: labels of lesions, and the mask that came with the scan."""
+    """Where the scan has lesions, in the network's grid: labels and prediction of lesions, and the mask of the scan."""
     mask = np.isin(ids, sorted(LESION_IDS))
+    if "lesion" in scan.maps:
+        mask |= scan.in_network_grid("lesion")[0] > LESION_THRESHOLD
     if scan.lesions:
         given = read_volume(scan.lesions)  # which may be empty
         values = torch.from_numpy((given.values > 0).astype(np.float32))[None]

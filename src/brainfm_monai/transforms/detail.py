@@ -10,7 +10,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-WINDOW = 5  # voxels of the network in which both images are compared: of 3 and 5, and 3 twice, the best
+WINDOW = 5  # voxels of the network in which both images are compared: large enough for a gyrus and its sulcus
 LEAST_VARIANCE = 1e-4  # of intensities in [0, 1]: a hundredth of the range is noise
 
 
