@@ -51,7 +51,7 @@ def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride:
     guided filter (He, Sun, Tang, IEEE TPAMI 35, 2013). Its slope turns what the scan shows beyond the network's voxels
     into what the image lacks, and counts as much as the line explains of the image's variance, R^2: all where the image
     is the scan's own contrast, nothing where both differ or the scan is noise. The image's departure from the line at
-    the network's own voxels is taken back by R^4, as far as it is the blur of the network.
+    the network's own voxels is taken back by R^4, as far as it is the blur of the network. Nothing is negative.
     """
     shape = scan.shape[1:]
     coarse, weight = _pool(scan, stride), _pool(head.to(scan), stride)
@@ -68,7 +68,7 @@ def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride:
         slope, explained = shared / variance, (shared * shared / (variance * spread)).clamp(0, 1)
         departure = drawn - level - slope * (coarse - mean)
         changes = _spread(torch.cat([slope * explained, explained * explained * departure]), shape, stride)
-        restored.append(image + changes[:1] * beyond - changes[1:])
+        restored.append((image + changes[:1] * beyond - changes[1:]).clamp_min(0))
     return restored
 
 
