@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,27 @@ def test_what_is_wrong_is_told(tmp_path: Path) -> None:
     assert collect_warnings(make_scan(tmp_path, np.zeros((40, 46, 34), np.uint8), LPS)) == [
         "no brain was found in this scan"
     ]
+
+
+@pytest.mark.parametrize(
+    ("modality", "bone", "thickness", "warned"),
+    [
+        ("mr: no units", 0.9, 4, True),
+        ("mr: no units", 0.2, 4, False),
+        ("ct: units", 0.9, 4, False),
+        ("mr: a", 0.9, 0, False),
+    ],
+)
+def test_a_ct_of_another_scale_is_warned_of(
+    tmp_path: Path, modality: str, bone: float, thickness: int, warned: bool
+) -> None:
+    labels, bone_label = head(), LAYOUT.protocol.label_of_id[515]
+    labels[8:32, :thickness, 4:30] = bone_label
+    values = np.where(labels == bone_label, bone, 0.7)[None].astype(np.float32)
+    scan = replace(make_scan(tmp_path, labels, LPS), modality=modality, normalised=MetaTensor(torch.from_numpy(values)))
+    assert collect_warnings(scan) == (
+        ["bone is as bright as brain: if this is a CT, Hounsfield units are needed, found another scale"] * warned
+    )
 
 
 def test_a_mode_that_leaves_a_side_out_does_not_miss_it(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ INTRACRANIAL_RANGE_ML = (900.0, 2100.0)  # of adults, with a margin (means near 
 ASYMMETRY = 3.0  # one side of a structure has so many times the volume of the other
 COMPARED_ML = 0.5  # volume below which sides are not compared
 ENTROPY_LIMIT = 0.35  # mean entropy within the brain, of its maximum; the first weights have 0.25 to 0.29 on real scans
+BONE_ID, CEREBRUM_IDS = 515, (2, 3, 41, 42)  # FreeSurfer: cortical bone; white matter and cortex
+BONE_ML = 10.0  # volume from which its brightness is looked at: less is found in brain-extracted scans, too
+BONE_SHARE = 0.8  # of the brain's brightness: 0.08 to 0.45 in 15 open scans of magnetic resonance, 1 and more in CT
 TURN_DEG = 60.0  # by which a head may lie askew: 90 and more are axes that were exchanged
 SIDE_NAMES = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 
@@ -92,7 +95,21 @@ def _uncertain(scan: ScanResult) -> Iterator[str]:
         yield f"the segmentation is uncertain: mean entropy within the brain is {mean:.2f} of its maximum"
 
 
-RULES: tuple[Callable[[ScanResult], Iterator[str]], ...] = (_out_of_view, _volumes, _sides, _direction, _uncertain)
+def _bone(scan: ScanResult) -> Iterator[str]:
+    """Bone as bright as the brain: a CT of unknown units, which was taken for magnetic resonance."""
+    if scan.normalised is None or not scan.modality.startswith("mr"):
+        return
+    ids = scan.layout.protocol.freesurfer_ids[scan.in_network_grid("segmentation")]
+    bone, brain = ids == BONE_ID, np.isin(ids, CEREBRUM_IDS)
+    if bone.sum() * abs(np.linalg.det(scan.network_affine)) / 1000 >= BONE_ML and brain.any():
+        values = scan.normalised.cpu().numpy()
+        if np.median(values[bone]) > BONE_SHARE * np.median(values[brain]):
+            yield "bone is as bright as brain: if this is a CT, Hounsfield units are needed, found another scale"
+
+
+RULES: tuple[Callable[[ScanResult], Iterator[str]], ...] = (
+    _out_of_view, _volumes, _sides, _direction, _uncertain, _bone,
+)  # fmt: skip
 
 
 def collect_warnings(scan: ScanResult) -> list[str]:
