@@ -35,7 +35,6 @@ QUALITY, EFFORT = 88, 2  # of WebP: half the time of the default effort for 3 % 
 TEXT_PIXELS = 13
 TIE = 0.499  # edge of the last voxel: a pixel between two voxels takes the one that the order of voxels does not decide
 
-
 Window = tuple[float, float]  # values that are black and white
 
 

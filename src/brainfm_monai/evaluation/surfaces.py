@@ -56,10 +56,8 @@ def compare_surfaces(pred: Mesh, reference: Mesh, cortex: np.ndarray | None = No
     for name, distance in distances.items():
         statistics = {"mean": distance.mean(), "median": np.median(distance), "p95": np.percentile(distance, 95)}
         measures |= {f"{name}_{statistic}": float(value) for statistic, value in statistics.items()}
-    return measures | {
-        "euler_number": surfaces.compute_euler_number(pred[1]),
-        "crossing_share": surfaces.compute_crossing_share(*pred),
-    }
+    euler, share = surfaces.compute_euler_number(pred[1]), surfaces.compute_crossing_share(*pred)
+    return measures | {"euler_number": euler, "crossing_share": share}
 
 
 def compute_vertex_thickness(white: Mesh, pial: Mesh) -> np.ndarray:

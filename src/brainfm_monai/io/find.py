@@ -5,7 +5,7 @@ import json
 import os
 import re
 import stat
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -88,7 +88,7 @@ def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[S
 def _split_series(scans: list[Scan]) -> list[Scan]:
     """One scan per series of a DICOM folder; that of one series has the name of the folder. Others stay as they are."""
     split: list[tuple[Scan, str]] = []  # and the id of the series
-    held: dict[str, dict[str, frozenset[str]]] = {}  # ids of the slices by series and folder
+    held = defaultdict[str, dict[str, frozenset[str]]](dict)  # ids of the slices by series and folder
     for scan in scans:
         series: list[Series] = []
         if not scan.problem and Path(scan.path).is_dir():
@@ -98,12 +98,11 @@ def _split_series(scans: list[Scan]) -> list[Scan]:
         names = unique_names(Path(f"{scan.name}_{one.name}.nii".replace("/", "_")) for one in wanted)
         for name, one in zip(names if len(wanted) > 1 else [scan.name] * len(wanted), wanted, strict=True):
             split.append((replace(scan, name=name, series=one.name), one.uid))
-            folders = held.setdefault(one.uid, {})
-            folders[scan.path] = folders.get(scan.path, frozenset()) | one.instances
+            held[one.uid][scan.path] = held[one.uid].get(scan.path, frozenset()) | one.instances
         overviews = [one for one in series if one.is_overview]
         split += [(replace(scan, series=one.name, skipped=f"{one.name}: {one.problem}"), "") for one in overviews]
         split += [] if series else [(scan, "")]
-    return [replace(scan, problem=scan.problem or _find_spread(scan.path, held.get(uid, {}))) for scan, uid in split]
+    return [replace(scan, problem=scan.problem or _find_spread(scan.path, held[uid])) for scan, uid in split]
 
 
 def _find_spread(path: str, held: Mapping[str, frozenset[str]]) -> str:

@@ -41,9 +41,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """
     state, expected = read_state_dict(path), network.state_dict()
     for key in [*expected, *state]:
-        found, needed = (
-            f"'{key}' of shape {tuple(x[key].shape)}" if key in x else f"no '{key}'" for x in (state, expected)
-        )
+        both = (state, expected)
+        found, needed = (f"'{key}' of shape {tuple(x[key].shape)}" if key in x else f"no '{key}'" for x in both)
         if found != needed:
             raise ValueError(f"{path}: the weights must fit the network, found {found} where the network has {needed}")
     network.load_state_dict(state)
