@@ -18,6 +18,7 @@ from brainfm_monai.transforms.refinement import measure_white
 HEMISPHERES = {"l": (2, 3), "r": (41, 42)}  # by channel letter: FreeSurfer ids of white matter and cortex
 LEAST_WEIGHT = 0.5  # the scan counts more than the prediction
 MIDLINE_MM = 0.1  # least distance of a boundary from where both hemispheres are equally deep
+MOVED_SHARE = 0.5  # of a voxel whose label changes: at a boundary both labels have about half of the probability
 MARGIN = 3  # voxels around a hemisphere in which the scan is looked at
 
 
@@ -76,9 +77,9 @@ class FindBoundariesd(MapTransform):
     The entry ``boundaries``, (4, H, W, D) in mm, has the channels of ``distance``, with the zero where the boundaries
     are taken to be, see :func:`find_boundaries`; a hemisphere that the mode leaves out is far from everywhere. A
     network of 2 mm rounds thin gyri: where the scan counts more than the predicted distance, a voxel of cortex or white
-    matter gets the label that the scan shows, and all other voxels keep theirs. The sum of both ``soft_volumes`` of a
-    hemisphere stays, and is shared out as the labels are. Without distances nothing changes, and without cortex in the
-    protocol no label does.
+    matter gets the label that the scan shows, and all other voxels keep theirs. Of the ``soft_volumes`` half a voxel
+    moves with each label that changes, so that their sum stays. Without distances nothing changes, and without cortex
+    in the protocol no label does.
 
     Args:
         keys: label maps, (1, H, W, D), in the grid of the distances; a map may be missing.
@@ -119,14 +120,17 @@ class FindBoundariesd(MapTransform):
             if not set(HEMISPHERES[side]) <= set(label_of_id):
                 continue
             white, cortex = (label_of_id[i] for i in HEMISPHERES[side])
-            for key in self.key_iterator(d):
-                self._relabel(d, d[key].as_tensor()[0], shown, [white, cortex])
+            grown = [self._relabel(d[key].as_tensor()[0], shown, [white, cortex]) for key in self.key_iterator(d)]
+            if "soft_volumes" in d and grown:
+                moved = grown[0] * voxel_mm**3 * MOVED_SHARE
+                d["soft_volumes"][white] += moved
+                d["soft_volumes"][cortex] -= moved
         return d
 
     @staticmethod
-    def _relabel(d: dict[Hashable, Any], labels: Tensor, shown: Tensor, pair: list[int]) -> None:
+    def _relabel(labels: Tensor, shown: Tensor, pair: list[int]) -> int:
+        """Change labels in place; returns the number of voxels by which white matter grows."""
         both = (labels == pair[0]) | (labels == pair[1])
+        before = int((labels == pair[0]).sum())
         labels[both & (shown > 0)], labels[both & (shown < 0)] = pair
-        hard = torch.stack([(labels == label).sum() for label in pair])
-        if "soft_volumes" in d and hard.any():
-            d["soft_volumes"][pair] = d["soft_volumes"][pair].sum() * hard / hard.sum()
+        return int((labels == pair[0]).sum()) - before
