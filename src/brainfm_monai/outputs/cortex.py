@@ -17,10 +17,8 @@ from scipy.spatial import cKDTree
 from brainfm_monai import surfaces
 from brainfm_monai.io import ABSENT, read_table, write_table
 from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan, resample
-from brainfm_monai.transforms import FindBoundariesd
+from brainfm_monai.transforms import HEMISPHERES, FindBoundariesd
 
-# By BIDS letter: channel letter of the hemisphere, FreeSurfer ids of white matter and cortex.
-HEMISPHERES = {"L": ("l", 2, 3), "R": ("r", 41, 42)}
 THICKNESS_STEP_MM = 0.01
 SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
 EMPTY_DATA = base64.b64encode(zlib.compress(b""))  # as nibabel writes it, in the place of the data
@@ -43,7 +41,7 @@ def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
     """
     shape = next(iter(distance.values())).shape
     ribbon, depth = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
-    for side, white_id, cortex_id in HEMISPHERES.values():
+    for side, (white_id, cortex_id) in HEMISPHERES.items():
         if side + "p" in distance:
             pial, white = distance[side + "p"], distance[side + "w"]
             nearest = np.minimum(pial, white)
@@ -59,7 +57,7 @@ def compute_ribbon_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndar
     Distances end at 3 mm, so that no voxel can show more than 6 mm.
     """
     thickness = np.zeros(ribbon.shape, dtype=np.float32)
-    for side, _, cortex_id in HEMISPHERES.values():
+    for side, (_, cortex_id) in HEMISPHERES.items():
         if side + "p" in distance:
             cortex = ribbon == cortex_id
             thickness[cortex] = (distance[side + "w"] - distance[side + "p"])[cortex]

@@ -11,7 +11,7 @@ from brainfm_monai.io import ABSENT, write_table, write_text
 from brainfm_monai.outputs.maps import compute_totals_mm3, hard_volumes_mm3, structure_entropy
 from brainfm_monai.outputs.result import ScanResult, as_json, once_per_scan, written_last
 from brainfm_monai.outputs.template import fit_affine_to_template
-from brainfm_monai.transforms import MODES
+from brainfm_monai.transforms import HEMISPHERES, MODES
 
 ENTROPY_STEP = 1e-3
 BORDER_CM2 = 1.0  # of brain on a side of the field of view: more than a stray voxel
@@ -19,9 +19,9 @@ INTRACRANIAL_RANGE_ML = (900.0, 2100.0)  # of adults, with a margin (means near 
 ASYMMETRY = 3.0  # one side of a structure has so many times the volume of the other
 COMPARED_ML = 0.5  # volume below which sides are not compared
 ENTROPY_LIMIT = 0.35  # mean entropy within the brain, of its maximum; the first weights have 0.25 to 0.29 on real scans
-BONE_ID, CEREBRUM_IDS = 515, (2, 3, 41, 42)  # FreeSurfer: cortical bone; white matter and cortex
+BONE_ID = 515  # of FreeSurfer: cortical bone
 BONE_ML = 10.0  # volume from which its brightness is looked at: less is found in brain-extracted scans, too
-BONE_SHARE = 0.8  # of the brain's brightness: 0.08 to 0.45 in 15 open scans of magnetic resonance, 1 and more in CT
+BONE_SHARE = 0.8  # of the brain's brightness: 0.08 to 0.45 in 14 open scans of magnetic resonance, 1 and more in CT
 TURN_DEG = 60.0  # by which a head may lie askew: 90 and more are axes that were exchanged
 SIDE_NAMES = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 
@@ -100,7 +100,7 @@ def _bone(scan: ScanResult) -> Iterator[str]:
     if scan.normalised is None or not scan.modality.startswith("mr"):
         return
     ids = scan.layout.protocol.freesurfer_ids[scan.in_network_grid("segmentation")]
-    bone, brain = ids == BONE_ID, np.isin(ids, CEREBRUM_IDS)
+    bone, brain = ids == BONE_ID, np.isin(ids, [*HEMISPHERES.values()])
     if bone.sum() * abs(np.linalg.det(scan.network_affine)) / 1000 >= BONE_ML and brain.any():
         values = scan.normalised.cpu().numpy()
         if np.median(values[bone]) > BONE_SHARE * np.median(values[brain]):

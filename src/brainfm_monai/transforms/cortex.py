@@ -108,11 +108,13 @@ class FindBoundariesd(MapTransform):
             return d
         channels = convert_to_tensor(d["distance"], track_meta=False).float()
         distance = dict(zip(self.layout.tasks["distance"].channel_names, channels, strict=True))
-        left = {name: one for name, one in distance.items() if not self.excluded or not name.startswith(self.excluded)}
+        present = {
+            name: one for name, one in distance.items() if not self.excluded or not name.startswith(self.excluded)
+        }
         affine = d["distance"].affine
         voxel_mm = float(torch.linalg.det(affine[:3, :3].double()).abs() ** (1 / 3))
         image = convert_to_tensor(d["image"], track_meta=False)[0].to(channels) if "image" in d else None
-        found = find_boundaries(left, voxel_mm, self.levels_mm, image)
+        found = find_boundaries(present, voxel_mm, self.levels_mm, image)
         far = torch.full_like(channels[0], MAX_DISTANCE_MM)
         d["boundaries"] = MetaTensor(torch.stack([found.distance.get(n, far) for n in distance]), affine=affine)
         label_of_id = self.layout.protocol.label_of_id
