@@ -50,7 +50,7 @@ def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride:
     Within :data:`WINDOW` of the network's voxels, in the head, a straight line turns the scan into the image, as in the
     guided filter (He, Sun, Tang, IEEE TPAMI 35, 2013). Its slope turns what the scan shows beyond the network's voxels
     into what the image lacks, and counts as much as the line explains of the image's variance, R^2: all where the image
-    is the scan's own contrast, nothing where both differ or the scan is mere noise. The image's departure from the line at
+    is the scan's own contrast, nothing where both differ or the scan is noise. The image's departure from the line at
     the network's own voxels is taken back by R^4, as far as it is the blur of the network. Nothing is negative.
     """
     shape = scan.shape[1:]
