@@ -122,7 +122,7 @@ def evaluate(repository: Path, tmp_path: Path) -> Evaluate:
         }
         # This network knows sides without seeing them, and so has no use for a mirror image.
         values |= {"mirror": False, "second_look": False, "precision": "float32"}
-        values |= {"outputs": "segmentation", "template#_disabled_": True}
+        values |= {"outputs": "segmentation"}
         values |= {} if "configs" in overrides else {"conditions": {"native": {}}}
         names = ["inference.json", "evaluate.json", *overrides.pop("configs", [])]
         files = [str(find_config(repository / "bundle", name)) for name in names]
@@ -450,7 +450,6 @@ def test_two_processes_give_the_tables_of_one(tmp_path: Path, repository: Path) 
     tiny: dict[str, Any] = {
         "network_def": network,
         "layout#tasks": list(LAYOUT.tasks),
-        "template": None,
         "mirror": False,
         "memory": "full",
         "precision": "float32",

@@ -18,7 +18,7 @@ import torch.nn.functional as nnf
 from monai.losses import DiceLoss
 from torch import Tensor
 
-from brainfm_monai.losses import MultiTaskLoss, UncertaintyWeights
+from brainfm_monai.losses import MultiTaskLoss, formulas
 from brainfm_monai.losses.formulas import (
     compute_banded_error,
     compute_centred_mse,
@@ -29,7 +29,6 @@ from brainfm_monai.losses.formulas import (
     compute_mask_loss,
     compute_masked_mean,
     compute_pooled_l1,
-    compute_roughness,
 )
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -264,31 +263,6 @@ def test_gradient_error_by_loops() -> None:
     assert float(found[~mask.expand_as(found)].abs().max()) == 0
 
 
-def test_roughness_leaves_affine_maps_alone_and_squares_the_second_difference() -> None:
-    grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in SIZE), indexing="ij"))[None]
-    everywhere = torch.ones(1, 1, *SIZE, dtype=torch.bool)
-    affine = torch.einsum("ij,bjxyz->bixyz", torch.tensor([[0.9, 0.1, 0], [0.2, 1.1, 0], [0, 0.3, 1]]), grid) + 4
-    assert float(compute_roughness(affine, everywhere)) == pytest.approx(0, abs=1e-10)
-    assert float(compute_roughness(3 * grid[:, 1:2].square(), everywhere)) == pytest.approx(36)
-    mask = everywhere.clone()
-    mask[..., 2:] = False  # along the last axis no three voxels are left
-    assert float(compute_roughness(grid[:, 2:].square(), mask)) == 0
-    assert float(compute_roughness(grid[:, 2:].square(), torch.zeros_like(mask))) == 0
-    values, holes = draw(1, 2, *SIZE), draw(1, 1, *SIZE, seed=1) > -0.7
-    expected = 0.0
-    for axis in range(3):
-        bends = []
-        for place in itertools.product(*map(range, SIZE)):
-            row = [tuple(p + step * (i == axis) for i, p in enumerate(place)) for step in range(3)]
-            if row[2][axis] < SIZE[axis] and all(at(holes, p) for p in row):
-                first, middle, last = (at(values, p) for p in row)
-                bends.append((first - 2 * middle + last).square())
-        expected += float(torch.stack(bends).mean())
-    assert float(compute_roughness(values, holes)) == pytest.approx(expected, rel=1e-5)
-    flat = torch.zeros(1, 1, 1, 2, 3)
-    assert float(compute_roughness(flat, flat == 0)) == 0
-
-
 def test_errors_with_a_scale_are_laplaces_likelihood() -> None:
     pred, target, raw = draw(2, 3, *SIZE), draw(2, 3, *SIZE, seed=1), 2 * draw(2, 3, *SIZE, seed=2)
     mask = draw(2, 1, *SIZE, seed=3) > 0
@@ -320,7 +294,9 @@ def test_a_scalar_is_the_mean_over_the_mask_which_commutes_with_the_head() -> No
     torch.testing.assert_close(compute_pooled_l1(head(features), truth, mask), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_contrast_by_loops() -> None:
+def test_contrast_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formulas, "TEMPERATURE", 0.5)
+    monkeypatch.setattr(formulas, "LATTICE", 2)
     samples, subjects = 3, 2
     embedding, mask = draw(samples * subjects, 4, 4, 6, 4), draw(samples * subjects, 1, 4, 6, 4, seed=1) > -1
     places = [(x, y, z) for x in (1, 3) for y in (1, 4) for z in (1, 3)]  # a lattice of 2: steps of 2, 3 and 2
@@ -338,7 +314,7 @@ def test_contrast_by_loops() -> None:
         return torch.stack(losses)
 
     def ours(x: Tensor) -> Tensor:
-        return compute_info_nce(x, mask, samples, temperature=0.5, lattice=2)
+        return compute_info_nce(x, mask, samples)
 
     torch.testing.assert_close(ours(embedding), formula(embedding), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradient_of(ours, embedding), gradient_of(formula, embedding), atol=1e-6, rtol=1e-5)
@@ -373,7 +349,6 @@ def test_contrast_falls_where_samples_agree_and_is_left_out_for_one_sample() -> 
 # -- all tasks together ----------------------------------------------------------------------------------------------------
 
 EVERY = TaskLayout(list(TASKS), "brainfm", uncertainty=["T1w", "distance", "mni"])
-SMOOTH = {"mni": 0.1, "log_bias_field": 0.2}
 
 
 def make_all_targets(batch: int, size: tuple[int, int, int] = SIZE) -> dict[str, Tensor]:
@@ -394,7 +369,7 @@ def make_all_targets(batch: int, size: tuple[int, int, int] = SIZE) -> dict[str,
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "embedding"])
 def test_an_absent_target_is_as_if_the_sample_were_not_there(name: str) -> None:
     targets, pred = make_all_targets(3), draw(3, EVERY.channels, *SIZE, seed=99)
-    loss = MultiTaskLoss(EVERY, gradient_weights={"mni": 1.0}, smoothness_weights=SMOOTH)
+    loss = MultiTaskLoss(EVERY)
     present = torch.tensor([1.0, 0.0, 1.0])
     here = present > 0
     batch = {**targets, f"available_{name}": present}
@@ -403,7 +378,7 @@ def test_an_absent_target_is_as_if_the_sample_were_not_there(name: str) -> None:
     pred.requires_grad_()
     loss(pred, batch)
     # Only the loss of this task: the others have all three samples.
-    only = MultiTaskLoss(EVERY, dict.fromkeys(set(TASKS) - {name}, 0.0), {"mni": 1.0}, SMOOTH)
+    only = MultiTaskLoss(EVERY, dict.fromkeys(set(TASKS) - {name}, 0.0))
     total = only(pred, batch)
     total.backward()
     assert pred.grad is not None
@@ -448,11 +423,11 @@ def test_images_count_in_the_air_and_not_where_they_were_cut_out() -> None:
     targets = make_all_targets(2)
     targets["segmentation"] = torch.zeros_like(targets["segmentation"])  # air everywhere
     pred = draw(2, layout.channels, *SIZE, seed=5).requires_grad_()
-    loss = MultiTaskLoss(layout, {"segmentation": 0.0}, {"T1w": 0.5})
+    loss = MultiTaskLoss(layout, {"segmentation": 0.0})
     loss(pred, targets).backward()
     counted = targets["visible"] & targets["valid_T1w"]
     image = pred.detach()[:, layout.slices["T1w"]]
-    expected = compute_masked_mean((image - targets["T1w"]).abs(), counted) + 0.5 * compute_gradient_l1(
+    expected = compute_masked_mean((image - targets["T1w"]).abs(), counted) + compute_gradient_l1(
         image, targets["T1w"], counted
     )
     assert float(loss.components["T1w"]) == pytest.approx(float(expected.mean()), rel=1e-6)
@@ -494,13 +469,7 @@ def test_a_weight_of_any_task_weighs_its_gradient() -> None:
         assert sizes[3.0][name] == pytest.approx(3 * sizes[1.0][name], rel=1e-5)
 
 
-def test_terms_that_a_task_has_not_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'gradient_weights' may name \['mni'\], got \['distance'\]"):
-        MultiTaskLoss(LAYOUT, gradient_weights={"distance": 1.0})
-    with pytest.raises(
-        ValueError, match=r"'smoothness_weights' may name \['log_bias_field', 'mni'\], got \['distance'\]"
-    ):
-        MultiTaskLoss(LAYOUT, smoothness_weights={"distance": 1.0})
+def test_a_weight_of_what_is_no_task_is_named() -> None:
     with pytest.raises(ValueError, match=r"'weights' may name .* got \['mni_log_scale'\]"):
         MultiTaskLoss(TaskLayout(["mni"], uncertainty=["mni"]), {"mni_log_scale": 1.0})
 
@@ -508,65 +477,20 @@ def test_terms_that_a_task_has_not_are_named() -> None:
 def test_the_loss_waits_for_nothing(watch_host: Any) -> None:
     targets, pred = make_all_targets(4), draw(4, EVERY.channels, *SIZE, seed=9).requires_grad_()
     targets |= {f"available_{name}": torch.tensor([1.0, 0, 1, 1]) for name in TASKS if name != "embedding"}
-    loss = MultiTaskLoss(EVERY, samples=2, smoothness_weights=SMOOTH, balance=UncertaintyWeights(EVERY))
+    loss = MultiTaskLoss(EVERY, samples=2)
     with watch_host() as watch:
         loss(pred, targets).backward()
     assert watch.found == []
     assert set(loss.components) == set(TASKS)
 
 
-# -- learnt weights --------------------------------------------------------------------------------------------------------
-
-
-def test_learnt_weights_are_the_likelihoods_of_kendall_gal_and_cipolla() -> None:
-    layout = TaskLayout(["segmentation", "log_bias_field", "distance", "T1w"], uncertainty=["T1w"])
-    targets, pred = make_targets(2), draw(2, layout.channels, 4, 4, 4, seed=3)
-    targets["T1w"] = draw(2, 1, 4, 4, 4, seed=4)
-    fixed = MultiTaskLoss(layout)
-    fixed(pred, targets)
-    part = fixed.components
-    balance = UncertaintyWeights(layout)
-    assert balance.log_scale.shape == (3,)  # none for T1w, whose loss may be negative
-    with torch.no_grad():
-        balance.log_scale.copy_(torch.tensor([0.5, -1.0, 0.25]))
-    leaf = balance.log_scale.detach().clone().requires_grad_()
-    s, b, d = (7 * torch.tanh(leaf / 7)).unbind()
-    expected = (-s).exp() * part["segmentation"] + s / 2  # cross entropy, s = log of a variance
-    expected = expected + 3 * (
-        0.5 * (-b).exp() * part["log_bias_field"] + b / 2
-    )  # squared error, b = log of a variance
-    expected = expected + (-d).exp() * part["distance"] + d  # absolute error, d = log of a scale
-    expected = expected + part["T1w"]
-    expected.backward()
-    learnt = MultiTaskLoss(layout, {"log_bias_field": 3.0}, balance=balance)
-    total = learnt(pred.requires_grad_(), targets)
-    total.backward()
-    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
-    torch.testing.assert_close(balance.log_scale.grad, leaf.grad, atol=1e-6, rtol=1e-6)
-    alone = pred.detach().clone().requires_grad_()
-    inverse = [float(scale) for scale in (-torch.stack([s, b, d]).detach()).exp()]
-    scaled = dict(zip(("segmentation", "log_bias_field", "distance"), inverse, strict=True))
-    scaled["log_bias_field"] *= 1.5
-    MultiTaskLoss(layout, scaled)(alone, targets).backward()
-    torch.testing.assert_close(pred.grad, alone.grad, atol=1e-7, rtol=1e-5)
-    assert set(learnt.state_dict()) == {"balance.log_scale"}
-
-
-def test_a_task_that_no_sample_has_does_not_move_its_weight() -> None:
-    targets, balance = make_targets(2), UncertaintyWeights(LAYOUT)
-    del targets["mni"]
-    targets["available_distance"] = torch.zeros(2)
-    MultiTaskLoss(LAYOUT, balance=balance)(draw(2, LAYOUT.channels, 4, 4, 4).requires_grad_(), targets).backward()
-    assert balance.log_scale.grad is not None
-    moved = dict(zip(balance.places, balance.log_scale.grad.ne(0).tolist(), strict=True))
-    assert moved == {"segmentation": True, "distance": False, "log_bias_field": True, "mni": False}
-
+# -- several ranks -----------------------------------------------------------------------------------------------------
 
 RANKS = """
 import sys
 import torch
 from torch import distributed
-from brainfm_monai.losses import MultiTaskLoss, UncertaintyWeights
+from brainfm_monai.losses import MultiTaskLoss
 from brainfm_monai.tasks import TaskLayout
 
 layout = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"])
@@ -577,13 +501,13 @@ pred, targets = (given[name] for name in ("pred", "targets"))
 pred, targets = pred[rank : rank + 1].clone().requires_grad_(), {name: value[rank : rank + 1] for name, value in targets.items()}
 if rank == 1:
     del targets["mni"], targets["available_mni"]
-loss = MultiTaskLoss(layout, balance=UncertaintyWeights(layout))
+loss = MultiTaskLoss(layout)
 total = loss(pred, targets)
 total.backward()
 if rank == 0:
     with torch.no_grad():
         loss(pred, targets)  # a measurement waits for no other rank
-torch.save({"total": total.detach(), "pred": pred.grad, "scale": loss.balance.log_scale.grad}, f"{folder}/{rank}.pt")
+torch.save({"total": total.detach(), "pred": pred.grad}, f"{folder}/{rank}.pt")
 distributed.barrier()
 distributed.destroy_process_group()  # a thread of gloo that lives when the interpreter ends would abort the process
 """
@@ -599,8 +523,7 @@ def test_two_ranks_with_different_targets_make_the_gradient_of_one_batch(tmp_pat
     command = [sys.executable, str(tmp_path / "rank.py"), str(tmp_path)]
     running = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
     try:
-        balance = UncertaintyWeights(LAYOUT)
-        total = MultiTaskLoss(LAYOUT, balance=balance)(pred, targets)
+        total = MultiTaskLoss(LAYOUT)(pred, targets)
         total.backward()
         errors = [process.communicate(timeout=600)[1].decode() for process in running]
     finally:
@@ -612,5 +535,3 @@ def test_two_ranks_with_different_targets_make_the_gradient_of_one_batch(tmp_pat
     averaged = torch.cat([first["pred"], second["pred"]]) / 2
     torch.testing.assert_close(averaged, pred.grad, atol=1e-8, rtol=1e-5)
     assert float((first["total"] + second["total"]) / 2) == pytest.approx(float(total.detach()), rel=1e-6)
-    assert torch.equal(first["scale"], second["scale"])
-    torch.testing.assert_close(first["scale"], balance.log_scale.grad, atol=1e-6, rtol=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, sample
-from brainfm_monai.synthesis.acquisition import acquire
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams
 
 COUNT = 10_000
@@ -181,34 +179,6 @@ def test_resolution_families_come_with_their_weights_and_their_laws() -> None:
     thick = look.sigma[clinical].amax(1)
     assert float((thick / spacing[clinical].amax(1).clamp_max(6)).max()) <= 1.15 * 0.5124
     assert float(thick.min()) >= 0.85 * 0.5123 * 2.5
-
-
-def test_profiles_are_gaussian_unless_asked_otherwise(look: AppearanceParams) -> None:
-    assert look.exponent is None
-    generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
-    asked = sample(
-        SynthesisRanges(profile_exponent=(2, 16)),
-        generators,
-        spatial_size=(4, 4, 4),
-        protocol=HEAD,
-        generation_protocol=GENERATION,
-    ).appearances[0]
-    assert asked.exponent is not None
-    check_uniform(asked.exponent.log(), math.log(2), math.log(16))
-
-
-def test_the_profile_that_was_drawn_is_the_profile_of_the_scan() -> None:
-    generators = [torch.Generator().manual_seed(0)]
-    laws = SynthesisRanges(resolution_weights=(0, 1, 0, 0), noise_std=(0, 0))
-    size = {"spatial_size": (24, 24, 24), "protocol": HEAD, "generation_protocol": GENERATION}
-    look = sample(laws, generators, **size).appearances[0]  # type: ignore[arg-type]
-    image = torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(1)) * 255
-    gaussian, as_gaussian, box = (
-        acquire(image, dataclasses.replace(look, exponent=exponent))[0]
-        for exponent in (None, torch.full((1, 3), 2.0), torch.full((1, 3), 30.0))
-    )
-    torch.testing.assert_close(as_gaussian, gaussian)
-    assert float((box - gaussian).abs().max()) > 1
 
 
 def test_the_input_is_one_of_what_is_there_or_a_convex_mixture(look: AppearanceParams) -> None:

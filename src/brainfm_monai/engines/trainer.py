@@ -116,9 +116,6 @@ class MultiTaskTrainer(SupervisedTrainer):
         if budget is not None:
             budget.attach(self)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        of_network = set(self.network.parameters())
-        # what is learnt outside the network, such as weights of tasks: DistributedDataParallel does not know of it
-        self.other_parameters = [p for p in self.parameters if p not in of_network]
         norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
         if norms and idist.get_world_size() > 1:
             logger.warning("%d batch normalisations see the scans of one process alone", len(norms))
@@ -165,9 +162,6 @@ class MultiTaskTrainer(SupervisedTrainer):
 
     def _step(self) -> Tensor:
         """Step the optimizer if all is finite; return the norm of the gradients of all processes before clipping."""
-        for p in self.other_parameters if idist.get_world_size() > 1 else []:
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = cast(Tensor, idist.all_reduce(grad)) / idist.get_world_size()
         self.grad_scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.max_norm is not None:

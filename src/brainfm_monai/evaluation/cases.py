@@ -17,7 +17,7 @@ from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_contrast
 from brainfm_monai.evaluation.conditions import TARGET, Condition, check_for_real_scans, to_freesurfer_ids
 from brainfm_monai.io import find_repeated, read_maps, scan_stem
-from brainfm_monai.metrics import Scene, TemplateTissues, measure_entropy, measure_scan
+from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
 from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
@@ -152,8 +152,8 @@ class MeasureMaps(Transform):
 
     It adds ``rows`` (the measures), ``dice`` (of the structures of ``dice.tsv``) and ``picture`` (WebP). Labels are
     compared in the scan's grid, to which the prediction was brought, or, by ``comparison_grid``, in the network's,
-    other maps in the network's. The tables of structures are those of :func:`~brainfm_monai.metrics.parse_structures`,
-    the template has the tissues for the Dice of warped labels. Another grid or a wrong table is a ValueError.
+    other maps in the network's. The tables of structures are those of :func:`~brainfm_monai.metrics.parse_structures`.
+    Another grid or a wrong table is a ValueError.
     """
 
     def __init__(
@@ -162,11 +162,10 @@ class MeasureMaps(Transform):
         structures: Mapping[str, Any],
         dice_structures: Mapping[str, Any] | None = None,
         comparison_grid: str = "scan",
-        template: TemplateTissues | None = None,
     ) -> None:
         if comparison_grid not in GRIDS:
             raise ValueError(f"comparison_grid: one of {', '.join(GRIDS)} is needed, found '{comparison_grid}'")
-        self.layout, self.template = layout, template
+        self.layout = layout
         self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
         self.structures, self.dice_structures = parse_structures(structures), parse_structures(dice_structures or {})
 
@@ -189,7 +188,7 @@ class MeasureMaps(Transform):
                 d["rows"] += measure_entropy(shown[0], d["entropy"].as_tensor(), scene)
             if self.dice_structures:
                 d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
-        scene = replace(scene, image=image.as_tensor(), labels=shown[0] if shown else None, template=self.template)
+        scene = replace(scene, image=image.as_tensor(), labels=shown[0] if shown else None)
         if "segmentation" not in targets:
             scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
         dense = _move_to_grid(targets, maps, image)

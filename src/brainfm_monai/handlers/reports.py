@@ -135,7 +135,7 @@ class TaskErrors(Metric):
         if task == "mni":
             return fields.compute_mni_error(pred, true, head)["error_mean"]
         if task == "log_bias_field":
-            return fields.compute_bias_error(pred, true, head)["normalised_l2"]
+            return fields.compute_bias_error(pred, true, head)
         inside = head & target[f"valid_{task}"] if f"valid_{task}" in target else head
         return fields.compute_mean_inside((pred - true).abs(), inside)[:, 0]
 

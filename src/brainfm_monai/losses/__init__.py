@@ -1,5 +1,5 @@
 """Losses of all tasks: one formula per function, missing targets masked sample by sample."""
 
-from brainfm_monai.losses.multitask import MultiTaskLoss, UncertaintyWeights
+from brainfm_monai.losses.multitask import MultiTaskLoss
 
-__all__ = ["MultiTaskLoss", "UncertaintyWeights"]
+__all__ = ["MultiTaskLoss"]

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from brainfm_monai.tasks import MAX_DISTANCE_MM, bound_log_scale
 
 TEMPERATURE = 0.1  # the best of SimCLR's for vectors of length 1 (Chen et al., ICML 2020, table 5)
-LATTICE = 8  # points along each axis: 512 places to distinguish, whatever the size of the volume
+LATTICE = 8  # points along each axis, at most: 512 places to distinguish, whatever the size of the volume
 
 
 class _DiceCrossEntropy(torch.autograd.Function):
@@ -87,27 +87,15 @@ def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     The means of the three axes are added.
     """
-    error = pred.float() - target  # differences are linear: that of the error is the error of that
-    steps = [compute_masked_mean(error.diff(dim=axis).abs(), _count_rows(mask, axis, 2)) for axis in (2, 3, 4)]
+    error, counted = (
+        pred.float() - target,
+        mask.bool(),
+    )  # differences are linear: that of the error is the error of that
+    steps = []
+    for axis in (2, 3, 4):
+        both = counted.narrow(axis, 1, mask.shape[axis] - 1) & counted.narrow(axis, 0, mask.shape[axis] - 1)
+        steps.append(compute_masked_mean(error.diff(dim=axis).abs(), both))
     return torch.stack(steps).sum(0)
-
-
-def compute_roughness(pred: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared second difference along each axis, where three voxels in a row count; the three means are added.
-
-    First differences would pull coordinates towards a constant; second ones leave every affine map alone. Bending
-    energy (Rueckert et al., IEEE Transactions on Medical Imaging 18, 1999) without the mixed derivatives.
-    """
-    values, axes = pred.float(), (2, 3, 4)
-    bends = [compute_masked_mean(values.diff(n=2, dim=i).square(), _count_rows(mask, i, 3)) for i in axes]
-    return torch.stack(bends).sum(0)
-
-
-def _count_rows(mask: Tensor, axis: int, length: int) -> Tensor:
-    """Where ``length`` voxels in a row along an axis count; empty where the axis is shorter."""
-    counted, number = mask.bool(), max(mask.shape[axis] - length + 1, 0)
-    starts = [min(i, mask.shape[axis] - number) for i in range(length)]
-    return torch.stack([counted.narrow(axis, start, number) for start in starts]).all(0)
 
 
 def compute_banded_error(pred: Tensor, target: Tensor) -> Tensor:
@@ -143,26 +131,21 @@ def compute_pooled_l1(values: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (compute_masked_mean(values.float(), mask) - target.reshape(-1)).abs()
 
 
-def compute_info_nce(
-    embedding: Tensor, mask: Tensor, samples: int, temperature: float = TEMPERATURE, lattice: int = LATTICE
-) -> Tensor:
+def compute_info_nce(embedding: Tensor, mask: Tensor, samples: int) -> Tensor:
     """InfoNCE between the scans of one subject, whose geometry is the same: a voxel is found again in another scan.
 
     Of each pair of scans, a voxel's embedding in the one is compared with those of all places of a fixed lattice in the
     other; the right one is that of the same place. The loss is the cross entropy, its mean over the other samples of a
     subject, and 0 where ``samples`` is smaller than 2. The embedding is (B S, C, H, W, D), the S samples of a subject
-    one after the other; a place counts where the mask (B S, 1, H, W, D) counts it in all of them. Similarities, in [-1,
-    1], are divided by the temperature; the lattice has so many places along each axis, at most. van den Oord et al.,
+    one after the other; a place counts where the mask (B S, 1, H, W, D) counts it in all of them. van den Oord et al.,
     arXiv 1807.03748 (InfoNCE); Chen et al., SimCLR, ICML 2020 (embeddings of length 1, temperature).
     """
-    steps = [max(1, size // lattice) for size in embedding.shape[2:]]
-    places = tuple(slice(step // 2, step // 2 + step * (lattice - 1) + 1, step) for step in steps)
-    vectors = nnf.normalize(embedding[(slice(None), slice(None), *places)].float().flatten(2), dim=1).unflatten(
-        0, (-1, samples)
-    )
-    counted = mask[(slice(None), slice(None), *places)].bool().flatten(1).unflatten(0, (-1, samples)).all(1)  # (B, P)
+    steps = [max(1, size // LATTICE) for size in embedding.shape[2:]]
+    places: Any = (..., *(slice(step // 2, step // 2 + step * (LATTICE - 1) + 1, step) for step in steps))
+    vectors = nnf.normalize(embedding[places].float().flatten(2), dim=1).unflatten(0, (-1, samples))
+    counted = mask[places].bool().flatten(1).unflatten(0, (-1, samples)).all(1)  # (B, P)
     with torch.autocast(embedding.device.type, enabled=False):  # at this temperature the eight bits of bfloat16 show
-        similarity = torch.einsum("bscp,btcq->bstpq", vectors, vectors) / temperature
+        similarity = torch.einsum("bscp,btcq->bstpq", vectors, vectors) / TEMPERATURE
     similarity = similarity.masked_fill(~counted[:, None, None, None], torch.finfo(torch.float32).min / 2)
     correct = similarity.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (B, S, S, P)
     others = ~torch.eye(samples, dtype=torch.bool, device=embedding.device)[None, :, :, None]

@@ -1,32 +1,18 @@
 """Errors of dense maps: images, bias field, distances to the surfaces of the cortex, template coordinates."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-import torch.nn.functional as nnf
-from monai.metrics import MAEMetric, PSNRMetric, compute_dice
+from monai.metrics import MAEMetric, PSNRMetric
 from torch import Tensor
 
 from brainfm_monai.functional.separable import apply_separable
-from brainfm_monai.functional.spatial import jacobian_determinant, warp
+from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.metrics.segmentation import box_around
 from brainfm_monai.tasks import MAX_DISTANCE_MM
 
 LOWER, UPPER = 0.001, 0.999  # quantiles of the target in the mask that become 0 and 1
 RADIUS, SIGMA = 5, 1.5  # window of 11 voxels, Wang et al. 2004
 K1, K2 = 0.01, 0.03  # Wang et al. 2004
-SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, Wang et al. 2003
 SLAB = 32  # planes that are filtered at once, so that memory does not grow with the image
-SMALLEST_SHARE = 0.5  # of a voxel of a coarser scale that has to lie in the mask
-MINIMUM_SHARE = 0.5  # probability of a tissue above which a voxel counts as it
-RESOLUTION_MM = 2  # as the coordinates of prepared subjects are registered
-# of cerebrum and cerebellum; hippocampus and amygdala are grey in the template, deep nuclei are neither
-TISSUE_IDS = {
-    "white_matter": frozenset({2, 41, 7, 46, 77, 78, 79}),
-    "grey_matter": frozenset({3, 42, 8, 47, 17, 18, 53, 54}),
-}
 
 
 def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
@@ -36,13 +22,12 @@ def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
     return (total / mask.sum((2, 3, 4))).float()
 
 
-def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
-    """Error of a bias field up to its gain, which no scan determines, in a mask of the head.
+def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor) -> Tensor:
+    """Normalised L2 error of a bias field up to its gain, which no scan determines, in a mask of the head.
 
-    With o and t the predicted and the true factor, ``normalised_l2`` is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua
-    et al., Journal of Magnetic Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549). With an image that has the
-    bias, ``corrected_l1`` is the mean absolute difference of the image divided by either field, each divided by its
-    mean. All have the shape (B, 1, H, W, D), the results (B,), NaN for an empty mask.
+    With o and t the predicted and the true factor, it is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua et al., Journal
+    of Magnetic Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549). All have the shape (B, 1, H, W, D), the
+    result (B,), NaN for an empty mask.
     """
 
     def mean(values: Tensor) -> Tensor:
@@ -50,11 +35,7 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor, image: Tensor |
 
     pred, true = (field.float() / mean(field.float()) for field in (pred, true))
     gain = mean(pred * true) / mean(pred * pred)
-    errors = {"normalised_l2": (mean((gain * pred - true).square()) / mean(true.square())).sqrt().flatten()}
-    if image is not None:
-        by_pred, by_true = (image.float() / field for field in (pred, true))
-        errors["corrected_l1"] = mean((by_pred / mean(by_pred) - by_true / mean(by_true)).abs()).flatten()
-    return errors
+    return (mean((gain * pred - true).square()) / mean(true.square())).sqrt().flatten()
 
 
 def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -107,48 +88,6 @@ def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Te
     return compute_mean_inside(folded.float(), mask[(..., *box)].bool())[:, 0]
 
 
-@dataclass(frozen=True)
-class TemplateTissues:
-    """K tissues of the template, to be laid over a scan by its template coordinates."""
-
-    names: tuple[str, ...]
-    probability: Tensor  # in [0, 1], shape (K, h, w, d)
-    affine: Tensor  # its voxel indices to RAS mm of the template, shape (4, 4)
-    ids: tuple[frozenset[int], ...]  # FreeSurfer ids that each tissue has in a label map
-
-
-def load_template_tissues() -> TemplateTissues:
-    """White and grey matter of MNI152, as nilearn ships them, 2 mm."""
-    from nilearn import datasets  # slow to import
-
-    loaders = (datasets.load_mni152_wm_template, datasets.load_mni152_gm_template)
-    maps = [load(resolution=RESOLUTION_MM) for load in loaders]
-    probability = torch.from_numpy(np.stack([one.get_fdata(dtype=np.float32) for one in maps]))
-    affine = torch.as_tensor(maps[0].affine, dtype=torch.float64)
-    return TemplateTissues(tuple(TISSUE_IDS), probability, affine, tuple(TISSUE_IDS.values()))
-
-
-def pull_template(coords_mm: Tensor, template: TemplateTissues) -> Tensor:
-    """Tissues of the template at template coordinates, (B, 3, H, W, D) in RAS mm: bool, (B, K, H, W, D).
-
-    A tissue is where its probability, linearly interpolated, is above one half.
-    """
-    inverse = torch.linalg.inv(template.affine.double()).to(coords_mm.device, torch.float32)
-    index = torch.einsum("ij,bjhwd->bihwd", inverse[:3, :3], coords_mm.float()) + inverse[:3, 3].reshape(1, 3, 1, 1, 1)
-    source = template.probability.to(coords_mm.device, torch.float32)[None].expand(len(index), -1, -1, -1, -1)
-    return warp(source, index) > MINIMUM_SHARE
-
-
-def compute_warped_dice(pred_mm: Tensor, reference: Tensor, template: TemplateTissues, mask: Tensor) -> Tensor:
-    """Dice of the template's tissues, pulled through predicted coordinates, and a reference, in a mask (B, 1, H, W, D).
-
-    The reference, (B, K, H, W, D), bool, is the same tissues pulled through true coordinates, or those of a
-    segmentation. The result has the shape (B, K), NaN where the reference lacks the tissue.
-    """
-    inside = mask.bool()
-    return compute_dice(pull_template(pred_mm, template) & inside, reference & inside, include_background=True)
-
-
 def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both images in units in which 0.1 and 99.9 % of the target inside the mask are 0 and 1; nothing is clipped.
 
@@ -177,18 +116,15 @@ def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """``l1``, ``psnr`` (dB), ``ssim`` and ``ms_ssim`` of two images inside a mask, all of shape (1, 1, H, W, D).
+    """``l1``, ``psnr`` (dB) and ``ssim`` of two images inside a mask, all of shape (1, 1, H, W, D).
 
     The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it. Each is of one element, NaN
     where the mask is empty; the PSNR of equal images is infinite.
     """
     over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(1.0, reduction="none")}
     inside = [one.float()[mask.bool()][None] for one in (pred, target)]
-    return {
-        **{name: torch.as_tensor(metric(*inside)).flatten() for name, metric in over_mask.items()},
-        "ssim": compute_ssim(pred, target, mask),
-        "ms_ssim": compute_ms_ssim(pred, target, mask),
-    }
+    values = {name: torch.as_tensor(metric(*inside)).flatten() for name, metric in over_mask.items()}
+    return values | {"ssim": compute_ssim(pred, target, mask)}
 
 
 def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -200,43 +136,14 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False``. The Gaussian
     is applied axis by axis and slab by slab: MONAI takes 1,331 products for each voxel, and all voxels at once.
     """
-    return _average_similarity(pred.float(), target.float(), mask.bool())[0]
-
-
-def compute_ms_ssim(pred: Tensor, target: Tensor, mask: Tensor, weights: Sequence[float] = SCALE_WEIGHTS) -> Tensor:
-    """Multi-scale structural similarity inside a mask; shapes and range as in :func:`compute_ssim`.
-
-    The weights are the exponents of the scales, finest first (Wang et al., Asilomar 2003, equation 7). From each scale
-    to the next, 2 x 2 x 2 voxels are averaged; a coarser voxel is in the mask if half of it is. Axes that are too short
-    for the window of the coarsest scale, 176 voxels for five, are continued by their last voxels, which are not in the
-    mask. Else it is MONAI's ``MultiScaleSSIMMetric`` over a whole image.
-    """
-    smallest = (2 * RADIUS + 1) * 2 ** (len(weights) - 1)
-    missing = [max(smallest - n, 0) for n in pred.shape[2:]]
-    pads = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
-    x, y = (nnf.pad(one.float(), pads, mode="replicate") for one in (pred, target))
-    inside = nnf.pad(mask.float(), pads)
-    product = torch.ones(len(pred), device=pred.device)
-    for scale, weight in enumerate(weights):
-        if scale:
-            x, y, inside = (nnf.avg_pool3d(one, 2) for one in (x, y, inside))
-            inside = (inside >= SMALLEST_SHARE).float()
-        similarity, contrast = _average_similarity(x, y, inside.bool())
-        product = product * (similarity if scale == len(weights) - 1 else contrast).relu() ** weight
-    return product
-
-
-def _average_similarity(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over a mask of SSIM and of its contrast-structure term, each of shape (B,)."""
     c1, c2 = K1**2, K2**2
     box = box_around(mask.flatten(0, 1).any(0), margin=RADIUS)
-    x, y, mask = (one[(..., *box)] for one in (x, y, mask))
-    size = x.shape[2:]
-    if min(size) <= 2 * RADIUS:
-        return x.new_full((len(x),), torch.nan), x.new_full((len(x),), torch.nan)
+    x, y, mask = (one[(..., *box)] for one in (pred.float(), target.float(), mask.bool()))
+    if min(x.shape[2:]) <= 2 * RADIUS:
+        return x.new_full((len(x),), torch.nan)
     inside = mask[..., RADIUS:-RADIUS, RADIUS:-RADIUS, RADIUS:-RADIUS]
-    sums = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
-    across = [_window_operator(n, x) for n in size[1:]]
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    across = [_window_operator(n, x) for n in x.shape[3:]]
     for first in range(0, inside.shape[2], SLAB):
         part = inside[:, :, first : first + SLAB]
         planes = slice(first, first + part.shape[2] + 2 * RADIUS)
@@ -244,14 +151,11 @@ def _average_similarity(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Ten
         moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)
         filtered = apply_separable(moments, [_window_operator(a.shape[2], x), *across]).split(1, dim=1)
         mean_a, mean_b, square_a, square_b, product = filtered
-        covariance = product - mean_a * mean_b
         variances = square_a - mean_a**2 + square_b - mean_b**2
-        contrast = (2 * covariance + c2) / (variances + c2)
+        contrast = (2 * (product - mean_a * mean_b) + c2) / (variances + c2)
         similarity = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * contrast
-        values = torch.stack([similarity, contrast]).where(part, 0.0)
-        sums += values.sum((2, 3, 4, 5), dtype=torch.float64)
-    means = (sums / inside.sum((1, 2, 3, 4))).float()  # 0 / 0 is the NaN of an empty mask
-    return means[0], means[1]
+        total += similarity.where(part, 0.0).sum((1, 2, 3, 4), dtype=torch.float64)
+    return (total / inside.sum((1, 2, 3, 4))).float()  # 0 / 0 is the NaN of an empty mask
 
 
 def _window_operator(size: int, like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """All measures of one scan: what was predicted against what is true, as rows of the tidy table."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.fields import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
-from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure, box_around
+from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure
 from brainfm_monai.metrics.tables import FITTED, MetricRow, unit_of
 from brainfm_monai.tasks import BRAIN_WINDOW_HU, TASKS
 
@@ -30,13 +30,13 @@ class Scene:
     condition: str = "native"  # how the scan was changed
     mask: Tensor | None = None  # the head; None: where the target's segmentation is not 0, and everywhere without one
     labels: Tensor | None = None  # FreeSurfer ids that say what is brain where the target has no segmentation
-    image: Tensor | None = None  # what the network saw, in [0, 1]: the baseline of images, and what is corrected
-    template: fields.TemplateTissues | None = None  # tissues for the Dice of warped labels
+    image: Tensor | None = None  # what the network saw, in [0, 1]: the baseline of images
     ids: Tensor | None = None  # the target's segmentation, set by measure_scan
 
     def is_evaluated(self, ids: Tensor) -> Tensor:
         """Where FreeSurfer ids are those of the structures."""
-        return _is_one_of(ids, {i for s in self.structures for i in s.ids})
+        evaluated = sorted({i for s in self.structures for i in s.ids})
+        return torch.isin(ids.long(), torch.tensor(evaluated, device=ids.device))
 
 
 def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene: Scene) -> list[MetricRow]:
@@ -79,10 +79,6 @@ def measure_entropy(labels: Tensor, entropy: Tensor, scene: Scene) -> list[Metri
         for side, x in zip(SIDES, row, strict=True)
         if not structure.middle or side == "both"
     ]
-
-
-def _is_one_of(ids: Tensor, members: Iterable[int]) -> Tensor:
-    return torch.isin(ids.long(), torch.tensor(sorted(members), device=ids.device))
 
 
 def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
@@ -152,24 +148,11 @@ def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scen
     assert scene.mask is not None
     brain = (scene.mask if scene.ids is None else scene.mask & scene.is_evaluated(scene.ids))[None]
     folds = fields.compute_fold_fraction(pred, brain, scene.affine)
-    values = _name(fields.compute_mni_error(pred, target, brain) | {"fold_fraction": folds}, "brain")
-    if scene.template is None:
-        return values
-    box = box_around(mask[0, 0])
-    pred, target, mask = (one[(..., *box)] for one in (pred, target, mask))
-    references = {"warped_dice": fields.pull_template(target, scene.template)}
-    if scene.ids is not None:
-        tissues = [_is_one_of(scene.ids[None][(..., *box)], of_tissue) for of_tissue in scene.template.ids]
-        references["warped_dice_labels"] = torch.cat(tissues, dim=1)
-    for metric, reference in references.items():
-        dice = fields.compute_warped_dice(pred, reference, scene.template, mask)[0].tolist()
-        values |= {(name, "both", metric): x for name, x in zip(scene.template.names, dice, strict=True)}
-    return values
+    return _name(fields.compute_mni_error(pred, target, brain) | {"fold_fraction": folds}, "brain")
 
 
-def _measure_bias_field(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
-    image = None if scene.image is None else scene.image[None]
-    return _name(fields.compute_bias_error(pred, target, mask, image))
+def _measure_bias_field(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
+    return _name({"normalised_l2": fields.compute_bias_error(pred, target, mask)})
 
 
 def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Values:

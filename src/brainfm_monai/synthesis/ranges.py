@@ -27,7 +27,6 @@ class SynthesisRanges:
     translation_mm: Range = (-20.0, 20.0)
     velocity_spacing_mm: Range = (18.0, 40.0)
     velocity_std_mm: Range = (0.0, 4.0)
-    diffeomorphic: bool = True
     mirror_prob: float = 0.5
     mean: Range = (25.0, 225.0)
     std: Range = (5.0, 25.0)
@@ -55,7 +54,6 @@ class SynthesisRanges:
     dissection_photo_prob: float = 0.0
     dissection_photo_spacing_mm: Range = (2.5, 12.5)
     profile_factor: Range = (0.85, 1.15)
-    profile_exponent: Range = (2.0, 2.0)
     ghost_prob: float = 0.0
     ghost_count: Range = (2.0, 5.0)
     ghost_strength: Range = (0.1, 0.5)
@@ -143,7 +141,6 @@ class GeometryParams:
     lesion_flow: Tensor  # root mean square of the flow, (B,), output voxels
     lesion_region: Tensor  # labels of the segmentation in which lesions may lie, (K,), bool
     lesion_coverage: Tensor  # share of the region, (B,); 0 for none
-    diffeomorphic: bool  # the velocity is integrated; otherwise it is the displacement
     spatial_size: tuple[int, int, int]  # (H, W, D) of the output
     stride: int  # output voxel in source voxels
     voxel_mm: float  # size of an output voxel
@@ -168,7 +165,6 @@ class AppearanceParams:
     bias_spacing: Tensor  # distance of those, (B, 3)
     spacing: Tensor  # of the acquisition, (B, 3), at least 1
     sigma: Tensor  # of the acquisition profile, (B, 3), output voxels
-    exponent: Tensor | None  # of the profile, (B, 3), see slice_operator; None where all profiles are Gaussian
     ghost_count: Tensor  # copies along each axis, (B, 3); 1 for none
     ghost_strength: Tensor  # (B, 3)
     rician: Tensor  # (B,), bool

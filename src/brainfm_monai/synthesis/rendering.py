@@ -84,12 +84,10 @@ def make_coordinates(geometry: GeometryParams, source_size: Sequence[int]) -> Te
     size, device = geometry.spatial_size, geometry.velocity.device
     counts = _coarsen(size, 1 / VELOCITY_STEP)
     steps = [(n - 1) / (c - 1) for n, c in zip(size, counts, strict=True)]
-    displacement = separable.interpolate_lattice(geometry.velocity, geometry.velocity_spacing, size, counts)
-    if geometry.diffeomorphic:
-        flow = spatial.integrate_velocity(torch.stack([displacement[:, i] / s for i, s in enumerate(steps)], 1))
-        displacement = torch.stack([flow[:, i] * s for i, s in enumerate(steps)], 1)
+    velocity = separable.interpolate_lattice(geometry.velocity, geometry.velocity_spacing, size, counts)
+    flow = spatial.integrate_velocity(torch.stack([velocity[:, i] / s for i, s in enumerate(steps)], 1))
     coarse = spatial.identity_grid(counts, device=device)
-    points = torch.stack([coarse[:, i] * s for i, s in enumerate(steps)], 1) + displacement
+    points = torch.stack([coarse[:, i] * s + flow[:, i] * s for i, s in enumerate(steps)], 1)
     matrix, translation, stride = geometry.matrix, geometry.translation, geometry.stride
     coordinates = spatial.sampling_coordinates(matrix, translation, points, size, source_size, stride)
     # The coarse points span the volume from its first to its last voxel: what is linear between them stays exact.

@@ -1,18 +1,14 @@
 """One draw and its rendering behind one call; and a draw in words."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
-from monai.transforms import Randomizable
-from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.functional import intensity
 from brainfm_monai.synthesis.acquisition import IMAGES
 from brainfm_monai.synthesis.ranges import SynthesisParams, SynthesisRanges, make_mild
 from brainfm_monai.synthesis.rendering import render
@@ -33,8 +29,6 @@ _load_protocol = cache(Protocol.load)
 class Synthesizer:
     """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch.
 
-    A random ``image_transform`` is seeded with the sample; the image is normalised again after it.
-
     Raises:
         ValueError: if there are more mild samples than samples, or ``label_mm`` does not divide ``scan_mm``.
     """
@@ -47,7 +41,6 @@ class Synthesizer:
     generation_protocol: str = "synthseg_generation"  # of the generation labels of subjects that name none
     samples: int = 1  # scans of each subject; they share its deformation and targets, and differ in everything else
     mild_samples: int = 0  # how many of them, the first ones, are mild
-    image_transform: Callable[[Any], Any] | None = None  # MONAI transform of one image (1, H, W, D) in [0, 1]
 
     def __post_init__(self) -> None:
         severe, mild = self.samples - self.mild_samples, self.mild_samples
@@ -101,16 +94,7 @@ class Synthesizer:
             # One after the other: the same numbers, and a subject's volumes stay in the processor's cache.
             parts = [({k: v[i : i + 1] for k, v in subject.items()}, seeds[i : i + 1]) for i in range(len(seeds))]
         made = [render(some, self.draw(some, own, generation_protocol), self.layout) for some, own in parts]
-        out = {name: torch.cat([part[name] for part in made]) for name in made[0]} if len(made) > 1 else made[0]
-        if self.image_transform is not None:
-            images = []
-            for index, image in enumerate(out["image"]):
-                number, place = divmod(index, self.samples)
-                if isinstance(self.image_transform, Randomizable):
-                    self.image_transform.set_random_state(seed=(seeds[number] + place) % LARGEST_SEED)
-                images.append(convert_to_tensor(self.image_transform(image), track_meta=False))
-            out["image"] = intensity.normalise_percentiles(torch.stack(images))
-        return out
+        return {name: torch.cat([part[name] for part in made]) for name in made[0]} if len(made) > 1 else made[0]
 
 
 def describe(params: SynthesisParams, number: int) -> str:
