@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from brainfm_monai.weights import load_published
-from brainfm_monai.weights.checkpoint import Placeholder, read_checkpoint
+from brainfm_monai.weights.checkpoint import read_checkpoint
+from brainfm_monai.weights.published import _tensors
 
 
 class Call:
@@ -66,26 +67,25 @@ def test_tensors_containers_numbers_and_text_come_back_and_the_rest_is_inert(tmp
         "maps": collections.defaultdict(list, {1: [2]}),
         "epoch": 12,
     }
-    for zipped in (True, False):
-        torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
-        found = read_checkpoint(tmp_path / "c.pth")
-        for name, tensor in tensors.items():
-            assert found["tensors"][name].dtype == tensor.dtype
-            assert torch.equal(found["tensors"][name], tensor.detach())
-        assert found["epoch"] == 12
-        assert isinstance(found["settings"], Placeholder)
-        assert not isinstance(found["settings"], argparse.Namespace)
-        assert found["settings"].path == "x"  # type: ignore[attr-defined]
-        assert found["settings"].nested.values == [1, 2.5, None, True, {"a": (1,)}]  # type: ignore[attr-defined]
-        assert all(isinstance(value, Placeholder) for value in found["others"])
+    torch.save(content, tmp_path / "c.pth")
+    found = read_checkpoint(tmp_path / "c.pth")
+    for name, tensor in tensors.items():
+        assert found["tensors"][name].dtype == tensor.dtype
+        assert torch.equal(found["tensors"][name], tensor.detach())
+    assert found["epoch"] == 12
+    assert not isinstance(found["settings"], argparse.Namespace)
+    assert vars(found["settings"])["path"] == "x"
+    assert vars(vars(found["settings"])["nested"])["values"] == [1, 2.5, None, True, {"a": (1,)}]
+    assert not any(isinstance(value, np.generic | np.ndarray | pathlib.Path) for value in found["others"])
+    assert found["maps"] == {1: [2]}
+    assert type(found["maps"]) is collections.OrderedDict
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("call", "name"),
     [
         (lambda mark: Call(os.system, f"touch {mark}"), "posix.system"),
-        (lambda mark: Call(subprocess.Popen, ["touch", str(mark)]), "subprocess.Popen"),
+        (lambda mark: Call(subprocess.Popen, ["touch", str(mark)]), "commands.Popen"),
         (lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"), "builtins.eval"),
         (lambda mark: Call(exec, f"open({str(mark)!r}, 'w')"), "builtins.exec"),
         (lambda mark: Call(open, str(mark), "w"), "io.open"),
@@ -94,13 +94,13 @@ def test_tensors_containers_numbers_and_text_come_back_and_the_rest_is_inert(tmp
         (lambda mark: Call(torch.load, str(mark)), "torch.serialization.load"),
     ],
 )
-def test_a_call_is_refused_by_its_name(tmp_path: Path, call: Callable[[Path], Call], name: str, zipped: bool) -> None:
+def test_a_call_is_refused_by_its_name(tmp_path: Path, call: Callable[[Path], Call], name: str) -> None:
     mark = tmp_path / "ran"
     content = {
         "model": {"backbone.encoders.0.x": torch.rand(2)},
         "train_args": {"deep": [argparse.Namespace(x=call(mark))]},
     }
-    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(content, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=rf"evil\.pth: .*; this one asks for '{name}', and was not loaded") as caught:
         load_published(tmp_path / "evil.pth")
     assert "\n" not in str(caught.value)
@@ -128,16 +128,12 @@ RAW = {
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", RAW)
-def test_no_opcode_calls_anything(tmp_path: Path, kind: str, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_opcode_calls_anything(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = RAW[kind].replace(b"MARK", b"RANX")
-    path = tmp_path / "evil.pth"
-    path.write_bytes(data)
-    if zipped:
-        write_zip(path, data)
-    with pytest.raises(ValueError, match=r"asks for '[\w.]+\.\w+', and was not loaded"):
+    path = write_zip(tmp_path / "evil.pth", data)
+    with pytest.raises(ValueError, match=r"asks for '[\w.]+\.\w+', and was not loaded|cannot be read as one"):
         load_published(path)
     assert not (tmp_path / "RANX").exists()
 
@@ -151,10 +147,9 @@ def test_functions_that_may_be_called_cannot_be_changed(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "good.pth")["model"]["backbone.encoders.0.x"].shape == (2,)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_truncated_file_is_an_error_of_one_line(tmp_path: Path, zipped: bool) -> None:
+def test_a_truncated_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     state = {f"backbone.encoders.0.{i}": torch.rand(40) for i in range(4)}
-    torch.save({"model": state}, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+    torch.save({"model": state}, tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
     for length in [0, 1, 3, 4, *range(10, len(whole), 41), len(whole) - 1]:
         (tmp_path / "cut.pth").write_bytes(whole[:length])
@@ -199,28 +194,28 @@ def test_damage_inside_a_whole_archive_is_told(tmp_path: Path) -> None:
     longer = entries["good/data.pkl"].replace(b"K\x10\x85", b"K\x11\x85")  # a shape beyond the storage
     assert longer != entries["good/data.pkl"]
     for changes, message in (
-        ({"data/0": bytes(63)}, "64 bytes are needed in data/0, found 63"),
-        ({"data/0": b""}, "64 bytes are needed in data/0, found None"),
+        ({"data/0": b""}, "file not found"),
         ({"byteorder": b"middle"}, "Unknown endianness type"),
-        ({"data.pkl": b""}, "a record data.pkl, no TorchScript and no compression are needed"),
+        ({"data.pkl": b""}, "file not found"),
         ({"data.pkl": longer}, "resize storage"),
     ):
         with pytest.raises(ValueError, match=rf"bad\.pth: a whole torch checkpoint is needed.*{message}"):
             read_checkpoint(write(changes))
 
 
-def test_other_archives_are_not_unpacked(tmp_path: Path) -> None:
+def test_other_archives_are_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
-    for name, message in (("script.pth", "no TorchScript"), ("old.pth", "an archive of torch 0.1")):
-        with pytest.raises(ValueError, match=message):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for name in ("script.pth", "old.pth", "legacy.pth"):
+        with pytest.raises(ValueError, match="Expected input to be a checkpoint"):
             read_checkpoint(tmp_path / name)
 
 
-def test_a_hook_in_the_file_is_left_out(tmp_path: Path) -> None:
+def test_a_hook_and_gradients_in_the_file_are_without_effect(tmp_path: Path) -> None:
     tensor = torch.rand(2, requires_grad=True)
     torch.save({"a": tensor}, tmp_path / "a.pth")
-    found = read_checkpoint(tmp_path / "a.pth")["a"]
+    found = _tensors(read_checkpoint(tmp_path / "a.pth"))["a"]
     assert not found.requires_grad
     assert not found._backward_hooks

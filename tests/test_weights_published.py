@@ -267,8 +267,6 @@ def test_prefixes_of_ddp_half_precision_and_a_bare_state_dict_are_read(tmp_path:
     assert_same(load_published(prefixed).network(image), expected, 0)
     torch.save(state, tmp_path / "bare.pth")
     assert_same(load_published(tmp_path / "bare.pth").network(image), expected, 0)
-    torch.save({"model": state}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    assert_same(load_published(tmp_path / "legacy.pth").network(image), expected, 0)
     half = {k: v.half() for k, v in state.items()}
     published = load_published(save_brainfm(tmp_path / "half.pth", half))
     assert all(p.dtype == torch.float32 for p in published.network.parameters())

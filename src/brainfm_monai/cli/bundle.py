@@ -12,9 +12,11 @@ from brainfm_monai.io import bundle_arguments, find_bundle, literal
 # M_MMAP_THRESHOLD, bytes from which memory goes back to the kernel at once, and M_TRIM_THRESHOLD, most bytes that are
 # kept, by their numbers in malloc.h. A map of 1 mm has 35 to 70 MB.
 KEPT = {-3: 2**27, -1: 2**29}
-PRECISIONS = ("float32", "bfloat16", "float16")
-MEMORY_MODES = ("auto", "full", "low", "windows")
-FULL_BEFORE = ("whole", "slabs")  # names of version 0.1 for full
+CHOICES = {
+    "analysis_level": ("participant",),
+    "precision": ("float32", "bfloat16", "float16"),
+    "memory": ("auto", "full", "low", "windows"),
+}
 
 
 def predict(
@@ -53,12 +55,10 @@ def predict(
             --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file), --device
             ("$torch.device('cpu')").
     """
-    if analysis_level != "participant":
-        raise ValueError(f"analysis_level: 'participant' is the one level there is, found '{analysis_level}'")
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision: one of {', '.join(PRECISIONS)} is needed, found '{precision}'")
-    if memory not in MEMORY_MODES + FULL_BEFORE:
-        raise ValueError(f"memory: one of {', '.join(MEMORY_MODES)} is needed, found '{memory}'")
+    chosen = {"analysis_level": analysis_level, "precision": precision or "float32", "memory": memory}
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}: one of {', '.join(CHOICES[name])} is needed, found '{value}'")
     settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs)}
     settings |= {"mirror": bool(mirror), "memory": memory, **({"precision": precision} if precision else {})}
     if participant_label is not None:

@@ -1,4 +1,4 @@
-"""Words of a command line as Python values: paths, names and labels stay the strings that were typed."""
+"""Words of a command line as arguments: paths, names and labels stay the strings that were typed."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from fire.parser import DefaultParseValue
 from brainfm_monai.io import literal
 
 SWITCHES = ("True", "False", "true", "false", "1", "0")
+SPELLINGS = {"true": "True", "false": "False"}
 # overrides of configs that are not parameters of a command: switches, which need no value, and texts
 SWITCH_KEYS = (
     "overwrite", "keep_lesions", "compile", "second_look", "fix_orientation", "mlflow", "activation_checkpointing",
@@ -18,43 +19,36 @@ TEXT_KEYS = ("input", "section", "name", "shard")
 TEXT_ENDINGS = ("_dir", "_root", "_file", "weights", "datalist")
 
 
-def spell_out(words: list[str], commands: Mapping[str, Any]) -> list[str]:
-    """Write a command line such that Fire, which takes every word for a Python literal, yields what was typed.
+def read_words(command: str, words: list[str], function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments of a function out of the words of a command line; words after ``--`` are no flags.
 
-    Without this ``2024_05_02`` is the number 20240502, ``1.10`` is 1.1 and ``out#3`` is ``out``. Parameters that are
-    strings or paths by their annotation get the word as it stands; parameters that are sequences of them take all words
-    up to the next flag, or one word with commas. Overrides of a config may still be numbers, lists and expressions.
-    Words after ``--`` are no flags.
-
-    Returns the command and ``--parameter=literal`` for each value; the words unchanged where help is asked for or there
-    is no such command. ValueError if there are more words than the command has parameters.
+    Parameters that are strings or paths by their annotation get the word as it stands: ``1.10`` is no number.
+    Parameters that are sequences of them take all words up to the next flag, or one word with commas. Others, and
+    overrides of a config, are Python literals where they can be, and else strings. ValueError if a parameter without a
+    default has no word, or there are more words or flags than the function has parameters.
     """
-    function, rest = _find_command(words, commands)
-    if function is None or {"--help", "-h"} & set(rest):
-        return words
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
-    if any(p.kind == p.VAR_POSITIONAL for p in parameters):  # it takes any words
-        return words
-    kinds = {p.name: p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation) for p in parameters}
-    flags, loose = _take_flags(rest, kinds)
+    parameters = list(inspect.signature(function).parameters.values())
+    named = [p for p in parameters if p.kind != p.VAR_KEYWORD]
+    kinds = {p.name: p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation) for p in named}
+    flags, loose = _take_flags(words, kinds)
     free = [name for name in kinds if name not in flags]
-    command = words[: len(words) - len(rest)]
     if len(loose) > len(free):
-        raise ValueError(f"{' '.join(command)}: {len(free)} more words are possible, found {' '.join(loose)}")
+        raise ValueError(f"{command}: {len(free)} more words are possible, found {' '.join(loose)}")
     values = {name: [word] for name, word in zip(free, loose, strict=False)} | flags
-    return [*command, *(f"--{name}={_spell(name, value, kinds)}" for name, value in values.items())]
+    faults = [f"--{name}" for name in flags if name not in kinds and len(named) == len(parameters)]
+    faults += [f"no {p.name.upper()}" for p in named if p.default is p.empty and p.name not in values]
+    if faults:
+        raise ValueError(f"{describe(command, function).splitlines()[0]}, found {', '.join(faults)}")
+    return {name: _read(name, value, kinds) for name, value in values.items()}
 
 
-def _find_command(words: list[str], commands: Any) -> tuple[Callable[..., Any] | None, list[str]]:
-    """The function that the first words name, and the words after it."""
-    for position, word in enumerate(words, 1):
-        is_table = isinstance(commands, Mapping)
-        commands = commands.get(word) if is_table else getattr(commands, word.replace("-", "_"), None)
-        if inspect.isroutine(commands):
-            return commands, words[position:]
-        if commands is None:
-            break
-    return None, []
+def describe(command: str, function: Callable[..., Any]) -> str:
+    """The help of a command: how it is called, and what its arguments are."""
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p.name.upper() for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    defaults = [f"  --{p.name} {p.default}" for p in parameters if p.default is not p.empty]
+    usage = " ".join(["usage: brainfm-monai", command, *needed, "[--key value]..."])
+    return "\n".join([usage, "", str(inspect.getdoc(function)), "", *(["Defaults:"] if defaults else []), *defaults])
 
 
 def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -80,24 +74,29 @@ def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, l
     return flags, loose
 
 
-def _spell(name: str, values: list[str], kinds: Mapping[str, str]) -> str:
-    """The Python literal of a parameter, or of an override, whose strings the config parser may evaluate."""
+def _read(name: str, values: list[str], kinds: Mapping[str, str]) -> Any:
+    """The value of a parameter, or of an override, whose strings the config parser may evaluate."""
     if not values:
-        return "True"
+        return True
     if _is_list(name, kinds):
         parts = [part for value in values for part in _split(value)]
-        return repr(parts if len(parts) > 1 else parts[0])
+        return parts if len(parts) > 1 else parts[0]
     (value,) = values
     if name in kinds:
         is_text = any(kind in kinds[name] for kind in ("str", "Path")) and "Sequence" not in kinds[name]
-        return repr(value) if is_text and not (value == "None" and "None" in kinds[name]) else value
+        return value if is_text and not (value == "None" and "None" in kinds[name]) else _parse(value)
     if name == "args_file":  # MONAI reads it before there is a parser
-        return repr(value)
+        return value
     if name in TEXT_KEYS or name.endswith(TEXT_ENDINGS):
-        return repr(value if value.startswith(("$", "@")) and not Path(value).exists() else literal(value))
-    parsed = DefaultParseValue(value)
+        return value if value.startswith(("$", "@")) and not Path(value).exists() else literal(value)
+    return _parse(value)
+
+
+def _parse(value: str) -> Any:
+    """A Python literal, in which plain words are strings; what has ``#``, or a number with ``_``, stays a string."""
+    parsed = DefaultParseValue(SPELLINGS.get(value, value))
     is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool)
-    return repr(value if (isinstance(parsed, str) and "#" in value) or (is_number and "_" in value) else parsed)
+    return value if (isinstance(parsed, str) and "#" in value) or (is_number and "_" in value) else parsed
 
 
 def _is_list(name: str, kinds: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""The plots of an evaluation: rows of dots with their means, and curves of what was made worse."""
+"""The plots of an evaluation: structures as rows of dots, and curves of what was made worse."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from brainfm_monai.evaluation.conditions import Condition
 from brainfm_monai.metrics.scan import ALL
 from brainfm_monai.metrics.tables import Headline, bootstrap_interval, drop_merged_sides
-from brainfm_monai.report.html import data_address
+from brainfm_monai.report import data_address
 
 SIDES = {"left": ("#2468b0", -0.22), "right": ("#d0681c", 0.22), "both": ("#555555", 0.0)}  # colour, place in the row
 ROW_INCHES, PANEL_INCHES = 0.34, 3.4
@@ -23,52 +23,35 @@ Statistics = Mapping[tuple[str, str], Any]
 CURVE_COLOUR, REFERENCE_COLOUR = "#2468b0", "#888888"
 
 
-def draw_rows(table: pd.DataFrame, zero: bool = False) -> str:
-    """Panels with a row for each name: a dot for each scan, a mark for the mean and a bar for its 95 % interval.
+def draw_structures(table: pd.DataFrame) -> str:
+    """Dice, HD95 and volume error of every structure in a table of one condition; empty without structures.
 
-    The table has the columns ``panel``, ``row``, ``side`` (left, right or both) and ``value``; ``zero`` draws a line at
-    0. Returns the address of the picture, as all functions here.
+    A row has a dot for each scan, a mark for the mean and a bar for its 95 % interval. Returns the address of the
+    picture, as all functions here.
     """
-    panels, rows = (list(dict.fromkeys(table[column])) for column in ("panel", "row"))
-    size = (2 + PANEL_INCHES * len(panels), 0.9 + ROW_INCHES * len(rows))
+    table = drop_merged_sides(table[(table["task"] == "segmentation") & (table["structure"] != ALL)])
+    table = table[table["metric"].isin(STRUCTURE_METRICS)]
+    if table.empty:
+        return ""
+    rows = list(dict.fromkeys(table["structure"]))
+    size = (2 + PANEL_INCHES * len(STRUCTURE_METRICS), 0.9 + ROW_INCHES * len(rows))
     figure = Figure(figsize=size, layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        _tidy(axes, title=panel)
+    panels = figure.subplots(1, len(STRUCTURE_METRICS), sharey=True)
+    for axes, (metric, title) in zip(panels, STRUCTURE_METRICS.items(), strict=True):
+        _tidy(axes, title=title)
         axes.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        if zero:
-            axes.axvline(0, color=REFERENCE_COLOUR, lw=0.9)
-        for (row, side), group in table[table["panel"] == panel].groupby(["row", "side"]):
+        for (row, side), group in table[table["metric"] == metric].groupby(["structure", "side"]):
             values = group["value"][np.isfinite(group["value"])]
             colour, shift = SIDES[side]
             height = rows.index(row) + shift
             axes.plot(values, np.full(len(values), height), "o", color=colour, ms=3, alpha=0.45, mew=0)
             axes.plot(bootstrap_interval(values), [height, height], color=colour, lw=1.6)
             axes.plot([values.mean()], [height], "|", color=colour, ms=9, mew=2)
-    if set(table["side"]) != {"both"}:
-        names = {side: "no sides" if side == "both" else side for side in SIDES}
-        handles = [Line2D([], [], marker="o", ls="", color=SIDES[side][0], label=name) for side, name in names.items()]
-        figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
+    names = {side: "no sides" if side == "both" else side for side in SIDES}
+    handles = [Line2D([], [], marker="o", ls="", color=SIDES[side][0], label=name) for side, name in names.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return _encode(figure)
-
-
-def draw_structures(table: pd.DataFrame) -> str:
-    """Dice, HD95 and volume error of every structure in a table of one condition; empty without structures."""
-    rows = table[(table["task"] == "segmentation") & (table["structure"] != ALL)]
-    rows = drop_merged_sides(rows).assign(row=rows["structure"])
-    panels = [rows[rows["metric"] == metric].assign(panel=title) for metric, title in STRUCTURE_METRICS.items()]
-    return draw_rows(pd.concat(panels)) if len(rows) else ""
-
-
-def draw_conditions(table: pd.DataFrame, headlines: Sequence[Headline], conditions: Sequence[Condition]) -> str:
-    """A panel for each headline with a row for each condition that is no point of a curve; empty for less than two.
-
-    The table is that of :func:`~brainfm_monai.metrics.tables.make_headlines`.
-    """
-    alone = [condition.name for condition in conditions if not condition.sweep]
-    rows = table[table["condition"].isin(alone)].assign(row=table["condition"])
-    panels = [rows[rows["structure"] == h.title].assign(panel=h.label) for h in headlines]
-    return draw_rows(pd.concat(panels)) if len(alone) > 1 else ""
 
 
 def draw_curves(statistics: Statistics, headlines: Sequence[Headline], conditions: Sequence[Condition]) -> str:

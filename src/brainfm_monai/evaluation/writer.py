@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import numpy as np
 import pandas as pd
 
 import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
-from brainfm_monai.evaluation.figures import draw_conditions, draw_curves, draw_rows, draw_structures
+from brainfm_monai.evaluation.figures import draw_curves, draw_structures
 from brainfm_monai.io import ABSENT, fingerprint, write_text, write_whole
 from brainfm_monai.metrics import HEADLINES, MetricRow, compare, define, read_metrics, summarise, write_frame
 from brainfm_monai.metrics.scan import ALL
 from brainfm_monai.metrics.segmentation import SIDES
-from brainfm_monai.metrics.tables import Headline, drop_merged_sides, make_headlines
+from brainfm_monai.metrics.tables import Headline, make_headlines
 from brainfm_monai.outputs import ScanWriter
-from brainfm_monai.report.html import data_address, render
+from brainfm_monai.report import data_address, render
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +128,6 @@ class EvaluationWriter:
         content |= {"shown": shown, "statistics": statistics, "settings_table": SETTINGS}
         content |= {"structures": draw_structures(table[table["condition"] == first.name])}
         content |= {"curves": [draw_curves(statistics, part, conditions) for part in parts]}
-        content |= {"figures": [draw_conditions(headlines, part, conditions) for part in parts]}
         content |= {"worst": self._find_worst(headlines, done, shown[0]) if shown else []}
         content |= {"measures": own.groupby("task", sort=False), "metrics": table["metric"].unique(), "define": define}
         content |= {"details": json.dumps({**details, "settings": asdict(self.files.settings)}, indent=1, default=str)}
@@ -208,13 +206,11 @@ def compare_evaluations(first: str | Path, second: str | Path, output: str | Pat
     left, right = left.merge(measures), right.merge(measures)
     compared = compare(left, right)
     write_frame(folder / COMPARISON_TABLE, compared)
-    pairs = left.merge(right, on=["scan", "condition", *MEASURE])
-    content: dict[str, Any] = {"first": first, "second": second, "scans": left["scan"].nunique()}
-    content |= {"conditions": [_describe_condition(name, compared, pairs) for name in left["condition"].unique()]}
-    content |= {"metrics": compared["metric"].unique(), "define": define}
-    page = folder / COMPARISON_PAGE
-    write_text(page, render("comparison.html", title="Comparison", theme="light", **content))
-    return page
+    rows = {name: _find_headlines(compared, name) for name in left["condition"].unique()}
+    content = {"first": first, "second": second, "scans": left["scan"].nunique(), "conditions": rows, "define": define}
+    content |= {"metrics": compared["metric"].unique(), "title": "Comparison", "theme": "light"}
+    write_text(folder / COMPARISON_PAGE, render("comparison.html", **content))
+    return folder / COMPARISON_PAGE
 
 
 def _read(folder: Path) -> pd.DataFrame:
@@ -236,17 +232,11 @@ def _check_same_cases(tables: Mapping[str | Path, pd.DataFrame]) -> None:
         raise ValueError(f"compare: {rule}, found {'; '.join(differences)}")
 
 
-def _describe_condition(condition: str, compared: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
-    """Rows of the headlines with the names of their parts, and the figure of Dice by structure."""
+def _find_headlines(compared: pd.DataFrame, condition: str) -> list[tuple[Headline, Any]]:
+    """Headlines of a condition with the rows that they are about, which get the name of their part."""
     own = compared[(compared["condition"] == condition) & (compared["n"] > 0)]
     own = own.assign(part=[_name_part(row) for row in own.itertuples()], certain=own["p_holm"] < LEVEL)
-    rows = [(h, row) for h in HEADLINES for row in own.itertuples() if h[1:3] == (row.task, row.metric)]
-    dice = drop_merged_sides(own[(own["metric"] == "dice") & (own["task"] == "segmentation")])
-    dots = dice.merge(pairs, on=["condition", *MEASURE]).assign(panel="difference of Dice, B - A")
-    marked = dots["part"] + np.where(dots["certain"], " *", "")
-    dots = dots.assign(value=dots["value_y"] - dots["value_x"], side="both", row=marked)
-    figure = draw_rows(dots, zero=True) if len(dots) else ""
-    return {"name": condition, "rows": rows, "figure": figure}
+    return [(h, row) for h in HEADLINES for row in own.itertuples() if h[1:3] == (row.task, row.metric)]
 
 
 def _name_part(row: Any) -> str:

@@ -1,15 +1,16 @@
-"""The page of one scan in one file: warnings, pictures of every map, volumes, and what was used."""
+"""The page of one scan: warnings, pictures of every map, volumes, what was used; the template engine of all pages."""
 
+import base64
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
+import jinja2
 import nibabel as nib
 import numpy as np
 
 from brainfm_monai import outputs, slices, surfaces
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs import ScanResult, template
-from brainfm_monai.report.html import data_address, render
 from brainfm_monai.slices import BONE_WINDOW_HU, Cell, Slice, compose, heat, shade
 from brainfm_monai.tasks import BRAIN_WINDOW_HU, Task
 
@@ -33,22 +34,40 @@ VIEWS = {
 
 WINDOWS_HU = (BRAIN_WINDOW_HU, BONE_WINDOW_HU)  # of a CT
 
+# Names of scans and structures are text, whatever they contain.
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("brainfm_monai", "report/templates"), autoescape=True,
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 Draw = Callable[[Slice], np.ndarray]  # draws a slice
 Row = tuple[str, Draw]  # with its title
+
+
+def render(template: str, **values: object) -> str:
+    """Fill a template of ``report/templates`` with values, of which texts are escaped; every page needs a ``title``."""
+    return ENVIRONMENT.get_template(template).render(**values)
+
+
+def data_address(content: bytes, kind: str = "image/webp") -> str:
+    """The address of a picture that a page contains: ``data:`` with the bytes in base 64."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def compose_page(scan: ScanResult) -> str:
     """The page of one scan as HTML."""
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
     volumes_ml = (outputs.hard_volumes_mm3(scan) if soft is None else soft) / 1000
-    sections = [(title, text or _describe_surfaces(scan), address) for title, text, address in _encode_sections(scan)]
-    grid = {"zooms": nib.affines.voxel_sizes(scan.affine), "axes": "".join(nib.orientations.aff2axcodes(scan.affine))}
-    brain = [s for s in protocol.structures if protocol.is_brain[s.label]]
-    totals = outputs.compute_totals_mm3(volumes_ml, protocol)
-    numbers = {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")}
-    values = {"brain": brain, "volumes_ml": volumes_ml, "totals": totals, "numbers": numbers, **grid}
-    values["dice"] = {label: f"{x:.2f}" for label, x in outputs.expect_dice(scan).items()}
-    return render("scan.html", title=scan.name, scan=scan, sections=sections, **values)
+    values = {
+        "sections": [
+            (title, text or _describe_surfaces(scan), address) for title, text, address in _encode_sections(scan)
+        ],
+        "brain": [s for s in protocol.structures if protocol.is_brain[s.label]],
+        "numbers": {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")},
+        "axes": "".join(nib.orientations.aff2axcodes(scan.affine)),
+        "dice": {label: f"{x:.2f}" for label, x in outputs.expect_dice(scan).items()},
+    }
+    zooms, totals = nib.affines.voxel_sizes(scan.affine), outputs.compute_totals_mm3(volumes_ml, protocol)
+    return render("scan.html", title=scan.name, scan=scan, volumes_ml=volumes_ml, zooms=zooms, totals=totals, **values)
 
 
 @outputs.once_per_scan

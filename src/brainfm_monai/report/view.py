@@ -17,8 +17,7 @@ from markupsafe import Markup
 from brainfm_monai import outputs
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs.result import PACKING, ScanResult
-from brainfm_monai.report.html import render
-from brainfm_monai.report.page import colour_by_thickness
+from brainfm_monai.report.page import colour_by_thickness, render
 
 logger = logging.getLogger(__name__)
 

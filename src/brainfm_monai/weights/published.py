@@ -16,7 +16,7 @@ from brainfm_monai.anatomy import COLUMNS, Protocol, Structure
 from brainfm_monai.io import hash_file, write_table, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
 from brainfm_monai.tasks import TASKS, TaskLayout
-from brainfm_monai.weights.checkpoint import Placeholder, read_checkpoint
+from brainfm_monai.weights.checkpoint import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _assemble(
 
 def _tensors(content: Mapping[Any, Any]) -> Tensors:
     """Tensors of a state dict, without the prefix of DistributedDataParallel."""
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     return {re.sub(r"^(module\.)+", "", key): value for key, value in tensors.items()}
 
 
@@ -218,10 +218,9 @@ def _protocol(heads: Mapping[str, Tensors]) -> Protocol:
 
 def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
     """Values that the settings in a checkpoint have under a name, at any depth down to ``depth``."""
-    children = vars(content) if isinstance(content, Placeholder) else content
-    if not isinstance(children, Mapping) or depth == 0:
+    if not isinstance(content, Mapping) or depth == 0:
         return
-    for key, value in children.items():
+    for key, value in {**content, **getattr(content, "__dict__", {})}.items():
         if key == name:
             yield value
         yield from _settings(value, name, depth - 1)
