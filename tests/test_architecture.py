@@ -53,7 +53,6 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__"}
 
 # what only extras bring: the package itself has to start without
 OPTIONAL = [
-    "matplotlib",
     "nilearn",
     "pandas",
     "edt",

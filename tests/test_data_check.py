@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from brainfm_monai import cli
 from brainfm_monai.anatomy import Protocol
@@ -170,8 +171,6 @@ def test_every_subject_is_checked_in_a_process_of_its_own(tmp_path: Path) -> Non
 
 
 def test_the_sheet_shows_the_left_on_the_right(tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
     volumes = make_volumes()
     volumes = {key: volumes[key] for key in ("generation_labels", "segmentation")}
     labels = np.zeros(SIZE, dtype=np.uint8)
@@ -183,7 +182,7 @@ def test_the_sheet_shows_the_left_on_the_right(tmp_path: Path) -> None:
     volumes["generation_labels"] = (labels, AFFINE)
     write_subject(tmp_path / "s1", volumes, RECORD)
     check_set(tmp_path, picture_dir=tmp_path / "sheets")
-    sheet = imread(tmp_path / "sheets" / "s1.png")[..., :3]
+    sheet = np.asarray(Image.open(tmp_path / "sheets" / "s1.png")) / 255
     rows, columns = sheet.shape[0], sheet.shape[1]
     axial = sheet[20 + rows // 2 : rows - 20, : columns // 3].max(axis=-1)  # the segmentation's row
     bright = np.argwhere(axial > 0.3)

@@ -14,9 +14,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from tqdm import tqdm
 
-from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.datalist import read_datalist
-from brainfm_monai.data.labels import crop_to_box, find_brain_centre, load_label_map
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.io import write_whole
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
@@ -25,8 +23,6 @@ from brainfm_monai.tasks import TASKS, TaskLayout
 
 logger = logging.getLogger(__name__)
 
-BOX, BRAIN_IDS = (192, 224, 224), (2, 3, 7, 8, 41, 42, 46, 47)  # mm around the brain of a label map; ids that place it
-LABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 TARGETS = ("segmentation", "distance", "mni", "log_bias_field", "T1w", "T2w", "FLAIR", "CT", "lesion")
 PROTOCOL = "synthseg_head"  # of the segmentation
 COLUMNS = 2  # samples side by side
@@ -35,32 +31,12 @@ CHARACTER_PIXELS = 7  # width of a letter, about
 VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
 
 
-def load_subjects(source: str | Path, protocol: Protocol, generation_protocol: str) -> list[dict[str, Any]]:
-    """Subjects of a JSON datalist, entries with paths; or of a label map, one entry with volumes (1, H, W, D).
-
-    A label map has FreeSurfer ids, is painted by ``generation_protocol`` and has no distance and no MNI target.
-    FileNotFoundError if the source does not exist, ValueError if it is neither.
-    """
-    source = Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: a datalist (JSON) or a label map is needed, found no such file")
-    if source.suffix == ".json":
-        return read_datalist(source)
-    if not source.name.endswith(LABEL_SUFFIXES):
-        raise ValueError(f"{source}: a datalist (.json) or a label map ({', '.join(LABEL_SUFFIXES)}) is needed")
-    ids, affine = load_label_map(source)
-    ids, _ = crop_to_box(ids, affine, find_brain_centre(ids, BRAIN_IDS, str(source)), BOX)
-    labels = {"generation_labels": Protocol.load(generation_protocol), "segmentation": protocol}
-    volumes = {key: torch.from_numpy(table.encode(ids, str(source)))[None] for key, table in labels.items()}
-    return [{"subject": source.name, **volumes}]
-
-
 def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Volumes of an entry as a batch of one, in the unit of the files."""
+    """Volumes of an entry of a datalist as a batch of one, in the unit of the files."""
     simulated = entry.get("simulated", ())
     names = {*entry, *simulated}
     keys = [key for key in SUBJECT_KEYS if key in names and (key not in TASKS or TASKS[key].kind != "scalar")]
-    item = entry if all(isinstance(entry.get(key), Tensor) for key in keys) else LoadSubjectd(keys)(entry)
+    item = LoadSubjectd(keys)(entry)
     subject = {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
     return subject | {f"real_{name}": torch.zeros(1) for name in simulated}  # never inputs, as in training
 
@@ -72,7 +48,7 @@ def write_preview(
     """Draw a contact sheet of generated scans with their targets and what was drawn for them; return its path.
 
     Args:
-        input: datalist (JSON) of prepared subjects, which take turns, or one label map with FreeSurfer ids.
+        input: datalist (JSON) of prepared subjects, which take turns.
         output: PNG file; another suffix is refused.
         count: number of scans.
         seed: seed of the first scan; the next ones count up.
@@ -86,7 +62,7 @@ def write_preview(
     if output.suffix.lower() != ".png":
         raise ValueError(f"{output}: the sheet is a PNG, found suffix '{output.suffix}'")
     synthesizer = Synthesizer(laws, layout, size, samples=samples, mild_samples=mild_samples)
-    subjects = load_subjects(input, layout.protocol, synthesizer.generation_protocol)
+    subjects = read_datalist(input)
     rows: list[list[Cell]] = []
     for number in tqdm(range(math.ceil(count / samples)), desc="scans", unit="subject"):
         entry = subjects[number % len(subjects)]

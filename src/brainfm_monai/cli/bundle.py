@@ -122,7 +122,7 @@ def evaluate(
     surfaces: bool = False,
     **overrides: Any,
 ) -> None:
-    """Measure predictions against what is true: every task, by structure, as tables, plots and a page.
+    """Measure predictions against what is true: every task, by structure, as tables and a page.
 
     Cases that are measured already, with the same weights and settings, are skipped; ``torchrun`` shares them.
 
@@ -132,7 +132,7 @@ def evaluate(
         output: folder for metrics.tsv, summary.tsv, evaluation.html and the rest.
         bundle: folder of the bundle.
         generated: generate scans of held-out subjects, whose truth is known, instead of reading real ones.
-        sweeps: also make the scans worse step by step, and draw the curves.
+        sweeps: also make the scans worse step by step.
         protocol: the test protocol of BrainFM's authors: two resolutions, without and with a bias field.
         surfaces: also compare white and pial surfaces, and the thickness between them.
         overrides: any other ``--key value`` replaces that key of configs/inference.json or evaluate*.json: ``--weights

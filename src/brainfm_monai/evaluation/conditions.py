@@ -43,20 +43,13 @@ class Condition:
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)  # out of SETTINGS; none leave a scan as it is
-    sweep: str = ""  # name of the curve that it is a point of; empty where it is none
-    value: float | str | None = None  # its place on that curve
-
-    @property
-    def axis_label(self) -> str:
-        """What the values of its sweep are: the name of the setting that varies."""
-        return next((key for key, value in self.settings.items() if value == self.value), self.sweep).replace("_", " ")
 
 
 def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
     """Read the conditions of a bundle config, a table of settings for each name, in its order.
 
-    A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``, which together make a
-    curve. No condition, a wrong name, setting or value, or two swept settings of a condition are a ValueError.
+    A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``. No condition, a wrong
+    name, setting or value, or two swept settings of a condition are a ValueError.
     """
     conditions: list[Condition] = []
     for name, settings in table.items():
@@ -70,7 +63,7 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
         for value in settings[swept[0]]["sweep"] if swept else [None]:
             fixed = {**settings, swept[0]: value} if swept else dict(settings)
             _check(name, fixed)
-            conditions.append(Condition(f"{name}-{value}" if swept else name, fixed, name if swept else "", value))
+            conditions.append(Condition(f"{name}-{value}" if swept else name, fixed))
     if (repeated := find_repeated(condition.name for condition in conditions)) or not conditions:
         raise ValueError(f"conditions: different ones are needed, found {f'twice: {repeated}' if repeated else 'none'}")
     return tuple(conditions)

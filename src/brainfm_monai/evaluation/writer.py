@@ -3,22 +3,18 @@
 import json
 import logging
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import pandas as pd
 
 import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
-from brainfm_monai.evaluation.figures import draw_curves, draw_structures
-from brainfm_monai.io import ABSENT, fingerprint, write_text, write_whole
+from brainfm_monai.io import ABSENT, fingerprint, locked, write_text, write_whole
 from brainfm_monai.metrics import HEADLINES, MetricRow, compare, define, read_metrics, summarise, write_frame
 from brainfm_monai.metrics.scan import ALL
 from brainfm_monai.metrics.segmentation import SIDES
@@ -35,10 +31,8 @@ COMPARISON_TABLE, COMPARISON_PAGE = "comparison.tsv", "comparison.html"
 LEVEL = 0.05  # of P values
 MOST_NAMED = 5  # scans that a message names
 MEASURE = ["task", "structure", "side", "metric", "unit"]
-LONGEST_WAIT = timedelta(days=7)  # shares of a list end at very different times
 WORST = 8  # scans that are shown
 LIBRARIES = ("monai", "torch")
-BESIDE = 4  # headlines in one figure
 
 Case = Mapping[str, Any]
 
@@ -88,13 +82,8 @@ class EvaluationWriter:
         return folder
 
     def write_summary(self, scans: Sequence[Case]) -> Path:
-        """Write tables and page of all cases by the first process, when every process has done its share."""
-        alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and idist.get_world_size() == 1
-        if alone:
-            # the results of the shares are in files: the processes do nothing but wait, and gloo serves every device
-            idist.initialize("gloo", timeout=LONGEST_WAIT)
-        idist.barrier()
-        if idist.get_rank() == 0:
+        """Write tables and page of all cases that are measured; the process that ends last has them all."""
+        with locked(self.output_dir / CASES_FOLDER):
             measured = {scan["name"]: content for scan in scans if (content := self._read_measures(scan))}
             done = [scan for scan in scans if scan["name"] in measured]
             native = [scan["name"] for scan in done if not scan["settings"] and measured[scan["name"]]["dice"]]
@@ -106,9 +95,6 @@ class EvaluationWriter:
             lost = [scan for scan in scans if scan["name"] not in measured]
             failures = {scan["name"]: self.files.read_failure(scan) or "not measured yet" for scan in lost}
             write_text(self.output_dir / PAGE, self._compose(table, done, failures))
-        idist.barrier()
-        if alone:
-            idist.finalize()  # a thread of gloo that lives when the program ends would abort it
         return self.output_dir / PAGE
 
     def _compose(self, table: pd.DataFrame, done: Sequence[Case], failures: Mapping[str, str]) -> str:
@@ -119,18 +105,26 @@ class EvaluationWriter:
         write_frame(self.output_dir / SUMMARY_FILE, summary)
         statistics = {(row.condition, row.structure): row for row in summarise(headlines).itertuples(index=False)}
         shown = [headline for headline in HEADLINES if headline.title in set(headlines["structure"])]
-        parts = [shown[start : start + BESIDE] for start in range(0, len(shown), BESIDE)]
         own = summary[(summary["condition"] == first.name) & (summary["n"] > 0)]
         versions = {"brainfm-monai": brainfm_monai.__version__, **{name: metadata.version(name) for name in LIBRARIES}}
         details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **self.definition}
-        content: dict[str, Any] = {"done": done, "failures": failures, "conditions": conditions, "first": first}
-        content |= {"used": self.files.settings, "versions": {**versions, "Python": platform.python_version()}}
-        content |= {"shown": shown, "statistics": statistics, "settings_table": SETTINGS}
-        content |= {"structures": draw_structures(table[table["condition"] == first.name])}
-        content |= {"curves": [draw_curves(statistics, part, conditions) for part in parts]}
-        content |= {"worst": self._find_worst(headlines, done, shown[0]) if shown else []}
-        content |= {"measures": own.groupby("task", sort=False), "metrics": table["metric"].unique(), "define": define}
-        content |= {"details": json.dumps({**details, "settings": asdict(self.files.settings)}, indent=1, default=str)}
+        details = {**details, "settings": asdict(self.files.settings)}
+        content: dict[str, Any] = {
+            "done": done,
+            "failures": failures,
+            "conditions": conditions,
+            "first": first,
+            "used": self.files.settings,
+            "versions": {**versions, "Python": platform.python_version()},
+            "shown": shown,
+            "statistics": statistics,
+            "settings_table": SETTINGS,
+            "worst": self._find_worst(headlines, done, shown[0]) if shown else [],
+            "measures": own.groupby("task", sort=False),
+            "metrics": table["metric"].unique(),
+            "define": define,
+            "details": json.dumps(details, indent=1, default=str),
+        }
         return render("evaluation.html", title="Evaluation", theme="light", **content)
 
     def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:

@@ -55,16 +55,11 @@ def one_line(error: BaseException, name: str) -> str:
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, then rename it: the file appears whole or not at all.
 
-    The block gets the path of a temporary file and writes it. It lies in the same folder, which is created, has a name
-    of its own (several processes may write the same file) and the same suffixes (libraries choose the format by them).
-    An existing file is replaced; if the block fails, the temporary file is removed, and the next writer removes those
-    of processes that were killed: nobody holds their locks.
+    The block writes the temporary file whose path it gets. It lies in the same folder, which is created, has a name of
+    its own (several processes may write the same file) and the same suffixes (libraries choose the format by them). An
+    existing file is replaced; if the block fails, the temporary file is removed.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in _hold_abandoned(target):
-        abandoned.unlink(missing_ok=True)
-    partial = target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
+    target, partial = _find_place(path)
     partial.touch()
     try:
         with locked(partial, wait=False):
@@ -76,12 +71,17 @@ def write_whole(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _hold_abandoned(target: Path) -> Iterator[Path]:
-    """What killed processes left of a file or folder, each held while it is looked at: nobody else holds its lock."""
-    for partial in target.parent.glob(f".????????.partial.{escape(target.name)}"):
-        with locked(partial, wait=False) as alone:
-            if alone:
-                yield partial
+def _find_place(path: str | Path) -> tuple[Path, Path]:
+    """A path whose folder exists, and a hidden one beside it; what killed processes left there is removed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in target.parent.glob(f".????????.partial.{escape(target.name)}"):
+        with locked(abandoned, wait=False) as alone:  # nobody else holds its lock
+            if alone and abandoned.is_dir():
+                shutil.rmtree(abandoned, ignore_errors=True)
+            elif alone:
+                abandoned.unlink(missing_ok=True)
+    return target, target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
 
 
 def find_repeated(names: Iterable[T]) -> list[T]:
@@ -108,15 +108,11 @@ def write_text(path: str | Path, text: str) -> None:
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder beside its place, then rename it: the folder appears whole or not at all.
 
-    The block gets the path of the temporary folder, which is hidden and locked. It is removed if the block fails, or,
-    after the process was killed, by the next call for the same place. An existing folder is replaced. Several processes
-    may write the same folder: the last one stays.
+    The block gets the path of the temporary folder, which is hidden and locked, and removed if the block fails. An
+    existing folder is replaced. Several processes may write the same folder: the last one stays.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in _hold_abandoned(target):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    partial, old = (target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}") for _ in range(2))
+    target, partial = _find_place(path)
+    _, old = _find_place(path)
     partial.mkdir()
     with locked(partial, wait=False):
         try:
@@ -133,9 +129,8 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder or a file while a block runs: no other process that asks for it holds it at the same time.
 
-    Nothing is left on disk, and the operating system frees what a process held that dies. With ``wait`` a folder is
-    created and waited for. The block gets whether it is held: where the system has no such lock (Windows,
-    some network disks) it runs without.
+    The operating system frees what a process held that dies. With ``wait`` a folder is created and waited for. The
+    block gets whether it is held: where the system has no such lock (Windows, some network disks) it runs without.
     """
     if wait:
         Path(path).mkdir(parents=True, exist_ok=True)
