@@ -119,11 +119,11 @@ def test_one_training_has_one_protocol(root: Path) -> None:
 def test_paths_are_whole_and_names_stay_names(root: Path) -> None:
     (root / "extra").mkdir()
     items = [{"subject": "extra", "dataset": "extra", "T1w": "extra/x", "lesion_shape": "extra/l.nii.gz", "age": 3}]
-    items[0] |= {"distance": ["a.nii", "b.nii"], "simulated": ["CT"]}
+    items[0] |= {"simulated": ["CT"]}
     (root / "list.json").write_text(json.dumps({"training": items}), encoding="utf-8")
     (item,) = read_datalist(root / "list.json", "training")
     files = {"T1w": f"{root}/extra/x", "lesion_shape": f"{root}/extra/l.nii.gz"}
-    assert item == items[0] | files | {"distance": [f"{root}/a.nii", f"{root}/b.nii"]}
+    assert item == items[0] | files
 
 
 def test_three_sections_share_no_subject(root: Path) -> None:

@@ -59,7 +59,7 @@ def check_data(source: str | Path, jobs: int = 1, picture: str | Path | None = N
     several protocols.
 
     Args:
-        source: datalist, folder of prepared subjects, or folder in BrainFM's own layout.
+        source: datalist, or folder of prepared subjects.
         jobs: subjects that are checked at once; each needs about 2 GB.
         picture: folder for one contact sheet per subject; none are drawn without it.
     """

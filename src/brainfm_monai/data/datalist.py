@@ -1,4 +1,4 @@
-"""The MONAI datalist of prepared subjects, and of folders in the reference's layout."""
+"""The MONAI datalist of prepared subjects."""
 
 import json
 import logging
@@ -10,9 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brainfm_monai.data.loading import find_reference_subjects
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
-from brainfm_monai.io import SCAN_SUFFIXES, hash_file, write_text
+from brainfm_monai.io import SCAN_SUFFIXES, find_repeated, hash_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ VISIT = re.compile(
     r"|(?:day|week|month|year)[._-]?\d+|pre|post|(?:re)?test|T1w?|T2w?|FLAIR|CT"
     r"|[vtmy][._-]?\d\d?|d\d{3,}|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d)$"
 )
-NAMES = {"subject", "name", "layout", "dataset", "person", "labels_from", "simulated"}  # never paths
+NAMES = {"subject", "name", "dataset", "person", "labels_from", "simulated"}  # never paths
 
 
 def write_datalist(
@@ -46,7 +45,7 @@ def write_datalist(
     :func:`find_persons`. Subjects of different sets that share a name get the name of their set as a prefix.
 
     Args:
-        root: folder of prepared subjects or in BrainFM's own layout; several are separated by commas.
+        root: folder of prepared subjects; several are separated by commas.
         output: the list; a relative path is taken from the first folder.
         validation: names of subjects that are kept out of training, separated by commas.
         validation_fraction: share of the other persons that is drawn for validation.
@@ -72,15 +71,15 @@ def write_datalist(
         if section_of.get(earlier, "training") != section_of.get(name, "training"):
             logger.warning("%s: %s and %s have the same labels and are in different sections", where, earlier, name)
         paths = {*STORAGE, *(key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute())} & set(entry)
-        item = {key: _relative(value, target.parent) if key in paths else value for key, value in entry.items()}
-        sections[section_of.get(name, "training")].append(item)
+        relative = {key: Path(os.path.relpath(entry[key], target.parent)).as_posix() for key in paths}
+        sections[section_of.get(name, "training")].append({key: relative.get(key, entry[key]) for key in entry})
     write_text(target, json.dumps(sections, indent=2) + "\n")
     logger.info("%s", format_counts(count_subjects(entries.values())))
     return target
 
 
 def find_subjects(root: str | Path) -> list[dict[str, Any]]:
-    """The entries of all subjects in a folder, with whole paths: prepared ones, or those of the reference's layout.
+    """The entries of all prepared subjects in a folder, with whole paths.
 
     FileNotFoundError if ``root`` is no folder, ValueError if it has no subject.
     """
@@ -88,11 +87,9 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: a folder of prepared subjects is needed, no such folder")
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
-    entries = [make_entry(folder) for folder in folders] or find_reference_subjects(root)
-    if not entries:
-        needed = f"prepared subjects (folders with {SIDECAR}) or <dataset>.<subject>.T1w.nii are needed"
-        raise ValueError(f"{root}: {needed}, found none")
-    return entries
+    if not folders:
+        raise ValueError(f"{root}: prepared subjects (folders with {SIDECAR}) are needed, found none")
+    return [make_entry(folder) for folder in folders]
 
 
 def make_entry(folder: Path) -> dict[str, Any]:
@@ -233,31 +230,19 @@ def _draw(
 def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
     count = Counter(entry["subject"] for entry in entries)
-    named: dict[str, dict[str, Any]] = {}
-    twice = set()
+    named = []
     for entry in entries:
-        name = entry["subject"]
-        if count[name] > 1:
-            entry = entry | {"person": entry.get("person", name), "subject": f"{entry.get('dataset', '')}_{name}"}
-        twice |= {entry["subject"]} & set(named)
-        named[entry["subject"]] = entry
-    if twice:
+        name, dataset = entry["subject"], entry.get("dataset", "")
+        prefixed = {"person": entry.get("person", name), "subject": f"{dataset}_{name}"}
+        named.append(entry | prefixed if count[name] > 1 else entry)
+    if twice := find_repeated(entry["subject"] for entry in named):
         needed = "datalist: subjects of one set need different names"
-        raise ValueError(f"{needed}, found twice: {', '.join(sorted(twice))}: pass --dataset NAME")
-    return named
-
-
-def _relative(value: Any, folder: Path) -> Any:
-    """A path, or a list of paths, relative to a folder."""
-    if isinstance(value, list):
-        return [_relative(v, folder) for v in value]
-    return Path(os.path.relpath(value, folder)).as_posix()
+        raise ValueError(f"{needed}, found twice: {', '.join(twice)}: pass --dataset NAME")
+    return {entry["subject"]: entry for entry in named}
 
 
 def _absolute(key: str, value: Any, folder: Path) -> Any:
     """A value of an item, with a path made whole."""
-    if isinstance(value, list) and key not in NAMES:
-        return [_absolute(key, v, folder) for v in value]
     if not isinstance(value, str) or key in NAMES:
         return value
     is_file = key in (*STORAGE, "image", "label") or value.lower().endswith(SCAN_SUFFIXES)

@@ -1,9 +1,8 @@
-"""Subjects into memory: prepared ones, and those of the reference's layout, in the same units."""
+"""Prepared subjects into memory, as files hold them and as a training needs them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,21 @@ from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.labels import read_id_table, simulate_contrasts
-from brainfm_monai.data.subjects import CONTRASTS, STORAGE, Volumes
-from brainfm_monai.functional.intensity import normalise_percentiles
+from brainfm_monai.data.labels import simulate_contrasts
+from brainfm_monai.data.subjects import STORAGE, Volumes
 from brainfm_monai.io import read_maps
 from brainfm_monai.tasks import TASKS
 
 MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
 BOX_TOLERANCE_MM = 0.01
-# the layout of the reference implementation: <dataset>.<subject>.T1w.nii and its siblings
-LAYOUT, GENERATION_PROTOCOL, PROTOCOL = "brainfm", "brainfm_generation", "brainfm"
-# file names after the prefix, by key; several become the channels of one volume
-FILES: dict[str, tuple[str, ...]] = {
-    **{contrast: (contrast,) for contrast in CONTRASTS},
-    **{f"{contrast}_defacing_mask": (f"{contrast}.defacingmask",) for contrast in CONTRASTS},
-    "generation_labels": ("generation_labels",),
-    "segmentation": ("brainseg_with_extracerebral",),
-    "distance": ("lp_dist_map", "lw_dist_map", "rp_dist_map", "rw_dist_map"),
-    "mni": ("mni_reg.x", "mni_reg.y", "mni_reg.z"),
-}
-STEPS = {"distance": (128.0, 20.0), "mni": (0.0, 100.0)}  # stored zero, and steps per mm
 
 
 class LoadSubjectd(MapTransform):
     """Read the volumes of a datalist's item, channel first, in this package's units.
 
     It takes the place of ``LoadImaged`` and ``EnsureChannelFirstd`` for subjects: labels and masks keep their whole
-    numbers, distances and coordinates become mm, scans [0, 1], CT HU. The value of a key is a path, or a list of paths,
-    one per channel. A contrast that the item names in ``simulated`` is painted on the generation labels, see
-    :func:`simulate_contrasts`. An item of the reference's layout (``"layout": "brainfm"``), whose distances and
-    coordinates are several files, is decoded, see :func:`decode_reference`.
+    numbers, distances and coordinates become mm, scans [0, 1], CT HU. The value of a key is a path. A contrast that the
+    item names in ``simulated`` is painted on the generation labels, see :func:`simulate_contrasts`.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = True) -> None:
@@ -54,17 +38,16 @@ class LoadSubjectd(MapTransform):
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Replace the paths by MetaTensors of shape (C, H, W, D)."""
         d = dict(data)
-        is_reference = Path(str(d.get("layout", ""))).name == LAYOUT
         painted = [str(key) for key in self.keys if key not in d and key in d.get("simulated", ())]
         for key in self.keys:
             if key in d:
-                d[key] = _load(str(key), d[key], is_reference)
+                d[key] = _load(d[key])
             elif key not in painted and not self.allow_missing_keys:
                 raise KeyError(f"{d.get('subject')}: the item has no '{key}'")
         if painted:
             labels = d["generation_labels"]
             if not isinstance(labels, MetaTensor):
-                labels = _load("generation_labels", labels, is_reference)
+                labels = _load(labels)
             protocol = Protocol.load(str(d["generation_protocol"]))
             values, affine = labels.as_tensor()[0].numpy(), labels.affine.numpy()
             for key, image in simulate_contrasts(values, affine, protocol, painted, str(d.get("subject"))).items():
@@ -72,14 +55,12 @@ class LoadSubjectd(MapTransform):
         return d
 
 
-def _load(key: str, value: Any, is_reference: bool) -> MetaTensor:
-    """One volume of an item, out of one file or of one file per channel."""
-    paths = value if isinstance(value, (list, tuple)) else [value]
-    parts = [read_maps(path) for path in paths]
-    maps = [torch.from_numpy(part.values) for part in parts]  # in the file's order of memory: a crop copies only itself
-    values = maps[0] if len(maps) == 1 else torch.cat(maps)
-    values = decode_reference(key, values) if is_reference else values
-    return MetaTensor(values, affine=torch.from_numpy(parts[0].affine), meta={"filename_or_obj": str(paths[0])})
+def _load(path: str | Path) -> MetaTensor:
+    """One volume of an item, in the file's order of memory: a crop copies only itself."""
+    maps = read_maps(path)
+    return MetaTensor(
+        torch.from_numpy(maps.values), affine=torch.from_numpy(maps.affine), meta={"filename_or_obj": str(path)}
+    )
 
 
 class LoadedSubject:
@@ -178,45 +159,3 @@ def _resize(values: Tensor, size: Sequence[int], whole: bool) -> Tensor:
     coarser = all(n <= m for n, m in zip(size, values.shape[1:], strict=True))
     mode = "nearest-exact" if whole else "area" if coarser else "trilinear"
     return nnf.interpolate(values[None] if whole else values[None].float(), size=list(size), mode=mode)[0]
-
-
-def find_reference_subjects(root: str | Path) -> list[dict[str, Any]]:
-    """List the subjects of a folder in the reference's layout, by name: T1w scans with siblings of one prefix.
-
-    An entry has ``subject``, ``dataset``, ``layout``, the protocols, and the path of every file that is there;
-    ``distance`` and ``mni`` are lists of paths, one per channel, and left out if one of them is missing.
-    """
-    stored = {f.name.removesuffix(end): str(f) for end in (".nii.gz", ".nii") for f in Path(root).glob(f"[!.]*{end}")}
-    entries = []
-    for prefix in (stem.removesuffix(".T1w") for stem in sorted(stored) if stem.endswith(".T1w")):
-        paths = {key: [stored.get(f"{prefix}.{name}", "") for name in names] for key, names in FILES.items()}
-        facts: dict[str, Any] = {"subject": prefix, "dataset": prefix.split(".")[0], "layout": LAYOUT}
-        facts |= {"generation_protocol": GENERATION_PROTOCOL, "protocol": PROTOCOL}
-        facts |= {key: parts[0] if len(parts) == 1 else parts for key, parts in paths.items() if all(parts)}
-        entries += [facts] if "." in prefix else []
-    return entries
-
-
-def decode_reference(key: str, values: Tensor) -> Tensor:
-    """Values of a file of the reference, (C, H, W, D), in this package's units; ``key`` is that of a datalist's entry.
-
-    mm for ``distance`` and ``mni``, labels of the protocol ``brainfm`` for ``segmentation`` (ValueError for an unknown
-    id), [0, 1] for magnetic resonance (quantiles 0 and 99.9 % of the volume), and everything else as it is.
-    """
-    if key in STEPS:
-        zero, steps_per_mm = STEPS[key]
-        return (values.float() - zero) / steps_per_mm
-    if key == "segmentation":
-        table, index = _label_table(), values.round().long()
-        if int(index.max()) >= len(table) or int(table[index].min()) < 0:
-            raise ValueError(f"segmentation: ids of the reference (0 to {len(table) - 1}) are needed, found others")
-        return table[index].to(torch.uint8)
-    return normalise_percentiles(values.float()[None])[0] if key in ("T1w", "T2w", "FLAIR") else values
-
-
-@lru_cache(maxsize=1)
-def _label_table() -> Tensor:
-    """Label of the protocol ``brainfm`` for each of the reference's own ids, -1 where there is none."""
-    ids = read_id_table(str(resources.files("brainfm_monai") / "ids" / "brainfm_internal.tsv"))
-    labels = Protocol.load(PROTOCOL).label_of_id
-    return torch.tensor([labels[ids[own]] if own in ids else -1 for own in range(max(ids) + 1)])

@@ -2,14 +2,16 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sized
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
@@ -186,3 +188,54 @@ def _average(components: list[dict[str, Tensor]], weights: list[float]) -> dict[
         pairs = [(weight, part[name]) for weight, part in zip(weights, components, strict=True) if name in part]
         means[name] = torch.stack([weight * value for weight, value in pairs]).sum() / sum(w for w, _ in pairs)
     return means
+
+
+@dataclass(eq=False)
+class NonFiniteStop:
+    """Reports the samples of steps that were left out because they were not finite, and stops after several in a row.
+
+    One line for each such step has subjects and seeds, by which ``Synthesizer(...)(subject, [seed],
+    generation_protocol)`` draws a sample again. Processes stop together.
+    """
+
+    max_in_row: int = 10  # steps after which the training stops
+    interval: int = 1  # iterations between two looks, because each look waits for the device
+    in_row: int = field(default=0, init=False)  # steps so far
+    _steps: list[tuple[int, list[str], Tensor, dict[str, Tensor]]] = field(default_factory=list, init=False)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a :class:`MultiTaskTrainer`."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.remember)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.look)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.look)
+
+    def remember(self, engine: MultiTaskTrainer) -> None:
+        """Keep losses and norm of a step, and the samples of each of its parts, until the next look."""
+        output, batch = engine.state.output, engine.state.batch
+        samples = [f"{name}, seed {int(seed)}" for name, seed in zip(batch["subject"], batch["seed"], strict=True)]
+        parts = ["; ".join(part["samples"]) for part in split_batch({"samples": samples}, engine.accumulation)]
+        values = torch.cat([output["part_losses"].float(), output["gradient_norm"].reshape(1).float()])
+        self._steps.append((engine.state.iteration, parts, values, output["task_losses"]))
+
+    def look(self, engine: MultiTaskTrainer) -> None:
+        """Read losses and norms since the last look; FloatingPointError after ``max_in_row`` bad steps in a row."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        values = torch.stack([values for _, _, values, _ in steps])
+        # A scaled loss may overflow in its gradients: the scaler leaves that step out and scales less.
+        judged = values[:, :-1] if engine.grad_scaler.is_enabled() else values
+        bad = (~judged.isfinite()).any(1).float()
+        if idist.get_world_size() > 1:  # a loss of one process is enough for all, or the others would wait for it
+            bad = cast(Tensor, idist.all_reduce(bad))
+        for (iteration, parts, losses, tasks), is_bad in zip(steps, (bad > 0).tolist(), strict=True):
+            self.in_row = self.in_row + 1 if is_bad else 0
+            if is_bad:
+                who = [part for part, loss in zip(parts, losses[:-1].tolist(), strict=True) if not math.isfinite(loss)]
+                named = [name for name, value in tasks.items() if not math.isfinite(float(value))]
+                what = f"loss of {', '.join(named)}" if named else "gradient"
+                found = "; ".join(who) or "a sample of another part or process"
+                logger.warning("iteration %d: the %s is not finite: %s; step left out", iteration, what, found)
+            if self.in_row >= self.max_in_row:
+                found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
+                raise FloatingPointError(f"training: the loss must be finite, found {found}")
