@@ -144,7 +144,7 @@ def test_folders_of_several_sets_are_counted_apart(root: Path, caplog: pytest.Lo
         path = write_datalist([root, other])
     items = {item["subject"]: item for item in json.loads(path.read_text(encoding="utf-8"))["training"]}
     assert items["x1"] == {"subject": "x1", **facts, "FLAIR": "../other/x1/FLAIR.nii.gz"}
-    assert count_subjects(items.values())["clinic"] == {"subjects": 2, "FLAIR": 2}
+    assert count_subjects(items.values()).set_index("dataset").loc["clinic"].to_dict()["FLAIR"] == 2
     table = [line.split() for line in caplog.text.splitlines()[-3:]]
     assert table[-1] == ["clinic", "2", "0", "0", "0", "0", "2"]
     entries = {entry["subject"]: entry for entry in read_datalist(path)}

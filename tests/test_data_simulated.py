@@ -124,7 +124,7 @@ def test_a_list_names_painted_contrasts_and_the_subjects_of_earlier_versions_kee
     stored = nib.Nifti1Image(np.full(SIZE, 0.25, np.float32), np.eye(4))
     nib.save(stored, out / "b" / "T2w.nii.gz")  # earlier versions stored what they had painted
     path = write_datalist(out)
-    assert count_subjects(read_datalist(path))[tmp_path.name]["CT"] == 2
+    assert count_subjects(read_datalist(path)).set_index("dataset").loc[tmp_path.name, "CT"] == 2
     for reader in (read_datalist(path, "training"), load_decathlon_datalist(path, True, "training")):
         painted, kept = (LoadSubjectd(ALL)(item) for item in reader)
         assert all(painted[name].shape == (1, *SIZE) for name in ALL)

@@ -14,7 +14,6 @@ from torch import Tensor
 from brainfm_monai.metrics.fields import (
     compute_image_metrics,
     compute_ssim,
-    fit_intensities,
     normalise_to_target,
 )
 
@@ -91,10 +90,8 @@ def test_an_empty_mask_has_no_value() -> None:
     mask = make_mask(truth, 2)
     found = compute_image_metrics(*normalise_to_target(pred, truth, mask), mask)
     assert not any(found[name].isnan() for name in NAMES[:3])
-    assert not fit_intensities(pred, truth, mask).isnan().any()
     found = compute_image_metrics(*normalise_to_target(pred, truth, ~truth.isfinite()), ~truth.isfinite())
     assert all(value.isnan() for value in found.values())
-    assert fit_intensities(pred, truth, ~truth.isfinite()).isnan().all()
 
 
 def test_both_images_take_the_targets_scale() -> None:
@@ -111,17 +108,6 @@ def test_both_images_take_the_targets_scale() -> None:
     wrong, _ = normalise_to_target(2 * truth, truth, mask)
     assert ((wrong - scaled_truth).abs()[mask].mean()) > 0.1
     assert normalise_to_target(pred, torch.ones_like(truth), mask)[0].isnan().all()
-
-
-def test_the_fit_takes_gain_and_offset_away() -> None:
-    pred, truth = draw_pair(9, (16, 15, 14), batch=1)
-    mask = make_mask(truth, 3)
-    torch.testing.assert_close(fit_intensities(0.2 * truth - 4, truth, mask), truth, rtol=0, atol=1e-4)
-    gain, offset = np.polyfit(pred[mask].numpy(), truth[mask].numpy(), 1)
-    expected = (pred * gain + offset).float()
-    torch.testing.assert_close(fit_intensities(pred, truth, mask), expected, rtol=0, atol=1e-5)
-    flat = fit_intensities(torch.full_like(truth, 3.0), truth, mask)
-    assert flat.mean().item() == pytest.approx(truth[mask].mean().item(), abs=1e-5)
 
 
 def test_each_sample_of_a_batch_is_measured_alone() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from nibabel.affines import apply_affine
 
 from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
-from brainfm_monai.data.datalist import check_protocols, count_subjects, find_subjects, format_counts, read_datalist
+from brainfm_monai.data.datalist import check_protocols, count_subjects, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
@@ -64,7 +64,7 @@ def check_data(source: str | Path, jobs: int = 1, picture: str | Path | None = N
         picture: folder for one contact sheet per subject; none are drawn without it.
     """
     findings, entries = check_set(source, jobs=jobs, picture_dir=picture)
-    logger.info("%s", format_counts(count_subjects(entries)))
+    logger.info("%s", count_subjects(entries).to_string(index=False))
     if findings:
         lines = [f"{finding.subject}: {finding.rule}: {finding.found}" for finding in findings]
         raise SystemExit("\n".join([f"{len(findings)} faults in {len(entries)} subjects:", *lines]))

@@ -8,10 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
 from brainfm_monai.io import SCAN_SUFFIXES, find_repeated, hash_file, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def write_datalist(
         relative = {key: Path(os.path.relpath(entry[key], target.parent)).as_posix() for key in paths}
         sections[section_of.get(name, "training")].append({key: relative.get(key, entry[key]) for key in entry})
     write_text(target, json.dumps(sections, indent=2) + "\n")
-    logger.info("%s", format_counts(count_subjects(entries.values())))
+    logger.info("%s", count_subjects(entries.values()).to_string(index=False))
     return target
 
 
@@ -150,22 +153,17 @@ def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol
         raise ValueError(f"{where}: segmentations of {needed} are needed, found {found}")
 
 
-def count_subjects(entries: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:
-    """How many subjects of each data set have what: by data set, ``subjects`` and every key of a volume."""
-    counts: dict[str, Counter[str]] = {}
-    for entry in entries:
-        counter = counts.setdefault(str(entry.get("dataset", "")), Counter())
-        keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
-        counter.update(["subjects", *keys])
-    return counts
+def count_subjects(entries: Iterable[Mapping[str, Any]]) -> "pd.DataFrame":
+    """How many subjects of each data set have what: columns ``dataset``, ``subjects``, and a volume that any has."""
+    import pandas as pd  # slow to import
 
-
-def format_counts(counts: Mapping[str, Counter[str]]) -> str:
-    """The counts as a text table, one line for each data set; columns that are 0 throughout are left out."""
-    keys = [key for key in ("subjects", *STORAGE) if any(c[key] for c in counts.values())]
-    rows = [["dataset", *keys], *([name, *(str(counts[name][key]) for key in keys)] for name in sorted(counts))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    rows = [
+        {key: key in ("subjects", *entry, *entry.get("simulated", ())) for key in ("subjects", *STORAGE)}
+        | {"dataset": str(entry.get("dataset", ""))}
+        for entry in entries
+    ]
+    counts = pd.DataFrame(rows).groupby("dataset").sum()
+    return counts.loc[:, counts.any()].reset_index()
 
 
 def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -87,48 +87,40 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
         NoNetworkError: if a server cannot be reached.
         DownloadError: at the end, if files could not be fetched or are not what the table says: one line for each.
     """
-    sets, failures = read_open_sets(table), []
+    sets = read_open_sets(table)
     if name not in sets:
         needed = f"an open data set of the table is needed ({', '.join(sorted(sets))})"
         raise ValueError(f"{name}: {needed}, found no such name")
-    files, pool = sets[name], ThreadPoolExecutor(max(1, jobs))
-    targets = [Path(output) / file.file for file in files]
-    try:
-        with tqdm(total=sum(file.bytes for file in files), desc=name, unit="B", unit_scale=True) as bar:
-            running = [pool.submit(_fetch, file, target) for file, target in zip(files, targets, strict=True)]
-            for file, done in zip(files, running, strict=True):
-                try:
-                    done.result()
-                except DownloadError as error:
-                    failures.append(str(error))
-                bar.update(file.bytes)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    files, targets = sets[name], [Path(output) / file.file for file in sets[name]]
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        failures = list(filter(None, tqdm(pool.map(_fetch, files, targets), total=len(files), desc=name, unit="file")))
     if failures:
         raise DownloadError(f"{len(failures)} of {len(files)} files were not fetched:\n" + "\n".join(failures))
     logger.info("%d files of %s in %s", len(files), name, output)
     return targets
 
 
-def _fetch(file: OpenFile, target: Path) -> None:
-    """Fetch one file; it appears whole, with the right hash, or not at all."""
+def _fetch(file: OpenFile, target: Path) -> str:
+    """Fetch one file, which appears whole, with the right hash, or not at all; return what is wrong with it, if any."""
     if target.is_file() and hash_file(target) == file.sha256:
-        return
+        return ""
     try:
         with urlopen(file.address, timeout=TIMEOUT_S) as response, write_whole(target) as partial:
             with partial.open("wb") as stream:
                 shutil.copyfileobj(response, stream)
-            found = hash_file(partial)
-            if found != file.sha256:
-                needed = f"{file.file}: SHA-256 {file.sha256[:12]}... is needed"
+            if (found := hash_file(partial)) != file.sha256:
+                needed = f"SHA-256 {file.sha256[:12]}... is needed"
                 raise DownloadError(f"{needed}, found {found[:12]}... at {file.address}")
     except HTTPError as error:
         error.close()  # it holds the connection
-        raise DownloadError(f"{file.file}: the server of {file.address} answers {error.code} {error.reason}") from error
+        return f"{file.file}: the server of {file.address} answers {error.code} {error.reason}"
+    except DownloadError as error:
+        return f"{file.file}: {error}"
     except (URLError, ConnectionError, TimeoutError) as error:
         host, reason = urlsplit(file.address).hostname, getattr(error, "reason", error)
         advice = "is there a network? Whole files stay, run it again to continue"
         raise NoNetworkError(f"{file.file}: {host} cannot be reached ({reason}): {advice}") from error
+    return ""
 
 
 def write_demo_scans(output: str | Path) -> list[Path]:

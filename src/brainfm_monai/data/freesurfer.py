@@ -10,7 +10,6 @@ from nibabel.affines import apply_affine
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import contrasts, labels
-from brainfm_monai.data.datalist import LONGITUDINAL
 from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
 from brainfm_monai.data.intensities import cluster_extracerebral, scale_contrast, sharpen_cortex
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
@@ -67,24 +66,9 @@ def prepare_freesurfer(
         raise FileNotFoundError(f"{needed}, found none")
     home = root.resolve().parent if is_subject else root.resolve()
     home = home.parent.parent if home.parent.name == "derivatives" else home
-    settings, template_of = common_settings(dataset or home.name, protocol, size), _find_templates(folders)
-    work = []
-    for f in folders:
-        person = {"person": template_of[f.name]} if f.name in template_of else {}
-        work.append(Job(f.name, "freesurfer", find_files(f), settings | person, {"protocol": protocol}, make_volumes))
+    settings, options = common_settings(dataset or home.name, protocol, size), {"protocol": protocol}
+    work = [Job(f.name, "freesurfer", find_files(f), settings, options, make_volumes) for f in folders]
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
-
-
-def _find_templates(folders: Sequence[Path]) -> dict[str, str]:
-    """Template of the longitudinal stream by folder, for the templates and all visits that were used for them."""
-    template_of = {f.name: f.name.split(LONGITUDINAL)[1] for f in folders if LONGITUDINAL in f.name}
-    template_of |= {visit.split(LONGITUDINAL)[0]: template for visit, template in template_of.items()}
-    for folder in folders:
-        visits = folder / "base-tps"  # FreeSurfer lists the visits of a template there
-        if visits.is_file():
-            names = visits.read_text(encoding="utf-8", errors="replace").split()
-            template_of |= dict.fromkeys(names, folder.name)
-    return template_of | {template: template for template in template_of.values()}
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -128,7 +112,7 @@ def make_volumes(
     centre = labels.find_brain_centre(ids, labels.BOX_IDS, source)
     ids, affine = labels.crop_to_box(ids, affine, centre, settings["spatial_size"])
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
-    distance = _read_distances(files, affine, ids.shape)
+    distance = _read_distances(files, affine, ids.shape) if set(SURFACES) <= set(files) else None
     scans: dict[str, contrasts.BoxScan] = {}
     facts: dict[str, Any] = {}
     if painted:
@@ -167,10 +151,8 @@ def make_volumes(
     return volumes, facts
 
 
-def _read_distances(files: Mapping[str, Path], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """Distances in mm to the surfaces among files by role, on a box of ``shape``, (*shape, 4); None without them."""
-    if not all(name in files for name in SURFACES):
-        return None
+def _read_distances(files: Mapping[str, Path], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Distances in mm to the surfaces among files by role, on a box of ``shape``, (*shape, 4)."""
     volume: Any = nib.load(files["labels"])
     surfaces = [read_surface(files[name], volume) for name in SURFACES]
     return np.stack([compute_surface_distance(*surface, affine, shape) for surface in surfaces], axis=-1)

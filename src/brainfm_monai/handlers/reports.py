@@ -1,6 +1,5 @@
 """What a training shows: statistics while it runs, scores and pictures of a validation."""
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +24,6 @@ from brainfm_monai.metrics import fields
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.tasks import Task, TaskLayout
 
-GIB = 2**30
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage, bytes
 SCORES = {"distance": "distance_mae_mm", "mni": "mni_error_mm", "log_bias_field": "log_bias_error"}
 SMALLEST_PANEL = 144  # pixels of the longest side: captions have room
 VOXELS = np.eye(4)  # affine of a batch: RAS axes
@@ -36,9 +33,8 @@ class TrainingStatistics:
     """Adds a dictionary ``statistics`` to a trainer's output every few iterations, and shows a progress bar.
 
     They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``,
-    ``learning_rate``, ``samples_per_second`` of all processes since the last time, without validation, and
-    ``memory_gib``, the most that this process has held: of the GPU, or of the computer where there is none (not on
-    Windows). Handlers that log them come after it. Each reading, after ``interval`` iterations, waits for the device.
+    ``learning_rate``, and ``samples_per_second`` of all processes since the last time, without validation. Handlers
+    that log them come after it. Each reading, after ``interval`` iterations, waits for the device.
     """
 
     def __init__(self, loss_function: MultiTaskLoss, optimizer: Optimizer, interval: int = 1) -> None:
@@ -76,18 +72,8 @@ class TrainingStatistics:
         means["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         seconds = time.perf_counter() - self._since
         means["samples_per_second"] = self._samples * idist.get_world_size() / seconds
-        self.latest = output["statistics"] = means | _measure_memory(device)
+        self.latest = output["statistics"] = means
         self._start()
-
-
-def _measure_memory(device: torch.device) -> dict[str, float]:
-    if device.type == "cuda":
-        return {"memory_gib": torch.cuda.max_memory_allocated() / GIB}
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {}
-    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB}
 
 
 class TaskErrors(Metric):

@@ -102,19 +102,6 @@ def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Ten
     return (pred - low) / width, (target.float() - low) / width
 
 
-def fit_intensities(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """The prediction with the gain and the offset that fit it best to the target, by least squares inside the mask.
-
-    The contrast of a synthetic image is arbitrary in scale; what is left after the fit is error of structure. All have
-    one shape. The result is the target's mean where the prediction is constant in the mask, NaN for an empty mask.
-    """
-    pred = pred.float()
-    x, y = (one.float()[mask.bool()].double() for one in (pred, target))
-    from_mean = x - x.mean()
-    gain = (from_mean * (y - y.mean())).sum() / from_mean.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return pred * gain.float() + (y.mean() - gain * x.mean()).float()
-
-
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """``l1``, ``psnr`` (dB) and ``ssim`` of two images inside a mask, all of shape (1, 1, H, W, D).
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from brainfm_monai.io import ABSENT, ScanError
 from brainfm_monai.metrics import fields, segmentation
-from brainfm_monai.metrics.fields import compute_image_metrics, compute_ssim, fit_intensities, normalise_to_target
+from brainfm_monai.metrics.fields import compute_image_metrics, compute_ssim, normalise_to_target
 from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure
-from brainfm_monai.metrics.tables import FITTED, MetricRow, unit_of
+from brainfm_monai.metrics.tables import MetricRow, unit_of
 from brainfm_monai.tasks import BRAIN_WINDOW_HU, TASKS
 
 HEMISPHERES = ("left", "right")
@@ -105,8 +105,8 @@ def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: Scene) -> Va
 
 
 def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
-    """In units of the target, also after the best fit; and in the brain beside two baselines that must be beaten."""
-    measures = _compare_images(*normalise_to_target(pred, target, mask), mask)
+    """In units of the target; and in the brain beside two baselines that must be beaten."""
+    measures = _name(compute_image_metrics(*normalise_to_target(pred, target, mask), mask))
     if scene.labels is None or scene.image is None:
         return measures
     index = scene.labels[None].long().clamp_min(0)
@@ -126,13 +126,7 @@ def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
     low, high = BRAIN_WINDOW_HU
     error = (pred.float() - target)[mask].abs().mean()
     pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
-    return _name({"mae": error}) | _compare_images(pred, target, mask)
-
-
-def _compare_images(pred: Tensor, target: Tensor, mask: Tensor) -> Values:
-    fitted = compute_image_metrics(fit_intensities(pred, target, mask), target, mask)
-    measures = compute_image_metrics(pred, target, mask)
-    return _name(measures | {f"{name}{FITTED}": value for name, value in fitted.items()})
+    return _name({"mae": error} | compute_image_metrics(pred, target, mask))
 
 
 def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:

@@ -14,7 +14,6 @@ from brainfm_monai.io import ABSENT, read_table, write_table
 if TYPE_CHECKING:
     import pandas as pd  # it and scipy are slow to import
 
-FITTED = "_fitted"  # end of the name of a measure of images
 KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # a statistic is taken within them, over the scans
 FAMILY = ["condition", "task", "metric", "unit"]  # the tests of its structures and sides are corrected together
 RESAMPLES = 2000  # DiCiccio and Efron, Bootstrap confidence intervals, Statistical Science 11, 1996
@@ -67,15 +66,12 @@ HEADLINES = tuple(
 
 def define(metric: str) -> str:
     """Definition of a metric by its name; empty for an unknown one."""
-    if metric.endswith(FITTED):
-        image = metric.removesuffix(FITTED)
-        return f"{image} after the gain and offset that fit the prediction best to the reference there"
     return _BY_METRIC[metric]["definition"] if metric in _BY_METRIC else ""
 
 
 def unit_of(metric: str) -> str:
     """Unit of a metric of ``measures.tsv``, ``1`` for a pure number."""
-    return _BY_METRIC[metric.removesuffix(FITTED)]["unit"] or "1"
+    return _BY_METRIC[metric]["unit"] or "1"
 
 
 def write_frame(path: str | Path, table: pd.DataFrame, digits: str = ".6g") -> None:
