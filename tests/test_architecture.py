@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"anatomy"},
     "functional": set(),
     "io": set(),
-    "surfaces": set(),
+    "surfaces": {"functional"},
     "synthesis": TABLES | {"functional"},
     "networks": set(TABLES),
     "weights": TABLES | {"networks"},

@@ -23,11 +23,11 @@ from brainfm_monai.outputs import (
     RunSettings,
     ScanResult,
     ScanWriter,
+    begun_ahead,
     compute_totals_mm3,
     compute_volumes_mm3,
     expect_dice,
     once_per_scan,
-    written_last,
 )
 from brainfm_monai.outputs.maps import write_segmentation, write_volumes
 from brainfm_monai.prediction.loop import ScanDataset, choose_scans
@@ -247,7 +247,7 @@ def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: P
         scan.warnings.append("of the second")
         second_ended.set()
 
-    @written_last(ahead=shared)
+    @begun_ahead(shared, shown=True)
     def show(scan: ScanResult) -> None:
         scan.path("shown.txt").write_text(f"{list(scan.summary)} {scan.warnings[-2:]}")
 
@@ -270,18 +270,18 @@ def test_outputs_run_side_by_side_and_what_they_find_has_their_order(tmp_path: P
     assert names(tmp_path / "bad") == []
 
 
-def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Path, entry: dict[str, str]) -> None:
+def test_outputs_share_the_processors_and_parts_begin_ahead(tmp_path: Path, entry: dict[str, str]) -> None:
     begun: list[tuple[str, int, set[int]]] = []
-    longest_begun, last_begun = Event(), Event()
+    part_begun, last_begun = Event(), Event()
 
     def note(name: str) -> Any:
         def write(scan: ScanResult) -> None:
             pools = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-            if name == "first":  # begins at the same time as the longest: notes it second
-                longest_begun.wait(60)
+            if name == "other part":  # begins at the same time as the part: notes it second
+                part_begun.wait(60)
             begun.append((name, torch.get_num_threads(), pools))
-            if name == "surfaces":  # keeps its thread, so that the others follow one another in the other
-                longest_begun.set()
+            if name == "part":  # keeps its thread, so that the others follow one another in the other
+                part_begun.set()
                 last_begun.wait(60)
             elif name == "view":
                 last_begun.set()
@@ -291,14 +291,16 @@ def test_outputs_share_the_processors_and_the_longest_begins_first(tmp_path: Pat
     before, pools_before = torch.get_num_threads(), threadpool_info()
     torch.set_num_threads(4)
     try:
-        names = ("first", "view", "second", "surfaces")
-        ScanWriter(tmp_path / "out", LAYOUT, {name: note(name) for name in names}).write(item(), entry)
+        writers = {name: note(name) for name in ("first", "view", "surfaces", "second")}
+        begun_ahead(note("part"), note("other part"))(writers["surfaces"])
+        ScanWriter(tmp_path / "out", LAYOUT, writers).write(item(), entry)
         assert torch.get_num_threads() == 4
         with ThreadPoolExecutor(1) as pool:  # a thread that begins later
             assert pool.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(before)
-    assert [name for name, *_ in begun] == ["surfaces", "first", "second", "view"]  # "view" needs the surfaces
+    order = ["part", "other part", "first", "second", "view", "surfaces"]  # the last two need the surfaces at once
+    assert [name for name, *_ in begun] == order
     assert {(threads, *pools) for _, threads, pools in begun} == {(2, 1)}
     assert threadpool_info() == pools_before
 

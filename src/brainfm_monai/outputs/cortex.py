@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 
 from brainfm_monai import surfaces
 from brainfm_monai.io import ABSENT, read_table, write_table
-from brainfm_monai.outputs.result import PACKING, ScanResult, once_per_scan, resample
+from brainfm_monai.outputs.result import PACKING, ScanResult, begun_ahead, once_per_scan, resample
 from brainfm_monai.transforms import HEMISPHERES, FindBoundariesd
 
 THICKNESS_STEP_MM = 0.01
@@ -99,67 +99,93 @@ def find_boundaries(scan: ScanResult) -> MetaTensor:
 
 
 @once_per_scan
+def _grow(scan: ScanResult, letter: str) -> dict[str, surfaces.Hemisphere]:
+    boundaries = _by_name(scan, find_boundaries(scan).as_tensor())
+    own = {name: distance for name, distance in boundaries.items() if name.startswith(letter.lower())}
+    return surfaces.grow_hemispheres(own, scan.network_affine)
+
+
 def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
     """White and pial surfaces by the letter of the hemisphere, ``L`` and ``R``; computed once for a scan."""
-    return surfaces.grow_hemispheres(_by_name(scan, find_boundaries(scan).as_tensor()), scan.network_affine)
+    return _grow(scan, "L") | _grow(scan, "R")
 
 
 @once_per_scan
+def _measure_thickness(scan: ScanResult, letter: str) -> np.ndarray:
+    surface = _grow(scan, letter)[letter]
+    return surfaces.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
+
+
 def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
     """Thickness in mm at the vertices of each hemisphere, by its letter."""
-    measure = surfaces.compute_thickness_mm
-    return {name: measure(s.white_mm, s.pial_mm, s.faces) for name, s in grow_surfaces(scan).items()}
+    return {letter: _measure_thickness(scan, letter) for letter in grow_surfaces(scan)}
 
 
+@once_per_scan
+def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Write the files of a hemisphere; returns rows of the tables of surfaces and of lobes, and of the summary."""
+    rows: list[Any] = []
+    summary: dict[str, Any] = {}
+    if not (surface := _grow(scan, letter).get(letter)):
+        return rows, [], summary
+    faces, thickness = surface.faces, _measure_thickness(scan, letter)
+    white_areas, euler = surfaces.compute_areas_mm2(surface.white_mm, faces), surfaces.compute_euler_number(faces)
+    mean = float(np.average(thickness, weights=white_areas))
+    pairs = ("white", surface.white_mm), ("pial", surface.pial_mm)
+    for (name, vertices), crossing in zip(pairs, surface.crossing_shares, strict=True):
+        curvature = surfaces.compute_mean_curvature(vertices, faces)
+        areas = white_areas if name == "white" else surfaces.compute_areas_mm2(vertices, faces)
+        volume = surfaces.compute_volume_mm3(vertices, faces)
+        counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
+        sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
+        rows.append((letter, name, *counts, *sizes, f"{mean:.3f}", f"{np.median(thickness):.3f}"))
+        _save_gifti(scan, f"hemi-{letter}_{name}.surf", POINTSET=vertices, TRIANGLE=faces)
+        scan.write_sidecar(f"hemi-{letter}_{name}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
+        summary[f"euler_number_{letter}_{name}"] = euler
+        summary[f"crossing_share_{letter}_{name}"] = round(crossing, 5)
+        if name == "white":
+            _save_gifti(scan, f"hemi-{letter}_curv.shape", SHAPE=curvature)
+    _save_gifti(scan, f"hemi-{letter}_thickness.shape", SHAPE=thickness)
+    _save_gifti(scan, f"hemi-{letter}_desc-closed_mask.shape", SHAPE=surface.closed.astype(np.float32))
+    summary[f"mean_thickness_{letter}_mm"] = round(mean, 3)
+    lobes = _measure_lobes(scan, letter, surface, thickness, white_areas) if "mni" in scan.maps else []
+    return rows, lobes, summary
+
+
+@begun_ahead(lambda scan: _write_hemisphere(scan, "L"), lambda scan: _write_hemisphere(scan, "R"))
 def write_surfaces(scan: ScanResult) -> None:
-    """Write both surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of both."""
-    rows = []
-    for letter, surface in grow_surfaces(scan).items():
-        faces, thickness = surface.faces, measure_thickness(scan)[letter]
-        euler = surfaces.compute_euler_number(faces)
-        mean = float(np.average(thickness, weights=surfaces.compute_areas_mm2(surface.white_mm, faces)))
-        pairs = ("white", surface.white_mm), ("pial", surface.pial_mm)
-        for (name, vertices), crossing in zip(pairs, surface.crossing_shares, strict=True):
-            curvature = surfaces.compute_mean_curvature(vertices, faces)
-            areas, volume = surfaces.compute_areas_mm2(vertices, faces), surfaces.compute_volume_mm3(vertices, faces)
-            counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
-            sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
-            rows.append((letter, name, *counts, *sizes, f"{mean:.3f}", f"{np.median(thickness):.3f}"))
-            _save_gifti(scan, f"hemi-{letter}_{name}.surf", POINTSET=vertices, TRIANGLE=faces)
-            scan.write_sidecar(f"hemi-{letter}_{name}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
-            scan.summary[f"euler_number_{letter}_{name}"] = euler
-            scan.summary[f"crossing_share_{letter}_{name}"] = round(crossing, 5)
-            if name == "white":
-                _save_gifti(scan, f"hemi-{letter}_curv.shape", SHAPE=curvature)
-        _save_gifti(scan, f"hemi-{letter}_thickness.shape", SHAPE=thickness)
-        _save_gifti(scan, f"hemi-{letter}_desc-closed_mask.shape", SHAPE=surface.closed.astype(np.float32))
-        scan.summary[f"mean_thickness_{letter}_mm"] = round(mean, 3)
-    write_table(scan.path("surfaces.tsv"), COLUMNS, rows)
+    """Write both surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and tables of both.
+
+    ``_surfaces.tsv`` has both surfaces of both hemispheres, ``_lobes.tsv`` the thickness of each lobe.
+    """
+    left, right = (_write_hemisphere(scan, letter) for letter in "LR")
+    write_table(scan.path("surfaces.tsv"), COLUMNS, left[0] + right[0])
     if "mni" in scan.maps:
-        write_lobes(scan)
+        write_table(scan.path("lobes.tsv"), LOBE_COLUMNS, left[1] + right[1])
+    scan.summary.update(left[2] | right[2])
 
 
-def write_lobes(scan: ScanResult) -> None:
-    """Write the thickness of each lobe (``_lobes.tsv``), by the predicted template coordinates halfway in the cortex.
+def _measure_lobes(
+    scan: ScanResult, letter: str, surface: surfaces.Hemisphere, thickness: np.ndarray, areas: np.ndarray
+) -> list[tuple[object, ...]]:
+    """Rows of the thickness of each lobe, by the predicted template coordinates halfway in the cortex.
 
     Vertices of the wall between the hemispheres, which has no cortex, belong to no lobe.
     """
     names = list(dict.fromkeys(row["lobe"] for row in LOBES))
     numbers = np.array([names.index(row["lobe"]) for row in LOBES])
     tree = cKDTree([[float(row[axis]) for axis in "xyz"] for row in LOBES])
-    coordinates, to_voxels = scan.in_network_grid("mni"), np.linalg.inv(scan.network_affine)
+    index = apply_affine(np.linalg.inv(scan.network_affine), (surface.white_mm + surface.pial_mm) / 2).T
+    coordinates = scan.in_network_grid("mni")
+    points = np.stack([ndimage.map_coordinates(one, index, order=1, mode="nearest") for one in coordinates], axis=1)
+    far, nearest = tree.query(np.abs(points) * [1, 0, 0] + points * [0, 1, 1])
+    lobes = np.where((far < BEYOND_MM) & (thickness > WALL_MM), numbers[nearest], -1)
     rows: list[tuple[object, ...]] = []
-    for letter, surface in grow_surfaces(scan).items():
-        thickness, areas = measure_thickness(scan)[letter], surfaces.compute_areas_mm2(surface.white_mm, surface.faces)
-        index = apply_affine(to_voxels, (surface.white_mm + surface.pial_mm) / 2).T
-        points = np.stack([ndimage.map_coordinates(one, index, order=1, mode="nearest") for one in coordinates], axis=1)
-        far, nearest = tree.query(np.abs(points) * [1, 0, 0] + points * [0, 1, 1])
-        lobes = np.where((far < BEYOND_MM) & (thickness > WALL_MM), numbers[nearest], -1)
-        for number, name in enumerate(names):
-            of = lobes == number
-            closed = f"{surface.closed[of].mean():.4f}" if of.any() else ABSENT
-            rows.append((letter, name, int(of.sum()), closed, *describe_thickness(areas[of], thickness[of])))
-    write_table(scan.path("lobes.tsv"), LOBE_COLUMNS, rows)
+    for number, name in enumerate(names):
+        of = lobes == number
+        closed = f"{surface.closed[of].mean():.4f}" if of.any() else ABSENT
+        rows.append((letter, name, int(of.sum()), closed, *describe_thickness(areas[of], thickness[of])))
+    return rows
 
 
 def describe_thickness(areas: np.ndarray, thickness: np.ndarray) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ from nibabel.affines import apply_affine
 
 from brainfm_monai.io import ABSENT, write_table, write_text
 from brainfm_monai.outputs.maps import compute_totals_mm3, hard_volumes_mm3, structure_entropy
-from brainfm_monai.outputs.result import ScanResult, as_json, once_per_scan, written_last
+from brainfm_monai.outputs.result import ScanResult, as_json, begun_ahead, once_per_scan
 from brainfm_monai.outputs.template import fit_affine_to_template
 from brainfm_monai.transforms import HEMISPHERES, MODES
 
@@ -131,7 +131,7 @@ def _write_entropy(scan: ScanResult) -> None:
         scan.save_image("desc-entropy_probseg", entropy, step=ENTROPY_STEP, Units=unit, Description=text)
 
 
-@written_last(ahead=_write_entropy)
+@begun_ahead(_write_entropy, shown=True)
 def write_quality(scan: ScanResult) -> None:
     """Write the entropy map, its mean for each structure (``_qc.tsv``), and the warnings (``_qc.json``)."""
     entries: dict[str, object] = {"Warnings": scan.warnings}

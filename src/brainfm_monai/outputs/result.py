@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +20,7 @@ import brainfm_monai
 from brainfm_monai.io import fingerprint, hash_file
 from brainfm_monai.tasks import TaskLayout
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Writer = Callable[["ScanResult"], object]  # writes the files of an output
 TEMPLATE_SPACE = "MNI152NLin2009aSym"  # the template that nilearn ships, by its BIDS name
@@ -93,8 +94,8 @@ class ScanResult:
     # numbers of the scan for the table over all scans; the functions that write files add to it
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what a user should look at
-    # results of functions that are :func:`once_per_scan`, each with the lock under which it is computed
-    computed: dict[Callable[..., Any], tuple[Any, list[Any]]] = field(default_factory=dict, repr=False)
+    # results of functions that are :func:`once_per_scan`, by function and arguments, each with its lock
+    computed: dict[tuple[Any, ...], tuple[Any, list[Any]]] = field(default_factory=dict, repr=False)
     outputs: Collection[str] = ()  # names of all outputs that are written
     original: MetaTensor | None = None  # the scan as it was read, in its own intensities and grid, shape (1, h, w, d)
     normalised: MetaTensor | None = None  # the scan as the network saw it, in the grid of the maps, shape (1, h, w, d)
@@ -182,30 +183,32 @@ def as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, default=str) + "\n"
 
 
-def once_per_scan(compute: Callable[[ScanResult], T]) -> Callable[[ScanResult], T]:
+def once_per_scan(compute: Callable[Concatenate[ScanResult, P], T]) -> Callable[Concatenate[ScanResult, P], T]:
     """Decorator of a function that several outputs need: its result for a scan is computed once, in one thread."""
 
     @wraps(compute)
-    def cached(scan: ScanResult) -> T:
-        lock, results = scan.computed.setdefault(compute, (RLock(), []))
+    def cached(scan: ScanResult, *args: P.args, **kwargs: P.kwargs) -> T:
+        lock, results = scan.computed.setdefault((compute, *args), (RLock(), []))
         with lock:
             if not results:
-                results.append(compute(scan))
+                results.append(compute(scan, *args, **kwargs))
         return cast(T, results[0])
 
     return cached
 
 
-# Outputs that show what the other outputs found: they are written last. The function beside each of them computes what
-# it needs of no other output; it runs while those are written.
-SHOWN: dict[Writer, Writer] = {}
+AHEAD: dict[
+    Writer, Sequence[Writer]
+] = {}  # by output: what it needs of no other output, in parts that run side by side
+SHOWN: set[Writer] = set()  # outputs that show what the other outputs found: they are written last
 
 
-def written_last(ahead: Writer) -> Callable[[Writer], Writer]:
-    """Decorator of an output that belongs to :data:`SHOWN`; ``ahead`` is its function, often one once per scan."""
+def begun_ahead(*parts: Writer, shown: bool = False) -> Callable[[Writer], Writer]:
+    """Decorator of an output whose parts, functions once per scan, run before other outputs; see :data:`SHOWN`."""
 
     def register(write: Writer) -> Writer:
-        SHOWN[write] = ahead
+        AHEAD[write] = parts
+        SHOWN.update([write] if shown else [])
         return write
 
     return register

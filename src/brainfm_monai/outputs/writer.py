@@ -23,7 +23,7 @@ from torch import Tensor
 
 from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, write_table, write_text
 from brainfm_monai.outputs.quality import collect_warnings
-from brainfm_monai.outputs.result import SHOWN, RunSettings, ScanResult, Writer, as_json
+from brainfm_monai.outputs.result import AHEAD, SHOWN, RunSettings, ScanResult, Writer, as_json
 from brainfm_monai.tasks import TaskLayout
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
 WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
-LONGEST, WAITING = "surfaces", "view"  # outputs: one takes about as long as all others, one needs its result at once
+WAITING = ("surfaces", "view")  # outputs that need both hemispheres at once, which are begun ahead
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
@@ -252,22 +252,20 @@ def _warn(result: ScanResult) -> None:
 
 
 def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
-    """Write the files of all outputs, those of :data:`SHOWN` last; the longest begins first.
+    """Write the files of all outputs: parts that are begun ahead first, those of :data:`SHOWN` last.
 
     What is found does not depend on which output ends first: each has warnings and a summary of its own, which are
     joined in the order of the outputs. Of several errors, that of the first output is raised.
     """
     beside = {"": _warn, **{name: write for name, write in writers.items() if write not in SHOWN}}
-    last = [write for write in writers.values() if write in SHOWN]
     parts = {name: replace(result, summary={}, warnings=[]) for name in beside}
     threads = torch.get_num_threads()
     share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
     pool = ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,))
     with threadpool_limits(1, "blas"), pool:  # its threads wait in a loop for the next product: a third of all CPU time
-        order = sorted(beside, key=lambda name: (name != LONGEST, name == WAITING))
-        jobs = {name: pool.submit(beside[name], parts[name]) for name in order if name != WAITING}
-        ahead = [pool.submit(SHOWN[write], result) for write in last]
-        jobs |= {name: pool.submit(beside[name], parts[name]) for name in order if name == WAITING}
+        ahead = [pool.submit(part, result) for write in writers.values() for part in AHEAD.get(write, ())]
+        order = sorted(beside, key=lambda name: name in WAITING)
+        jobs = {name: pool.submit(beside[name], parts[name]) for name in order}
         try:
             for job in [*(jobs[name] for name in beside), *ahead]:
                 job.result()
@@ -279,8 +277,9 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     for part in parts.values():
         result.summary.update(part.summary)
         result.warnings.extend(part.warnings)
-    for write in last:
-        write(result)
+    for write in writers.values():
+        if write in SHOWN:
+            write(result)
 
 
 def _is_unchanged(scan: Scan, earlier: Mapping[str, Any]) -> bool:

@@ -76,7 +76,7 @@ def _encode_sections(scan: ScanResult) -> list[tuple[str, str, str]]:
     return [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
 
 
-@outputs.written_last(ahead=_encode_sections)
+@outputs.begun_ahead(_encode_sections, shown=True)
 def write_report(scan: ScanResult) -> None:
     """Write the page of one scan, ``_report.html``."""
     write_text(scan.path("report.html"), compose_page(scan))

@@ -61,11 +61,11 @@ def remove_crossings(base: np.ndarray, moved: np.ndarray, faces: np.ndarray) -> 
 
 def _find_again(vertices: np.ndarray, faces: np.ndarray, moved: np.ndarray) -> np.ndarray:
     """Numbers of the triangles that cross another, where only triangles with a moved vertex, (V,) bool, can do so."""
-    changed = moved[faces].any(axis=1)
+    changed = np.flatnonzero(moved[faces.T].any(axis=0))
     touching = np.zeros(len(vertices), dtype=bool)
     touching[faces[changed]] = True
-    around = np.flatnonzero(touching[faces].any(axis=1))  # changed triangles, and those that have a vertex in common
-    changed, apart = np.flatnonzero(changed), np.flatnonzero(~touching[faces].any(axis=1))
+    common = touching[faces.T].any(axis=0)  # triangles that have a vertex in common with a changed one
+    around, apart = np.flatnonzero(common), np.flatnonzero(~common)
     points = _as_points(vertices)
     within = find_self_intersections(points, _as_faces(faces[around]))[1]
     between = find_intersections(points, _as_faces(faces[changed]), points, _as_faces(faces[apart]))[1]

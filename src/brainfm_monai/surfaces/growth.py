@@ -11,6 +11,7 @@ from nibabel.affines import apply_affine
 from scipy import sparse
 from torch import Tensor
 
+from brainfm_monai.functional.spatial import warp_all
 from brainfm_monai.surfaces.crossings import remove_crossings
 from brainfm_monai.surfaces.topology import extract_sphere
 
@@ -64,13 +65,13 @@ def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphe
     edited = nnf.interpolate(edited[None, None], size=white.shape, mode="trilinear", align_corners=True)[0, 0]
     grid = np.array(affine, dtype=np.float64)
     grid[:3, 3] += grid[:3, :3] @ [side.start for side in box]
-    relaxed = _relax(torch.from_numpy(index * step).float(), white + edited, faces, voxel_mm)
-    white_mm, white_share = remove_crossings(_place(index * step, grid), _place(relaxed.numpy(), grid), faces)
-    start = torch.from_numpy(_place(white_mm, np.linalg.inv(grid)))
+    relaxed = _relax(torch.from_numpy((index * step).T).float(), white + edited, faces, voxel_mm)
+    white_mm, white_share = remove_crossings(_place(index * step, grid), _place(relaxed.T.numpy(), grid), faces)
+    start = torch.from_numpy(_place(white_mm, np.linalg.inv(grid)).T.copy())
     flowed = _flow(start, white, pial, voxel_mm)
-    pial_mm, pial_share = remove_crossings(white_mm, _place(flowed.numpy(), grid), faces)
-    end = torch.from_numpy(_place(pial_mm, np.linalg.inv(grid)))
-    closed = (_sample(pial[None], end)[0].abs() > CLOSED_MM).numpy()
+    pial_mm, pial_share = remove_crossings(white_mm, _place(flowed.T.numpy(), grid), faces)
+    end = torch.from_numpy(_place(pial_mm, np.linalg.inv(grid)).T.copy())
+    closed = (_sample(pial[None, None], end)[0].abs() > CLOSED_MM).numpy()
     if np.linalg.det(grid[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
         faces = faces[:, ::-1]
     faces = np.ascontiguousarray(faces, dtype=np.int32)
@@ -98,41 +99,47 @@ def _box_around(inside: Tensor) -> tuple[slice, ...]:
     return tuple(slice(max(int(span[0]) - 3, 0), int(span[-1]) + 4) for span in spans)
 
 
+def _stack(*fields: Tensor) -> Tensor:
+    """Fields (H, W, D) as (1, C, H, W, D), the values of a voxel side by side in memory."""
+    return torch.stack(fields, dim=-1).movedim(-1, 0)[None]
+
+
 def _sample(fields: Tensor, vertices: Tensor) -> Tensor:
-    """Values of fields (C, H, W, D) at voxel indices (V, 3), linearly interpolated: (C, V)."""
-    size = torch.tensor(fields.shape[1:], dtype=torch.float32)
-    place = (vertices / (size - 1) * 2 - 1).flip(-1)[None, None, None]
-    return nnf.grid_sample(fields[None], place, padding_mode="border", align_corners=True)[0, :, 0, 0]
+    """Values of fields (1, C, H, W, D) at voxel indices (3, V), linearly interpolated: (C, V)."""
+    return warp_all([fields], vertices[None, :, :, None, None])[0][0, :, :, 0, 0]
 
 
 def _relax(vertices: Tensor, level: Tensor, faces: np.ndarray, voxel_mm: float) -> Tensor:
-    """Vertices spread evenly over the surface, and moved along the gradient to the zero of the level."""
+    """Vertices (3, V) spread evenly over the surface, and moved along the gradient to the zero of the level."""
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])  # each edge once in each direction
-    adjacency = sparse.csr_matrix((np.ones(len(edges), np.float32), edges.T), shape=[len(vertices)] * 2)
+    adjacency = sparse.csr_matrix((np.ones(len(edges), np.float32), edges.T), shape=[vertices.shape[1]] * 2)
     neighbours = sparse.diags(1 / np.asarray(adjacency.sum(1)).ravel()).astype(np.float32) @ adjacency
-    fields = torch.stack([level, *torch.gradient(level, spacing=voxel_mm)])
+    fields = _stack(level, *torch.gradient(level, spacing=voxel_mm))
     for _ in range(RELAXATIONS):
-        step = torch.from_numpy(neighbours @ vertices.numpy()) - vertices
+        step = torch.from_numpy(neighbours @ vertices.T.contiguous().numpy()).T - vertices
         values = _sample(fields, vertices)
-        normal = nnf.normalize(values[1:].T, dim=1)
-        along = step - (step * normal).sum(1, keepdim=True) * normal
-        back = (values[0] / _lengths(values[1:]).clamp_min(0.5)).clamp(-0.5, 0.5)[:, None] * normal / voxel_mm
+        steepness = _lengths(values[1:])
+        normal = values[1:] / steepness.clamp_min(1e-12)
+        along = step - (step * normal).sum(0) * normal
+        back = (values[0] / steepness.clamp_min(0.5)).clamp(-0.5, 0.5) * normal / voxel_mm
         vertices = vertices + 0.5 * along + 0.1 * (step - along) - 0.5 * back
     return vertices
 
 
 def _flow(vertices: Tensor, white: Tensor, pial: Tensor, voxel_mm: float) -> Tensor:
-    """Vertices moved from the white surface to the pial one; see :func:`grow_hemisphere`."""
+    """Vertices (3, V) moved from the white surface to the pial one; see :func:`grow_hemisphere`."""
     smooth = GaussianFilter(3, SMOOTHING_MM / voxel_mm)((white + pial)[None, None])[0, 0]
-    fields = torch.stack([pial, *torch.gradient(smooth, spacing=voxel_mm)])
-    moving, vertices = torch.arange(len(vertices)), vertices.clone()
+    fields = _stack(pial, *torch.gradient(smooth, spacing=voxel_mm))
+    moving, place, vertices = torch.arange(vertices.shape[1]), vertices, vertices.clone()
     for _ in range(STEPS):
-        values = _sample(fields, vertices[moving])
+        values = _sample(fields, place)
         steepness = _lengths(values[1:])
         speed = values[0].clamp(-FASTEST_MM, FASTEST_MM) * (steepness - RIDGE_STEEPNESS).clamp(0, 1)
         step = STEP * speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm
-        vertices[moving] -= step[:, None] * values[1:].T
-        moving = moving[(step * steepness * voxel_mm).abs() > STILL_MM]
+        place = place - step * values[1:]
+        vertices[:, moving] = place
+        on = (step * steepness * voxel_mm).abs() > STILL_MM
+        moving, place = moving[on], place[:, on]
     return vertices
 
 

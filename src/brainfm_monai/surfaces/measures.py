@@ -15,6 +15,7 @@ from brainfm_monai.surfaces.crossings import find_crossing_faces
 PIXEL_MM = 0.6  # of a view
 AMBIENT = 0.35  # share of the light that comes from everywhere
 LIGHT = (0.35, 0.45, 0.82)  # to the right, above and towards the viewer
+LEAF_SIZE = 32  # points of a leaf of the tree of a surface: of 10, 16, 24 and 32 the fastest
 CONTOUR_POINTS = np.linspace(0, 1, 6)[:, None]  # on each piece of a contour, which is at most 1.5 mm long
 
 
@@ -32,7 +33,8 @@ def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.nda
     With edges of 0.7 mm the result is at most 0.25 mm, and for points on the surface 0.2 mm on average, too long; for
     points 2 mm away it is 0.01 mm too long.
     """
-    tree = cKDTree(np.concatenate([vertices, vertices[faces].mean(axis=1)]), balanced_tree=False, compact_nodes=False)
+    targets = np.concatenate([vertices, vertices[faces].mean(axis=1)])
+    tree = cKDTree(targets, LEAF_SIZE, compact_nodes=False, balanced_tree=False)
     return np.asarray(tree.query(points, workers=-1)[0])
 
 
