@@ -45,32 +45,26 @@ def test_paired_statistics_of_two_evaluations(tmp_path: Path) -> None:
     for name, shift in {"a": 0.0, "b": 0.1}.items():
         (tmp_path / name).mkdir()
         write_frame(tmp_path / name / METRICS_FILE, pd.DataFrame(make_rows(shift)))
-    page = compare_evaluations(tmp_path / "a", tmp_path / "b", tmp_path / "out").read_text(encoding="utf-8")
-    table = read_table(tmp_path / "out" / "comparison.tsv")
+    path = compare_evaluations(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert path == tmp_path / "out" / "comparison.tsv"
+    table = read_table(path)
     left = table["dice", "thalamus", "left"]
     assert [float(left[key]) for key in ("n", "difference", "low", "high")] == pytest.approx([8, 0.1, 0.1, 0.1])
     assert float(left["p"]) == pytest.approx(2 / 2**8)  # all eight signs agree
     assert float(left["p_holm"]) > float(left["p"])  # of several structures
     assert float(table["dice", "thalamus", "right"]["p"]) == 1
     assert table["dice", "accumbens", "left"]["difference"] == "n/a"
-    for text in ("8 scans in both", "Dice, sides apart", "+0.025", ">B<", define("dice").split(";")[1]):
-        assert text in page
-    assert '<td class="number">not certain</td>' in page  # what did not change
 
 
 def test_other_scans_are_told_in_one_line(tmp_path: Path) -> None:
     for name, rows in {"a": make_rows(0), "b": make_rows(0, scans=7), "c": make_rows(0, condition="noisy")}.items():
         (tmp_path / name).mkdir()
         write_frame(tmp_path / name / METRICS_FILE, pd.DataFrame(rows))
-    message = (
-        r"^compare: the same scans and conditions are needed in both folders, found only in \S+a: scan7 \(native\)$"
-    )
-    with pytest.raises(ValueError, match=message):
-        compare_evaluations(tmp_path / "a", tmp_path / "b", tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"only in \S+a: scan0 \(native\), .* and 3 more; only in \S+c: scan0 \(noisy\), "
-    ):
-        compare_evaluations(tmp_path / "a", tmp_path / "c", tmp_path / "out")
+    for name, found in (("b", r"scan7 native .* \(9 in all\)"), ("c", "scan0 native ")):
+        with pytest.raises(
+            ValueError, match=rf"^compare: both tables must have the same rows, found in one alone: {found}"
+        ):
+            compare_evaluations(tmp_path / "a", tmp_path / name, tmp_path / "out")
     with pytest.raises(
         FileNotFoundError, match=r"metrics\.tsv: the folder of a finished evaluation is needed, found no such file"
     ):

@@ -62,7 +62,7 @@ def test_a_sweep_stands_for_one_condition_for_each_value() -> None:
             {"a": {"gamma": {"sweep": [1]}, "noise_percent": {"sweep": [1]}}},
             "condition a: one setting may be swept, found .*",
         ),
-        ({"a": {"contrast": "T3w"}}, "condition a: 'contrast' must be one of T1w, T2w, .*, got T3w"),
+        ({"a": {"contrast": "T3w"}}, "condition a: 'contrast' must be one of T1w, T2w, .*, found T3w"),
         (
             {"a": {"spacing_mm": [1, 5]}},
             "condition a: slices, their profile and the three spacings must be positive .*",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,18 +152,16 @@ def test_a_localizer_is_no_scan(tmp_path: Path) -> None:
     check_places(read_scan(folder), PIXELS + 100)  # the one series beside it
 
 
-@pytest.mark.parametrize("times", [1, 3])
-def test_a_mosaic_that_does_not_say_how_its_slices_lie_is_refused(tmp_path: Path, times: int) -> None:
-    """Siemens lays all slices of a time point into one picture; without the private header nobody can part them."""
-    picture = np.block([[PIXELS[3 * i + j] for j in range(3)] for i in range(3)])
+def test_a_mosaic_is_no_scan(tmp_path: Path) -> None:
+    """Siemens lays all slices of a time point of a functional or diffusion series into one picture."""
+    tags = {"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], "Manufacturer": "SIEMENS"}
     (tmp_path / "epi").mkdir()
-    for time in range(times):
-        tags = {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "Manufacturer": "SIEMENS"}
-        write_slice(tmp_path / f"epi/{time}", time, ORIGIN, picture + time, AcquisitionNumber=time + 1, **tags)
-    rule = "a mosaic whose header says how its slices lie is needed, found one picture of 30 x 36 pixels in 7-T1_sag_3D"
-    for frame in (None, 0, "mean"):
-        with pytest.raises(ScanError, match=f"epi: {rule}$"):
-            read_scan(tmp_path / "epi", frame)
+    write_slice(
+        tmp_path / "epi/1", 1, ORIGIN, np.block([[PIXELS[3 * i + j] for j in range(3)] for i in range(3)]), **tags
+    )
+    with pytest.raises(ScanError, match="a mosaic, Siemens' format of functional and diffusion series"):
+        read_scan(tmp_path / "epi")
+    assert "7-T1_sag_3D: a mosaic" in find_scans(tmp_path)[0].skipped
 
 
 def test_what_nobody_means_as_a_scan_is_skipped_and_named(tmp_path: Path) -> None:
@@ -254,44 +251,6 @@ def test_slopes_that_differ_from_slice_to_slice_are_applied(tmp_path: Path) -> N
         data.RescaleSlope, data.RescaleIntercept = float(data.InstanceNumber), 0.0
         data.save_as(file)
     check_places(read_scan(folder), PIXELS * np.arange(1, COUNT + 1)[:, None, None])
-
-
-def csa_header(**tags: tuple[str, list[str]]) -> bytes:
-    """Siemens' private header, as NiBabel's documentation of it says: by tag its type and values."""
-    content = b"SV10\4\3\2\1" + struct.pack("<2I", len(tags), 77)
-    for name, (kind, values) in tags.items():
-        content += struct.pack("<64si4s3i", name.encode(), len(values), kind.encode(), 0, len(values), 77)
-        for text in (value.encode() + b"\0" for value in values):
-            content += struct.pack("<4i", len(text), len(text), 77, len(text)) + text + bytes(-len(text) % 4)
-    return content
-
-
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("upwards", [True, False])
-def test_a_mosaic_lies_where_its_private_header_puts_it(tmp_path: Path, times: int, upwards: bool) -> None:
-    """dcm2niix parts the picture; slices rise along the normal that the header states, or against that of the axes."""
-    normal = NORMAL if upwards else -NORMAL
-    picture = np.block([[PIXELS[3 * i + j] for j in range(3)] for i in range(3)])
-    rows, columns = PIXELS.shape[1:]
-    # Siemens' place of a mosaic is the corner that one large picture around the same middle would have
-    corner = ORIGIN - (columns * (3 - 1) / 2 * ACROSS) * ROW - (rows * (3 - 1) / 2 * DOWN) * COLUMN
-    (tmp_path / "epi").mkdir()
-    for time in range(times):
-        data = write_slice(
-            tmp_path / f"epi/{time}", time, corner, picture + time, AcquisitionNumber=time + 1, Manufacturer="SIEMENS",
-            ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], SpacingBetweenSlices=APART,
-        )  # fmt: skip
-        block = data.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
-        block.add_new(0x08, "CS", "IMAGE NUM 4")
-        image = {"NumberOfImagesInMosaic": ("US", [str(COUNT)]), "ProtocolSliceNumber": ("IS", ["0"])}
-        image |= {"SliceNormalVector": ("FD", [f"{value:.8f}" for value in normal])}
-        block.add_new(0x10, "OB", csa_header(**image, PhaseEncodingDirectionPositive=("IS", ["1"])))
-        block.add_new(0x20, "OB", csa_header(MrPhoenixProtocol=("UN", ["### ASCCONV BEGIN ###"])))
-        data.save_as(tmp_path / f"epi/{time}", enforce_file_format=True)
-    for frame in range(times):
-        found = read_scan(tmp_path / "epi", frame if times > 1 else None)
-        check_places(found, PIXELS + frame, normal=normal)
-        assert not found.warnings
 
 
 def test_frames_of_one_file_lie_where_their_own_groups_put_them(tmp_path: Path) -> None:

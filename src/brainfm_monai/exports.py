@@ -8,7 +8,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from brainfm_monai.io import find_bundle, find_config, first_line, literal, write_whole
+from brainfm_monai.io import find_bundle, find_config, first_line, literal, refuse_if, write_whole
 from brainfm_monai.weights import load_weights
 
 ONNX_OPSET = 20  # group normalisation is of opset 18 to 21; 20 is what current runtimes all read
@@ -47,9 +47,8 @@ def export_onnx(network: nn.Module, path: str | Path, size: int = 64, tolerance:
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"image": second.numpy()})[0])
         difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= tolerance:
-            rule = f"the graph must agree with the network to {tolerance:g}"
-            raise ValueError(f"{path}: {rule}, found a difference of {difference:g}")
+        rule = f"{path}: the graph must agree with the network to {tolerance:g}"
+        refuse_if(not difference <= tolerance, rule, f"a difference of {difference:g}")
     return difference
 
 
@@ -70,8 +69,8 @@ def export_bundle(
         size: side of the cube that an ONNX graph is traced with, an even multiple of what the network needs.
     """
     path = Path(output)
-    if path.suffix not in {".ts", ".onnx"}:
-        raise ValueError(f"{path}: the suffix .ts (TorchScript) or .onnx is needed, found '{path.suffix}'")
+    rule = f"{path}: the suffix .ts (TorchScript) or .onnx is needed"
+    refuse_if(path.suffix not in {".ts", ".onnx"}, rule, f"'{path.suffix}'")
     configs = [find_config(bundle, "inference.json"), *([Path(overrides)] if str(overrides) else [])]
     parser = ConfigParser()
     parser.read_config([str(config) for config in configs])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.annotation.gains import Items, keep_gains
-from brainfm_monai.io import ScanError, bundle_arguments, read_labels, read_scan, write_text, write_whole
+from brainfm_monai.io import ScanError, bundle_arguments, read_labels, read_scan, refuse_if, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet
 
 logger = logging.getLogger(__name__)
@@ -79,11 +79,10 @@ def match_structures(values: Collection[int], label_info: Items, protocol: Proto
     id_of = {_plain(s.name): s.freesurfer_id for s in protocol.structures[1:]} | dict.fromkeys(NOT_STRUCTURES, 0)
     ids = {0: 0}
     for value in sorted(set(values) - {0}):
-        name = names.get(value)
-        if name is None or _plain(name) not in id_of:
-            found = "a value without a name" if name is None else f"'{name}'"
-            rule = "segments must have names of the model's structures"
-            raise ScanError(f"{source}: {rule}, found {found} (value {value})")
+        name = names.get(value, "")
+        rule = f"{source}: segments must have names of the model's structures"
+        found = f"'{name}'" if name else "a value without a name"
+        refuse_if(_plain(name) not in id_of, rule, f"{found} (value {value})", ScanError)
         ids[value] = id_of[_plain(name)]
     return ids
 
@@ -171,8 +170,7 @@ def prepare_corrected(items: Items, folder: Path) -> list[dict[str, Any]]:
     lie in ``folder``; what was prepared before is not prepared again. ValueError if there are no items, or, with the
     reason of the first, if none can be used.
     """
-    if not items:
-        raise ValueError("training: a corrected scan is needed, found none: save a label (Submit Label) first")
+    refuse_if(not items, "training: a corrected scan is needed", "none: save a label (Submit Label) first")
     from brainfm_monai.data.prepare import prepare_label  # the extra "prepare"
 
     protocol = Protocol.load("synthseg_head")
@@ -199,8 +197,8 @@ def _cut_to_labels(image: str, label: str, ids: Mapping[int, int], protocol: Pro
         return image
     scan, labels = read_scan(image), read_labels(label)
     shape = labels.values.shape
-    if scan.values.shape != shape or not np.allclose(scan.affine, labels.affine, atol=GRID_TOLERANCE_MM):
-        raise ScanError(f"{label}: labels of the brain alone must have the grid of the scan, found {shape}")
+    is_same = scan.values.shape == shape and np.allclose(scan.affine, labels.affine, atol=GRID_TOLERANCE_MM)
+    refuse_if(not is_same, f"{label}: labels of the brain alone must have the grid of the scan", shape, ScanError)
     path = folder / "brains" / Path(image).name
     with write_whole(path) as partial:
         nib.save(nib.Nifti1Image(scan.values * (labels.values > 0), scan.affine), partial)

@@ -16,7 +16,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_contrast
 from brainfm_monai.evaluation.conditions import TARGET, Condition, check_for_real_scans, to_freesurfer_ids
-from brainfm_monai.io import find_repeated, read_maps, scan_stem
+from brainfm_monai.io import find_repeated, read_maps, refuse_if, scan_stem
 from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
@@ -59,8 +59,7 @@ def make_pair_cases(
     for item in _read_items(datalist, section, rule, lambda item: "image" in item and not references.isdisjoint(item)):
         item |= {key: str(Path(datalist).parent / item[key]) for key in SURFACES if key in item}
         for path in [item[key] for key in ("image", *REFERENCES, *SURFACES) if key in item and key != "age"]:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"{path}: named in {datalist}, found no such file")
+            refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
         scans.append((str(item.get("name") or scan_stem(item["image"])), item))
     return _under_conditions(scans, conditions, seed, datalist)
 
@@ -82,12 +81,11 @@ def make_generated_cases(
 
 
 def _read_items(datalist: str | Path, section: str, rule: str, is_complete: Callable[[Case], bool]) -> list[Case]:
-    if not Path(datalist).is_file():
-        raise FileNotFoundError(f"{datalist}: a datalist (JSON) is needed, found no such file: pass --datalist FILE")
+    found = "no such file: pass --datalist FILE"
+    refuse_if(not Path(datalist).is_file(), f"{datalist}: a datalist (JSON) is needed", found, FileNotFoundError)
     items = read_datalist(datalist, section)
     for item in items:
-        if not is_complete(item):
-            raise ValueError(f"{datalist}: every {rule}, found {sorted(item)}")
+        refuse_if(not is_complete(item), f"{datalist}: every {rule}", sorted(item))
     return items
 
 
@@ -100,9 +98,9 @@ def _under_conditions(
         for condition in conditions:
             name = f"{scan}_{condition.name}" if condition.settings else scan
             cases.append({**item, "name": name, "condition": condition.name, "settings": dict(condition.settings)})
-    if (repeated := find_repeated(case["name"] for case in cases)) or not cases:
-        rule = "items whose names, with those of the conditions, differ are needed"
-        raise ValueError(f"{datalist}: {rule}, found {f'twice: {repeated}' if repeated else 'none'}")
+    repeated = find_repeated(case["name"] for case in cases)
+    rule = f"{datalist}: items whose names, with those of the conditions, differ are needed"
+    refuse_if(repeated or not cases, rule, f"twice: {repeated}" if repeated else "none")
     return cases
 
 
@@ -163,8 +161,8 @@ class MeasureMaps(Transform):
         dice_structures: Mapping[str, Any] | None = None,
         comparison_grid: str = "scan",
     ) -> None:
-        if comparison_grid not in GRIDS:
-            raise ValueError(f"comparison_grid: one of {', '.join(GRIDS)} is needed, found '{comparison_grid}'")
+        rule = f"comparison_grid: one of {', '.join(GRIDS)} is needed"
+        refuse_if(comparison_grid not in GRIDS, rule, f"'{comparison_grid}'")
         self.layout = layout
         self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
         self.structures, self.dice_structures = parse_structures(structures), parse_structures(dice_structures or {})

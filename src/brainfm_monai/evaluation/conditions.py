@@ -16,7 +16,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.intensity import normalise_percentiles
-from brainfm_monai.io import find_repeated, read_table
+from brainfm_monai.io import find_repeated, read_table, refuse_if
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, parse_ranges, render
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquire
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA, sample
@@ -53,33 +53,32 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
     """
     conditions: list[Condition] = []
     for name, settings in table.items():
-        if (unknown := sorted(set(settings) - set(SETTINGS))) or not re.fullmatch(NAME, name):
-            found = f"the setting {', '.join(unknown)}" if unknown else "this name"
-            rule = f"letters and digits name it, and {', '.join(SETTINGS)} set it"
-            raise ValueError(f"condition {name}: {rule}; found {found}")
+        rule, unknown = f"condition {name}: letters and digits name it", sorted(set(settings) - set(SETTINGS))
+        refuse_if(not re.fullmatch(NAME, name), rule, "this name")
+        refuse_if(unknown, f"condition {name}: {', '.join(SETTINGS)} set it", f"the setting {', '.join(unknown)}")
         swept = [key for key, value in settings.items() if isinstance(value, Mapping) and "sweep" in value]
-        if len(swept) > 1:
-            raise ValueError(f"condition {name}: one setting may be swept, found {', '.join(swept)}")
+        refuse_if(len(swept) > 1, f"condition {name}: one setting may be swept", ", ".join(swept))
         for value in settings[swept[0]]["sweep"] if swept else [None]:
             fixed = {**settings, swept[0]: value} if swept else dict(settings)
             _check(name, fixed)
             conditions.append(Condition(f"{name}-{value}" if swept else name, fixed))
-    if (repeated := find_repeated(condition.name for condition in conditions)) or not conditions:
-        raise ValueError(f"conditions: different ones are needed, found {f'twice: {repeated}' if repeated else 'none'}")
+    repeated = find_repeated(condition.name for condition in conditions)
+    found = f"twice: {repeated}" if repeated else "none"
+    refuse_if(repeated or not conditions, "conditions: different ones are needed", found)
     return tuple(conditions)
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
     contrasts, contrast = (*CONTRASTS, "random", INVERTED), settings.get("contrast", INVERTED)
-    if contrast not in contrasts:
-        raise ValueError(f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}, got {contrast}")
+    refuse_if(
+        contrast not in contrasts, f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}", contrast
+    )
     spacing, slices = settings.get("spacing_mm"), [settings[key] for key in AXES if key in settings]
-    if spacing is not None and slices:
-        raise ValueError(f"condition {name}: either 'spacing_mm' or slices are set, found both")
+    refuse_if(spacing is not None and slices, f"condition {name}: either 'spacing_mm' or slices are set", "both")
     lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]
-    if any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or AXES) != len(AXES):
-        rule = "slices, their profile and the three spacings must be positive numbers of mm"
-        raise ValueError(f"condition {name}: {rule}, got {lengths}")
+    is_wrong = any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or AXES) != len(AXES)
+    rule = "slices, their profile and the three spacings must be positive numbers of mm"
+    refuse_if(is_wrong, f"condition {name}: {rule}", lengths)
     make_laws(SynthesisRanges(), settings)
 
 
@@ -89,9 +88,8 @@ def check_for_real_scans(conditions: Sequence[Condition]) -> None:
         impossible = [key for key in GENERATED_ALONE if key in condition.settings]
         if (contrast := condition.settings.get("contrast", INVERTED)) != INVERTED:
             impossible.append(f"contrast {contrast}")
-        if impossible:
-            found = ", ".join(impossible)
-            raise ValueError(f"condition {condition.name}: for generated scans alone, found {found} on real ones")
+        found = f"{', '.join(impossible)} on real ones"
+        refuse_if(impossible, f"condition {condition.name}: for generated scans alone", found)
 
 
 def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRanges:

@@ -14,9 +14,8 @@ import pandas as pd
 
 import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
-from brainfm_monai.io import ABSENT, fingerprint, locked, write_text, write_whole
+from brainfm_monai.io import fingerprint, locked, refuse_if, write_text, write_whole
 from brainfm_monai.metrics import HEADLINES, MetricRow, compare, define, read_metrics, summarise, write_frame
-from brainfm_monai.metrics.scan import ALL
 from brainfm_monai.metrics.segmentation import SIDES
 from brainfm_monai.metrics.tables import Headline, make_headlines
 from brainfm_monai.outputs import ScanWriter
@@ -27,9 +26,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
 CASES_FOLDER = "cases"  # one JSON file and one picture for each case
 PAGE = "evaluation.html"
-COMPARISON_TABLE, COMPARISON_PAGE = "comparison.tsv", "comparison.html"
-LEVEL = 0.05  # of P values
-MOST_NAMED = 5  # scans that a message names
+COMPARISON_TABLE = "comparison.tsv"
 MEASURE = ["task", "structure", "side", "metric", "unit"]
 WORST = 8  # scans that are shown
 LIBRARIES = ("monai", "torch")
@@ -178,62 +175,25 @@ class EvaluationWriter:
 
 
 def compare_evaluations(first: str | Path, second: str | Path, output: str | Path | None = None) -> Path:
-    """Compare two evaluations of the same scans: paired statistics as a table and a page, whose path is returned.
+    """Compare two evaluations of the same scans by paired statistics; return the path of ``comparison.tsv``.
 
-    ``comparison.tsv`` and ``comparison.html`` have for every condition, task, structure, side and metric the mean
-    difference, its bootstrap confidence interval, and the Wilcoxon signed-rank test, corrected by Holm over the
-    structures and sides of a metric. A folder without an evaluation is a FileNotFoundError, other scans or conditions
-    are a ValueError.
+    For every condition, task, structure, side and metric it has the mean difference, its bootstrap confidence interval,
+    and the Wilcoxon signed-rank test, corrected by Holm over the structures and sides of a metric. A folder without an
+    evaluation is a FileNotFoundError, other scans or conditions are a ValueError.
 
     Args:
         first: folder of an evaluation.
         second: folder of another one, such as that of other weights.
-        output: folder for comparison.tsv and comparison.html; by default the second one's.
+        output: folder for comparison.tsv; by default the second one's.
     """
-    left, right = (_read(Path(folder)) for folder in (first, second))
-    _check_same_cases({first: left, second: right})
-    folder = Path(second if output is None else output)
+    files = [Path(folder, METRICS_FILE) for folder in (first, second)]
+    for path in files:
+        rule = f"{path}: the folder of a finished evaluation is needed"
+        refuse_if(not path.is_file(), rule, "no such file", FileNotFoundError)
+    left, right = map(read_metrics, files)
     # two networks may predict different tasks: the measures that both have are compared
     measures = left[MEASURE].drop_duplicates().merge(right[MEASURE].drop_duplicates())
-    if measures.empty:
-        raise ValueError("compare: a measure that both evaluations have is needed, found none")
-    left, right = left.merge(measures), right.merge(measures)
-    compared = compare(left, right)
-    write_frame(folder / COMPARISON_TABLE, compared)
-    rows = {name: _find_headlines(compared, name) for name in left["condition"].unique()}
-    content = {"first": first, "second": second, "scans": left["scan"].nunique(), "conditions": rows, "define": define}
-    content |= {"metrics": compared["metric"].unique(), "title": "Comparison", "theme": "light"}
-    write_text(folder / COMPARISON_PAGE, render("comparison.html", **content))
-    return folder / COMPARISON_PAGE
-
-
-def _read(folder: Path) -> pd.DataFrame:
-    if not (folder / METRICS_FILE).is_file():
-        rule = "the folder of a finished evaluation is needed, found no such file"
-        raise FileNotFoundError(f"{folder / METRICS_FILE}: {rule}")
-    return read_metrics(folder / METRICS_FILE)
-
-
-def _check_same_cases(tables: Mapping[str | Path, pd.DataFrame]) -> None:
-    cases = {folder: set(zip(table["scan"], table["condition"], strict=True)) for folder, table in tables.items()}
-    shared, differences = set.intersection(*list(cases.values())), []
-    for folder, own in cases.items():
-        if names := [f"{scan} ({condition})" for scan, condition in sorted(own - shared)]:
-            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-            differences.append(f"only in {folder}: {', '.join(names[:MOST_NAMED])}{more}")
-    if differences:
-        rule = "the same scans and conditions are needed in both folders"
-        raise ValueError(f"compare: {rule}, found {'; '.join(differences)}")
-
-
-def _find_headlines(compared: pd.DataFrame, condition: str) -> list[tuple[Headline, Any]]:
-    """Headlines of a condition with the rows that they are about, which get the name of their part."""
-    own = compared[(compared["condition"] == condition) & (compared["n"] > 0)]
-    own = own.assign(part=[_name_part(row) for row in own.itertuples()], certain=own["p_holm"] < LEVEL)
-    return [(h, row) for h in HEADLINES for row in own.itertuples() if h[1:3] == (row.task, row.metric)]
-
-
-def _name_part(row: Any) -> str:
-    """Structure and side of a row, where it has them."""
-    parts = [row.structure, row.side] if row.structure not in (ALL, ABSENT) else []
-    return " ".join(part.replace("_", " ") for part in parts if part not in (ABSENT, "both"))
+    refuse_if(measures.empty, "compare: a measure that both evaluations have is needed", "none")
+    path = Path(second if output is None else output, COMPARISON_TABLE)
+    write_frame(path, compare(left.merge(measures), right.merge(measures)))
+    return path

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from brainfm_monai.io.dicom import EXTRA, SPACING_TOLERANCE, TILT_TOLERANCE_DEG, Series, list_series
+from brainfm_monai.io.files import refuse_if
 
 CONVERSION_SECONDS = 1800
 
@@ -23,12 +24,10 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
     """
     series = list_series(path)
     usable = [s for s in series if (s.name == name if name else not s.problem)]
-    if len(usable) != 1:
-        kinds = "; ".join(f"{s.name} ({s.problem or f'{len(s.files)} files'})" for s in series)
-        raise ValueError(f"one DICOM series of evenly spaced slices is needed, found {len(usable)} in {kinds}")
+    kinds = "; ".join(f"{s.name} ({s.problem or f'{len(s.files)} files'})" for s in series)
+    refuse_if(len(usable) != 1, "one DICOM series of evenly spaced slices is needed", f"{len(usable)} in {kinds}")
     (chosen,) = usable
-    if chosen.problem:
-        raise ValueError(f"one evenly spaced stack of DICOM slices is needed, found {chosen.problem}")
+    refuse_if(chosen.problem, "one evenly spaced stack of DICOM slices is needed", chosen.problem)
     try:
         import dcm2niix
     except ImportError as error:
@@ -43,10 +42,10 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CONVERSION_SECONDS)
         # beside a volume dcm2niix writes versions that it resampled: without tilt (_Tilt), with even distances (_Eq)
         made = [f for f in sorted(target.glob("*.nii")) if not re.search(r"_(Tilt|Eq)_?\d*\.nii$", f.name)]
-        if len(made) != 1:
-            said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("Error", "Warning"))]
-            said = [re.sub(r"\S+/(\d{6})\.dcm", lambda match: chosen.files[int(match[1])].name, line) for line in said]
-            raise ValueError(f"dcm2niix must make one volume of the series, found {len(made)}: {'; '.join(said[-2:])}")
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("Error", "Warning"))]
+        said = [re.sub(r"\S+/(\d{6})\.dcm", lambda match: chosen.files[int(match[1])].name, line) for line in said]
+        found = f"{len(made)}: {'; '.join(said[-2:])}"
+        refuse_if(len(made) != 1, "dcm2niix must make one volume of the series", found)
         yield made[0], chosen
 
 
@@ -55,9 +54,7 @@ def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarr
 
     ``affine``, (4, 4), is dcm2niix's, ``depth`` the number of slices. ValueError if both disagree on more than a tilt.
     """
-    if series.affine is None:
-        return affine
-    placed = series.affine.copy()
+    placed = np.array(series.affine)
     if placed[:3, 2] @ affine[:3, 2] < 0:
         placed[:3, 3] += placed[:3, 2] * (depth - 1)
         placed[:3, 2] *= -1

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfm_monai.io.files import first_line
+from brainfm_monai.io.files import first_line, refuse_if
 
 MARK, MARK_PLACE = b"DICM", 128
 EXTRA = "reading DICOM needs pydicom and dcm2niix, found neither or one of them: pip install 'brainfm-monai[dicom]'"
@@ -38,8 +38,7 @@ class Series:
     """One volume, or one series of volumes, of a DICOM folder.
 
     The affine maps voxel indices to RAS mm, shape (4, 4), as the places of the slices say, in the order of dcm2niix:
-    columns, rows upwards, slices along the normal. In a mosaic Siemens lays the slices side by side in one picture;
-    they have no places.
+    columns, rows upwards, slices along the normal.
     """
 
     name: str  # by number, description and what tells it from other volumes of its series; unique in a folder
@@ -49,7 +48,6 @@ class Series:
     problem: str = ""  # why it is not one evenly spaced stack of slices; empty: it is one
     is_overview: bool = False  # a localizer, a single slice, a phase image, a report: nobody means it as a scan
     warnings: tuple[str, ...] = ()
-    mosaic: tuple[int, int] | None = None  # columns and rows of its pictures
     uid: str = ""  # of the series
     instances: frozenset[str] = frozenset()  # unique ids of its files
 
@@ -86,8 +84,7 @@ def list_series(path: str | Path) -> list[Series]:
     path = Path(path)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)] if path.is_dir() else [path]
     slices, copies, volumes = _read_slices(files)
-    if not slices and not volumes:
-        raise ValueError("a DICOM image is needed, found no file with pixels")
+    refuse_if(not slices and not volumes, "a DICOM image is needed", "no file with pixels")
     groups: dict[tuple[Any, ...], list[_Slice]] = defaultdict(list)
     turns: dict[tuple[int, str], list[tuple[float, ...]]] = defaultdict(list)
     patients = sorted({str(one.header.get("PatientID", "")) for one in slices})
@@ -125,6 +122,8 @@ def _find_overview(slices: Sequence[_Slice], turns: int) -> str:
     captured = str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
     if turns > 1 or "LOCALIZER" in kind:
         return f"a localizer, slices in {turns} directions under one series"
+    if "MOSAIC" in kind:
+        return "a mosaic, Siemens' format of functional and diffusion series"
     if modality in NO_SCANS or (captured and all(one.place is None for one in slices)):
         return f"no scan: {'a secondary capture' if captured else f'the modality is {modality}'}"
     if found := sorted(kind & (PHASES | PROJECTIONS if modality == "MR" else PROJECTIONS)):
@@ -169,20 +168,13 @@ def _read_slice(file: Path, header: Any, groups: Sequence[Any]) -> _Slice:
         value = next((v for v in values if v is not None), header.get(tag))
         return None if value is None else tuple(float(v) for v in value)
 
-    place = None if _is_mosaic(header) else read("PlanePositionSequence", "ImagePositionPatient")
+    place = read("PlanePositionSequence", "ImagePositionPatient")
     axes = read("PlaneOrientationSequence", "ImageOrientationPatient")
     return _Slice(file, header, place, axes, read("PixelMeasuresSequence", "PixelSpacing"))
 
 
-def _is_mosaic(header: Any) -> bool:
-    return "MOSAIC" in (header.get("ImageType") or ())
-
-
 def _split_volumes(name: str, slices: list[_Slice]) -> list[Series]:
     """Volumes of slices of one direction: as many as there are slices at each place."""
-    header = slices[0].header
-    if _is_mosaic(header):
-        return [_describe(name, slices, mosaic=(int(header.Columns), int(header.Rows)))]
     if any(s.place is None or s.axes is None or s.spacing is None for s in slices):
         return [_describe(name, slices, problem="slices without a place, direction or pixel spacing in their headers")]
     order = ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber")

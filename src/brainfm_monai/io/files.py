@@ -27,6 +27,12 @@ class ScanError(ValueError):
     """A scan that cannot be used. The message is one line that names the file, the rule and what was found."""
 
 
+def refuse_if(is_wrong: object, rule: str, found: object, kind: type[Exception] = ValueError) -> None:
+    """Raise an error of one line, ``<rule>, found <found>``, if an input is wrong."""
+    if is_wrong:
+        raise kind(f"{rule}, found {found}")
+
+
 def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call a function; a ValueError, OSError or FloatingPointError becomes a SystemExit with its one-line message.
 
@@ -155,11 +161,10 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
             columns, *rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row] or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: a tab-separated table in UTF-8 is needed, found {error}") from error
-    if twice := find_repeated(filter(None, columns)):
-        raise ValueError(f"{path}: columns with different names are needed, found twice: {', '.join(twice)}")
+    twice = find_repeated(filter(None, columns))
+    refuse_if(twice, f"{path}: columns with different names are needed", f"twice: {', '.join(twice)}")
     for number, row in enumerate(rows, 2):
-        if len(row) != len(columns):
-            raise ValueError(f"{path}: line {number} must have {len(columns)} cells, found {len(row)}")
+        refuse_if(len(row) != len(columns), f"{path}: line {number} must have {len(columns)} cells", len(row))
     cells = [[cell[1:] if cell.startswith("'") and _is_formula(cell) else cell for cell in row] for row in rows]
     return [dict(zip(columns, row, strict=True)) for row in cells]
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from brainfm_monai.io.dicom import Series, is_dicom, list_series
-from brainfm_monai.io.files import ABSENT, read_table
+from brainfm_monai.io.files import ABSENT, read_table, refuse_if
 from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, scan_stem
 
 BIDS_SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "PDT2", "T2starw", "inplaneT1", "inplaneT2", "UNIT1", "ct")
 BIDS_FOLDERS = ("anat", "ct")
 TABLE_COLUMNS = ("image", "name", "frame", "lesions")
-COMPANION = re.compile(r"(.+)\.(json|bval|bvec|img|raw|raw\.gz)", re.IGNORECASE | re.DOTALL)  # of the scan of this stem
+COMPANION = re.compile(r"(.+)\.(json|bval|bvec|img)", re.IGNORECASE | re.DOTALL)  # of the scan of this stem
 MARKERS = ("_finished.json", "_unfinished.json")  # beside the results of a scan, see outputs.writer
 KINDS = ", ".join(SCAN_SUFFIXES)
 Found = tuple[Path, str, str]  # a path, its problem and why it is skipped: attributes of a Scan
@@ -54,22 +54,21 @@ def find_scans(
     path, output = Path(source), os.path.realpath(output_dir) if output_dir else None
     if has_magic(str(source)) and not os.path.lexists(path):
         return _name(_match(path, output), f"{source}: a pattern of scans")
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path}: a scan or a folder of scans is needed, found no such file or folder")
+    rule = f"{path}: a scan or a folder of scans is needed"
+    refuse_if(not os.path.lexists(path), rule, "no such file or folder", FileNotFoundError)
     if not path.is_dir():
         if path.name.lower().endswith(".tsv"):
             return _from_table(path)
-        if not path.name.lower().endswith(SCAN_SUFFIXES) and not is_dicom(path):
-            raise ValueError(f"{path}: a scan is a file of the kind {KINDS}, found another suffix")
+        is_scan = path.name.lower().endswith(SCAN_SUFFIXES) or is_dicom(path)
+        refuse_if(not is_scan, f"{path}: a scan is a file of the kind {KINDS}", "another suffix")
         return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_find_problem(path))]
-    if output == os.path.realpath(path):
-        rule = "results need a folder of their own, found output_dir to be the folder of the scans"
-        raise ValueError(f"{source}: {rule}")
+    rule = f"{source}: results need a folder of their own"
+    refuse_if(output == os.path.realpath(path), rule, "output_dir to be the folder of the scans")
     folders = [folder / name for p in ("sub-*", "sub-*/ses-*") for folder in path.glob(p) for name in BIDS_FOLDERS]
     if (path / "dataset_description.json").is_file() or any(folder.is_dir() for folder in folders):
         return _from_bids(path, output, participant_label)
-    if participant_label is not None:
-        raise ValueError(f"{source}: 'participant_label' needs a BIDS dataset, found a folder without sub-* folders")
+    rule = f"{source}: 'participant_label' needs a BIDS dataset"
+    refuse_if(participant_label is not None, rule, "a folder without sub-* folders")
     return _name(_walk(path, output, {}), f"{source}: a folder of scans", path)
 
 
@@ -77,8 +76,7 @@ def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[S
     """Scans with names; a list without scans is refused with the rule."""
     listed = list(found)
     scans = [entry for entry in listed if not entry[2]]
-    if not scans:
-        raise FileNotFoundError(f"{rule} ({KINDS}) is needed, found none{' in it' if root else ''}")
+    refuse_if(not scans, f"{rule} ({KINDS}) is needed", "none in it" if root else "none", FileNotFoundError)
     common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
     names = unique_names(Path(os.path.relpath(p, common)) if p != root else Path(p.resolve().name) for p, *_ in scans)
     named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
@@ -199,11 +197,10 @@ def _read_results(marker: Path) -> list[str]:
 
 def _from_table(path: Path) -> list[Scan]:
     rows = read_table(path)
-    if not rows or "image" not in rows[0]:
-        columns = " ".join(rows[0]) if rows else "no rows"
-        raise ValueError(f"{path}: a table of scans needs the column 'image', found {columns}")
-    if any(row["image"] in ("", ABSENT) for row in rows):
-        raise ValueError(f"{path}: every row needs an 'image', found an empty one")
+    columns = rows[0] if rows else ["no rows"]
+    refuse_if("image" not in columns, f"{path}: a table of scans needs the column 'image'", " ".join(columns))
+    empty = any(row["image"] in ("", ABSENT) for row in rows)
+    refuse_if(empty, f"{path}: every row needs an 'image'", "an empty one")
     items: list[dict[str, Any]] = []
     for row in rows:
         item: dict[str, Any] = {key: row[key] for key in TABLE_COLUMNS if row.get(key, "") not in ("", ABSENT)}
@@ -226,8 +223,8 @@ def _choose_participants(
     labels = sorted(places if given is None else {word.removeprefix("sub-") for word in words})
     subjects = {label: places[label] for label in labels if label in places and places[label].is_dir()}
     absent = [label for label in labels if label not in subjects]
-    if absent and not subjects:
-        raise FileNotFoundError(f"{path}: the participants {', '.join(absent)} are wanted, found no such folders sub-*")
+    rule = f"{path}: the participants {', '.join(absent)} are wanted"
+    refuse_if(absent and not subjects, rule, "no such folders sub-*", FileNotFoundError)
     return subjects, {label: _find_problem(places[label]) if label in places else "no such folder" for label in absent}
 
 
@@ -252,9 +249,8 @@ def _from_bids(path: Path, output: str | None, participant_label: str | int | Se
                 images.append((file, problem, f"{stem}_space-{suffix}" if stem else suffix))
         if len(images) == found:
             skipped.append((subject, "a participant without an anatomical image"))
-    if not images:
-        kinds = ", ".join(BIDS_SUFFIXES)
-        raise FileNotFoundError(f"{path}: a BIDS dataset with anatomical images ({kinds}) is needed, found none")
+    rule = f"{path}: a BIDS dataset with anatomical images ({', '.join(BIDS_SUFFIXES)}) is needed"
+    refuse_if(not images, rule, "none", FileNotFoundError)
     names = unique_names(Path(name + ".nii") for *_, name in images)
     items: list[dict[str, Any]] = [
         {"image": file, "name": name, "folder": file.parent.relative_to(path).as_posix(), "problem": problem}

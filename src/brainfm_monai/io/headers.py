@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+
+from brainfm_monai.io.files import refuse_if
 
 NIFTI1_BYTES, NIFTI2_BYTES, MGH_BYTES = 348, 540, 284  # sizes of the headers; in NIfTI also the first number in them
 SINGLE_FILE, PAIR = (b"n+1", b"n+2"), (b"ni1", b"ni2")  # magic words of header and voxels in one file, and in two
@@ -58,26 +59,24 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in orders and len(block) >= n), 0)
     magic = block[4:7] if number == NIFTI2_BYTES else block[344:347]
     is_pair = path.name.lower().endswith(".hdr")
-    if not number or is_pair == (magic in SINGLE_FILE):
-        raise ValueError(f"a NIfTI header is needed, found {block[:4]!r} and the magic word {magic!r}")
+    found = f"{block[:4]!r} and the magic word {magic!r}"
+    refuse_if(not number or is_pair == (magic in SINGLE_FILE), "a NIfTI header is needed", found)
     kind = nib.Nifti2Header if number == NIFTI2_BYTES else nib.Nifti1Header if magic in PAIR + SINGLE_FILE else None
     header: Any = (kind or nib.AnalyzeHeader)(block[:number], orders[number], check=False)
     count = int(header["dim"][0])
     shape = tuple(int(n) for n in header["dim"][1 : 1 + count])
-    if not 1 <= count <= 7 or min(shape) < 1:
-        raise ValueError(f"1 to 7 dimensions of at least 1 voxel are needed, found {header['dim'].tolist()}")
-    dtype, file = header.get_data_dtype(), _pair_of(path) if is_pair else path
-    if not file.is_file():
-        raise ValueError(f"the voxels are needed in {file.name} beside the header, found no such file")
+    is_wrong = not 1 <= count <= 7 or min(shape) < 1
+    refuse_if(is_wrong, "1 to 7 dimensions of at least 1 voxel are needed", header["dim"].tolist())
+    dtype, file = header.get_data_dtype(), pair_of(path) if is_pair else path
+    refuse_if(not file.is_file(), f"the voxels are needed in {file.name} beside the header", "no such file")
     bits, stated = 8 * dtype.itemsize, int(header["bitpix"])
-    if bits and stated not in (0, bits):
-        rule = f"numbers of {bits} bits are needed for the type {int(header['datatype'])}"
-        raise ValueError(f"{rule}, found {stated} bits")
+    rule = f"numbers of {bits} bits are needed for the type {int(header['datatype'])}"
+    refuse_if(bits and stated not in (0, bits), rule, f"{stated} bits")
     if kind is None:
         return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,), has_footer=False)
     offset, first = float(header["vox_offset"]), 0 if is_pair else SINGLE_OFFSET[number]
-    if not (offset >= first and offset.is_integer()):
-        raise ValueError(f"voxels that begin at byte {first} or later are needed, found the byte {offset:g}")
+    is_whole = offset >= first and offset.is_integer()
+    refuse_if(not is_whole, f"voxels that begin at byte {first} or later are needed", f"the byte {offset:g}")
     affine, noticed = _choose_affine(header)
     slope, intercept = header.get_slope_inter()
     scale = (1.0 if slope is None else float(slope), float(intercept or 0.0))
@@ -87,12 +86,12 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
 def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
     """Affine of a NIfTI header, and warnings."""
     has_sform, has_qform = header["sform_code"] > 0, header["qform_code"] > 0
-    sform = _valid(header.get_sform()) if has_sform else None
+    sform = np.asarray(header.get_sform(), np.float64) if has_sform and is_valid(header.get_sform()) else None
     qform = _read_qform(header) if has_qform else None
     affine = qform if sform is None else sform
-    if affine is None and (has_sform or has_qform):
-        rows = [np.round(header[row].astype(float), 4).tolist() for row in ("srow_x", "srow_y", "srow_z")]
-        raise ValueError(f"an affine of three independent axes is needed, found the sform {rows} and no valid qform")
+    rows = [np.round(header[row].astype(float), 4).tolist() for row in ("srow_x", "srow_y", "srow_z")]
+    is_wrong, found = affine is None and (has_sform or has_qform), f"the sform {rows} and no valid qform"
+    refuse_if(is_wrong, "an affine of three independent axes is needed", found)
     if affine is None:
         return _from_sizes(header), [NOT_STATED]
     noticed = []
@@ -117,24 +116,25 @@ def _read_qform(header: Any) -> np.ndarray | None:
     plain["pixdim"][1:4] = np.abs(plain["pixdim"][1:4])
     plain["pixdim"][0] = -1 if plain["pixdim"][0] < 0 else 1  # the standard: what is not -1 is 1
     try:
-        return _valid(plain.get_qform())
+        qform = np.asarray(plain.get_qform(), np.float64)
+        return qform if is_valid(qform) else None
     except (ValueError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
         return None
 
 
-def _valid(affine: np.ndarray) -> np.ndarray | None:
+def is_valid(affine: np.ndarray) -> bool:
+    """Whether the axes of an affine, (4, 4), are finite and independent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overflow of absurd numbers
-        usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > SMALLEST_DETERMINANT
-    return np.asarray(affine, dtype=np.float64) if usable else None
+        return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > SMALLEST_DETERMINANT)
 
 
 def _from_sizes(header: Any) -> np.ndarray:
     """Voxel sizes alone: x from right to left, the origin in the middle of the volume."""
     plain = header.copy()
     plain["pixdim"][1:4] = sizes = np.abs(header["pixdim"][1:4])
-    if not (np.isfinite(sizes).all() and sizes.min() > 0):
-        raise ValueError(f"voxel sizes above 0 mm are needed where no orientation is stated, found {_sizes(sizes)}")
+    is_valid, rule = np.isfinite(sizes).all() and sizes.min() > 0, "voxel sizes above 0 mm are needed"
+    refuse_if(not is_valid, f"{rule} where no orientation is stated", _sizes(sizes))
     return np.asarray(plain.get_base_affine(), dtype=np.float64)
 
 
@@ -162,8 +162,7 @@ def read_mgh_header(path: Path, block: bytes) -> Stored:
 
     Without ``goodRASFlag`` the slices are coronal as in FreeSurfer.
     """
-    if len(block) < MGH_BYTES:
-        raise ValueError(f"an MGH header of {MGH_BYTES} bytes is needed, found {len(block)}")
+    refuse_if(len(block) < MGH_BYTES, f"an MGH header of {MGH_BYTES} bytes is needed", len(block))
     is_oriented = int.from_bytes(block[28:30], "big") > 0  # goodRASFlag, which nibabel sets where it is absent
     header: Any = nib.freesurfer.mghformat.MGHHeader.from_fileobj(BytesIO(block[:MGH_BYTES]))
     shape = tuple(int(n) for n in header["dims"])
@@ -172,27 +171,13 @@ def read_mgh_header(path: Path, block: bytes) -> Stored:
     return Stored(shape if shape[3] > 1 else shape[:3], dtype, affine, path, MGH_BYTES, warnings=noticed)
 
 
-def _pair_of(path: Path) -> Path:
+def pair_of(path: Path) -> Path:
+    """The file of the voxels that belong to an ``.hdr``."""
     return path.with_suffix(".IMG" if path.suffix.isupper() else ".img")
 
 
-def find_voxels(path: Path) -> list[Path]:
-    """Files beside a header that hold its voxels: of a pair, or of a NRRD header; none where one file holds both."""
-    name, found = path.name.lower(), []
-    if name.endswith(".hdr"):
-        found = [_pair_of(path)]
-    elif name.endswith(".nhdr"):
-        import nrrd  # slow to import
-
-        with suppress(Exception):  # reading reports what is wrong
-            header: Any = nrrd.read_header(str(path))
-            named = header.get("data file", header.get("datafile", []))
-            found = [path.parent / file for file in ([named] if isinstance(named, str) else named)]
-    return [file for file in found if file.is_file()]
-
-
 def read_nrrd(path: Path) -> Stored:
-    """Read a NRRD file, whose voxels may be packed within it or lie in files of their own.
+    """Read a NRRD file, whose voxels may be packed within it.
 
     A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left,
     posterior, superior, as ITK does. ValueError if the file is none, or promises more voxels than it can hold.
@@ -204,21 +189,18 @@ def read_nrrd(path: Path) -> Stored:
     vectors = np.atleast_2d(np.asarray(header.get("space directions", np.empty((0, 0))), dtype=np.float64))
     kinds = [str(kind).lower() for kind in header.get("kinds", ["domain"] * len(sizes))]
     for name, wrong in (("colours", COLOURS), ("complex numbers", ("complex",))):
-        if set(kinds) & set(wrong):
-            raise ValueError(f"one real number per voxel is needed, found {name}")
+        refuse_if(set(kinds) & set(wrong), "one real number per voxel is needed", name)
     spatial = [i for i in range(len(sizes)) if len(vectors) != len(sizes) or np.isfinite(vectors[i]).all()][-3:]
     if not len(vectors):
         spatial = [i for i in range(len(sizes)) if kinds[i] in ("domain", "space", "???", "none")][:3]
     rest = [i for i in range(len(sizes)) if i not in spatial]
-    data_files, encoding, needed = header.get("data file", header.get("datafile")), header["encoding"], math.prod(sizes)
-    if encoding in ("raw", "gzip", "gz") and not isinstance(data_files, list):
-        size = (path.parent / data_files if isinstance(data_files, str) else path).stat().st_size
-        held = size * (1 if encoding == "raw" else LARGEST_RATIO)
-        if needed > held:
-            promise = f"{needed} are promised by the header"
-            raise ValueError(f"the voxels cannot be read: {promise}, found {held} bytes at most")
-    if len(vectors) and vectors.shape[1] != 3:
-        raise ValueError(f"a space of 3 dimensions is needed, found '{header.get('space', vectors.shape[1])}'")
+    refuse_if({"data file", "datafile"} & set(header), "voxels in the same file are needed", "a header without them")
+    if header["encoding"] in ("raw", "gzip", "gz"):
+        held, needed = path.stat().st_size * (1 if header["encoding"] == "raw" else LARGEST_RATIO), math.prod(sizes)
+        rule = f"the voxels cannot be read: {needed} are promised by the header"
+        refuse_if(needed > held, rule, f"{held} bytes at most")
+    found = f"'{header.get('space', vectors.shape[1])}'"
+    refuse_if(len(vectors) and vectors.shape[1] != 3, "a space of 3 dimensions is needed", found)
     affine, is_oriented = np.eye(4), False
     signs = SPACES.get(str(header.get("space", "")).lower())
     if len(vectors) and len(spatial) == 3:

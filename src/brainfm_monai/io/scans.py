@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brainfm_monai.io.files import ScanError, hash_file
-from brainfm_monai.io.headers import find_voxels
+from brainfm_monai.io.headers import pair_of
 from brainfm_monai.io.volumes import scan_stem
 
 LONGEST_NAME = 150  # bytes: the names of files, of which it is the beginning, may have 255
@@ -151,10 +151,11 @@ def _fold(name: str) -> str:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Files that a scan is made of: those of its folder, its own, or a header and the files of its voxels."""
+    """Files that a scan is made of: those of its folder, its own, or a header and the file of its voxels."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file())
-    return [path, *find_voxels(path)]
+    is_pair = path.name.lower().endswith(".hdr") and pair_of(path).is_file()
+    return [path, pair_of(path)] if is_pair else [path]
 
 
 def _changed_ns(path: str) -> int:

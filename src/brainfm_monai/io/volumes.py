@@ -13,10 +13,10 @@ import numpy as np
 from brainfm_monai.io import headers
 from brainfm_monai.io.conversion import convert_series, place_by_headers
 from brainfm_monai.io.dicom import is_dicom
-from brainfm_monai.io.files import ScanError, first_line
+from brainfm_monai.io.files import ScanError, first_line, refuse_if
 from brainfm_monai.io.headers import Stored
 
-NIFTI_SUFFIXES, MGH_SUFFIXES, NRRD_SUFFIXES = (".nii.gz", ".nii", ".hdr"), (".mgz", ".mgh"), (".nrrd", ".nhdr")
+NIFTI_SUFFIXES, MGH_SUFFIXES, NRRD_SUFFIXES = (".nii.gz", ".nii", ".hdr"), (".mgz", ".mgh"), (".nrrd",)
 SCAN_SUFFIXES = NIFTI_SUFFIXES + MGH_SUFFIXES + NRRD_SUFFIXES
 # a slab of three slices of 4 mm; head and shoulders. Beyond it the voxel size is wrong.
 EXTENT_RANGE_MM = (10.0, 600.0)
@@ -73,9 +73,6 @@ def read_volume(path: str | Path, frame: int | str | None = None, series: str | 
 
 def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume:
     with convert_series(path, name) as (file, series):
-        if series.mosaic and _read_header(file).shape[:2] == series.mosaic:
-            found = f"one picture of {' x '.join(map(str, series.mosaic))} pixels in {series.name}"
-            raise ValueError(f"a mosaic whose header says how its slices lie is needed, found {found}")
         volume = _read_file(file, frame)
     affine = place_by_headers(volume.affine, volume.values.shape[2], series)
     return Volume(volume.values, affine, series.warnings, modality=series.modality)
@@ -94,8 +91,8 @@ def _read_header(path: Path) -> Stored:
     name = path.name.lower()
     if name.endswith(NRRD_SUFFIXES):
         return headers.read_nrrd(path)
-    if not name.endswith(NIFTI_SUFFIXES + MGH_SUFFIXES):
-        raise ValueError(f"a file of the kind {', '.join(SCAN_SUFFIXES)} is needed, found another suffix")
+    is_known = name.endswith(NIFTI_SUFFIXES + MGH_SUFFIXES)
+    refuse_if(not is_known, f"a file of the kind {', '.join(SCAN_SUFFIXES)} is needed", "another suffix")
     with _open_packed(path) as stream:
         block = stream.read(headers.NIFTI2_BYTES)  # the longest header
     return (headers.read_mgh_header if name.endswith(MGH_SUFFIXES) else headers.read_nifti_header)(path, block)
@@ -103,20 +100,17 @@ def _read_header(path: Path) -> Stored:
 
 def _check_header(stored: Stored, frame: int | str | None) -> None:
     shape, count = stored.shape, math.prod(stored.shape[3:])
-    if stored.dtype.fields or stored.dtype.kind not in "iuf":
-        kind = "colours" if stored.dtype.fields else "complex numbers" if stored.dtype.kind == "c" else stored.dtype
-        raise ValueError(f"one real number per voxel is needed, found {kind}")
-    if len(shape) < 3 or min(shape[:3]) < 2:
-        raise ValueError(f"a 3-D volume of at least 2 voxels along each axis is needed, found shape {shape}")
-    if math.prod(shape[:3]) > LARGEST_VOXELS:
-        raise ValueError(f"a volume of at most {LARGEST_VOXELS} voxels is needed, found shape {shape}")
-    if count > 1 and frame is None:
-        raise ValueError(f"one 3-D volume is needed, found {len(shape)}-D data of shape {shape}: {FRAME_ADVICE}")
-    if frame not in (None, "mean", "all") and not (isinstance(frame, int) and 0 <= frame < count):
-        raise ValueError(f"'frame' must be 'mean' or a number from 0 to {count - 1}, found {frame!r}")
-    affine = stored.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < headers.SMALLEST_DETERMINANT:
-        raise ValueError(f"an affine of three independent axes is needed, found {np.round(affine[:3], 4).tolist()}")
+    kind = "colours" if stored.dtype.fields else "complex numbers" if stored.dtype.kind == "c" else stored.dtype
+    found, axes = f"shape {shape}", np.round(stored.affine[:3], 4).tolist()
+    refuse_if(stored.dtype.fields or stored.dtype.kind not in "iuf", "one real number per voxel is needed", kind)
+    is_flat = len(shape) < 3 or min(shape[:3]) < 2
+    refuse_if(is_flat, "a 3-D volume of at least 2 voxels along each axis is needed", found)
+    refuse_if(math.prod(shape[:3]) > LARGEST_VOXELS, f"a volume of at most {LARGEST_VOXELS} voxels is needed", found)
+    several = f"{len(shape)}-D data of {found}: {FRAME_ADVICE}"
+    refuse_if(count > 1 and frame is None, "one 3-D volume is needed", several)
+    is_frame = frame in (None, "mean", "all") or (isinstance(frame, int) and 0 <= frame < count)
+    refuse_if(not is_frame, f"'frame' must be 'mean' or a number from 0 to {count - 1}", repr(frame))
+    refuse_if(not headers.is_valid(stored.affine), "an affine of three independent axes is needed", axes)
 
 
 @contextmanager
@@ -144,9 +138,8 @@ def _read_frame(stored: Stored, frame: int | str | None) -> tuple[np.ndarray, in
     with stored.path.open("rb") as file:
         ratio = headers.LARGEST_RATIO if file.read(2) == GZIP_MARK else 1
     needed, size = stored.offset + count * frames, stored.path.stat().st_size
-    if needed > size * ratio:  # before memory is taken
-        promise = f"{needed} bytes are promised by the header"
-        raise ValueError(f"the voxels cannot be read: {promise}, found a file of {size}")
+    rule = f"the voxels cannot be read: {needed} bytes are promised by the header"
+    refuse_if(needed > size * ratio, rule, f"a file of {size}")  # before memory is taken
     with _open_packed(stored.path) as stream:
         stream.seek(stored.offset + (count * frame if isinstance(frame, int) else 0))
         if frame == "mean":
@@ -166,8 +159,7 @@ def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...])
     content = bytearray()
     while len(content) < count and (piece := stream.read(min(PIECE_BYTES, count - len(content)))):
         content += piece
-    if len(content) < count:
-        raise ValueError(f"the voxels cannot be read: {count} bytes are needed, found {len(content)}")
+    refuse_if(len(content) < count, f"the voxels cannot be read: {count} bytes are needed", len(content))
     return np.frombuffer(content, dtype).reshape(shape, order="F").astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -204,28 +196,26 @@ def read_scan(path: str | Path, frame: int | str | None = None, series: str | No
 
     ScanError of one line if the file holds no such volume, no head can have its size, or it has no contrast.
     """
-    if frame == "all":
-        raise ScanError(f"{path}: one volume is needed, found 'frame' to be 'all': {FRAME_ADVICE}")
+    refuse_if(frame == "all", f"{path}: one volume is needed", f"'frame' to be 'all': {FRAME_ADVICE}", ScanError)
     volume = read_volume(path, frame, series)
     extent_mm = np.linalg.norm(volume.affine[:3, :3], axis=0) * np.array(volume.values.shape)
     low, high = EXTENT_RANGE_MM
-    if extent_mm.min() < low or extent_mm.max() > high:
-        found = " x ".join(f"{e:.4g}" for e in extent_mm)
-        rule = f"a head scan extends over {low:.0f} to {high:.0f} mm along each axis"
-        raise ScanError(f"{path}: {rule}, found {found} mm: check the voxel size")
+    rule = f"{path}: a head scan extends over {low:.0f} to {high:.0f} mm along each axis"
+    found = f"{' x '.join(f'{e:.4g}' for e in extent_mm)} mm: check the voxel size"
+    refuse_if(extent_mm.min() < low or extent_mm.max() > high, rule, found, ScanError)
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(volume.values, dtype=np.float32)
     finite = np.isfinite(values)
     noticed = volume.warnings
     if not finite.all():
-        if not finite.any():
-            raise ScanError(f"{path}: finite voxels are needed, found none (NaN or infinite everywhere)")
-        if np.isfinite(volume.values).sum() > finite.sum():
-            raise ScanError(f"{path}: values up to {np.finfo(np.float32).max:.2g} are needed, found larger ones")
+        rule = f"{path}: finite voxels are needed"
+        refuse_if(not finite.any(), rule, "none (NaN or infinite everywhere)", ScanError)
+        rule = f"{path}: values up to {np.finfo(np.float32).max:.2g} are needed"
+        refuse_if(np.isfinite(volume.values).sum() > finite.sum(), rule, "larger ones", ScanError)
         noticed = (*noticed, f"{(~finite).sum()} voxels are NaN or infinite and become 0")
         values = np.where(finite, values, np.float32(0))
-    if values.min() == values.max():
-        raise ScanError(f"{path}: an image with contrast is needed, found the value {values.min():g} in every voxel")
+    rule, found = f"{path}: an image with contrast is needed", f"the value {values.min():g} in every voxel"
+    refuse_if(values.min() == values.max(), rule, found, ScanError)
     return replace(volume, values=values, warnings=noticed)
 
 
@@ -237,11 +227,10 @@ def read_labels(path: str | Path) -> Volume:
     volume = read_volume(path)
     values: Any = volume.values
     rule = f"{path}: ids must be whole numbers from 0 to {np.iinfo(np.int32).max}"
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > np.iinfo(np.int32).max:
-        raise ScanError(f"{rule}, found values that are negative, larger or not finite")
+    is_wrong = not np.isfinite(values).all() or values.min() < 0 or values.max() > np.iinfo(np.int32).max
+    refuse_if(is_wrong, rule, "values that are negative, larger or not finite", ScanError)
     if values.dtype.kind == "f":
         fraction = np.abs(values - np.rint(values)).max()
-        if fraction > WHOLE_TOLERANCE:
-            raise ScanError(f"{rule}, found values up to {fraction:.2g} off one")
+        refuse_if(fraction > WHOLE_TOLERANCE, rule, f"values up to {fraction:.2g} off one", ScanError)
         values = np.rint(values)
     return replace(volume, values=values.astype(np.int32))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from brainfm_monai.io import fingerprint
+from brainfm_monai.io import fingerprint, refuse_if
 from brainfm_monai.outputs import cortex, maps, quality, template
 from brainfm_monai.outputs.atlas import load_atlas, write_atlas
 from brainfm_monai.outputs.result import Writer
@@ -43,14 +43,12 @@ def select_outputs(
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]
     wanted = possible if names == ["all"] else names
-    if (unknown := [name for name in wanted if name not in OUTPUTS]) or not wanted:
-        found = ", ".join(unknown) or "none"
-        raise ValueError(f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed, found {found}")
+    rule, unknown = f"outputs: 'all' or names out of {', '.join(OUTPUTS)} are needed", set(wanted) - set(OUTPUTS)
+    refuse_if(unknown or not wanted, rule, ", ".join(sorted(unknown)) or "none")
     for name in wanted:
-        if name not in possible:
-            needs = " or ".join(task.name for task in TASKS.values() if name in task.outputs) or "scales of error"
-            has = ", ".join(layout.tasks)
-            raise ValueError(f"outputs: '{name}' needs a network that predicts {needs}, found one for {has}")
+        needs = " or ".join(task.name for task in TASKS.values() if name in task.outputs) or "scales of error"
+        rule, found = f"outputs: '{name}' needs a network that predicts {needs}", f"one for {', '.join(layout.tasks)}"
+        refuse_if(name not in possible, rule, found)
     selected = {name: write for name, write in OUTPUTS.items() if name in wanted}
     if not atlas:
         return selected

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainfm_monai.io import literal, one_line
+from brainfm_monai.io import literal, one_line, refuse_if
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.prediction.loop import ScanDataset, choose_scans, finish_run, run_scans
 
@@ -114,9 +114,8 @@ def _connect(cluster: str, tasks: int) -> Iterator["Client"]:
     except ImportError as error:
         raise ValueError("cluster: the extra 'cluster' is needed: pip install 'brainfm-monai[cluster]'") from error
     local = re.fullmatch(r"local:([1-9]\d*)", cluster)
-    if not local and "://" not in cluster:
-        rule = "the address of a scheduler (tcp://host:port) or local:N is needed"
-        raise ValueError(f"cluster: {rule}, found '{cluster}'")
+    rule = "cluster: the address of a scheduler (tcp://host:port) or local:N is needed"
+    refuse_if(not local and "://" not in cluster, rule, f"'{cluster}'")
     options: dict[str, Any] = {"distributed.scheduler.allowed-failures": MOST_LOSSES}
     if local:
         threads = str(max(1, torch.get_num_threads() // int(local[1])))

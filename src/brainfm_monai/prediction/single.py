@@ -14,7 +14,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from brainfm_monai import outputs
-from brainfm_monai.io import ScanError, bundle_arguments, literal
+from brainfm_monai.io import ScanError, bundle_arguments, literal, refuse_if
 from brainfm_monai.prediction.loop import engine_logger, maps_of
 from brainfm_monai.report import compose_page, compose_view, find_niivue
 from brainfm_monai.tasks import TaskLayout
@@ -91,9 +91,9 @@ def _as_file(image: Any, folder: Path) -> Path:
         return Path(image)
     if isinstance(image, MetaTensor):
         values = image.as_tensor().detach().cpu()
-        if values.ndim != 4 or len(values) != 1 or values.is_complex():
-            found = f"{values.dtype} of {tuple(values.shape)}"
-            raise ScanError(f"image: real numbers of shape (1, H, W, D) are needed, found {found}")
+        is_wrong, found = values.ndim != 4 or len(values) != 1 or values.is_complex(), tuple(values.shape)
+        rule = "image: real numbers of shape (1, H, W, D) are needed"
+        refuse_if(is_wrong, rule, f"{values.dtype} of {found}", ScanError)
         image = nib.Nifti1Image(values.float().numpy()[0], np.asarray(image.affine, dtype=np.float64))
     path = folder / "scan.nii"
     nib.save(image, path)
