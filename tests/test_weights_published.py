@@ -204,17 +204,16 @@ def test_a_brainfm_checkpoint_gives_what_its_definition_gives(
 ) -> None:
     torch.manual_seed(len(features))
     state = make_brainfm(features, heads)
-    published = load_published(save_brainfm(tmp_path / "brainfm_pretrained.pth", state))
+    network, info = load_published(save_brainfm(tmp_path / "brainfm_pretrained.pth", state))
     image = torch.rand(1, 1, 32, 34, 40)
     features_expected, expected = apply_brainfm(state, image)
     with torch.no_grad():
-        found = published.layout.split(published.network(image))
-        assert_same(published.network.features(image), features_expected)
+        found = network.layout.split(network(image))
+        assert_same(network.features(image), features_expected)
     assert set(found) == {BRAINFM_TASKS[head] for head in heads}
     for head, output in expected.items():
         assert_same(found[BRAINFM_TASKS[head]], output)
-    assert not published.network.training
-    info = published.info
+    assert not network.training
     assert (info.format, info.epoch, info.features, info.ignored) == ("BrainFM", 37, features, ())
 
 
@@ -232,11 +231,11 @@ def test_a_supersynth_checkpoint_gives_what_its_definition_gives(
     torch.manual_seed(len(features))
     content = make_supersynth(features, heads)
     torch.save(content, tmp_path / "SuperSynth.pth")
-    published = load_published(tmp_path / "SuperSynth.pth")
+    network, info = load_published(tmp_path / "SuperSynth.pth")
     image = torch.rand(1, 1, 32, 16, 48)
     expected = apply_supersynth(content, image)
     with torch.no_grad():
-        found = published.layout.split(published.network(image))
+        found = network.layout.split(network(image))
     names = {"reg": "mni", "seg": "segmentation", "T1": "T1w", "T2": "T2w", "FLAIR": "FLAIR"}
     for head, name in names.items():
         assert (name in found) == (head in heads)
@@ -244,13 +243,13 @@ def test_a_supersynth_checkpoint_gives_what_its_definition_gives(
             assert_same(found[name], expected[head])
     if "LP" in heads:
         assert_same(found["distance"], torch.cat([expected[h] for h in ("LP", "LW", "RP", "RW")], 1))
-    assert published.info.format == "SuperSynth"
-    assert "MNI" in published.info.template_space
+    assert info.format == "SuperSynth"
+    assert "MNI" in info.template_space
 
 
 def test_the_labels_are_those_of_the_published_list(tmp_path: Path) -> None:
     state = make_brainfm((8, 16), ["segmentation"])
-    layout = load_published(save_brainfm(tmp_path / "b.pth", state)).layout
+    layout = load_published(save_brainfm(tmp_path / "b.pth", state))[0].layout
     ids = [s.freesurfer_id for s in layout.protocol.structures]
     assert ids[:20] == [0, 14, 15, 16, 24, 77, 85, 99, 901, 902, 906, 907, 908, 909, 911, 912, 914, 915, 916, 930]
     assert ids[20:38] == [2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 17, 18, 26, 819, 821, 843, 865, 869]
@@ -262,36 +261,36 @@ def test_prefixes_of_ddp_half_precision_and_a_bare_state_dict_are_read(tmp_path:
     torch.manual_seed(0)
     state = make_brainfm((8, 16), ["segmentation", "distance"])
     image = torch.rand(1, 1, 16, 16, 16)
-    expected = load_published(save_brainfm(tmp_path / "plain.pth", state)).network(image)
+    expected = load_published(save_brainfm(tmp_path / "plain.pth", state))[0](image)
     prefixed = save_brainfm(tmp_path / "ddp.pth", {f"module.{k}": v for k, v in state.items()})
-    assert_same(load_published(prefixed).network(image), expected, 0)
+    assert_same(load_published(prefixed)[0](image), expected, 0)
     torch.save(state, tmp_path / "bare.pth")
-    assert_same(load_published(tmp_path / "bare.pth").network(image), expected, 0)
+    assert_same(load_published(tmp_path / "bare.pth")[0](image), expected, 0)
     half = {k: v.half() for k, v in state.items()}
-    published = load_published(save_brainfm(tmp_path / "half.pth", half))
-    assert all(p.dtype == torch.float32 for p in published.network.parameters())
+    network, _info = load_published(save_brainfm(tmp_path / "half.pth", half))
+    assert all(p.dtype == torch.float32 for p in network.parameters())
     _, outputs = apply_brainfm({k: v.float() for k, v in half.items()}, image)
-    assert_same(published.layout.split(published.network(image))["distance"], outputs["distance"])
+    assert_same(network.layout.split(network(image))["distance"], outputs["distance"])
 
 
 def test_features_are_not_normalised_where_the_settings_say_so(tmp_path: Path) -> None:
     state = make_brainfm((8, 16), ["CT"])
-    assert load_published(save_brainfm(tmp_path / "a.pth", state, unit_feat=True)).info.unit_norm
-    assert not load_published(save_brainfm(tmp_path / "b.pth", state, unit_feat=False)).info.unit_norm
+    assert load_published(save_brainfm(tmp_path / "a.pth", state, unit_feat=True))[1].unit_norm
+    assert not load_published(save_brainfm(tmp_path / "b.pth", state, unit_feat=False))[1].unit_norm
 
 
 def test_what_has_no_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = make_brainfm((8, 16), ["CT"])
     state["head.final_conv_pathology.weight"] = torch.rand(1, 8, 1, 1, 1)
     state["head.final_conv_pathology.bias"] = torch.rand(1)
-    published = load_published(save_brainfm(tmp_path / "b.pth", state))
-    assert published.info.ignored == ("head pathology",)
+    network, info = load_published(save_brainfm(tmp_path / "b.pth", state))
+    assert info.ignored == ("head pathology",)
     assert "left out, without use here: head pathology" in caplog.text
     content = make_supersynth((8, 16), ["T1", "LP", "LW"])
     torch.save(content, tmp_path / "s.pth")
-    published = load_published(tmp_path / "s.pth")
-    assert published.info.tasks == ("T1w",)
-    assert published.info.ignored == ("head LP", "head LW")
+    _network, info = load_published(tmp_path / "s.pth")
+    assert info.tasks == ("T1w",)
+    assert info.ignored == ("head LP", "head LW")
 
 
 def test_labels_without_a_protocol_are_numbered(tmp_path: Path) -> None:
@@ -299,7 +298,7 @@ def test_labels_without_a_protocol_are_numbered(tmp_path: Path) -> None:
     state["head.final_conv_segmentation.weight"] = torch.rand(18, 8, 1, 1, 1)
     state["head.final_conv_segmentation.bias"] = torch.rand(18)
     path = save_brainfm(tmp_path / "b.pth", state)
-    assert [s.name for s in load_published(path).layout.protocol.structures][:2] == ["Unknown", "label-1"]
+    assert [s.name for s in load_published(path)[0].layout.protocol.structures][:2] == ["Unknown", "label-1"]
     import_weights(path, tmp_path / "out")
     assert len(Protocol.load(tmp_path / "out/protocol.tsv")) == 18
     overrides = json.loads((tmp_path / "out/overrides.json").read_text())
@@ -318,8 +317,9 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
         torch.save(
             make_supersynth((8, 16, 16)) | {"conv_downarm_0_0_kernel": torch.rand(2)}, path
         )  # of its quality network
-    published = import_weights(path, tmp_path / "out")
-    assert published.info.ignored == (("conv_downarm_0_0_kernel",) if make == "supersynth" else ())
+    import_weights(path, tmp_path / "out")
+    published, info = load_published(path)
+    assert info.ignored == (("conv_downarm_0_0_kernel",) if make == "supersynth" else ())
     (tmp_path / "out").rename(tmp_path / "moved")
     parser = ConfigParser()
     parser.read_config([str(repository / "bundle/configs/inference.json"), str(tmp_path / "moved/overrides.json")])
@@ -331,8 +331,8 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
     overrides = tmp_path / "moved/overrides.json"
     exported = torch.jit.load(export_bundle(tmp_path / "model.ts", repository / "bundle", overrides))
     with torch.no_grad():
-        assert_same(network(image), published.network(image), 0)
-        assert_same(exported(image), published.network(image))
+        assert_same(network(image), published(image), 0)
+        assert_same(exported(image), published(image))
     source = json.loads((tmp_path / "moved/source.json").read_text())
     assert source["format"].lower() == make
     assert len(source["sha256"]) == 64

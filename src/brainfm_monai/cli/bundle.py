@@ -1,12 +1,16 @@
-"""Commands that run a config of the bundle, and bring weights in."""
+"""Commands that run a config of the bundle, and what is installed."""
 
 import ctypes
 import os
 import platform
+import re
+import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from brainfm_monai import __version__
 from brainfm_monai.io import bundle_arguments, find_bundle, literal
 
 # M_MMAP_THRESHOLD, bytes from which memory goes back to the kernel at once, and M_TRIM_THRESHOLD, most bytes that are
@@ -17,6 +21,8 @@ CHOICES = {
     "precision": ("float32", "bfloat16", "float16"),
     "memory": ("auto", "full", "low", "windows"),
 }
+
+CORE = "core"  # what is installed without an extra
 
 
 def predict(
@@ -146,27 +152,6 @@ def evaluate(
     run_bundle(bundle, names, datalist=existing_datalist(datalist), output_dir=literal(str(output)), **overrides)
 
 
-def import_weights(file: str, output: str, half: bool = False) -> str:
-    """Turn the published weights of BrainFM or SuperSynth into files that the bundle uses.
-
-    The file is yours to fetch, and its licence to accept: brainfm_pretrained.pth of github.com/jhuldr/BrainFM, or
-    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in the file is run. The folder can be moved. Use
-    it by
-
-        brainfm-monai predict SCAN OUT --args_file OUTPUT/overrides.json
-
-    Args:
-        file: the published checkpoint.
-        output: folder for model.pt, overrides.json and source.json (format, SHA-256, template space, licence).
-        half: write half precision, half the size.
-    """
-    from brainfm_monai.weights import import_weights as import_file
-
-    info = import_file(str(file), str(output), half=half).info
-    use = f"use it with --args_file {output}/overrides.json"
-    return f"{info.format}: {', '.join(info.tasks)}; licence {info.licence}; {use}"
-
-
 def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
     """Run configs of a bundle, see :func:`~brainfm_monai.io.find_config`, with MONAI, later ones over earlier ones."""
     from monai.bundle import run
@@ -189,3 +174,49 @@ def existing_datalist(path: str) -> str:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: a datalist (JSON) is needed, found no such file")
     return literal(str(path))
+
+
+def version() -> str:
+    """Print the version."""
+    return __version__
+
+
+def doctor() -> str:
+    """Report what is installed, what this machine is fast in, and which package is missing for what."""
+    import psutil
+    import torch
+
+    from brainfm_monai.networks import reduced_precision
+
+    weights = find_bundle() / "models" / "model.pt"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    precision = str(reduced_precision(torch.device(kind))).removeprefix("torch.")
+    memory, python = psutil.virtual_memory(), f"Python {platform.python_version()} on {sys.platform}"
+    lines = [
+        f"brainfm-monai {__version__}, {python}, torch {torch.__version__}",
+        f"device: {kind} ({name}), fast in {precision}",
+        f"memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free",
+        f"weights: {weights if weights.is_file() else f'{weights} is missing: pass --bundle FOLDER or --weights FILE'}",
+    ]
+    for extra, missing in sorted(_missing_packages().items(), key=lambda row: row[0] != CORE):
+        name = "predict" if extra == CORE else f"extra {extra}"
+        remedy = f'missing {", ".join(missing)}: pip install "brainfm-monai[{extra}]"'.replace(f"[{CORE}]", "")
+        lines.append(f"{name}: {remedy if missing else 'complete'}")
+    return "\n".join(lines)
+
+
+def _missing_packages() -> dict[str, list[str]]:
+    """Names of the packages of each extra that are not installed, by the package's own metadata."""
+    missing: dict[str, list[str]] = {}
+    try:
+        requirements = metadata.requires("brainfm-monai") or []
+    except metadata.PackageNotFoundError:  # the package lies in a bundle, whose metadata.json names its packages
+        return {}
+    for requirement in requirements:
+        package, _, condition = requirement.partition(";")
+        (name,) = re.findall(r"^[\w.-]+", package)
+        extras = re.findall(r"extra == ['\"]([\w-]+)", condition) or [CORE]
+        absent = [] if any(metadata.distributions(name=name)) else [name]
+        missing.setdefault(extras[0], []).extend(absent)
+    return missing

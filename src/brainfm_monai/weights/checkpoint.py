@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from brainfm_monai.io import first_line
+from brainfm_monai.io import first_line, refuse_if
 
 # modules that no weights need: naming one is refused already (torch reads subprocess as commands, Python 2's name)
 NEVER_NAMED = {"commands", "nt", "os", "posix", "subprocess", "sys"}
@@ -47,8 +47,7 @@ def read_checkpoint(path: str | Path) -> Any:
     they are needed. FileNotFoundError if there is no such file, ValueError if it is truncated or no checkpoint, or asks
     for a call, which is named.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: a file of weights is needed, found no such file")
+    refuse_if(not Path(path).is_file(), f"{path}: a file of weights is needed", "no such file", FileNotFoundError)
     try:
         names = get_unsafe_globals_in_checkpoint(path)
         for name in names:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brainfm_monai.io import first_line
+from brainfm_monai.io import first_line, refuse_if
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights.published import load_published
@@ -18,18 +18,16 @@ logger = logging.getLogger(__name__)
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a plain state dict, running nothing in it; FileNotFoundError without a file, ValueError if it is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: a file of weights is needed, found no such file")
+    refuse_if(not Path(path).is_file(), f"{path}: a file of weights is needed", "no such file", FileNotFoundError)
     rule = f"{path}: a plain state dict of tensors is needed"
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own kinds
         raise ValueError(f"{rule}, and it cannot be read as one: {first_line(error)}") from error
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{rule}, found {'no entries' if isinstance(state, dict) else type(state).__name__}")
+    refuse_if(not isinstance(state, dict), rule, type(state).__name__)
+    refuse_if(not state, rule, "no entries")
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{rule}, found '{key}' of type {type(value).__name__}")
+        refuse_if(not isinstance(value, Tensor), rule, f"'{key}' of type {type(value).__name__}")
     return dict(state)
 
 
@@ -43,8 +41,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     for key in [*expected, *state]:
         both = (state, expected)
         found, needed = (f"'{key}' of shape {tuple(x[key].shape)}" if key in x else f"no '{key}'" for x in both)
-        if found != needed:
-            raise ValueError(f"{path}: the weights must fit the network, found {found} where the network has {needed}")
+        rule = f"{path}: the weights must fit the network"
+        refuse_if(found != needed, rule, f"{found} where the network has {needed}")
     network.load_state_dict(state)
 
 
@@ -84,12 +82,12 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         given = read_state_dict(path)
     except ValueError as plain:
         try:
-            published = load_published(path)
+            published, _ = load_published(path)
         except ValueError as error:
             reasons = "; ".join(str(e).removeprefix(f"{path}: ") for e in (plain, error))
             message = f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
             raise ValueError(message) from error
-        given, source, skipped = published.network.state_dict(), published.layout, "super_resolution"
+        given, source, skipped = published.state_dict(), published.layout, "super_resolution"
     pairs = _match_channels(path, network.layout, source, given, skipped)
     state = network.state_dict()
     _copy_backbone(path, state, given)
@@ -115,10 +113,10 @@ def _copy_backbone(path: str | Path, state: dict[str, Tensor], given: Mapping[st
     prefix = coarse if starts else "backbone."
     for key in (key for key in state if key.startswith(prefix)):
         name = key.replace(prefix, "backbone.")
-        if name not in given or given[name].shape != state[key].shape:
-            found = f"one of {tuple(given[name].shape)}" if name in given else "none"
-            rule = f"{path}: the weights must fit the network's backbone"
-            raise ValueError(f"{rule}, found {found} for '{name}' of {tuple(state[key].shape)}")
+        found = f"one of {tuple(given[name].shape)}" if name in given else "none"
+        is_wrong = name not in given or given[name].shape != state[key].shape
+        rule = f"{path}: the weights must fit the network's backbone"
+        refuse_if(is_wrong, rule, f"{found} for '{name}' of {tuple(state[key].shape)}")
         state[key] = given[name]
 
 
@@ -127,9 +125,9 @@ def _match_channels(
 ) -> dict[int, int]:
     """Channel of the old layout for every channel of the new one that means the same."""
     tensors = [given.get(f"head.{kind}", torch.empty(0)) for kind in ("weight", "bias")]
-    if any(len(tensor) != old.channels for tensor in tensors):
-        rule = f"the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}"
-        raise ValueError(f"{path}: {rule}, found {len(tensors[0]) or 'no head'}")
+    rule = f"the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}"
+    is_wrong = any(len(tensor) != old.channels for tensor in tensors)
+    refuse_if(is_wrong, f"{path}: {rule}", len(tensors[0]) or "no head")
     pairs: dict[int, int] = {}
     for name, task in new.tasks.items():
         if name not in old.tasks or name == skipped:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import COLUMNS, Protocol, Structure
-from brainfm_monai.io import hash_file, write_table, write_text, write_whole
+from brainfm_monai.io import hash_file, refuse_if, write_table, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet
 from brainfm_monai.tasks import TASKS, TaskLayout
 from brainfm_monai.weights.checkpoint import read_checkpoint
@@ -86,23 +86,15 @@ class WeightsInfo:
     ignored: tuple[str, ...] = ()  # entries of the file that are not used here
 
 
-@dataclass(frozen=True)
-class Published:
-    """Published weights: a network in evaluation mode, the names of its output's channels, and the weights' origin."""
-
-    network: MultiTaskNet
-    layout: TaskLayout
-    info: WeightsInfo
-
-
-def load_published(path: str | Path) -> Published:
+def load_published(path: str | Path) -> tuple[MultiTaskNet, WeightsInfo]:
     """Load a published checkpoint; its format, width, levels, heads and labels are read from the file.
 
     It is a file of BrainFM (``brainfm_pretrained.pth``) or SuperSynth (``SuperSynth_August_2025.pth``). Tensors may
     have any floating precision, keys the prefix ``module.``, and heads may be missing. The network is in float32 on the
-    CPU. Its input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; its output is that of the file's
-    heads, without any activation (``super_resolution`` is a residual to the input). FileNotFoundError if there is no
-    such file, ValueError if it is truncated, asks to call something, is of neither format, or does not fit together.
+    CPU, in evaluation mode. Its input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; its output is
+    that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
+    FileNotFoundError if there is no such file, ValueError if it is truncated, asks to call something, is of neither
+    format, or does not fit together.
     """
     content = read_checkpoint(path)
     try:
@@ -118,7 +110,7 @@ def load_published(path: str | Path) -> Published:
         name, Path(path).name, hash_file(path), type(backbone).__name__, backbone.features, backbone.unit_norm,
         tuple(layout.tasks), layout.protocol.name, kind.template_space, kind.input, kind.licence, epoch, tuple(ignored),
     )  # fmt: skip
-    return Published(network.eval().requires_grad_(False), layout, info)
+    return network.eval().requires_grad_(False), info
 
 
 def _recognise(content: Any) -> tuple[str, MultiTaskNet, list[str]]:
@@ -167,11 +159,9 @@ def _assemble(
             continue
         heads[task] = {k: torch.cat([_float(f"{part}.{k}", groups[part][k]) for part in parts]) for k in kinds}
         channels, needed = len(heads[task]["bias"]), TASKS[task].channels
-        if needed and channels != needed:
-            raise ValueError(f"the head of {task} needs {needed} channels, found {channels}")
-    if not heads:
-        listed = ", ".join(part for parts in kind.heads.values() for part in parts)
-        raise ValueError(f"at least one head out of {listed} is needed, found none")
+        refuse_if(needed and channels != needed, f"the head of {task} needs {needed} channels", channels)
+    listed = ", ".join(part for parts in kind.heads.values() for part in parts)
+    refuse_if(not heads, f"at least one head out of {listed} is needed", "none")
     with torch.device("meta"):
         backbone = UNet(in_channels, features, unit_norm) if name == "BrainFM" else ResidualUNet(in_channels, features)
         network = MultiTaskNet(backbone, TaskLayout(list(heads), _protocol(heads)))
@@ -192,17 +182,16 @@ def _widths(state: Tensors, kind: _Format) -> tuple[int, tuple[int, ...]]:
     """Channels of the image, and of every level of the backbone."""
     first, names = kind.image_kernel, [kind.level_kernel.format(level) for level in range(len(state))]
     kernels = [state[name] for name in names if name in state]
-    if len(kernels) < 2:
-        raise ValueError(f"at least two levels of the backbone are needed, found {len(kernels)}")
-    if first not in state or any(kernel.ndim != 5 for kernel in (state[first], *kernels)):
-        raise ValueError(f"kernels of 3 dimensions are needed in '{first}' and '{kind.level_kernel}', found others")
+    refuse_if(len(kernels) < 2, "at least two levels of the backbone are needed", len(kernels))
+    is_wrong = first not in state or any(kernel.ndim != 5 for kernel in (state[first], *kernels))
+    refuse_if(is_wrong, f"kernels of 3 dimensions are needed in '{first}' and '{kind.level_kernel}'", "others")
     return state[first].shape[1], tuple(len(kernel) for kernel in kernels)
 
 
 def _float(key: str, tensor: Tensor) -> Tensor:
     """A copy in float32: the tensor itself may be a part of the file."""
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-        raise ValueError(f"finite weights are needed, found others in '{key}' of {tensor.dtype}")
+    is_finite = tensor.is_floating_point() and torch.isfinite(tensor).all()
+    refuse_if(not is_finite, "finite weights are needed", f"others in '{key}' of {tensor.dtype}")
     return tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -226,30 +215,30 @@ def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
         yield from _settings(value, name, depth - 1)
 
 
-def import_weights(path: str | Path, output: str | Path, half: bool = False) -> Published:
-    """Turn a published checkpoint into files that this package and any plain ``torch.load`` can use.
+def import_weights(file: str | Path, output: str | Path) -> str:
+    """Turn the published weights of BrainFM or SuperSynth into files that the bundle uses; return what was found.
 
-    The folder ``output`` then contains ``model.pt`` (plain state dict), ``overrides.json`` (for ``inference.json``,
-    whose key ``weights_dir`` names the folder), ``source.json`` (:class:`WeightsInfo`), and ``protocol.tsv`` if the
-    labels have no protocol of the package.
+    The file is yours to fetch, and its licence to accept: brainfm_pretrained.pth of github.com/jhuldr/BrainFM, or
+    SuperSynth_August_2025.pth of FreeSurfer's mri_super_synth. Nothing in the file is run. The folder can be moved. Use
+    it by
+
+        brainfm-monai predict SCAN OUT --args_file OUTPUT/overrides.json
 
     Args:
-        path: see :func:`load_published`, as for errors.
-        output: folder, made if it is missing.
-        half: write float16, half the size; networks load it as float32.
-
+        file: the published checkpoint.
+        output: folder for model.pt (a plain state dict), overrides.json (for inference.json), source.json (format,
+            SHA-256, template space, licence), and protocol.tsv if the labels have no protocol of the package.
     """
-    published = load_published(path)
-    folder, info, protocol = Path(output).absolute(), published.info, published.layout.protocol
+    network, info = load_published(file)
+    folder, protocol = Path(output).absolute(), network.layout.protocol
     with write_whole(folder / "model.pt") as partial:
-        state = published.network.state_dict()
-        torch.save({key: tensor.half() if half else tensor for key, tensor in state.items()}, partial)
+        torch.save(network.state_dict(), partial)
     shipped = protocol.name in Protocol.names()
     if not shipped:
         cells = ((s.label, s.freesurfer_id, s.name, s.side, s.mirror, *s.colour) for s in protocol.structures)
         write_table(folder / "protocol.tsv", COLUMNS, [(*row, "") for row in cells])
     backbone: dict[str, Any] = {"_target_": f"brainfm_monai.networks.{info.backbone}"}
-    backbone |= {"in_channels": published.network.backbone.in_channels, "features": list(info.features)}
+    backbone |= {"in_channels": network.backbone.in_channels, "features": list(info.features)}
     backbone |= {"unit_norm": True} if info.unit_norm else {}
     overrides = {
         "weights_dir": str(folder),
@@ -262,5 +251,5 @@ def import_weights(path: str | Path, output: str | Path, half: bool = False) -> 
     }
     for name, content in (("source", asdict(info)), ("overrides", overrides)):
         write_text(folder / f"{name}.json", json.dumps(content, indent=4) + "\n")
-    logger.info("%s weights with %s: %s", info.format, ", ".join(info.tasks), folder)
-    return published
+    use = f"use it with --args_file {output}/overrides.json"
+    return f"{info.format}: {', '.join(info.tasks)}; licence {info.licence}; {use}"
