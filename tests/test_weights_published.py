@@ -267,7 +267,7 @@ def test_prefixes_of_ddp_half_precision_and_a_bare_state_dict_are_read(tmp_path:
     torch.save(state, tmp_path / "bare.pth")
     assert_same(load_published(tmp_path / "bare.pth")[0](image), expected, 0)
     half = {k: v.half() for k, v in state.items()}
-    network, _info = load_published(save_brainfm(tmp_path / "half.pth", half))
+    network, _ = load_published(save_brainfm(tmp_path / "half.pth", half))
     assert all(p.dtype == torch.float32 for p in network.parameters())
     _, outputs = apply_brainfm({k: v.float() for k, v in half.items()}, image)
     assert_same(network.layout.split(network(image))["distance"], outputs["distance"])
@@ -283,12 +283,12 @@ def test_what_has_no_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     state = make_brainfm((8, 16), ["CT"])
     state["head.final_conv_pathology.weight"] = torch.rand(1, 8, 1, 1, 1)
     state["head.final_conv_pathology.bias"] = torch.rand(1)
-    network, info = load_published(save_brainfm(tmp_path / "b.pth", state))
+    _, info = load_published(save_brainfm(tmp_path / "b.pth", state))
     assert info.ignored == ("head pathology",)
     assert "left out, without use here: head pathology" in caplog.text
     content = make_supersynth((8, 16), ["T1", "LP", "LW"])
     torch.save(content, tmp_path / "s.pth")
-    _network, info = load_published(tmp_path / "s.pth")
+    _, info = load_published(tmp_path / "s.pth")
     assert info.tasks == ("T1w",)
     assert info.ignored == ("head LP", "head LW")
 
