@@ -214,17 +214,17 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
         prepare_freesurfer(tmp_path / "out", tmp_path / "other")
 
 
-def test_folders_in_derivatives_are_of_the_set_of_their_bids_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ("ann1", "ann", "ann1.long.ann", "fsaverage5", "eve")
+def test_a_template_tells_who_is_one_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ann1", "ann1.long.ann", "bob1", "bobs_mean", "fsaverage5")
     for name in names:
         (tmp_path / "study" / "derivatives" / "freesurfer" / name / "mri").mkdir(parents=True)
     root = tmp_path / "study" / "derivatives" / "freesurfer"
+    (root / "bobs_mean" / "base-tps").write_text("bob1\nbob2\n", encoding="utf-8")
     jobs: list[Any] = []
     monkeypatch.setattr(freesurfer, "run_jobs", lambda work, *_, **__: jobs.extend(work))
     prepare_freesurfer(root, tmp_path / "out")
-    assert {job.name for job in jobs} == set(names) - {"fsaverage5"}
+    persons = {job.name: job.settings.get("person") for job in jobs}
+    assert persons == dict.fromkeys(("bob1", "bobs_mean"), "bobs_mean") | dict.fromkeys(("ann1", "ann1.long.ann"))
     assert {job.settings["dataset"] for job in jobs} == {"study"}
 
 

@@ -67,7 +67,13 @@ def prepare_freesurfer(
     home = root.resolve().parent if is_subject else root.resolve()
     home = home.parent.parent if home.parent.name == "derivatives" else home
     settings, options = common_settings(dataset or home.name, protocol, size), {"protocol": protocol}
-    work = [Job(f.name, "freesurfer", find_files(f), settings, options, make_volumes) for f in folders]
+    # a template lists its visits there; names as VISIT.long.TEMPLATE tie the others, see find_persons
+    visits = {f.name: (f / "base-tps").read_text().split() for f in folders if (f / "base-tps").is_file()}
+    person_of = {name: {"person": template} for template, names in visits.items() for name in (template, *names)}
+    work = [
+        Job(f.name, "freesurfer", find_files(f), settings | person_of.get(f.name, {}), options, make_volumes)
+        for f in folders
+    ]
     return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
 
 
