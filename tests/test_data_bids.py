@@ -276,7 +276,6 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
         FileNotFoundError, match=r"inference\.json: 1 subjects have no labels and need the bundle's model"
     ):
         prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE)
-    prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE, dry_run=True)
 
 
 def test_predicted_cortex_follows_the_scan_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

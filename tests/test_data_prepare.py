@@ -292,19 +292,6 @@ def test_what_the_check_finds_is_reported_and_recorded(tmp_path: Path, caplog: p
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [f"a: {fault}" for fault in faults]
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "ab"]
-    prepare_labels(sources[:1], tmp_path / "out", size=SIZE)
-    with caplog.at_level("INFO"):
-        folders = prepare_labels(sources, tmp_path / "out", size=SIZE, dry_run=True)
-    assert [folder.is_dir() for folder in folders] == [True, False]
-    told = [record.message.split(" from ")[0] for record in caplog.records if record.levelname == "INFO"]
-    assert told == [
-        "is finished: a",
-        "would prepare b",
-    ]
-
-
 @pytest.mark.parametrize(
     ("inputs", "rule"),
     [("empty", "are needed, found none"), ("*.mgz", "are needed, found none"), ("", "found twice: \\['a'\\]")],

@@ -19,7 +19,7 @@ from brainfm_monai.data import freesurfer
 from brainfm_monai.data import labels as label_maps
 from brainfm_monai.data.datalist import count_subjects, make_entry, read_datalist, write_datalist
 from brainfm_monai.data.jobs import PreparationError
-from brainfm_monai.data.labels import choose_contrasts, simulate_contrasts
+from brainfm_monai.data.labels import simulate_contrasts
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.prepare import prepare_labels
 
@@ -212,5 +212,5 @@ def test_the_smoothing_is_in_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     labels[10:] = PROTOCOL.label_of_id[2]
     fine = simulate_contrasts(labels, np.diag([0.5, 0.5, 0.5, 1]), PROTOCOL, ["T1w"], "a")["T1w"]
     monkeypatch.setattr(label_maps, "SMOOTHING_MM", 2.0)
-    coarse = simulate_contrasts(labels, np.eye(4), PROTOCOL, choose_contrasts("T1w"), "a")["T1w"]
+    coarse = simulate_contrasts(labels, np.eye(4), PROTOCOL, ["T1w"], "a")["T1w"]
     np.testing.assert_array_equal(fine, coarse)

@@ -152,11 +152,6 @@ def test_apply_separable_is_three_matrix_products() -> None:
     torch.testing.assert_close(separable.apply_separable(image, operators), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_apply_separable_names_an_operator_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"operator 1 must have 5 columns, got \(1, 5, 4\)"):
-        separable.apply_separable(volume(1, 1, 4, 5, 6), [torch.eye(4)[None], torch.zeros(1, 5, 4), torch.eye(6)[None]])
-
-
 def test_a_lattice_is_linear_interpolation_at_its_own_spacing_for_each_sample() -> None:
     points = torch.tensor([2.0, -1.0, 4.0, 0.5, 3.0])
     operator = separable.lattice_operator(torch.tensor([4.0, 2.5]), 11, 5)
@@ -267,11 +262,6 @@ def test_a_voxel_holds_the_mean_of_the_labels_at_its_places_each_sample_in_its_o
                 expected += values[b, int(labels[(b, 0, *place)])] / 4 if inside else 0
             torch.testing.assert_close(painted[(b, slice(None), *voxel)], expected)
     assert 50 < outside < 400
-
-
-def test_painting_names_a_batch_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"'values' must be for 1 samples, got \(2, 3, 1\)"):
-        intensity.paint_labels(torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8), torch.zeros(2, 3, 1))
 
 
 def test_gamma_turns_about_its_top() -> None:

@@ -14,7 +14,7 @@ from brainfm_monai.metrics import (
     compare,
     summarise,
 )
-from brainfm_monai.metrics.tables import adjust_holm, bootstrap_interval, compute_signed_rank
+from brainfm_monai.metrics.tables import adjust_holm, bootstrap_interval
 
 
 def make_results(values: dict[str, list[float]], metric: str = "dice") -> pd.DataFrame:
@@ -96,7 +96,6 @@ def test_pairs_are_compared_as_scipy_does() -> None:
     row = result.loc["thalamus"]
     assert row["difference"] == pytest.approx(0.05)
     assert row["mean_second"] - row["mean_first"] == pytest.approx(0.05)
-    assert row["effect_size"] == 1
     difference = np.array(new["caudate"]) - np.array(old["caudate"])
     row = result.loc["caudate"]
     assert row["p"] == pytest.approx(wilcoxon(new["caudate"], old["caudate"]).pvalue)
@@ -126,27 +125,10 @@ def test_the_correction_is_holms() -> None:
     assert adjust_holm([0.6, 0.7]).tolist() == [1, 1]
 
 
-def test_ranks_with_ties_and_zeros() -> None:
-    differences = [0.0, 1.0, -1.0, 2.0, 3.0, -0.5, 4.0]
-    p, effect_size = compute_signed_rank(differences)
-    assert p == pytest.approx(wilcoxon(differences, zero_method="wilcox").pvalue)
-    # ranks of the absolute values 0.5, 1, 1, 2, 3, 4 are 1, 2.5, 2.5, 4, 5, 6
-    assert effect_size == pytest.approx((2.5 + 4 + 5 + 6 - 1 - 2.5) / 21)
-    assert compute_signed_rank([0.0, 0.0]) == (1, 0)
-    assert all(math.isnan(value) for value in compute_signed_rank([]))
-
-
 def test_a_result_compared_with_itself_does_not_differ() -> None:
     table = make_results({"thalamus": [0.8, 0.9, 0.7], "caudate": [math.nan] * 3, "image": [30.0, math.inf, 20.0]})
     result = compare(table, table, resamples=100).set_index("structure")
-    assert result.loc["thalamus", ["difference", "low", "high", "p", "p_holm", "effect_size"]].tolist() == [
-        0,
-        0,
-        0,
-        1,
-        1,
-        0,
-    ]
+    assert result.loc["thalamus", ["difference", "low", "high", "p", "p_holm"]].tolist() == [0, 0, 0, 1, 1]
     assert result.loc["caudate", ["difference", "low", "p", "p_holm"]].isna().all()
     assert result.loc["image", "difference"] == 0
 

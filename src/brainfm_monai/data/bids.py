@@ -169,7 +169,6 @@ def prepare_bids(
     size: Sequence[int] | str = SIZE,
     dataset: str = "",
     sharpen: bool = False,
-    dry_run: bool = False,
 ) -> list[Path]:
     """Prepare subjects for training from a BIDS folder of T1w, T2w, FLAIR and CT; finished ones are skipped.
 
@@ -187,7 +186,6 @@ def prepare_bids(
         size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given.
         sharpen: move the borders of the cortex in the model's labels to where a T1w shows them, by 2 voxels at most.
-        dry_run: log what would be done, and do nothing.
 
     Raises:
         FileNotFoundError: if there is no scan, or labels are missing and there is no bundle.
@@ -195,8 +193,7 @@ def prepare_bids(
     """
     settings = common_settings(dataset or Path(input).resolve().name, protocol, size)
     sessions, predictions, work = find_sessions(input), Path(output) / ".predicted", []
-    if not dry_run:
-        predict_labels({s.name: next(iter(s.scans.values())) for s in sessions if not s.labels}, predictions, bundle)
+    predict_labels({s.name: next(iter(s.scans.values())) for s in sessions if not s.labels}, predictions, bundle)
     for session in sessions:
         own: dict[str, Any] = {"person": session.person, "labels_from": "derivatives" if session.labels else "model"}
         own |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
@@ -205,7 +202,7 @@ def prepare_bids(
         files |= {f"{key}_mask": path for key, path in session.masks.items()}
         files |= {"lesion": session.lesion} if session.lesion else {}
         work.append(Job(session.name, "bids", files, settings | own, {"protocol": protocol}, make_volumes))
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+    return run_jobs(work, output, processes=jobs, overwrite=overwrite)
 
 
 def predicted_file(folder: Path, name: str) -> Path:

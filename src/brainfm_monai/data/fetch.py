@@ -4,7 +4,7 @@ import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from brainfm_monai.io import hash_file, read_table, write_whole
 
 logger = logging.getLogger(__name__)
 
+TABLE = str(resources.files("brainfm_monai") / "datasets" / "open.tsv")
 TIMEOUT_S = 30
 IN_PLANE_MM = 0.9
 SLICE_THICKNESS_MM = 5  # also the spacing: slices without gaps, as in much of clinical routine
@@ -44,33 +45,20 @@ class OpenFile(NamedTuple):
     file: str  # path below the folder of the download
     address: str
     sha256: str
-    bytes: int
+    bytes: str
     licence: str
     content: str  # what the set holds
 
 
-def read_open_sets(table: str | Path | None = None) -> dict[str, list[OpenFile]]:
-    """The files of every set, from the package's table or another one of the same columns.
-
-    FileNotFoundError if there is no such table, ValueError if a row is wrong, or leads out of the download's folder.
-    """
-    source = Path(table or str(resources.files("brainfm_monai") / "datasets" / "open.tsv"))
-    if not source.is_file():
-        raise FileNotFoundError(f"{table}: a table of open data sets is needed, found no such file")
+def read_open_sets() -> dict[str, list[OpenFile]]:
+    """The files of every set of the package's table."""
     sets: dict[str, list[OpenFile]] = {}
-    for row in read_table(source):
-        if set(OpenFile._fields) - set(row) or not row["bytes"].isdigit():
-            raise ValueError(f"{source}: the columns {' '.join(OpenFile._fields)} are needed, found {list(row)}")
-        file = OpenFile._make(int(row[key]) if key == "bytes" else row[key] for key in OpenFile._fields)
-        path = PurePosixPath(file.file)
-        if path.is_absolute() or ".." in path.parts or urlsplit(file.address).scheme not in ("http", "https"):
-            needed = f"{source}: a relative path and an http address are needed"
-            raise ValueError(f"{needed}, found {file.file} {file.address}")
-        sets.setdefault(file.name, []).append(file)
+    for row in read_table(TABLE):
+        sets.setdefault(row["name"], []).append(OpenFile(**row))
     return sets
 
 
-def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = None, jobs: int = 4) -> list[Path]:
+def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]:
     """Download an open data set and check its hashes; what is there already is kept. Returns its files.
 
     ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple
@@ -79,7 +67,6 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
     Args:
         name: name of the set.
         output: folder for its files.
-        table: another table of files than the package's (columns name, file, address, sha256, bytes, licence, content).
         jobs: downloads at once.
 
     Raises:
@@ -87,7 +74,7 @@ def fetch_dataset(name: str, output: str | Path, *, table: str | Path | None = N
         NoNetworkError: if a server cannot be reached.
         DownloadError: at the end, if files could not be fetched or are not what the table says: one line for each.
     """
-    sets = read_open_sets(table)
+    sets = read_open_sets()
     if name not in sets:
         needed = f"an open data set of the table is needed ({', '.join(sorted(sets))})"
         raise ValueError(f"{name}: {needed}, found no such name")

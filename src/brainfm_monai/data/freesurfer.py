@@ -38,7 +38,6 @@ def prepare_freesurfer(
     protocol: str = BRAIN_PROTOCOL,
     size: Sequence[int] | str = SIZE,
     dataset: str = "",
-    dry_run: bool = False,
 ) -> list[Path]:
     """Prepare subjects for training from FreeSurfer's or FastSurfer's results; finished ones are skipped.
 
@@ -51,7 +50,6 @@ def prepare_freesurfer(
         size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives
             of a BIDS folder, that of the BIDS folder, so that its persons are the same).
-        dry_run: log what would be done, and do nothing.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no subject in it.
@@ -74,7 +72,7 @@ def prepare_freesurfer(
         Job(f.name, "freesurfer", find_files(f), settings | person_of.get(f.name, {}), options, make_volumes)
         for f in folders
     ]
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+    return run_jobs(work, output, processes=jobs, overwrite=overwrite)
 
 
 def find_files(folder: Path) -> dict[str, Path]:

@@ -81,24 +81,16 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
     return faults
 
 
-def run_jobs(
-    jobs: Sequence[Job], output: str | Path, *, processes: int = 1, overwrite: bool = False, dry_run: bool = False
-) -> list[Path]:
+def run_jobs(jobs: Sequence[Job], output: str | Path, *, processes: int = 1, overwrite: bool = False) -> list[Path]:
     """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues.
 
-    Returns the folders in ``output`` in the order of the jobs; ``dry_run`` logs what would be done. ValueError if two
-    jobs have one name; PreparationError at the end, with one line for each that failed.
+    Returns the folders in ``output`` in the order of the jobs. ValueError if two jobs have one name; PreparationError
+    at the end, with one line for each that failed.
     """
     output_dir, failures = Path(output), []
     if twice := find_repeated(job.name for job in jobs):
         raise ValueError(f"{output_dir}: subjects with different names are needed, found twice: {twice}")
     waiting = [job for job in jobs if overwrite or not is_finished(job, output_dir)]
-    folders = [output_dir / job.name for job in jobs]
-    for job in jobs if dry_run else ():
-        files = ", ".join(f"{role} {path}" for role, path in job.files.items())
-        logger.info("%s %s from %s", "would prepare" if job in waiting else "is finished:", job.name, files)
-    if dry_run:
-        return folders
     for table in {Path(str(job.options.get(key, ""))) for job in waiting for key in PROTOCOLS}:
         if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them
             write_text(output_dir / table.name, table.read_text(encoding="utf-8"))
@@ -112,7 +104,7 @@ def run_jobs(
     if failures:
         lines = "\n".join(sorted(failures))
         raise PreparationError(f"{len(failures)} of {len(jobs)} subjects were not prepared:\n{lines}")
-    return folders
+    return [output_dir / job.name for job in jobs]
 
 
 def is_finished(job: Job, output_dir: Path) -> bool:

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
-from brainfm_monai.data.subjects import Image, split_names
+from brainfm_monai.data.subjects import Image
 from brainfm_monai.io import ScanError, find_repeated, read_labels, read_table
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
 
@@ -190,14 +190,6 @@ def make_generation_labels(
     labels[at_white] = WHITE_TO_GREY + np.rint(share_grey[at_white] * STEPS)
     labels[at_pial] = GREY_TO_FLUID + np.rint(share_fluid[at_pial] * STEPS)
     return labels, PROTOCOL
-
-
-def choose_contrasts(names: Sequence[str] | str) -> list[str]:
-    """Names of contrasts in the order of the package, each once; ValueError if there is no such contrast."""
-    asked = split_names(names)
-    if unknown := [name for name in asked if name not in CONTRASTS]:
-        raise ValueError(f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}, got {', '.join(unknown)}")
-    return [name for name in CONTRASTS if name in asked]
 
 
 def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], source: str) -> dict[str, np.ndarray]:

@@ -9,8 +9,8 @@ from typing import Any
 from brainfm_monai.data.datalist import make_entry
 from brainfm_monai.data.freesurfer import make_volumes
 from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
-from brainfm_monai.data.labels import choose_contrasts, read_id_table
-from brainfm_monai.data.subjects import SIZE
+from brainfm_monai.data.labels import read_id_table
+from brainfm_monai.data.subjects import CONTRASTS, SIZE, split_names
 from brainfm_monai.io import SCAN_SUFFIXES, hash_file, scan_stem
 
 
@@ -26,7 +26,6 @@ def prepare_labels(
     size: Sequence[int] | str = SIZE,
     contrasts: Sequence[str] | str = (),
     dataset: str = "",
-    dry_run: bool = False,
 ) -> list[Path]:
     """Prepare subjects for training from label maps; finished ones are skipped.
 
@@ -48,13 +47,15 @@ def prepare_labels(
         contrasts: images that a training paints on the labels, out of T1w, T2w, FLAIR and CT, separated by commas; a
             finished subject keeps its own where none are asked for.
         dataset: name of the set in lists and counts; the folder's name if not given.
-        dry_run: log what would be done, and do nothing.
 
     Raises:
         ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
         PreparationError: at the end, if some label maps failed: one line for each.
     """
-    simulated = choose_contrasts(contrasts)
+    asked = split_names(contrasts)
+    if unknown := [name for name in asked if name not in CONTRASTS]:
+        raise ValueError(f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}, got {', '.join(unknown)}")
+    simulated = [name for name in CONTRASTS if name in asked]
     settings = common_settings(dataset, protocol, size) | {"generation_protocol": Path(generation_protocol).name}
     settings |= {"simulated": simulated} if simulated else {}  # a finished subject keeps its own
     options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
@@ -63,7 +64,7 @@ def prepare_labels(
         files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
         of_set = {"dataset": dataset or source.resolve().parent.name}
         work.append(Job(scan_stem(source), "labels", files, settings | of_set, options, make_volumes))
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite, dry_run=dry_run)
+    return run_jobs(work, output, processes=jobs, overwrite=overwrite)
 
 
 def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -14,13 +14,7 @@ QUANTILE_SAMPLES = 2**17  # voxels that are looked at for a percentile: error of
 
 
 def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
-    """Give labels (B, 1, H, W, D) in [0, L) their C values (B, L, C): (B, C, H, W, D), channels last in memory.
-
-    Raises:
-        ValueError: if the batches differ.
-    """
-    if len(labels) != len(values):
-        raise ValueError(f"paint_labels: 'values' must be for {len(labels)} samples, got {tuple(values.shape)}")
+    """Give labels (B, 1, H, W, D) in [0, L) their C values (B, L, C): (B, C, H, W, D), channels last in memory."""
     first = torch.arange(len(labels), device=labels.device, dtype=torch.int32).reshape(-1, 1, 1, 1) * values.shape[1]
     return nnf.embedding(first + labels[:, 0], values.flatten(0, 1)).movedim(-1, 1)
 

@@ -8,14 +8,7 @@ from torch import Tensor
 
 
 def apply_separable(volume: Tensor, operators: Sequence[Tensor]) -> Tensor:
-    """Apply matrices (B, H, h), (B, W, w) and (B, D, d) to the axes of a volume (B, C, h, w, d): (B, C, H, W, D).
-
-    Raises:
-        ValueError: if an operator does not fit its axis.
-    """
-    for axis, (operator, n) in enumerate(zip(operators, volume.shape[2:], strict=True)):
-        if operator.shape[-1] != n:
-            raise ValueError(f"apply_separable: operator {axis} must have {n} columns, got {tuple(operator.shape)}")
+    """Apply matrices (B, H, h), (B, W, w) and (B, D, d) to the axes of a volume (B, C, h, w, d): (B, C, H, W, D)."""
     over_h, over_w, over_d = operators
     batch, channels, h, w, d = volume.shape
     out = torch.matmul(volume.reshape(batch, -1, d), over_d.transpose(1, 2)).reshape(batch, channels, h, w, -1)

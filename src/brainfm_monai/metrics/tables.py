@@ -159,10 +159,11 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples:
 
     Returns one row for each condition, task, structure, side and metric: the keys, ``n`` (scans that have a value in
     both), ``mean_first``, ``mean_second``, ``difference`` (mean of second - first), ``low`` and ``high`` of it, ``p``
-    of the Wilcoxon signed-rank test, ``p_holm``, corrected over the structures and sides of a metric, and
-    ``effect_size``, the rank-biserial correlation, positive where the second is larger.
+    of the two-sided Wilcoxon signed-rank test without zeros, 1 where there is nothing else, and ``p_holm``, corrected
+    over the structures and sides of a metric.
     """
     import pandas as pd
+    from scipy.stats import wilcoxon
 
     keys = ["scan", *KEYS]
     merged = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
@@ -181,29 +182,12 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples:
         difference = np.subtract(right, left, out=np.zeros_like(left), where=left != right)
         means = [float(one.mean()) if len(one) else np.nan for one in (left, right, difference)]
         interval = bootstrap_interval(difference, seed, resamples)
-        rows.append((*key, len(pairs), *means, *interval, *compute_signed_rank(difference)))
-    columns = [*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p", "effect_size"]
+        p = float(wilcoxon(difference[difference != 0]).pvalue) if difference.any() else 1.0 if len(pairs) else np.nan
+        rows.append((*key, len(pairs), *means, *interval, p))
+    columns = [*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p"]
     result = pd.DataFrame(rows, columns=columns)
     corrected = result.groupby(FAMILY, sort=False)["p"].transform(lambda p: adjust_holm(p.to_numpy()))
-    result.insert(columns.index("p") + 1, "p_holm", corrected)
-    return result
-
-
-def compute_signed_rank(differences: ArrayLike) -> tuple[float, float]:
-    """P of the two-sided Wilcoxon signed-rank test of paired differences, and the rank-biserial correlation.
-
-    Zeros are left out: P is 1 where there is nothing else, NaN where there is no pair. The correlation, in [-1, 1], is
-    the rank sum of positive differences minus that of negative ones over the sum of both (Wilcoxon, Biometrics Bulletin
-    1, 1945; Kerby, Comprehensive Psychology 3, 2014).
-    """
-    from scipy.stats import wilcoxon
-
-    values = np.asarray(differences, dtype=np.float64).ravel()
-    if not values.any():
-        return (1.0, 0.0) if len(values) else (np.nan, np.nan)
-    values = values[values != 0]
-    positive = wilcoxon(values, alternative="greater").statistic  # sum of the ranks of positive differences
-    return float(wilcoxon(values).pvalue), float(4 * positive / (len(values) * (len(values) + 1)) - 1)
+    return result.assign(p_holm=corrected)
 
 
 def adjust_holm(p: ArrayLike) -> np.ndarray:
