@@ -15,9 +15,7 @@ from brainfm_monai.metrics.fields import (
     compute_distance_mae,
     compute_fold_fraction,
     compute_mni_error,
-    compute_thickness_error,
 )
-from brainfm_monai.outputs import cortex
 
 SIZE = (12, 10, 8)
 LAS = torch.diag(torch.tensor([-2.0, 1.0, 3.0, 1.0], dtype=torch.float64))
@@ -71,37 +69,6 @@ def test_distances_count_near_the_surface() -> None:
     near = near[near.abs() < 3]
     expected = [((near + s).clamp(-3, 3) - near).abs().mean().item() for s in (0.5, -0.25, 0.0)]
     assert error[0].tolist() == pytest.approx([*expected, math.nan], abs=1e-6, nan_ok=True)
-
-
-def make_cortex(pial_mm: float, white_mm: float) -> Tensor:
-    """Distances of a flat cortex across H on the left, and of one that is 1 mm thinner on the right."""
-    x = torch.arange(SIZE[0], dtype=torch.float32).reshape(-1, 1, 1).expand(SIZE)
-    return torch.stack([x - pial_mm, x - white_mm, x - pial_mm, x - white_mm - 1])[None].clamp(-3, 3)
-
-
-def test_the_thickness_of_a_flat_cortex_is_the_distance_of_its_surfaces() -> None:
-    mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
-    truth, pred = make_cortex(7.5, 4.75), make_cortex(7.5, 5.25)
-    error = compute_thickness_error(pred, truth, mask)
-    assert error["reference_thickness"][0].tolist() == pytest.approx([2.75, 1.75])
-    assert error["thickness"][0].tolist() == pytest.approx([2.25, 1.25])
-    assert error["thickness_error"][0].tolist() == pytest.approx([-0.5, -0.5])
-    assert error["thickness_absolute_error"][0].tolist() == pytest.approx([0.5, 0.5])
-    nothing = compute_thickness_error(truth, truth.abs() + 1, mask)
-    assert nothing["reference_thickness"].isnan().all()
-    assert nothing["thickness_absolute_error"].isnan().all()
-    assert not nothing["thickness"].isnan().any()
-
-
-def test_thickness_is_that_of_the_outputs() -> None:
-    truth = draw(6, channels=4, batch=1)
-    distance = {name: truth[0, i].numpy() for i, name in enumerate(("lp", "lw"))}
-    thickness = cortex.compute_ribbon_thickness_mm(distance, cortex.compute_ribbon(distance))
-    expected = thickness[cortex.compute_ribbon(distance) == 3].mean()
-    mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
-    assert compute_thickness_error(truth, truth, mask)["reference_thickness"][0, 0].item() == pytest.approx(
-        expected, rel=1e-5
-    )
 
 
 def test_a_shift_of_the_coordinates_is_their_error() -> None:

@@ -18,12 +18,9 @@ class MultiTaskLoss(nn.Module):
 
     Args:
         layout: names the channels of the prediction.
-        weights: weight by task name, 1 for a task without one; tasks that are not in the layout do not matter.
-        samples: scans of each subject in a batch, one after the other; the embedding is learnt from their agreement,
-            and is left out where there is one.
-
-    Raises:
-        ValueError: if a weight names what is no task, or ``samples`` is smaller than 1.
+        weights: weight by task name, 1 for a task without one; what is no task is a ValueError.
+        samples: scans of each subject in a batch, one after the other, at least 1, else a ValueError; the embedding is
+            learnt from their agreement, and is left out where there is one.
     """
 
     def __init__(self, layout: TaskLayout, weights: Mapping[str, float] | None = None, samples: int = 1) -> None:
@@ -39,14 +36,10 @@ class MultiTaskLoss(nn.Module):
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch, a scalar; ``components`` keeps the unweighted loss of every task on this rank.
 
-        Args:
-            pred: shape (B, layout.channels, H, W, D).
-            target: one entry for every task that at least one sample has, (B, channels, H, W, D), or (B,) for a scalar;
-                ``visible``, (B, 1, H, W, D), the field of view; optionally ``available_<task>``, (B,), 1 for samples
-                that have the target, and ``valid_<task>``, (B, 1, H, W, D), 1 where an image is not defaced.
-
-        Raises:
-            ValueError: if an embedding is learnt and the batch does not hold ``samples`` scans of each subject.
+        The prediction is (B, layout.channels, H, W, D); B is a multiple of ``samples``, else a ValueError. Targets have
+        one entry for every task that at least one sample has, (B, channels, H, W, D), or (B,) for a scalar;
+        ``visible``, (B, 1, H, W, D), the field of view; optionally ``available_<task>``, (B,), 1 for samples that have
+        the target, and ``valid_<task>``, (B, 1, H, W, D), 1 where an image is not defaced.
         """
         if len(pred) % self.samples:
             found = tuple(pred.shape)

@@ -48,25 +48,6 @@ def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return compute_mean_inside((pred.float().clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
 
 
-def compute_thickness_error(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Error of the thickness of the cortex, as the distances of :func:`compute_distance_mae` give it, mm.
-
-    A voxel is cortex of a hemisphere where it lies inside its pial and not inside its white surface; the thickness
-    there is the distance to the one plus the distance to the other, as in the thickness map of the outputs. For left
-    and right, (B, 2), NaN without cortex: ``thickness`` and ``reference_thickness``, the mean over either's own cortex,
-    ``thickness_error``, their difference, and ``thickness_absolute_error``, the mean over the reference's cortex.
-    """
-    thickness = [(one[:, 1::2].float() - one[:, 0::2]).clamp_min(0) for one in (pred, target)]
-    cortex = [(one[:, 0::2] < 0) & (one[:, 1::2] >= 0) & mask.bool() for one in (pred, target)]
-    predicted, true = (compute_mean_inside(t, c) for t, c in zip(thickness, cortex, strict=True))
-    return {
-        "thickness": predicted,
-        "reference_thickness": true,
-        "thickness_error": predicted - true,
-        "thickness_absolute_error": compute_mean_inside((thickness[0] - thickness[1]).abs(), cortex[1]),
-    }
-
-
 def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """``error_mean`` and ``error_p95``, (B,), mm, of coordinates, (B, 3, H, W, D), in a mask; NaN where it is empty."""
     distance = (pred_mm.float() - target_mm).norm(dim=1, keepdim=True)

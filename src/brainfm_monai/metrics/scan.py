@@ -14,7 +14,6 @@ from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure
 from brainfm_monai.metrics.tables import MetricRow, unit_of
 from brainfm_monai.tasks import BRAIN_WINDOW_HU, TASKS
 
-HEMISPHERES = ("left", "right")
 ALL = "all"  # structure of a mean over structures
 
 Values = dict[tuple[str, str, str], float]  # by structure, side and metric
@@ -131,11 +130,8 @@ def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
 
 def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
     error = fields.compute_distance_mae(pred, target, mask)[0].tolist()
-    channels = [(surface, side) for side in HEMISPHERES for surface in ("pial", "white")]  # lp, lw, rp, rw
-    values = {(*channel, "distance_error"): x for channel, x in zip(channels, error, strict=True)}
-    for metric, of_sides in fields.compute_thickness_error(pred, target, mask).items():
-        values |= {("cortex", side, metric): x for side, x in zip(HEMISPHERES, of_sides[0].tolist(), strict=True)}
-    return values
+    channels = [(surface, side) for side in ("left", "right") for surface in ("pial", "white")]  # lp, lw, rp, rw
+    return {(*channel, "distance_error"): x for channel, x in zip(channels, error, strict=True)}
 
 
 def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:

@@ -27,9 +27,7 @@ def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Te
     """Means and the stds of these means, both (N, L), out of N of the package's tables for L generation labels.
 
     ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
-
-    Raises:
-        ValueError: if there is no such table.
+    ValueError if there is no such table.
     """
     if unknown := [name for name in names if name not in CONTRASTS]:
         raise ValueError(f"contrast_priors: names must be out of {list(CONTRASTS)}, got {unknown}")

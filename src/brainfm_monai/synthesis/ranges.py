@@ -15,10 +15,8 @@ class SynthesisRanges:
     """Laws of the random quantities; pairs are (low, high) of a uniform law unless said otherwise.
 
     The numbers are those of the published BrainFM configuration, except where ``docs/sampling.md``, which has a row for
-    every field, says why not.
-
-    Raises:
-        ValueError: if a pair does not ascend, a probability is outside [0, 1], or weights are negative or all 0.
+    every field, says why not. ValueError if a pair does not ascend, a probability is outside [0, 1], or weights are
+    negative or all 0.
     """
 
     rotation_deg: Range = (-15.0, 15.0)
@@ -96,11 +94,7 @@ class SynthesisRanges:
 
 
 def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
-    """Laws out of names and values, as a command line gives them.
-
-    Raises:
-        ValueError: if a name is not one of a field, or a value does not fit.
-    """
+    """Laws out of names and values, as a command line gives them; ValueError if a name or a value does not fit."""
     if unknown := sorted(set(values) - {field.name for field in fields(SynthesisRanges)}):
         raise ValueError(f"SynthesisRanges: docs/sampling.md lists the fields, found no {', '.join(unknown)}")
     laws: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

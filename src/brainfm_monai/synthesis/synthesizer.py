@@ -29,8 +29,7 @@ _load_protocol = cache(Protocol.load)
 class Synthesizer:
     """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch.
 
-    Raises:
-        ValueError: if there are more mild samples than samples, or ``label_mm`` does not divide ``scan_mm``.
+    ValueError if there are more mild samples than samples, or ``label_mm`` does not divide ``scan_mm``.
     """
 
     ranges: SynthesisRanges  # laws of the (severe) samples
