@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
     torch.save(headless, tmp_path / "head.pt")
     cases: list[tuple[Path, TaskLayout | None, type[Exception], str]] = [
         (absent, None, FileNotFoundError, "a file of weights is needed, found no such file"),
-        (text, None, ValueError, "weights of this package or a published checkpoint are needed: "),
+        (text, None, ValueError, "a whole torch checkpoint is needed, and it cannot be read as one: "),
         (other, None, ValueError, r"the head must have the 52 channels of .* in protocol synthseg_head, found no head"),
         (
             wide,

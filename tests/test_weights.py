@@ -57,7 +57,7 @@ def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path) -> 
     for content in (b"not a checkpoint", b"", b"\x80\x02cos\nsystem\nq\x00."):
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match="a plain state dict of tensors is needed, and it cannot be read as one"
+            ValueError, match=r"a checkpoint of tensors, numbers and text is needed|cannot be read as one"
         ) as caught:
             read_state_dict(path)
         assert "\n" not in str(caught.value)
@@ -77,7 +77,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     torch.save({"weight": Trap()}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="it cannot be read as one"):
+    with pytest.raises(ValueError, match="and was not loaded"):
         read_state_dict(tmp_path / "model.pt")
     assert not (tmp_path / "sprung").exists()
 

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.annotation.gains import Items, keep_gains
 from brainfm_monai.io import ScanError, bundle_arguments, read_labels, read_scan, refuse_if, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet
 
@@ -34,6 +33,9 @@ FOLDER = "training_label"  # in the bundle: prepared subjects, and what a traini
 ANATOMIES = "anatomies"  # in the bundle: prepared subjects of other persons, a folder or a link to one
 PROGRESS = "progress.json"
 ANATOMIES_PER_SCAN = 2  # in each pass over the corrected scans, so that other contrasts and persons are not forgotten
+SMALLEST_GAIN = 0.01  # of a structure's Dice with the corrected labels, for which its new weights are taken
+Items = Sequence[Mapping[str, Any]]
+REAL = {"T1w": 1.0, "T2w": 1.0, "FLAIR": 1.0, "CT": 80.0}  # value of a real image that the network sees as 1
 GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, which clients write in float32
 
 
@@ -55,9 +57,8 @@ def read_label_info(label: str | Path) -> list[dict[str, Any]]:
     path = Path(label)
     try:
         objects = json.loads((path.parents[2] / DATASTORE).read_text(encoding="utf-8"))["objects"].values()
-        labels = [entry["labels"][path.parent.name] for entry in objects if path.parent.name in entry["labels"]]
-        infos = [entry["info"] for entry in labels if entry["info"].get("name") == path.name]
-        return list(infos[0].get("label_info") or []) if infos else []
+        infos = [entry["labels"][path.parent.name]["info"] for entry in objects if path.parent.name in entry["labels"]]
+        return next((list(info.get("label_info") or []) for info in infos if info.get("name") == path.name), [])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return []  # a label map from elsewhere
 
@@ -103,8 +104,8 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     occupied = (image[0, 0] > FOREGROUND).nonzero()
     if not len(occupied):
         return 1.0
-    first, last = occupied.amin(0).tolist(), (occupied.amax(0) + 1).tolist()
-    head = image[(slice(None), slice(None), *(slice(a, b) for a, b in zip(first, last, strict=True)))]
+    ends = zip(occupied.amin(0).tolist(), (occupied.amax(0) + 1).tolist(), strict=True)
+    head = image[(slice(None), slice(None), *(slice(first, last) for first, last in ends))]
     head = nnf.pad(head, [extra for size in reversed(head.shape[2:]) for extra in (0, -size % MULTIPLE)])
     features = network.backbone(nnf.avg_pool3d(head, network.stride))
     logits, protocol = network.layout.slices["segmentation"], network.layout.protocol
@@ -247,3 +248,47 @@ class EpochReport:
         if losses:
             logger.info("epoch %d of %d: loss %.3f, %.0f s", epoch, epochs, loss, time.time() - self.began)
         losses.clear()
+
+
+@torch.no_grad()
+def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights before a training, with the new rows of the head for the structures that the training brought nearer.
+
+    A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`,
+    or if the annotators deleted it and it shrank by that share. All other structures and maps stay as they were: what
+    nobody corrected does not drift. The network comes from the training, for scans in the voxels of its backbone, and
+    has the ``old`` weights afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
+    """
+    new = {key: value.clone() for key, value in network.state_dict().items()}
+    rows, protocol = network.layout.slices["segmentation"], network.layout.protocol
+    (dice, size, _), (old_dice, old_size, absent) = (_compare(network, state, items) for state in (new, old))
+    shrunk = (old_size - size) / old_size.clamp_min(1)
+    # a deleted structure has no Dice; tissues of the head are absent because nobody labelled the head
+    gain = torch.where(absent & torch.as_tensor(protocol.is_brain, device=absent.device), shrunk, dice - old_dice)
+    gained = (gain > SMALLEST_GAIN).nonzero().flatten().tolist()
+    if not gained and gain.max() > 0:
+        gained = [int(gain.argmax())]
+    names = ", ".join(protocol.structures[label].name for label in gained)
+    logger.info("structures nearer to the corrected labels: %s", names or "none, so that the weights are the old ones")
+    chosen, state = [rows.start + label for label in gained], dict(old)
+    for key in ("head.weight", "head.bias"):
+        state[key] = old[key].to(new[key].device, torch.float32, copy=True)
+        state[key][chosen] = new[key][chosen].float()
+    return state
+
+
+def _compare(network: MultiTaskNet, weights: Mapping[str, Tensor], items: Items) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each structure (0 for the background): Dice with the labels, predicted voxels, whether no label has it."""
+    network.load_state_dict(weights)
+    network.eval()
+    rows, device = network.layout.slices["segmentation"], network.head.weight.device
+    overlap, pred_size, label_size = torch.zeros(3, len(network.layout.protocol), device=device)
+    for item in items:
+        name = next(name for name in REAL if item.get(f"real_{name}"))
+        pred = network((item[name].to(device) / REAL[name]).clamp(0, 1)[None])[0, rows].argmax(0)
+        label = nnf.interpolate(item["segmentation"][None].to(device), pred.shape, mode="nearest-exact")[0, 0].long()
+        for counts, voxels in ((overlap, pred[pred == label]), (pred_size, pred), (label_size, label)):
+            counts += torch.bincount(voxels.flatten(), minlength=len(counts))
+    dice = 2 * overlap / (pred_size + label_size).clamp_min(1)
+    dice[0] = 0  # the rows of the structures decide
+    return dice, pred_size, label_size == 0

@@ -41,8 +41,7 @@ def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
         cluster: address of a scheduler, as in ``tcp://host:8786``, or ``local:N`` for N processes of this machine.
         settings: arguments of MONAI's ConfigWorkflow, with overrides of the config.
     """
-    settings = _with_absolute_paths(settings)
-    keys = ("dataset", "writer", "shard", "overwrite")
+    settings, keys = _with_absolute_paths(settings), ("dataset", "writer", "shard", "overwrite")
     dataset, writer, shard, overwrite = map(_build(json.dumps(settings)).get_parsed_content, keys)
     numbers = choose_scans(dataset, writer, shard, overwrite)
     failures = _compute(cluster, json.dumps({**settings, "scans": []}), dataset, writer, numbers) if numbers else []

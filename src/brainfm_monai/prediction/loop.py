@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset, list_data_collate
-from monai.engines import Evaluator, IterationEvents
+from monai.engines import Evaluator
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from brainfm_monai.io import Scan, ScanError, make_scans, one_line, printable
+from brainfm_monai.io import Scan, ScanError, exit_on_error, make_scans, one_line, printable, refuse_if
 from brainfm_monai.outputs import ScanWriter
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,8 @@ class ScanDataset(Dataset):
         super().__init__([{**item, **scan} for item, scan in zip(rest, scans, strict=True)], transform)
 
     def _transform(self, index: int) -> Any:
-        item = self.data[index]
-        if item.get("problem"):
-            raise ScanError(f"{printable(item['image'])}: {item['problem']}")
+        if problem := self.data[index].get("problem"):
+            raise ScanError(f"{printable(self.data[index]['image'])}: {problem}")
         return super()._transform(index)
 
 
@@ -81,10 +80,9 @@ def share_of(count: int, shard: str | None = None) -> list[int]:
     """
     numbers = list(range(count))
     if shard is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", str(shard).strip())
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"shard: i/n with i from 1 to n is needed, found '{shard}'")
-        numbers = numbers[int(match[1]) - 1 :: int(match[2])]
+        part, count = map(int, match.groups() if (match := re.fullmatch(r"(\d+)/(\d+)", str(shard))) else (0, 0))
+        refuse_if(not 1 <= part <= count, "shard: i/n with i from 1 to n is needed", f"'{shard}'")
+        numbers = numbers[part - 1 :: count]
     return numbers[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
@@ -117,10 +115,7 @@ def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, ov
         logger.info("%d more files are skipped, see summary.tsv", len(dataset.skipped) - MOST_LINES)
     if not len(dataset):
         raise SystemExit("input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER")
-    try:
-        mine = share_of(len(dataset), shard)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    mine = exit_on_error(share_of, len(dataset), shard)
     writer.clear()
     numbers = [number for number in mine if overwrite or not writer.is_finished(dataset.data[number])]
     for number in set(mine) - set(numbers):
@@ -159,7 +154,6 @@ def run_scans(
     def finish_writing() -> None:
         while writing:
             scan, future = writing.pop()
-            bar.set_postfix_str("writing")
             with _reported(scan, failures, notes, bar):
                 logger.info("%s: results are in %s", scan["name"], future.result())
                 bar.update()
@@ -167,21 +161,18 @@ def run_scans(
     def compute(scan: dict[str, Any], batch: Any) -> dict[str, Any]:
         writer.check_place(scan)
         bar.set_description_str(str(scan["name"]))
-        bar.set_postfix_str("network")
         evaluator.data_loader, evaluator.state.epoch_length, evaluator.state.output = [batch], 1, None
         evaluator.run()
         if raised:
             raise raised.pop()
         return maps_of(evaluator)
 
-    forward = evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda _: bar.set_postfix_str("maps"))
     catch = evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: raised.append(error))
     evaluator.logger = engine_logger
     try:
-        with logging_redirect_tqdm(), bar, ThreadPoolExecutor(1, "write") as pool, forward, catch:
+        with logging_redirect_tqdm(), bar, ThreadPoolExecutor(1, "write") as pool, catch:
             for number, wait in loader.read_ahead(numbers):
                 scan = loader.dataset.data[number]
-                bar.set_postfix_str("reading")
                 with _reported(scan, failures, notes, bar):
                     future = pool.submit(writer.write, compute(scan, wait()), scan)
                     finish_writing()

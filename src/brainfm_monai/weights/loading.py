@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from brainfm_monai.io import first_line, refuse_if
+from brainfm_monai.io import refuse_if
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights.checkpoint import read_checkpoint
 from brainfm_monai.weights.published import load_published
 
 logger = logging.getLogger(__name__)
@@ -18,12 +18,7 @@ logger = logging.getLogger(__name__)
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a plain state dict, running nothing in it; FileNotFoundError without a file, ValueError if it is none."""
-    refuse_if(not Path(path).is_file(), f"{path}: a file of weights is needed", "no such file", FileNotFoundError)
-    rule = f"{path}: a plain state dict of tensors is needed"
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own kinds
-        raise ValueError(f"{rule}, and it cannot be read as one: {first_line(error)}") from error
+    state, rule = read_checkpoint(path), f"{path}: a plain state dict of tensors is needed"
     refuse_if(not isinstance(state, dict), rule, type(state).__name__)
     refuse_if(not state, rule, "no entries")
     for key, value in state.items():
@@ -77,16 +72,9 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     """
     if not str(path):
         return []
-    source, skipped = layout or network.layout, ""
-    try:
-        given = read_state_dict(path)
-    except ValueError as plain:
-        try:
-            published, _ = load_published(path)
-        except ValueError as error:
-            reasons = "; ".join(str(e).removeprefix(f"{path}: ") for e in (plain, error))
-            message = f"{path}: weights of this package or a published checkpoint are needed: {reasons}"
-            raise ValueError(message) from error
+    given, source, skipped = read_checkpoint(path), layout or network.layout, ""
+    if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
+        published, _ = load_published(path)
         given, source, skipped = published.state_dict(), published.layout, "super_resolution"
     pairs = _match_channels(path, network.layout, source, given, skipped)
     state = network.state_dict()
