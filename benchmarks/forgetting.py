@@ -1,9 +1,9 @@
 """What a training on one corrected scan, as MONAI Label starts it, does to scans of other persons and contrasts.
 
-    python benchmarks/forgetting.py SCAN... [--anatomies FOLDER] [--epochs N]
+    python benchmarks/forgetting.py SCAN... [--epochs N]
 
 The correction: nilearn's brain at 2 mm with the labels of a click, the left thalamus and the right putamen grown by one voxel. The
-values are those of ``label_train.json``; FOLDER holds prepared subjects of other persons, as ``bundle/anatomies`` would. Printed are
+values are those of ``label_train.json``. Printed are
 the Dice of the correction before and after, and for each SCAN the Dice of its labels before the training with those after: the mean
 over the structures of the brain, that without the two corrected ones, and the lowest. Settings are those of a click.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from scipy.ndimage import binary_dilation
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.annotation import ANATOMIES, fine_tune
+from brainfm_monai.annotation import fine_tune
 from brainfm_monai.prediction import predict
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
@@ -64,7 +64,6 @@ def main() -> None:
     """Train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", nargs="+", type=Path)
-    parser.add_argument("--anatomies", type=Path)
     parser.add_argument("--epochs", type=int)
     chosen = parser.parse_args()
     protocol = Protocol.load("synthseg_head")
@@ -76,8 +75,6 @@ def main() -> None:
         bundle = folder / "bundle"
         for part in ("configs", "models"):
             shutil.copytree(BUNDLE / part, bundle / part, ignore=shutil.ignore_patterns("model_*"))
-        if chosen.anatomies:
-            (bundle / ANATOMIES).symlink_to(chosen.anatomies.resolve())
         scan, label = write_correction(folder, bundle, label_of, brain)
         scans = [scan, *chosen.scans]
         before = [segment(path, bundle, "model.pt") for path in scans]

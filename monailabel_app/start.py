@@ -21,25 +21,9 @@ and "Train". Colours and maps, in Slicer's Python console:
 
 OHIF, for the scans of a DICOMweb archive: {url}/ohif/
 
-{training}
 docs/monai-label.md shows each step.
 
 """
-WITH_ANATOMIES = "Training mixes {count} anatomies of other persons into the corrected scans ({folder}).\n"
-WITHOUT_ANATOMIES = """Training uses the corrected scans alone: {folder} has no anatomies.
-Label maps of SynthSeg become anatomies of other persons, about two minutes each:
-
-    {command} prepare labels MAPS {folder} --contrasts T1w,T2w,FLAIR,CT
-"""
-
-
-def describe_training(bundle: Path) -> str:
-    """Say what a training from the server learns from, besides the corrected scans."""
-    folder = bundle / "anatomies"
-    count = len(list(folder.glob("*/subject.json")))
-    return (WITH_ANATOMIES if count else WITHOUT_ANATOMIES).format(
-        count=count, folder=folder, command=Path(sys.executable).with_name("brainfm-monai")
-    )
 
 
 def main() -> None:
@@ -59,7 +43,7 @@ def main() -> None:
         "MONAI_LABEL_DICOMWEB_SEARCH_FILTER", '{"Modality": "MR"}'
     )  # the default of MONAI Label is CT
     url = f"http://{ADDRESS}:{chosen.port}"
-    sys.stdout.write(TEXT.format(url=url, studies=chosen.studies, training=describe_training(Path(chosen.bundle))))
+    sys.stdout.write(TEXT.format(url=url, studies=chosen.studies))
     sys.stdout.flush()
     server = ["-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", chosen.studies]
     server += ["--host", ADDRESS, "--port", chosen.port]

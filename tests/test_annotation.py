@@ -13,7 +13,6 @@ import torch
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.annotation import (
-    _choose_anatomies,
     _cut_to_labels,
     _next_weights,
     brain_uncertainty,
@@ -111,11 +110,6 @@ def test_a_training_on_subjects_is_left_alone(tmp_path: Path) -> None:
         train_from_server(items, tmp_path, None, "cpu", 1)
     with pytest.raises(ValueError, match="training: a corrected scan is needed"):
         fine_tune([], tmp_path)
-
-
-def test_without_anatomies_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert _choose_anatomies(tmp_path / "anatomies", 2, "model_tuned_1") == []
-    assert "no anatomies of other persons" in caplog.text
 
 
 def test_labels_of_the_brain_alone_cut_the_scan(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ FOREGROUND = 0.05  # intensity above which a voxel belongs to the head, as at in
 MULTIPLE = 32  # sides of the network's input, in voxels
 PLANES = 16  # of the network's grid, decoded at a time
 FOLDER = "training_label"  # in the bundle: prepared subjects, and what a training reports
-ANATOMIES = "anatomies"  # in the bundle: prepared subjects of other persons, a folder or a link to one
 PROGRESS = "progress.json"
-ANATOMIES_PER_SCAN = 2  # in each pass over the corrected scans, so that other contrasts and persons are not forgotten
 SMALLEST_GAIN = 0.01  # of a structure's Dice with the corrected labels, for which its new weights are taken
 Items = Sequence[Mapping[str, Any]]
 REAL = {"T1w": 1.0, "T2w": 1.0, "FLAIR": 1.0, "CT": 80.0}  # value of a real image that the network sees as 1
@@ -135,22 +132,20 @@ def train_from_server(items: Items, bundle: str | Path, first_handler: Any, devi
 def fine_tune(items: Items, bundle: str | Path, weights: str = "model.pt", **overrides: Any) -> Path:
     """Fine-tune weights on corrected scans; the result of each call is a new ``models/model_tuned_N.pt``.
 
-    The items are those of :func:`prepare_corrected`, the ``weights`` are a file in the bundle's ``models``, and
-    ``anatomies`` in the bundle may hold prepared subjects of other persons. ``overrides`` replace values of
-    ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and ``device``. ValueError of one line if
-    there is no corrected scan, or one cannot be used.
+    The items are those of :func:`prepare_corrected`, and the ``weights`` are a file in the bundle's ``models``.
+    ``overrides`` replace values of ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and
+    ``device``. ValueError of one line if there is no corrected scan, or one cannot be used.
     """
     bundle = Path(bundle)
     start, target = bundle / "models" / weights, _next_weights(bundle)
     subjects = prepare_corrected(items, bundle / FOLDER / "subjects")
-    others = _choose_anatomies(bundle / ANATOMIES, ANATOMIES_PER_SCAN * len(subjects), seed=target.stem)
-    logger.info("fine-tuning %s on %d corrected scans and %d other anatomies", weights, len(subjects), len(others))
+    logger.info("fine-tuning %s on %d corrected scans", weights, len(subjects))
     workflow = ConfigWorkflow(
         workflow_type="train",
         **bundle_arguments(bundle, ["train.json", "label_train.json"]) | {"logging_file": False},
         weights=str(start),
         output_dir=str(bundle / FOLDER),
-        **{"train#dataset#data": [*subjects, *others], **overrides},
+        **{"train#dataset#data": subjects, **overrides},
     )
     workflow.initialize()
     workflow.run()
@@ -204,17 +199,6 @@ def _cut_to_labels(image: str, label: str, ids: Mapping[int, int], protocol: Pro
     with write_whole(path) as partial:
         nib.save(nib.Nifti1Image(scan.values * (labels.values > 0), scan.affine), partial)
     return str(path)
-
-
-def _choose_anatomies(folder: Path, count: int, seed: str) -> list[dict[str, Any]]:
-    """Prepared subjects of other persons, other ones at every training."""
-    from brainfm_monai.data.datalist import find_subjects
-
-    if not folder.is_dir():
-        logger.warning("%s: no anatomies of other persons; the training has the corrected scans alone", folder)
-        return []
-    subjects = find_subjects(folder)
-    return sorted(subjects, key=lambda item: sha256(f"{seed}/{item['subject']}".encode()).hexdigest())[:count]
 
 
 def _next_weights(bundle: Path) -> Path:
