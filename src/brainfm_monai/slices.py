@@ -93,10 +93,9 @@ def cut_slices(
 ) -> list[Slice]:  # fmt: skip
     """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
 
-    The mask is bool, (H, W, D), the affine, (4, 4), takes its voxels to RAS mm, in any order and direction of axes,
-    sheared ones, too. The positions of ``axial``, ``coronal`` and ``sagittal`` slices are shares of the box, from
-    inferior, posterior, left; a slice lies in the middle of a voxel. ``margin_mm`` is what is shown around the box;
-    None: the whole grid.
+    The mask is bool, (H, W, D), the affine, (4, 4), takes its voxels to RAS mm. The positions of ``axial``, ``coronal``
+    and ``sagittal`` slices are shares of the box, from inferior, posterior, left; a slice lies in the middle of a
+    voxel. ``margin_mm`` is what is shown around the box; None: the whole grid.
     """
     turn = nib.orientations.io_orientation(affine)
     ras = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)  # the grid with its axes closest to R, A, S

@@ -63,10 +63,10 @@ def read_label_info(label: str | Path) -> list[dict[str, Any]]:
 def match_structures(values: Collection[int], label_info: Items, protocol: Protocol, source: str) -> dict[int, int]:
     """FreeSurfer id by value, for each value of a label map, and for the background.
 
-    3D Slicer numbers the segments that are left, in their order: deleting one moves all that follow. The names say
-    which structure a value is. Values are those of the entries (``idx``) if all values of the map are among them, else
-    positions in the list: Slicer counts scribbles in ``idx`` and leaves them out of the map. Without entries, values
-    are labels of the protocol. ScanError, which begins with ``source``, if a value has no name, or an unknown one.
+    3D Slicer numbers the segments that are left, in their order; their names say which structure a value is. Values are
+    those of the entries (``idx``) if all values of the map are among them, else positions in the list: Slicer counts
+    scribbles in ``idx`` and leaves them out of the map. Without entries, values are labels of the protocol. ScanError,
+    which begins with ``source``, if a value has no name, or an unknown one.
     """
     names = {s.label: s.name for s in protocol.structures}
     if label_info:
@@ -94,9 +94,8 @@ def _plain(name: str) -> str:
 def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     """Mean entropy of the labels within the brain, relative to its maximum, in [0, 1]; 1 where no brain is found.
 
-    The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1.
-    The maps are not interpolated to the grid of the image: the mean hardly differs, and it takes a quarter of the time.
-    The network is in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
+    The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1, in
+    the network's grid. The network is in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
     """
     occupied = (image[0, 0] > FOREGROUND).nonzero()
     if not len(occupied):
@@ -239,9 +238,8 @@ def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -
     """The weights before a training, with the new rows of the head for the structures that the training brought nearer.
 
     A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`,
-    or if the annotators deleted it and it shrank by that share. All other structures and maps stay as they were: what
-    nobody corrected does not drift. The network comes from the training, for scans in the voxels of its backbone, and
-    has the ``old`` weights afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
+    or if the annotators deleted it and it shrank by that share. The network comes from the training, and has the
+    ``old`` weights afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
     """
     new = {key: value.clone() for key, value in network.state_dict().items()}
     rows, protocol = network.layout.slices["segmentation"], network.layout.protocol

@@ -69,9 +69,8 @@ def make_generated_cases(
 ) -> list[Case]:
     """Generated scans of prepared subjects under every condition; see :func:`make_pair_cases`.
 
-    The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it; its section of training would
-    measure what was learnt by heart. The scans of a subject have different heads and looks and the names
-    ``<subject>_<number>``. The seed of a scan follows from ``seed`` and this name under every condition.
+    The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it. The scans of a subject have
+    different heads and looks and the names ``<subject>_<number>``, from which, with ``seed``, their seeds follow.
     """
     rule = "subject needs 'generation_labels' and 'segmentation'"
     subjects = _read_items(datalist, section, rule, {"generation_labels", "segmentation"}.issubset)
@@ -107,11 +106,10 @@ def _under_conditions(
 class LoadReferences(Transform):
     """Read the references of a real scan into entries ``target_<task>``, shape (C, H, W, D).
 
-    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR, of any unit,
-    become targets as those of the training: resampled once to the grid of ``image`` (RAS axes, 1 mm), and scaled there,
-    minimum to 0, 99.9 % quantile in the head to 1, what is brighter clipped; ``target_valid_<task>`` is 1 where they
-    reach. The others stay in their own grid and unit. Without a label map, ``head`` is the mask of the head, of the
-    scan before a condition changes it.
+    A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR are resampled
+    once to the grid of ``image`` (RAS axes, 1 mm); ``target_valid_<task>`` is 1 where they reach. The others stay in
+    their own grid and unit. Without a label map, ``head`` is the mask of the head, of the scan before a condition
+    changes it.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -153,10 +153,9 @@ class DegradeScand(MapTransform):
     """Make real scans worse in a stated way: the acquisition of the generator, on the scan in place of a painted head.
 
     Scans are (1, H, W, D) in [0, 1], RAS axes, 1 mm. They go through the condition's inversion, gamma and bias field,
-    slices with their profile, noise, and the interpolation back to the voxels; references stay at the resolution that
-    they have. Voxels that were exactly 0 (an extracted brain's surroundings) stay so, unless the condition sets
-    ``keep_zeros`` to false. An added field becomes the entry ``target_log_bias_field``, added to one that is there: of
-    a scan whose own field is unknown, the added one is the whole target.
+    slices with their profile, noise, and the interpolation back to the voxels. Voxels that were exactly 0 (an extracted
+    brain's surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field becomes the entry
+    ``target_log_bias_field``, added to one that is there.
     """
 
     def __init__(self, keys: KeysCollection) -> None:

@@ -42,11 +42,8 @@ def _find_nearest(points: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarra
 def compare_surfaces(pred: Mesh, reference: Mesh, cortex: np.ndarray | None = None) -> dict[str, float]:
     """Distances in mm between two surfaces of the same space, and what is wrong with the predicted one by itself.
 
-    ``to_reference_mean``, ``_median`` and ``_p95`` (95th percentile) are of the distances from the vertices of the
-    prediction to the triangles of the reference, ``from_reference_*`` of those back, ``from_cortex_*`` of those back
-    from vertices of the reference that ``cortex``, (V,) bool, tells: references differ in the medial wall, which has
-    none. ``euler_number`` of the prediction is 2 for a sphere and 2 less for each handle, ``crossing_share`` that of
-    its faces that cross another face.
+    The measures are defined in ``metrics/measures.tsv``; ``from_cortex_*`` are of the vertices of the reference that
+    ``cortex``, (V,) bool, tells: references differ in the medial wall, which has none.
     """
     back = _find_nearest(reference[0], pred)[0]
     distances = {"to_reference": _find_nearest(pred[0], reference)[0], "from_reference": back}
@@ -77,10 +74,8 @@ def compare_thickness(pred: Sequence[Mesh], reference: Sequence[Mesh]) -> dict[s
     """Error of the thickness at the vertices of the reference's white surface, without the medial wall; mm.
 
     Each is a white and a pial surface. The thickness at the predicted vertex that is nearest to one of the reference is
-    compared; the medial wall is where both surfaces of the reference are less than 0.1 mm apart. The measures are
-    ``vertex_thickness`` and ``vertex_thickness_reference``, the means, ``_bias``, their signed difference, ``_error``,
-    the mean of the magnitudes of the differences, and ``_correlation``, Pearson's over the vertices; NaN without a
-    vertex or without variation.
+    compared; the medial wall is where both surfaces of the reference are less than 0.1 mm apart. The measures, defined
+    in ``metrics/measures.tsv``, begin with ``vertex_thickness``; NaN without a vertex or without variation.
     """
     true = compute_vertex_thickness(*reference)
     predicted = compute_vertex_thickness(*pred)[cKDTree(pred[0][0]).query(reference[0][0])[1]]
@@ -114,10 +109,9 @@ def read_mesh(path: str | Path) -> Mesh:
 class MeasureSurfaces(Transform):
     """Compare the surfaces of the predicted distances with those of the reference; after :class:`MeasureMaps`.
 
-    The reference's surfaces are the files that the case names (``left_white``, ``left_pial``, ``right_white``,
-    ``right_pial``), else those that grow out of its distances, else those out of the distances to its labels: where
-    labels close a sulcus, the pial surface stands halfway between the banks, as in a prediction. A case with none of
-    these has no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.transforms.find_boundaries`.
+    The reference's surfaces are the files that the case names, :data:`~brainfm_monai.evaluation.cases.SURFACES`, else
+    those that grow out of its distances, else those out of the distances to its labels. A case with none of these has
+    no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.transforms.find_boundaries`.
     """
 
     def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:

@@ -38,10 +38,9 @@ class EvaluationWriter:
     """Writes the measures of every case, and knows which are measured; in the end the tables and the page of all.
 
     ``cases/<case>.json`` contains the measures of a case and a hash of what they depend on: the resolved configuration,
-    the weights, the condition, and the files with their times of change. A case that was measured with the same is
-    skipped. ``files`` writes the files of the prediction as ``predict`` does, for scans as they are; it has the folder
-    and the settings. ``dice_structures`` are the names of the structures of ``dice.tsv``, and ``definition`` is
-    whatever else the page should say about the measures, by name.
+    the weights, the condition, and the files with their times of change. ``files`` writes the files of the prediction
+    for scans as they are; it has the folder and the settings. ``dice_structures`` are the names of the structures of
+    ``dice.tsv``, and ``definition`` is whatever else the page should say about the measures, by name.
     """
 
     def __init__(

@@ -61,9 +61,8 @@ def one_line(error: BaseException, name: str) -> str:
 def write_whole(path: str | Path) -> Iterator[Path]:
     """Write a file beside its place, then rename it: the file appears whole or not at all.
 
-    The block writes the temporary file whose path it gets. It lies in the same folder, which is created, has a name of
-    its own (several processes may write the same file) and the same suffixes (libraries choose the format by them). An
-    existing file is replaced; if the block fails, the temporary file is removed.
+    The block writes the temporary file whose path it gets, in the same folder, which is created, with a name of its own
+    and the same suffixes. An existing file is replaced; if the block fails, the temporary file is removed.
     """
     target, partial = _find_place(path)
     partial.touch()

@@ -34,10 +34,9 @@ def find_scans(
     """List the scans that a user means, in the order of their paths, and what is found among them.
 
     Links are followed, each folder once. Files that are named like scans and cannot be read have a ``problem``; other
-    files, hidden scans and results of earlier runs are ``skipped``, with the reason. The names of scans differ: see
-    :func:`~brainfm_monai.io.unique_names`. Of BIDS images the suffix becomes the entity ``space``, and ``folder`` is
-    that of the image. FileNotFoundError if there is no such file or folder, or no scan in it; ValueError if the file
-    has another suffix, the table is none of scans, or the results would land among the scans.
+    files, hidden scans and results of earlier runs are ``skipped``, with the reason. Of BIDS images the suffix becomes
+    the entity ``space``, and ``folder`` is that of the image. FileNotFoundError if there is no such file or folder, or
+    no scan in it; ValueError if it is another kind of file, or the results would land among the scans.
 
     Args:
         source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in

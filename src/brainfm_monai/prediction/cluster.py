@@ -34,8 +34,8 @@ def predict_on_cluster(cluster: str, settings: Mapping[str, Any]) -> None:
     """Run the inference config over its scans on the workers of a Dask cluster.
 
     Every worker loads the network once, and reads and writes files itself: paths must be valid on all machines. Scans
-    that are finished are skipped; those of a worker that dies are done by another worker. ValueError if the cluster is
-    not of the form below, or cannot be reached; SystemExit as by :func:`~brainfm_monai.prediction.predict_scans`.
+    of a worker that dies are done by another worker. ValueError if the cluster is not of the form below, or cannot be
+    reached; SystemExit as by :func:`~brainfm_monai.prediction.predict_scans`.
 
     Args:
         cluster: address of a scheduler, as in ``tcp://host:8786``, or ``local:N`` for N processes of this machine.

@@ -95,9 +95,8 @@ def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = 
     """Run an evaluator over its scans and write their files; a failing scan is reported in one line, the rest is done.
 
     Scans that are finished already are skipped, unless ``overwrite``. ``summary.tsv`` has all scans of the list, also
-    those of other shards, see :func:`share_of`. The evaluator's ``data_loader`` is a :class:`ScanLoader`, its
-    postprocessing makes the maps, and its handlers may look at them. SystemExit of one line if there is no scan, if the
-    shard is wrong, and after the last scan if any failed.
+    those of other shards, see :func:`share_of`. The evaluator's ``data_loader`` is a :class:`ScanLoader`. SystemExit of
+    one line if there is no scan, if the shard is wrong, and after the last scan if any failed.
     """
     loader: Any = evaluator.data_loader
     dataset: ScanDataset = loader.dataset

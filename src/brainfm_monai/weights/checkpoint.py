@@ -1,8 +1,4 @@
-"""Published checkpoints, read by torch's own unpickler for weights, which calls nothing that is not named here.
-
-A checkpoint is a pickle, which can call any function. ``torch.load(weights_only=True)`` knows tensors, containers,
-numbers and text, and classes that it is given. It gets an inert class for every other name of the file.
-"""
+"""Checkpoints by torch's own unpickler for weights, which gets an inert class for every other name of the file."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -42,10 +38,9 @@ class _Inert:
 def read_checkpoint(path: str | Path) -> Any:
     """Content of a ``torch.save`` file of torch 1.6 or newer.
 
-    Containers, numbers, text and tensors are as they were saved, objects of other classes are dictionaries, which hold
-    attributes in ``vars``. The file must stay as it is while its tensors are used: they are read from the disk when
-    they are needed. FileNotFoundError if there is no such file, ValueError if it is truncated or no checkpoint, or asks
-    for a call, which is named.
+    Objects of other classes than containers, numbers, text and tensors are dictionaries with their attributes in
+    ``vars``. Tensors are read from the disk when they are needed. FileNotFoundError if there is no such file,
+    ValueError if it is truncated or no checkpoint, or asks for a call, which is named.
     """
     refuse_if(not Path(path).is_file(), f"{path}: a file of weights is needed", "no such file", FileNotFoundError)
     try:

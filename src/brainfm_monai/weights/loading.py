@@ -57,18 +57,15 @@ def make_pretrained(
 def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
     """Load the whole backbone and the head's channels that mean the same in both layouts; others keep their values.
 
-    Returns the names of the head's channels that the weights do not have. A detail head is taken as it is if its
-    tensors have the shapes that the network needs.
-
-    Channels of the segmentation are the same if their structures have one FreeSurfer id or, failing that, one name;
-    those of other tasks if task and channel have the same names. The ``super_resolution`` of published checkpoints, a
-    residual to the input, differs from ours and is left out. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start
-    from the weights of its coarse network, an ``AdditiveUNet``, whose output, each voxel repeated, is its first one.
+    Returns the names of the head's channels that the weights do not have. Channels of the segmentation are the same if
+    their structures have one FreeSurfer id or, failing that, one name; those of other tasks if task and channel have
+    the same names. The ``super_resolution`` of published checkpoints, a residual to the input, is left out. A detail
+    head is taken as it is if its tensors fit. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start from the
+    weights of its coarse network, an ``AdditiveUNet``, whose output, each voxel repeated, is its first one.
 
     The path is that of a plain state dict of a ``MultiTaskNet``, which does not contain its ``layout`` (None: that of
-    the network), or of a published checkpoint, see :func:`~brainfm_monai.weights.load_published`; if it is empty,
-    nothing is done. FileNotFoundError if there is no such file, ValueError if it is neither, the layout is not that of
-    its head, or a tensor of the backbone is missing or of another shape.
+    the network), or of a published checkpoint; if it is empty, nothing is done. FileNotFoundError if there is no such
+    file, ValueError if the layout is not that of its head, or a tensor of the backbone does not fit.
     """
     if not str(path):
         return []

@@ -89,12 +89,10 @@ class WeightsInfo:
 def load_published(path: str | Path) -> tuple[MultiTaskNet, WeightsInfo]:
     """Load a published checkpoint; its format, width, levels, heads and labels are read from the file.
 
-    It is a file of BrainFM (``brainfm_pretrained.pth``) or SuperSynth (``SuperSynth_August_2025.pth``). Tensors may
-    have any floating precision, keys the prefix ``module.``, and heads may be missing. The network is in float32 on the
-    CPU, in evaluation mode. Its input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; its output is
-    that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
-    FileNotFoundError if there is no such file, ValueError if it is truncated, asks to call something, is of neither
-    format, or does not fit together.
+    It is a file of BrainFM or SuperSynth, of any floating precision; heads may be missing. The network is in float32 on
+    the CPU, in evaluation mode. Its input is a scan of 1 mm in RAS+ order, normalised as ``info.input`` says; its
+    output is that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
+    FileNotFoundError if there is no such file, ValueError if it is of neither format or does not fit together.
     """
     content = read_checkpoint(path)
     try:
