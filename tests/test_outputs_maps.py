@@ -120,6 +120,15 @@ def test_a_warp_without_folds_comes_out_of_coordinates_with_folds_and_has_an_inv
     assert fold_fraction(mirrored) > 0.99
 
 
+def test_the_template_is_the_one_that_nilearn_gives() -> None:
+    from nilearn.datasets import load_mni152_template
+
+    intensities, affine = template.load_template()
+    expected = load_mni152_template(resolution=1)
+    np.testing.assert_array_equal(intensities, expected.get_fdata(dtype=np.float32))
+    np.testing.assert_array_equal(affine, expected.affine)
+
+
 def test_an_image_read_axis_by_axis_through_a_warp_is_that_read_voxel_by_voxel(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     affine = np.array([[3.0, 0, 0, -20], [0, 3.0, 0, -30], [0, 0, 3.0, -10], [0, 0, 0, 1]])
@@ -137,6 +146,15 @@ def test_an_image_read_axis_by_axis_through_a_warp_is_that_read_voxel_by_voxel(m
     turned[:3, :3] = turned[:3, :3] @ np.array([[1, 0.02, 0], [-0.02, 1, 0], [0, 0, 1]])
     monkeypatch.undo()
     assert np.abs(template.resample_through(image, image_affine, (41, 39, 37), turned, warp) - by_voxels).max() > 0.01
+    block = torch.zeros_like(image)
+    block[:, 8:12, 9:16, 6:9] = image[:, 8:12, 9:16, 6:9]
+    for grid in (grid_affine, turned):  # what is computed near the block alone is what is computed everywhere
+        near = template.resample_through(block, image_affine, (41, 39, 37), grid, warp)
+        with monkeypatch.context() as patch:
+            patch.setattr(template, "_find_reach", lambda *arguments: tuple(slice(0, n) for n in arguments[-1]))
+            np.testing.assert_allclose(near, template.resample_through(block, image_affine, near.shape, grid, warp))
+        assert 0.001 < (near != 0).mean() < 0.1
+    assert not template.resample_through(torch.zeros_like(image), image_affine, (41, 39, 37), turned, warp).any()
 
 
 def test_lesions_keep_their_contrast_to_tissue_and_nothing_else_changes() -> None:

@@ -130,16 +130,14 @@ def _flow(vertices: Tensor, white: Tensor, pial: Tensor, voxel_mm: float) -> Ten
     """Vertices (3, V) moved from the white surface to the pial one; see :func:`grow_hemisphere`."""
     smooth = GaussianFilter(3, SMOOTHING_MM / voxel_mm)((white + pial)[None, None])[0, 0]
     fields = _stack(pial, *torch.gradient(smooth, spacing=voxel_mm))
-    moving, place, vertices = torch.arange(vertices.shape[1]), vertices, vertices.clone()
+    moving = torch.ones(vertices.shape[1], dtype=torch.bool)
     for _ in range(STEPS):
-        values = _sample(fields, place)
+        values = _sample(fields, vertices)
         steepness = _lengths(values[1:])
         speed = values[0].clamp(-FASTEST_MM, FASTEST_MM) * (steepness - RIDGE_STEEPNESS).clamp(0, 1)
-        step = STEP * speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm
-        place = place - step * values[1:]
-        vertices[:, moving] = place
-        on = (step * steepness * voxel_mm).abs() > STILL_MM
-        moving, place = moving[on], place[:, on]
+        step = moving * STEP * speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm
+        vertices = vertices - step * values[1:]
+        moving = (step * steepness * voxel_mm).abs() > STILL_MM
     return vertices
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import igl
 import numpy as np
-from scipy import sparse
 from scipy.spatial import cKDTree
 
 from brainfm_monai.surfaces.crossings import find_crossing_faces
@@ -15,7 +14,7 @@ from brainfm_monai.surfaces.crossings import find_crossing_faces
 PIXEL_MM = 0.6  # of a view
 AMBIENT = 0.35  # share of the light that comes from everywhere
 LIGHT = (0.35, 0.45, 0.82)  # to the right, above and towards the viewer
-LEAF_SIZE = 32  # points of a leaf of the tree of a surface: of 10, 16, 24 and 32 the fastest
+LEAF_SIZE = 64  # points of a leaf of the tree of a surface: of 10 to 64 the fastest
 CONTOUR_POINTS = np.linspace(0, 1, 6)[:, None]  # on each piece of a contour, which is at most 1.5 mm long
 
 
@@ -33,7 +32,8 @@ def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.nda
     With edges of 0.7 mm the result is at most 0.25 mm, and for points on the surface 0.2 mm on average, too long; for
     points 2 mm away it is 0.01 mm too long.
     """
-    targets = np.concatenate([vertices, vertices[faces].mean(axis=1)])
+    a, b, c = vertices[faces.T]
+    targets = np.concatenate([vertices, (a + b + c) / 3])
     tree = cKDTree(targets, LEAF_SIZE, compact_nodes=False, balanced_tree=False)
     return np.asarray(tree.query(points, workers=-1)[0])
 
@@ -50,8 +50,8 @@ def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray)
 
 def compute_areas_mm2(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Area that belongs to each vertex, a third of its triangles, shape (V,); the sum is that of the surface."""
-    a, b, c = vertices[faces.T]
-    thirds = np.repeat(np.linalg.norm(np.cross(b - a, c - a), axis=1) / 6, 3)
+    a, b, c = np.moveaxis(vertices.T[:, faces.T], 1, 0)
+    thirds = np.repeat(np.linalg.norm(np.cross(b - a, c - a, axis=0), axis=0) / 6, 3)
     return np.bincount(faces.reshape(-1), thirds, minlength=len(vertices))
 
 
@@ -67,22 +67,20 @@ def compute_mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> np.ndarra
     The Laplacian of the coordinates with cotangent weights is twice the mean curvature times the inward normal (Meyer,
     Desbrun, Schroeder, Barr, Discrete differential-geometry operators for triangulated 2-manifolds, 2003).
     """
-    count, points = len(vertices), vertices.astype(np.float64)
-    corners = points[faces.T]
-    normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])
-    doubled = np.maximum(np.linalg.norm(normal, axis=1), 1e-6)  # areas
-    weights = sparse.csr_matrix((count, count))
-    for i in range(3):
-        u, v = (corners[(i + k) % 3] - corners[i] for k in (1, 2))
-        cotangent = (np.einsum("ij,ij->i", u, v) / doubled).clip(-5, 5)  # clipped in slivers
-        ends = faces[:, (i + 1) % 3], faces[:, (i + 2) % 3]
-        weights += sparse.csr_matrix((cotangent / 2, ends), shape=(count, count))
-    normals = np.stack([np.bincount(faces.reshape(-1), np.repeat(axis, 3), count) for axis in normal.T], axis=1)
-    weights += weights.T
-    laplacian = weights @ points - np.asarray(weights.sum(axis=1)) * points
-    normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    area = np.maximum(compute_areas_mm2(points, faces), 1e-6)
-    return (-np.einsum("ij,ij->i", laplacian, normals) / (2 * area)).astype(np.float32)
+    count, points = len(vertices), vertices.T.astype(np.float64)
+    corners = points[:, faces.T]
+    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0], axis=0)
+    doubled = np.linalg.norm(normal, axis=0)  # areas
+    laplacian = np.zeros((3, count))
+    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        cotangent = np.einsum("ij,ij->j", corners[:, j] - corners[:, i], corners[:, k] - corners[:, i])
+        cotangent = (cotangent / np.maximum(doubled, 1e-6)).clip(-5, 5)  # clipped in slivers
+        pull = cotangent / 2 * (corners[:, k] - corners[:, j])
+        laplacian += [np.bincount(faces[:, j], one, count) - np.bincount(faces[:, k], one, count) for one in pull]
+    normals = np.stack([np.bincount(faces.reshape(-1), np.repeat(axis, 3), count) for axis in normal])
+    normals = normals / np.maximum(np.linalg.norm(normals, axis=0), 1e-12)
+    area = np.maximum(np.bincount(faces.reshape(-1), np.repeat(doubled / 6, 3), count), 1e-6)
+    return (-np.einsum("ij,ij->j", laplacian, normals) / (2 * area)).astype(np.float32)
 
 
 def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
@@ -116,16 +114,17 @@ def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, t
         shares = np.array([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)]) / n
         parts.append(np.tensordot(shares.astype(np.float32), drawn[corners[steps == n]], (1, 1)).reshape(-1, 6))
     points = np.concatenate(parts)
-    # Sorted by depth, the nearest is painted last: the bits of numbers from 0 on rise as the numbers do, and one number
-    # of depth and place is sorted several times faster than places are by their depth.
-    keys = points[:, 2].copy().view(np.uint32).astype(np.uint64) << np.uint64(32) | np.arange(
-        len(points), dtype=np.uint64
-    )
-    points = points[np.sort(keys) & np.uint64(0xFFFFFFFF)]
-    picture = np.zeros((rows, columns, 4), dtype=np.uint8)
-    at = (rows - 1 - points[:, 1].astype(int).clip(0, rows - 1), points[:, 0].astype(int).clip(0, columns - 1))
-    picture[at] = np.pad(points[:, 3:], ((0, 0), (0, 1)), constant_values=255)
-    return picture
+    # The nearest point of a pixel has the largest number of depth and place: bits of numbers from 0 on rise as they do.
+    depths = points[:, 2].copy().view(np.uint32).astype(np.uint64)
+    row, column = points[:, 1].astype(int).clip(0, rows - 1), points[:, 0].astype(int).clip(0, columns - 1)
+    pixels = (rows - 1 - row) * columns + column
+    nearest = np.zeros(rows * columns, dtype=np.uint64)
+    np.maximum.at(nearest, pixels, (depths << np.uint64(32)) + np.arange(1, len(points) + 1, dtype=np.uint64))
+    seen = np.flatnonzero(nearest)
+    picture = np.zeros((rows * columns, 4), dtype=np.uint8)
+    picture[seen, :3] = points[(nearest[seen] & np.uint64(0xFFFFFFFF)) - np.uint64(1), 3:]
+    picture[seen, 3] = 255
+    return picture.reshape(rows, columns, 4)
 
 
 def draw_contour(
@@ -138,11 +137,10 @@ def draw_contour(
     origin = points_mm[0, 0]
     down, right = points_mm[1, 0] - origin, points_mm[0, 1] - origin
     height = (vertices_mm - origin) @ np.cross(down, right)
-    edges = faces[:, [[0, 1], [1, 2], [2, 0]]]
-    above = height[edges] > 0
-    one, two = edges[
-        above[..., 0] != above[..., 1]
-    ].T  # two edges of each triangle that the slice cuts, one after the other
+    above = height > 0
+    a, b, c = above[faces].T
+    edges = faces[(a != b) | (b != c)][:, [[0, 1], [1, 2], [2, 0]]]
+    one, two = edges[above[edges[..., 0]] != above[edges[..., 1]]].T  # two edges of each triangle, one after the other
     share = (height[one] / (height[one] - height[two]))[:, None]
     crossings = (vertices_mm[one] + share * (vertices_mm[two] - vertices_mm[one])).reshape(-1, 2, 1, 3)
     points = (crossings[:, 0] + (crossings[:, 1] - crossings[:, 0]) * CONTOUR_POINTS).reshape(-1, 3) - origin

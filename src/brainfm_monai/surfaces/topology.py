@@ -124,7 +124,8 @@ def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     level = np.where(ball, np.minimum(level, -NUDGE), np.maximum(level, NUDGE))
     strides = np.array([level.shape[1] * level.shape[2], level.shape[2], 1])
     inside, flat = ball.reshape(-1), level.reshape(-1)
-    surrounding = sum(ball[x : x - 1 or None, y : y - 1 or None, z : z - 1 or None] * 1 for x, y, z in CORNERS)
+    counted = ball.view(np.uint8)
+    surrounding = sum(counted[x : x - 1 or None, y : y - 1 or None, z : z - 1 or None] for x, y, z in CORNERS)
     cells = np.argwhere((surrounding > 0) & (surrounding < 8)) @ strides
     codes = []
     for corners, cases in _tetrahedra():
@@ -155,9 +156,9 @@ def sort_by_cell(points: np.ndarray) -> np.ndarray:
 
 def _renumber(numbers: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Which numbers below an end there are, in order, and the place of each among them."""
-    place = np.zeros(end, dtype=np.int32)
-    place[numbers] = 1
-    present = np.flatnonzero(place)
+    used, place = np.zeros(end, dtype=bool), np.empty(end, dtype=np.int32)
+    used[numbers] = True
+    present = np.flatnonzero(used)
     place[present] = np.arange(len(present), dtype=np.int32)
     return present, place[numbers]
 
