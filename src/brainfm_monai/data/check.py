@@ -43,6 +43,9 @@ SHADES = np.concatenate([[0], PURE_SHADES, np.linspace(1.0, 0.1, 101), np.linspa
 LONGEST_FAULT = 110  # characters
 
 
+Fault = tuple[str, str]  # the rule, and what was found
+
+
 class Finding(NamedTuple):
     """A fault: the subject, the rule that it breaks, and what was found."""
 
@@ -95,17 +98,16 @@ def check_set(
 
 
 def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> list[Finding]:
-    """Every rule that the files of a subject break; a rule whose files cannot be read is broken, too.
+    """Every rule that the files of a subject break; what cannot be read breaks a rule, too.
 
     ``entry`` is the item of a datalist with whole paths; a contact sheet is drawn into ``picture_dir`` if it is given.
     """
     subject, faults = LoadedSubject(entry), []
-    for rule, (needed, look) in RULES.items():
+    for what, (needed, look) in LOOKS.items():
         try:
-            faults += [(rule, fault) for fault in look(subject)] if needed <= set(subject.keys) else []
+            faults += list(look(subject)) if needed <= set(subject.keys) else []
         except Exception as error:
-            faults.append((rule, " ".join(str(error).split()) or type(error).__name__))
-    faults = list(dict.fromkeys(faults))
+            faults.append((what, " ".join(str(error).split()) or type(error).__name__))
     if picture_dir is not None:
         try:
             write_contact_sheet(subject, picture_dir / f"{entry['subject']}.png", [": ".join(f) for f in faults])
@@ -114,74 +116,66 @@ def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> 
     return [Finding(str(entry["subject"]), *fault) for fault in faults]
 
 
-def _grids_agree(subject: LoadedSubject) -> Iterator[str]:
+def _look_at_grids(subject: LoadedSubject) -> Iterator[Fault]:
     shape_of = {key: subject[key].shape[:3] for key in subject.keys}
     keys = [key for key in subject.keys if key != "mni"]
     for key in keys[1:]:
         offset_mm = np.abs(subject.affine(key) - subject.affine(keys[0])).max()
         if shape_of[key] != shape_of[keys[0]] or offset_mm > GRID_TOLERANCE_MM:
-            yield f"{key} {shape_of[key]} does not lie on the grid of {keys[0]} {shape_of[keys[0]]}"
+            yield "one grid", f"{key} {shape_of[key]} does not lie on the grid of {keys[0]} {shape_of[keys[0]]}"
     if keys and "mni" in shape_of:
         ratio = np.array(shape_of[keys[0]]) / shape_of["mni"]
         offset_mm = np.abs(coarsen_affine(subject.affine(keys[0]), int(ratio[0])) - subject.affine("mni")).max()
         if len(set(ratio)) > 1 or ratio[0] % 1 or offset_mm > GRID_TOLERANCE_MM:
-            yield f"mni {shape_of['mni']} does not divide the box of {keys[0]} {shape_of[keys[0]]}"
+            yield "one grid", f"mni {shape_of['mni']} does not divide the box of {keys[0]} {shape_of[keys[0]]}"
 
 
-def _ids_are_known(subject: LoadedSubject) -> Iterator[str]:
+def _look_at_ids(subject: LoadedSubject) -> Iterator[Fault]:
     for key, fact in (("segmentation", "protocol"), ("generation_labels", "generation_protocol")):
         if key in subject.keys and fact in subject.entry:
             protocol = Protocol.load(str(subject.entry[fact]))
             if unknown := [int(i) for i in np.unique(subject[key]) if i >= len(protocol)]:
-                yield f"{key} holds {unknown[:5]}, and protocol '{protocol.name}' has {len(protocol)} labels"
+                found = f"{key} holds {unknown[:5]}, and protocol '{protocol.name}' has {len(protocol)} labels"
+                yield "known ids", found
 
 
-def _targets_hold_something(subject: LoadedSubject) -> Iterator[str]:
+def _look_at_values(subject: LoadedSubject) -> Iterator[Fault]:
     for key in subject.keys:
-        if key in LABELS and (subject[key] > 0).mean() < MINIMUM_TARGET_SHARE:
-            yield f"{key} is empty"
+        values = subject[key]
+        low, high = float(values.min()), float(values.max())
+        if key in LABELS and (values > 0).mean() < MINIMUM_TARGET_SHARE:
+            yield "targets", f"{key} is empty"
         for channel, name in enumerate(CHANNELS if key == "distance" else ()):
-            if not (subject[key][..., channel] < 0).any():
-                yield f"distance {name} is negative nowhere"
-        if key in (*CONTRASTS, "mni") and subject[key].min() == subject[key].max():
-            yield f"{key} is {float(subject[key].min()):g} everywhere"
-
-
-def _values_are_in_range(subject: LoadedSubject) -> Iterator[str]:
-    for key in (key for key in CONTRASTS if key in subject.keys):
-        low, high = float(subject[key].min()), float(subject[key].max())
+            if not (values[..., channel] < 0).any():
+                yield "targets", f"distance {name} is negative nowhere"
+        if key in (*CONTRASTS, "mni") and low == high:
+            yield "targets", f"{key} is {low:g} everywhere"
         if key == "CT" and low > -500:
-            yield f"CT begins at {low:.0f}: HU are needed, with air at about -1000"
-        if key != "CT" and (low < -0.01 or high > 1.01):
-            yield f"{key} ranges from {low:.3g} to {high:.3g}: [0, 1] is needed"
+            yield "intensities", f"CT begins at {low:.0f}: HU are needed, with air at about -1000"
+        elif key in CONTRASTS and key != "CT" and (low < -0.01 or high > 1.01):
+            yield "intensities", f"{key} ranges from {low:.3g} to {high:.3g}: [0, 1] is needed"
 
 
-def _centroid(subject: LoadedSubject, ids: Sequence[int]) -> np.ndarray | None:
-    """Centroid of some ids in RAS mm, shape (3,); None where there are none."""
-    voxels = np.argwhere(np.isin(subject.ids, ids))
-    return apply_affine(subject.affine("segmentation"), voxels.mean(axis=0)) if len(voxels) else None
+def _look_at_anatomy(subject: LoadedSubject) -> Iterator[Fault]:
+    protocol, affine = subject.protocol, subject.affine("segmentation")
 
+    def find_centroid(ids: Sequence[int]) -> np.ndarray | None:
+        voxels = np.argwhere(np.isin(subject.ids, ids))
+        return apply_affine(affine, voxels.mean(axis=0)) if len(voxels) else None
 
-def _sides_are_right(subject: LoadedSubject) -> Iterator[str]:
-    left, right = (_centroid(subject, PIAL_IDS[side]) for side in ("left", "right"))
+    left, right = (find_centroid(PIAL_IDS[side]) for side in ("left", "right"))
     if left is not None and right is not None and right[0] - left[0] < MINIMUM_SEPARATION_MM:
-        yield f"left hemisphere at x = {left[0]:.0f} mm, right one at {right[0]:.0f} mm in the affine's RAS"
-
-
-def _head_is_upright(subject: LoadedSubject) -> Iterator[str]:
-    cerebrum, cerebellum = (_centroid(subject, ids) for ids in (PIAL_IDS["left"] + PIAL_IDS["right"], CEREBELLUM_IDS))
+        found = f"left hemisphere at x = {left[0]:.0f} mm, right one at {right[0]:.0f} mm in the affine's RAS"
+        yield "left and right", found
+    cerebrum, cerebellum = (find_centroid(ids) for ids in (PIAL_IDS["left"] + PIAL_IDS["right"], CEREBELLUM_IDS))
     if cerebrum is not None and cerebellum is not None:
         x, y, z = away = cerebellum - cerebrum
         cosine = away @ CEREBELLUM_DIRECTION / max(float(np.linalg.norm(away)), 1e-6)
         if cosine < np.cos(np.deg2rad(MAXIMUM_TILT_DEG)):
             place = f"cerebellum {x:.0f} mm right, {y:.0f} mm in front of and {z:.0f} mm above the cerebrum"
-            yield f"{place} in the affine's RAS, where it lies behind and below"
-
-
-def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
-    protocol = subject.protocol
+            yield "axes", f"{place} in the affine's RAS, where it lies behind and below"
     labels = np.minimum(subject["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
-    voxel_ml = abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     ml = np.bincount(labels.ravel(), minlength=len(protocol) + 1) * voxel_ml
     fluid = is_fluid(protocol.freesurfer_ids)  # whose sides differ in health as well
     for label, mirror in enumerate(protocol.mirror_permutation):
@@ -189,25 +183,21 @@ def _sides_are_alike(subject: LoadedSubject) -> Iterator[str]:
         is_pair = label < mirror and not fluid[label] and small + large > MINIMUM_SIDES_ML
         if is_pair and large > MAXIMUM_SIDE_RATIO * small:
             names = protocol.structures[label].name, protocol.structures[mirror].name
-            yield f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[mirror]:.1f} ml"
-
-
-def _head_is_plausible(subject: LoadedSubject) -> Iterator[str]:
-    voxel_ml, (low, high) = abs(np.linalg.det(subject.affine("segmentation")[:3, :3])) / 1000, BRAIN_RANGE_ML
-    brain_ml = (is_brain(subject.ids) & (subject.ids != 24)).sum() * voxel_ml
+            yield "sides alike", f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[mirror]:.1f} ml"
+    brain_ml, (low, high) = (is_brain(subject.ids) & (subject.ids != 24)).sum() * voxel_ml, BRAIN_RANGE_ML
     if not low <= brain_ml <= high:
-        yield f"brain of {brain_ml:.0f} ml, {low:.0f} to {high:.0f} are plausible"
+        yield "head size", f"brain of {brain_ml:.0f} ml, {low:.0f} to {high:.0f} are plausible"
 
 
-def _distances_fit_the_labels(subject: LoadedSubject) -> Iterator[str]:
+def _look_at_distances(subject: LoadedSubject) -> Iterator[Fault]:
     for channel, (name, ids) in enumerate(CHANNELS.items()):
         inside, labelled = subject["distance"][..., channel] < 0, np.isin(subject.ids, ids)
         dice = 2 * float((inside & labelled).sum()) / max(1, int(inside.sum() + labelled.sum()))
         if dice < MINIMUM_AGREEMENT:
-            yield f"inside of channel {name} and the labels in it overlap with Dice {dice:.2f}"
+            yield "distances", f"inside of channel {name} and the labels in it overlap with Dice {dice:.2f}"
 
 
-def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
+def _look_at_coordinates(subject: LoadedSubject) -> Iterator[Fault]:
     mni = subject["mni"]
     step = subject.ids.shape[0] // mni.shape[0]
     ids = subject.ids[(slice(step // 2, None, step),) * 3]
@@ -215,24 +205,20 @@ def _coordinates_are_plausible(subject: LoadedSubject) -> Iterator[str]:
     if all(map(len, sides)):
         left, right = (float(side[:, 0].mean()) for side in sides)
         if right - left < MINIMUM_SEPARATION_MM:
-            yield f"left hemisphere at MNI x = {left:.0f} mm, right one at {right:.0f} mm"
+            yield "coordinates", f"left hemisphere at MNI x = {left:.0f} mm, right one at {right:.0f} mm"
     if folded := int((compute_jacobian(mni, subject.affine("mni"))[brain] <= 0).sum()):
-        yield f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
+        yield "coordinates", f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
     if brain.any() and np.abs(mni[brain]).max() > MAXIMUM_MNI_MM:
-        yield f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"
+        yield "coordinates", f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"
 
 
-RULES: dict[str, tuple[set[str], Callable[[LoadedSubject], Iterator[str]]]] = {  # volumes of a rule, and its faults
-    "one grid": (set(), _grids_agree),
-    "known ids": (set(), _ids_are_known),
-    "targets": (set(), _targets_hold_something),
-    "intensities": (set(), _values_are_in_range),
-    "left and right": ({"segmentation"}, _sides_are_right),
-    "axes": ({"segmentation"}, _head_is_upright),
-    "sides alike": ({"segmentation"}, _sides_are_alike),
-    "head size": ({"segmentation"}, _head_is_plausible),
-    "distances": ({"distance", "segmentation"}, _distances_fit_the_labels),
-    "coordinates": ({"mni", "segmentation"}, _coordinates_are_plausible),
+LOOKS: dict[str, tuple[set[str], Callable[[LoadedSubject], Iterator[Fault]]]] = {  # with the volumes that each needs
+    "one grid": (set(), _look_at_grids),
+    "known ids": (set(), _look_at_ids),
+    "targets": (set(), _look_at_values),
+    "left and right": ({"segmentation"}, _look_at_anatomy),
+    "distances": ({"distance", "segmentation"}, _look_at_distances),
+    "coordinates": ({"mni", "segmentation"}, _look_at_coordinates),
 }
 
 
