@@ -145,34 +145,29 @@ def _flow(fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, levels: Sequenc
         ratio = level.image_mm // SPACING_VOX
         subject, template = (nnf.avg_pool3d(maps, ratio) for maps in (fixed, moving))
         to_template = np.linalg.inv(coarsen_affine(template_affine, ratio)) @ matrix @ coarsen_affine(affine, ratio)
+        read_template = partial(_read_template, template, torch.from_numpy(to_template).float())
+        grid, scale = identity_grid(subject.shape[2:]), level.velocity_mm / level.image_mm
+        # voxels far from any tissue of both images are 0 in both: a third to a quarter of the box remains
+        tissue = (subject.flatten(2) + read_template(grid.flatten(2))).sum(1).reshape(subject.shape[2:])
+        near = torch.from_numpy(maximum_filter(tissue.numpy(), 2 * MARGIN_VOX + 1)).flatten() > 0
+        target = subject.flatten(2)[..., near]
         velocity = _resize(velocity_mm, [n // level.velocity_mm for n in extent_mm]) / level.velocity_mm
-        velocity = _descend(velocity, subject, template, torch.from_numpy(to_template).float(), level)
-        velocity_mm = velocity * level.velocity_mm
+        velocity.requires_grad_()  # in its own voxels
+        optimiser = torch.optim.Adam([velocity], lr=STEP_VOX)
+        for _ in range(level.iterations):
+            optimiser.zero_grad()
+            moved = grid + _resize(integrate_velocity(velocity), subject.shape[2:]) * scale
+            difference = read_template(moved.flatten(2)[..., near]) - target
+            roughness = STIFFNESS * (level.velocity_mm / 4) ** 2 * _roughness(velocity)
+            (difference.square().sum() / target.square().sum().clamp_min(1) + roughness).backward()
+            optimiser.step()
+        velocity_mm = velocity.detach() * level.velocity_mm
     return velocity_mm
 
 
-def _descend(velocity: Tensor, subject: Tensor, template: Tensor, to_template: Tensor, level: Level) -> Tensor:
-    """The velocity, in its own voxels, that brings the template onto the subject best."""
-    velocity = velocity.clone().requires_grad_()
-    optimiser = torch.optim.Adam([velocity], lr=STEP_VOX)
-    grid, scale = identity_grid(subject.shape[2:]), level.velocity_mm / level.image_mm
-
-    def read_template(voxels: Tensor) -> Tensor:
-        places = to_template[:3, :3] @ voxels + to_template[:3, 3:]
-        return warp(template, places[..., None, None])[..., 0, 0]
-
-    # voxels far from any tissue of both images are 0 in both: a third to a quarter of the box remains
-    tissue = (subject.flatten(2) + read_template(grid.flatten(2))).sum(1).reshape(1, *subject.shape[2:])
-    near = torch.from_numpy(maximum_filter(tissue[0].numpy(), 2 * MARGIN_VOX + 1)).flatten() > 0
-    target = subject.flatten(2)[..., near]
-    for _ in range(level.iterations):
-        optimiser.zero_grad()
-        moved = grid + _resize(integrate_velocity(velocity), subject.shape[2:]) * scale
-        difference = read_template(moved.flatten(2)[..., near]) - target
-        roughness = STIFFNESS * (level.velocity_mm / 4) ** 2 * _roughness(velocity)
-        (difference.square().sum() / target.square().sum().clamp_min(1) + roughness).backward()
-        optimiser.step()
-    return velocity.detach()
+def _read_template(template: Tensor, to_template: Tensor, voxels: Tensor) -> Tensor:
+    """Maps of the template, (1, 2, N), at voxels of the subject, (1, 3, N)."""
+    return warp(template, (to_template[:3, :3] @ voxels + to_template[:3, 3:])[..., None, None])[..., 0, 0]
 
 
 def _roughness(velocity: Tensor) -> Tensor:
