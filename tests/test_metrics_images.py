@@ -17,7 +17,7 @@ from brainfm_monai.metrics.fields import (
     normalise_to_target,
 )
 
-SIZE = (50, 24, 26)  # longer along H than the slab that is filtered at once
+SIZE = (50, 24, 26)
 NAMES = ["l1", "psnr", "ssim"]
 
 

@@ -65,12 +65,9 @@ class Session(NamedTuple):
 def find_sessions(root: str | Path) -> list[Session]:
     """List the visits in a BIDS folder that have a scan of a known contrast, with their labels from derivatives.
 
-    Labels, lesions and masks are those of the very scan: their entities (``ses``, ``acq``, ``run``, ...) and the
-    contrast in their name are those of the scan, and a ``space`` is the scan's own. A name that leaves entities out
-    belongs to the one scan that it can mean. Labels whose name tells no contrast are those of the T1w. Of several scans
-    of one contrast, the first with labels is taken, or the first by name. A folder of FreeSurfer does not tell which of
-    several T1w scans it was made of: FreeSurfer's own copy of the scan is taken then. Files that belong to none of the
-    scans are reported. FileNotFoundError if there is no visit.
+    Labels, lesions and masks are those of the very scan, by the rules of ``docs/data.md``. Of several scans of one
+    contrast, the first with labels is taken, or the first by name. Files that belong to none of the scans are reported.
+    FileNotFoundError if there is no visit.
     """
     derivatives = Path(root) / "derivatives"
     derived: dict[str, list[BidsFile]] = {}
@@ -174,7 +171,8 @@ def prepare_bids(
 
     Labels come from its derivatives (FreeSurfer, FastSurfer, fMRIPrep, SynthSeg); a visit without any is labelled by
     the bundle's model from its reference scan, and its record says ``"labels_from": "model"``. The scan with labels is
-    the reference; the other contrasts are registered to it rigidly and resampled once.
+    the reference; the other contrasts are registered to it rigidly and resampled once. FileNotFoundError if there is no
+    scan, or labels are missing and there is no bundle; PreparationError at the end, a line for each visit that failed.
 
     Args:
         input: BIDS folder.
@@ -186,10 +184,6 @@ def prepare_bids(
         size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given.
         sharpen: move the borders of the cortex in the model's labels to where a T1w shows them, by 2 voxels at most.
-
-    Raises:
-        FileNotFoundError: if there is no scan, or labels are missing and there is no bundle.
-        PreparationError: at the end, if some visits failed: one line for each.
     """
     settings = common_settings(dataset or Path(input).resolve().name, protocol, size)
     sessions, predictions, work = find_sessions(input), Path(output) / ".predicted", []

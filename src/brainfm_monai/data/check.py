@@ -57,9 +57,8 @@ class Finding(NamedTuple):
 def check_data(source: str | Path, jobs: int = 1, picture: str | Path | None = None) -> None:
     """Look for the faults of a set of subjects; the exit status is 1 if there are any.
 
-    Grids that differ within a subject, unknown ids, empty targets, intensities out of range, left and right exchanged,
-    heads that lie on their side or are implausible, distances that disagree with labels, coordinates that fold, and
-    several protocols.
+    Grids, ids, empty targets, intensities, left and right, heads on their side or implausible, distances that disagree
+    with labels, coordinates that fold, and several protocols.
 
     Args:
         source: datalist, or folder of prepared subjects.

@@ -43,9 +43,10 @@ def write_datalist(
 ) -> Path:
     """Write the datalist of folders of subjects, and count what the subjects have; return its path.
 
-    Its sections are ``training``, ``validation`` and ``test``. Paths in the list are relative to its folder. A target
-    that a subject does not have is absent from its item. All visits of one person are in one section, see
-    :func:`find_persons`. Subjects of different sets that share a name get the name of their set as a prefix.
+    Paths in the list are relative to its folder. A target that a subject does not have is absent from its item. All
+    visits of one person are in one section, see :func:`find_persons`. Subjects of different sets that share a name get
+    the name of their set as a prefix. FileNotFoundError if a ``root`` is no folder, ValueError if there is no subject,
+    the segmentations have several protocols, a name is wrong or stands twice, or no subject is left for training.
 
     Args:
         root: folder of prepared subjects; several are separated by commas.
@@ -55,11 +56,6 @@ def write_datalist(
         test: names of subjects that are kept for testing, separated by commas.
         test_fraction: share of the other persons that is drawn for testing.
         seed: seed of the draws.
-
-    Raises:
-        FileNotFoundError: if a ``root`` is no folder.
-        ValueError: if there is no subject, the segmentations have several protocols, two subjects of one set share a
-            name, a name is not one of the subjects or stands in two sections, or no subject is left for training.
     """
     roots = [Path(r) for r in split_names(str(root) if isinstance(root, Path) else root)]
     where = ", ".join(map(str, roots))
@@ -107,10 +103,9 @@ def make_entry(folder: Path) -> dict[str, Any]:
 def read_datalist(path: str | Path, section: str | None = None, protocol: str | None = None) -> list[dict[str, Any]]:
     """Read the items of a datalist (JSON), in which paths are relative to its folder, with whole paths.
 
-    A value is a path if its key is that of a volume or if it ends like an image file. (``load_decathlon_datalist``
-    makes a path of every value that happens to exist as a file or folder, names of subjects included.) Without a
-    ``section``, all of :data:`SECTIONS` are read, and each item names its own in ``section``. ``protocol`` is that of
-    the training: a name or a table file. ValueError if it is no such list, or an item has another protocol.
+    A value is a path if its key is that of a volume or if it ends like an image file; ``load_decathlon_datalist`` makes
+    a path of every value that exists as a file or folder. Without a ``section``, all of :data:`SECTIONS` are read, and
+    each item names its own. ValueError if it is no such list, or an item has another ``protocol`` (a name or a file).
     """
     path = Path(path)
     sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"

@@ -62,17 +62,13 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
     """Download an open data set and check its hashes; what is there already is kept. Returns its files.
 
     ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple
-    sclerosis, as a BIDS folder (CC-BY).
+    sclerosis, as a BIDS folder (CC-BY). ValueError if there is no such set, NoNetworkError if a server cannot be
+    reached, DownloadError at the end, with one line for each file that the server lacks or that is another one.
 
     Args:
         name: name of the set.
         output: folder for its files.
         jobs: downloads at once.
-
-    Raises:
-        ValueError: if the table has no such set.
-        NoNetworkError: if a server cannot be reached.
-        DownloadError: at the end, if files could not be fetched or are not what the table says: one line for each.
     """
     sets = read_open_sets()
     if name not in sets:

@@ -41,6 +41,8 @@ def prepare_freesurfer(
 ) -> list[Path]:
     """Prepare subjects for training from FreeSurfer's or FastSurfer's results; finished ones are skipped.
 
+    FileNotFoundError if there is no subject; PreparationError at the end, with one line for each that failed.
+
     Args:
         input: SUBJECTS_DIR, or the folder of one subject.
         output: folder for the prepared subjects, one folder each, which are returned in alphabetical order.
@@ -50,10 +52,6 @@ def prepare_freesurfer(
         size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives
             of a BIDS folder, that of the BIDS folder, so that its persons are the same).
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or no subject in it.
-        PreparationError: at the end, if some subjects failed: one line for each.
     """
     root = Path(input)
     is_subject = (root / "mri").is_dir()
@@ -94,9 +92,8 @@ def make_volumes(
 
     The first contrast among the files is the reference, on which the labels lie; the others are registered to it
     rigidly and resampled once. A file of the role ``image`` is a reference whose contrast is recognised. Returns values
-    and affine by key, as :func:`write_subject` takes them, and facts for the record, with ``faults``. OSError if the
-    label map or a surface is missing, ValueError if a file is not what its name says, an id is unknown, or labels,
-    surfaces and scans do not fit.
+    and affine by key, and facts for the record, with ``faults``. OSError if a file is missing, ValueError if a file is
+    not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
 
     Args:
         files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and

@@ -83,9 +83,8 @@ def scale_contrast(values: np.ndarray, contrast: str, ids: np.ndarray | None = N
     """Map a scan (H, W, D) to the scale of painted contrasts, float32: a CT stays in HU, others get to [0, 1].
 
     The minimum of T1w, T2w or FLAIR becomes 0, the median of its cerebral white matter, FreeSurfer ids of the same
-    shape, :func:`white_matter_level`, and what is brighter than 1 is clipped. White matter is a tissue that every brain
-    has, so that the picture of a brain does not depend on its scalp. Without any, the 99.9 % quantile in the head
-    becomes 1. A scan without contrast becomes 0.
+    shape, :func:`white_matter_level`, and what is brighter than 1 is clipped: the picture of a brain does not depend on
+    its scalp. Without white matter, the 99.9 % quantile in the head becomes 1. A scan without contrast becomes 0.
     """
     if contrast == "CT":
         return values

@@ -112,9 +112,8 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
     """FreeSurfer's parcels as the structures that they are parts of, and ids of both sides as those of their side.
 
-    Cortical parcels become cortex; parcels of white matter and the corpus callosum become white matter; hypointensities
-    become those of their side. The side of a voxel is that of the plane halfway between the centroids of left and right
-    white matter. The map has shape (H, W, D) and isotropic voxels; with nothing to fold, it is the very same array.
+    See :data:`PARCELS` and :data:`UNSIDED`. The side of a voxel is that of the plane halfway between the centroids of
+    left and right white matter. The map has shape (H, W, D) and isotropic voxels.
     """
     present = set(np.unique(ids).tolist())
     table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
@@ -196,10 +195,8 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
     """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 (L,).
 
     Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real
-    images. The quantile by which real scans are scaled would put white matter at 1 in T1w, and not at 0.3 to 0.7, where
-    it was measured in four real heads: the labels do not tell fat, the brightest there, from other soft tissue.
-    Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU. ValueError,
-    which names the ``source``, if a table does not know an id that the labels hold, or a mixture among them mixes.
+    images. Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU.
+    ValueError, which names the ``source``, if a table does not know an id that the labels hold, or a mixture mixes.
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):

@@ -29,15 +29,13 @@ def prepare_labels(
 ) -> list[Path]:
     """Prepare subjects for training from label maps; finished ones are skipped.
 
-    A subject is labels, distances and MNI coordinates on a box of 1 mm voxels in RAS+ order around the brain. Its
-    folder holds ``generation_labels.nii.gz``, ``segmentation.nii.gz``, ``distance.nii.gz`` (mm, negative inside; left
-    pial, left white, right pial, right white), ``mni.nii.gz`` (mm, on a grid of 4 mm) and ``subject.json``.
+    A subject is labels, distances and MNI coordinates on a box of 1 mm voxels in RAS+ order around the brain.
+    ValueError if there is no label map, two would have one subject name, or there is no such contrast; PreparationError
+    at the end, with one line for each label map that failed.
 
     Args:
-        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a glob pattern, or a list of
-            these.
-        output: folder for the prepared subjects, one folder each, named after the file; these are returned in that
-            order.
+        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a pattern, or a list.
+        output: folder for the prepared subjects, whose folders are named after the files, and returned in that order.
         jobs: subjects that are prepared at once; each needs about 3 GB.
         overwrite: prepare finished subjects again.
         protocol: label protocol of the segmentation: a name or a table file.
@@ -47,10 +45,6 @@ def prepare_labels(
         contrasts: images that a training paints on the labels, out of T1w, T2w, FLAIR and CT, separated by commas; a
             finished subject keeps its own where none are asked for.
         dataset: name of the set in lists and counts; the folder's name if not given.
-
-    Raises:
-        ValueError: if there is no label map, two would have one subject name, or there is no such contrast.
-        PreparationError: at the end, if some label maps failed: one line for each.
     """
     asked = split_names(contrasts)
     if unknown := [name for name in asked if name not in CONTRASTS]:
@@ -93,16 +87,14 @@ def prepare_label(
 ) -> dict[str, Any]:
     """Prepare the subject of a scan and its label map as an annotator corrects them; the same content is prepared once.
 
-    The scan is a real image of the subject beside the labels, which are also painted in simulated contrasts. Returns
-    the item of a datalist, with whole paths. FileNotFoundError if a file is missing, ValueError if the files are not a
-    scan and a label map of known ids that lie on each other.
+    The labels are also painted in the other contrasts. Returns the item of a datalist, with whole paths.
+    FileNotFoundError if a file is missing, ValueError if the files are no scan and labels that lie on each other.
 
     Args:
         image: the scan.
         label: label map in the same space, in a grid of its own.
         output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
-        ids: FreeSurfer id or name of a structure of each id in the label map, see :func:`read_id_table`; without it the
-            label map holds FreeSurfer ids.
+        ids: FreeSurfer id or name of each id in the label map, see :func:`read_id_table`; None: FreeSurfer ids.
         contrast: T1w, T2w, FLAIR or CT; without it, that with the most similar order of brightness.
         protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.

@@ -101,10 +101,8 @@ def compute_mni_coordinates(
     The affine map makes a T1-like rendering of the labels agree with the template's T1 (elastix). The flow brings the
     template's maps of white and grey matter onto the subject's: mean squared difference, with a penalty on first and
     second derivatives of the velocity, from coarse to fine (Ashburner, A fast diffeomorphic image registration
-    algorithm, NeuroImage 38, 2007). A flow folds nowhere; sampled on the grid of the result it may come close to it,
-    and is smoothed there. ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that ``affine`` takes to RAS
-    mm; ``initial`` is a rough matrix from RAS mm to MNI152 mm, with which the affine registration starts.
-
+    algorithm, NeuroImage 38, 2007). ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that ``affine``
+    takes to RAS mm; ``initial`` is a rough matrix from RAS mm to MNI152 mm, with which the affine registration starts.
     Returns MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that
     grid. ValueError if a size is no multiple of ``factor`` and of 2, RuntimeError if elastix fails, or the map folds.
     """

@@ -46,13 +46,9 @@ class MuonAdamW(torch.optim.AdamW):
     does not exist where the channels of a voxel lie side by side in memory. (Jordan et al., Muon, 2024; Loshchilov and
     Hutter, Decoupled weight decay regularization, ICLR 2019.) A negative rate is a ValueError.
 
-    Args:
-        network: its parameters are optimised; kernels of ``network.backbone`` with more than one input channel by Muon.
-        lr: learning rate of AdamW.
-        kernel_lr: of Muon, whose steps change a kernel by so much of a matrix with singular values near 1.
-        momentum: of Muon.
-        weight_decay: of both, decoupled from the gradient.
-        fused: see :class:`torch.optim.AdamW`; steps that are not finite are then left out without a wait.
+    Kernels of ``network.backbone`` with more than one input channel go by Muon, whose step is ``kernel_lr`` times a
+    matrix with singular values near 1; ``momentum`` is that of Muon, ``lr`` that of AdamW, ``weight_decay`` that of
+    both. Steps of a ``fused`` optimizer that are not finite are left out without a wait.
     """
 
     def __init__(

@@ -82,12 +82,11 @@ def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
 class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's supervised trainer, with one optimizer step for each batch, whatever the parts it is computed in.
 
-    A step that is not finite is left out: a loss that is not finite gives gradients that are not finite either, and as
-    gradients are summed over processes, all processes leave the step out. After each iteration ``state.output`` has,
-    besides MONAI's keys (image, label and prediction of the last part), ``loss``, the mean of the batch,
-    ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits
-    for the device, unless the optimizer is not fused. ``state.draws`` counts the draws of all processes, and is kept in
-    checkpoints: with :class:`DrawSampler` a resumed training continues with the right one.
+    A step that is not finite is left out, in all processes, over which gradients are summed. After each iteration
+    ``state.output`` has, besides MONAI's keys (image, label and prediction of the last part), ``loss``, the mean of the
+    batch, ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and ``samples``, the number of scans. Nothing here
+    waits for the device, unless the optimizer is not fused. ``state.draws`` counts the draws of all processes, and is
+    kept in checkpoints: with :class:`DrawSampler` a resumed training continues with the right one.
 
     Args:
         accumulation: parts in which a batch is computed, one by one, to save memory; not positive: a ValueError.

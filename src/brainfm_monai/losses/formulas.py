@@ -55,8 +55,7 @@ def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
 
     Logits are (B, L, H, W, D), labels (B, 1, H, W, D), integers in [0, L). The sizes of the Dice are sums of squares,
     ``2 sum(p t) / (sum(p^2) + sum(t))`` (Milletari et al., V-Net, 3DV 2016). Where a voxel is uncertain, the best p is
-    then near the probability, as it is for the cross entropy; with plain sums it is 0 or 1, the latter already from
-    half the Dice on, so that thin structures come out too large. An absent class would add a constant.
+    then near the probability, as it is for the cross entropy; with plain sums thin structures come out too large.
     """
     return _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
 

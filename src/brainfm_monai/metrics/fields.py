@@ -1,18 +1,16 @@
 """Errors of dense maps: images, bias field, distances to the surfaces of the cortex, template coordinates."""
 
+import numpy as np
 import torch
 from monai.metrics import MAEMetric, PSNRMetric
 from torch import Tensor
 
-from brainfm_monai.functional.separable import apply_separable
 from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.metrics.segmentation import box_around
 from brainfm_monai.tasks import MAX_DISTANCE_MM
 
 LOWER, UPPER = 0.001, 0.999  # quantiles of the target in the mask that become 0 and 1
 RADIUS, SIGMA = 5, 1.5  # window of 11 voxels, Wang et al. 2004
-K1, K2 = 0.01, 0.03  # Wang et al. 2004
-SLAB = 32  # planes that are filtered at once, so that memory does not grow with the image
 
 
 def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
@@ -100,37 +98,18 @@ def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Images, in a range of 1, and mask have the shape (B, 1, H, W, D), the result (B,), NaN where there is no such voxel.
     The formula is equation 13 of Wang et al., Image quality assessment: from error visibility to structural similarity,
-    IEEE Transactions on Image Processing 13, 2004, as in MONAI's ``SSIMMetric`` over a whole image, and in
-    scikit-image's ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False``. The Gaussian
-    is applied axis by axis and slab by slab: MONAI takes 1,331 products for each voxel, and all voxels at once.
+    IEEE Transactions on Image Processing 13, 2004. scikit-image applies its Gaussian axis by axis; MONAI's
+    ``SSIMMetric``, which has no mask, takes 1,331 products for each voxel.
     """
-    c1, c2 = K1**2, K2**2
+    from skimage.metrics import structural_similarity  # slow to import
+
     box = box_around(mask.flatten(0, 1).any(0), margin=RADIUS)
-    x, y, mask = (one[(..., *box)] for one in (pred.float(), target.float(), mask.bool()))
-    if min(x.shape[2:]) <= 2 * RADIUS:
-        return x.new_full((len(x),), torch.nan)
-    inside = mask[..., RADIUS:-RADIUS, RADIUS:-RADIUS, RADIUS:-RADIUS]
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    across = [_window_operator(n, x) for n in x.shape[3:]]
-    for first in range(0, inside.shape[2], SLAB):
-        part = inside[:, :, first : first + SLAB]
-        planes = slice(first, first + part.shape[2] + 2 * RADIUS)
-        a, b = x[:, :, planes], y[:, :, planes]
-        moments = torch.cat([a, b, a * a, b * b, a * b], dim=1)
-        filtered = apply_separable(moments, [_window_operator(a.shape[2], x), *across]).split(1, dim=1)
-        mean_a, mean_b, square_a, square_b, product = filtered
-        variances = square_a - mean_a**2 + square_b - mean_b**2
-        contrast = (2 * (product - mean_a * mean_b) + c2) / (variances + c2)
-        similarity = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * contrast
-        total += similarity.where(part, 0.0).sum((1, 2, 3, 4), dtype=torch.float64)
-    return (total / inside.sum((1, 2, 3, 4))).float()  # 0 / 0 is the NaN of an empty mask
-
-
-def _window_operator(size: int, like: Tensor) -> Tensor:
-    """Gaussian average of the 11 voxels around each voxel that has them, shape (1, size - 10, size)."""
-    offset = torch.arange(-RADIUS, RADIUS + 1, device=like.device, dtype=like.dtype)
-    window = torch.exp(-0.5 * (offset / SIGMA) ** 2)
-    rows = torch.zeros(size - 2 * RADIUS, size, device=like.device, dtype=like.dtype)
-    for i, weight in enumerate(window / window.sum()):
-        rows.diagonal(i).fill_(weight)
-    return rows[None]
+    parts = [one[(..., *box)][:, 0].cpu().numpy() for one in (pred.float(), target.float(), mask.bool())]
+    means = torch.full((len(pred),), torch.nan)
+    inner = (slice(RADIUS, -RADIUS),) * 3
+    for sample, (x, y, inside) in enumerate(zip(*parts, strict=True)):
+        if inside[inner].any():
+            options = {"gaussian_weights": True, "sigma": SIGMA, "use_sample_covariance": False}
+            similarity = structural_similarity(x, y, data_range=1.0, full=True, **options)[1]
+            means[sample] = float(similarity[inner][inside[inner]].mean(dtype=np.float64))
+    return means

@@ -106,9 +106,8 @@ def compute_structure_measures(
     indices to RAS mm has no shear. The results have the shape (S, 3), columns left, right, both: ``dice`` and
     ``volume_error``, (prediction - reference) / reference, both NaN where the reference lacks the part; ``volume`` and
     ``reference_volume`` in mL; with a percentile ``hausdorff`` in mm, NaN where one of both lacks the part. The sides
-    of a structure that has none are NaN. Of the distances from the surface of one part, the voxels that touch what is
-    not the part, to that of the other, and of those back, the percentile is taken, and the larger counts (Huttenlocher
-    et al., IEEE TPAMI 15, 1993; Taha and Hanbury, BMC Medical Imaging 15, 2015).
+    of a structure that has none are NaN. Of the distances from the surface of one part to that of the other, and of
+    those back, the percentile is taken, and the larger counts (Taha and Hanbury, BMC Medical Imaging 15, 2015).
     """
     if prediction.shape != reference.shape or prediction.ndim != 4:
         shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"

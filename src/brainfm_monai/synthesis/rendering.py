@@ -22,9 +22,8 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     Args:
         subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``,
             ``T2w``, ``FLAIR``, ``CT``, ``distance`` and ``mni`` in the unit of their files, on the same grid or on a
-            coarser one that covers the same box; non-zero where something was removed or is ill,
-            ``<image>_defacing_mask``, ``lesion`` (the subject's own) and ``lesion_shape`` (somebody else's); ``age`` in
-            years and ``available_<task>``, (B,).
+            coarser one that covers the same box; masks ``<image>_defacing_mask``, ``lesion`` (the subject's own) and
+            ``lesion_shape`` (somebody else's); ``age`` in years and ``available_<task>``, (B,).
         params: the draw, with S samples for each subject.
         layout: the tasks whose targets are made.
 
@@ -32,9 +31,8 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
         ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every
         task with a target, in the unit of the task table, repeated for the samples; ``segmentation`` is a label map,
         int64. ``visible`` marks the field of view without a removed face, ``valid_<image>`` what a given defacing mask
-        leaves of a target; ``available_<task>`` is returned as it is. ``super_resolution`` is the sample with gamma and
-        bias field, before slices and noise, between its own percentiles. ``age``, (B S,), only changes its unit: size
-        depends on age, so leave scaling and shear out.
+        leaves of a target. ``super_resolution`` is the sample with gamma and bias field, before slices and noise,
+        between its own percentiles. ``age``, (B S,), only changes its unit: leave scaling and shear out.
     """
     geometry, tasks = params.geometry, layout.tasks
     coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])

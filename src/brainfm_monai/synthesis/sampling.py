@@ -65,18 +65,12 @@ def sample(
     available: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
 ) -> SynthesisParams:
-    """Draw everything random of a batch.
+    """Draw everything random of a batch, on a device.
 
-    Args:
-        ranges: the laws; several for several samples of each subject. The first ones decide what the samples share.
-        generators: one generator for each subject, on the host.
-        spatial_size: (H, W, D) of the rendered samples.
-        protocol: of the segmentation.
-        generation_protocol: of the generation labels.
-        stride: size of an output voxel in source voxels.
-        source_mm: size of a source voxel.
-        available: which subjects have ``T1w``, ``T2w``, ``FLAIR``, ``CT``, (B,) bool on the host; none if not given.
-        device: of the draw.
+    There are several laws for several samples of each subject; the first ones decide what the samples share. Each
+    subject has its generator on the host. ``spatial_size`` is (H, W, D) of the samples, ``protocol`` that of the
+    segmentation, ``stride`` the size of an output voxel in source voxels, which have ``source_mm``; ``available`` says
+    which subjects have ``T1w``, ``T2w``, ``FLAIR``, ``CT``, (B,) bool on the host; none if not given.
     """
     laws = [ranges] if isinstance(ranges, SynthesisRanges) else ranges
     draws = _Draws(generators, torch.device(device))
