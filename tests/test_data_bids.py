@@ -24,7 +24,7 @@ from brainfm_monai.data.contrasts import (
 from brainfm_monai.data.intensities import read_scan, resample_to_box
 from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.registration import coarsen_affine
-from brainfm_monai.data.subjects import read_record
+from brainfm_monai.data.subjects import CONTRASTS, read_record
 from brainfm_monai.io import find_bundle, read_table
 
 SIZE = (48, 44, 40)
@@ -97,12 +97,15 @@ def test_visits_scans_masks_and_labels_are_found(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     first, second, third = find_sessions(tmp_path)
     assert [s.name for s in (first, second, third)] == ["sub-01_ses-a", "sub-01_ses-b", "sub-02"]
-    assert [s.person for s in (first, second, third)] == ["sub-01", "sub-01", "sub-02"]
-    assert [list(s.scans) for s in (first, second, third)] == [["T1w", "FLAIR"], ["T2w"], ["T1w", "CT"]]
-    assert first.labels["labels"].name == "aparc.DKTatlas+aseg.deep.mgz"
-    assert second.labels["labels"].name == "sub-01_ses-b_T2w_synthseg.nii.gz"
-    assert third.labels == {}
-    assert third.masks["T1w"].name == "sub-02_mod-T1w_defacemask.nii.gz"
+    assert [[k for k in s.files if k in CONTRASTS] for s in (first, second, third)] == [
+        ["T1w", "FLAIR"],
+        ["T2w"],
+        ["T1w", "CT"],
+    ]
+    assert first.files["labels"].name == "aparc.DKTatlas+aseg.deep.mgz"
+    assert second.files["labels"].name == "sub-01_ses-b_T2w_synthseg.nii.gz"
+    assert "labels" not in third.files
+    assert third.files["T1w_mask"].name == "sub-02_mod-T1w_defacemask.nii.gz"
     with pytest.raises(FileNotFoundError, match="a BIDS folder with"):
         find_sessions(tmp_path / "sub-01")
 
@@ -133,9 +136,10 @@ def test_labels_lesions_and_masks_of_other_scans_are_not_paired(
 
     found = {}
     for s in find_sessions(tmp_path):
-        reference, *_ = s.scans.values()
-        masks = ",".join(map(name_of, s.masks.values()))
-        found[s.name] = (name_of(reference), name_of(s.labels.get("labels")), name_of(s.lesion), s.lesion_of, masks)
+        reference, *_ = s.files.values()
+        masks = ",".join(name_of(path) for role, path in s.files.items() if role.endswith("_mask"))
+        labels, lesion = (name_of(s.files.get(role)) for role in ("labels", "lesion"))
+        found[s.name] = (name_of(reference), labels, lesion, s.lesion_of, masks)
     assert found == {
         "sub-1": ("run-02_T1w", "run-02_desc-aseg_dseg", "", "", "run-02_mod-T1w_defacemask"),
         "sub-2": ("acq-std_T1w", "acq-std_desc-aparcaseg_dseg", "", "", ""),
@@ -166,9 +170,9 @@ def test_freesurfer_does_not_tell_which_of_several_scans_or_visits_it_is_of(
         for name in ("aseg.mgz", "orig.mgz"):
             (mri / name).touch()
     one, two, three, also_three, four = find_sessions(tmp_path)
-    assert (one.scans["T1w"].name, list(one.labels)) == ("sub-1_T1w.nii.gz", ["labels"])
-    assert (two.scans["T1w"].name, list(two.scans), list(two.labels)) == ("orig.mgz", ["T1w", "T2w"], ["labels"])
-    assert (three.labels, also_three.labels, list(four.labels)) == ({}, {}, ["labels"])
+    assert (one.files["T1w"].name, list(one.files)) == ("sub-1_T1w.nii.gz", ["T1w", "labels"])
+    assert (two.files["T1w"].name, list(two.files)) == ("orig.mgz", ["T1w", "T2w", "labels"])
+    assert ["labels" in session.files for session in (three, also_three, four)] == [False, False, True]
     assert "sub-3: not used: it does not tell of which visit of sub-3 it is" in caplog.text
     assert caplog.text.count("not used") == 1
 

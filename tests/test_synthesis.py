@@ -574,9 +574,9 @@ def test_the_age_goes_with_its_samples() -> None:
 
 def test_mild_laws_are_an_instance_and_leave_the_severe_ones_alone() -> None:
     severe = SynthesisRanges()
-    mild = make_mild(severe, noise_std=(0, 1))
+    mild = make_mild(severe)
     assert severe == SynthesisRanges()
-    assert mild.noise_std == (0, 1)
+    assert mild.noise_std == (0, 5)
     assert mild.bias_log_std == (0, 0.02)
     assert mild.rotation_deg == severe.rotation_deg
 

@@ -54,12 +54,8 @@ class Session(NamedTuple):
     """One visit of one person."""
 
     name: str  # sub-01 or sub-01_ses-1
-    person: str  # sub-01
-    scans: dict[str, Path]  # file of each contrast; the first one is the reference, on which the labels lie
-    masks: dict[str, Path]  # defacing masks that the folder holds, by contrast
-    labels: dict[str, Path]  # by role, see find_files; empty where there are none
-    lesion: Path | None  # mask of lesions on one of the scans
-    lesion_of: str  # contrast of that scan; empty where the name of the mask does not tell
+    files: dict[str, Path]  # by role, see make_volumes; the first is the reference, on which labels lie, if any
+    lesion_of: str  # contrast of the scan that a lesion was drawn on; empty where the name of the mask does not tell
 
 
 def find_sessions(root: str | Path) -> list[Session]:
@@ -97,21 +93,19 @@ def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], file
     chosen = {reference.contrast: reference} if reference else {}
     for scan in scans:
         chosen.setdefault(scan.contrast, scan)
-    paths = {contrast: scan.path for contrast, scan in chosen.items()}
-    paths |= {"T1w": labels.pop("T1w")} if "T1w" in labels else {}
-    masks, lesions = {}, []
+    roles, lesions = {contrast: scan.path for contrast, scan in chosen.items()} | labels, []
     for f in files:
         of = [c for c, scan in chosen.items() if f.contrast in ("", c) and f.is_of(scan, rivals)]
         if f.path.match("*_defacemask.nii*") and f.contrast in of:
-            masks[f.contrast] = f.path
+            roles[f"{f.contrast}_mask"] = f.path
         elif any(f.path.match(pattern) for pattern in LESION_PATTERNS):
             lesions += [f] if of else []
             if not of:
                 logger.warning(UNUSED, f.path, name)
     for f in lesions[1:]:
         logger.warning("%s: not used: %s is", f.path, lesions[0].path.name)
-    lesion, contrast = (lesions[0].path, lesions[0].contrast) if lesions else (None, "")
-    return Session(name, name.split("_")[0], paths, masks, labels, lesion, contrast)
+    roles |= {"lesion": lesions[0].path} if lesions else {}
+    return Session(name, roles, lesions[0].contrast if lesions else "")
 
 
 def _find_labels(
@@ -187,15 +181,15 @@ def prepare_bids(
     """
     settings = common_settings(dataset or Path(input).resolve().name, protocol, size)
     sessions, predictions, work = find_sessions(input), Path(output) / ".predicted", []
-    predict_labels({s.name: next(iter(s.scans.values())) for s in sessions if not s.labels}, predictions, bundle)
-    for session in sessions:
-        own: dict[str, Any] = {"person": session.person, "labels_from": "derivatives" if session.labels else "model"}
-        own |= {"lesion_of": session.lesion_of} if session.lesion_of else {}
-        own |= {"sharpen": True} if sharpen and not session.labels else {}
-        files = session.scans | (session.labels or {"labels": predicted_file(predictions, session.name)})
-        files |= {f"{key}_mask": path for key, path in session.masks.items()}
-        files |= {"lesion": session.lesion} if session.lesion else {}
-        work.append(Job(session.name, "bids", files, settings | own, {"protocol": protocol}, make_volumes))
+    unlabelled = {s.name: next(iter(s.files.values())) for s in sessions if "labels" not in s.files}
+    predict_labels(unlabelled, predictions, bundle)
+    for name, files, lesion_of in sessions:
+        own: dict[str, Any] = {"person": name.split("_")[0]}
+        own |= {"labels_from": "model" if name in unlabelled else "derivatives"}
+        own |= {"lesion_of": lesion_of} if lesion_of else {}
+        own |= {"sharpen": True} if sharpen and name in unlabelled else {}
+        files |= {"labels": predicted_file(predictions, name)} if name in unlabelled else {}
+        work.append(Job(name, "bids", files, settings | own, {"protocol": protocol}, make_volumes))
     return run_jobs(work, output, processes=jobs, overwrite=overwrite)
 
 

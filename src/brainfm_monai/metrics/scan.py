@@ -141,10 +141,6 @@ def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scen
     return _name(fields.compute_mni_error(pred, target, brain) | {"fold_fraction": folds}, "brain")
 
 
-def _measure_bias_field(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
-    return _name({"normalised_l2": fields.compute_bias_error(pred, target, mask)})
-
-
 def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Values:
     error = pred.float().mean() - target.float().mean()
     return _name({"error": error, "absolute_error": error.abs()})
@@ -153,7 +149,7 @@ def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Value
 MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, Scene], Values]] = {
     "labels": _measure_labels,
     "image": _measure_image,
-    "log_field": _measure_bias_field,
+    "log_field": lambda pred, target, mask, _: _name({"normalised_l2": fields.compute_bias_error(pred, target, mask)}),
     "distance": _measure_distance,
     "coordinates": _measure_coordinates,
     "mask": lambda pred, target, mask, _: _name(segmentation.compute_lesion_metrics(pred, target, mask), "lesion"),

@@ -101,16 +101,15 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     return SynthesisRanges(**laws)
 
 
-def make_mild(ranges: SynthesisRanges, **changes: Any) -> SynthesisRanges:
-    """Laws of the mild samples of a subject: hardly any bias, gamma and noise, at the full resolution.
+def make_mild(ranges: SynthesisRanges) -> SynthesisRanges:
+    """Laws of the mild samples of a subject, out of those of the severe ones: hardly any bias, gamma and noise.
 
-    ``changes`` are further fields that differ from ``ranges``, the laws of the severe samples. Source: configuration of
-    the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), with a log-bias std up to 0.02, gamma 0.01,
-    noise up to 0.02 of the intensity range.
+    Source: configuration of the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), with a log-bias
+    std up to 0.02, gamma 0.01, noise up to 0.02 of the intensity range, at the full resolution.
     """
-    mild: dict[str, Any] = {"bias_log_std": (0.0, 0.02), "gamma_log_std": 0.01, "noise_std": (0.0, 5.0)}
-    mild |= {"real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}
-    return replace(ranges, **{**mild, "ghost_prob": 0.0, "mixup_prob": 0.0, **changes})
+    still: dict[str, Any] = {"gamma_log_std": 0.01, "ghost_prob": 0.0, "mixup_prob": 0.0}
+    still |= {"noise_std": (0.0, 5.0), "real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}
+    return replace(ranges, bias_log_std=(0.0, 0.02), **still)
 
 
 @dataclass(frozen=True)
