@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": TABLES | {"outputs", "slices", "surfaces"},
     "preview": TABLES | {"slices", "synthesis", "data"},
     "prediction": TABLES | {"transforms", "outputs", "report"},
-    "data": TABLES | {"slices", "functional", "synthesis", "transforms"},
+    "data": TABLES | {"functional", "synthesis", "transforms"},
     "evaluation": TABLES
     | {"slices", "surfaces", "report", "functional", "synthesis", "metrics", "outputs", "data", "transforms"},
     "annotation": TABLES | {"networks", "weights", "transforms", "data"},

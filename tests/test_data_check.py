@@ -10,7 +10,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
 
 from brainfm_monai import cli
 from brainfm_monai.anatomy import Protocol
@@ -147,18 +146,17 @@ def test_an_unreadable_file_and_two_protocols(tmp_path: Path) -> None:
     assert "found brainfm: s2; synthseg_brain: s1" in findings[-1].found
 
 
-def test_the_command_tells_faults_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_tells_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volumes = make_volumes()
     swap_sides(volumes)
     write_subject(tmp_path / "subjects" / "s1", volumes, RECORD)
-    arguments = ["data", "check", str(tmp_path / "subjects"), "--picture", str(tmp_path / "sheets")]
+    arguments = ["data", "check", str(tmp_path / "subjects")]
     monkeypatch.setattr("sys.argv", ["brainfm-monai", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
     lines = str(end.value).splitlines()
     assert lines[0].endswith("faults in 1 subjects:")
     assert "s1: left and right: left hemisphere at x = 10 mm" in lines[1]
-    assert [f.name for f in (tmp_path / "sheets").iterdir()] == ["s1.png"]
 
 
 def test_every_subject_is_checked_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -167,26 +165,6 @@ def test_every_subject_is_checked_in_a_process_of_its_own(tmp_path: Path) -> Non
     (tmp_path / "s2" / "subject.json").write_text(json.dumps({**RECORD, "protocol": "none"}), encoding="utf-8")
     findings = {(f.subject, f.rule) for f in check_set(tmp_path, jobs=2)[0]}
     assert {("s1", "head size"), ("s2", "known ids")} <= findings  # heads of 20 ml are small in a fresh process
-
-
-def test_the_sheet_shows_the_left_on_the_right(tmp_path: Path) -> None:
-    volumes = make_volumes()
-    volumes = {key: volumes[key] for key in ("generation_labels", "segmentation")}
-    labels = np.zeros(SIZE, dtype=np.uint8)
-    labels[4:20, 10:30, 10:30] = (
-        5  # left white matter alone; the plane through its middle shows it right of the box's middle
-    )
-    labels[44, 20, 18] = 4
-    volumes["segmentation"] = (labels, AFFINE)
-    volumes["generation_labels"] = (labels, AFFINE)
-    write_subject(tmp_path / "s1", volumes, RECORD)
-    check_set(tmp_path, picture_dir=tmp_path / "sheets")
-    sheet = np.asarray(Image.open(tmp_path / "sheets" / "s1.png")) / 255
-    rows, columns = sheet.shape[0], sheet.shape[1]
-    axial = sheet[20 + rows // 2 : rows - 20, : columns // 3].max(axis=-1)  # the segmentation's row
-    bright = np.argwhere(axial > 0.3)
-    assert len(bright) > 100
-    assert bright[:, 1].mean() > 0.55 * columns / 3  # radiological convention
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The faults of a set of subjects, found in its files, and a picture of all that a training would see of a subject."""
+"""The faults of a set of subjects, found in its files."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,6 @@ from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.data.subjects import CONTRASTS, run_parallel
-from brainfm_monai.io import write_whole
-from brainfm_monai.slices import Cell, Slice, blend, compose, cut_slices, encode, paint, shade
-from brainfm_monai.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +29,7 @@ MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
 MAXIMUM_MNI_MM = 150.0
 MINIMUM_TARGET_SHARE = 0.001  # of the box
 CHANNELS = {"lp": PIAL_IDS["left"], "lw": WHITE_IDS["left"], "rp": PIAL_IDS["right"], "rw": WHITE_IDS["right"]}
-ROWS = (*CONTRASTS, "generation_labels", "segmentation", "distance", "mni")
 LABELS = ("generation_labels", "segmentation")
-DEFACED = (0.35, 0.0, 0.35, 1.0)
-GOLDEN_RATIO = 0.618
-# of each generation label, well apart; codes of two tissues go evenly from white to grey matter to fluid
-PURE_SHADES = 0.25 + 0.7 * np.mod(np.arange(1, 150) * GOLDEN_RATIO, 1)
-SHADES = np.concatenate([[0], PURE_SHADES, np.linspace(1.0, 0.1, 101), np.linspace(0.2, 0.6, 5)])
-LONGEST_FAULT = 110  # characters
 
 
 Fault = tuple[str, str]  # the rule, and what was found
@@ -54,7 +43,7 @@ class Finding(NamedTuple):
     found: str
 
 
-def check_data(source: str | Path, jobs: int = 1, picture: str | Path | None = None) -> None:
+def check_data(source: str | Path, jobs: int = 1) -> None:
     """Look for the faults of a set of subjects; the exit status is 1 if there are any.
 
     Grids, ids, empty targets, intensities, left and right, heads on their side or implausible, distances that disagree
@@ -63,18 +52,15 @@ def check_data(source: str | Path, jobs: int = 1, picture: str | Path | None = N
     Args:
         source: datalist, or folder of prepared subjects.
         jobs: subjects that are checked at once; each needs about 2 GB.
-        picture: folder for one contact sheet per subject; none are drawn without it.
     """
-    findings, entries = check_set(source, jobs=jobs, picture_dir=picture)
+    findings, entries = check_set(source, jobs)
     logger.info("%s", count_subjects(entries).to_string(index=False))
     if findings:
         lines = [f"{finding.subject}: {finding.rule}: {finding.found}" for finding in findings]
         raise SystemExit("\n".join([f"{len(findings)} faults in {len(entries)} subjects:", *lines]))
 
 
-def check_set(
-    source: str | Path, *, jobs: int = 1, picture_dir: str | Path | None = None
-) -> tuple[list[Finding], list[dict[str, Any]]]:
+def check_set(source: str | Path, jobs: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Check every subject as :func:`check_data` does; return the faults, and the entries that were checked.
 
     FileNotFoundError if there is no such list or folder, ValueError if it holds no subject.
@@ -84,8 +70,7 @@ def check_set(
     if not entries:
         raise ValueError(f"{source}: subjects are needed, found none")
     findings: list[Finding] = []
-    work = partial(check_subject, picture_dir=Path(picture_dir) if picture_dir else None)
-    for entry, outcome in run_parallel(work, entries, jobs):
+    for entry, outcome in run_parallel(check_subject, entries, jobs):
         if isinstance(outcome, BaseException):
             outcome = [Finding(str(entry["subject"]), "readable", str(outcome))]
         findings += outcome
@@ -96,22 +81,14 @@ def check_set(
     return findings, entries
 
 
-def check_subject(entry: Mapping[str, Any], picture_dir: Path | None = None) -> list[Finding]:
-    """Every rule that the files of a subject break; what cannot be read breaks a rule, too.
-
-    ``entry`` is the item of a datalist with whole paths; a contact sheet is drawn into ``picture_dir`` if it is given.
-    """
+def check_subject(entry: Mapping[str, Any]) -> list[Finding]:
+    """Every rule that the files of an item with whole paths break; what cannot be read breaks a rule, too."""
     subject, faults = LoadedSubject(entry), []
     for what, (needed, look) in LOOKS.items():
         try:
             faults += list(look(subject)) if needed <= set(subject.keys) else []
         except Exception as error:
             faults.append((what, " ".join(str(error).split()) or type(error).__name__))
-    if picture_dir is not None:
-        try:
-            write_contact_sheet(subject, picture_dir / f"{entry['subject']}.png", [": ".join(f) for f in faults])
-        except Exception as error:
-            faults.append(("picture", " ".join(str(error).split())))
     return [Finding(str(entry["subject"]), *fault) for fault in faults]
 
 
@@ -219,44 +196,3 @@ LOOKS: dict[str, tuple[set[str], Callable[[LoadedSubject], Iterator[Fault]]]] = 
     "distances": ({"distance", "segmentation"}, _look_at_distances),
     "coordinates": ({"mni", "segmentation"}, _look_at_coordinates),
 }
-
-
-def write_contact_sheet(subject: LoadedSubject, path: Path, faults: Sequence[str]) -> None:
-    """Draw the volumes of a subject in rows, and three planes through the brain's centre in columns, into a PNG.
-
-    Labels, surfaces (pial red, white yellow) and equal coordinates lie over the first row, faults under the title.
-    """
-    key = "segmentation" if "segmentation" in subject.keys else subject.keys[0]
-    slices = cut_slices(subject[key] > 0, subject.affine(key))
-    bases = [np.zeros((*cut.points_mm.shape[:2], 3)) for cut in slices]
-    rows: list[list[Cell]] = []
-    for name in (name for name in ROWS if name in subject.keys):
-        pictures = [_draw(subject, name, cut, base) for cut, base in zip(slices, bases, strict=True)]
-        titles = (f"{name.replace('_', ' ')}{' (0 to 80 HU)' if name == 'CT' else ''}", "", "")
-        marks = (cut.plane.marks for cut in slices)
-        rows.append([Cell(*parts) for parts in zip(pictures, marks, titles, strict=True)])
-        bases = pictures if len(rows) == 1 else bases
-    heading = [(str(subject.entry["subject"]), "white"), *((fault[:LONGEST_FAULT], "tomato") for fault in faults)]
-    with write_whole(path) as file:
-        file.write_bytes(encode(compose(rows, heading), "png"))
-
-
-def _draw(subject: LoadedSubject, key: str, cut: Slice, base: np.ndarray) -> np.ndarray:
-    """One slice of a volume, over the picture of the first row."""
-
-    def read(key: str) -> np.ndarray:
-        values = subject[key]
-        first = values[None] if values.ndim == 3 else np.moveaxis(values, -1, 0)
-        is_nearest = key in LABELS or key.endswith("_mask")
-        return cut.read(np.ascontiguousarray(first), subject.affine(key), nearest=is_nearest)
-
-    if key == "generation_labels":
-        return shade(SHADES[np.clip(read(key)[..., 0], 0, 255).astype(int)])
-    name = str(subject.entry.get("protocol", ""))  # one that is not shipped is reported as a fault
-    protocol = Protocol.load(name if name in Protocol.names() else "synthseg_head")
-    values = read(key)
-    if key == "segmentation":  # labels that the protocol lacks are reported as a fault
-        values = np.minimum(values, len(protocol) - 1)
-    picture = paint(TASKS[key], values, base, protocol, cut.plane)
-    mask = f"{key}_defacing_mask"
-    return blend(picture, (read(mask) > 0) * np.array(DEFACED)) if mask in subject.keys else picture
