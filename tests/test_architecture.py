@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prediction": TABLES | {"transforms", "outputs", "report"},
     "data": TABLES | {"functional", "synthesis", "transforms"},
     "evaluation": TABLES
-    | {"slices", "surfaces", "report", "functional", "synthesis", "metrics", "outputs", "data", "transforms"},
+    | {"surfaces", "report", "functional", "synthesis", "metrics", "outputs", "data", "transforms"},
     "annotation": TABLES | {"networks", "weights", "transforms", "data"},
     "__init__": TABLES | {"prediction"},
     "__main__": {"cli"},

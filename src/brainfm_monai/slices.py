@@ -1,4 +1,4 @@
-"""Slices of volumes as pictures: the one renderer of pages, trainings, previews, contact sheets and evaluations.
+"""Slices of volumes as pictures: the one renderer of pages, trainings, previews and contact sheets.
 
 A slice is a plane of points in RAS mm, in which every volume is read by its own affine: no volume is resampled as a
 whole. Pictures follow the radiological convention: left in a picture is the patient's right, or anterior.

@@ -1,4 +1,4 @@
-"""The cases of an evaluation, every scan under every condition: their list, references, measures and pictures."""
+"""The cases of an evaluation, every scan under every condition: their list, references and measures."""
 
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -18,9 +18,8 @@ from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_con
 from brainfm_monai.evaluation.conditions import TARGET, Condition, check_for_real_scans, to_freesurfer_ids
 from brainfm_monai.io import find_repeated, read_maps, refuse_if, scan_stem
 from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
-from brainfm_monai.metrics.segmentation import EvaluatedStructure, compute_structure_measures, parse_structures
+from brainfm_monai.metrics.segmentation import compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
-from brainfm_monai.slices import Cell, blend, compose, cut_slices, encode, shade
 from brainfm_monai.synthesis.acquisition import CONTRASTS
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -34,8 +33,6 @@ GRIDS = ("scan", "network")
 HEAD = "head"  # entry of the mask of the head
 MAGNITUDES = [name for name, task in TASKS.items() if task.kind == "image" and name != "CT"]  # scans without a unit
 FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map says what is
-POSITIONS = {"axial": (0.4, 0.6), "coronal": (0.5,), "sagittal": (0.35,)}  # shares of the box around the structures
-OPACITY = 0.5
 
 
 def make_pair_cases(
@@ -146,10 +143,10 @@ def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
 class MeasureMaps(Transform):
     """Measure every task of a layout that has a prediction and a reference; the last step of the postprocessing.
 
-    It adds ``rows`` (the measures), ``dice`` (of the structures of ``dice.tsv``) and ``picture`` (WebP). Labels are
-    compared in the scan's grid, to which the prediction was brought, or, by ``comparison_grid``, in the network's,
-    other maps in the network's. The tables of structures are those of :func:`~brainfm_monai.metrics.parse_structures`.
-    Another grid or a wrong table is a ValueError.
+    It adds ``rows`` (the measures) and ``dice`` (of the structures of ``dice.tsv``). Labels are compared in the scan's
+    grid, to which the prediction was brought, or, by ``comparison_grid``, in the network's, as other maps are. The
+    tables of structures are those of :func:`~brainfm_monai.metrics.parse_structures`. Another grid or a wrong table is
+    a ValueError.
     """
 
     def __init__(
@@ -172,30 +169,28 @@ class MeasureMaps(Transform):
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
         maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
         labels = maps.pop("segmentation", None)
-        shown = [] if labels is None else [to_freesurfer_ids(labels, protocol)]
+        predicted_ids = None if labels is None else to_freesurfer_ids(labels, protocol)
         scene = Scene(self.structures, image.affine, str(d["scan"]), str(d["condition"]))
         d["rows"] = []
-        if labels is not None and "segmentation" in targets:
+        if predicted_ids is not None and "segmentation" in targets:
             compared: MetaTensor = d[self.compared_entry]
             pair = to_freesurfer_ids(compared, protocol), _match(targets["segmentation"], compared, "nearest")
             pred, true = ({"segmentation": ids} for ids in pair)
             d["rows"] = measure_scan(pred, true, replace(scene, affine=compared.affine))
             if "entropy" in d:
-                d["rows"] += measure_entropy(shown[0], d["entropy"].as_tensor(), scene)
+                d["rows"] += measure_entropy(predicted_ids, d["entropy"].as_tensor(), scene)
             if self.dice_structures:
                 d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
-        scene = replace(scene, image=image.as_tensor(), labels=shown[0] if shown else None)
+        scene = replace(scene, image=image.as_tensor(), labels=predicted_ids)
         if "segmentation" not in targets:
             scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
         dense = _move_to_grid(targets, maps, image)
-        ids = dense.get("segmentation", shown[0] if shown else None)
+        ids = dense.get("segmentation", predicted_ids)
         for name in [name for name in MAGNITUDES if name in dense and name in CONTRASTS]:  # to the training's unit
             reference, known = dense[name][0], None if ids is None else ids[0].cpu().numpy()
             scaled = torch.from_numpy(scale_contrast(reference.cpu().numpy(), name, known))
             dense[name] = scaled[None].to(reference.device)
         d["rows"] += measure_scan(maps, dense, scene)
-        shown += [dense["segmentation"]] if "segmentation" in dense else []
-        d["picture"] = draw_case(image, shown, self.structures, protocol)
         return d
 
 
@@ -216,29 +211,3 @@ def _move_to_grid(targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor],
         everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
         dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
     return dense
-
-
-def draw_case(
-    scan: MetaTensor, maps: Sequence[Tensor], structures: Sequence[EvaluatedStructure], protocol: Protocol
-) -> bytes:
-    """A WebP picture with one row for the scan, (1, H, W, D) in [0, 1], alone and one for each label map over it.
-
-    The maps are FreeSurfer ids in the scan's grid; the last one chooses the slices. Structures have the colours of the
-    protocol, white where it has no such structure.
-    """
-    image, affine = scan.as_tensor(), np.asarray(scan.affine, dtype=np.float64)
-    colours = np.zeros((max(i for s in structures for i in s.ids) + 2, 4))  # the last one is that of all higher ids
-    for structure in structures:
-        for ids in map(sorted, (structure.left | structure.middle | structure.unsided, structure.right)):
-            labels = [protocol.label_of_id[i] for i in ids if i in protocol.label_of_id]
-            colours[ids, :3] = np.array(protocol.structures[labels[0]].colour) / 255 if labels else 1.0
-            colours[ids, 3] = OPACITY
-    clipped = [one.long().clamp(0, len(colours) - 1) for one in maps]
-    shown = colours[clipped[-1][0].cpu().numpy(), 3] > 0 if maps else image[0].cpu().numpy() > 0
-    slices = cut_slices(shown, affine, POSITIONS)
-    plain = [shade(one.read(image, affine)[..., 0]) for one in slices]
-    rows = [[Cell(picture, one.plane.marks) for picture, one in zip(plain, slices, strict=True)]]
-    for label_map in clipped:
-        over = [colours[one.read(label_map, affine, nearest=True)[..., 0]] for one in slices]
-        rows.append([Cell(blend(picture, colour)) for picture, colour in zip(plain, over, strict=True)])
-    return encode(compose(rows))

@@ -14,17 +14,17 @@ import pandas as pd
 
 import brainfm_monai
 from brainfm_monai.evaluation.conditions import SETTINGS, Condition
-from brainfm_monai.io import fingerprint, locked, refuse_if, write_text, write_whole
+from brainfm_monai.io import fingerprint, locked, refuse_if, write_text
 from brainfm_monai.metrics import HEADLINES, MetricRow, compare, define, read_metrics, summarise, write_frame
 from brainfm_monai.metrics.segmentation import SIDES
 from brainfm_monai.metrics.tables import Headline, make_headlines
 from brainfm_monai.outputs import ScanWriter
-from brainfm_monai.report import data_address, render
+from brainfm_monai.report import render
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
-CASES_FOLDER = "cases"  # one JSON file and one picture for each case
+CASES_FOLDER = "cases"  # one JSON file for each case
 PAGE = "evaluation.html"
 COMPARISON_TABLE = "comparison.tsv"
 MEASURE = ["task", "structure", "side", "metric", "unit"]
@@ -68,8 +68,6 @@ class EvaluationWriter:
     def write(self, item: Mapping[str, Any], scan: Case) -> Path:
         """Write files and measures of a case, whose item :class:`MeasureMaps` has measured; returns their folder."""
         folder = self.files.write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
-        with write_whole(self._stored(scan).with_suffix(".webp")) as partial:
-            partial.write_bytes(item["picture"])
         dice = item["dice"].tolist() if "dice" in item else None
         write_text(self._stored(scan), json.dumps({"key": self._key(scan), "rows": item["rows"], "dice": dice}))
         self.files.forget_failure(scan)
@@ -94,7 +92,7 @@ class EvaluationWriter:
         return self.output_dir / PAGE
 
     def _compose(self, table: pd.DataFrame, done: Sequence[Case], failures: Mapping[str, str]) -> str:
-        """Write the statistics of a table, and make the page, with its pictures in it."""
+        """Write the statistics of a table, and make the page."""
         conditions = self.conditions
         first = next((c for c in conditions if not c.settings), conditions[0])  # its numbers are on top
         summary, headlines = summarise(table), make_headlines(table)
@@ -143,13 +141,13 @@ class EvaluationWriter:
     def _find_worst(self, headlines: pd.DataFrame, done: Sequence[Case], leading: Headline) -> list[dict[str, str]]:
         rows = headlines[headlines["structure"] == leading.title]
         rows = rows.sort_values("value", ascending=leading.higher_is_better, kind="stable").head(WORST)
+        names = {(case["scan"], case["condition"]): str(case["name"]) for case in done}
         worst = []
         for row in rows.itertuples():
-            name = next(str(c["name"]) for c in done if (c["scan"], c["condition"]) == (row.scan, row.condition))
-            picture, report = self.output_dir / CASES_FOLDER / f"{name}.webp", f"{name}/{name}_report.html"
+            name = names[row.scan, row.condition]
+            report = f"{name}/{name}_report.html"
             case = {"scan": row.scan, "condition": row.condition, "value": leading.format(row.value)}
-            case["report"] = report if (self.output_dir / report).is_file() else ""
-            worst.append(case | {"picture": data_address(picture.read_bytes()) if picture.is_file() else ""})
+            worst.append(case | {"report": report if (self.output_dir / report).is_file() else ""})
         return worst
 
     def _read_measures(self, scan: Case) -> dict[str, Any]:

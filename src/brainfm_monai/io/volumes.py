@@ -11,8 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from brainfm_monai.io import headers
-from brainfm_monai.io.conversion import convert_series, place_by_headers
-from brainfm_monai.io.dicom import is_dicom
+from brainfm_monai.io.dicom import convert_series, is_dicom, place_by_headers
 from brainfm_monai.io.files import ScanError, first_line, refuse_if
 from brainfm_monai.io.headers import Stored
 

@@ -1,9 +1,135 @@
-"""Reading weights safely: nothing in a file is ever run."""
+"""Reading weights safely, into networks that they fit: whole, or the backbone and the channels of both layouts."""
 
-from brainfm_monai.weights.loading import load_pretrained, load_weights, make_pretrained, read_state_dict
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from brainfm_monai.io import refuse_if
+from brainfm_monai.networks import MultiTaskNet
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.weights.checkpoint import read_checkpoint
 from brainfm_monai.weights.published import WeightsInfo, import_weights, load_published
 
 __all__ = [
     "WeightsInfo", "import_weights", "load_pretrained", "load_published", "load_weights", "make_pretrained",
     "read_state_dict",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a plain state dict, running nothing in it; FileNotFoundError without a file, ValueError if it is none."""
+    state, rule = read_checkpoint(path), f"{path}: a plain state dict of tensors is needed"
+    refuse_if(not isinstance(state, dict), rule, type(state).__name__)
+    refuse_if(not state, rule, "no entries")
+    for key, value in state.items():
+        refuse_if(not isinstance(value, Tensor), rule, f"'{key}' of type {type(value).__name__}")
+    return dict(state)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a plain state dict, ``torch.save(network.state_dict(), path)``, into a network that it fits exactly.
+
+    FileNotFoundError if there is no such file, ValueError if it is not a state dict, or names the first tensor that is
+    missing, unknown or of another shape.
+    """
+    state, expected = read_state_dict(path), network.state_dict()
+    for key in [*expected, *state]:
+        both = (state, expected)
+        found, needed = (f"'{key}' of shape {tuple(x[key].shape)}" if key in x else f"no '{key}'" for x in both)
+        rule = f"{path}: the weights must fit the network"
+        refuse_if(found != needed, rule, f"{found} where the network has {needed}")
+    network.load_state_dict(state)
+
+
+def make_pretrained(
+    backbone: nn.Module, layout: TaskLayout, weights: str | Path, weights_layout: TaskLayout | None = None,
+    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None, detail: Sequence[str] = (),
+) -> MultiTaskNet:  # fmt: skip
+    """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
+
+    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and :func:`load_pretrained`.
+    """
+    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels, detail)
+    load_pretrained(network, weights, weights_layout)
+    return network
+
+
+def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
+    """Load the whole backbone and the head's channels that mean the same in both layouts; others keep their values.
+
+    Returns the names of the head's channels that the weights do not have. Channels of the segmentation are the same if
+    their structures have one FreeSurfer id or, failing that, one name; those of other tasks if task and channel have
+    the same names. The ``super_resolution`` of published checkpoints, a residual to the input, is left out. A detail
+    head is taken as it is if its tensors fit. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start from the
+    weights of its coarse network, an ``AdditiveUNet``, whose output, each voxel repeated, is its first one.
+
+    The path is that of a plain state dict of a ``MultiTaskNet``, which does not contain its ``layout`` (None: that of
+    the network), or of a published checkpoint; if it is empty, nothing is done. FileNotFoundError if there is no such
+    file, ValueError if the layout is not that of its head, or a tensor of the backbone does not fit.
+    """
+    if not str(path):
+        return []
+    given, source, skipped = read_checkpoint(path), layout or network.layout, ""
+    if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
+        published, _ = load_published(path)
+        given, source, skipped = published.state_dict(), published.layout, "super_resolution"
+    pairs = _match_channels(path, network.layout, source, given, skipped)
+    state = network.state_dict()
+    _copy_backbone(path, state, given)
+    detail = {key: given[key] for key in state if key.startswith("detail.") and key in given}
+    if all(state[key].shape == value.shape for key, value in detail.items()):
+        state |= detail
+    rows, sources = list(pairs), list(pairs.values())
+    weight, bias = state["head.weight"].clone(), state["head.bias"].clone()
+    weight[rows] = 0  # for the features that a coarse network does not have
+    weight[rows, -given["head.weight"].shape[1] :] = given["head.weight"][sources].to(weight)
+    bias[rows] = given["head.bias"][sources].to(bias)
+    network.load_state_dict({**state, "head.weight": weight, "head.bias": bias})
+    missing = [name for i, name in enumerate(network.layout.channel_names) if i not in pairs]
+    new = ", ".join(missing) or "none"
+    logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
+    return missing
+
+
+def _copy_backbone(path: str | Path, state: dict[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Take the tensors of the backbone, or those of its coarse network if the weights have no fine level."""
+    coarse = "backbone.coarse."
+    starts = any(key.startswith(coarse) for key in state) and not any(key.startswith(coarse) for key in given)
+    prefix = coarse if starts else "backbone."
+    for key in (key for key in state if key.startswith(prefix)):
+        name = key.replace(prefix, "backbone.")
+        found = f"one of {tuple(given[name].shape)}" if name in given else "none"
+        is_wrong = name not in given or given[name].shape != state[key].shape
+        rule = f"{path}: the weights must fit the network's backbone"
+        refuse_if(is_wrong, rule, f"{found} for '{name}' of {tuple(state[key].shape)}")
+        state[key] = given[name]
+
+
+def _match_channels(
+    path: str | Path, new: TaskLayout, old: TaskLayout, given: Mapping[str, Tensor], skipped: str
+) -> dict[int, int]:
+    """Channel of the old layout for every channel of the new one that means the same."""
+    tensors = [given.get(f"head.{kind}", torch.empty(0)) for kind in ("weight", "bias")]
+    rule = f"the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}"
+    is_wrong = any(len(tensor) != old.channels for tensor in tensors)
+    refuse_if(is_wrong, f"{path}: {rule}", len(tensors[0]) or "no head")
+    pairs: dict[int, int] = {}
+    for name, task in new.tasks.items():
+        if name not in old.tasks or name == skipped:
+            continue
+        if task.kind == "labels":
+            structures = [s for s in old.protocol.structures if s.name != f"label-{s.freesurfer_id}"]  # a mere number
+            by_id = {s.freesurfer_id: s.label for s in structures}
+            by_name = {s.name: s.label for s in old.protocol.structures}
+            same = {s.label: by_id.get(s.freesurfer_id, by_name.get(s.name)) for s in new.protocol.structures}
+        else:
+            names = {channel: i for i, channel in enumerate(old.tasks[name].channel_names)}
+            same = {i: names.get(channel) for i, channel in enumerate(task.channel_names)}
+        first, source = new.slices[name].start, old.slices[name].start
+        pairs |= {first + i: source + j for i, j in same.items() if j is not None}
+    return pairs
