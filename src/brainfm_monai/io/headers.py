@@ -96,7 +96,9 @@ def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
         return _from_sizes(header), [NOT_STATED]
     noticed = []
     if sform is not None and qform is not None:
-        if _differ(sform, qform):
+        (one, one_mm), (two, two_mm) = ((form[:3, :3], np.linalg.norm(form[:3, :3], axis=0)) for form in (sform, qform))
+        is_turned = np.abs(one / one_mm - two / two_mm).max() > DIRECTION_TOLERANCE
+        if is_turned or (np.abs(one_mm / two_mm - 1) > SIZE_TOLERANCE).any():
             sides = " on left and right" if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0 else ""
             forms = f"sform ({_describe(sform)}) and qform ({_describe(qform)})"
             noticed.append(f"the header's {forms} disagree{sides}; the sform is taken")
@@ -138,12 +140,6 @@ def _from_sizes(header: Any) -> np.ndarray:
     return np.asarray(plain.get_base_affine(), dtype=np.float64)
 
 
-def _differ(one: np.ndarray, two: np.ndarray) -> bool:
-    sizes_one, sizes_two = (np.linalg.norm(affine[:3, :3], axis=0) for affine in (one, two))
-    directions = np.abs(one[:3, :3] / sizes_one - two[:3, :3] / sizes_two).max()
-    return bool(directions > DIRECTION_TOLERANCE or (np.abs(sizes_one / sizes_two - 1) > SIZE_TOLERANCE).any())
-
-
 def _describe(affine: np.ndarray) -> str:
     """Voxel sizes and axes of an affine: ``2 x 2 x 4 mm, LAS, 10 degrees oblique``."""
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
@@ -165,9 +161,8 @@ def read_mgh_header(path: Path, block: bytes) -> Stored:
     refuse_if(len(block) < MGH_BYTES, f"an MGH header of {MGH_BYTES} bytes is needed", len(block))
     is_oriented = int.from_bytes(block[28:30], "big") > 0  # goodRASFlag, which nibabel sets where it is absent
     header: Any = nib.freesurfer.mghformat.MGHHeader.from_fileobj(BytesIO(block[:MGH_BYTES]))
-    shape = tuple(int(n) for n in header["dims"])
+    shape, noticed = tuple(int(n) for n in header["dims"]), () if is_oriented else (NOT_STATED,)
     affine, dtype = np.asarray(header.get_affine(), dtype=np.float64), header.get_data_dtype().newbyteorder(">")
-    noticed = () if is_oriented else (NOT_STATED,)
     return Stored(shape if shape[3] > 1 else shape[:3], dtype, affine, path, MGH_BYTES, warnings=noticed)
 
 
@@ -185,34 +180,29 @@ def read_nrrd(path: Path) -> Stored:
     import nrrd  # slow to import
 
     header: Any = nrrd.read_header(str(path))
-    sizes = [int(n) for n in header["sizes"]]
-    vectors = np.atleast_2d(np.asarray(header.get("space directions", np.empty((0, 0))), dtype=np.float64))
-    kinds = [str(kind).lower() for kind in header.get("kinds", ["domain"] * len(sizes))]
+    axes, signs = range(len(header["sizes"])), SPACES.get(str(header.get("space", "")).lower())
+    kinds = [str(kind).lower() for kind in header.get("kinds", ["domain"] * len(axes))]
     for name, wrong in (("colours", COLOURS), ("complex numbers", ("complex",))):
         refuse_if(set(kinds) & set(wrong), "one real number per voxel is needed", name)
-    spatial = [i for i in range(len(sizes)) if len(vectors) != len(sizes) or np.isfinite(vectors[i]).all()][-3:]
-    if not len(vectors):
-        spatial = [i for i in range(len(sizes)) if kinds[i] in ("domain", "space", "???", "none")][:3]
-    rest = [i for i in range(len(sizes)) if i not in spatial]
     refuse_if({"data file", "datafile"} & set(header), "voxels in the same file are needed", "a header without them")
     if header["encoding"] in ("raw", "gzip", "gz"):
-        held, needed = path.stat().st_size * (1 if header["encoding"] == "raw" else LARGEST_RATIO), math.prod(sizes)
+        held = path.stat().st_size * (1 if header["encoding"] == "raw" else LARGEST_RATIO)
+        needed = math.prod(map(int, header["sizes"]))
         rule = f"the voxels cannot be read: {needed} are promised by the header"
         refuse_if(needed > held, rule, f"{held} bytes at most")
-    found = f"'{header.get('space', vectors.shape[1])}'"
-    refuse_if(len(vectors) and vectors.shape[1] != 3, "a space of 3 dimensions is needed", found)
-    affine, is_oriented = np.eye(4), False
-    signs = SPACES.get(str(header.get("space", "")).lower())
-    if len(vectors) and len(spatial) == 3:
-        affine[:3, :3] = vectors[spatial].T
+    affine, noticed = np.eye(4), [] if signs else [NOT_STATED]
+    if "space directions" in header:
+        vectors = np.atleast_2d(np.asarray(header["space directions"], dtype=np.float64))
+        found = f"'{header.get('space', vectors.shape[1])}'"
+        refuse_if(vectors.shape[1] != 3, "a space of 3 dimensions is needed", found)
+        spatial = [i for i in axes if np.isfinite(vectors[i]).all()][-3:]
+        affine[:3, : len(spatial)] = vectors[spatial].T
         affine[:3, 3] = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64)
-        is_oriented = signs is not None
     else:
-        spacings = np.asarray(header.get("spacings", np.ones(len(sizes))), dtype=np.float64)[spatial]
+        spatial, noticed = [i for i in axes if kinds[i] in ("domain", "space", "???", "none")][:3], [NOT_STATED]
+        spacings = np.asarray(header.get("spacings", np.ones(len(axes))), dtype=np.float64)[spatial]
         affine[range(len(spatial)), range(len(spatial))] = spacings
+        noticed += [] if "spacings" in header else ["the header states no voxel size; 1 mm is taken"]
     affine = np.diag([*(signs or LPS), 1.0]) @ affine
-    values = nrrd.read(str(path))[0].transpose(spatial + rest)
-    noticed = [] if is_oriented else [NOT_STATED]
-    if not len(vectors) and "spacings" not in header:
-        noticed.append("the header states no voxel size; 1 mm is taken")
+    values = nrrd.read(str(path))[0].transpose([*spatial, *(i for i in axes if i not in spatial)])
     return Stored(values.shape, values.dtype, affine, path, warnings=tuple(noticed), array=values)
