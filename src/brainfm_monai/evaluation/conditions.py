@@ -70,9 +70,8 @@ def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
     contrasts, contrast = (*CONTRASTS, "random", INVERTED), settings.get("contrast", INVERTED)
-    refuse_if(
-        contrast not in contrasts, f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}", contrast
-    )
+    rule = f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}"
+    refuse_if(contrast not in contrasts, rule, contrast)
     spacing, slices = settings.get("spacing_mm"), [settings[key] for key in AXES if key in settings]
     refuse_if(spacing is not None and slices, f"condition {name}: either 'spacing_mm' or slices are set", "both")
     lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]

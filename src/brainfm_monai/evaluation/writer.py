@@ -23,13 +23,11 @@ from brainfm_monai.report import render
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE, SUMMARY_FILE = "metrics.tsv", "summary.tsv"
+METRICS_FILE = "metrics.tsv"
 CASES_FOLDER = "cases"  # one JSON file for each case
 PAGE = "evaluation.html"
-COMPARISON_TABLE = "comparison.tsv"
 MEASURE = ["task", "structure", "side", "metric", "unit"]
 WORST = 8  # scans that are shown
-LIBRARIES = ("monai", "torch")
 
 Case = Mapping[str, Any]
 
@@ -96,11 +94,14 @@ class EvaluationWriter:
         conditions = self.conditions
         first = next((c for c in conditions if not c.settings), conditions[0])  # its numbers are on top
         summary, headlines = summarise(table), make_headlines(table)
-        write_frame(self.output_dir / SUMMARY_FILE, summary)
+        write_frame(self.output_dir / "summary.tsv", summary)
         statistics = {(row.condition, row.structure): row for row in summarise(headlines).itertuples(index=False)}
         shown = [headline for headline in HEADLINES if headline.title in set(headlines["structure"])]
         own = summary[(summary["condition"] == first.name) & (summary["n"] > 0)]
-        versions = {"brainfm-monai": brainfm_monai.__version__, **{name: metadata.version(name) for name in LIBRARIES}}
+        versions = {
+            "brainfm-monai": brainfm_monai.__version__,
+            **{name: metadata.version(name) for name in ("monai", "torch")},
+        }
         details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **self.definition}
         details = {**details, "settings": asdict(self.files.settings)}
         content: dict[str, Any] = {
@@ -191,6 +192,6 @@ def compare_evaluations(first: str | Path, second: str | Path, output: str | Pat
     # two networks may predict different tasks: the measures that both have are compared
     measures = left[MEASURE].drop_duplicates().merge(right[MEASURE].drop_duplicates())
     refuse_if(measures.empty, "compare: a measure that both evaluations have is needed", "none")
-    path = Path(second if output is None else output, COMPARISON_TABLE)
+    path = Path(second if output is None else output, "comparison.tsv")
     write_frame(path, compare(left.merge(measures), right.merge(measures)))
     return path

@@ -107,11 +107,9 @@ def _with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _connect(cluster: str, tasks: int) -> Iterator["Client"]:
     """A client of the cluster; local workers share the cores, and end with the block."""
-    try:
-        import dask
-        from distributed import Client, LocalCluster
-    except ImportError as error:
-        raise ValueError("cluster: the extra 'cluster' is needed: pip install 'brainfm-monai[cluster]'") from error
+    import dask
+    from distributed import Client, LocalCluster
+
     local = re.fullmatch(r"local:([1-9]\d*)", cluster)
     rule = "cluster: the address of a scheduler (tcp://host:port) or local:N is needed"
     refuse_if(not local and "://" not in cluster, rule, f"'{cluster}'")
