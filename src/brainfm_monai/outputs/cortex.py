@@ -45,8 +45,8 @@ def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
         if side + "p" in distance:
             pial, white = distance[side + "p"], distance[side + "w"]
             nearest = np.minimum(pial, white)
-            deeper = nearest < depth
-            ribbon[deeper] = np.where(white < 0, white_id, cortex_id)[deeper]
+            labels = np.where(white < 0, np.uint8(white_id), np.uint8(cortex_id))
+            np.copyto(ribbon, labels, where=nearest < depth)
             depth = np.minimum(depth, nearest)
     return ribbon
 
