@@ -291,7 +291,7 @@ def test_outputs_share_the_processors_and_parts_begin_ahead(tmp_path: Path, entr
     before, pools_before = torch.get_num_threads(), threadpool_info()
     torch.set_num_threads(4)
     try:
-        writers = {name: note(name) for name in ("first", "view", "surfaces", "second")}
+        writers = {name: note(name) for name in ("first", "view", "surfaces", "transforms")}
         begun_ahead(note("part"), note("other part"))(writers["surfaces"])
         ScanWriter(tmp_path / "out", LAYOUT, writers).write(item(), entry)
         assert torch.get_num_threads() == 4
@@ -299,7 +299,7 @@ def test_outputs_share_the_processors_and_parts_begin_ahead(tmp_path: Path, entr
             assert pool.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(before)
-    order = ["part", "other part", "first", "second", "view", "surfaces"]  # the last two need the surfaces at once
+    order = ["part", "other part", "transforms", "first", "view", "surfaces"]  # the last two need the parts at once
     assert [name for name, *_ in begun] == order
     assert {(threads, *pools) for _, threads, pools in begun} == {(2, 1)}
     assert threadpool_info() == pools_before

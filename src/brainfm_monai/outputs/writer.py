@@ -33,7 +33,7 @@ FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
 WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
-WAITING = ("surfaces", "view")  # outputs that need both hemispheres at once, which are begun ahead
+LONGEST, WAITING = "transforms", ("surfaces", "view")  # outputs; the latter need what is begun ahead at once
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
@@ -264,7 +264,7 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     pool = ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,))
     with threadpool_limits(1, "blas"), pool:  # its threads wait in a loop for the next product: a third of all CPU time
         ahead = [pool.submit(part, result) for write in writers.values() for part in AHEAD.get(write, ())]
-        order = sorted(beside, key=lambda name: name in WAITING)
+        order = sorted(beside, key=lambda name: (name in WAITING, name != LONGEST))
         jobs = {name: pool.submit(beside[name], parts[name]) for name in order}
         try:
             for job in [*(jobs[name] for name in beside), *ahead]:

@@ -180,18 +180,21 @@ def merge_vertices(vertices: np.ndarray, faces: np.ndarray, groups: np.ndarray) 
     alone = np.zeros(count, dtype=bool)
     one, two = faces.reshape(-1), faces[:, [1, 2, 0]].reshape(-1)
     one, two = one[one < two], two[one < two]  # every edge is there twice, once in each direction
+    joined = groups[one] == groups[two]
+    graph = sparse.csr_matrix((np.ones(joined.sum(), dtype=bool), (one[joined], two[joined])), shape=(count, count))
+    pieces, piece = sparse.csgraph.connected_components(graph, directed=False)
+    a, b, c = piece[faces].T
+    parts = (piece, piece[one[joined]], a[(a == b) & (a == c)])
+    characteristic = np.array([1, -1, 1]) @ [np.bincount(part, minlength=pieces) for part in parts]
+    first = np.empty(pieces, dtype=np.int64)
+    first[piece[::-1]] = np.arange(count)[::-1]  # vertex of each piece
+    disc = characteristic[piece] == 1
     while True:
-        joined = (groups[one] == groups[two]) & ~alone[one] & ~alone[two]
-        graph = sparse.csr_matrix((np.ones(joined.sum(), dtype=bool), (one[joined], two[joined])), shape=(count, count))
-        pieces, piece = sparse.csgraph.connected_components(graph, directed=False)
-        of_faces = piece[faces]
-        flat = (of_faces == of_faces[:, :1]).all(axis=1)
-        parts = (piece, piece[one[joined]], of_faces[flat, 0])
-        characteristic = np.array([1, -1, 1]) @ [np.bincount(part, minlength=pieces) for part in parts]
-        label = np.where(characteristic[piece] == 1, piece, pieces + np.arange(count))
-        kept, label = _renumber(label, pieces + count)
-        merged = label[faces]
-        merged = merged[(merged != merged[:, [1, 2, 0]]).all(axis=1)]
+        label = np.where(alone, np.arange(count), np.where(disc, first[piece], count + np.arange(count)))
+        kept, label = _renumber(label, 2 * count)
+        a, b, c = label[faces].T
+        whole = (a != b) & (b != c) & (c != a)
+        merged = np.stack([a[whole], b[whole], c[whole]], axis=1)
         edges = merged.astype(np.int64) * len(kept) + merged[:, [1, 2, 0]]
         ordered = np.sort(edges, axis=None)
         twice = ordered[:-1][ordered[1:] == ordered[:-1]]
