@@ -176,7 +176,7 @@ def test_errors_name_the_rule(root: Path, tmp_path: Path) -> None:
         write_datalist(root, validation=["s1", "s9"])
     with pytest.raises(ValueError, match="must be left for training, found all 4 in 'validation' or 'test'"):
         write_datalist(root, validation=["s1", "s2", "s3", "s4"])
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 1.5"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), found 1.5"):
         write_datalist(root, validation_fraction=1.5)
     with pytest.raises(ValueError, match="a person is in one section, found s1"):
         write_datalist(root, validation=["s1"], test=["s1"])

@@ -305,7 +305,7 @@ def test_inputs_that_cannot_be_prepared(tmp_path: Path, inputs: str, rule: str) 
 
 
 def test_sizes_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"three positive multiples of 4, got \(30, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"three positive multiples of 4, found \(30, 32, 32\)"):
         prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=(30, 32, 32))
     with pytest.raises(PreparationError, match=r"b\.nii\.gz: .* found no such file"):
         prepare_labels(tmp_path / "b.nii.gz", tmp_path / "out", size=SIZE)

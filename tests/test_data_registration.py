@@ -139,7 +139,7 @@ def test_tissues_of_the_two_sides_are_alike() -> None:
 
 
 def test_sizes_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match=r"multiples of 2 and 4, got \(10, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"multiples of 2 and 4, found \(10, 8, 8\)"):
         compute_mni_coordinates(np.zeros((10, 8, 8), dtype=np.int32), np.eye(4))
 
 

@@ -67,7 +67,7 @@ def test_stride_sets_the_voxel_of_the_scan() -> None:
     prepare = SynthesisPrepareBatch(Synthesizer(still, LAYOUT, (8, 8, 8), scan_mm=2.0, label_mm=1.0))
     _, targets = prepare(make_batch("a"), "cpu")
     assert int((targets["segmentation"] > 0).sum()) == 4**3
-    with pytest.raises(ValueError, match=r"Synthesizer: 'label_mm' must divide 'scan_mm' 2.0, got 1.5"):
+    with pytest.raises(ValueError, match=r"Synthesizer: 'label_mm' must divide 'scan_mm' 2.0, found 1.5"):
         Synthesizer(still, LAYOUT, (8, 8, 8), scan_mm=2.0, label_mm=1.5)
 
 
@@ -82,7 +82,7 @@ def test_every_pass_takes_each_subject_once_and_the_draw_decides_the_seed() -> N
     assert [again[i]["seed"] for i in (99, 7)] == [seeds[99], seeds[7]]  # in any order
     other = DrawnSubjects([{"subject": name} for name in "abcde"], seed=4)
     assert not {other[i]["seed"] for i in range(100)} & set(seeds)
-    with pytest.raises(ValueError, match="DrawnSubjects: 'data' must hold at least one subject, got none"):
+    with pytest.raises(ValueError, match="DrawnSubjects: 'data' must hold at least one subject, found none"):
         DrawnSubjects([])
 
 
@@ -204,7 +204,7 @@ def test_reduced_precision_stays_near_and_float16_survives_an_overflow() -> None
     assert parse_precision("float16", torch.device("cpu")) == torch.float16
     with pytest.raises(ValueError, match=r"precision: one of .* or null is needed, found 'half'"):
         AutocastInferer("half")
-    with pytest.raises(ValueError, match="MultiTaskTrainer: 'accumulation' must be positive, got 0"):
+    with pytest.raises(ValueError, match="MultiTaskTrainer: 'accumulation' must be positive, found 0"):
         train_line(make_data(), accumulation=0)
 
 

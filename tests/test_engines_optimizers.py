@@ -167,10 +167,10 @@ def test_the_average_forgets_the_random_start() -> None:
         left *= min(0.99, (1 + n) / (10 + n))
         if n in (1, 10, 1999):
             assert float(average.module.state_dict()["weight"]) == pytest.approx(1 - left, abs=1e-5)
-    with pytest.raises(ValueError, match=r"make_ema_multi_avg_fn: 'decay' must be in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"make_ema_multi_avg_fn: 'decay' must be in \[0, 1\], found 2"):
         make_ema_multi_avg_fn(2)
 
 
 def test_messages() -> None:
-    with pytest.raises(ValueError, match=r"MuonAdamW: 'kernel_lr' must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"MuonAdamW: 'kernel_lr' must not be negative, found -1"):
         MuonAdamW(network(), kernel_lr=-1)

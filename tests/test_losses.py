@@ -340,9 +340,9 @@ def test_contrast_falls_where_samples_agree_and_is_left_out_for_one_sample() -> 
     assert float(pred.grad.abs().max()) == 0
     pairs = MultiTaskLoss(layout, samples=2)
     assert float(pairs(pred, targets).detach()) == pytest.approx(float(compute_info_nce(same, everywhere, 2).mean()))
-    with pytest.raises(ValueError, match=r"'pred' must hold 2 samples of each subject, got \(1, 17, 16, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"'pred' must hold 2 samples of each subject, found \(1, 17, 16, 16, 16\)"):
         pairs(pred[:1], targets)
-    with pytest.raises(ValueError, match="'samples' must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="'samples' must be at least 1, found 0"):
         MultiTaskLoss(layout, samples=0)
 
 

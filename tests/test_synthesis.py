@@ -582,7 +582,7 @@ def test_mild_laws_are_an_instance_and_leave_the_severe_ones_alone() -> None:
 
 
 def test_too_many_mild_samples_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'mild_samples' must be in \[0, 2\] of at least one sample, got 3"):
+    with pytest.raises(ValueError, match=r"'mild_samples' must be in \[0, 2\] of at least one sample, found 3"):
         Synthesizer(SynthesisRanges(), LAYOUT, SIZE, samples=2, mild_samples=3)
 
 
@@ -724,7 +724,7 @@ def test_a_subject_may_name_its_generation_protocol_but_a_batch_has_one() -> Non
     image, _ = prepare({**subject, "subject": ["a", "b"], "generation_protocol": ["brainfm_generation"] * 2}, "cpu")
     assert float(image.max()) > 0
     with pytest.raises(
-        ValueError, match=r"one 'generation_protocol', got \['brainfm_generation', 'synthseg_generation'\]"
+        ValueError, match=r"one 'generation_protocol', found \['brainfm_generation', 'synthseg_generation'\]"
     ):
         prepare({**subject, "generation_protocol": ["brainfm_generation", "synthseg_generation"]}, "cpu")
 

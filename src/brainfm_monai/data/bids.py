@@ -11,7 +11,15 @@ from monai.bundle import run
 from brainfm_monai.data.freesurfer import BRAIN_PROTOCOL, find_files, make_volumes
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
 from brainfm_monai.data.subjects import CONTRASTS, SIZE
-from brainfm_monai.io import bundle_arguments, find_bundle, find_contradiction, literal, scan_stem, write_table
+from brainfm_monai.io import (
+    bundle_arguments,
+    find_bundle,
+    find_contradiction,
+    literal,
+    refuse_if,
+    scan_stem,
+    write_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +88,8 @@ def find_sessions(root: str | Path) -> list[Session]:
             sessions.append(_make_session(derivatives, name, scans, of_visit))
         for folder in derivatives.glob(f"*/{person.name}/mri") if len(visits) > 1 and visits[0] else ():
             logger.warning("%s: not used: it does not tell of which visit of %s it is", folder.parent, person.name)
-    if not sessions:
-        needed = f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed"
-        raise FileNotFoundError(f"{needed}, found none")
+    rule = f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed"
+    refuse_if(not sessions, rule, "none", FileNotFoundError)
     return sessions
 
 

@@ -14,6 +14,7 @@ from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.data.subjects import CONTRASTS, run_parallel
+from brainfm_monai.io import refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,7 @@ def check_set(source: str | Path, jobs: int = 1) -> tuple[list[Finding], list[di
     """
     path = Path(source)
     entries = read_datalist(path) if path.is_file() else find_subjects(path)
-    if not entries:
-        raise ValueError(f"{source}: subjects are needed, found none")
+    refuse_if(not entries, f"{source}: subjects are needed", "none")
     findings: list[Finding] = []
     for entry, outcome in run_parallel(check_subject, entries, jobs):
         if isinstance(outcome, BaseException):

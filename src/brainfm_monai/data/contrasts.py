@@ -22,7 +22,7 @@ from brainfm_monai.anatomy import Protocol, is_brain
 from brainfm_monai.data.intensities import find_head, read_scan, resample_to_box
 from brainfm_monai.data.labels import AIR_HU
 from brainfm_monai.data.subjects import Image
-from brainfm_monai.io import read_table
+from brainfm_monai.io import read_table, refuse_if
 from brainfm_monai.synthesis.acquisition import CONTRASTS, read_contrasts
 
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
@@ -72,9 +72,8 @@ def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray)
         scans[key] = BoxScan(on_box, seen, motion, _corners(values.shape, file_affine))
         brain = is_brain(ids) & seen
         cover = find_head(on_box - outside)[brain].mean() if reference is None and brain.any() else 0.0
-        if reference is None and cover < MINIMUM_COVER:
-            needed = f"{path}: a scan on whose head the labels of {files['labels'].name} lie is needed"
-            raise ValueError(f"{needed}, found {100 * cover:.0f} % of the labelled brain in it")
+        rule = f"{path}: a scan on whose head the labels of {files['labels'].name} lie is needed"
+        refuse_if(reference is None and cover < MINIMUM_COVER, rule, f"{100 * cover:.0f} % of the labelled brain in it")
     return scans
 
 
@@ -121,9 +120,8 @@ def measure_motion(matrix: np.ndarray, centre_mm: np.ndarray) -> dict[str, float
 def check_hounsfield(values: np.ndarray, source: str) -> np.ndarray:
     """A CT in HU, with what lies below air's range lifted to it; ValueError if hardly a voxel is as dark as air."""
     dark = float((values < AIR_HU / 2).mean())
-    if dark < MINIMUM_AIR_SHARE:
-        needed = f"{source}: a CT in HU with air at about -1000 is needed"
-        raise ValueError(f"{needed}, found {100 * dark:.2f} % of it below -500")
+    rule = f"{source}: a CT in HU with air at about -1000 is needed"
+    refuse_if(dark < MINIMUM_AIR_SHARE, rule, f"{100 * dark:.2f} % of it below -500")
     return np.maximum(values, LOWEST_HU)
 
 

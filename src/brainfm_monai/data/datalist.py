@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
-from brainfm_monai.io import SCAN_SUFFIXES, find_repeated, hash_file, write_text
+from brainfm_monai.io import SCAN_SUFFIXES, find_repeated, hash_file, refuse_if, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,11 +83,9 @@ def find_subjects(root: str | Path) -> list[dict[str, Any]]:
     FileNotFoundError if ``root`` is no folder, ValueError if it has no subject.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: a folder of prepared subjects is needed, no such folder")
+    refuse_if(not root.is_dir(), f"{root}: a folder of prepared subjects is needed", "no folder", FileNotFoundError)
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
-    if not folders:
-        raise ValueError(f"{root}: prepared subjects (folders with {SIDECAR}) are needed, found none")
+    refuse_if(not folders, f"{root}: prepared subjects (folders with {SIDECAR}) are needed", "none")
     return [make_entry(folder) for folder in folders]
 
 
@@ -199,24 +197,22 @@ def _draw(
     """The section of every subject that is not for training; a person's subjects stay together."""
     section_of_person: dict[str, str] = {}
     for section, (names, _) in asked.items():
-        if unknown := sorted(set(names) - set(person_of)):
-            raise ValueError(f"{where}: '{section}' must name prepared subjects, found no {', '.join(unknown)}")
+        unknown = sorted(set(names) - set(person_of))
+        refuse_if(unknown, f"{where}: '{section}' must name prepared subjects", f"no {', '.join(unknown)}")
         for name in names:
-            if section_of_person.setdefault(person_of[name], section) != section:
-                raise ValueError(f"{where}: a person is in one section, found {name} in 'validation' and in 'test'")
+            other = section_of_person.setdefault(person_of[name], section)
+            refuse_if(other != section, f"{where}: a person is in one section", f"{name} in 'validation' and in 'test'")
     rest = sorted(set(person_of.values()) - set(section_of_person))
     persons = len(rest)
     random.Random(seed).shuffle(rest)
     for section, (_, fraction) in asked.items():
-        if not 0 <= fraction < 1:
-            raise ValueError(f"write_datalist: '{section}_fraction' must be in [0, 1), got {fraction}")
+        refuse_if(not 0 <= fraction < 1, f"write_datalist: '{section}_fraction' must be in [0, 1)", fraction)
         count = round(fraction * persons)
         section_of_person |= dict.fromkeys(rest[:count], section)
         rest = rest[count:]
     kept = {name: section_of_person[person] for name, person in person_of.items() if person in section_of_person}
-    if len(kept) == len(person_of):
-        needed = f"{where}: a subject must be left for training"
-        raise ValueError(f"{needed}, found all {len(kept)} in 'validation' or 'test'")
+    rule = f"{where}: a subject must be left for training"
+    refuse_if(len(kept) == len(person_of), rule, f"all {len(kept)} in 'validation' or 'test'")
     return kept
 
 
@@ -228,9 +224,9 @@ def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         name, dataset = entry["subject"], entry.get("dataset", "")
         prefixed = {"person": entry.get("person", name), "subject": f"{dataset}_{name}"}
         named.append(entry | prefixed if count[name] > 1 else entry)
-    if twice := find_repeated(entry["subject"] for entry in named):
-        needed = "datalist: subjects of one set need different names"
-        raise ValueError(f"{needed}, found twice: {', '.join(twice)}: pass --dataset NAME")
+    twice = find_repeated(entry["subject"] for entry in named)
+    rule = "datalist: subjects of one set need different names"
+    refuse_if(twice, rule, f"twice: {', '.join(twice)}: pass --dataset NAME")
     return {entry["subject"]: entry for entry in named}
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
+from brainfm_monai.io import refuse_if
+
 # What FreeSurfer's white surface encloses: white matter, ventricles, deep grey matter, lesions, vessels in them, and
 # the patches of SynthSeg's maps. Its surface passes around hippocampus and amygdala without following them, so both
 # count as inside, too. Midline structures (third ventricle), brainstem and cerebellum belong to no hemisphere.
@@ -52,8 +54,7 @@ def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
     The file is in surface RAS, whose origin is the middle of the subject's conformed ``volume`` (an ``MGHImage``).
     FileNotFoundError if there is no such file, ValueError if it is no surface, or was made on another volume.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: a FreeSurfer surface is needed, found no such file")
+    refuse_if(not path.is_file(), f"{path}: a FreeSurfer surface is needed", "no such file", FileNotFoundError)
     try:
         with warnings.catch_warnings():  # older surfaces do not name their volume, of which nibabel warns
             warnings.simplefilter("ignore", UserWarning)
@@ -62,9 +63,8 @@ def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: a FreeSurfer surface is needed, found {' '.join(str(error).split())}") from error
     centre = volume.header["Pxyz_c"].astype(float)
     stated = np.asarray(info.get("cras", centre), dtype=float)
-    if np.abs(stated - centre).max() > CENTRE_TOLERANCE_MM:
-        needed = f"{path}: a surface of the volume centred on {centre.round(1)} is needed"
-        raise ValueError(f"{needed}, found one of {stated.round(1)}")
+    rule = f"{path}: a surface of the volume centred on {centre.round(1)} is needed"
+    refuse_if(np.abs(stated - centre).max() > CENTRE_TOLERANCE_MM, rule, f"one of {stated.round(1)}")
     to_scanner = np.asarray(volume.affine) @ np.linalg.inv(volume.header.get_vox2ras_tkr())
     return vertices @ to_scanner[:3, :3].T + to_scanner[:3, 3], np.asarray(triangles, dtype=np.int64)
 

@@ -17,7 +17,7 @@ from nibabel.processing import resample_from_to
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from brainfm_monai.io import hash_file, read_table, write_whole
+from brainfm_monai.io import hash_file, read_table, refuse_if, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,8 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
         jobs: downloads at once.
     """
     sets = read_open_sets()
-    if name not in sets:
-        needed = f"an open data set of the table is needed ({', '.join(sorted(sets))})"
-        raise ValueError(f"{name}: {needed}, found no such name")
+    rule = f"{name}: an open data set of the table is needed ({', '.join(sorted(sets))})"
+    refuse_if(name not in sets, rule, "no such name")
     files, targets = sets[name], [Path(output) / file.file for file in sets[name]]
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         failures = list(filter(None, tqdm(pool.map(_fetch, files, targets), total=len(files), desc=name, unit="file")))
@@ -91,9 +90,8 @@ def _fetch(file: OpenFile, target: Path) -> str:
         with urlopen(file.address, timeout=TIMEOUT_S) as response, write_whole(target) as partial:
             with partial.open("wb") as stream:
                 shutil.copyfileobj(response, stream)
-            if (found := hash_file(partial)) != file.sha256:
-                needed = f"SHA-256 {file.sha256[:12]}... is needed"
-                raise DownloadError(f"{needed}, found {found[:12]}... at {file.address}")
+            found, rule = hash_file(partial), f"SHA-256 {file.sha256[:12]}... is needed"
+            refuse_if(found != file.sha256, rule, f"{found[:12]}... at {file.address}", DownloadError)
     except HTTPError as error:
         error.close()  # it holds the connection
         return f"{file.file}: the server of {file.address} answers {error.code} {error.reason}"

@@ -15,6 +15,7 @@ from brainfm_monai.data.intensities import cluster_extracerebral, scale_contrast
 from brainfm_monai.data.jobs import Job, common_settings, run_jobs
 from brainfm_monai.data.registration import compute_mni_coordinates
 from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, Volumes
+from brainfm_monai.io import refuse_if
 
 BRAIN_PROTOCOL = "synthseg_brain"
 # best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
@@ -57,9 +58,8 @@ def prepare_freesurfer(
     is_subject = (root / "mri").is_dir()
     folders = [root] if is_subject else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
     folders = [f for f in folders if not f.name.startswith("fsaverage")]  # templates, which FreeSurfer links here
-    if not folders:
-        needed = f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed"
-        raise FileNotFoundError(f"{needed}, found none")
+    rule = f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed"
+    refuse_if(not folders, rule, "none", FileNotFoundError)
     home = root.resolve().parent if is_subject else root.resolve()
     home = home.parent.parent if home.parent.name == "derivatives" else home
     settings, options = common_settings(dataset or home.name, protocol, size), {"protocol": protocol}

@@ -12,7 +12,7 @@ from brainfm_monai.data import subjects
 from brainfm_monai.data.check import check_subject
 from brainfm_monai.data.datalist import PROTOCOLS, make_entry
 from brainfm_monai.data.registration import TEMPLATE_NAME
-from brainfm_monai.io import find_repeated, hash_file, write_folder, write_text
+from brainfm_monai.io import find_repeated, hash_file, refuse_if, write_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class Job:
 def common_settings(dataset: str, protocol: str, size: Sequence[int] | str) -> dict[str, Any]:
     """What every preparation records; ValueError if ``size`` is not three positive multiples of 4."""
     box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
-    if len(box) != 3 or any(n < subjects.MNI_FACTOR or n % subjects.MNI_FACTOR for n in box):
-        raise ValueError(f"prepare: 'size' must be three positive multiples of {subjects.MNI_FACTOR}, got {tuple(box)}")
+    is_wrong = len(box) != 3 or any(n < subjects.MNI_FACTOR or n % subjects.MNI_FACTOR for n in box)
+    refuse_if(is_wrong, f"prepare: 'size' must be three positive multiples of {subjects.MNI_FACTOR}", tuple(box))
     return {"dataset": dataset, "protocol": Path(protocol).name, "spatial_size": box, "template": TEMPLATE_NAME}
 
 
@@ -88,8 +88,8 @@ def run_jobs(jobs: Sequence[Job], output: str | Path, *, processes: int = 1, ove
     at the end, with one line for each that failed.
     """
     output_dir, failures = Path(output), []
-    if twice := find_repeated(job.name for job in jobs):
-        raise ValueError(f"{output_dir}: subjects with different names are needed, found twice: {twice}")
+    twice = find_repeated(job.name for job in jobs)
+    refuse_if(twice, f"{output_dir}: subjects with different names are needed", f"twice: {twice}")
     waiting = [job for job in jobs if overwrite or not is_finished(job, output_dir)]
     for table in {Path(str(job.options.get(key, ""))) for job in waiting for key in PROTOCOLS}:
         if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them

@@ -16,7 +16,7 @@ from scipy import ndimage
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.data.subjects import Image
-from brainfm_monai.io import ScanError, find_repeated, read_labels, read_table
+from brainfm_monai.io import ScanError, find_repeated, read_labels, read_table, refuse_if
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,8 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
     """
     volume = read_labels(path)
-    if not volume.is_oriented:
-        needed = f"{path}: a label map that states which side is left is needed"
-        raise ScanError(f"{needed}, found no orientation in its header")
+    rule = f"{path}: a label map that states which side is left is needed"
+    refuse_if(not volume.is_oriented, rule, "no orientation in its header", ScanError)
     for warning in volume.warnings:
         logger.warning("%s: %s", path, warning)
     values = volume.values
@@ -88,8 +87,7 @@ def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = 
         pairs, path = list(source.items()), Path("ids")
     else:
         path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: a table of ids is needed, found no such file")
+        refuse_if(not path.is_file(), f"{path}: a table of ids is needed", "no such file", FileNotFoundError)
         try:
             pairs = [(int(row["id"]), row.get("freesurfer_id") or row["name"]) for row in read_table(path)]
         except (KeyError, ValueError) as error:
@@ -138,8 +136,7 @@ def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "
     ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if there is none.
     """
     brain = np.isin(ids, list(brain_ids))
-    if not brain.any():
-        raise ValueError(f"{source}: cerebrum or cerebellum labels are needed to place the box, found none")
+    refuse_if(not brain.any(), f"{source}: cerebrum or cerebellum labels are needed to place the box", "none")
     start, end = generate_spatial_bounding_box(brain[None])
     return (np.array(start) + np.array(end) - 1) / 2
 
@@ -172,9 +169,8 @@ def make_generation_labels(
     if (ids >= FIRST_HEAD_ID).any():
         return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL
     brain_ids = np.where(np.isin(ids, HYPOINTENSITIES), HYPOINTENSITY_CODE, ids)
-    if brain_ids.max() >= 100:  # from there on the codes are mixtures, and no ids of structures
-        too_large = np.unique(ids[brain_ids >= 100])[:10]
-        raise ValueError(f"generation labels: FreeSurfer ids below 100 are needed, found {too_large}")
+    too_large = np.unique(ids[brain_ids >= 100])[:10]  # from there on the codes are mixtures, and no ids of structures
+    refuse_if(len(too_large), "generation labels: FreeSurfer ids below 100 are needed", too_large)
     labels = Protocol.load(PROTOCOL).encode(brain_ids, "generation labels")
     if clusters is not None:
         outside = (labels == 0) & (clusters > 0)
@@ -200,9 +196,9 @@ def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], sou
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):
-        if unknown := protocol.freesurfer_ids[painted & np.isnan(mean)].tolist():
-            needed = f"{source}: the table of {name} must know every id that is painted"
-            raise ValueError(f"{needed}, found no {unknown[:10]}")
+        unknown = protocol.freesurfer_ids[painted & np.isnan(mean)].tolist()
+        rule = f"{source}: the table of {name} must know every id that is painted"
+        refuse_if(unknown, rule, f"no {unknown[:10]}")
         air, top = (AIR_HU, 1.0) if name == "CT" else (0.0, INTENSITY_TOP)
         pure = np.where(protocol.freesurfer_ids == 0, air, np.nan_to_num(mean)) / top
         means[name] = (protocol.mixture_weights @ pure).astype(np.float32)

@@ -17,7 +17,7 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.labels import simulate_contrasts
 from brainfm_monai.data.subjects import STORAGE, Volumes
-from brainfm_monai.io import read_maps
+from brainfm_monai.io import read_maps, refuse_if
 from brainfm_monai.tasks import TASKS
 
 MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
@@ -135,9 +135,9 @@ class HoldSubjectd(Transform):
             volume = loaded.get(key)
             mm = voxel_mm or spacing_mm[0]
             size = [max(1, round(side / mm)) for side in box_mm]
-            if any(abs(n * mm - side) > BOX_TOLERANCE_MM for n, side in zip(size, box_mm, strict=True)):
-                box = " x ".join(f"{side:g}" for side in box_mm)
-                raise ValueError(f"{subject}: a box that divides into voxels of {mm:g} mm is needed, found {box} mm")
+            off_mm = max(abs(n * mm - side) for n, side in zip(size, box_mm, strict=True))
+            rule = f"{subject}: a box that divides into voxels of {mm:g} mm is needed"
+            refuse_if(off_mm > BOX_TOLERANCE_MM, rule, " x ".join(f"{side:g}" for side in box_mm) + " mm")
             if key not in ("generation_labels", "segmentation"):
                 held[f"available_{key}"] = torch.tensor(float(volume is not None))
             if key in self.images:

@@ -11,7 +11,7 @@ from brainfm_monai.data.freesurfer import make_volumes
 from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
 from brainfm_monai.data.labels import read_id_table
 from brainfm_monai.data.subjects import CONTRASTS, SIZE, split_names
-from brainfm_monai.io import SCAN_SUFFIXES, hash_file, scan_stem
+from brainfm_monai.io import SCAN_SUFFIXES, hash_file, refuse_if, scan_stem
 
 
 def prepare_labels(
@@ -69,8 +69,7 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
             files = [f for f in files[0].iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
         elif not files[0].exists() and glob.has_magic(str(item)):
             files = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob: only relative)
-        if not files:
-            raise ValueError(f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed, found none")
+        refuse_if(not files, f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed", "none")
         sources += sorted(files)
     return sources
 

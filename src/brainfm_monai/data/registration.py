@@ -17,7 +17,7 @@ from torch import Tensor
 from brainfm_monai.data.contrasts import AFFINE, register_linear
 from brainfm_monai.data.subjects import Image
 from brainfm_monai.functional.spatial import identity_grid, integrate_velocity, jacobian_determinant, warp
-from brainfm_monai.io import read_table
+from brainfm_monai.io import read_table, refuse_if
 
 TEMPLATE_NAME = "MNI152 ICBM 2009a symmetric, T1 and tissue maps as shipped with nilearn"
 SPACING_VOX = 2
@@ -106,9 +106,8 @@ def compute_mni_coordinates(
     Returns MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that
     grid. ValueError if a size is no multiple of ``factor`` and of 2, RuntimeError if elastix fails, or the map folds.
     """
-    if any(n % factor or n % SPACING_VOX for n in ids.shape):
-        needed = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
-        raise ValueError(f"{needed}, got {ids.shape}")
+    rule = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
+    refuse_if(any(n % factor or n % SPACING_VOX for n in ids.shape), rule, ids.shape)
     fixed_affine = coarsen_affine(affine, SPACING_VOX)
     fixed = _halve(render_t1(ids)[None], sigma_vox=1.0)[0].numpy()
     start = np.eye(4) if initial is None else initial

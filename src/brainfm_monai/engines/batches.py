@@ -15,6 +15,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from brainfm_monai.io import refuse_if
 from brainfm_monai.synthesis import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer
 
 
@@ -32,8 +33,7 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
     _pass: tuple[int, list[int]] = field(default=(-1, []), init=False)  # its number, and its order of the subjects
 
     def __post_init__(self) -> None:
-        if not len(self.data):
-            raise ValueError("DrawnSubjects: 'data' must hold at least one subject, got none")
+        refuse_if(not len(self.data), "DrawnSubjects: 'data' must hold at least one subject", "none")
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each once."""
@@ -102,8 +102,7 @@ class SynthesisPrepareBatch(PrepareBatch):
         # Flags decide what is drawn, and numbers are drawn on the host: flags stay there.
         subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith(FLAGS)}
         protocols = sorted(set(batchdata.get("generation_protocol", [])))
-        if len(protocols) > 1:
-            raise ValueError(f"SynthesisPrepareBatch: a batch needs one 'generation_protocol', got {protocols}")
+        refuse_if(len(protocols) > 1, "SynthesisPrepareBatch: a batch needs one 'generation_protocol'", protocols)
         targets = self.synthesizer(subject, self.seeds(batchdata), *protocols)
         image = targets.pop("image")
         return image, {key: value.to(image.device, non_blocking=True) for key, value in targets.items()}

@@ -10,6 +10,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from brainfm_monai.io import refuse_if
+
 # Of the quintic iteration, chosen by its author so that singular values come near 1 fast, and not to 1 exactly.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -56,8 +58,7 @@ class MuonAdamW(torch.optim.AdamW):
         weight_decay: float = 0.01, fused: bool = False,
     ) -> None:  # fmt: skip
         for name, rate in (("lr", lr), ("kernel_lr", kernel_lr)):
-            if rate < 0:
-                raise ValueError(f"MuonAdamW: '{name}' must not be negative, got {rate}")
+            refuse_if(rate < 0, f"MuonAdamW: '{name}' must not be negative", rate)
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         kernels = {n: p for n, p in trained.items() if n.startswith("backbone.") and p.ndim > 2 and p.shape[1] > 1}
         rest = [p for name, p in trained.items() if name not in kernels]
@@ -110,8 +111,7 @@ def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | 
     Step n keeps the smaller of ``decay``, in [0, 1], else a ValueError, and (1 + n) / (10 + n) of the average, the law
     of TensorFlow's ExponentialMovingAverage.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"make_ema_multi_avg_fn: 'decay' must be in [0, 1], got {decay}")
+    refuse_if(not 0 <= decay <= 1, "make_ema_multi_avg_fn: 'decay' must be in [0, 1]", decay)
 
     @torch.no_grad()
     def update(averaged: Weights, current: Weights, number: Tensor | int) -> None:

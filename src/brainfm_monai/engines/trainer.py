@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from brainfm_monai.engines.batches import DrawSampler
 from brainfm_monai.engines.optimizers import TimeBudget
+from brainfm_monai.io import refuse_if
 from brainfm_monai.networks import MultiTaskNet, checkpoint_activations, parse_precision
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,8 @@ def start_processes(backend: str | None = None) -> None:
 
 def check_shards(data: Sized, processes: int) -> None:
     """Check that each process gets a part of the data of the validation; else a ValueError."""
-    if len(data) < processes:
-        rule = f"validation: each of {processes} processes needs a subject"
-        raise ValueError(f"{rule}, found {len(data)}: list more or start fewer")
+    rule = f"validation: each of {processes} processes needs a subject"
+    refuse_if(len(data) < processes, rule, f"{len(data)}: list more or start fewer")
 
 
 def prepare_for_training(
@@ -102,8 +102,7 @@ class MultiTaskTrainer(SupervisedTrainer):
         average: AveragedModel | None = None, budget: TimeBudget | None = None, **options: Any,
     ) -> None:  # fmt: skip
         for name, value in {"accumulation": accumulation, "max_norm": 1.0 if max_norm is None else max_norm}.items():
-            if value <= 0:
-                raise ValueError(f"MultiTaskTrainer: '{name}' must be positive, got {value}")
+            refuse_if(value <= 0, f"MultiTaskTrainer: '{name}' must be positive", value)
         super().__init__(**options)
         self.accumulation, self.max_norm, self.average = accumulation, max_norm, average
         self.grad_scaler = scaler or torch.amp.GradScaler(enabled=False)

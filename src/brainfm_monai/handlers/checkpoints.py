@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import Tensor, nn
 
-from brainfm_monai.io import first_line, write_whole
+from brainfm_monai.io import first_line, refuse_if, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,8 @@ class TrainingCheckpoint:
                 return path, torch.load(path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
                 logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, first_line(error))
-        if saved:
-            rule = f"{self.save_dir}: one whole checkpoint is needed to resume"
-            raise ValueError(f"{rule}, found none: remove them to begin anew")
+        rule = f"{self.save_dir}: one whole checkpoint is needed to resume"
+        refuse_if(saved, rule, "none: remove them to begin anew")
         return None, None
 
     def _restore_random(self) -> None:

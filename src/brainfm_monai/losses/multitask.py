@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, distributed, nn
 
+from brainfm_monai.io import refuse_if
 from brainfm_monai.losses import formulas
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -27,8 +28,7 @@ class MultiTaskLoss(nn.Module):
         super().__init__()
         if unknown := sorted(set(weights or {}) - set(TASKS)):
             raise ValueError(f"MultiTaskLoss: 'weights' may name {list(TASKS)}, got {unknown}")
-        if samples < 1:
-            raise ValueError(f"MultiTaskLoss: 'samples' must be at least 1, got {samples}")
+        refuse_if(samples < 1, "MultiTaskLoss: 'samples' must be at least 1", samples)
         self.layout, self.weights, self.samples = layout, dict(weights or {}), samples
         self.kinds = {name: task.kind for name, task in layout.tasks.items() if task.kind != "log_scale"}
         self.components: dict[str, Tensor] = {}
@@ -41,9 +41,8 @@ class MultiTaskLoss(nn.Module):
         ``visible``, (B, 1, H, W, D), the field of view; optionally ``available_<task>``, (B,), 1 for samples that have
         the target, and ``valid_<task>``, (B, 1, H, W, D), 1 where an image is not defaced.
         """
-        if len(pred) % self.samples:
-            found = tuple(pred.shape)
-            raise ValueError(f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject, got {found}")
+        rule = f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject"
+        refuse_if(len(pred) % self.samples, rule, tuple(pred.shape))
         parts = self.layout.split(pred)
         visible = head = target["visible"].bool()
         if "segmentation" in target:

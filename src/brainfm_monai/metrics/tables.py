@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from brainfm_monai.io import ABSENT, read_table, write_table
+from brainfm_monai.io import ABSENT, read_table, refuse_if, write_table
 
 if TYPE_CHECKING:
     import pandas as pd  # it and scipy are slow to import
@@ -88,8 +88,8 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.DataFrame(read_table(path))
-    if tuple(table.columns) != MetricRow._fields:
-        raise ValueError(f"{path}: the columns must be {list(MetricRow._fields)}, found {list(table.columns)}")
+    columns = list(table.columns)
+    refuse_if(columns != list(MetricRow._fields), f"{path}: the columns must be {list(MetricRow._fields)}", columns)
     value = pd.to_numeric(table["value"], errors="coerce")
     wrong = table["value"][value.isna() & (table["value"] != ABSENT)]
     if len(wrong):

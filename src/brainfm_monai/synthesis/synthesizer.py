@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.io import refuse_if
 from brainfm_monai.synthesis.acquisition import IMAGES
 from brainfm_monai.synthesis.ranges import SynthesisParams, SynthesisRanges, make_mild
 from brainfm_monai.synthesis.rendering import render
@@ -43,13 +44,13 @@ class Synthesizer:
 
     def __post_init__(self) -> None:
         severe, mild = self.samples - self.mild_samples, self.mild_samples
-        if not 0 <= mild <= self.samples or self.samples < 1:
-            rule = f"'mild_samples' must be in [0, {self.samples}] of at least one sample"
-            raise ValueError(f"Synthesizer: {rule}, got {mild}")
+        rule = f"Synthesizer: 'mild_samples' must be in [0, {self.samples}] of at least one sample"
+        refuse_if(not 0 <= mild <= self.samples or self.samples < 1, rule, mild)
         self.source_mm = self.scan_mm if self.label_mm is None else self.label_mm
         self.stride = round(self.scan_mm / self.source_mm)
-        if abs(self.stride * self.source_mm - self.scan_mm) > VOXEL_TOLERANCE_MM or self.stride < 1:
-            raise ValueError(f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}, got {self.source_mm}")
+        off_mm = abs(self.stride * self.source_mm - self.scan_mm)
+        rule = f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}"
+        refuse_if(off_mm > VOXEL_TOLERANCE_MM, rule, self.source_mm)
         # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
         self.laws = [make_mild(self.ranges)] * mild + [self.ranges] * severe
 
