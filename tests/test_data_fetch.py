@@ -15,7 +15,7 @@ import pytest
 
 from brainfm_monai import cli
 from brainfm_monai.data import fetch
-from brainfm_monai.data.fetch import DownloadError, NoNetworkError, OpenFile, fetch_dataset, read_open_sets
+from brainfm_monai.data.fetch import DownloadError, NoNetworkError, fetch_dataset, read_open_sets
 
 FILES = {"a.nii.gz": bytes(range(256)) * 40, "sub-01/anat/b.nii.gz": b"scan" * 3000}
 
@@ -61,7 +61,7 @@ def server() -> Iterator[Server]:
 
 
 def write_table(path: Path, address: str, files: dict[str, bytes] = FILES) -> Path:
-    rows = ["\t".join(OpenFile._fields)]
+    rows = ["name\tfile\taddress\tsha256\tbytes\tlicence\tcontent"]
     for name, content in files.items():
         row = ("tiny", name, f"{address}/{name}", hashlib.sha256(content).hexdigest(), str(len(content)), "CC0", "test")
         rows.append("\t".join(row))
@@ -113,25 +113,25 @@ def test_no_network_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_package_lists_open_sets() -> None:
     sets = read_open_sets()
     assert len(sets["synthseg"]) == 20
-    assert all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for files in sets.values() for file in files)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", file["sha256"]) for files in sets.values() for file in files)
     assert all(
-        file.address.startswith("https://") and int(file.bytes) > 1e6 for files in sets.values() for file in files
+        file["address"].startswith("https://") and int(file["bytes"]) > 1e6 for files in sets.values() for file in files
     )
-    assert {file.licence for file in sets["synthseg"]} == {"Apache-2.0"}
-    people = [file.file.split("/")[0] for file in sets["open_ms"]]
+    assert {file["licence"] for file in sets["synthseg"]} == {"Apache-2.0"}
+    people = [file["file"].split("/")[0] for file in sets["open_ms"]]
     assert all(people.count(person) == 3 for person in people)
 
 
 @pytest.mark.shared_data
 def test_the_hashes_are_those_of_the_real_files(shared_data: Path) -> None:
-    maps = {file.file: file for file in read_open_sets()["synthseg"]}
+    maps = {file["file"]: file for file in read_open_sets()["synthseg"]}
     found = sorted((shared_data / "synthseg" / "training_label_maps").glob("*.nii.gz"))
     assert len(found) == 17
     for path in found:
         content = path.read_bytes()
         assert (hashlib.sha256(content).hexdigest(), str(len(content))) == (
-            maps[path.name].sha256,
-            maps[path.name].bytes,
+            maps[path.name]["sha256"],
+            maps[path.name]["bytes"],
         )
 
 

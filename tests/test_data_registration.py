@@ -19,8 +19,8 @@ from brainfm_monai.data.registration import (
     compute_mni_coordinates,
     load_template,
     load_tissue_maps,
+    look_up,
     render_t1,
-    render_tissues,
     unfold_coordinates,
 )
 
@@ -133,7 +133,7 @@ def test_tissues_of_the_two_sides_are_alike() -> None:
     for s in structures:
         other = structures[s.mirror].freesurfer_id
         assert TISSUES_OF_ID.get(s.freesurfer_id) == TISSUES_OF_ID.get(other), s.name
-    shares = render_tissues(np.array([[[0, 2, 3, 4, 10, 515]]]))
+    shares = look_up(np.array([[[0, 2, 3, 4, 10, 515]]]), TISSUES_OF_ID)
     np.testing.assert_allclose(shares[:, 0, 0].T, [(0, 0), (1, 0), (0, 1), (0, 0), (0.35, 0.65), (0, 0)])
     assert max(sum(shares) for shares in TISSUES_OF_ID.values()) <= 1
 

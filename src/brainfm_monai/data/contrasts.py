@@ -97,9 +97,8 @@ def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
 def align_scan(fixed: Image, moving: Image, is_ct: bool = False) -> np.ndarray:
     """Rigid map (4, 4) from points of the fixed scan in RAS mm to those of the moving one, by mutual information.
 
-    It starts where the headers place the scans, unless the heads then hardly overlap: the scans of one session need
-    little, and those of different scanners are first laid on each other by their centres of gravity. Both scans are
-    given with their affine; ``is_ct`` tells that the moving one is in HU. RuntimeError if elastix fails.
+    It starts where the headers place the scans, unless the heads then hardly overlap, else with the centres of gravity
+    on each other. ``is_ct`` tells that the moving one is in HU. RuntimeError if elastix fails.
     """
     values, affine = moving
     if is_ct:

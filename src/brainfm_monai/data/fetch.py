@@ -5,7 +5,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -38,23 +37,11 @@ class NoNetworkError(ConnectionError):
     """The server cannot be reached at all."""
 
 
-class OpenFile(NamedTuple):
-    """One file of an open data set: a row of the table."""
-
-    name: str  # of the set
-    file: str  # path below the folder of the download
-    address: str
-    sha256: str
-    bytes: str
-    licence: str
-    content: str  # what the set holds
-
-
-def read_open_sets() -> dict[str, list[OpenFile]]:
-    """The files of every set of the package's table."""
-    sets: dict[str, list[OpenFile]] = {}
+def read_open_sets() -> dict[str, list[dict[str, str]]]:
+    """The files of every set of the package's table: rows with path, address, SHA-256, bytes, licence, content."""
+    sets: dict[str, list[dict[str, str]]] = {}
     for row in read_table(TABLE):
-        sets.setdefault(row["name"], []).append(OpenFile(**row))
+        sets.setdefault(row["name"], []).append(row)
     return sets
 
 
@@ -73,7 +60,7 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
     sets = read_open_sets()
     rule = f"{name}: an open data set of the table is needed ({', '.join(sorted(sets))})"
     refuse_if(name not in sets, rule, "no such name")
-    files, targets = sets[name], [Path(output) / file.file for file in sets[name]]
+    files, targets = sets[name], [Path(output) / file["file"] for file in sets[name]]
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         failures = list(filter(None, tqdm(pool.map(_fetch, files, targets), total=len(files), desc=name, unit="file")))
     if failures:
@@ -82,25 +69,25 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
     return targets
 
 
-def _fetch(file: OpenFile, target: Path) -> str:
+def _fetch(file: dict[str, str], target: Path) -> str:
     """Fetch one file, which appears whole, with the right hash, or not at all; return what is wrong with it, if any."""
-    if target.is_file() and hash_file(target) == file.sha256:
+    if target.is_file() and hash_file(target) == file["sha256"]:
         return ""
     try:
-        with urlopen(file.address, timeout=TIMEOUT_S) as response, write_whole(target) as partial:
+        with urlopen(file["address"], timeout=TIMEOUT_S) as response, write_whole(target) as partial:
             with partial.open("wb") as stream:
                 shutil.copyfileobj(response, stream)
-            found, rule = hash_file(partial), f"SHA-256 {file.sha256[:12]}... is needed"
-            refuse_if(found != file.sha256, rule, f"{found[:12]}... at {file.address}", DownloadError)
+            found, rule = hash_file(partial), f"SHA-256 {file['sha256'][:12]}... is needed"
+            refuse_if(found != file["sha256"], rule, f"{found[:12]}... at {file['address']}", DownloadError)
     except HTTPError as error:
         error.close()  # it holds the connection
-        return f"{file.file}: the server of {file.address} answers {error.code} {error.reason}"
+        return f"{file['file']}: the server of {file['address']} answers {error.code} {error.reason}"
     except DownloadError as error:
-        return f"{file.file}: {error}"
+        return f"{file['file']}: {error}"
     except (URLError, ConnectionError, TimeoutError) as error:
-        host, reason = urlsplit(file.address).hostname, getattr(error, "reason", error)
+        host, reason = urlsplit(file["address"]).hostname, getattr(error, "reason", error)
         advice = "is there a network? Whole files stay, run it again to continue"
-        raise NoNetworkError(f"{file.file}: {host} cannot be reached ({reason}): {advice}") from error
+        raise NoNetworkError(f"{file['file']}: {host} cannot be reached ({reason}): {advice}") from error
     return ""
 
 

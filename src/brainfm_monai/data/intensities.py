@@ -45,8 +45,7 @@ def resample_to_box(
     """Bring a volume (H, W, D) onto a box of size ``shape`` with voxels of 1 mm in one linear interpolation, float32.
 
     Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels. Both affines
-    take voxels to mm, that of the scan with any rigid motion to the reference already in it; ``outside`` is the value
-    where it does not reach.
+    take voxels to mm, the box's with any rigid motion in it; ``outside`` is the value where the scan does not reach.
     """
     target_mm = [float(voxel_sizes(box_affine).mean())] * 3
     volume = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
@@ -120,13 +119,10 @@ def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
 def sharpen_cortex(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Move the borders of the cortex to where a T1w scan shows them, by two voxels at most.
 
-    A network that labels a scan draws the cortex smooth and too thick; the scan itself shows where its intensity
-    crosses the middle between white matter and cortex, and between cortex and fluid. The intensities of white matter
-    and cortex are means of what lies within :data:`BORDER_MM`, so that a bias field does not move the borders.
-
-    FreeSurfer ids and scan, air at 0, have one shape (H, W, D) and voxels of 1 mm. In the result, cortex as bright as
-    white matter is white matter, white matter beside the cortex as dark as cortex is cortex, and cortex as dark as
-    fluid is fluid; where the scan does not show the three in this order of brightness, nothing is changed.
+    That is where its intensity crosses the middle between white matter and cortex, and between cortex and fluid. The
+    intensities of white matter and cortex are means of what lies within :data:`BORDER_MM`, so that a bias field does
+    not move the borders. FreeSurfer ids and scan, air at 0, have one shape (H, W, D) and voxels of 1 mm. Where the scan
+    does not show the three in this order of brightness, nothing is changed.
     """
     sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM)
     white, grey = np.isin(ids, WHITE), np.isin(ids, GREY)

@@ -51,7 +51,7 @@ LEVELS = (Level(4, 8, 60), Level(2, 4, 40))
 _resize = partial(nnf.interpolate, mode="trilinear")  # a field on another grid over the same box, values as they are
 
 
-def _look_up(ids: np.ndarray, values: Mapping[int, Sequence[float]]) -> np.ndarray:
+def look_up(ids: np.ndarray, values: Mapping[int, Sequence[float]]) -> np.ndarray:
     """Values of the ids of a map, shape (N, H, W, D), float32; 0 for other ids."""
     table = np.zeros((len(next(iter(values.values()))), max(int(ids.max()), *values) + 1), dtype=np.float32)
     table[:, list(values)] = np.transpose(list(values.values()))
@@ -60,16 +60,11 @@ def _look_up(ids: np.ndarray, values: Mapping[int, Sequence[float]]) -> np.ndarr
 
 def render_t1(ids: np.ndarray) -> np.ndarray:
     """Brain-only picture with a T1's contrasts, one mean per id: intensities in [0, 110], shape of ``ids``, float32."""
-    picture = _look_up(ids, {i: (value,) for i, value in T1_OF_ID.items()})[0]
+    picture = look_up(ids, {i: (value,) for i, value in T1_OF_ID.items()})[0]
     tissue = (picture > 0) & (ids != FLUID_OUTSIDE)
     far = edt.edt(np.ascontiguousarray(~tissue), parallel=1) > FLUID_RIM_VOX
     picture[far & (ids == FLUID_OUTSIDE)] = 0
     return picture
-
-
-def render_tissues(ids: np.ndarray) -> np.ndarray:
-    """Shares of white and grey matter of a map of FreeSurfer ids (H, W, D): in [0, 1], shape (2, H, W, D), float32."""
-    return _look_up(ids, TISSUES_OF_ID)
 
 
 @lru_cache(maxsize=1)
@@ -113,7 +108,7 @@ def compute_mni_coordinates(
     start = np.eye(4) if initial is None else initial
     moving = load_template()
     matrix = register_linear((fixed, start @ fixed_affine), moving, AFFINE, from_headers=initial is not None) @ start
-    velocity_mm = _flow(_halve(render_tissues(ids), SMOOTHING_MM)[None], fixed_affine, matrix, levels)
+    velocity_mm = _flow(_halve(look_up(ids, TISSUES_OF_ID), SMOOTHING_MM)[None], fixed_affine, matrix, levels)
     grid_affine = coarsen_affine(affine, factor)
     spacing = levels[-1].velocity_mm
     ddf = _resize(integrate_velocity(velocity_mm / spacing) * (spacing / factor), [n // factor for n in ids.shape])

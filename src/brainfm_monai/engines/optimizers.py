@@ -125,9 +125,8 @@ def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | 
 class TimeBudget:
     """Ends a training after some minutes of wall-clock time, and says how much of them is used up.
 
-    The clock starts when the object is made, and runs while the training does: time between two sittings does not
-    count. The last validation is part of the budget: as much time is kept for it as the longest pause between two
-    iterations took so far. The minutes are those of all sittings together; without them the epochs end it.
+    The clock starts when the object is made; time between two sittings does not count, and the minutes are those of all
+    together. As much time is kept for the last validation as the longest pause between two iterations took so far.
     """
 
     def __init__(self, minutes: float | None = None) -> None:

@@ -84,9 +84,9 @@ class MultiTaskTrainer(SupervisedTrainer):
 
     A step that is not finite is left out, in all processes, over which gradients are summed. After each iteration
     ``state.output`` has, besides MONAI's keys (image, label and prediction of the last part), ``loss``, the mean of the
-    batch, ``task_losses``, ``part_losses`` (P,), ``gradient_norm`` and ``samples``, the number of scans. Nothing here
-    waits for the device, unless the optimizer is not fused. ``state.draws`` counts the draws of all processes, and is
-    kept in checkpoints: with :class:`DrawSampler` a resumed training continues with the right one.
+    batch, ``task_losses``, ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device,
+    unless the optimizer is not fused. ``state.draws`` counts the draws of all processes, and is kept in checkpoints:
+    with :class:`DrawSampler` a resumed training continues with the right one.
 
     Args:
         accumulation: parts in which a batch is computed, one by one, to save memory; not positive: a ValueError.
@@ -130,7 +130,6 @@ class MultiTaskTrainer(SupervisedTrainer):
                 losses.append(self._compute_part(part, weight))
             components.append(dict(getattr(self.loss_function, "components", {})))
             samples += len(self.state.output[CommonKeys.IMAGE])
-        self.state.output["part_losses"] = torch.stack(losses)
         self.state.output[CommonKeys.LOSS] = torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
         self.state.output["task_losses"] = _average(components, weights)
         self.state.output["gradient_norm"] = self._step()
@@ -195,7 +194,7 @@ class NonFiniteStop:
     max_in_row: int = 10  # steps after which the training stops
     interval: int = 1  # iterations between two looks, because each look waits for the device
     in_row: int = field(default=0, init=False)  # steps so far
-    _steps: list[tuple[int, list[str], Tensor, dict[str, Tensor]]] = field(default_factory=list, init=False)
+    _steps: list[tuple[int, str, Tensor, dict[str, Tensor]]] = field(default_factory=list, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a :class:`MultiTaskTrainer`."""
@@ -204,12 +203,11 @@ class NonFiniteStop:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.look)
 
     def remember(self, engine: MultiTaskTrainer) -> None:
-        """Keep losses and norm of a step, and the samples of each of its parts, until the next look."""
+        """Keep loss, norm and samples of a step until the next look."""
         output, batch = engine.state.output, engine.state.batch
-        samples = [f"{name}, seed {int(seed)}" for name, seed in zip(batch["subject"], batch["seed"], strict=True)]
-        parts = ["; ".join(part["samples"]) for part in split_batch({"samples": samples}, engine.accumulation)]
-        values = torch.cat([output["part_losses"].float(), output["gradient_norm"].reshape(1).float()])
-        self._steps.append((engine.state.iteration, parts, values, output["task_losses"]))
+        samples = "; ".join(f"{n}, seed {int(seed)}" for n, seed in zip(batch["subject"], batch["seed"], strict=True))
+        values = torch.stack([output[CommonKeys.LOSS].float(), output["gradient_norm"].float()])
+        self._steps.append((engine.state.iteration, samples, values, output["task_losses"]))
 
     def look(self, engine: MultiTaskTrainer) -> None:
         """Read losses and norms since the last look; FloatingPointError after ``max_in_row`` bad steps in a row."""
@@ -218,18 +216,16 @@ class NonFiniteStop:
             return
         values = torch.stack([values for _, _, values, _ in steps])
         # A scaled loss may overflow in its gradients: the scaler leaves that step out and scales less.
-        judged = values[:, :-1] if engine.grad_scaler.is_enabled() else values
+        judged = values[:, :1] if engine.grad_scaler.is_enabled() else values
         bad = (~judged.isfinite()).any(1).float()
         if idist.get_world_size() > 1:  # a loss of one process is enough for all, or the others would wait for it
             bad = cast(Tensor, idist.all_reduce(bad))
-        for (iteration, parts, losses, tasks), is_bad in zip(steps, (bad > 0).tolist(), strict=True):
+        for (iteration, samples, _, tasks), is_bad in zip(steps, (bad > 0).tolist(), strict=True):
             self.in_row = self.in_row + 1 if is_bad else 0
             if is_bad:
-                who = [part for part, loss in zip(parts, losses[:-1].tolist(), strict=True) if not math.isfinite(loss)]
                 named = [name for name, value in tasks.items() if not math.isfinite(float(value))]
                 what = f"loss of {', '.join(named)}" if named else "gradient"
-                found = "; ".join(who) or "a sample of another part or process"
-                logger.warning("iteration %d: the %s is not finite: %s; step left out", iteration, what, found)
+                logger.warning("iteration %d: the %s is not finite: %s; step left out", iteration, what, samples)
             if self.in_row >= self.max_in_row:
                 found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
                 raise FloatingPointError(f"training: the loss must be finite, found {found}")

@@ -22,10 +22,9 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
 def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: Tensor) -> Tensor:
     """Give voxels the mean of the values of the labels that they hold: partial volumes, without painting the whole map.
 
-    Labels (B, 1, h, w, d) are integers in [0, L), with C values each, (B, L, C); outside of the map values are 0. The
-    voxels have their centres at ``coordinates``, (B, 3, H, W, D), in voxels of the labels. The nearest labels at N
-    places count alike, whose ``offsets`` from the centre are (B, 3, N). The result is (B, C, H, W, D), in channels-last
-    memory.
+    Labels (B, 1, h, w, d) are integers in [0, L), with C values each, (B, L, C), 0 outside. Voxels have their centres
+    at ``coordinates``, (B, 3, H, W, D), in voxels of the labels; the nearest labels at N places count alike, whose
+    ``offsets`` from the centre are (B, 3, N). The result is (B, C, H, W, D), in channels-last memory.
     """
     batch, outside = len(labels), values.shape[1]
     table = nnf.pad(values, (0, 0, 0, 1)).flatten(0, 1)
@@ -67,8 +66,7 @@ def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[f
     """Smooth a floating volume (..., H, W, D) along the axes that are to be sampled more coarsely.
 
     The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of
-    the old size becomes about one of the new size. Edges are continued by their last voxels. The volume is returned as
-    it is where no axis becomes coarser.
+    the old size becomes about one of the new size. Edges are continued by their last voxels.
     """
     for axis, (spacing, target) in enumerate(zip(spacing_mm, target_mm, strict=True), volume.ndim - 3):
         width_mm = math.sqrt(max(target**2 - spacing**2, 0.0))

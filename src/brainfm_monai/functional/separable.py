@@ -45,9 +45,8 @@ def count_control_points(size: Sequence[int], smallest_spacing: float) -> list[i
 def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None = None) -> Tensor:
     """Linear interpolation of control points that are centred on an axis: (B, count, columns), rows sum to 1.
 
-    The axis has ``size`` voxels, the ``columns`` control points, an odd number (see :func:`count_control_points`), have
-    distances (B,) in voxels, and ``count`` places are spread from the first to the last voxel: every voxel if not
-    given.
+    The axis has ``size`` voxels, the ``columns`` control points (see :func:`count_control_points`) have distances (B,)
+    in voxels, and ``count`` places are spread from the first to the last voxel: every voxel if not given.
     """
     half = (size - 1) / 2
     position = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)

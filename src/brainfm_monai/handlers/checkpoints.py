@@ -37,8 +37,11 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.STARTED, self.resume)
         engine.add_event_handler(Events.ITERATION_STARTED, self._restore_random)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-        if self.iterations is not None:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.iterations), self._save_within_epoch)
+        if every := self.iterations:  # the end of an epoch is saved after its validation
+            engine.add_event_handler(
+                Events.ITERATION_COMPLETED(event_filter=lambda e, n: n % every == 0 and n % e.state.epoch_length > 0),
+                self.save,
+            )
 
     def saved(self) -> list[Path]:
         """The checkpoints of this and of earlier runs, oldest first."""
@@ -59,10 +62,6 @@ class TrainingCheckpoint:
         killed = folder.glob(".*.partial.training_checkpoint_*.pt")  # left by a process, of another iteration
         for path in [*self.saved()[: -self.n_saved], *killed]:
             path.unlink()
-
-    def _save_within_epoch(self, engine: Any) -> None:
-        if engine.state.iteration % engine.state.epoch_length:  # the end of an epoch is saved after its validation
-            self.save(engine)
 
     def resume(self, engine: Any) -> None:
         """Restore the newest whole checkpoint, but for the number of epochs; ValueError if none is whole or fits."""

@@ -33,8 +33,7 @@ class TrainingStatistics:
     """Adds a dictionary ``statistics`` to a trainer's output every few iterations, and shows a progress bar.
 
     They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``,
-    ``learning_rate``, and ``samples_per_second`` of all processes since the last time, without validation. Handlers
-    that log them come after it. Each reading, after ``interval`` iterations, waits for the device.
+    ``learning_rate``, and ``samples_per_second`` of all processes. Each reading waits for the device.
     """
 
     def __init__(self, loss_function: MultiTaskLoss, optimizer: Optimizer, interval: int = 1) -> None:
@@ -79,9 +78,8 @@ class TrainingStatistics:
 class TaskErrors(Metric):
     """Errors of the tasks beside the segmentation, each a mean over the samples of all processes that have the target.
 
-    ``distance_mae_mm``, ``mni_error_mm`` and ``log_bias_error`` (normalised L2) are those of the evaluation, see
-    :mod:`brainfm_monai.metrics.fields`; ``<image>_mae`` is the mean absolute error in the head, in the unit of the
-    files. A task of another kind has none.
+    ``distance_mae_mm``, ``mni_error_mm`` and ``log_bias_error`` are those of the evaluation; ``<image>_mae`` is the
+    mean absolute error in the head, in the unit of the files. A task of another kind has none.
     """
 
     mode: Any = "flatten"  # of ignite: how a dictionary of results enters the metrics of the engine
@@ -152,8 +150,8 @@ class SegmentationDice(TaskErrors):
 class ValidationPanels:
     """Draws the first subjects of every validation, into the folder of the run and into TensorBoard.
 
-    A row is a plane through the middle: axial, coronal, sagittal, in the radiological convention. Columns are the input
-    and, for every task, prediction and target, drawn as the table of tasks says. Files go into ``panels``.
+    A row is a plane through the middle: axial, coronal, sagittal. Columns are the input and, for every task, prediction
+    and target. Files go into ``panels``.
     """
 
     def __init__(self, layout: TaskLayout, output_dir: str | Path, summary_writer: Any = None, count: int = 2) -> None:

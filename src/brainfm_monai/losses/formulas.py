@@ -64,8 +64,7 @@ def compute_mask_loss(logits: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
     """Binary cross entropy plus, where the true mask is not empty, one minus its soft Dice, per sample (B,).
 
     Dice of an empty mask would drive all probabilities below one voxel in sum, where the gradient of Dice vanishes: a
-    network that saw healthy scans in half of its steps never learnt a lesion. Cross entropy alone says that there is
-    none. Dice adds 1 above and below.
+    network that saw healthy scans in half of its steps never learnt a lesion. Dice adds 1 above and below.
     """
     logits, truth = logits.float(), truth.float()
     cross_entropy = compute_masked_mean(nnf.binary_cross_entropy_with_logits(logits, truth, reduction="none"), mask)
@@ -82,10 +81,7 @@ def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Absolute error of the forward differences between two voxels that both count (gradient loss of BrainFM).
-
-    The means of the three axes are added.
-    """
+    """Absolute error of forward differences of voxels that both count, summed over the axes (gradient of BrainFM)."""
     error, counted = (
         pred.float() - target,
         mask.bool(),
@@ -135,9 +131,8 @@ def compute_info_nce(embedding: Tensor, mask: Tensor, samples: int) -> Tensor:
 
     Of each pair of scans, a voxel's embedding in the one is compared with those of all places of a fixed lattice in the
     other; the right one is that of the same place. The loss is the cross entropy, its mean over the other samples of a
-    subject, and 0 where ``samples`` is smaller than 2. The embedding is (B S, C, H, W, D), the S samples of a subject
-    one after the other; a place counts where the mask (B S, 1, H, W, D) counts it in all of them. van den Oord et al.,
-    arXiv 1807.03748 (InfoNCE); Chen et al., SimCLR, ICML 2020 (embeddings of length 1, temperature).
+    subject. The embedding is (B S, C, H, W, D), the S samples of a subject one after the other; a place counts where
+    the mask (B S, 1, H, W, D) counts it in all. van den Oord et al., arXiv 1807.03748; Chen et al., SimCLR, ICML 2020.
     """
     steps = [max(1, size // LATTICE) for size in embedding.shape[2:]]
     places: Any = (..., *(slice(step // 2, step // 2 + step * (LATTICE - 1) + 1, step) for step in steps))

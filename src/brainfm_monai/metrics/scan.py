@@ -44,8 +44,7 @@ def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene
     Predictions are maps, (C, H, W, D), in the unit of the files: FreeSurfer ids for ``segmentation``, a factor for
     ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``. Targets have the same shapes and
     units, and optionally ``visible``, the field of view, and ``valid_<task>``, where a target is known. What is
-    undefined has the value NaN; the sides of a structure that has none have no row, and neither has a mean over
-    nothing. A task without a measure, or shapes that differ, are a ScanError.
+    undefined is NaN, or has no row. A task without a measure, or shapes that differ, are a ScanError.
     """
     ids, head = target.get("segmentation"), scene.mask
     if head is None:

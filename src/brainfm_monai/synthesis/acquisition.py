@@ -52,9 +52,8 @@ def paint(
 ) -> Tensor:
     """The undegraded image of one sample, (B, 1, H, W, D), in [0, 255] or a little above.
 
-    ``painted`` are the shares of the subject's box and of head in a voxel, then mean and std of each sample, of which
-    this is one ``number``. Real images are in the unit of the files, lesions are own and given ones, and what is
-    ``removed`` is painted as background.
+    ``painted`` are the shares of the subject's box and of head in a voxel, then mean and std of each sample. Images are
+    in the unit of the files, lesions are own and given ones, and what is ``removed`` is painted as background.
     """
     outside, head = 1 - painted[:, :1], painted[:, 1:2]
     air_mean, air_std = (value[:, 0].reshape(-1, 1, 1, 1, 1) for value in (appearance.mean, appearance.std))
@@ -86,11 +85,7 @@ def paint(
 
 
 def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Gamma, bias field, slices with their profile and ghosts, noise, and interpolation back to the voxels.
-
-    A non-negative image (B, 1, H, W, D) becomes the scan on the same grid, the log of the bias field, and the image
-    before slices and noise.
-    """
+    """Scan, log of the bias field, and image before slices and noise, of a non-negative image (B, 1, H, W, D)."""
     size = image.shape[2:]
     log_bias_field = separable.interpolate_lattice(appearance.bias, appearance.bias_spacing, size)
     image = intensity.apply_gamma(image, appearance.gamma) * log_bias_field.exp()

@@ -28,10 +28,7 @@ _load_protocol = cache(Protocol.load)
 
 @dataclass(eq=False)
 class Synthesizer:
-    """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch.
-
-    ValueError if there are more mild samples than samples, or ``label_mm`` does not divide ``scan_mm``.
-    """
+    """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch."""
 
     ranges: SynthesisRanges  # laws of the (severe) samples
     layout: TaskLayout  # tasks whose targets are made
@@ -83,11 +80,10 @@ class Synthesizer:
     def __call__(
         self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None
     ) -> dict[str, Tensor]:
-        """Scans and targets of a batch of subjects; see :func:`render` for both.
+        """Scans and targets of a batch of subjects, each with a seed; see :func:`render` for both.
 
         Flags of the subjects are on the host, (B,): ``available_<key>``, 0 for subjects without the key, and
-        ``real_<image>``, 0 for images that are targets but no inputs. Each subject has a seed; ``generation_protocol``
-        is that of these subjects, where it is not that of the synthesizer.
+        ``real_<image>``, 0 for images that are targets but no inputs. The generation protocol may be the subjects' own.
         """
         parts = [(subject, seeds)]
         if subject["generation_labels"].device.type == "cpu":
