@@ -212,28 +212,23 @@ class Cell(NamedTuple):
     caption: str = ""
 
 
-def compose(rows: Sequence[Sequence[Cell]], heading: Sequence[tuple[str, str]] = ()) -> np.ndarray:
+def compose(rows: Sequence[Sequence[Cell]]) -> np.ndarray:
     """Rows of cells, which may differ in length, as one picture, (rows, columns, 3), uint8.
 
-    Every cell lies in the middle of a field of the largest cell's size; ``heading`` are lines of text and colours.
+    Every cell lies in the middle of a field of the largest cell's size.
     """
     height, width = (max(cell.picture.shape[i] for row in rows for cell in row) + 2 for i in (0, 1))
-    line = TEXT_PIXELS + 4
-    top = len(heading) * line
-    sheet = np.zeros((top + height * len(rows), width * max(map(len, rows)), 3), dtype=np.uint8)
-    image = Image.fromarray(sheet)
+    image = Image.fromarray(np.zeros((height * len(rows), width * max(map(len, rows)), 3), dtype=np.uint8))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT_PIXELS)
-    for number, (text, colour) in enumerate(heading):
-        draw.text((4, number * line), text, fill=colour, font=font)
     style: dict[str, Any] = {"fill": "white", "font": font, "stroke_width": 2, "stroke_fill": "black"}
-    corners = [(x * width, top + y * height, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)]
+    corners = [(x * width, y * height, cell) for y, row in enumerate(rows) for x, cell in enumerate(row)]
     for left, upper, cell in corners:
         pixels = Image.fromarray((np.clip(cell.picture, 0, 1) * 255).round().astype(np.uint8))
         image.paste(pixels, (left + (width - pixels.width) // 2, upper + (height - pixels.height) // 2))
     for left, upper, (_, marks, caption) in corners:  # after all pictures: a caption may be longer than its cell
         for letter, place, anchor in zip(marks, (left + 3, left + width - 4), ("la", "ra"), strict=False):
             draw.text((place, upper + 2), letter, anchor=anchor, **style)
-        draw.text((left + 4, upper + height - (caption.count("\n") + 1) * line - 4), caption, **style)
+        draw.text((left + 4, upper + height - (caption.count("\n") + 1) * (TEXT_PIXELS + 4) - 4), caption, **style)
     return np.asarray(image)
 
 
