@@ -186,7 +186,7 @@ def test_train_hands_on_what_it_does_not_know(
     assert settings["max_epochs"] == 3
     assert settings["synthesis#rotation_deg"] == [-10, 10]
     assert "output_dir" not in settings
-    call(monkeypatch, "train", str(datalist), "--bundle", str(repository / "bundle"), "--coarse")
+    call(monkeypatch, "train", str(datalist), "--bundle", str(repository / "bundle"), "--variant", "coarse")
     assert [Path(file).name for file in bundle_runs[1]["config_file"]] == ["train.json", "coarse.json"]
 
 

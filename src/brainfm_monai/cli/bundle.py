@@ -91,9 +91,7 @@ def _keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(option, size)
 
 
-def train(
-    datalist: str, bundle: str = "bundle", coarse: bool = False, variant: str | Sequence[str] = (), **overrides: Any
-) -> None:
+def train(datalist: str, bundle: str = "bundle", variant: str | Sequence[str] = (), **overrides: Any) -> None:
     """Train on prepared subjects; a training that was interrupted goes on where it was.
 
     Start with ``--variant small``, a small network that a laptop trains. With N GPUs: ``torchrun --nproc_per_node=N -m
@@ -102,19 +100,16 @@ def train(
     Args:
         datalist: list written by ``brainfm-monai data list``.
         bundle: folder of the bundle.
-        coarse: the same as ``--variant coarse``: train the coarse network, whose model.pt the fine training takes as
-            ``--coarse_weights``.
         variant: configs that are laid over configs/train.json in this order, separated by commas: the names of files in
-            the bundle's folders variants and configs, without ``.json`` (small, coarse, finetune, multi_gpu_train,
-            ...), or paths of your own configs.
+            the bundle's folders variants and configs, without ``.json`` (small, finetune, multi_gpu_train, coarse,
+            whose model.pt the fine training takes as ``--coarse_weights``, ...), or paths of your own configs.
         overrides: any other ``--key value`` replaces that key of configs/train.json: --max_epochs 10, --output_dir OUT,
             --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16,
             float16), --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']",
             --log_interval 10, --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
     """
     asked = variant.split(",") if isinstance(variant, str) else map(str, variant)
-    names = ["train", *(["coarse"] if coarse else []), *filter(None, asked)]
-    configs = [name if name.endswith(".json") else f"{name}.json" for name in names]
+    configs = [name if name.endswith(".json") else f"{name}.json" for name in ["train", *filter(None, asked)]]
     run_bundle(bundle, configs, datalist=existing_datalist(datalist), **overrides)
 
 
