@@ -1,7 +1,6 @@
 """A contact sheet of generated scans with their targets and what was drawn for them."""
 
 import logging
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.io import write_whole
+from brainfm_monai.io import refuse_if, write_whole
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.synthesis import SUBJECT_KEYS, Synthesizer, describe, parse_ranges, render
 from brainfm_monai.tasks import TASKS, TaskLayout
@@ -43,7 +42,7 @@ def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def write_preview(
     input: str | Path, output: str | Path = "preview.png", count: int = 24, seed: int = 0,
-    size: Sequence[int] = (160, 192, 160), samples: int = 1, mild_samples: int = 0, **ranges: Any,
+    size: Sequence[int] = (160, 192, 160), **ranges: Any,
 ) -> Path:  # fmt: skip
     """Draw a contact sheet of generated scans with their targets and what was drawn for them; return its path.
 
@@ -53,27 +52,21 @@ def write_preview(
         count: number of scans.
         seed: seed of the first scan; the next ones count up.
         size: size of the scans, in voxels of 1 mm.
-        samples: scans that share one deformation and its targets.
-        mild_samples: how many of them are mild.
         ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists
             them.
     """
     output, layout, laws = Path(output), TaskLayout(TARGETS, PROTOCOL), parse_ranges(ranges)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: the sheet is a PNG, found suffix '{output.suffix}'")
-    synthesizer = Synthesizer(laws, layout, size, samples=samples, mild_samples=mild_samples)
-    subjects = read_datalist(input)
+    refuse_if(output.suffix.lower() != ".png", f"{output}: the sheet is a PNG", f"suffix '{output.suffix}'")
+    synthesizer, subjects = Synthesizer(laws, layout, size), read_datalist(input)
     rows: list[list[Cell]] = []
-    for number in tqdm(range(math.ceil(count / samples)), desc="scans", unit="subject"):
+    for number in tqdm(range(count), desc="scans", unit="scan"):
         entry = subjects[number % len(subjects)]
         subject, name = _load(entry), Path(str(entry.get("subject", number))).name
         with torch.no_grad():
             params = synthesizer.draw(subject, [seed + number], entry.get("generation_protocol"))
             out = render(subject, params, layout)
-        for place in range(samples):
-            maps = {name: np.asarray(value[place]) for name, value in out.items() if value.ndim == 5}
-            rows.append(_draw_row(maps, f"{name}  seed {seed + number}\n{describe(params, place)}", layout))
-    del rows[count:]
+        maps = {name: np.asarray(value[0]) for name, value in out.items() if value.ndim == 5}
+        rows.append(_draw_row(maps, f"{name}  seed {seed + number}\n{describe(params, 0)}", layout))
     pairs = [list(chain(*rows[first : first + COLUMNS])) for first in range(0, len(rows), COLUMNS)]
     with write_whole(output) as partial:
         partial.write_bytes(encode(compose(pairs), "png"))
