@@ -41,11 +41,6 @@ class Stored:
     array: np.ndarray | None = None  # the voxels themselves, where a library has read and scaled the whole file
     has_footer: bool = True  # whether the format allows more bytes behind the voxels
 
-    @property
-    def is_oriented(self) -> bool:
-        """Whether the header states which side is left."""
-        return NOT_STATED not in self.warnings
-
 
 def read_nifti_header(path: Path, block: bytes) -> Stored:
     """Read the header of a NIfTI-1, NIfTI-2 or Analyze 7.5 file.

@@ -34,8 +34,12 @@ class Volume:
     values: np.ndarray  # shape (H, W, D)
     affine: np.ndarray  # voxel indices to RAS mm, shape (4, 4), float64, as the file states it
     warnings: tuple[str, ...] = ()  # what a user should look at, one sentence each
-    is_oriented: bool = True  # whether the file states which side is left
     modality: str = ""  # "ct" or "mr" where the file says so (DICOM does), else empty
+
+    @property
+    def is_oriented(self) -> bool:
+        """Whether the file states which side is left."""
+        return headers.NOT_STATED not in self.warnings
 
 
 def scan_stem(path: str | Path) -> str:
@@ -83,7 +87,7 @@ def _read_file(path: Path, frame: int | str | None) -> Volume:
     values, surplus = _read_frame(stored, frame)
     text = f"the file holds {surplus} bytes more than its header promises: are its dimensions and number type right?"
     noticed = (*stored.warnings, text) if surplus and not stored.has_footer else stored.warnings
-    return Volume(values, stored.affine, noticed, stored.is_oriented)
+    return Volume(values, stored.affine, noticed)
 
 
 def _read_header(path: Path) -> Stored:

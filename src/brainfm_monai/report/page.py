@@ -48,9 +48,9 @@ def render(template: str, **values: object) -> str:
     return ENVIRONMENT.get_template(template).render(**values)
 
 
-def data_address(content: bytes, kind: str = "image/webp") -> str:
-    """The address of a picture that a page contains: ``data:`` with the bytes in base 64."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def data_address(content: bytes) -> str:
+    """The address of a WebP picture that a page contains: ``data:`` with the bytes in base 64."""
+    return f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def compose_page(scan: ScanResult) -> str:
