@@ -131,6 +131,7 @@ def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
     return rows
 
 
+@outputs.once_per_scan
 def _grey_window(scan: ScanResult) -> tuple[float, float]:
     """Intensities that are black and white: of a CT the brain's window, else percentiles within the brain."""
     if scan.modality.startswith("ct"):
