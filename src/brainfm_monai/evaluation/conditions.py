@@ -167,24 +167,20 @@ class DegradeScand(MapTransform):
         """Degrade the scans by the entries ``settings``, which is removed, and ``seed``."""
         d = dict(data)
         settings = d.pop("settings")
+        laws = make_laws(UNCHANGED, {key: value for key, value in settings.items() if key != "contrast"})
         for key in self.key_iterator(d) if settings else ():
-            scan, field = self._degrade(d[key], settings, int(d["seed"]))
+            values, generator = d[key].as_tensor()[None].float(), torch.Generator().manual_seed(int(d["seed"]))
+            nonzero = values > 0
+            if "contrast" in settings:  # the one that real scans have is the inverted one
+                values = torch.where(nonzero, values.amax() - values, 0.0)
+            drawn = sample(laws, [generator], spatial_size=values.shape[2:], device=values.device, **self.protocols)
+            scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
+            scan = normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0]
             d[key] = MetaTensor(scan).copy_meta_from(d[key])
             if "bias_log_std" in settings:
                 own = d.get(f"{TARGET}log_bias_field", 0)
-                d[f"{TARGET}log_bias_field"] = MetaTensor(field + own, affine=d[key].affine)
+                d[f"{TARGET}log_bias_field"] = MetaTensor(field[0] + own, affine=d[key].affine)
         return d
-
-    def _degrade(self, image: MetaTensor, settings: Mapping[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-        values = image.as_tensor()[None].float()
-        nonzero = values > 0
-        if "contrast" in settings:  # the one that real scans have is the inverted one
-            values = torch.where(nonzero, values.amax() - values, 0.0)
-        laws = make_laws(UNCHANGED, {key: value for key, value in settings.items() if key != "contrast"})
-        generator = torch.Generator().manual_seed(seed)
-        drawn = sample(laws, [generator], spatial_size=values.shape[2:], device=values.device, **self.protocols)
-        scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
-        return normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0], field[0]
 
 
 @dataclass(eq=False)

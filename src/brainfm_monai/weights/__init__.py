@@ -80,7 +80,16 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         given, source, skipped = published.state_dict(), published.layout, "super_resolution"
     pairs = _match_channels(path, network.layout, source, given, skipped)
     state = network.state_dict()
-    _copy_backbone(path, state, given)
+    coarse, rule = "backbone.coarse.", f"{path}: the weights must fit the network's backbone"
+    # weights without a fine level start the coarse network
+    is_new, is_given = (any(key.startswith(coarse) for key in tensors) for tensors in (state, given))
+    prefix = coarse if is_new and not is_given else "backbone."
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.replace(prefix, "backbone.")
+        found = f"one of {tuple(given[name].shape)}" if name in given else "none"
+        is_wrong = name not in given or given[name].shape != state[key].shape
+        refuse_if(is_wrong, rule, f"{found} for '{name}' of {tuple(state[key].shape)}")
+        state[key] = given[name]
     detail = {key: given[key] for key in state if key.startswith("detail.") and key in given}
     if all(state[key].shape == value.shape for key, value in detail.items()):
         state |= detail
@@ -94,20 +103,6 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     new = ", ".join(missing) or "none"
     logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
     return missing
-
-
-def _copy_backbone(path: str | Path, state: dict[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Take the tensors of the backbone, or those of its coarse network if the weights have no fine level."""
-    coarse = "backbone.coarse."
-    starts = any(key.startswith(coarse) for key in state) and not any(key.startswith(coarse) for key in given)
-    prefix = coarse if starts else "backbone."
-    for key in (key for key in state if key.startswith(prefix)):
-        name = key.replace(prefix, "backbone.")
-        found = f"one of {tuple(given[name].shape)}" if name in given else "none"
-        is_wrong = name not in given or given[name].shape != state[key].shape
-        rule = f"{path}: the weights must fit the network's backbone"
-        refuse_if(is_wrong, rule, f"{found} for '{name}' of {tuple(state[key].shape)}")
-        state[key] = given[name]
 
 
 def _match_channels(
