@@ -17,7 +17,7 @@ import torch
 from nibabel.affines import apply_affine
 from scipy.ndimage import map_coordinates
 
-from brainfm_monai.data.labels import BOX_IDS, crop_to_box, find_brain_centre, fold_ids, load_label_map
+from brainfm_monai.data.labels import crop_to_brain, fold_ids, load_label_map
 from brainfm_monai.data.registration import compute_jacobian, compute_mni_coordinates, load_tissue_maps
 
 SIZE = (192, 224, 224)
@@ -32,7 +32,7 @@ def main(paths: list[Path]) -> None:
     for path in paths:
         ids, affine = load_label_map(path)
         ids = fold_ids(ids)
-        box, box_affine = crop_to_box(ids, affine, find_brain_centre(ids, BOX_IDS, str(path)), SIZE)
+        box, box_affine = crop_to_brain(ids, affine, SIZE, str(path))
         start = time.perf_counter()
         coordinates, grid = compute_mni_coordinates(box, box_affine)
         seconds = time.perf_counter() - start

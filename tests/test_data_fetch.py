@@ -15,7 +15,7 @@ import pytest
 
 from brainfm_monai import cli
 from brainfm_monai.data import fetch
-from brainfm_monai.data.fetch import DownloadError, NoNetworkError, fetch_dataset, read_open_sets
+from brainfm_monai.data.fetch import DownloadError, fetch_dataset, read_open_sets
 
 FILES = {"a.nii.gz": bytes(range(256)) * 40, "sub-01/anat/b.nii.gz": b"scan" * 3000}
 
@@ -103,7 +103,7 @@ def test_no_network_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         silent.bind(("127.0.0.1", 0))
         table = write_table(tmp_path / "table.tsv", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(fetch, "TABLE", table)
-        with pytest.raises(NoNetworkError, match=r"a\.nii\.gz: 127\.0\.0\.1 cannot be reached .* is there a network\?"):
+        with pytest.raises(DownloadError, match=r"a\.nii\.gz: 127\.0\.0\.1 cannot be reached .* is there a network\?"):
             fetch_dataset("tiny", tmp_path / "out")
         monkeypatch.setattr("sys.argv", ["brainfm-monai", "data", "fetch", "tiny", str(tmp_path / "out")])
         with pytest.raises(SystemExit, match=r"^brainfm-monai: a\.nii\.gz: 127\.0\.0\.1 cannot be reached"):

@@ -17,8 +17,8 @@ from brainfm_monai.engines import (
     check_shards,
     make_grad_scaler,
     make_warmup_stable_decay,
-    split_batch,
 )
+from brainfm_monai.engines.trainer import split_batch
 from brainfm_monai.inferers import AutocastInferer
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet, checkpoint_activations, parse_precision
 from brainfm_monai.synthesis import LARGEST_SEED, SynthesisRanges, Synthesizer

@@ -33,10 +33,6 @@ class DownloadError(OSError):
     """Some files could not be fetched; the others were."""
 
 
-class NoNetworkError(ConnectionError):
-    """The server cannot be reached at all."""
-
-
 def read_open_sets() -> dict[str, list[dict[str, str]]]:
     """The files of every set of the package's table: rows with path, address, SHA-256, bytes, licence, content."""
     sets: dict[str, list[dict[str, str]]] = {}
@@ -49,8 +45,8 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
     """Download an open data set and check its hashes; what is there already is kept. Returns its files.
 
     ``synthseg``: 20 label maps of whole heads (Apache-2.0). ``open_ms``: T1w, T2w and FLAIR of people with multiple
-    sclerosis, as a BIDS folder (CC-BY). ValueError if there is no such set, NoNetworkError if a server cannot be
-    reached, DownloadError at the end, with one line for each file that the server lacks or that is another one.
+    sclerosis, as a BIDS folder (CC-BY). ValueError if there is no such set; DownloadError if a server cannot be
+    reached, or at the end, with one line for each file that the server lacks or that is another one.
 
     Args:
         name: name of the set.
@@ -87,16 +83,12 @@ def _fetch(file: dict[str, str], target: Path) -> str:
     except (URLError, ConnectionError, TimeoutError) as error:
         host, reason = urlsplit(file["address"]).hostname, getattr(error, "reason", error)
         advice = "is there a network? Whole files stay, run it again to continue"
-        raise NoNetworkError(f"{file['file']}: {host} cannot be reached ({reason}): {advice}") from error
+        raise DownloadError(f"{file['file']}: {host} cannot be reached ({reason}): {advice}") from error
     return ""
 
 
 def write_demo_scans(output: str | Path) -> list[Path]:
-    """Write the demo's scans: the MNI152 T1, and a clinical scan simulated from it; return their paths.
-
-    Args:
-        output: folder for the scans, ``mni152_T1w.nii.gz`` and ``clinical_T2like.nii.gz``.
-    """
+    """Write the demo's scans into a folder: the MNI152 T1 and a clinical scan simulated from it; return their paths."""
     from nilearn.datasets import load_mni152_template  # slow to import
 
     folder = Path(output)

@@ -110,8 +110,7 @@ def make_volumes(
     ids = labels.fold_ids(ids)
     for known in (painted, protocol) if painted else ():
         known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
-    centre = labels.find_brain_centre(ids, labels.BOX_IDS, source)
-    ids, affine = labels.crop_to_box(ids, affine, centre, settings["spatial_size"])
+    ids, affine = labels.crop_to_brain(ids, affine, settings["spatial_size"], source)
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
     distance = _read_distances(files, affine, ids.shape) if set(SURFACES) <= set(files) else None
     scans: dict[str, contrasts.BoxScan] = {}

@@ -1,7 +1,7 @@
 """Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what is painted on them."""
 
 import logging
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -130,28 +130,20 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
     return folded
 
 
-def find_brain_centre(ids: np.ndarray, brain_ids: Iterable[int], source: str = "label map") -> np.ndarray:
-    """Centre in voxels, shape (3,), of the bounding box of some ids of a map (H, W, D); a multiple of one half.
+def crop_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str = "labels") -> Image:
+    """Cut a box of fixed size with cerebrum and cerebellum in its middle out of a map, and move the affine with it.
 
-    ``brain_ids`` leave out those that reach down the neck; ``source`` is named in the ValueError if there is none.
+    Outside the map, (H, W, D), the box is 0. ``source`` is named in the ValueError if there is neither.
     """
-    brain = np.isin(ids, list(brain_ids))
+    brain, size = np.isin(ids, BOX_IDS), np.asarray(spatial_size)
     refuse_if(not brain.any(), f"{source}: cerebrum or cerebellum labels are needed to place the box", "none")
-    start, end = generate_spatial_bounding_box(brain[None])
-    return (np.array(start) + np.array(end) - 1) / 2
-
-
-def crop_to_box(volume: np.ndarray, affine: np.ndarray, centre: np.ndarray, spatial_size: Sequence[int]) -> Image:
-    """Cut a box of fixed size out of a volume, with zeros outside the volume, and move the affine (4, 4) with it.
-
-    ``centre`` is that of the box in voxels, shape (3,). The box has the shape ``spatial_size``.
-    """
-    start = np.floor(np.asarray(centre) - (np.asarray(spatial_size) - 1) / 2).astype(int)
-    end = start + np.asarray(spatial_size)
+    first, last = map(np.array, generate_spatial_bounding_box(brain[None]))
+    start = np.floor((first + last - 1) / 2 - (size - 1) / 2).astype(int)
+    end = start + size
     inside = tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(start, end, strict=True))
-    before, after = np.clip(-start, 0, spatial_size), np.clip(end - volume.shape, 0, spatial_size)
+    before, after = np.clip(-start, 0, size), np.clip(end - ids.shape, 0, size)
     moved = from_matvec(affine[:3, :3], apply_affine(affine, start))
-    return np.pad(volume[inside], list(zip(before, after, strict=True))), moved
+    return np.pad(ids[inside], list(zip(before, after, strict=True))), moved
 
 
 def make_generation_labels(

@@ -8,12 +8,11 @@ from brainfm_monai.engines.trainer import (
     check_shards,
     make_grad_scaler,
     prepare_for_training,
-    split_batch,
     start_processes,
 )
 
 __all__ = [
     "DrawSampler", "DrawnSubjects", "MultiTaskTrainer", "MuonAdamW", "NonFiniteStop", "SynthesisPrepareBatch",
     "TimeBudget", "check_shards", "make_ema_multi_avg_fn", "make_grad_scaler", "make_warmup_stable_decay",
-    "prepare_for_training", "split_batch", "start_processes",
+    "prepare_for_training", "start_processes",
 ]  # fmt: skip

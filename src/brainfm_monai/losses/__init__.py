@@ -1,5 +1,5 @@
 """Losses of all tasks: one formula per function, missing targets masked sample by sample."""
 
-from brainfm_monai.losses.multitask import MultiTaskLoss
+from brainfm_monai.losses.formulas import MultiTaskLoss
 
 __all__ = ["MultiTaskLoss"]

@@ -97,10 +97,8 @@ def read_metrics(path: str | Path) -> pd.DataFrame:
     return table.assign(value=value.astype(float))
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
-) -> tuple[float, float]:
-    """Confidence interval of the mean by resampling the scans; the same values and seed give the same interval.
+def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % confidence interval of the mean by resampling the scans; the same values and seed give the same interval.
 
     From 10 values on it is bias-corrected and accelerated (BCa; Efron, Better bootstrap confidence intervals, Journal
     of the American Statistical Association 82, 1987), below that the percentiles of the resampled means. NaN are left
@@ -115,7 +113,7 @@ def bootstrap_interval(
     from scipy.stats import bootstrap
 
     method = "BCa" if len(sample) >= SMALLEST_BCA else "percentile"
-    options = {"n_resamples": resamples, "batch": RESAMPLES, "confidence_level": level, "random_state": seed}
+    options = {"n_resamples": resamples, "batch": RESAMPLES, "random_state": seed}
     interval = bootstrap((sample,), np.mean, method=method, **options).confidence_interval
     return float(interval.low), float(interval.high)
 
