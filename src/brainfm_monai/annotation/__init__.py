@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
+from monai.transforms import CropForeground
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
@@ -97,13 +98,10 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1, in
     the network's grid. The network is in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
     """
-    occupied = (image[0, 0] > FOREGROUND).nonzero()
-    if not len(occupied):
+    if not (image > FOREGROUND).any():
         return 1.0
-    ends = zip(occupied.amin(0).tolist(), (occupied.amax(0) + 1).tolist(), strict=True)
-    head = image[(slice(None), slice(None), *(slice(first, last) for first, last in ends))]
-    head = nnf.pad(head, [extra for size in reversed(head.shape[2:]) for extra in (0, -size % MULTIPLE)])
-    features = network.backbone(nnf.avg_pool3d(head, network.stride))
+    head: Any = CropForeground(lambda voxels: voxels > FOREGROUND, k_divisible=MULTIPLE)(image[0])
+    features = network.backbone(nnf.avg_pool3d(head.as_tensor()[None], network.stride))
     logits, protocol = network.layout.slices["segmentation"], network.layout.protocol
     is_brain = torch.as_tensor(protocol.is_brain, device=image.device)
     total = count = 0.0
