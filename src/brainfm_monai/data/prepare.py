@@ -1,6 +1,5 @@
 """Prepared subjects out of label maps, and of corrected scans: what a training needs of an anatomy, written once."""
 
-import glob
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ def prepare_labels(
     at the end, with one line for each label map that failed.
 
     Args:
-        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, a pattern, or a list.
+        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, or a list of both.
         output: folder for the prepared subjects, whose folders are named after the files, and returned in that order.
         jobs: subjects that are prepared at once; each needs about 3 GB.
         overwrite: prepare finished subjects again.
@@ -67,8 +66,6 @@ def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
         files = [Path(item)]
         if files[0].is_dir():
             files = [f for f in files[0].iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
-        elif not files[0].exists() and glob.has_magic(str(item)):
-            files = [Path(f) for f in glob.glob(str(item), recursive=True)]  # noqa: PTH207 (Path.glob: only relative)
         refuse_if(not files, f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed", "none")
         sources += sorted(files)
     return sources

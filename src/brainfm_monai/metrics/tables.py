@@ -34,7 +34,7 @@ class MetricRow(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """A number at the top of the page, and a row of curves: the mean of a metric over its structures and sides."""
+    """A number at the top of the page: the mean of a metric over its structures and sides."""
 
     title: str
     task: str
@@ -43,14 +43,9 @@ class Headline(NamedTuple):
     digits: int  # after the point
     higher_is_better: bool
 
-    @property
-    def label(self) -> str:
-        """The title with the unit."""
-        return f"{self.title}, {self.unit}" if self.unit else self.title
-
-    def format(self, value: float, sign: str = "") -> str:
+    def format(self, value: float) -> str:
         """A value with the headline's digits."""
-        return f"{value:{sign}.{self.digits}f}"
+        return f"{value:.{self.digits}f}"
 
 
 _MEASURES = read_table(Path(__file__).with_name("measures.tsv"))
@@ -131,14 +126,6 @@ def summarise(table: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     return summary.assign(low=[low for low, _ in intervals], high=[high for _, high in intervals])
 
 
-def drop_merged_sides(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows without those that merge a left and a right part of the table: a structure counts by its sides."""
-    import pandas as pd
-
-    part = pd.MultiIndex.from_frame(table[["task", "metric", "structure"]])
-    return table[~(part.isin(part[table["side"] == "left"]) & (table["side"] == "both"))]
-
-
 def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
     """One row of every case for each headline: the mean of its metric over structures and sides.
 
@@ -147,7 +134,9 @@ def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     titles = pd.DataFrame([(h.task, h.metric, h.title) for h in HEADLINES], columns=["task", "metric", "title"])
-    rows = titles.merge(drop_merged_sides(table), on=["task", "metric"])
+    part = pd.MultiIndex.from_frame(table[["task", "metric", "structure"]])
+    merged = part.isin(part[table["side"] == "left"]) & (table["side"] == "both")  # a structure counts by its sides
+    rows = titles.merge(table[~merged], on=["task", "metric"])
     rows = rows.assign(structure=rows["title"], side="both")
     return rows.groupby([*KEYS, "scan"], sort=False)["value"].mean().dropna().reset_index()
 
