@@ -283,7 +283,7 @@ def test_outputs_share_the_processors_and_parts_begin_ahead(tmp_path: Path, entr
             if name == "part":  # keeps its thread, so that the others follow one another in the other
                 part_begun.set()
                 last_begun.wait(60)
-            elif name == "view":
+            elif name == "surfaces":
                 last_begun.set()
 
         return write
@@ -299,7 +299,7 @@ def test_outputs_share_the_processors_and_parts_begin_ahead(tmp_path: Path, entr
             assert pool.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(before)
-    order = ["part", "other part", "transforms", "first", "view", "surfaces"]  # the last two need the parts at once
+    order = ["part", "other part", "view", "transforms", "first", "surfaces"]  # what takes long begins early
     assert [name for name, *_ in begun] == order
     assert {(threads, *pools) for _, threads, pools in begun} == {(2, 1)}
     assert threadpool_info() == pools_before

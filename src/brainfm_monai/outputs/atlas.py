@@ -93,8 +93,10 @@ def write_atlas(scan: ScanResult, atlas: Atlas) -> None:
     scan.save_image(f"{suffix}_dseg", labels, Description=description)
     volumes = compute_volumes_mm3(labels, scan.affine, max(atlas.regions) + 1)
     vertices = _label_vertices(scan, atlas) if "distance" in scan.maps else np.zeros((0, 3))
-    regions = sorted(atlas.regions.items())
-    rows = [(label, name, f"{volumes[label]:.1f}", *_measure(vertices, label)) for label, name in regions]
+    rows: list[tuple[object, ...]] = []
+    for label, name in sorted(atlas.regions.items()):
+        _, areas, thickness = vertices[vertices[:, 0] == label].T
+        rows.append((label, name, f"{volumes[label]:.1f}", len(areas), *describe_thickness(areas, thickness)))
     write_table(scan.path(f"{suffix}_regions.tsv"), COLUMNS, rows)
 
 
@@ -106,9 +108,3 @@ def _label_vertices(scan: ScanResult, atlas: Atlas) -> np.ndarray:
         areas = compute_areas_mm2(surface.white_mm, surface.faces)
         parts.append(np.stack([labels, areas, thickness[letter]], axis=1))
     return np.concatenate(parts)
-
-
-def _measure(vertices: np.ndarray, label: int) -> tuple[object, ...]:
-    """Number of a region's vertices, their area, mean thickness and its standard deviation."""
-    _, areas, thickness = vertices[vertices[:, 0] == label].T
-    return len(areas), *describe_thickness(areas, thickness)

@@ -124,8 +124,7 @@ def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
 @once_per_scan
 def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Write the files of a hemisphere; returns rows of the tables of surfaces and of lobes, and of the summary."""
-    rows: list[Any] = []
-    summary: dict[str, Any] = {}
+    rows, summary = list[Any](), dict[str, Any]()
     if not (surface := _grow(scan, letter).get(letter)):
         return rows, [], summary
     faces, thickness = surface.faces, _measure_thickness(scan, letter)
@@ -148,8 +147,7 @@ def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], list[An
     _save_gifti(scan, f"hemi-{letter}_thickness.shape", SHAPE=thickness)
     _save_gifti(scan, f"hemi-{letter}_desc-closed_mask.shape", SHAPE=surface.closed.astype(np.float32))
     summary[f"mean_thickness_{letter}_mm"] = round(mean, 3)
-    lobes = _measure_lobes(scan, letter, surface, thickness, white_areas) if "mni" in scan.maps else []
-    return rows, lobes, summary
+    return rows, _measure_lobes(scan, letter, white_areas) if "mni" in scan.maps else [], summary
 
 
 @begun_ahead(lambda scan: _write_hemisphere(scan, "L"), lambda scan: _write_hemisphere(scan, "R"))
@@ -165,13 +163,12 @@ def write_surfaces(scan: ScanResult) -> None:
     scan.summary.update(left[2] | right[2])
 
 
-def _measure_lobes(
-    scan: ScanResult, letter: str, surface: surfaces.Hemisphere, thickness: np.ndarray, areas: np.ndarray
-) -> list[tuple[object, ...]]:
+def _measure_lobes(scan: ScanResult, letter: str, areas: np.ndarray) -> list[tuple[object, ...]]:
     """Rows of the thickness of each lobe, by the predicted template coordinates halfway in the cortex.
 
-    Vertices of the wall between the hemispheres, which has no cortex, belong to no lobe.
+    Vertices of the wall between the hemispheres, which has no cortex, belong to no lobe; areas are those of vertices.
     """
+    surface, thickness = _grow(scan, letter)[letter], _measure_thickness(scan, letter)
     names = list(dict.fromkeys(row["lobe"] for row in LOBES))
     numbers = np.array([names.index(row["lobe"]) for row in LOBES])
     tree = cKDTree([[float(row[axis]) for axis in "xyz"] for row in LOBES])

@@ -33,7 +33,7 @@ FAILED_FOLDER = ".failed"  # why scans failed, until they are done
 FINISHED = "finished.json"  # the marker: end of its name
 UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to their place
 WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
-LONGEST, WAITING = "transforms", ("surfaces", "view")  # outputs; the latter need what is begun ahead at once
+LONGEST = ("transforms", "view")  # outputs that begin before others: short ones at the end keep both threads busy
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
 DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
@@ -247,24 +247,21 @@ class ScanWriter:
         return [row for row in done if (self.output_dir / row["folder"] / f"{row['scan']}_{FINISHED}").is_file()]
 
 
-def _warn(result: ScanResult) -> None:
-    result.warnings.extend(collect_warnings(result))
-
-
 def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     """Write the files of all outputs: parts that are begun ahead first, those of :data:`SHOWN` last.
 
     What is found does not depend on which output ends first: each has warnings and a summary of its own, which are
     joined in the order of the outputs. Of several errors, that of the first output is raised.
     """
-    beside = {"": _warn, **{name: write for name, write in writers.items() if write not in SHOWN}}
+    beside: dict[str, Writer] = {"": lambda part: part.warnings.extend(collect_warnings(part))}
+    beside |= {name: write for name, write in writers.items() if write not in SHOWN}
     parts = {name: replace(result, summary={}, warnings=[]) for name in beside}
     threads = torch.get_num_threads()
     share = max(threads // WRITTEN_AT_ONCE, 1)  # of the processors: teams of threads in each other's way cost time
     pool = ThreadPoolExecutor(WRITTEN_AT_ONCE, "output", torch.set_num_threads, (share,))
     with threadpool_limits(1, "blas"), pool:  # its threads wait in a loop for the next product: a third of all CPU time
         ahead = [pool.submit(part, result) for write in writers.values() for part in AHEAD.get(write, ())]
-        order = sorted(beside, key=lambda name: (name in WAITING, name != LONGEST))
+        order = sorted(beside, key=lambda name: name not in LONGEST)
         jobs = {name: pool.submit(beside[name], parts[name]) for name in order}
         try:
             for job in [*(jobs[name] for name in beside), *ahead]:
@@ -277,9 +274,8 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
     for part in parts.values():
         result.summary.update(part.summary)
         result.warnings.extend(part.warnings)
-    for write in writers.values():
-        if write in SHOWN:
-            write(result)
+    for write in (write for write in writers.values() if write in SHOWN):
+        write(result)
 
 
 def _is_unchanged(scan: Scan, earlier: Mapping[str, Any]) -> bool:
