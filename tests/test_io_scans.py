@@ -138,6 +138,15 @@ def test_a_file_is_one_scan_and_must_look_like_one(tmp_path: Path) -> None:
     assert find_scans("") == []
 
 
+def test_a_pattern_lists_scans(tmp_path: Path) -> None:
+    touch(tmp_path, "[x]/s1/T1w.nii.gz", "[x]/s2/T1w.nii.gz", "[x]/s2/T1w.txt", "[x]/s2/FLAIR.nii")
+    found = find_scans(str(tmp_path / "[x]/*/T1w*"))
+    assert names_of(found) == ["s1_T1w", "s2_T1w"]
+    assert list(left_out(found)) == ["T1w.txt"]
+    with pytest.raises(FileNotFoundError, match=r"a pattern of scans \(.*\) is needed, found none"):
+        find_scans(str(tmp_path / "*/T2w*"))
+
+
 def test_a_table_lists_scans_and_a_bad_row_is_one_bad_scan(tmp_path: Path) -> None:
     touch(tmp_path, "s1/T1w.nii.gz", "s2/T1w.nii.gz", "s2/FLAIR.nii", "s2/lesions.nii")
     table = tmp_path / "scans.tsv"

@@ -228,21 +228,29 @@ def test_shards_do_their_share_and_the_summary_tells_of_all(repository: Path, we
     assert finished(output) == ["scan0", "scan1", "scan2"]
 
 
-def test_an_evaluator_whose_run_was_interrupted_can_run_again(repository: Path, weights: Path, tmp_path: Path) -> None:
-    write_scan(tmp_path / "one.nii.gz")
+def test_a_plain_run_of_the_evaluator_writes_the_files(repository: Path, weights: Path, tmp_path: Path) -> None:
+    """Other hosts of bundles call ``evaluator.run()`` and nothing else."""
+    for name in ("one", "two"):
+        write_scan(tmp_path / f"in/{name}.nii.gz")
     more: dict[str, Any] = {"network_def#backbone#features": FEATURES, "layout#tasks": list(LAYOUT.tasks)}
     workflow = ConfigWorkflow(
         workflow_type="inference",
         config_file=str(repository / "bundle/configs/inference.json"),
         logging_file=False,
         bundle_root=str(repository / "bundle"),
-        input=str(tmp_path / "one.nii.gz"),
+        input=str(tmp_path / "in"),
         output_dir=str(tmp_path / "out"),
-        weights=str(weights),
-        **more,
         outputs="segmentation",
+        weights=str(weights),
+        **{**more, "surface_levels_mm": [1, 2]},
     )
     workflow.initialize()
+    workflow.evaluator.run()
+    assert finished(tmp_path / "out") == ["one", "two"]
+    labels: Any = nib.load(tmp_path / "out/two/two_dseg.nii.gz")
+    assert labels.shape == nib.load(tmp_path / "in/two.nii.gz").shape  # type: ignore[attr-defined]
+    sidecar = json.loads((tmp_path / "out/two/two_dseg.json").read_text())
+    assert sidecar["GeneratedBy"]["surface_levels_mm"] == [1, 2]
 
     def interrupt(_: Engine) -> None:
         raise KeyboardInterrupt
@@ -253,7 +261,7 @@ def test_an_evaluator_whose_run_was_interrupted_can_run_again(repository: Path, 
         run_scans(
             workflow.evaluator, workflow.parser.get_parsed_content("writer"), [0], keep_notes=False, show_bar=False
         )
-    assert workflow.evaluator.data_loader is loader
+    assert workflow.evaluator.data_loader is loader  # an evaluator whose run was interrupted can run again
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,8 @@ def predict(
     """Segment and map a scan, or many; scans that are finished already are skipped.
 
     Args:
-        input: NIfTI, MGH or NRRD file, folder of a DICOM series, folder of scans, BIDS dataset, or TSV with
-             the column image (and perhaps name, frame, lesions).
+        input: NIfTI, MGH or NRRD file, folder of a DICOM series, folder of scans, pattern in quotes, BIDS dataset, or
+            TSV with the column image (and perhaps name, frame, lesions).
         output: folder for the results, one folder per scan, and summary.tsv.
         analysis_level: participant, the one level of this BIDS app.
         bundle: folder of the bundle.

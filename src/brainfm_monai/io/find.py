@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from glob import has_magic
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,17 @@ def find_scans(
 
     Args:
         source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in
-            it; a BIDS dataset (a folder with dataset_description.json or sub-* folders), of which the anatomical images
-            are taken; or a TSV with the column ``image`` and perhaps ``name``, ``frame`` and ``lesions`` (a mask), its
-            paths relative to it. An empty string lists nothing.
+            it; a pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset (a folder with dataset_description.json or
+            sub-* folders), of which the anatomical images are taken; or a TSV with the column ``image`` and perhaps
+            ``name``, ``frame`` and ``lesions`` (a mask), its paths relative to it. An empty string lists nothing.
         output_dir: where results are written; it may lie inside ``source`` but not be the same.
         participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
     """
     if not str(source):
         return []
     path, output = Path(source), os.path.realpath(output_dir) if output_dir else None
+    if has_magic(str(source)) and not os.path.lexists(path):
+        return _name(_match(path, output), f"{source}: a pattern of scans")
     rule = f"{path}: a scan or a folder of scans is needed"
     refuse_if(not os.path.lexists(path), rule, "no such file or folder", FileNotFoundError)
     if not path.is_dir():
@@ -64,10 +68,16 @@ def find_scans(
         return _from_bids(path, output, participant_label)
     rule = f"{source}: 'participant_label' needs a BIDS dataset"
     refuse_if(participant_label is not None, rule, "a folder without sub-* folders")
-    listed = list(_walk(path, output, {}))
+    return _name(_walk(path, output, {}), f"{source}: a folder of scans", path)
+
+
+def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[Scan]:
+    """Scans with names; a list without scans is refused with the rule."""
+    listed = list(found)
     scans = [entry for entry in listed if not entry[2]]
-    refuse_if(not scans, f"{source}: a folder of scans ({KINDS}) is needed", "none in it", FileNotFoundError)
-    names = unique_names(p.relative_to(path) if p != path else Path(p.resolve().name) for p, *_ in scans)
+    refuse_if(not scans, f"{rule} ({KINDS}) is needed", "none in it" if root else "none", FileNotFoundError)
+    common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
+    names = unique_names(Path(os.path.relpath(p, common)) if p != root else Path(p.resolve().name) for p, *_ in scans)
     named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
     return [*_split_series(named), *(_skip(path, reason) for path, _, reason in listed if reason)]
 
@@ -101,6 +111,18 @@ def _find_spread(path: str, held: Mapping[str, frozenset[str]]) -> str:
 
 def _skip(path: Path, reason: str) -> Scan:
     return Scan(unique_names([Path(path.name)])[0], str(path), skipped=reason)
+
+
+def _match(pattern: Path, output: str | None) -> Iterator[Found]:
+    """What a pattern fits; folders at its beginning that exist are no pattern, whatever characters they have."""
+    base = next(folder for folder in pattern.parents if folder.is_dir())
+    for path in sorted(base.glob(str(pattern.relative_to(base)))):
+        if output is not None and Path(output) in (real := Path(os.path.realpath(path)), *real.parents):
+            yield path, "", "lies in the folder of the results"
+        elif path.is_dir():
+            yield path, "", "" if is_dicom(path) else "a folder without a DICOM series"
+        elif not path.name.startswith("."):
+            yield path, *_judge(path)
 
 
 def _walk(folder: Path, output: str | None, searched: dict[str, Path]) -> Iterator[Found]:

@@ -11,14 +11,14 @@ from brainfm_monai.io import fingerprint, refuse_if
 from brainfm_monai.outputs import cortex, maps, quality, template
 from brainfm_monai.outputs.atlas import load_atlas, write_atlas
 from brainfm_monai.outputs.result import Writer
-from brainfm_monai.prediction.loop import ScanDataset, ScanLoader, local_device, predict_scans, share_of
+from brainfm_monai.prediction.loop import ScanDataset, ScanLoader, WriteScans, local_device, predict_scans, share_of
 from brainfm_monai.prediction.single import Prediction, predict
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 __all__ = [
-    "OUTPUTS", "Prediction", "ScanDataset", "ScanLoader", "local_device", "predict", "predict_scans", "select_outputs",
-    "share_of",
+    "OUTPUTS", "Prediction", "ScanDataset", "ScanLoader", "WriteScans", "local_device", "predict", "predict_scans",
+    "select_outputs", "share_of",
 ]  # fmt: skip
 
 # In the order of their warnings and of the summary's columns; ``Task.outputs`` says which tasks an output needs.

@@ -48,14 +48,16 @@ class ScanDataset(Dataset):
 
 
 class ScanLoader(Iterable[dict[str, Any]]):
-    """Batches of one scan each, in order; a thread reads one scan ahead."""
+    """Batches of one scan each, in order; a thread reads one scan ahead. ``current`` numbers the last batch's scan."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+        self.dataset, self.current = dataset, -1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the batches of all scans."""
-        return (wait() for _, wait in self.read_ahead(range(len(self.dataset))))
+        for number, wait in self.read_ahead(range(len(self.dataset))):
+            self.current = number
+            yield wait()
 
     def read_ahead(self, numbers: Sequence[int]) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
         """Yield the number of each scan, and a function that waits for its batch; meanwhile the next scan is read."""
@@ -194,6 +196,24 @@ def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | Non
             with suppress(OSError):  # a full disk takes no notes
                 notes.note_failure(scan, message)
         bar.update()
+
+
+class WriteScans:
+    """Handler that writes every scan's files when a host runs the evaluator itself, without :func:`predict_scans`."""
+
+    def __init__(self, writer: ScanWriter) -> None:
+        self.writer = writer
+
+    def attach(self, engine: Engine) -> None:
+        """Write after every scan of the config's own data loader."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the files of the scan that was computed last."""
+        loader = getattr(engine, "data_loader", None)
+        if isinstance(loader, ScanLoader):  # :func:`run_scans` puts a batch in its place, and writes itself
+            folder = self.writer.write(maps_of(engine), loader.dataset.data[loader.current])
+            logger.info("results are in %s", folder)
 
 
 def maps_of(engine: Engine) -> dict[str, Any]:

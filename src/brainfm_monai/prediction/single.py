@@ -69,7 +69,8 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Pred
     arguments = bundle_arguments(bundle, ["inference.json"])
     with TemporaryDirectory() as folder:
         path = _as_file(image, Path(folder))
-        arguments |= {"logging_file": False, "scans": [{"image": literal(str(path)), "name": "scan"}], **overrides}
+        arguments |= {"logging_file": False, "handlers": []}  # the handler of the config writes files
+        arguments |= {"scans": [{"image": literal(str(path)), "name": "scan"}], **overrides}
         workflow = ConfigWorkflow(workflow_type="inference", **arguments)
         try:
             workflow.initialize()
