@@ -324,6 +324,32 @@ def test_participant_labels_are_several_words_as_bids_apps_have_them(
         assert bundle_runs[-1]["participant_label"] == ["01", "02"]
 
 
+def test_lists_may_be_longer_than_the_name_of_a_file_and_empty(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
+) -> None:
+    words, bundle = [f"{number:03}" for number in range(100)], ["--bundle", str(repository / "bundle")]
+    call(monkeypatch, "predict", "bids", "out", *bundle, "--participant-label", ",".join(words), "--outputs", "[]")
+    assert bundle_runs[0]["participant_label"] == words
+    assert bundle_runs[0]["outputs"] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--mirror=no", "--mirror: True or False is needed, found 'no'"),
+        ("--overwrite=no", "--overwrite: True or False is needed, found 'no'"),
+        ("--bundle", "--bundle: a value is needed, found none"),
+        ("--weights", "--weights: a value is needed, found none"),
+    ],
+)
+def test_a_switch_is_true_or_false_and_other_flags_have_a_value(
+    monkeypatch: pytest.MonkeyPatch, bundle_runs: list[dict[str, Any]], word: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=rf"^brainfm-monai: {message}$"):
+        call(monkeypatch, "predict", "in", "out", word)
+    assert not bundle_runs
+
+
 def test_switches_need_no_value_and_take_no_path(
     monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
 ) -> None:

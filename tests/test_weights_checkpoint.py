@@ -203,6 +203,22 @@ def test_damage_inside_a_whole_archive_is_told(tmp_path: Path) -> None:
             read_checkpoint(write(changes))
 
 
+def test_a_short_or_packed_record_does_not_go_on_into_the_next(tmp_path: Path) -> None:
+    x = torch.arange(1000.0)
+    torch.save({"a": x, "part": x[2:5], "none": torch.empty(0), "b": torch.arange(5000)}, tmp_path / "good.pth")
+    assert torch.equal(read_checkpoint(tmp_path / "good.pth")["a"], x)
+    for kept, packing in ((400, zipfile.ZIP_STORED), (4000, zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(tmp_path / "bad.pth", "w") as bad:
+            for name in good.namelist():
+                is_first = name.endswith("/data/0")
+                content = good.read(name)[: kept if is_first else None]
+                bad.writestr(name, content, packing if is_first else zipfile.ZIP_STORED)
+        with pytest.raises(
+            ValueError, match=r"bad\.pth: a whole torch checkpoint.* bytes of unpacked tensors are needed"
+        ):
+            read_checkpoint(tmp_path / "bad.pth")
+
+
 def test_other_archives_are_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pth")
     with tarfile.open(tmp_path / "old.pth", "w") as archive:

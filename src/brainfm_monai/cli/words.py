@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from os.path import exists  # unlike a Path, words longer than the name of a file do not raise
 from typing import Any
 
 from fire.parser import DefaultParseValue
 
-from brainfm_monai.io import literal
+from brainfm_monai.io import literal, refuse_if
 
 SWITCHES = ("True", "False", "true", "false", "1", "0")
 SPELLINGS = {"true": "True", "false": "False"}
@@ -65,7 +65,7 @@ def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, l
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        is_switch = kinds.get(name) == "bool" or (name not in kinds and name in SWITCH_KEYS)
+        is_switch = _is_switch(name, kinds)
         flags[name] = [value] if equals else []
         most = 0 if equals else len(left) if _is_list(name, kinds) else 1
         while left and most and not left[0].startswith("--") and (not is_switch or left[0] in SWITCHES):
@@ -76,19 +76,25 @@ def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, l
 
 def _read(name: str, values: list[str], kinds: Mapping[str, str]) -> Any:
     """The value of a parameter, or of an override, whose strings the config parser may evaluate."""
+    is_text = name in TEXT_KEYS or name.endswith(TEXT_ENDINGS)
+    needs_value = kinds[name] != "bool" if name in kinds else is_text
+    refuse_if(not values and needs_value, f"--{name}: a value is needed", "none")
     if not values:
         return True
     if _is_list(name, kinds):
         parts = [part for value in values for part in _split(value)]
-        return parts if len(parts) > 1 else parts[0]
+        return parts[0] if len(parts) == 1 else parts
     (value,) = values
+    is_wrong = _is_switch(name, kinds) and value not in SWITCHES and value[:1] not in ("$", "@")
+    refuse_if(is_wrong, f"--{name}: True or False is needed", f"'{value}'")
     if name in kinds:
         is_text = any(kind in kinds[name] for kind in ("str", "Path")) and "Sequence" not in kinds[name]
         return value if is_text and not (value == "None" and "None" in kinds[name]) else _parse(value)
     if name == "args_file":  # MONAI reads it before there is a parser
         return value
-    if name in TEXT_KEYS or name.endswith(TEXT_ENDINGS):
-        return value if value.startswith(("$", "@")) and not Path(value).exists() else literal(value)
+    if is_text:
+        is_expression = value.startswith(("$", "@")) and not exists(value)  # noqa: PTH110
+        return value if is_expression else literal(value)
     return _parse(value)
 
 
@@ -99,13 +105,17 @@ def _parse(value: str) -> Any:
     return value if (isinstance(parsed, str) and "#" in value) or (is_number and "_" in value) else parsed
 
 
+def _is_switch(name: str, kinds: Mapping[str, str]) -> bool:
+    return kinds.get(name) == "bool" or (name not in kinds and name in SWITCH_KEYS)
+
+
 def _is_list(name: str, kinds: Mapping[str, str]) -> bool:
     return "Sequence[str" in kinds.get(name, "")
 
 
 def _split(value: str) -> list[str]:
     """Parts of a word that holds several, as in ``01,02`` and ``['01', '02']``; a path with commas is one."""
-    if Path(value).exists() or not value.strip(", "):
+    if exists(value) or not value.strip(", "):  # noqa: PTH110
         return [value]
     inner = value[1:-1] if value[0] + value[-1] in ("[]", "()") else value
     return [part.strip(" '\"") for part in inner.split(",") if part.strip()]

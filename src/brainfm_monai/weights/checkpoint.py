@@ -1,5 +1,6 @@
 """Checkpoints by torch's own unpickler for weights, which gets an inert class for every other name of the file."""
 
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,19 @@ def read_checkpoint(path: str | Path) -> Any:
         for name in names:
             if name.split(".")[0] in NEVER_NAMED:
                 raise _Refused(name)
+        with zipfile.ZipFile(path) as archive:
+            held = sum(record.compress_size for record in archive.infolist() if "/data/" in record.filename)
+        sizes: list[int] = []
+
+        def measure(storage: Any, _: str) -> Any:
+            sizes.append(storage.nbytes())
+            return storage
+
         with safe_globals([(type(name, (_Inert,), {}), name) for name in names]):
-            return torch.load(path, "cpu", weights_only=True, mmap=True)
+            content = torch.load(path, measure, weights_only=True, mmap=True)
+        # a mapped storage goes on into the next record where its own is shorter, or packed
+        refuse_if(sum(sizes) != held, f"{sum(sizes)} bytes of unpacked tensors are needed", held)
+        return content
     except _Refused as refused:
         rule = f"{path}: a checkpoint of tensors, numbers and text is needed"
         raise ValueError(f"{rule}; this one asks for '{refused}', and was not loaded") from None
