@@ -70,7 +70,7 @@ def test_the_networks_shape_is_the_one_stated(repository: Path, tmp_path: Path, 
     metadata["network_data_format"]["outputs"]["pred"]["num_channels"] -= 1
     wrong = tmp_path / "metadata.json"
     wrong.write_text(json.dumps(metadata))
-    with pytest.raises(ValueError, match="output channel number `56` doesn't match: `55`"):
+    with pytest.raises(ValueError, match="output channel number `57` doesn't match: `56`"):
         verify_net_in_out("network_def", str(wrong), config, device="cpu")
 
 
@@ -117,6 +117,7 @@ def test_an_annotator_gets_the_fast_settings_and_a_run_the_accurate_ones(parser:
         "T2w",
         "FLAIR",
         "CT",
+        "lesion",
         "boundaries",
     }
     parser["displayable_configs"].update(

@@ -15,7 +15,6 @@ from monai.bundle import ConfigWorkflow
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import find_config
-from brainfm_monai.weights import load_weights
 
 SIZE = (32, 32, 32)
 TINY: dict[str, Any] = {
@@ -234,27 +233,22 @@ def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: P
     assert not state["head.weight"][:shared, :8].any()
 
 
-def test_the_detail_head_alone_is_trained_on_given_weights(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
+def test_the_lesion_head_alone_is_trained_on_given_weights(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
     first = make_workflow(repository, dataset_dir, tmp_path / "first")
     first.initialize()
     first.run()
     weights = str(tmp_path / "first" / "model.pt")
     given = torch.load(weights, weights_only=True)
-    overrides: dict[str, Any] = {"weights": weights, "spatial_size": [32, 32, 32], "max_epochs": 1}
-    names = ("train.json", "detail.json")
+    names, overrides = ("train.json", "finetune.json", "lesion.json"), {"weights": weights, "max_epochs": 1}
     second = make_workflow(repository, dataset_dir, tmp_path / "second", names, **overrides)
     second.initialize()
     assert second.check_properties() == []
+    untrained = second.parser.get_parsed_content("network").context.last.weight.detach().clone()
     second.run()
     trained = torch.load(tmp_path / "second" / "model.pt", weights_only=True)
     assert all(torch.equal(trained[key], given[key]) for key in given)
-    assert {key.split(".")[0] for key in set(trained) - set(given)} == {"detail"}
-    assert trained["detail.factor.weight"].any()  # which a new head has at 0
-    network = make_workflow(
-        repository, dataset_dir, tmp_path, **{"network_def#detail": ["distance", "T1w", "T2w", "FLAIR", "CT"]}
-    )
-    network.initialize()
-    load_weights(network.parser.get_parsed_content("network_def"), tmp_path / "second" / "model.pt")
+    assert {key.split(".")[0] for key in set(trained) - set(given)} == {"context"}
+    assert not torch.equal(trained["context.last.weight"], untrained)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -339,6 +333,6 @@ def test_the_default_network_is_that_of_the_shipped_weights(repository: Path, tm
         )
     weights = torch.load(repository / "bundle" / "models" / "model.pt", weights_only=True)
     state = network.state_dict()
-    assert set(state) == set(weights)
-    assert all(torch.equal(state[name], value.float()) for name, value in weights.items())
+    assert {name for name in weights if not name.startswith("context.")} == set(state)  # which inference adds
+    assert all(torch.equal(value, weights[name].float()) for name, value in state.items())
     assert network.stride == 2  # it takes scans of 1 mm, as at inference

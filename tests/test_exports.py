@@ -31,10 +31,7 @@ BACKBONES = {
 
 def network(name: str) -> MultiTaskNet:
     torch.manual_seed(0)
-    net = MultiTaskNet(*BACKBONES[name][:1], LAYOUT, BACKBONES[name][1], detail=["distance"]).eval()
-    if net.detail is not None:
-        nn.init.normal_(net.detail.values.weight)
-        nn.init.normal_(net.detail.factor.weight)
+    net = MultiTaskNet(*BACKBONES[name][:1], LAYOUT, BACKBONES[name][1], context=["mni"]).eval()
     for module in net.modules():
         if isinstance(
             module, nn.GroupNorm

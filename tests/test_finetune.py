@@ -256,11 +256,12 @@ def test_a_wrong_file_ends_the_training_before_it_begins(repository: Path, datas
 
 
 def test_lesions_are_painted_and_learnt(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:
-    large = {"synthesis#lesion_coverage": [0.2, 0.2], "synthesis#translation_mm": [0, 0]}
-    workflow = make_workflow(repository, dataset_dir, tmp_path, ["lesion.json"], **large)
-    layout = workflow.parser.get_parsed_content("layout")
+    save(tmp_path / "old.pt")
+    large = {"synthesis#lesion_coverage": [0.2, 0.2], "synthesis#translation_mm": [0, 0], "synthesis#lesion_prob": 0.5}
+    overrides: dict[str, Any] = {"weights": str(tmp_path / "old.pt"), "weights_layout": OLD, **large}
+    workflow = make_workflow(repository, dataset_dir, tmp_path, ["finetune.json", "lesion.json"], **overrides)
     network = workflow.parser.get_parsed_content("network")
-    before = network.head.weight.detach()[layout.slices["lesion"]].clone()
+    before = network.context.last.weight.detach().clone()
     batch = next(iter(workflow.parser.get_parsed_content("train#dataloader")))
     subject = {key: torch.as_tensor(batch[key]) for key in ("generation_labels", "segmentation", "mni")}
     synthesizer = workflow.parser.get_parsed_content("synthesizer")
@@ -272,7 +273,7 @@ def test_lesions_are_painted_and_learnt(repository: Path, dataset_dir: Path, tmp
     loss = workflow.parser.get_parsed_content("loss")
     assert float(loss.components["lesion"]) > 0
     assert loss.weights["lesion"] == 1
-    assert not torch.equal(before, network.head.weight.detach()[layout.slices["lesion"]])
+    assert not torch.equal(before, network.context.last.weight.detach())
 
 
 def test_all_the_optional_terms_train_together(repository: Path, dataset_dir: Path, tmp_path: Path) -> None:

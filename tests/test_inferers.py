@@ -77,27 +77,22 @@ def test_only_wrong_values_and_missing_files_end_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_the_detail_head_sees_the_maps_of_all_passes_and_the_scan(mirror: bool) -> None:
-    layout = TaskLayout(["segmentation", "distance", "CT"])
+def test_the_context_head_sees_the_whole_volume_in_each_pass(mirror: bool) -> None:
+    layout = TaskLayout(["segmentation", "distance", "CT", "lesion"])
     torch.manual_seed(0)
-    net = MultiTaskNet(UNet(1, (8, 16)), layout, 2, detail=["distance", "CT"]).eval()
-    assert net.detail is not None
+    net = MultiTaskNet(UNet(1, (8, 16)), layout, 2, context=["lesion"]).eval()
+    assert net.context is not None
+    nn.init.normal_(net.context.last.weight)
     image = picture(24, 28, 32)  # more planes than are decoded at a time
-    plain = run(net, image, layout=layout, mirror=mirror)
-    nn.init.normal_(net.detail.values.weight, std=0.5)
-    nn.init.normal_(net.detail.factor.weight)
-    changed = run(net, image, layout=layout, mirror=mirror)
     with torch.no_grad():
-        coarse = net.head(net.encode(image))
+        expected = net(image)
         if mirror:
-            coarse = (coarse + layout.mirror(net.head(net.encode(image.flip(2))))) / 2
-        detail = net.detail(coarse[:, net.detail.channels], image)
-    expected = plain.index_add(1, torch.tensor(net.detail.channels), detail)
-    assert float((expected - plain).abs().max()) > 0.1
-    torch.testing.assert_close(changed, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(run(net, image, layout=layout, mirror=mirror, detail=False), plain)
+            expected = (expected + layout.mirror(net(image.flip(2)))) / 2
+    maps = run(net, image, layout=layout, mirror=mirror)
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-5)
+    assert float(maps[:, layout.slices["lesion"]].std()) > 0.1
     labels = run(net, image, "low", layout=layout, mirror=mirror)
-    torch.testing.assert_close(labels[:, 1:], changed[:, -5:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(labels[:, 1:], maps[:, -6:], atol=1e-5, rtol=1e-5)
 
 
 def test_another_network_is_run_as_it_is_on_the_head_alone() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from brainfm_monai.networks import (
     AdditiveUNet,
-    DetailHead,
+    ContextHead,
     FeatureMap,
     MultiTaskNet,
     ResidualUNet,
@@ -23,6 +23,7 @@ from brainfm_monai.networks import (
     planes,
     trainable_parameters,
 )
+from brainfm_monai.networks.context import PRIOR
 from brainfm_monai.networks.residual import SampleNorm
 from brainfm_monai.tasks import TaskLayout
 
@@ -68,61 +69,32 @@ def test_one_tensor_with_the_channels_of_the_layout() -> None:
     torch.testing.assert_close(net.decode(net.encode(image), image), output)
 
 
-def make_detailed(stride: int = 2) -> MultiTaskNet:
-    layout = TaskLayout(["segmentation", "distance", "mni", "CT"])
-    return MultiTaskNet(UNet(features=(8, 16)), layout, stride, detail=["CT", "distance", "FLAIR"]).eval()
-
-
-def test_a_new_detail_head_changes_no_map_and_a_trained_one_those_of_its_tasks() -> None:
+def test_a_context_head_makes_the_maps_of_its_tasks_and_no_other() -> None:
     torch.manual_seed(0)
-    net, image = make_detailed(), torch.rand(1, 1, 8, 12, 16)
-    assert net.detail is not None
-    coarse = net.upsample(net.head(net.encode(image)), [8, 12, 16])
-    assert torch.equal(net(image), coarse)
-    nn.init.normal_(net.detail.values.weight)
-    changed = (net(image) != coarse).flatten(2).any(2)[0]
-    names = [name for name, moved in zip(net.layout.channel_names, changed.tolist(), strict=True) if moved]
-    assert names == ["lp", "lw", "rp", "rw", "CT"]
+    layout, image = TaskLayout(["segmentation", "distance", "CT", "lesion"]), torch.rand(1, 1, 8, 12, 16)
+    net = MultiTaskNet(UNet(features=(8, 16)), layout, stride=2, context=["lesion"]).eval()
+    before = net(image).detach()
+    assert float(before[:, layout.slices["lesion"]].mean()) == pytest.approx(PRIOR, abs=0.5)
+    assert net.context is not None
+    nn.init.normal_(net.context.last.weight)
+    changed = (net(image) != before).flatten(2).any(2)[0]
+    names = [name for name, moved in zip(layout.channel_names, changed.tolist(), strict=True) if moved]
+    assert names == ["lesion"]
+    assert MultiTaskNet(UNet(features=(8, 16)), LAYOUT, context=["lesion"]).context is None
+    with pytest.raises(ValueError, match=r"'context' must name the last tasks of \['segmentation', .*\], got \['CT'\]"):
+        MultiTaskNet(UNet(features=(8, 16)), layout, context=["CT"])
 
 
-def test_a_detail_head_without_a_finer_grid_or_without_a_task_of_the_layout_is_none() -> None:
-    assert make_detailed(stride=1).detail is None
-    assert MultiTaskNet(UNet(features=(8, 16)), LAYOUT, 2, detail=["CT"]).detail is None
-    with pytest.raises(ValueError, match=r"DetailHead: 'tasks' must be names out of .*, got \['CT'\]"):
-        DetailHead(LAYOUT, ["CT"])
-
-
-def test_the_learnt_detail_of_a_voxel_stands_at_that_voxel_and_keeps_the_mean_of_an_image() -> None:
-    head = DetailHead(TaskLayout(["distance", "CT"]), ["distance", "CT"], stride=2, features=8)
-    with torch.no_grad():  # the eight voxels within a coarse voxel pass as eight channels; the coarse maps do not
-        for p in [*head.see.parameters(), *head.convs.parameters()]:
-            p.zero_()
-        head.see.weight[:8, 0] = torch.eye(8).reshape(8, 2, 2, 2)
-        for conv, first in zip(
-            cast(Any, head.convs), (10, 0, 0), strict=True
-        ):  # behind five maps and five correlations
-            conv.weight[torch.arange(8), torch.arange(first, first + 8), 1, 1, 1] = 1
-        head.values.weight[:, [1, 4]] = torch.eye(8).reshape(8, 1, 2, 2, 2) / head.unit
-    image, maps = torch.rand(1, 1, 7, 8, 11), torch.rand(1, 5, 3, 4, 5)  # the coarse grid lacks the last planes
-    whole = image[:, :, :6, :, :10]
-    expected = torch.zeros(1, 5, 7, 8, 11)
-    expected[:, 1, :6, :, :10] = whole[:, 0]
-    expected[:, 4, :6, :, :10] = (whole - nnf.interpolate(nnf.avg_pool3d(whole, 2), scale_factor=2))[:, 0]
-    torch.testing.assert_close(head(maps, image).detach(), expected)
-
-
-def test_the_guided_detail_of_a_map_that_follows_the_scan_is_the_scan() -> None:
-    head = DetailHead(TaskLayout(["T1w"]), ["T1w"], stride=2, features=4)
+def test_a_context_head_sees_seven_voxels_to_each_side() -> None:
+    torch.manual_seed(0)
+    head = ContextHead(3, TaskLayout(["lesion"]), ["lesion"], width=4)
+    features, image = torch.rand(1, 3, 24, 24, 24), torch.rand(1, 1, 24, 24, 24)
+    changed = image.clone()
+    changed[0, 0, 12, 9, 14] += 10
     with torch.no_grad():
-        nn.init.ones_(cast(Tensor, head.factor.bias))
-    image = nnf.interpolate(torch.rand(1, 1, 4, 5, 6), size=(16, 20, 24), mode="trilinear") ** 2
-    coarse = nnf.avg_pool3d(image, 2)
-    maps = 0.8 - 0.5 * coarse  # another contrast
-    plain = nnf.interpolate(maps, scale_factor=2, mode="trilinear")
-    with torch.no_grad():
-        fine = plain + head(maps, image)
-    error, plain_error = (float((values - (0.8 - 0.5 * image)).abs().mean()) for values in (fine, plain))
-    assert error < 0.05 * plain_error
+        moved = (head(features, image) != head(features, changed))[0, 0].nonzero()
+    assert moved.min(0).values.tolist() == [5, 2, 7]
+    assert moved.max(0).values.tolist() == [19, 16, 21]
 
 
 def test_stride_sees_block_means_and_the_trained_output_between_them() -> None:

@@ -108,6 +108,36 @@ def test_other_maps_are_the_mean_of_both_looks_without_a_seam() -> None:
     assert (labels[:2] == 0).all()
 
 
+class OfImage(nn.Module):
+    """A context head whose only map is the image."""
+
+    def forward(self, features: Tensor, image: Tensor) -> Tensor:
+        assert features.shape[2:] == image.shape[2:]
+        return image.float()
+
+
+@torch.no_grad()
+def test_the_context_head_sees_the_box_of_the_second_look_and_nothing_around_it() -> None:
+    layout = TaskLayout([*LAYOUT.tasks, "lesion"])
+    outside, lesion = layout.outside_values[-1], LAYOUT.channels
+    network, image = make(Guess()), head()
+    network.context = OfImage()  # type: ignore[assignment]
+    options: dict[str, Any] = {
+        "mirror": False,
+        "precision": "float32",
+        "memory": "full",
+        "threshold": -1,
+        "multiple": 1,
+    }
+    output = TwoStageInferer(layout, size_mm=(24, 32, 28), **options)(image, network)
+    expected = torch.full((40, 48, 64), outside)
+    expected[16:40, 3:35, 36:64] = image[0, 0, 16:40, 3:35, 36:64].float()
+    torch.testing.assert_close(output[0, lesion], expected)
+    network.backbone.seen.clear()  # type: ignore[operator, union-attr]
+    output = TwoStageInferer(layout, size_mm=(24, 32, 28), context=False, **options)(image, network)
+    assert (output[0, lesion] == outside).all()
+
+
 class Bent(Guess):
     """Coordinates with a bend that no affine map has, and noise."""
 

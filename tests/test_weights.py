@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool3d, interpolate
 
-from brainfm_monai.networks import AdditiveUNet, MultiTaskNet, TwoScaleUNet
+from brainfm_monai.networks import AdditiveUNet, MultiTaskNet, TwoScaleUNet, UNet
 from brainfm_monai.tasks import TaskLayout
-from brainfm_monai.weights import load_pretrained, load_weights, read_state_dict
+from brainfm_monai.weights import find_tasks, load_pretrained, load_weights, read_state_dict
 
 
 def network(channels: int = 3) -> nn.Module:
@@ -112,3 +112,18 @@ def test_a_two_scale_network_begins_with_the_output_of_the_coarse_one(tmp_path: 
     with pytest.raises(FileNotFoundError, match=r"absent\.pt: a file of weights is needed, found no such file"):
         load_pretrained(fine, tmp_path / "absent.pt")
     assert all(torch.equal(before[name], tensor) for name, tensor in fine.state_dict().items())
+
+
+def test_lesions_are_predicted_where_the_weights_have_a_head_for_them(tmp_path: Path) -> None:
+    names = ["segmentation", "CT", "lesion"]
+    networks = {
+        "plain.pt": MultiTaskNet(UNet(features=(8, 16)), TaskLayout(names[:2])),
+        "lesions.pt": MultiTaskNet(UNet(features=(8, 16)), TaskLayout(names), context=["lesion"]),
+    }
+    for name, network in networks.items():
+        torch.save(network.state_dict(), tmp_path / name)
+    assert find_tasks(tmp_path / "plain.pt", names, ["lesion"]) == ["segmentation", "CT"]
+    assert find_tasks(tmp_path / "lesions.pt", names, ["lesion"]) == names
+    (tmp_path / "broken.pt").write_text("no weights")
+    for name in ("absent.pt", "broken.pt"):  # which loading reports
+        assert find_tasks(tmp_path / name, names, ["lesion"]) == names

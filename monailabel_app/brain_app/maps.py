@@ -29,7 +29,7 @@ MAPS = {
     "bias_corrected": ("log_bias_field", "bias_field", "desc-biascorrected_image"),
     "bias_field": ("log_bias_field", "bias_field", "biasfield"),
     "distance": ("distance", "distance", "distance"),
-    "lesion": ("lesion", "lesions", "lesion"),
+    "lesion": ("lesion", "lesion", "label-lesion_probseg"),
 }
 SETTINGS = ("mode", "mirror", "second_look", "memory")  # of inference.json, that clients may choose
 NAME = "scan"

@@ -42,11 +42,10 @@ def check_shards(data: Sized, processes: int) -> None:
 
 def prepare_for_training(
     network: MultiTaskNet, device: str | torch.device, precision: str | None = None,
-    activation_checkpointing: bool = False, compile: bool = False, stride: int = 1,
+    activation_checkpointing: bool = False, compile: bool = False,
 ) -> MultiTaskNet:  # fmt: skip
-    """A copy of a network on a device, for scans in the voxels of its backbone, or, with a stride, in smaller ones.
+    """A copy of a network on a device, for scans in the voxels of its backbone.
 
-    With stride 1 the :class:`~brainfm_monai.networks.DetailHead` is not used; with a larger one it alone is trained.
     The channels of a voxel lie side by side in memory, but for bfloat16 on a CPU: a step takes 6 % less time in float32
     and 18 % more in bfloat16 (TwoScaleUNet on AVX512). See also :func:`~brainfm_monai.networks.checkpoint_activations`.
     """
@@ -54,10 +53,7 @@ def prepare_for_training(
     trained = copy.deepcopy(network).to(device)
     if device.type != "cpu" or parse_precision(precision, device) != torch.bfloat16:
         trained = trained.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    trained.stride = stride
-    if trained.detail is not None:
-        for part in (trained.backbone, trained.head) if stride > 1 else (trained.detail,):
-            part.requires_grad_(False)
+    trained.stride = 1
     if activation_checkpointing:
         checkpoint_activations(trained)
     if compile:

@@ -108,7 +108,6 @@ class BestWeights:
 
     network: nn.Module  # whose state dict is written, plain
     path: str | Path  # of the file
-    base: str | Path | None = None  # file of weights, whose tensors are written where the network does not train them
     best_metric: float = field(default=0.0, init=False)
     best_epoch: int = field(default=-1, init=False)  # no epoch yet, in MONAI's words
 
@@ -128,13 +127,8 @@ class BestWeights:
             return
         self.best_metric, self.best_epoch = float(engine.state.best_metric), int(engine.state.epoch)
         if idist.get_rank() == 0:
-            state = self.network.state_dict()
-            if self.base:
-                trained = {name for name, p in self.network.named_parameters() if p.requires_grad}
-                given = torch.load(self.base, map_location="cpu", weights_only=True)
-                state = {**given, **{name: value for name, value in state.items() if name in trained}}
             with write_whole(self.path) as partial:
-                torch.save(state, partial)
+                torch.save(self.network.state_dict(), partial)
 
     def state_dict(self) -> dict[str, float | int]:
         """The best metric and its epoch."""

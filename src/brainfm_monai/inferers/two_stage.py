@@ -27,6 +27,9 @@ SEARCH_PLANES = 16  # of the backbone's grid, in which the brain is looked for a
 PLANES = 4  # of the backbone's grid, decoded at a time: 56 channels of 4 planes of 2 mm are interpolated to 0.1 GB
 MIRROR_AXIS = 2  # left-right in RAS+ order
 
+WHOLE = (slice(None), slice(None))  # all samples and channels
+
+Box = tuple[slice, ...]
 Maps = Iterator[tuple[slice, Tensor]]  # planes of the output, and the maps there
 Planes = Callable[[int, int], Tensor]  # returns the maps of the planes from a to b of the backbone's grid
 
@@ -56,7 +59,7 @@ class TwoStageInferer(Inferer):
         size_mm: size of the second stage's box; the box is padded with zeros where the image is smaller. Voxels are 1
             mm.
         sigma_mm: standard deviation of the Gaussian that smooths the coordinates.
-        detail: apply the network's :class:`~brainfm_monai.networks.DetailHead`, if it has one.
+        context: apply the network's :class:`~brainfm_monai.networks.ContextHead`, if it has one.
 
     Raises:
         ValueError: if there is no such memory mode or precision.
@@ -66,7 +69,7 @@ class TwoStageInferer(Inferer):
         self, layout: TaskLayout, mirror: bool = True, second_look: bool = True, memory: str = "auto",
         precision: str | None = None, labels: Sequence[int] | None = None, threshold: float = HEAD, margin: int = 4,
         multiple: int = 32, size_mm: Sequence[float] = TRAINING_SIZE_MM, sigma_mm: float = 8.0,
-        detail: bool = True,
+        context: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.memory = ALIASES.get(memory, memory)
@@ -78,7 +81,7 @@ class TwoStageInferer(Inferer):
         every = range(layout.tasks["segmentation"].channels if "segmentation" in layout.tasks else 0)
         self.excluded = [] if labels is None else sorted(set(every) - set(labels))
         self.threshold, self.margin, self.multiple = threshold, margin, multiple
-        self.size_mm, self.sigma_mm, self.detail = tuple(size_mm), sigma_mm, detail
+        self.size_mm, self.sigma_mm, self.context = tuple(size_mm), sigma_mm, context
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map images (B, 1, H, W, D) in RAS+ order, voxels of 1 mm, values in [0, 1], to (B, layout.channels, H, W, D).
@@ -125,7 +128,7 @@ class TwoStageInferer(Inferer):
         if isinstance(network, MultiTaskNet):
             encode = self._make_encoder(network.backbone, memory, ROI_SIZE // network.stride)
             read = self._average(network.pool(image), network, encode)
-            yield from self._decode(read, network, image, memory == "low")
+            yield from self._decode(read, network, image.shape[2:], memory == "low")
             return
         name = type(network).__name__
         if self.second_look:
@@ -176,38 +179,49 @@ class TwoStageInferer(Inferer):
 
     def _encode(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
         """Both stages of an image on the backbone's grid (1, 1, h, w, d): decodes planes (1, channels, b - a, w, d)."""
-        features, voxel_mm = encode(image), float(network.stride)
-        coordinates: Tensor | None = None
+        features, coordinates, box = self._look_twice(encode(image), image, network, encode)
+        context, added = network.context, torch.empty(0)
+        if context is not None:  # in the box around the brain, of the size of its training; around it there is nothing
+            outside = torch.tensor(self.layout.outside_values[network.head.out_channels :], device=image.device)
+            added = outside.reshape(1, -1, 1, 1, 1).expand(-1, -1, *features.shape[2:]).clone()
+            if self.context:
+                with autocast(image.device, parse_precision(self.precision, image.device)):
+                    added[box] = context(features[box], image[box])
 
         def decode(a: int, b: int) -> Tensor:
             maps = network.head(features[:, :, a:b])
             if coordinates is not None:
                 maps[:, network.layout.slices["mni"]] = coordinates[:, :, a:b]
-            return maps
+            return maps if context is None else torch.cat([maps, added[:, :, a:b]], dim=1)
 
+        return decode
+
+    def _look_twice(
+        self, features: Tensor, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None, Box]:
+        """The mean of both stages' features, and the coordinates and the box of the second, if there is one."""
         if not self.second_look:
-            return decode
+            return features, None, WHOLE
+        voxel_mm = float(network.stride)
         size = [round(mm / voxel_mm) for mm in self.size_mm]
         brain = self._find_brain(features, network)
-        box = centre_box(brain, size)
+        box = (*WHOLE, *centre_box(brain, size))
         inside = torch.zeros_like(brain)
-        inside[box] = brain[box]
+        inside[box[2:]] = brain[box[2:]]
         if float(inside.sum()) * voxel_mm**3 < MINIMUM_BRAIN_MM3:
-            return decode
-        part = image[(slice(None), slice(None), *box)]
+            return features, None, WHOLE
+        part = image[box]
         padding = [extra for n, m in zip(size[::-1], part.shape[:1:-1], strict=True) for extra in (0, n - m)]
         second = encode(nnf.pad(part, padding).contiguous())[
             (slice(None), slice(None), *(slice(n) for n in part.shape[2:]))
         ].float()
         features, mni = features.float(), self.layout.slices["mni"]
         coordinates = features.new_zeros(1, mni.stop - mni.start, *features.shape[2:])
-        coordinates[(slice(None), slice(None), *box)] = network.head(second)[:, mni]
+        coordinates[box] = network.head(second)[:, mni]
         coordinates[0] = smooth_coordinates(coordinates[0], inside, self.sigma_mm / voxel_mm, voxel_mm)
         weight = 0.5 * edge_ramp(second.shape[2:], RAMP_MM / voxel_mm).to(second)
-        features[(slice(None), slice(None), *box)] = torch.lerp(
-            features[(slice(None), slice(None), *box)], second, weight
-        )
-        return decode
+        features[box] = torch.lerp(features[box], second, weight)
+        return features, coordinates, box
 
     def _find_brain(self, features: Tensor, network: MultiTaskNet) -> Tensor:
         """Where a label of the brain is the most probable, (h, w, d)."""
@@ -215,22 +229,14 @@ class TwoStageInferer(Inferer):
         labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
         return torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
 
-    def _decode(self, read: Planes, network: MultiTaskNet, image: Tensor, decide: bool) -> Maps:
-        """Interpolation to the image's grid, its detail and the choice of a label, a few planes at a time."""
+    def _decode(self, read: Planes, network: MultiTaskNet, shape: Sequence[int], decide: bool) -> Maps:
+        """Interpolation to the image's grid and the choice of a label, a few planes at a time."""
         stride = network.stride
-        height, *size = (n // stride for n in image.shape[2:])
-        detail, extracted = network.detail if self.detail and stride > 1 else None, torch.empty(0)
-        if detail is not None:
-            coarse = torch.cat([read(a, b)[:, detail.channels] for a, b in plane_ranges(height, 1, PLANES)], dim=2)
-            with autocast(image.device, parse_precision(self.precision, image.device)):
-                extracted = detail.extract(coarse, image)
+        height, *size = (n // stride for n in shape)
         context = 0 if stride == 1 else 1  # plane on each side that the interpolation reads
         for a, b in plane_ranges(height, 1, PLANES):
             first, last = max(a - context, 0), min(b + context, height)
             maps = network.upsample(read(first, last), [n * stride for n in (last - first, *size)])
-            if detail is not None:
-                fine = image[:, :, first * stride : last * stride]
-                maps[:, detail.channels] += detail.show(extracted[:, :, first:last], fine)
             maps = maps[:, :, (a - first) * stride : (b - first) * stride]
             if decide:
                 if self.excluded:

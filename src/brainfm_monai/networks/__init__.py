@@ -1,6 +1,6 @@
 """Networks: one backbone, one 1x1x1 convolution for all tasks, one tensor out."""
 
-from brainfm_monai.networks.detail import DetailHead
+from brainfm_monai.networks.context import ContextHead
 from brainfm_monai.networks.execution import (
     autocast,
     checkpoint_activations,
@@ -15,7 +15,7 @@ from brainfm_monai.networks.residual import AdditiveUNet, TwoScaleUNet
 from brainfm_monai.networks.unet import ResidualUNet, UNet
 
 __all__ = [
-    "AdditiveUNet", "DetailHead", "FeatureMap", "MultiTaskNet", "ResidualUNet", "TwoScaleUNet", "UNet", "autocast",
+    "AdditiveUNet", "ContextHead", "FeatureMap", "MultiTaskNet", "ResidualUNet", "TwoScaleUNet", "UNet", "autocast",
     "checkpoint_activations", "encode_by_planes", "fast_bfloat16", "parse_precision", "plane_ranges",
     "prepare_network", "reduced_precision", "trainable_parameters",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from brainfm_monai.networks.detail import DetailHead
+from brainfm_monai.networks.context import ContextHead
 from brainfm_monai.tasks import TaskLayout
 
 
@@ -40,16 +40,17 @@ class MultiTaskNet(nn.Module):
         freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor
             running statistics nor dropout change its features; the head alone is trained.
         out_channels: channels of the backbone's output, for a backbone without the attribute ``out_channels``.
-        detail: tasks whose maps get edges of the scan by a :class:`~brainfm_monai.networks.DetailHead`, where
-            ``stride`` is larger than 1; those that are not in the layout do not matter.
+        context: tasks, the last of the layout, whose maps a :class:`~brainfm_monai.networks.ContextHead` makes in the
+            place of the convolution; those that are not in the layout do not matter.
 
     Raises:
-        ValueError: if ``stride`` is smaller than 1, or the number of the backbone's channels is unknown.
+        ValueError: if ``stride`` is smaller than 1, the number of the backbone's channels is unknown, or a task of
+            ``context`` is not among the last of the layout.
     """
 
     def __init__(
         self, backbone: nn.Module, layout: TaskLayout, stride: int = 1, freeze_backbone: bool = False,
-        out_channels: int | None = None, detail: Sequence[str] = (),
+        out_channels: int | None = None, context: Sequence[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         if stride < 1:
@@ -58,9 +59,12 @@ class MultiTaskNet(nn.Module):
         if not isinstance(features, int):
             raise ValueError(f"MultiTaskNet: pass 'out_channels', which {type(backbone).__name__} does not have")
         self.backbone, self.stride, self.layout = backbone, stride, layout
-        self.head = Head(features, layout.channels)
-        names = [name for name in detail if name in layout.tasks and stride > 1]
-        self.detail = DetailHead(layout, names, stride) if names else None
+        names = tuple(layout.tasks)
+        self.context_tasks = tuple(name for name in names if name in context)
+        if self.context_tasks != names[len(names) - len(self.context_tasks) :]:
+            raise ValueError(f"MultiTaskNet: 'context' must name the last tasks of {list(names)}, got {list(context)}")
+        self.context = ContextHead(features, layout, self.context_tasks) if self.context_tasks else None
+        self.head = Head(features, layout.channels - (0 if self.context is None else self.context.last.out_channels))
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             backbone.requires_grad_(False).eval()
@@ -92,12 +96,10 @@ class MultiTaskNet(nn.Module):
         """Map features (B, head.in_channels, h, w, d) and their image to all maps, (B, layout.channels, H, W, D)."""
         # Head and interpolation are linear and commute; in this order the head costs stride^3 times less.
         coarse = self.head(features)
-        maps = self.upsample(coarse, list(image.shape[2:]))
-        detail = self.detail
-        if detail is None or self.stride == 1:
-            return maps
-        channels = torch.tensor(detail.channels, device=maps.device)
-        return maps.index_add(1, channels, detail(coarse.index_select(1, channels), image))
+        context = self.context
+        if context is not None:
+            coarse = torch.cat([coarse, context(features, self.pool(image))], dim=1)
+        return self.upsample(coarse, list(image.shape[2:]))
 
     @torch.jit.export
     def features(self, image: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from brainfm_monai.weights.checkpoint import read_checkpoint
 from brainfm_monai.weights.published import WeightsInfo, import_weights, load_published
 
 __all__ = [
-    "WeightsInfo", "import_weights", "load_pretrained", "load_published", "load_weights", "make_pretrained",
-    "read_state_dict",
+    "WeightsInfo", "find_tasks", "import_weights", "load_pretrained", "load_published", "load_weights",
+    "make_pretrained", "read_state_dict",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for key, value in state.items():
         refuse_if(not isinstance(value, Tensor), rule, f"'{key}' of type {type(value).__name__}")
     return dict(state)
+
+
+def find_tasks(path: str | Path, tasks: Sequence[str], context: Sequence[str]) -> list[str]:
+    """The tasks that a file of weights predicts: those of ``context`` only if the file has a context head.
+
+    So weights that were trained without one serve in the same configuration. A file that is missing or is none of
+    weights is reported where it is loaded.
+    """
+    try:
+        has_context = any(key.startswith("context.") for key in read_state_dict(path))
+    except (FileNotFoundError, ValueError):
+        return list(tasks)
+    return [name for name in tasks if has_context or name not in context]
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
@@ -48,13 +61,13 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 def make_pretrained(
     backbone: nn.Module, layout: TaskLayout, weights: str | Path, weights_layout: TaskLayout | None = None,
-    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None, detail: Sequence[str] = (),
+    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None, context: Sequence[str] = (),
 ) -> MultiTaskNet:  # fmt: skip
     """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
 
     Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and :func:`load_pretrained`.
     """
-    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels, detail)
+    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels, context)
     load_pretrained(network, weights, weights_layout)
     return network
 
@@ -64,7 +77,7 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
 
     Returns the names of the head's channels that the weights do not have. Channels of the segmentation are the same if
     their structures have one FreeSurfer id or, failing that, one name; those of other tasks if task and channel have
-    the same names. The ``super_resolution`` of published checkpoints, a residual to the input, is left out. A detail
+    the same names. The ``super_resolution`` of published checkpoints, a residual to the input, is left out. A context
     head is taken as it is if its tensors fit. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start from the
     weights of its coarse network, an ``AdditiveUNet``, whose output, each voxel repeated, is its first one.
 
@@ -74,10 +87,10 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     """
     if not str(path):
         return []
-    given, source, skipped = read_checkpoint(path), layout or network.layout, ""
+    given, source, skipped = read_checkpoint(path), layout or network.layout, network.context_tasks
     if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
         published, _ = load_published(path)
-        given, source, skipped = published.state_dict(), published.layout, "super_resolution"
+        given, source, skipped = published.state_dict(), published.layout, ("super_resolution", *skipped)
     pairs = _match_channels(path, network.layout, source, given, skipped)
     state = network.state_dict()
     coarse, rule = "backbone.coarse.", f"{path}: the weights must fit the network's backbone"
@@ -90,32 +103,34 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
         is_wrong = name not in given or given[name].shape != state[key].shape
         refuse_if(is_wrong, rule, f"{found} for '{name}' of {tuple(state[key].shape)}")
         state[key] = given[name]
-    detail = {key: given[key] for key in state if key.startswith("detail.") and key in given}
-    if all(state[key].shape == value.shape for key, value in detail.items()):
-        state |= detail
+    context = {key: given[key] for key in state if key.startswith("context.") and key in given}
+    if all(state[key].shape == value.shape for key, value in context.items()):
+        state |= context
     rows, sources = list(pairs), list(pairs.values())
     weight, bias = state["head.weight"].clone(), state["head.bias"].clone()
     weight[rows] = 0  # for the features that a coarse network does not have
     weight[rows, -given["head.weight"].shape[1] :] = given["head.weight"][sources].to(weight)
     bias[rows] = given["head.bias"][sources].to(bias)
     network.load_state_dict({**state, "head.weight": weight, "head.bias": bias})
-    missing = [name for i, name in enumerate(network.layout.channel_names) if i not in pairs]
+    missing = [name for i, name in enumerate(network.layout.channel_names[: len(bias)]) if i not in pairs]
     new = ", ".join(missing) or "none"
     logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
     return missing
 
 
 def _match_channels(
-    path: str | Path, new: TaskLayout, old: TaskLayout, given: Mapping[str, Tensor], skipped: str
+    path: str | Path, new: TaskLayout, old: TaskLayout, given: Mapping[str, Tensor], skipped: Sequence[str]
 ) -> dict[int, int]:
     """Channel of the old layout for every channel of the new one that means the same."""
     tensors = [given.get(f"head.{kind}", torch.empty(0)) for kind in ("weight", "bias")]
-    rule = f"the head must have the {old.channels} channels of {list(old.tasks)} in protocol {old.protocol.name}"
-    is_wrong = any(len(tensor) != old.channels for tensor in tensors)
+    tasks = [name for name in old.tasks if name not in skipped or name == "super_resolution"]
+    channels = sum(old.tasks[name].channels for name in tasks)
+    rule = f"the head must have the {channels} channels of {tasks} in protocol {old.protocol.name}"
+    is_wrong = any(len(tensor) not in (channels, old.channels) for tensor in tensors)
     refuse_if(is_wrong, f"{path}: {rule}", len(tensors[0]) or "no head")
     pairs: dict[int, int] = {}
     for name, task in new.tasks.items():
-        if name not in old.tasks or name == skipped:
+        if name not in old.tasks or name in skipped:
             continue
         if task.kind == "labels":
             structures = [s for s in old.protocol.structures if s.name != f"label-{s.freesurfer_id}"]  # a mere number
