@@ -350,6 +350,24 @@ def test_a_switch_is_true_or_false_and_other_flags_have_a_value(
     assert not bundle_runs
 
 
+def test_a_number_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (["data", "check", "x", "--jobs", "two"], ["export", "x.ts", "--size=1.5"]):
+        with pytest.raises(SystemExit, match=r"^brainfm-monai: --\w+: a number \(int\) is needed, found '(two|1\.5)'$"):
+            call(monkeypatch, *words)
+
+
+def test_what_a_component_of_a_config_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(cause: Exception, **_: Any) -> None:
+        raise RuntimeError("Failed to instantiate component\n set debug") from cause
+
+    monkeypatch.setattr(monai.bundle, "run", lambda **_: run(ValueError("window: two numbers are needed")))
+    with pytest.raises(SystemExit, match=r"^brainfm-monai: window: two numbers are needed$"):
+        call(monkeypatch, "predict", "in", "out")
+    monkeypatch.setattr(monai.bundle, "run", lambda **_: run(TypeError("a fault of the program")))
+    with pytest.raises(RuntimeError, match="Failed to instantiate"):
+        call(monkeypatch, "predict", "in", "out")
+
+
 def test_switches_need_no_value_and_take_no_path(
     monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
 ) -> None:

@@ -299,3 +299,16 @@ def test_processes_count_steps_that_are_not_finite_alike(monkeypatch: pytest.Mon
             stop.look(engine)
     with pytest.raises(FloatingPointError, match="found 2 steps in a row up to iteration 2"):
         stop.look(engine)
+
+
+def test_batch_normalisations_of_several_processes_are_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    for norm in (nn.BatchNorm1d(3), nn.SyncBatchNorm(3)):
+        network = nn.Sequential(norm, nn.Linear(3, 1))
+        MultiTaskTrainer(
+            device=torch.device("cpu"), max_epochs=1, epoch_length=1, train_data_loader=[], network=network,
+            optimizer=torch.optim.AdamW(network.parameters()), loss_function=SquaredError(),
+        )  # fmt: skip
+    assert caplog.messages == ["1 batch normalisations see the scans of one process alone"]

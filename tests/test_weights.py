@@ -71,6 +71,13 @@ def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path: Path) -> 
         read_state_dict(path)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_that_are_not_dense_are_refused(tmp_path: Path, kind: str) -> None:
+    torch.save({"a": torch.ones(2).to_sparse() if kind == "sparse" else torch.ones(2, device=kind)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: .*, found 'a', which is sparse, quantized or without values$"):
+        read_state_dict(tmp_path / "w.pt")
+
+
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[object, ...]]:

@@ -48,6 +48,10 @@ def main() -> None:
         sys.exit(f"brainfm-monai: {rule}: brainfm-monai doctor says which extra contains it")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"brainfm-monai: {error}")
+    except RuntimeError as error:  # MONAI's "Failed to instantiate component", around what a component refuses
+        if not isinstance(error.__cause__, ValueError | OSError):
+            raise
+        sys.exit(f"brainfm-monai: {error.__cause__}")
 
 
 def _run(words: list[str]) -> Any:

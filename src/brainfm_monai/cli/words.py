@@ -10,6 +10,7 @@ from fire.parser import DefaultParseValue
 from brainfm_monai.io import literal, refuse_if
 
 SWITCHES = ("True", "False", "true", "false", "1", "0")
+NUMBERS: dict[str, Any] = {"int": int, "float": int | float}  # types of a value by the annotation of a parameter
 SPELLINGS = {"true": "True", "false": "False"}
 # overrides of configs that are not parameters of a command: switches, which need no value, and texts
 SWITCH_KEYS = (
@@ -89,7 +90,10 @@ def _read(name: str, values: list[str], kinds: Mapping[str, str]) -> Any:
     refuse_if(is_wrong, f"--{name}: True or False is needed", f"'{value}'")
     if name in kinds:
         is_text = any(kind in kinds[name] for kind in ("str", "Path")) and "Sequence" not in kinds[name]
-        return value if is_text and not (value == "None" and "None" in kinds[name]) else _parse(value)
+        parsed = value if is_text and not (value == "None" and "None" in kinds[name]) else _parse(value)
+        is_wrong = kinds[name] in NUMBERS and not isinstance(parsed, NUMBERS.get(kinds[name], object))
+        refuse_if(is_wrong, f"--{name}: a number ({kinds[name]}) is needed", f"'{value}'")
+        return parsed
     if name == "args_file":  # MONAI reads it before there is a parser
         return value
     if is_text:

@@ -15,7 +15,8 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
@@ -111,6 +112,9 @@ class MultiTaskTrainer(SupervisedTrainer):
         if budget is not None:
             budget.attach(self)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+        if norms and idist.get_world_size() > 1:
+            logger.warning("%d batch normalisations see the scans of one process alone", len(norms))
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
         self.network.train()

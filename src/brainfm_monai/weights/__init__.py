@@ -28,6 +28,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     refuse_if(not state, rule, "no entries")
     for key, value in state.items():
         refuse_if(not isinstance(value, Tensor), rule, f"'{key}' of type {type(value).__name__}")
+        is_dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+        refuse_if(not is_dense, rule, f"'{key}', which is sparse, quantized or without values")
     return dict(state)
 
 
