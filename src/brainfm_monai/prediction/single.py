@@ -26,10 +26,11 @@ class Prediction(dict[str, Any]):
     """What was predicted for one scan, by name; a notebook shows the scan with its labels.
 
     In the grid of the scan, as MetaTensors of shape (C, H, W, D) with its affine: ``segmentation`` (uint8 labels),
-    ``entropy`` and every other task of the network by its name, ``bias_field`` for ``log_bias_field``. Beside them
-    ``volumes_mm3`` (soft) and ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points,
-    shape (4, 4); None without MNI coordinates or brain), ``warnings`` and ``layout``. The attribute ``scan`` is the
-    scan with its maps in the network's grid, which the functions of ``outputs`` and ``report`` take.
+    ``entropy``, every other task of the network by its name, ``bias_field`` for ``log_bias_field``, and ``boundaries``
+    of :class:`~brainfm_monai.transforms.FindBoundariesd`. Beside them ``volumes_mm3`` (soft) and ``hard_volumes_mm3``
+    by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI coordinates or
+    brain), ``warnings`` and ``layout``. The attribute ``scan`` is the scan with its maps in the network's grid, which
+    the functions of ``outputs`` and ``report`` take.
     """
 
     def __init__(self, scan: outputs.ScanResult, **entries: Any) -> None:
