@@ -185,7 +185,7 @@ def write_lesions(scan: ScanResult) -> None:
     """Write the probability of lesions, the mask where it is above a half, and the volume and place of each lesion."""
     probability = scan.in_grid("lesion")
     mask = probability[0] > LESION_THRESHOLD
-    scan.save_map("lesion", probability, "probability of a lesion")
+    scan.save_map("lesion", probability, "probability of a lesion, to be looked at: not every one is found or is one")
     scan.save_image("label-lesion_mask", mask.astype(np.uint8), Description=f"probability above {LESION_THRESHOLD}")
     pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
     volumes = compute_volumes_mm3(pieces, scan.affine, count + 1)[1:]
