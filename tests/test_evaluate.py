@@ -322,6 +322,7 @@ def test_conditions_a_bad_scan_and_going_on(tmp_path: Path, evaluate: Evaluate) 
     assert {row.condition for row in read_rows(out / "metrics.tsv") if row.task == "log_bias_field"} == {"biased"}
     summary = read_summary(out / "summary.tsv")
     assert summary["noise-20", "mean_dice", "all", "both"]["n"] == "2"
+    assert ", mm</th>" in page  # a headline with its unit heads the table of conditions
     for text in ("SHA-256", "<h2>Conditions</h2>", "Look at the worst first", "noise_percent", "Dice, sides merged"):
         assert text in page
 
