@@ -16,6 +16,7 @@ from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "mni"], "synthseg_head")
+WITH_LESIONS = TaskLayout([*LAYOUT.tasks, "lesion"], "synthseg_head")  # which the head of the network lacks
 LEFT_CORTEX = int(LAYOUT.protocol.label_of_id[3])
 
 
@@ -70,10 +71,11 @@ def run(image: Tensor, fix: bool) -> tuple[Any, Any]:
     network.head = nn.Identity()  # type: ignore[assignment]
 
     def infer(inputs: Tensor, _: Any) -> Tensor:
-        return network.upsample(network.backbone(network.pool(torch.as_tensor(inputs))), list(inputs.shape[2:]))
+        maps = network.upsample(network.backbone(network.pool(torch.as_tensor(inputs))), list(inputs.shape[2:]))
+        return torch.cat([maps, maps[:, -1:]], dim=1)
 
     inputs = MetaTensor(image, meta={"warnings": ["earlier"]})
-    return OrientationInferer(infer, LAYOUT, fix)(inputs, network), inputs  # type: ignore[arg-type]
+    return OrientationInferer(infer, WITH_LESIONS, fix)(inputs, network), inputs  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -111,5 +113,5 @@ def test_a_head_that_no_turn_explains_is_warned_of(head: Tensor) -> None:
 
 def test_a_slab_that_is_too_thin_for_coarse_voxels_is_left_alone(head: Tensor) -> None:
     output, inputs = run(head[..., 29:32], True)
-    assert output.shape == (1, LAYOUT.channels, 48, 48, 3)
+    assert output.shape == (1, WITH_LESIONS.channels, 48, 48, 3)
     assert "no turn of the head fits clearly better" in inputs.meta["warnings"][0]

@@ -160,9 +160,9 @@ class OrientationInferer(Inferer):
     def _look(self, image: Tensor, network: MultiTaskNet, voxel_mm: float) -> float:
         """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
         features = network.backbone(pad_to_multiple(image, MULTIPLE))
-        return self._misfit(
-            network.head(features[(slice(None), slice(None), *(slice(size) for size in image.shape[2:]))]), voxel_mm
-        )
+        output = network.head(features[(slice(None), slice(None), *(slice(size) for size in image.shape[2:]))])
+        missing = self.layout.channels - output.shape[1]  # those of a context head, which the misfit does not need
+        return self._misfit(nnf.pad(output, [0, 0, 0, 0, 0, 0, 0, missing]), voxel_mm)
 
     def _misfit(self, output: Tensor, voxel_mm: float) -> float:
         maps = self.layout.split(output.float())
