@@ -92,7 +92,8 @@ def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor
     slices, back = [], []
     for i, n in enumerate(size):
         ghost = separable.ghost_operator(appearance.ghost_count[:, i], appearance.ghost_strength[:, i], n)
-        slices.append(separable.slice_operator(appearance.spacing[:, i], appearance.sigma[:, i], n) @ ghost)
+        exponent = None if appearance.exponent is None else appearance.exponent[:, i]
+        slices.append(separable.slice_operator(appearance.spacing[:, i], appearance.sigma[:, i], n, exponent) @ ghost)
         back.append(separable.upsampling_operator(appearance.spacing[:, i], n))
     signal = separable.apply_separable(image, slices).abs()
     noisy = intensity.add_noise(signal, appearance.noise, appearance.noise_std, appearance.rician)

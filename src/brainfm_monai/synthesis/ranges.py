@@ -52,6 +52,7 @@ class SynthesisRanges:
     dissection_photo_prob: float = 0.0
     dissection_photo_spacing_mm: Range = (2.5, 12.5)
     profile_factor: Range = (0.85, 1.15)
+    profile_exponent: Range = (2.0, 2.0)
     ghost_prob: float = 0.0
     ghost_count: Range = (2.0, 5.0)
     ghost_strength: Range = (0.1, 0.5)
@@ -158,6 +159,7 @@ class AppearanceParams:
     bias_spacing: Tensor  # distance of those, (B, 3)
     spacing: Tensor  # of the acquisition, (B, 3), at least 1
     sigma: Tensor  # of the acquisition profile, (B, 3), output voxels
+    exponent: Tensor | None  # of the profile, (B, 3), see slice_operator; None where all profiles are Gaussian
     ghost_count: Tensor  # copies along each axis, (B, 3); 1 for none
     ghost_strength: Tensor  # (B, 3)
     rician: Tensor  # (B,), bool

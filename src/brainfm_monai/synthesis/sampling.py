@@ -12,6 +12,7 @@ from brainfm_monai.synthesis import acquisition
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisParams, SynthesisRanges
 
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
+GAUSSIAN = (2.0, 2.0)  # exponents of profiles that are Gaussian alone
 PHOTO_AXIS = 1  # dissected slices are coronal (BrainFM)
 DARK_STD_SHARE = 0.2  # of its drawn std, which dark air keeps
 CSF_ID, WHITE_ID, GREY_ID, CEREBELLUM_IDS = 24, 2, 3, (7, 8, 46, 47)
@@ -198,6 +199,7 @@ def _sample_appearance(
         bias_spacing=draws.uniform(laws.bias_spacing_mm, 1).expand(-1, 3) / voxel_mm,
         spacing=spacing,
         sigma=sigma,
+        exponent=_sample_exponent(laws.profile_exponent, draws),
         ghost_count=torch.where(ghosts, draws.uniform(laws.ghost_count, 1).round(), 1.0),
         ghost_strength=ghosts * draws.uniform(laws.ghost_strength, 1),
         rician=draws.chance(laws.rician_prob) & ~is_ct,
@@ -236,6 +238,11 @@ def _sample_contrast(
     mixture = torch.as_tensor(protocol.mixture_weights)
     white, grey = (protocol.label_of_id[i] for i in (WHITE_ID, GREY_ID))
     return mean @ mixture.T, (std.square() @ mixture.T).sqrt(), is_ct, mean[:, grey] > mean[:, white]
+
+
+def _sample_exponent(law: Range, draws: _Draws) -> Tensor | None:
+    """Exponents of the slices' profiles, (B, 3), uniform in their logarithm; None where all are Gaussian."""
+    return None if law == GAUSSIAN else draws.uniform((math.log(law[0]), math.log(law[1])), 3).exp()
 
 
 def _sample_resolution(laws: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_mm: Tensor) -> tuple[Tensor, ...]:
