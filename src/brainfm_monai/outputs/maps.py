@@ -188,10 +188,11 @@ def write_lesions(scan: ScanResult) -> None:
     scan.save_map("lesion", probability, "probability of a lesion, to be looked at: not every one is found or is one")
     scan.save_image("label-lesion_mask", mask.astype(np.uint8), Description=f"probability above {LESION_THRESHOLD}")
     pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
-    volumes = compute_volumes_mm3(pieces, scan.affine, count + 1)[1:]
-    centres = np.reshape(ndimage.center_of_mass(mask, pieces, range(1, count + 1)), (-1, 3))
-    numbers = np.column_stack([volumes, nib.affines.apply_affine(scan.affine, centres)])
-    rows = [(index, *(f"{number:.1f}" for number in row)) for index, row in enumerate(numbers, 1)]
+    numbers, voxels = pieces[mask], nib.affines.apply_affine(scan.affine, np.argwhere(mask))
+    volumes = compute_volumes_mm3(numbers, scan.affine, count + 1)[1:]
+    sums = [np.bincount(numbers, axis, count + 1)[1:] for axis in voxels.T]
+    lesions = np.column_stack([volumes, *(axis / np.bincount(numbers, minlength=count + 1)[1:] for axis in sums)])
+    rows = [(index, *(f"{number:.1f}" for number in row)) for index, row in enumerate(lesions, 1)]
     write_table(scan.path("lesions.tsv"), ("index", "volume_mm3", "x_mm", "y_mm", "z_mm"), rows)
     scan.summary.update({"lesion_count": count, "lesion_volume_ml": round(float(volumes.sum()) / 1000, 3)})
 
