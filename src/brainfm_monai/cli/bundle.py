@@ -47,7 +47,7 @@ def predict(
         analysis_level: participant, the one level of this BIDS app.
         bundle: folder of the bundle.
         outputs: all, or some of segmentation, volumes, contrasts, bias_field, distance, surfaces, mni, transforms,
-            quality, view, report; separated by commas.
+            lesion, quality, view, report; separated by commas.
         participant_label: subjects of a BIDS dataset, with or without sub-, separated by blanks or commas.
         mirror: average each scan with its mirror image; False takes half the time.
         precision: float32, bfloat16 or float16; by default what the device is fast in.
