@@ -388,10 +388,10 @@ def test_maps_come_from_one_pass_with_their_own_geometry(
     if server.kind == "stock":
         pytest.skip("the stock app has the segmentation alone")
     known = server.infer("brain_maps", "oblique", "json").json()
-    assert {"T1w", "T2w", "FLAIR", "CT", "bias_corrected", "bias_field", "distance"} == set(known["maps"])
+    assert {"T1w", "T2w", "FLAIR", "CT", "bias_corrected", "bias_field", "distance", "lesion"} == set(known["maps"])
     assert known["volumes_mm3"]["Left-Hippocampus"] > 1000
     scan: Any = nib.load(scans["oblique"])
-    for tag in ("bias_corrected", "distance"):
+    for tag in ("bias_corrected", "distance", "lesion"):
         image: Any = nib.load(server.infer_file(tag, "oblique", tmp_path / f"{tag}.nii.gz"))
         assert image.shape[:3] == scan.shape
         assert np.allclose(image.affine, scan.affine, atol=1e-4)
