@@ -195,9 +195,8 @@ def once_per_scan(compute: Callable[Concatenate[ScanResult, P], T]) -> Callable[
     return cached
 
 
-AHEAD: dict[
-    Writer, Sequence[Writer]
-] = {}  # by output: what it needs of no other output, in parts that run side by side
+# by output: what it needs of no other output, in parts that run side by side
+AHEAD: dict[Writer, Sequence[Writer]] = {}
 SHOWN: set[Writer] = set()  # outputs that show what the other outputs found: they are written last
 
 
