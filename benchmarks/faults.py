@@ -115,10 +115,8 @@ def prepare_train(folder: Path) -> Callable[[Path], list[str]]:
 
 
 def prepare_bundle(folder: Path) -> Callable[[Path], list[str]]:
-    """The network of the bundle as TorchScript, then the zip of the bundle."""
-    export = f"{sys.executable} -m brainfm_monai export $0/model.ts --bundle {ROOT / 'bundle'}"
-    build = f"{sys.executable} {ROOT / 'packaging/make_bundle.py'} --output $0"
-    return lambda output: ["sh", "-c", f"{export} && {build}", str(output)]
+    """The zip of the bundle."""
+    return lambda output: [sys.executable, str(ROOT / "packaging/make_bundle.py"), "--output", str(output)]
 
 
 PREPARATIONS = {
@@ -134,11 +132,7 @@ def content_of(folder: Path) -> dict[str, str]:
         timeless = not file.name.endswith(TIMES) and "events.out" not in file.name
         if not file.is_file() or parts[0].startswith(HIDDEN) or not timeless:
             continue
-        if file.suffix == ".ts":  # torch numbers its classes anew in each process: weights, and what comes out
-            network, ramp = torch.jit.load(file), torch.linspace(0, 1, 32**3).reshape(1, 1, 32, 32, 32)
-            with torch.no_grad():
-                held = fingerprint(network.state_dict(), network(ramp))
-        elif file.suffix == ".pt":  # an archive that holds its own name; minutes of a budget are times of day
+        if file.suffix == ".pt":  # an archive that holds its own name; minutes of a budget are times of day
             content = torch.load(file, weights_only=True, map_location="cpu")
             held = fingerprint({key: content[key] for key in content if key != "budget"})
         else:
@@ -161,7 +155,7 @@ def damaged(folder: Path) -> Iterator[str]:
                 json.loads(file.read_text(encoding="utf-8"))
             elif file.suffix == ".pt":
                 torch.load(file, weights_only=True, map_location="cpu")
-            elif file.suffix in (".ts", ".zip") and zipfile.ZipFile(file).testzip():
+            elif file.suffix == ".zip" and zipfile.ZipFile(file).testzip():
                 raise ValueError("a member of the archive has another check sum")
         except Exception as error:
             yield f"{file}: {error}"

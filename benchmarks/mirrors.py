@@ -82,8 +82,8 @@ INJECTIONS = (
         "the transform files", "outputs/template.py", "RAS_LPS = np.diag([-1.0,", "RAS_LPS = np.diag([1.0,", ("tests/test_geometry.py",),
     ),
     Injection(
-        "the exported network", "exports.py", "torch.jit.script(network.eval())",
-        "torch.jit.trace(lambda image: network.eval()(image.flip(2)), torch.rand(1, 1, 64, 64, 64))", ("tests/test_exports.py",),
+        "the exported network", "networks/multitask.py", "self.backbone(self.pool(image))",
+        "self.backbone(self.pool(image.flip([2]) if torch.jit.is_scripting() else image))", ("tests/test_exports.py",),
     ),
     Injection(
         "the labels that MONAI Label sends", "annotation/__init__.py", "id_of[_plain(name)]", f"id_of[_plain(name){LEFT_RIGHT}]",

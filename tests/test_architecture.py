@@ -28,7 +28,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synthesis": TABLES | {"functional"},
     "networks": set(TABLES),
     "weights": TABLES | {"networks"},
-    "exports": {"weights"},
     "losses": TABLES | {"functional"},
     "metrics": TABLES | {"functional"},
     "transforms": TABLES | {"functional", "synthesis"},

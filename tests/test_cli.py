@@ -255,14 +255,6 @@ def test_import_weights_tells_what_it_found(
         torch.testing.assert_close(written[key], tensor, rtol=0, atol=0)
 
 
-def test_export_writes_the_bundles_network(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    call(monkeypatch, "export", str(tmp_path / "model.ts"), "--bundle", str(repository / "bundle"))
-    assert capsys.readouterr().out.strip() == str(tmp_path / "model.ts")
-    assert (tmp_path / "model.ts").stat().st_size > 1e6
-
-
 ODD = [
     "2024_05_02",
     "1.10",
@@ -351,7 +343,7 @@ def test_a_switch_is_true_or_false_and_other_flags_have_a_value(
 
 
 def test_a_number_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for words in (["data", "check", "x", "--jobs", "two"], ["export", "x.ts", "--size=1.5"]):
+    for words in (["data", "check", "x", "--jobs", "two"], ["data", "check", "x", "--jobs=1.5"]):
         with pytest.raises(SystemExit, match=r"^brainfm-monai: --\w+: a number \(int\) is needed, found '(two|1\.5)'$"):
             call(monkeypatch, *words)
 

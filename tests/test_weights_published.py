@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -16,7 +17,6 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.exports import export_bundle
 from brainfm_monai.weights import import_weights, load_published, load_weights
 
 State = dict[str, Tensor]
@@ -328,8 +328,14 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
     network = parser.get_parsed_content("network_def")
     load_weights(network, parser.get_parsed_content("weights"))
     image = torch.rand(1, 1, 16, 16, 16)
-    overrides = tmp_path / "moved/overrides.json"
-    exported = torch.jit.load(export_bundle(tmp_path / "model.ts", repository / "bundle", overrides))
+    configs = [str(repository / "bundle/configs/inference.json"), str(tmp_path / "moved/overrides.json")]
+    words: dict[str, Any] = {
+        "weights_dir": str(tmp_path / "moved"),
+        "ckpt_file": str(tmp_path / "moved/model.pt"),
+        "meta_file": str(repository / "bundle/configs/metadata.json"),
+    }
+    monai.bundle.ckpt_export("network_def", str(tmp_path / "model.ts"), config_file=configs, **words)
+    exported = torch.jit.load(tmp_path / "model.ts")
     with torch.no_grad():
         assert_same(network(image), published(image), 0)
         assert_same(exported(image), published(image))

@@ -24,7 +24,6 @@ COMMANDS = {
     "evaluate": ("cli.bundle", "evaluate", "Measure predictions against what is true."),
     "compare": ("evaluation", "compare_evaluations", "Compare two evaluations of the same scans."),
     "import-weights": ("weights", "import_weights", "Turn published weights into files that the bundle uses."),
-    "export": ("exports", "export_bundle", "Write the bundle's network with its weights as TorchScript or ONNX."),
     "demo-scans": ("data.fetch", "write_demo_scans", "Write two scans to try things on."),
     "doctor": ("cli.bundle", "doctor", "Report what is installed, and which package is missing for what."),
     "version": ("cli.bundle", "version", "Print the version."),
