@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from brainfm_monai.evaluation.surfaces import Mesh, compare_surfaces, compare_thickness, grow_meshes
-from brainfm_monai.surfaces import compute_euler_number, compute_mean_curvature, compute_thickness_mm
+from brainfm_monai.surfaces import compute_euler_number, compute_mean_curvature
 
 CONFIG = Path(__file__).parents[1] / "bundle/configs/inference.json"
 BRIGHTEST = 0.999  # quantile that becomes 1, as the network's input has it
@@ -38,10 +38,9 @@ def read(path: Path) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def measure_all(meshes: dict[str, Mesh]) -> None:
-    """What ``predict`` measures of surfaces; crossings are counted while the surfaces grow."""
+    """What ``predict`` measures of surfaces; crossings and thickness are found while the surfaces grow."""
     for side in ("left", "right"):
         (white, faces), (pial, _) = meshes[f"{side}_white"], meshes[f"{side}_pial"]
-        compute_thickness_mm(white, pial, faces)
         compute_euler_number(faces)
         for vertices in (white, pial):
             compute_mean_curvature(vertices, faces)

@@ -364,10 +364,12 @@ def test_switches_need_no_value_and_take_no_path(
     monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]]
 ) -> None:
     bundle = str(repository / "bundle")
-    call(monkeypatch, "predict", "--overwrite", "in", "out", "--mirror", "False", "--bundle", bundle, "--keep_lesions")
+    call(
+        monkeypatch, "predict", "--overwrite", "in", "out", "--mirror", "False", "--bundle", bundle, "--fix_orientation"
+    )
     (settings,) = bundle_runs
     assert (settings["input"], settings["output_dir"]) == ("in", "out")
-    assert (settings["overwrite"], settings["keep_lesions"], settings["mirror"]) == (True, True, False)
+    assert (settings["overwrite"], settings["fix_orientation"], settings["mirror"]) == (True, True, False)
     call(monkeypatch, "predict", "--bundle", bundle, "--", "--in", "--out")
     assert (bundle_runs[1]["input"], bundle_runs[1]["output_dir"]) == ("--in", "--out")
 
@@ -386,7 +388,7 @@ def test_overrides_may_be_numbers_lists_and_expressions(
     options = {
         "frame": ("2", 2),
         "window": ("[0,80]", [0, 80]),
-        "sharpen": ("1.5", 1.5),
+        "score": ("1.5", 1.5),
         "images": ("[T1w,CT]", ["T1w", "CT"]),
         "device": ("$torch.device('cpu')", "$torch.device('cpu')"),
         "weights": ("$@bundle_root + '/m.pt'", "$@bundle_root + '/m.pt'"),

@@ -20,8 +20,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-from brainfm_monai.outputs import TEMPLATE_SPACE
-from brainfm_monai.outputs.template import TO_SCAN, TO_TEMPLATE
+from brainfm_monai.outputs.template import TEMPLATE_SPACE, TO_SCAN, TO_TEMPLATE
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")

@@ -119,8 +119,8 @@ def test_file_names_that_no_name_can_have_are_mended(tmp_path: Path) -> None:
 
 
 def test_items_of_datalists_are_scans() -> None:
-    scan = Scan("me", "a/b.nii.gz", "sub-01/anat", 2, lesions="l.nii")
-    assert scan.item == {"image": "a/b.nii.gz", "name": "me", "folder": "sub-01/anat", "frame": 2, "lesions": "l.nii"}
+    scan = Scan("me", "a/b.nii.gz", "sub-01/anat", 2)
+    assert scan.item == {"image": "a/b.nii.gz", "name": "me", "folder": "sub-01/anat", "frame": 2}
     assert Scan.of({**scan.item, "label": "x.nii"}) == scan
     with pytest.raises(ScanError, match="the name of a scan must be"):
         Scan.of({"image": "a.nii", "name": "../../../victim"})
@@ -148,15 +148,15 @@ def test_a_pattern_lists_scans(tmp_path: Path) -> None:
 
 
 def test_a_table_lists_scans_and_a_bad_row_is_one_bad_scan(tmp_path: Path) -> None:
-    touch(tmp_path, "s1/T1w.nii.gz", "s2/T1w.nii.gz", "s2/FLAIR.nii", "s2/lesions.nii")
+    touch(tmp_path, "s1/T1w.nii.gz", "s2/T1w.nii.gz", "s2/FLAIR.nii")
     table = tmp_path / "scans.tsv"
     table.write_text(
-        "image\tname\tframe\tlesions\ts\ns1/T1w.nii.gz\tme\tn/a\t\t\ns2/FLAIR.nii\t\t2\ts2/lesions.nii\t\n"
+        "image\tname\tframe\tnote\ts\ns1/T1w.nii.gz\tme\tn/a\t\t\ns2/FLAIR.nii\t\t2\tmine\t\n"
         "s2/T1w.nii.gz\tme\t\t\t\ns1/T1w.nii.gz\t../x\t\t\t\ns1/none.nii\t=1+1\t\t\t\n"
     )
     good, flair, twice, outside, absent = find_scans(table)
     assert good == Scan("me", str(tmp_path / "s1/T1w.nii.gz"))
-    assert flair == Scan("FLAIR", str(tmp_path / "s2/FLAIR.nii"), "", 2, lesions=str(tmp_path / "s2/lesions.nii"))
+    assert flair == Scan("FLAIR", str(tmp_path / "s2/FLAIR.nii"), "", 2)
     assert (twice.name, twice.problem) == ("me-2", "the names of scans must differ, found 'me' twice")
     assert outside.problem.startswith("the name of a scan must be one visible file name")
     assert (absent.name, absent.problem) == ("=1+1", "no such file")
@@ -233,16 +233,15 @@ def test_names_that_show_nothing_or_turn_the_text_around_are_mended_and_blanks_a
     assert len({name.rstrip(". ") for name in names}) == len(names)
 
 
-def test_a_table_with_one_column_twice_is_refused_and_an_absent_lesion_mask_is_one_bad_scan(tmp_path: Path) -> None:
+def test_a_table_with_one_column_twice_is_refused_and_a_path_that_none_can_be_is_one_bad_scan(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz")
     (tmp_path / "twice.tsv").write_text("image\timage\na.nii.gz\tb.nii.gz\n")
     with pytest.raises(ValueError, match="columns with different names are needed, found twice: image"):
         find_scans(tmp_path / "twice.tsv")
-    (tmp_path / "bad.tsv").write_text("image\tlesions\na.nii.gz\tnone.nii.gz\na.nii.gz\tn/a\na\0.nii\tn/a\n")
+    (tmp_path / "bad.tsv").write_text("image\tnote\na.nii.gz\tmine\na\0.nii\tn/a\n")
     problems = [scan.problem for scan in find_scans(tmp_path / "bad.tsv")]
-    assert "its mask of lesions must be a file" in problems[0]
-    assert problems[1] == ""
-    assert "found embedded null byte" in problems[2]
+    assert problems[0] == ""
+    assert "found embedded null byte" in problems[1]
 
 
 def test_the_voxels_beside_a_header_are_part_of_its_content(tmp_path: Path) -> None:

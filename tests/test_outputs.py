@@ -155,8 +155,6 @@ def test_images_are_stored_in_steps_and_zero_stays_zero(scan: ScanResult) -> Non
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="grid: 'scan' or '1mm' is needed, found '2mm'"):
         RunSettings(grid="2mm")
-    with pytest.raises(ValueError, match="sharpen: a number from 0 is needed, found -1"):
-        RunSettings(sharpen=-1)
 
 
 ITEM_AFFINE = torch.from_numpy(AFFINE)

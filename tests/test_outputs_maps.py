@@ -16,7 +16,7 @@ from nibabel.affines import apply_affine
 from brainfm_monai.io import ScanError, read_table
 from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result, template
 from brainfm_monai.outputs.cortex import compute_ribbon, compute_ribbon_thickness_mm, write_distances
-from brainfm_monai.outputs.maps import insert_lesions, sharpen, write_lesions, write_synthetic_images
+from brainfm_monai.outputs.maps import write_lesions, write_synthetic_images
 from brainfm_monai.outputs.quality import write_quality
 from brainfm_monai.outputs.result import SHOWN
 from brainfm_monai.outputs.template import Warp, fit_affine, fit_warp, fold_fraction, grid_points, invert_warp
@@ -155,26 +155,6 @@ def test_an_image_read_axis_by_axis_through_a_warp_is_that_read_voxel_by_voxel(m
             np.testing.assert_allclose(near, template.resample_through(block, image_affine, near.shape, grid, warp))
         assert 0.001 < (near != 0).mean() < 0.1
     assert not template.resample_through(torch.zeros_like(image), image_affine, (41, 39, 37), turned, warp).any()
-
-
-def test_lesions_keep_their_contrast_to_tissue_and_nothing_else_changes() -> None:
-    rng = np.random.default_rng(0)
-    tissue = rng.uniform(0.3, 0.6, (16, 16, 16))
-    lesions = ball((16, 16, 16), (8, 8, 8), 3) < 0
-    scan = np.where(lesions, 0.9, tissue)  # bright lesions
-    synthetic = (1 - tissue).astype(np.float32)  # the other contrast
-    found = insert_lesions(synthetic, scan, lesions, np.ones_like(lesions))
-    np.testing.assert_allclose(found[lesions], 0.1, atol=1e-3)  # dark there
-    np.testing.assert_array_equal(found[~lesions], synthetic[~lesions])
-    np.testing.assert_array_equal(insert_lesions(synthetic, scan, np.zeros_like(lesions), lesions), synthetic)
-
-
-def test_sharpening_raises_edges_and_zero_is_the_identity() -> None:
-    step = np.zeros((12, 12, 12), dtype=np.float32)
-    step[6:] = 1
-    np.testing.assert_array_equal(sharpen(step, 0), step)
-    assert sharpen(step, 0.5).max() > 1.1
-    assert sharpen(step, 0.5).mean() == pytest.approx(step.mean(), abs=1e-6)
 
 
 def make_scan(
@@ -421,27 +401,6 @@ def test_thickness_of_an_atlas_is_that_of_the_side_it_lies_on(tmp_path: Path) ->
     }
     assert thickness["right"] == pytest.approx(4, abs=0.3)
     assert thickness["left, behind"] == pytest.approx(2, abs=0.3)
-
-
-def test_thickness_of_a_lobe_is_that_of_its_side_and_place(tmp_path: Path) -> None:
-    """The left ball lies in the insula, the right one in the pole of the occipital lobe; right at low indices."""
-    shape, affine = (40, 46, 34), LPS @ np.diag([0.5, 0.5, 0.5, 1])
-    affine[:3, 3] = (40, 46, -34)
-    layout = TaskLayout(["segmentation", "distance", "mni"], "synthseg_head")
-    right, left = (ball(shape, (centre, 23, 17), 8) * 2 for centre in (10, 29))
-    distance = np.stack([left, left + 2, right, right + 4]).clip(-6, 6)
-    middle = np.arange(40)[None, :, None, None] > 19
-    points = np.where(middle, np.reshape([-38, 6, 2], (3, 1, 1, 1)), np.reshape([8, -92, 4], (3, 1, 1, 1)))
-    points = np.broadcast_to(points, (3, *shape)).astype(np.float32)
-    scan = make_scan(tmp_path, np.zeros(shape, dtype=np.uint8), affine, layout, distance=distance, mni=points)
-    select_outputs("surfaces", layout)["surfaces"](scan)
-    rows = {(row["hemisphere"], row["lobe"]): row for row in read_table(tmp_path / "scan_lobes.tsv")}
-    lobes = {"frontal", "parietal", "temporal", "occipital", "cingulate", "insula"}
-    assert set(rows) == {(side, lobe) for side in "LR" for lobe in lobes}
-    found = {key: float(row["thickness_mm"]) for key, row in rows.items() if row["vertices"] != "0"}
-    assert found == {("L", "insula"): pytest.approx(2, abs=0.1), ("R", "occipital"): pytest.approx(4, abs=0.3)}
-    assert float(rows["R", "occipital"]["area_mm2"]) == pytest.approx(4 * np.pi * 12**2, rel=0.05)
-    assert rows["L", "frontal"]["thickness_mm"] == rows["L", "frontal"]["closed_share"] == "n/a"
 
 
 def test_the_page_shows_what_the_atlas_warns_of(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from brainfm_monai.outputs import RunSettings, ScanResult
 from brainfm_monai.outputs.maps import EXPECTED_DICE
 from brainfm_monai.report import view, write_report, write_view
 from brainfm_monai.report.page import colour_by_thickness, compose_page, draw_sections
-from brainfm_monai.surfaces import Hemisphere
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"], "synthseg_head")
@@ -227,14 +226,9 @@ viewer.moveCrosshairInVox(6, 9, 2);
 const moved = await picture();
 viewer.setOpacity(1, 0);
 const bare = await picture();
-document.getElementById("surfaces").click();
-const turned = await picture(), alone = viewer.meshes.every((mesh) => mesh.visible) && !viewer.volumes[0].opacity;
-document.getElementById("surfaces").click();
-const hidden = viewer.meshes.every((mesh) => !mesh.visible) && viewer.volumes[0].opacity === 1;
 const fetched = performance.getEntriesByType("resource").filter((entry) => !/^(data|blob):/.test(entry.name));
-document.body.dataset.probe = JSON.stringify({ volumes: viewer.volumes.length, meshes: viewer.meshes.map((mesh) => mesh.name),
-  right: viewer.meshes.length ? Math.max(...viewer.meshes[0].pts.filter((_, i) => i % 3 === 0)) : 0, moved: start !== moved,
-  surfaces: turned !== bare && alone, slices: hidden, overlay: moved !== bare, fetched: fetched.map((entry) => entry.name), place: document.getElementById("place").textContent });
+document.body.dataset.probe = JSON.stringify({ volumes: viewer.volumes.length, moved: start !== moved, overlay: moved !== bare,
+  fetched: fetched.map((entry) => entry.name), place: document.getElementById("place").textContent });
 </script>"""
 
 
@@ -245,19 +239,11 @@ def find_browser() -> str:
     return browser
 
 
-def test_the_view_in_a_browser_without_a_network(
-    scan: ScanResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_view_in_a_browser_without_a_network(scan: ScanResult, tmp_path: Path) -> None:
     pytest.importorskip("ipyniivue", reason="the interactive view needs the extra view")
     browser = find_browser()
     view.find_niivue.cache_clear()
     shown = make_scan(tmp_path, scan.labels)
-    shown.outputs = {"surfaces"}
-    corners = np.array([[10, -10, -10], [20, -10, -10], [10, 10, -10], [10, -10, 10]], dtype=np.float32)  # to the right
-    faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
-    surface = Hemisphere(corners, corners, faces, np.zeros(4, dtype=bool), (0.0, 0.0))
-    monkeypatch.setattr(view.outputs, "grow_surfaces", lambda _: {"R": surface})
-    monkeypatch.setattr(view.outputs, "measure_thickness", lambda _: {"R": np.full(4, 2.5)})
     write_view(shown)
     page = shown.path("view.html")
     page.write_text(PROBE.join(page.read_text(encoding="utf-8").rsplit("</body>", 1)), encoding="utf-8")
@@ -267,14 +253,11 @@ def test_the_view_in_a_browser_without_a_network(
     assert probe is not None, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(html.unescape(probe[1]))
     assert (found["volumes"], found["moved"], found["overlay"], found["fetched"]) == (2, True, True, [])
-    assert (found["meshes"], found["right"]) == (["R.mz3"], 20)
-    assert (found["surfaces"], found["slices"]) == (True, True)  # one does not hide the other
     assert "mm" in found["place"]
 
 
-def test_thin_cortex_is_not_drawn_black_on_black(scan: ScanResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view.outputs, "measure_thickness", lambda _: {"L": np.array([0.0, 1.0, 2.5, 5.0, 9.0])})
-    colours = colour_by_thickness(scan)["L"].sum(axis=1)
+def test_thin_cortex_is_not_drawn_black_on_black() -> None:
+    colours = colour_by_thickness(np.array([0.0, 1.0, 2.5, 5.0, 9.0])).sum(axis=1)
     assert colours[0] > 0.5
     assert (np.diff(colours[:4]) > 0).all()
     assert colours[3] == colours[4] == 3  # white

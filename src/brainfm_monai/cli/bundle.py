@@ -42,7 +42,7 @@ def predict(
 
     Args:
         input: NIfTI, MGH or NRRD file, folder of a DICOM series, folder of scans, pattern in quotes, BIDS dataset, or
-            TSV with the column image (and perhaps name, frame, lesions).
+            TSV with the column image (and perhaps name, frame).
         output: folder for the results, one folder per scan, and summary.tsv.
         analysis_level: participant, the one level of this BIDS app.
         bundle: folder of the bundle.
@@ -58,8 +58,7 @@ def predict(
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain,
             cerebrum, left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window
             ([low,high]), --modality (auto, mr, ct), --fix_orientation (True), --atlas (label map in MNI152 space),
-            --shard (i/n), --overwrite, --keep_lesions, --sharpen (strength), --weights (file), --device
-            ("$torch.device('cpu')").
+            --shard (i/n), --overwrite, --weights (file), --device ("$torch.device('cpu')").
     """
     chosen = {"analysis_level": analysis_level, "precision": precision or "float32", "memory": memory}
     for name, value in chosen.items():

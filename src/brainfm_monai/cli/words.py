@@ -13,9 +13,7 @@ SWITCHES = ("True", "False", "true", "false", "1", "0")
 NUMBERS: dict[str, Any] = {"int": int, "float": int | float}  # types of a value by the annotation of a parameter
 SPELLINGS = {"true": "True", "false": "False"}
 # overrides of configs that are not parameters of a command: switches, which need no value, and texts
-SWITCH_KEYS = (
-    "overwrite", "keep_lesions", "compile", "second_look", "fix_orientation", "mlflow", "activation_checkpointing",
-)  # fmt: skip
+SWITCH_KEYS = ("overwrite", "compile", "second_look", "fix_orientation", "mlflow", "activation_checkpointing")
 TEXT_KEYS = ("input", "section", "name", "shard")
 TEXT_ENDINGS = ("_dir", "_root", "_file", "weights", "datalist")
 

@@ -21,7 +21,7 @@ from brainfm_monai.io.volumes import SCAN_SUFFIXES, scan_stem
 
 BIDS_SUFFIXES = ("T1w", "T2w", "FLAIR", "PDw", "PDT2", "T2starw", "inplaneT1", "inplaneT2", "UNIT1", "ct")
 BIDS_FOLDERS = ("anat", "ct")
-TABLE_COLUMNS = ("image", "name", "frame", "lesions")
+TABLE_COLUMNS = ("image", "name", "frame")
 COMPANION = re.compile(r"(.+)\.(json|bval|bvec|img)", re.IGNORECASE | re.DOTALL)  # of the scan of this stem
 MARKERS = ("_finished.json", "_unfinished.json")  # beside the results of a scan, see outputs.writer
 KINDS = ", ".join(SCAN_SUFFIXES)
@@ -44,7 +44,7 @@ def find_scans(
         source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in
             it; a pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset (a folder with dataset_description.json or
             sub-* folders), of which the anatomical images are taken; or a TSV with the column ``image`` and perhaps
-            ``name``, ``frame`` and ``lesions`` (a mask), its paths relative to it. An empty string lists nothing.
+            ``name`` and ``frame``, its paths relative to it. An empty string lists nothing.
         output_dir: where results are written; it may lie inside ``source`` but not be the same.
         participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
     """
@@ -203,12 +203,10 @@ def _from_table(path: Path) -> list[Scan]:
     items: list[dict[str, Any]] = []
     for row in rows:
         item: dict[str, Any] = {key: row[key] for key in TABLE_COLUMNS if row.get(key, "") not in ("", ABSENT)}
-        item |= {key: str(path.parent / item[key]) for key in ("image", "lesions") if key in item}
+        item["image"] = str(path.parent / item["image"])
         if re.fullmatch(r"[0-9]+", item.get("frame", "")):
             item["frame"] = int(item["frame"])
-        missing = "lesions" in item and not Path(item["lesions"]).is_file()
-        lesions = f"its mask of lesions must be a file, found none at {printable(item['lesions'])}" if missing else ""
-        items.append({**item, "problem": _find_problem(Path(item["image"])) or lesions})
+        items.append({**item, "problem": _find_problem(Path(item["image"]))})
     return make_scans(items)
 
 

@@ -31,7 +31,6 @@ class Scan:
     folder: str = ""  # where its results belong, below the folder of all results; empty: the name
     frame: int | str | None = None  # volume of a 4-D file: its number, from 0, or "mean"; None: as the config says
     series: str = ""  # name of the series in a DICOM folder of several; empty: the only one
-    lesions: str = ""  # path of a lesion mask; empty: none
     problem: str = ""  # why the scan cannot be read; it is reported as failed. Empty: none is known
     skipped: str = ""  # why the entry is not a scan of the list; it is listed and not read. Empty: it is one
 
@@ -62,7 +61,6 @@ class Scan:
             "path": os.path.realpath(self.path) if self.path else "",
             "changed_ns": _changed_ns(self.path),
             "part": [self.frame, self.series],
-            "lesions": [os.path.realpath(self.lesions), _changed_ns(self.lesions)] if self.lesions else None,
         }
 
     def hash_content(self) -> str:

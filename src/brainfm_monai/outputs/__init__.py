@@ -1,27 +1,12 @@
 """From the maps of a scan to its files: label maps, volumes, images, surfaces, transforms, tables and warnings."""
 
-from brainfm_monai.outputs.cortex import find_boundaries, grow_surfaces, measure_thickness
+from brainfm_monai.outputs.cortex import find_boundaries, grow_surfaces
 from brainfm_monai.outputs.maps import compute_totals_mm3, compute_volumes_mm3, expect_dice, hard_volumes_mm3
 from brainfm_monai.outputs.quality import collect_warnings
-from brainfm_monai.outputs.result import (
-    TEMPLATE_SPACE,
-    RunSettings,
-    ScanResult,
-    begun_ahead,
-    describe_run,
-    once_per_scan,
-    resample,
-)
+from brainfm_monai.outputs.result import RunSettings, ScanResult, begun_ahead, describe_run, once_per_scan, resample
 from brainfm_monai.outputs.template import fit_scan_to_template
 from brainfm_monai.outputs.writer import ScanWriter
 
-__all__ = ["TEMPLATE_SPACE", "RunSettings", "ScanResult", "ScanWriter", "begun_ahead", "collect_warnings"]
-__all__ += ["compute_totals_mm3", "compute_volumes_mm3", "describe_run", "expect_dice", "find_boundaries"]
-__all__ += [
-    "fit_scan_to_template",
-    "grow_surfaces",
-    "hard_volumes_mm3",
-    "measure_thickness",
-    "once_per_scan",
-    "resample",
-]
+__all__ = ["RunSettings", "ScanResult", "ScanWriter", "begun_ahead", "collect_warnings", "compute_totals_mm3"]
+__all__ += ["compute_volumes_mm3", "describe_run", "expect_dice", "find_boundaries", "fit_scan_to_template"]
+__all__ += ["grow_surfaces", "hard_volumes_mm3", "once_per_scan", "resample"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import apply_affine
 
-from brainfm_monai.io import ScanError, read_labels, read_table, scan_stem, write_table
-from brainfm_monai.outputs.cortex import describe_thickness, grow_surfaces, measure_thickness
+from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, scan_stem, write_table
+from brainfm_monai.outputs.cortex import grow_surfaces
 from brainfm_monai.outputs.maps import compute_volumes_mm3
 from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
 from brainfm_monai.outputs.template import fit_scan_to_template
@@ -92,19 +92,19 @@ def write_atlas(scan: ScanResult, atlas: Atlas) -> None:
     description = f"labels of {atlas.name} in the brain, carried from {TEMPLATE_SPACE}; names in _{suffix}_regions.tsv"
     scan.save_image(f"{suffix}_dseg", labels, Description=description)
     volumes = compute_volumes_mm3(labels, scan.affine, max(atlas.regions) + 1)
-    vertices = _label_vertices(scan, atlas) if "distance" in scan.maps else np.zeros((0, 3))
+    parts = [np.zeros((0, 3))]  # label, area and thickness of the vertices
+    for surface in grow_surfaces(scan).values() if "distance" in scan.maps else ():
+        of_vertices = atlas.at(warp((surface.white_mm + surface.pial_mm) / 2))
+        areas = compute_areas_mm2(surface.white_mm, surface.faces)
+        parts.append(np.stack([of_vertices, areas, surface.thickness_mm], axis=1))
+    vertices = np.concatenate(parts)
     rows: list[tuple[object, ...]] = []
     for label, name in sorted(atlas.regions.items()):
         _, areas, thickness = vertices[vertices[:, 0] == label].T
-        rows.append((label, name, f"{volumes[label]:.1f}", len(areas), *describe_thickness(areas, thickness)))
+        sizes = [ABSENT] * 3
+        if areas.sum():
+            mean = float(np.average(thickness, weights=areas))
+            deviation = float(np.sqrt(np.average((thickness - mean) ** 2, weights=areas)))
+            sizes = [f"{areas.sum():.0f}", f"{mean:.3f}", f"{deviation:.3f}"]
+        rows.append((label, name, f"{volumes[label]:.1f}", len(areas), *sizes))
     write_table(scan.path(f"{suffix}_regions.tsv"), COLUMNS, rows)
-
-
-def _label_vertices(scan: ScanResult, atlas: Atlas) -> np.ndarray:
-    """Label, area in mm^2 and thickness in mm of the vertices of both hemispheres, shape (N, 3)."""
-    warp, thickness, parts = fit_scan_to_template(scan), measure_thickness(scan), [np.zeros((0, 3))]
-    for letter, surface in grow_surfaces(scan).items():
-        labels = atlas.at(warp((surface.white_mm + surface.pial_mm) / 2))
-        areas = compute_areas_mm2(surface.white_mm, surface.faces)
-        parts.append(np.stack([labels, areas, thickness[letter]], axis=1))
-    return np.concatenate(parts)

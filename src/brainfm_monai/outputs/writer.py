@@ -144,7 +144,7 @@ class ScanWriter:
             np.asarray(labels[0].cpu(), dtype=np.uint8), np.asarray(labels.affine, dtype=np.float64), maps,
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
             frame=int(str(frame)) if str(frame).isdigit() else frame, window=str(meta.get("window") or ""),
-            lesions=str(scan.get("lesions") or ""), settings=self.settings, original=item.get("original"),
+            settings=self.settings, original=item.get("original"),
             normalised=item["image"],
             warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
             modality=modality, summary={"modality": modality} if modality else {}, outputs=self.writers.keys(),
@@ -279,9 +279,9 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
 
 
 def _is_unchanged(scan: Scan, earlier: Mapping[str, Any]) -> bool:
-    """Whether a scan has the content, and the frame and lesions, of an earlier source, wherever it lies now."""
+    """Whether a scan has the content and the frame of an earlier source, wherever it lies now."""
     identity = scan.identify()
-    if any(identity[key] != earlier[key] for key in ("part", "lesions")):
+    if identity["part"] != earlier["part"]:
         return False
     same_file = all(identity[key] == earlier[key] for key in ("path", "changed_ns"))
     return same_file or (bool(scan.path) and Path(scan.path).exists() and scan.hash_content() == earlier["sha256"])

@@ -56,7 +56,7 @@ def _compute(cluster: str, settings: str, dataset: ScanDataset, writer: ScanWrit
     failures: list[str] = []
     items = {f"{number}-{dataset.data[number]['name']}": dict(dataset.data[number]) for number in numbers}
     for item in items.values():
-        item |= {key: str(Path(item[key]).absolute()) for key in ("image", "lesions") if item.get(key)}
+        item["image"] = str(Path(item["image"]).absolute())
     bar = tqdm(total=len(numbers), unit="scan")
     with _connect(cluster, len(numbers)) as client, logging_redirect_tqdm(), bar:
         futures = client.map(predict_one, list(items.values()), key=list(items), settings=settings, pure=False)

@@ -231,20 +231,18 @@ def _draw_contours(scan: ScanResult, cut: Slice) -> np.ndarray:
     return picture
 
 
-@outputs.once_per_scan
-def colour_by_thickness(scan: ScanResult) -> dict[str, np.ndarray]:
-    """Colours of the vertices of each hemisphere that has surfaces, by its letter, shape (V, 3), in [0, 1]."""
-    thickness = outputs.measure_thickness(scan)
-    shares = {letter: DARKEST + (1 - DARKEST) * values[:, None] / THICKEST_MM for letter, values in thickness.items()}
-    return {letter: heat(share)[:, 0] for letter, share in shares.items()}
+def colour_by_thickness(thickness_mm: np.ndarray) -> np.ndarray:
+    """Colours of vertices by the thickness there, (V,): (V, 3), in [0, 1]."""
+    return heat(DARKEST + (1 - DARKEST) * thickness_mm[:, None] / THICKEST_MM)[:, 0]
 
 
 def _draw_hemispheres(scan: ScanResult) -> list[Cell]:
     """Both hemispheres from both sides, coloured by thickness."""
-    cells, colours = [], colour_by_thickness(scan)
+    cells = []
     for letter, surface in outputs.grow_surfaces(scan).items():
+        colours = colour_by_thickness(surface.thickness_mm)
         for title, towards, marks in VIEWS[letter]:
-            picture = surfaces.draw_surface(surface.pial_mm, surface.faces, colours[letter], towards)
+            picture = surfaces.draw_surface(surface.pial_mm, surface.faces, colours, towards)
             cells.append(Cell(picture[..., :3] / 255, marks, title))
     return cells
 

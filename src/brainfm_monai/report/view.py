@@ -4,7 +4,6 @@ import base64
 import binascii
 import logging
 import re
-import struct
 from functools import lru_cache
 from importlib import util
 from pathlib import Path
@@ -14,16 +13,13 @@ import numpy as np
 from isal import igzip
 from markupsafe import Markup
 
-from brainfm_monai import outputs
 from brainfm_monai.io import write_text
 from brainfm_monai.outputs.result import PACKING, ScanResult
-from brainfm_monai.report.page import colour_by_thickness, render
+from brainfm_monai.report.page import render
 
 logger = logging.getLogger(__name__)
 
 WINDOW_PERCENTILES = (0.5, 99.8)  # of the head
-MZ3 = struct.Struct("<HHIII")  # Surfice's format of meshes: magic number, parts, faces, vertices, bytes to skip
-MZ3_MAGIC, MZ3_PARTS = 23117, 1 | 2 | 4  # faces, vertices, colours
 # The widget of ipyniivue carries NiiVue's own bundle as percent-encoded text, for pages that it saves.
 BUNDLE = re.compile(r'="([A-Za-z0-9_.!~*\'()%-]{500000,})"')
 EXPORT = re.compile(r"export\{[^{}]*\bNiivue\b[^{}]*\};?\s*$")
@@ -41,7 +37,7 @@ def find_niivue() -> str | None:
         bundle = BUNDLE.search(widget.read_text(encoding="utf-8")) if widget.is_file() else None
         # percent-encoded text is quoted-printable text with another sign: binascii decodes it faster than urllib does
         text = binascii.a2b_qp(bundle[1].replace("%", "=")).decode("utf-8") if bundle else ""
-        script, count = EXPORT.subn(_name_mesh, text)
+        script, count = EXPORT.subn("", text)
         if count:
             return script
         reason = f"found an ipyniivue without it ({widget})"
@@ -49,40 +45,18 @@ def find_niivue() -> str | None:
     return None
 
 
-def _name_mesh(exports: re.Match[str]) -> str:
-    """What takes the place of the exports: the class of meshes under its public name, which the bundle changes."""
-    alias = re.search(r"(\w+) as NVMesh\b", exports[0])
-    return f"const NVMesh = {alias[1]};" if alias else ""
-
-
 def compose_view(scan: ScanResult, script: str) -> str:
-    """The view as HTML: the scan in 256 grey values, the labels with names and colours, the surfaces, and NiiVue."""
+    """The view as HTML: the scan in 256 grey values, the labels with names and colours, and NiiVue."""
     image, head = scan.image.cpu().numpy()[0], scan.labels > 0
     low, high = np.percentile(image[head] if head.any() else image, WINDOW_PERCENTILES)
     grey = np.clip((image - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-    scan_data, labels = (_pack(nib.Nifti1Image(volume, scan.affine).to_bytes()) for volume in (grey, scan.labels))
-    grown = outputs.grow_surfaces(scan) if "surfaces" in scan.outputs else {}
-    colours = colour_by_thickness(scan) if grown else {}
-    meshes = {name: _pack(_to_mz3(surface.pial_mm, surface.faces, colours[name])) for name, surface in grown.items()}
+    files = [nib.Nifti1Image(volume, scan.affine).to_bytes() for volume in (grey, scan.labels)]
+    packed = [base64.b64encode(igzip.compress(file, PACKING, mtime=0)).decode("ascii") for file in files]
     safe = Markup(script.replace("</script", "<\\/script"))  # a script of a package, not of a scan
-    values = {"scan": scan_data, "labels": labels, "meshes": meshes, "protocol": scan.layout.protocol}
-    return render("view.html", title=scan.name, script=safe, **values)
+    return render("view.html", title=scan.name, script=safe, volumes=packed, protocol=scan.layout.protocol)
 
 
 def write_view(scan: ScanResult) -> None:
     """Write the interactive view, ``_view.html``, where NiiVue is installed; it opens without a network."""
     if (script := find_niivue()) is not None:
         write_text(scan.path("view.html"), compose_view(scan, script))
-
-
-def _pack(content: bytes) -> str:
-    """Bytes as text, compressed; the same bytes give the same text."""
-    return base64.b64encode(igzip.compress(content, PACKING, mtime=0)).decode("ascii")
-
-
-def _to_mz3(vertices_mm: np.ndarray, faces: np.ndarray, colours: np.ndarray) -> bytes:
-    """A surface in RAS mm with the colours of its vertices, shape (V, 3), in [0, 1]."""
-    opaque = np.full((len(vertices_mm), 4), 255, dtype=np.uint8)
-    opaque[:, :3] = np.clip(colours * 255, 0, 255)
-    header = MZ3.pack(MZ3_MAGIC, MZ3_PARTS, len(faces), len(vertices_mm), 0)
-    return header + faces.astype("<i4").tobytes() + vertices_mm.astype("<f4").tobytes() + opaque.tobytes()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from brainfm_monai.functional.spatial import warp_all
 from brainfm_monai.surfaces.crossings import remove_crossings
+from brainfm_monai.surfaces.measures import compute_thickness_mm
 from brainfm_monai.surfaces.topology import extract_sphere
 
 GRID_MM = 1.1  # of the level from which the white surface is taken: vertices lie about 1 mm apart
@@ -32,6 +33,7 @@ class Hemisphere:
     white_mm: np.ndarray  # vertices, RAS mm, shape (V, 3), float32
     pial_mm: np.ndarray  # the same of the pial surface
     faces: np.ndarray  # vertex numbers, shape (F, 3), int32, counter-clockwise seen from outside
+    thickness_mm: np.ndarray  # see :func:`~brainfm_monai.surfaces.compute_thickness_mm`, shape (V,), float32
     # shape (V,), bool: the distances show no pial boundary, and the pial surface stands halfway between the two banks
     closed: np.ndarray
     crossing_shares: tuple[float, float]  # shares of the triangles that cross another one, white and pial, from 0 to 1
@@ -75,7 +77,8 @@ def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphe
     if np.linalg.det(grid[:3, :3]) < 0:  # a grid that mirrors space turns the triangles inside out
         faces = faces[:, ::-1]
     faces = np.ascontiguousarray(faces, dtype=np.int32)
-    return Hemisphere(white_mm, pial_mm, faces, closed, (white_share, pial_share))
+    thickness_mm = compute_thickness_mm(white_mm, pial_mm, faces)
+    return Hemisphere(white_mm, pial_mm, faces, thickness_mm, closed, (white_share, pial_share))
 
 
 def _place(vertices: np.ndarray, affine: np.ndarray) -> np.ndarray:
