@@ -7,6 +7,8 @@ would see, and two processes with one subject each see what one process with two
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,13 +26,18 @@ def hash_key(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
 
+@lru_cache(maxsize=2)
+def _shuffle(subjects: int, seed: int, number: int) -> list[int]:
+    """Order of the subjects in a pass over them."""
+    return sorted(range(subjects), key=lambda i: hash_key(seed, number, i))
+
+
 @dataclass(eq=False)
 class DrawnSubjects(Dataset[dict[str, Any]]):
     """The subjects in an endless sequence of shuffled passes, each with the ``seed`` of its draw."""
 
     data: Sequence[Mapping[str, Any]]  # such as a MONAI CacheDataset of dictionaries; none are a ValueError
     seed: int = 0  # of the sequence
-    _pass: tuple[int, list[int]] = field(default=(-1, []), init=False)  # its number, and its order of the subjects
 
     def __post_init__(self) -> None:
         refuse_if(not len(self.data), "DrawnSubjects: 'data' must hold at least one subject", "none")
@@ -38,10 +45,8 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each once."""
         number, position = divmod(draw, len(self.data))
-        if self._pass[0] != number:
-            order = sorted(range(len(self.data)), key=lambda i: hash_key(self.seed, number, i))
-            self._pass = (number, order)
-        return {**self.data[self._pass[1][position]], "seed": hash_key(self.seed, draw) % LARGEST_SEED}
+        subject = self.data[_shuffle(len(self.data), self.seed, number)[position]]
+        return {**subject, "seed": hash_key(self.seed, draw) % LARGEST_SEED}
 
 
 @dataclass(eq=False)
@@ -63,10 +68,8 @@ class DrawSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of numbers, from ``first`` on."""
-        start = self.first + self.rank * self.batch_size
-        while True:
+        for start in count(self.first + self.rank * self.batch_size, self.step):
             yield list(range(start, start + self.batch_size))
-            start += self.step
 
 
 @dataclass(eq=False)
@@ -78,11 +81,10 @@ class SynthesisPrepareBatch(PrepareBatch):
     """
 
     synthesizer: Synthesizer  # makes scans and targets
-    fixed: bool = False  # take the hash of the name in any case
 
     def seeds(self, batch: Mapping[str, Any]) -> list[int]:
         """One seed for each subject of a batch."""
-        if "seed" in batch and not self.fixed:
+        if "seed" in batch:
             return [int(seed) for seed in batch["seed"]]
         return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
 
@@ -94,11 +96,8 @@ class SynthesisPrepareBatch(PrepareBatch):
 
         ValueError if generation labels follow different protocols (``accumulation`` parts of one subject may).
         """
-        subject = {
-            key: convert_to_tensor(batchdata[key], track_meta=False).to(device=device, non_blocking=non_blocking)
-            for key in SUBJECT_KEYS
-            if key in batchdata
-        }
+        plain = {key: convert_to_tensor(batchdata[key], track_meta=False) for key in SUBJECT_KEYS if key in batchdata}
+        subject = {key: value.to(device=device, non_blocking=non_blocking) for key, value in plain.items()}
         # Flags decide what is drawn, and numbers are drawn on the host: flags stay there.
         subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith(FLAGS)}
         protocols = sorted(set(batchdata.get("generation_protocol", [])))

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ignite.distributed as idist
@@ -50,7 +51,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     Kernels of ``network.backbone`` with more than one input channel go by Muon, whose step is ``kernel_lr`` times a
     matrix with singular values near 1; ``momentum`` is that of Muon, ``lr`` that of AdamW, ``weight_decay`` that of
-    both. Steps of a ``fused`` optimizer that are not finite are left out without a wait.
+    both. Steps of a ``fused`` optimizer that are not finite are left out without a wait. Parameters without a gradient
+    stay, and kernels have no gradient after a step.
     """
 
     def __init__(
@@ -62,26 +64,14 @@ class MuonAdamW(torch.optim.AdamW):
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         kernels = {n: p for n, p in trained.items() if n.startswith("backbone.") and p.ndim > 2 and p.shape[1] > 1}
         rest = [p for name, p in trained.items() if name not in kernels]
-        groups: list[dict[str, Any]] = [
-            {"params": list(kernels.values()), "lr": kernel_lr, "momentum": momentum},
-            {"params": rest, "lr": lr, "momentum": None},
-        ]
+        groups = [{"params": [*kernels.values()], "lr": kernel_lr, "momentum": momentum}, {"params": rest, "lr": lr}]
         super().__init__([g for g in groups if g["params"]], weight_decay=weight_decay, fused=fused or None)
+        if kernels:
+            self.register_step_pre_hook(lambda *_: self._step_kernels(self.param_groups[0]))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; parameters without a gradient stay, and kernels have no gradient afterwards."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["momentum"] is not None:
-                self._step_kernels(group)
-        super().step()
-        return loss
-
     def _step_kernels(self, group: dict[str, Any]) -> None:
+        """Step the kernels, and take their gradients, so that AdamW skips them."""
         device = group["params"][0].device
         finite = torch.as_tensor(1.0 - getattr(self, "found_inf", 0.0), device=device)  # 0: the step changes nothing
         of_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -95,7 +85,7 @@ class MuonAdamW(torch.optim.AdamW):
             average.lerp_(gradient, 1 - group["momentum"])
             ahead = gradient.lerp(average, group["momentum"]).flatten(1)
             of_shape[ahead.shape].append((p, ahead))
-            p.grad = None  # AdamW skips the kernel
+            p.grad = None
         for (outputs, inputs), kernels in of_shape.items():
             # A step of a kernel with more outputs than inputs is as large for each output as one with as many.
             size = max(1.0, outputs / inputs) ** 0.5
@@ -122,6 +112,7 @@ def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | 
     return update
 
 
+@dataclass(eq=False)
 class TimeBudget:
     """Ends a training after some minutes of wall-clock time, and says how much of them is used up.
 
@@ -129,10 +120,11 @@ class TimeBudget:
     together. As much time is kept for the last validation as the longest pause between two iterations took so far.
     """
 
-    def __init__(self, minutes: float | None = None) -> None:
-        self.minutes = minutes
-        self.elapsed = self.longest_pause = 0.0  # seconds
-        self._since, self._started = time.monotonic(), False
+    minutes: float | None = None  # None: no limit
+    elapsed: float = field(default=0.0, init=False)  # seconds
+    longest_pause: float = field(default=0.0, init=False)  # seconds
+    _since: float = field(default_factory=lambda: time.monotonic(), init=False)
+    _started: bool = field(default=False, init=False)
 
     @property
     def share(self) -> float | None:
@@ -143,9 +135,9 @@ class TimeBudget:
         """Attach to a trainer."""
         if self.minutes is not None:
             engine.add_event_handler(Events.STARTED, lambda: setattr(engine.state, "max_epochs", ENDLESS))
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._count, 60 * self.minutes)
 
-    def _count(self, engine: Engine) -> None:
+    def _count(self, engine: Engine, limit: float) -> None:
         pause = time.monotonic() - self._since
         if idist.get_world_size() > 1:  # all processes take the same step and end together
             pause = cast(float, idist.broadcast(pause, src=0))
@@ -156,8 +148,7 @@ class TimeBudget:
         self._started = True
         # At the end of an epoch a validation follows, after which there may be no time for another.
         at_end = engine.state.iteration % (engine.state.epoch_length or 1) == 0
-        coming = self.elapsed + (self.longest_pause if at_end else 0.0)
-        if coming >= 60 * (self.minutes or 0.0) - self.longest_pause:
+        if self.elapsed + (2 if at_end else 1) * self.longest_pause >= limit:
             engine.state.max_epochs = engine.state.epoch
             engine.terminate_epoch()
 
@@ -165,10 +156,9 @@ class TimeBudget:
         """Seconds that are used up, and the longest pause between two iterations."""
         return {"elapsed": self.elapsed, "longest_pause": self.longest_pause}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from what :meth:`state_dict` gave."""
-        self.elapsed += float(state["elapsed"])
-        self.longest_pause = float(state["longest_pause"])
+        self.elapsed, self.longest_pause = self.elapsed + state["elapsed"], state["longest_pause"]
 
 
 def make_warmup_stable_decay(

@@ -103,11 +103,11 @@ class MultiTaskTrainer(SupervisedTrainer):
         super().__init__(**options)
         self.accumulation, self.max_norm, self.average = accumulation, max_norm, average
         self.grad_scaler = scaler or torch.amp.GradScaler(enabled=False)
-        self.state.draws = 0
+        self.state.draws, self.draws_of_step = 0, 0
         self.state_dict_user_keys.append("draws")
         sampler = getattr(self.data_loader, "batch_sampler", None)
-        self.sampler = sampler if isinstance(sampler, DrawSampler) else None
-        if self.sampler is not None:  # the iterator that is made after this event starts where the training is
+        if isinstance(sampler, DrawSampler):  # the iterator that is made after this event starts where the training is
+            self.draws_of_step = sampler.step
             self.add_event_handler(Events.EPOCH_STARTED, lambda: setattr(sampler, "first", self.state.draws))
         if budget is not None:
             budget.attach(self)
@@ -119,29 +119,26 @@ class MultiTaskTrainer(SupervisedTrainer):
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        size, parts = len(next(iter(batchdata.values()))), split_batch(batchdata, self.accumulation)
-        weights = [len(next(iter(part.values()))) / size for part in parts]
-        losses, samples, network = [], 0, self.network
-        components: list[dict[str, Tensor]] = []
+        parts = split_batch(batchdata, self.accumulation)
+        sizes = [len(next(iter(part.values()))) for part in parts]
+        weights, losses, samples = [size / sum(sizes) for size in sizes], [], 0
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True), start=1):
             # Gradients of all processes are summed once for a batch, with those of its last part.
-            waits = isinstance(network, DistributedDataParallel) and number < len(parts)
-            with cast(DistributedDataParallel, network).no_sync() if waits else nullcontext():
+            waits = isinstance(self.network, DistributedDataParallel) and number < len(parts)
+            with cast(DistributedDataParallel, self.network).no_sync() if waits else nullcontext():
                 losses.append(self._compute_part(part, weight))
-            components.append(dict(getattr(self.loss_function, "components", {})))
             samples += len(self.state.output[CommonKeys.IMAGE])
-        self.state.output[CommonKeys.LOSS] = torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum()
-        self.state.output["task_losses"] = _average(components, weights)
+        means = _average(losses, weights)
+        self.state.output |= {CommonKeys.LOSS: means.pop(CommonKeys.LOSS), "task_losses": means, "samples": samples}
         self.state.output["gradient_norm"] = self._step()
-        self.state.output["samples"] = samples
         if self.average is not None:
             self.average.update_parameters(getattr(self.network, "module", self.network))
-        self.state.draws += self.sampler.step if self.sampler is not None else 0
+        self.state.draws += self.draws_of_step
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return cast(dict[str, Any], self.state.output)
 
-    def _compute_part(self, part: dict[str, Any], weight: float) -> Tensor:
-        """Loss of a part, its gradients added to those of the parts before."""
+    def _compute_part(self, part: dict[str, Any], weight: float) -> dict[str, Tensor]:
+        """Loss of a part and of its tasks; its gradients are added to those of the parts before."""
         image, target = self.prepare_batch(part, self.state.device, self.non_blocking, **self.to_kwargs)
         self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target}
         self.state.output[CommonKeys.PRED] = self.inferer(image, self.network)
@@ -153,7 +150,7 @@ class MultiTaskTrainer(SupervisedTrainer):
         gradient = torch.where(loss.detach().isfinite(), weight, torch.nan).to(loss.dtype)
         self.grad_scaler.scale(loss).backward(gradient)
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        return loss.detach()
+        return {CommonKeys.LOSS: loss.detach(), **getattr(self.loss_function, "components", {})}
 
     def _step(self) -> Tensor:
         """Step the optimizer if all is finite; return the norm of the gradients of all processes before clipping."""
@@ -161,24 +158,22 @@ class MultiTaskTrainer(SupervisedTrainer):
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.max_norm is not None:
             clip_grads_with_norm_(self.parameters, self.max_norm, norm)
-        if self.grad_scaler.is_enabled():
-            self.grad_scaler.step(self.optimizer)  # checks the gradients itself
-            self.grad_scaler.update()
-            return norm
-        if self.optimizer.defaults.get("fused"):
-            # A fused optimizer reads this number on the device, as a GradScaler sets it.
-            vars(self.optimizer).update(found_inf=(~norm.isfinite()).float(), grad_scale=None)
-        elif not bool(norm.isfinite()):
-            self.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
-        self.optimizer.step()
+        if not self.grad_scaler.is_enabled():  # a scaler checks the gradients itself
+            if self.optimizer.defaults.get("fused"):
+                # A fused optimizer reads this number on the device, as a GradScaler sets it.
+                vars(self.optimizer).update(found_inf=(~norm.isfinite()).float(), grad_scale=None)
+            elif not bool(norm.isfinite()):
+                self.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
         return norm
 
 
-def _average(components: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """Mean of each task's loss over the parts that have it."""
+def _average(losses: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    """Mean of each loss over the parts that have it."""
     means = {}
-    for name in dict.fromkeys(name for part in components for name in part):
-        pairs = [(weight, part[name]) for weight, part in zip(weights, components, strict=True) if name in part]
+    for name in dict.fromkeys(name for part in losses for name in part):
+        pairs = [(weight, part[name]) for weight, part in zip(weights, losses, strict=True) if name in part]
         means[name] = torch.stack([weight * value for weight, value in pairs]).sum() / sum(w for w, _ in pairs)
     return means
 
@@ -199,8 +194,7 @@ class NonFiniteStop:
     def attach(self, engine: Engine) -> None:
         """Attach to a :class:`MultiTaskTrainer`."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.remember)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.look)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.look)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval) | Events.EPOCH_COMPLETED, self.look)
 
     def remember(self, engine: MultiTaskTrainer) -> None:
         """Keep loss, norm and samples of a step until the next look."""
@@ -214,9 +208,8 @@ class NonFiniteStop:
         steps, self._steps = self._steps, []
         if not steps:
             return
-        values = torch.stack([values for _, _, values, _ in steps])
         # A scaled loss may overflow in its gradients: the scaler leaves that step out and scales less.
-        judged = values[:, :1] if engine.grad_scaler.is_enabled() else values
+        judged = torch.stack([values[:1] if engine.grad_scaler.is_enabled() else values for _, _, values, _ in steps])
         bad = (~judged.isfinite()).any(1).float()
         if idist.get_world_size() > 1:  # a loss of one process is enough for all, or the others would wait for it
             bad = cast(Tensor, idist.all_reduce(bad))
@@ -226,6 +219,5 @@ class NonFiniteStop:
                 named = [name for name, value in tasks.items() if not math.isfinite(float(value))]
                 what = f"loss of {', '.join(named)}" if named else "gradient"
                 logger.warning("iteration %d: the %s is not finite: %s; step left out", iteration, what, samples)
-            if self.in_row >= self.max_in_row:
-                found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
-                raise FloatingPointError(f"training: the loss must be finite, found {found}")
+            found = f"{self.in_row} steps in a row up to iteration {iteration} where it is not"
+            refuse_if(self.in_row >= self.max_in_row, "training: the loss must be finite", found, FloatingPointError)

@@ -3,7 +3,7 @@
 import logging
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,14 @@ class TrainingCheckpoint:
     to_save: Mapping[str, Any]  # objects with state_dict and load_state_dict, by name; the trainer itself is added
     iterations: int | None = None  # between two further checkpoints, for long epochs; None: no further ones
     n_saved: int = 2  # number of checkpoints to keep
-    _random: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after the handlers whose work belongs in the checkpoint."""
         engine.add_event_handler(Events.STARTED, self.resume)
-        engine.add_event_handler(Events.ITERATION_STARTED, self._restore_random)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         if every := self.iterations:  # the end of an epoch is saved after its validation
-            engine.add_event_handler(
-                Events.ITERATION_COMPLETED(event_filter=lambda e, n: n % every == 0 and n % e.state.epoch_length > 0),
-                self.save,
-            )
+            within = Events.ITERATION_COMPLETED(lambda e, n: n % every == 0 and n % e.state.epoch_length > 0)
+            engine.add_event_handler(within, self.save)
 
     def saved(self) -> list[Path]:
         """The checkpoints of this and of earlier runs, oldest first."""
@@ -65,41 +61,41 @@ class TrainingCheckpoint:
 
     def resume(self, engine: Any) -> None:
         """Restore the newest whole checkpoint, but for the number of epochs; ValueError if none is whole or fits."""
-        path, content = self._read_newest() if idist.get_rank() == 0 else (None, None)
-        if idist.get_world_size() > 1:
-            chosen = str(idist.broadcast(str(path or ""), src=0))
-            path = Path(chosen) if chosen else None
-        if path is None:
+        path = idist.broadcast(self._find_whole() if idist.get_rank() == 0 else "", src=0)
+        if not path:
             return
-        content = content or torch.load(path, map_location="cpu", weights_only=True)
-        max_epochs = engine.state.max_epochs
-        self._random = content.pop("random", {})
+        max_epochs, content = engine.state.max_epochs, torch.load(path, map_location="cpu", weights_only=True)
         try:
             Checkpoint.load_objects({"trainer": engine, **self.to_save}, content)
         except (ValueError, RuntimeError, KeyError) as error:
             rule = f"{path}: a checkpoint of this training is needed"
             raise ValueError(f"{rule}, found another: {first_line(error)}") from error
         engine.state.max_epochs = max_epochs
+        # The data loaders' iterators, which are made after the start, draw a number each.
+        first = Events.ITERATION_STARTED(once=engine.state.iteration + 1)
+        engine.add_event_handler(first, _restore_random, content.get("random", {}))
         logger.info("resumes at iteration %d from %s", engine.state.iteration, path)
 
-    def _read_newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+    def _find_whole(self) -> str:
+        """Path of the newest checkpoint that can be read, empty without any checkpoint."""
         saved = self.saved()
         for path in reversed(saved):
             try:
-                return path, torch.load(path, map_location="cpu", weights_only=True)
+                torch.load(path, map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
                 logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, first_line(error))
+            else:
+                return str(path)
         rule = f"{self.save_dir}: one whole checkpoint is needed to resume"
         refuse_if(saved, rule, "none: remove them to begin anew")
-        return None, None
+        return ""
 
-    def _restore_random(self) -> None:
-        """Here, because the data loaders' iterators, which are made after the start, draw a number each."""
-        if "cpu" in self._random:
-            torch.set_rng_state(self._random["cpu"])
-        if "cuda" in self._random and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(self._random["cuda"])
-        self._random = {}
+
+def _restore_random(states: Mapping[str, Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 @dataclass(eq=False)
@@ -108,32 +104,23 @@ class BestWeights:
 
     network: nn.Module  # whose state dict is written, plain
     path: str | Path  # of the file
-    best_metric: float = field(default=0.0, init=False)
-    best_epoch: int = field(default=-1, init=False)  # no epoch yet, in MONAI's words
 
-    def attach(self, engine: Engine) -> None:
-        """Attach to a MONAI evaluator with a key metric."""
-        engine.add_event_handler(Events.STARTED, self._remind)
+    def attach(self, engine: Any) -> None:
+        """Attach to a MONAI evaluator with a key metric, which compares, and whose best metric checkpoints keep."""
+        self.evaluator = engine
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
-    def _remind(self, engine: Any) -> None:
-        """Set the evaluator's best metric to the best of earlier sittings."""
-        if self.best_epoch >= 0:
-            engine.state.best_metric, engine.state.best_metric_epoch = self.best_metric, self.best_epoch
-
     def __call__(self, engine: Any) -> None:
-        """Write the weights if this validation was the best; the evaluator has compared."""
-        if engine.state.best_metric_epoch != engine.state.epoch:
-            return
-        self.best_metric, self.best_epoch = float(engine.state.best_metric), int(engine.state.epoch)
-        if idist.get_rank() == 0:
+        """Write the weights if this validation was the best."""
+        if engine.state.best_metric_epoch == engine.state.epoch and idist.get_rank() == 0:
             with write_whole(self.path) as partial:
                 torch.save(self.network.state_dict(), partial)
 
     def state_dict(self) -> dict[str, float | int]:
         """The best metric and its epoch."""
-        return {"best_metric": self.best_metric, "best_epoch": self.best_epoch}
+        state = self.evaluator.state
+        return {"best_metric": float(state.best_metric), "best_metric_epoch": int(state.best_metric_epoch)}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
         """Continue from what :meth:`state_dict` gave."""
-        self.best_metric, self.best_epoch = float(state["best_metric"]), int(state["best_epoch"])
+        vars(self.evaluator.state).update(state)
