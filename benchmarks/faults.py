@@ -245,27 +245,16 @@ def run_together() -> None:
 
 def generate(count: int) -> None:
     """Draw and render scans of one label map; every voxel must be finite."""
-    from brainfm_monai.anatomy import Protocol
-    from brainfm_monai.synthesis import SynthesisRanges, render, sample
+    from brainfm_monai.synthesis import SynthesisRanges, Synthesizer
     from brainfm_monai.tasks import TaskLayout
 
     labels = torch.zeros(1, 1, 24, 28, 24, dtype=torch.uint8)
     labels[:, :, 4:20, 4:24, 4:12], labels[:, :, 4:20, 4:24, 12:20] = 2, 3
-    layout, generation = (
-        TaskLayout(["segmentation", "log_bias_field"], "synthseg_head"),
-        Protocol.load("synthseg_generation"),
-    )
+    layout = TaskLayout(["segmentation", "log_bias_field"], "synthseg_head")
+    synthesizer = Synthesizer(SynthesisRanges(), layout, labels.shape[2:])
     bad = 0
     for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
-        params = sample(
-            SynthesisRanges(),
-            [generator],
-            spatial_size=labels.shape[2:],
-            protocol=layout.protocol,
-            generation_protocol=generation,
-        )
-        made = render({"generation_labels": labels, "segmentation": labels}, params, layout)
+        made = synthesizer({"generation_labels": labels, "segmentation": labels}, [seed])
         bad += not all(bool(torch.isfinite(volume).all()) for volume in made.values())
     print(f"generate: {count} scans, {bad} with voxels that are not finite")
 

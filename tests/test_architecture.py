@@ -188,7 +188,7 @@ def test_numbers_are_drawn_in_one_place(path: Path) -> None:
         from_library |= name in {"torch.manual_seed", "torch.seed"} or parts[0] == "random"
         if from_library or (parts[-1].endswith("_") and parts[-1] in DRAWS):
             drawn.append(f"line {line}: {name}")
-    assert not drawn, f"{identify(path)}: numbers are drawn in synthesis.sample alone, found {drawn}"
+    assert not drawn, f"{identify(path)}: numbers are drawn in synthesis.sampling alone, found {drawn}"
 
 
 DRAWING = {"synthesis/sampling.py", "synthesis/synthesizer.py"}

@@ -41,19 +41,18 @@ def test_seeds_decide_the_sample_and_names_do_where_seeds_are_missing() -> None:
     assert torch.equal(prepare(batch, "cpu")[0], prepare(batch, "cpu")[0])
     assert not torch.equal(prepare(batch, "cpu")[0], prepare(batch | {"seed": torch.tensor([8])}, "cpu")[0])
     by_name = prepare(make_batch("a"), "cpu")[0]
-    assert torch.equal(prepare(make_batch("a"), "cpu")[0], by_name)
-    assert not torch.equal(prepare(batch, "cpu")[0], by_name)
+    assert torch.equal(SynthesisPrepareBatch(synthesizer, fixed=True)(batch, "cpu")[0], by_name)
 
 
 def test_no_two_subjects_of_a_validation_share_their_seed() -> None:
     names = [f"sub-{i:03}" for i in range(1, 101)] + ["training_seg_18", "training_seg_81"]
-    seeds = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16))).seeds({"subject": names})
+    seeds = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)), fixed=True).seeds({"subject": names})
     assert len(set(seeds)) == len(names)
     assert all(0 <= seed < LARGEST_SEED for seed in seeds)
 
 
 def test_validation_draws_the_same_sample_for_a_subject_whatever_its_company() -> None:
-    prepare = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)))
+    prepare = SynthesisPrepareBatch(Synthesizer(RANGES, LAYOUT, (16, 16, 16)), fixed=True)
     alone, _ = prepare(make_batch("b"), "cpu")
     pair, targets = prepare(make_batch("a", "b"), "cpu")
     torch.testing.assert_close(pair[1:], alone, atol=1e-4, rtol=1e-4)

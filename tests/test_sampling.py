@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, sample
+from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, Synthesizer
 from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams
+from brainfm_monai.tasks import TaskLayout
 
 COUNT = 10_000
 SIGMAS = 5  # beyond which a mean would lie once in a million tests
 HEAD = Protocol.load("synthseg_head")
-GENERATION = Protocol.load("synthseg_generation")
+LAYOUT = TaskLayout(["segmentation"], "synthseg_head")
 RANGES = SynthesisRanges(
     mirror_prob=0.3,
     skull_strip_prob=0.4,
@@ -35,18 +36,14 @@ RANGES = SynthesisRanges(
 )
 
 
+def draw(ranges: SynthesisRanges, count: int, **flags: torch.Tensor) -> SynthesisParams:
+    return Synthesizer(ranges, LAYOUT, (4, 4, 4)).draw(flags, range(count), device="cpu")
+
+
 @pytest.fixture(scope="module")
 def params() -> SynthesisParams:
-    generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
     every = torch.ones(COUNT, dtype=torch.bool)
-    return sample(
-        RANGES,
-        generators,
-        spatial_size=(4, 4, 4),
-        protocol=HEAD,
-        generation_protocol=GENERATION,
-        available={"T1w": every, "FLAIR": every},
-    )
+    return draw(RANGES, COUNT, available_T1w=every, available_FLAIR=every)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +93,7 @@ def test_a_mirror_that_is_not_asked_for_never_comes() -> None:
     # The reference mirrors 69 % of the samples for 0.5, and half of them for 0.
     for probability in (0.0, 1.0):
         ranges = dataclasses.replace(SynthesisRanges(), mirror_prob=probability)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(200)]
-        drawn = sample(ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION)
+        drawn = draw(ranges, 200)
         assert drawn.geometry.mirror.float().mean() == probability
 
 
@@ -124,10 +120,7 @@ def test_the_linear_map_has_its_rotations_shears_and_scalings(geometry: Geometry
     assert float(volume.min()) > 0
     assert float(volume.mean()) == pytest.approx(1, abs=0.02)
     ranges = dataclasses.replace(SynthesisRanges(), shear=(0, 0), rotation_deg=(0, 0), scaling=(0.8, 1.2))
-    generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
-    matrix = sample(
-        ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION
-    ).geometry.matrix
+    matrix = draw(ranges, 2000).geometry.matrix
     check_uniform(torch.diagonal(matrix, dim1=1, dim2=2), 0.8, 1.2)
 
 
@@ -147,10 +140,7 @@ def test_velocity_and_bias_have_the_scale_of_their_law(geometry: GeometryParams,
 
 def test_contrasts_lie_in_their_range_and_air_is_dark_as_often_as_asked(look: AppearanceParams) -> None:
     ranges = dataclasses.replace(RANGES, contrast_prior_prob=0, dissection_photo_prob=0)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
-    plain = sample(
-        ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION
-    ).appearances[0]
+    plain = draw(ranges, 4000).appearances[0]
     check_uniform(plain.mean[:, 8], 25, 225)
     check_uniform(plain.std[:, 8], 5, 25)
     check_chance(plain.mean[:, 0] == 0, 0.5)
@@ -160,10 +150,7 @@ def test_contrasts_lie_in_their_range_and_air_is_dark_as_often_as_asked(look: Ap
 
 def test_resolution_families_come_with_their_weights_and_their_laws() -> None:
     ranges = dataclasses.replace(RANGES, dissection_photo_prob=0)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(COUNT)]
-    look = sample(
-        ranges, generators, spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION
-    ).appearances[0]
+    look = draw(ranges, COUNT).appearances[0]
     spacing = look.spacing
     isotropic, clinical = (spacing == 1).all(1), (spacing == 1).sum(1) == 2
     low_field = (spacing[:, :2] >= 1.3).all(1) & (spacing[:, :2] <= 1.7).all(1) & (spacing[:, 2] >= 4.8)
@@ -201,18 +188,18 @@ def test_streams_of_different_seeds_and_ranks_differ(geometry: GeometryParams) -
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("rotation_deg", (15, -15), "'rotation_deg' must be two ascending numbers, got (15, -15)"),
-        ("noise_std", (1, 2, 3), "'noise_std' must be two ascending numbers, got (1, 2, 3)"),
-        ("mirror_prob", 1.5, "'mirror_prob' must be in [0, 1], got 1.5"),
+        ("rotation_deg", (15, -15), "'rotation_deg' must be two ascending numbers, found (15, -15)"),
+        ("noise_std", (1, 2, 3), "'noise_std' must be two ascending numbers, found (1, 2, 3)"),
+        ("mirror_prob", 1.5, "'mirror_prob' must be in [0, 1], found 1.5"),
         (
             "resolution_weights",
             (1, 2, 3),
-            "'resolution_weights' must be 4 numbers of at least 0, not all 0, got (1, 2, 3)",
+            "'resolution_weights' must be 4 numbers of at least 0, not all 0, found (1, 2, 3)",
         ),
         (
             "input_weights",
             (0, 0, 0, 0, 0),
-            "'input_weights' must be 5 numbers of at least 0, not all 0, got (0, 0, 0, 0, 0)",
+            "'input_weights' must be 5 numbers of at least 0, not all 0, found (0, 0, 0, 0, 0)",
         ),
     ],
 )
@@ -223,8 +210,8 @@ def test_ranges_say_what_is_wrong(field: str, value: object, message: str) -> No
 
 def test_an_unknown_contrast_is_named() -> None:
     ranges = SynthesisRanges(contrast_prior_prob=1, contrast_priors=("T1w", "PD"))
-    with pytest.raises(ValueError, match=r"names must be out of \['T1w', 'T2w', 'FLAIR', 'CT'\], got \['PD'\]"):
-        sample(ranges, [torch.Generator()], spatial_size=(4, 4, 4), protocol=HEAD, generation_protocol=GENERATION)
+    with pytest.raises(ValueError, match=r"names must be out of \['T1w', 'T2w', 'FLAIR', 'CT'\], found \['PD'\]"):
+        draw(ranges, 1)
 
 
 def test_the_sampling_table_has_one_row_for_each_field_with_its_default(repository: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
 from brainfm_monai.functional import spatial
-from brainfm_monai.synthesis import FLAGS, SynthesisParams, SynthesisRanges, Synthesizer, render, sample
+from brainfm_monai.synthesis import FLAGS, SynthesisParams, SynthesisRanges, Synthesizer, render
 from brainfm_monai.synthesis.ranges import make_mild
 from brainfm_monai.synthesis.rendering import make_coordinates
 from brainfm_monai.tasks import TASKS, TaskLayout
@@ -71,21 +71,16 @@ def change(**changes: Any) -> SynthesisRanges:
 
 
 def draw(
-    ranges: SynthesisRanges | list[SynthesisRanges],
+    ranges: SynthesisRanges,
     *seeds: int,
     stride: int = 1,
     available: Mapping[str, Tensor] | None = None,
-    generation: Protocol = GENERATION,
+    generation: str = "synthseg_generation",
 ) -> SynthesisParams:
-    return sample(
-        ranges,
-        [torch.Generator().manual_seed(seed) for seed in seeds],
-        spatial_size=tuple(n // stride for n in SIZE),
-        protocol=LAYOUT.protocol,
-        generation_protocol=generation,
-        stride=stride,
-        available=available,
-    )
+    size = tuple(n // stride for n in SIZE)
+    synthesizer = Synthesizer(ranges, LAYOUT, size, scan_mm=stride, label_mm=1.0, generation_protocol=generation)
+    flags = {f"available_{name}": value for name, value in (available or {}).items()}
+    return synthesizer.draw(flags, seeds, device="cpu")
 
 
 def make_subject(batch: int = 1, images: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -180,8 +175,7 @@ def test_a_mirror_turns_the_grid_over_without_folds(stride: int) -> None:
 def test_velocity_fields_of_the_default_ranges_do_not_fold() -> None:
     size = (96, 96, 96)
     ranges = change(velocity_std_mm=(4, 4), velocity_spacing_mm=(18, 18))
-    generator = [torch.Generator().manual_seed(0)]
-    params = sample(ranges, generator, spatial_size=size, protocol=LAYOUT.protocol, generation_protocol=GENERATION)
+    params = Synthesizer(ranges, LAYOUT, size).draw({}, [0], device="cpu")
     coordinates = make_coordinates(params.geometry, size)
     assert float((coordinates - spatial.identity_grid(size)).abs().max()) > 6
     # Control vectors of 4 mm every 18 mm are the roughest field that can be drawn; a linear lattice may crease in a few voxels.
@@ -221,18 +215,8 @@ def test_millimetres_stay_millimetres_on_a_coarser_source() -> None:
     )
     draws = []
     for mm in (1.0, 2.0):
-        seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
         sizes = tuple(int(49 / mm) for _ in range(3))
-        draws.append(
-            sample(
-                ranges,
-                seeds,
-                spatial_size=sizes,
-                protocol=LAYOUT.protocol,
-                generation_protocol=GENERATION,
-                source_mm=mm,
-            )
-        )
+        draws.append(Synthesizer(ranges, LAYOUT, sizes, scan_mm=mm).draw({}, range(8), device="cpu"))
     fine, coarse = (d.geometry for d in draws)
     torch.testing.assert_close(coarse.translation * 2, fine.translation)
     torch.testing.assert_close(coarse.velocity_spacing * 2, fine.velocity_spacing)
@@ -377,8 +361,7 @@ def test_outside_the_subject_there_is_air() -> None:
 
 
 def test_partial_volume_codes_are_painted_between_their_tissues() -> None:
-    generation = Protocol.load("brainfm_generation")
-    appearance = draw(SynthesisRanges(), 0, generation=generation).appearances[0]
+    appearance = draw(SynthesisRanges(), 0, generation="brainfm_generation").appearances[0]
     mean, variance = appearance.mean[0], appearance.std[0].square()
     for code, (first, second, share) in {
         125: (1, 2, 0.5),

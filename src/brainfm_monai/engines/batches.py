@@ -81,10 +81,11 @@ class SynthesisPrepareBatch(PrepareBatch):
     """
 
     synthesizer: Synthesizer  # makes scans and targets
+    fixed: bool = False  # take the hash of the name in any case
 
     def seeds(self, batch: Mapping[str, Any]) -> list[int]:
         """One seed for each subject of a batch."""
-        if "seed" in batch:
+        if "seed" in batch and not self.fixed:
             return [int(seed) for seed in batch["seed"]]
         return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
 

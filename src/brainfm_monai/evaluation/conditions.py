@@ -3,12 +3,11 @@
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_tensor
@@ -19,7 +18,7 @@ from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import find_repeated, read_table, refuse_if
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, parse_ranges, render
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquire
-from brainfm_monai.synthesis.sampling import PROFILE_SIGMA, sample
+from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 AXES = {"sagittal_slices_mm": 0, "coronal_slices_mm": 1, "axial_slices_mm": 2}
@@ -138,8 +137,8 @@ def fix_acquisition(params: SynthesisParams, settings: Mapping[str, Any]) -> Syn
             changes = {"spacing": (mm / voxel_mm).clamp_min(1), "sigma": sigma}
         if "gamma" in settings:
             changes["gamma"] = torch.full_like(appearance.gamma, float(settings["gamma"]))
-        appearances.append(replace(appearance, **changes))
-    return replace(params, appearances=tuple(appearances))
+        appearances.append(appearance._replace(**changes))
+    return params._replace(appearances=tuple(appearances))
 
 
 def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:
@@ -157,23 +156,18 @@ class DegradeScand(MapTransform):
     ``target_log_bias_field``, added to one that is there.
     """
 
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys)
-        # the generator's draw asks for them; nothing is painted here
-        protocols = {"protocol": "synthseg_head", "generation_protocol": "synthseg_generation"}
-        self.protocols: dict[str, Any] = {key: Protocol.load(name) for key, name in protocols.items()}
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Degrade the scans by the entries ``settings``, which is removed, and ``seed``."""
         d = dict(data)
         settings = d.pop("settings")
         laws = make_laws(UNCHANGED, {key: value for key, value in settings.items() if key != "contrast"})
         for key in self.key_iterator(d) if settings else ():
-            values, generator = d[key].as_tensor()[None].float(), torch.Generator().manual_seed(int(d["seed"]))
+            values = d[key].as_tensor()[None].float()
             nonzero = values > 0
             if "contrast" in settings:  # the one that real scans have is the inverted one
                 values = torch.where(nonzero, values.amax() - values, 0.0)
-            drawn = sample(laws, [generator], spatial_size=values.shape[2:], device=values.device, **self.protocols)
+            synthesizer = Synthesizer(laws, TaskLayout(["segmentation"]), values.shape[2:])  # nothing is painted
+            drawn = synthesizer.draw({}, [int(d["seed"])], device=values.device)
             scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
             scan = normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0]
             d[key] = MetaTensor(scan).copy_meta_from(d[key])

@@ -61,7 +61,7 @@ class TrainingCheckpoint:
 
     def resume(self, engine: Any) -> None:
         """Restore the newest whole checkpoint, but for the number of epochs; ValueError if none is whole or fits."""
-        path = idist.broadcast(self._find_whole() if idist.get_rank() == 0 else "", src=0)
+        path = str(idist.broadcast(self._find_whole() if idist.get_rank() == 0 else "", src=0))
         if not path:
             return
         max_epochs, content = engine.state.max_epochs, torch.load(path, map_location="cpu", weights_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import intensity, separable
-from brainfm_monai.io import read_table
+from brainfm_monai.io import read_table, refuse_if
 from brainfm_monai.synthesis.ranges import AppearanceParams
 from brainfm_monai.tasks import TASKS
 
@@ -29,8 +29,8 @@ def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Te
     ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
     ValueError if there is no such table.
     """
-    if unknown := [name for name in names if name not in CONTRASTS]:
-        raise ValueError(f"contrast_priors: names must be out of {list(CONTRASTS)}, got {unknown}")
+    unknown = [name for name in names if name not in CONTRASTS]
+    refuse_if(unknown, f"contrast_priors: names must be out of {list(CONTRASTS)}", unknown)
     rows = [[_read(name).get(int(i), (math.nan, math.nan)) for i in protocol.freesurfer_ids] for name in names]
     means, stds = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2).unbind(-1)
     return means, stds
@@ -43,13 +43,9 @@ def _read(name: str) -> dict[int, tuple[float, float]]:
 
 
 def paint(
-    painted: Tensor,
-    number: int,
-    images: Mapping[str, Tensor],
-    lesions: tuple[Tensor, Tensor] | None,
-    removed: Tensor,
+    painted: Tensor, number: int, images: Mapping[str, Tensor], lesions: tuple[Tensor, Tensor] | None, removed: Tensor,
     appearance: AppearanceParams,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The undegraded image of one sample, (B, 1, H, W, D), in [0, 255] or a little above.
 
     ``painted`` are the shares of the subject's box and of head in a voxel, then mean and std of each sample. Images are
@@ -91,10 +87,10 @@ def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor
     image = intensity.apply_gamma(image, appearance.gamma) * log_bias_field.exp()
     slices, back = [], []
     for i, n in enumerate(size):
+        spacing, exponent = appearance.spacing[:, i], None if appearance.exponent is None else appearance.exponent[:, i]
         ghost = separable.ghost_operator(appearance.ghost_count[:, i], appearance.ghost_strength[:, i], n)
-        exponent = None if appearance.exponent is None else appearance.exponent[:, i]
-        slices.append(separable.slice_operator(appearance.spacing[:, i], appearance.sigma[:, i], n, exponent) @ ghost)
-        back.append(separable.upsampling_operator(appearance.spacing[:, i], n))
+        slices.append(separable.slice_operator(spacing, appearance.sigma[:, i], n, exponent) @ ghost)
+        back.append(separable.upsampling_operator(spacing, n))
     signal = separable.apply_separable(image, slices).abs()
     noisy = intensity.add_noise(signal, appearance.noise, appearance.noise_std, appearance.rician)
     return separable.apply_separable(noisy, back), log_bias_field, image

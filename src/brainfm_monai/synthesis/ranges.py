@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from brainfm_monai.io import refuse_if
 
 Range = tuple[float, float]
 
@@ -77,6 +80,10 @@ class SynthesisRanges:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
+            if isinstance(value, list):  # of a config or a command line
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            rule, valid = "anything", True
             if name.endswith("_prob"):
                 rule, valid = "in [0, 1]", 0 <= value <= 1
             elif field.type == Range:
@@ -85,21 +92,14 @@ class SynthesisRanges:
                 count = len(getattr(SynthesisRanges, name))
                 rule = f"{count} numbers of at least 0, not all 0"
                 valid = len(value) == count and min(value) >= 0 and sum(value) > 0
-            else:
-                continue
-            found = tuple(value) if isinstance(value, list) else value
-            if not valid:
-                raise ValueError(f"SynthesisRanges: '{name}' must be {rule}, got {found}")
-            if isinstance(found, tuple):
-                object.__setattr__(self, name, tuple(float(v) for v in found))
+            refuse_if(not valid, f"SynthesisRanges: '{name}' must be {rule}", value)
 
 
 def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     """Laws out of names and values, as a command line gives them; ValueError if a name or a value does not fit."""
-    if unknown := sorted(set(values) - {field.name for field in fields(SynthesisRanges)}):
-        raise ValueError(f"SynthesisRanges: docs/sampling.md lists the fields, found no {', '.join(unknown)}")
-    laws: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return SynthesisRanges(**laws)
+    unknown = sorted(set(values) - {field.name for field in fields(SynthesisRanges)})
+    refuse_if(unknown, "SynthesisRanges: docs/sampling.md lists the fields", f"no {', '.join(unknown)}")
+    return SynthesisRanges(**values)
 
 
 def make_mild(ranges: SynthesisRanges) -> SynthesisRanges:
@@ -113,21 +113,21 @@ def make_mild(ranges: SynthesisRanges) -> SynthesisRanges:
     return replace(ranges, bias_log_std=(0.0, 0.02), **still)
 
 
-@dataclass(frozen=True)
-class GeometryParams:
+class GeometryParams(NamedTuple):
     """What the samples of one of B subjects share: its shape and what of it is there. K: labels of the segmentation."""
 
-    matrix: Tensor  # linear map from output to source, (B, 3, 3)
-    translation: Tensor  # (B, 3), source voxels
+    photo_mm: Tensor  # distance of the slices of a dissection photo, (B,); 0 for none
     velocity: Tensor  # control points, (B, 3, P, Q, R), output voxels
     velocity_spacing: Tensor  # distance of the control points, (B, 3), output voxels
     mirror: Tensor  # (B,), bool
     mirror_labels: Tensor  # label of the segmentation on the other side, (K,), int64
     is_brain: Tensor  # labels of the segmentation that are brain, (K,), bool
-    hemispheres: Tensor  # whether the left and the right cerebrum stay, (B, 2), bool
     kept: Tensor  # 1 for labels of the segmentation that stay, 0 for removed ones, (B, K)
-    strip_threshold: Tensor  # (B,), share of kept voxels around a voxel above which it stays
     stripped: Tensor  # (B,), bool, the removed is exactly 0 in the image; otherwise it is painted as background
+    hemispheres: Tensor  # whether the left and the right cerebrum stay, (B, 2), bool
+    matrix: Tensor  # linear map from output to source, (B, 3, 3)
+    translation: Tensor  # (B, 3), source voxels
+    strip_threshold: Tensor  # (B,), share of kept voxels around a voxel above which it stays
     field_of_view: Tensor  # first and last visible output voxel on each axis, (B, 3, 2)
     face: Tensor  # (a, b, d) of the half-space a y + b z > d, MNI mm, in which a face is removed, (B, 3); or all 0
     lesion_noise: tuple[Tensor, ...]  # control points of the shape, coarse to fine, (B, 1, P, P, P); or empty
@@ -135,13 +135,12 @@ class GeometryParams:
     lesion_flow: Tensor  # root mean square of the flow, (B,), output voxels
     lesion_region: Tensor  # labels of the segmentation in which lesions may lie, (K,), bool
     lesion_coverage: Tensor  # share of the region, (B,); 0 for none
-    spatial_size: tuple[int, int, int]  # (H, W, D) of the output
+    spatial_size: tuple[int, ...]  # (H, W, D) of the output
     stride: int  # output voxel in source voxels
     voxel_mm: float  # size of an output voxel
 
 
-@dataclass(frozen=True)
-class AppearanceParams:
+class AppearanceParams(NamedTuple):
     """What one sample of each subject looks like. L: generation labels; spacings are in output voxels."""
 
     mean: Tensor  # (B, L)
@@ -168,8 +167,7 @@ class AppearanceParams:
     noise: Tensor  # standard normal, (B, 2, *spatial_size); one channel where Rician noise cannot be drawn
 
 
-@dataclass(frozen=True)
-class SynthesisParams:
+class SynthesisParams(NamedTuple):
     """One draw for B subjects: a geometry, and one appearance for each of their S samples."""
 
     geometry: GeometryParams
@@ -177,14 +175,4 @@ class SynthesisParams:
 
     def to(self, device: torch.device) -> "SynthesisParams":
         """The same draw on another device, without waiting for it."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            if isinstance(value, tuple):
-                return tuple(move(item) for item in value)
-            if isinstance(value, SynthesisParams | GeometryParams | AppearanceParams):
-                return replace(value, **{field.name: move(getattr(value, field.name)) for field in fields(value)})
-            return value
-
-        return move(self)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)

@@ -68,9 +68,10 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     targets |= {f"valid_{n}": spatial.gather_nearest(mask, coordinates) == 0 for n, mask in masks.items()}
     targets |= {key: subject[key] for key in (f"available_{name}" for name in tasks) if key in subject}
     # What the samples of a subject share is repeated for each; what each has of its own has the same order.
-    made, count = {n: v for n, v in targets.items() if n not in TASKS or n in tasks}, len(params.appearances)
-    if count > 1:
-        made = {name: value.repeat_interleave(count, 0) for name, value in made.items()}
+    count = len(params.appearances)
+    made = {
+        n: v.repeat_interleave(count, 0) if count > 1 else v for n, v in targets.items() if n not in TASKS or n in tasks
+    }
     return made | {n: torch.stack(v, 1).flatten(0, 1) for n, v in samples.items() if n == "image" or n in tasks}
 
 

@@ -1,7 +1,7 @@
 """Drawing: the one place where the generator is random."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import separable, spatial
 from brainfm_monai.synthesis import acquisition
-from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisParams, SynthesisRanges
+from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisRanges
 
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
 GAUSSIAN = (2.0, 2.0)  # exponents of profiles that are Gaussian alone
@@ -19,23 +19,31 @@ CSF_ID, WHITE_ID, GREY_ID, CEREBELLUM_IDS = 24, 2, 3, (7, 8, 46, 47)
 LARGEST_SEED = 2**62
 
 
-class _Draws:
+class Draws:
     """Draws for a batch, each sample from its own generator, so that a sample does not depend on its neighbours.
 
     Numbers are drawn on the host, where they are the same for every device; volumes on the device, from seeds of them.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
-        self.generators, self.device, self.batch = generators, device, len(generators)
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device, self.batch = device, len(seeds)
 
     def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, (B, *shape)."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
+    def control_points(self, channels: int, size: Sequence[int], smallest_spacing: float) -> Tensor:
+        """Standard normal control points of a field over a grid, see :func:`separable.count_control_points`."""
+        return self.normal(channels, *separable.count_control_points(size, smallest_spacing))
+
     def uniform(self, limits: Range, *shape: int) -> Tensor:
+        """Numbers between two limits, (B, *shape)."""
         unit = torch.stack([torch.rand(shape, generator=g) for g in self.generators])
         return limits[0] + (limits[1] - limits[0]) * unit
 
     def chance(self, probability: float) -> Tensor:
+        """Whether something happens, (B,), bool."""
         return self.uniform((0.0, 1.0)) < probability
 
     def one_axis(self) -> Tensor:
@@ -49,96 +57,64 @@ class _Draws:
         return (level >= cumulative[:, :-1]).sum(1)
 
     def volume(self, *shape: int) -> Tensor:
+        """Standard normal numbers on the device, (B, *shape)."""
         seeds = [int(torch.randint(LARGEST_SEED, (1,), generator=g)) for g in self.generators]
         own = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in own])
 
 
-def sample(
-    ranges: SynthesisRanges | Sequence[SynthesisRanges],
-    generators: Sequence[torch.Generator],
-    *,
-    spatial_size: Sequence[int],
-    protocol: Protocol,
-    generation_protocol: Protocol,
-    stride: int = 1,
-    source_mm: float = 1.0,
-    available: Mapping[str, Tensor] | None = None,
-    device: str | torch.device = "cpu",
-) -> SynthesisParams:
-    """Draw everything random of a batch, on a device.
-
-    There are several laws for several samples of each subject; the first ones decide what the samples share. Each
-    subject has its generator on the host. ``spatial_size`` is (H, W, D) of the samples, ``protocol`` that of the
-    segmentation, ``stride`` the size of an output voxel in source voxels, which have ``source_mm``; ``available`` says
-    which subjects have ``T1w``, ``T2w``, ``FLAIR``, ``CT``, (B,) bool on the host; none if not given.
-    """
-    laws = [ranges] if isinstance(ranges, SynthesisRanges) else ranges
-    draws = _Draws(generators, torch.device(device))
-    geometry, photo_mm = _sample_geometry(laws[0], draws, spatial_size, protocol, stride, source_mm)
-    none = torch.zeros(draws.batch, dtype=torch.bool)
-    present = torch.stack([~none, *((available or {}).get(name, none) for name in acquisition.IMAGES)], 1)
-    looks = [_sample_appearance(law, draws, geometry, generation_protocol, present, photo_mm) for law in laws]
-    return SynthesisParams(geometry, tuple(looks)).to(draws.device)
-
-
-def _sample_geometry(
-    laws: SynthesisRanges, draws: _Draws, size: Sequence[int], protocol: Protocol, stride: int, source_mm: float
-) -> tuple[GeometryParams, Tensor]:
-    """Geometry, and the spacing of dissection photos in mm, (B,), 0 where there are none."""
-    voxel_mm = stride * source_mm
-
-    def columns_at(smallest_mm: float) -> list[int]:
-        return separable.count_control_points(size, smallest_mm / voxel_mm)
-
+def sample_geometry(
+    laws: SynthesisRanges, draws: Draws, size: Sequence[int], protocol: Protocol, stride: int, source_mm: float
+) -> GeometryParams:
+    """Draw what the samples of a subject share, of a size (H, W, D), ``stride`` source voxels to a voxel."""
+    voxel_mm, extent = stride * source_mm, torch.tensor(size, dtype=torch.float32)
     photo, photo_mm = draws.chance(laws.dissection_photo_prob), draws.uniform(laws.dissection_photo_spacing_mm)
-    spacing = draws.uniform(laws.velocity_spacing_mm, 1).repeat(1, 3)
-    std = draws.uniform(laws.velocity_std_mm, 1).repeat(1, 3)
-    columns = columns_at(laws.velocity_spacing_mm[0])
+    # Every slab lies in its own photo: it is displaced in its plane alone, whatever its neighbours do.
+    across = photo[:, None] & (torch.arange(3) == PHOTO_AXIS)
+    spacing = torch.where(across, photo_mm[:, None], draws.uniform(laws.velocity_spacing_mm, 1))
+    std = torch.where(across, 0.0, draws.uniform(laws.velocity_std_mm, 1))
+    columns = separable.count_control_points(size, laws.velocity_spacing_mm[0] / voxel_mm)
     if laws.dissection_photo_prob > 0:
-        columns[PHOTO_AXIS] = columns_at(laws.dissection_photo_spacing_mm[0])[PHOTO_AXIS]
-        # Every slab lies in its own photo: it is displaced in its plane alone, whatever its neighbours do.
-        spacing[:, PHOTO_AXIS] = torch.where(photo, photo_mm, spacing[:, PHOTO_AXIS])
-        std[:, PHOTO_AXIS] = torch.where(photo, 0.0, std[:, PHOTO_AXIS])
+        smallest = laws.dissection_photo_spacing_mm[0] / voxel_mm
+        columns[PHOTO_AXIS] = separable.count_control_points(size, smallest)[PHOTO_AXIS]
     velocity = draws.normal(3, *columns) * (std / voxel_mm).reshape(-1, 3, 1, 1, 1)
     mirror = draws.chance(laws.mirror_prob)
     kept, stripped, hemispheres = _sample_kept(laws, draws, protocol, photo)
-    lesions_mm = acquisition.LESION_NOISE_MM if laws.lesion_prob > 0 else ()
     rotation, shear = draws.uniform(laws.rotation_deg, 3), draws.uniform(laws.shear, 3, 2)
     matrix = spatial.affine_matrix(rotation, shear, draws.uniform(laws.scaling, 3))
     translation, threshold = draws.uniform(laws.translation_mm, 3) / source_mm, draws.uniform(laws.strip_threshold)
     cut = draws.uniform(laws.field_of_view_loss, 3, 2) * draws.chance(laws.field_of_view_prob)[:, None, None]
-    extent = torch.tensor(size, dtype=torch.float32)
     # A face is removed as MNI-based defacing does it, in front of and below an oblique plane.
     angle = draws.uniform(laws.deface_angle_deg) * (math.pi / 180)
     plane = torch.stack([angle.cos(), -angle.sin(), draws.uniform(laws.deface_offset_mm)], 1)
-    geometry = GeometryParams(
-        matrix=matrix,
-        translation=translation,
+    lesions_mm = acquisition.LESION_NOISE_MM if laws.lesion_prob > 0 else ()
+    return GeometryParams(
+        photo_mm=photo_mm * photo,
         velocity=velocity,
         velocity_spacing=spacing / voxel_mm,
         mirror=mirror,
         mirror_labels=torch.tensor(protocol.mirror_permutation),
         is_brain=torch.as_tensor(protocol.is_brain),
-        hemispheres=hemispheres,
         kept=kept,
-        strip_threshold=threshold,
         stripped=stripped,
+        hemispheres=hemispheres,
+        matrix=matrix,
+        translation=translation,
+        strip_threshold=threshold,
         field_of_view=torch.stack([cut[..., 0] * extent, (1 - cut[..., 1]) * extent - 1], dim=-1),
         face=plane * draws.chance(laws.deface_prob)[:, None],
-        lesion_noise=tuple(draws.normal(1, *columns_at(mm)) for mm in lesions_mm),
-        lesion_potential=draws.normal(3, *columns_at(acquisition.LESION_FLOW_MM)),
+        lesion_noise=tuple(draws.control_points(1, size, mm / voxel_mm) for mm in lesions_mm),
+        lesion_potential=draws.control_points(3, size, acquisition.LESION_FLOW_MM / voxel_mm),
         lesion_flow=draws.uniform(laws.lesion_flow_mm) / voxel_mm,
         lesion_region=torch.as_tensor(protocol.is_brain & ~protocol.is_fluid),
         lesion_coverage=draws.uniform(laws.lesion_coverage) * draws.chance(laws.lesion_prob),
-        spatial_size=(size[0], size[1], size[2]),
+        spatial_size=tuple(size),
         stride=stride,
         voxel_mm=voxel_mm,
     )
-    return geometry, photo_mm * photo
 
 
-def _sample_kept(laws: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, ...]:
+def _sample_kept(laws: SynthesisRanges, draws: Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, ...]:
     """Labels that stay, (B, K), whether the rest is cut out of the image, (B,), and hemispheres that stay, (B, 2)."""
     ids = torch.as_tensor(protocol.freesurfer_ids)
     strip, without_fluid = draws.chance(laws.skull_strip_prob), draws.chance(0.5)
@@ -154,17 +130,13 @@ def _sample_kept(laws: SynthesisRanges, draws: _Draws, protocol: Protocol, photo
     return (~removed).float(), strip & ~head_removal, hemispheres
 
 
-def _sample_appearance(
-    laws: SynthesisRanges,
-    draws: _Draws,
-    geometry: GeometryParams,
-    protocol: Protocol,
-    present: Tensor,
-    photo_mm: Tensor,
+def sample_appearance(
+    laws: SynthesisRanges, draws: Draws, geometry: GeometryParams, protocol: Protocol, present: Tensor
 ) -> AppearanceParams:
+    """Draw what one sample of each subject looks like; ``present``, (B, 5), are the images that may be its input."""
     size, voxel_mm = geometry.spatial_size, geometry.voxel_mm
     window = torch.stack([draws.uniform(laws.ct_low_hu), draws.uniform(laws.ct_high_hu)], 1)
-    mean, std, is_ct, brighter = _sample_contrast(laws, draws, protocol, window, photo_mm > 0)
+    mean, std, is_ct, brighter = _sample_contrast(laws, draws, protocol, window, geometry.photo_mm > 0)
     # The synthetic image or one of the present real ones, or a mixture in place of the synthetic image.
     chosen = draws.choose(torch.tensor(laws.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
     alone = torch.nn.functional.one_hot(chosen, len(acquisition.IMAGES) + 1).float()
@@ -174,7 +146,8 @@ def _sample_appearance(
     is_ct = torch.where(blend[:, 0] > 0, is_ct, blend[:, -1] == 1)
     real = blend[:, 0] == 0
     dark_in_real = (blend[:, 1] > 0) | (blend[:, -1] > 0)  # T1w and CT; lesions are bright in T2w and FLAIR
-    spacing, sigma = _sample_resolution(laws, draws, voxel_mm, photo_mm)
+    spacing, sigma = _sample_resolution(laws, draws, voxel_mm, geometry.photo_mm)
+    log_exponent = (math.log(laws.profile_exponent[0]), math.log(laws.profile_exponent[1]))
     ghosts = draws.one_axis() & draws.chance(laws.ghost_prob)[:, None]
     bias_std = draws.uniform(laws.bias_log_std) * ~is_ct
     noise_std = torch.where(real, draws.uniform(laws.real_noise_std), draws.uniform(laws.noise_std))
@@ -183,9 +156,7 @@ def _sample_appearance(
     return AppearanceParams(
         mean=mean,
         std=std * voxel_mm**-1.5,  # white noise of a voxel is less in a larger one: the law is that of 1 mm
-        cluster_field=draws.normal(
-            1, *separable.count_control_points(size, laws.head_cluster_spacing_mm[0] / voxel_mm)
-        ),
+        cluster_field=draws.control_points(1, size, laws.head_cluster_spacing_mm[0] / voxel_mm),
         cluster_spacing=draws.uniform(laws.head_cluster_spacing_mm, 1).expand(-1, 3) / voxel_mm,
         cluster_offset=draws.normal(clusters) * cluster_std,
         is_head=torch.as_tensor(protocol.is_head).float(),
@@ -194,12 +165,11 @@ def _sample_appearance(
         lesion_goal=torch.where(torch.where(real, ~dark_in_real, brighter), acquisition.INTENSITY_TOP, 0.0),
         lesion_change=draws.uniform(laws.lesion_change),
         gamma=(laws.gamma_log_std * draws.normal()).exp(),
-        bias=draws.normal(1, *separable.count_control_points(size, laws.bias_spacing_mm[0] / voxel_mm))
-        * bias_std.reshape(-1, 1, 1, 1, 1),
+        bias=draws.control_points(1, size, laws.bias_spacing_mm[0] / voxel_mm) * bias_std.reshape(-1, 1, 1, 1, 1),
         bias_spacing=draws.uniform(laws.bias_spacing_mm, 1).expand(-1, 3) / voxel_mm,
         spacing=spacing,
         sigma=sigma,
-        exponent=_sample_exponent(laws.profile_exponent, draws),
+        exponent=None if laws.profile_exponent == GAUSSIAN else draws.uniform(log_exponent, 3).exp(),
         ghost_count=torch.where(ghosts, draws.uniform(laws.ghost_count, 1).round(), 1.0),
         ghost_strength=ghosts * draws.uniform(laws.ghost_strength, 1),
         rician=draws.chance(laws.rician_prob) & ~is_ct,
@@ -210,7 +180,7 @@ def _sample_appearance(
 
 
 def _sample_contrast(
-    laws: SynthesisRanges, draws: _Draws, protocol: Protocol, window: Tensor, photo: Tensor
+    laws: SynthesisRanges, draws: Draws, protocol: Protocol, window: Tensor, photo: Tensor
 ) -> tuple[Tensor, ...]:
     """Means and stds per label, (B, L), whether they are those of a CT, and whether lesions are bright in them, (B,).
 
@@ -240,26 +210,20 @@ def _sample_contrast(
     return mean @ mixture.T, (std.square() @ mixture.T).sqrt(), is_ct, mean[:, grey] > mean[:, white]
 
 
-def _sample_exponent(law: Range, draws: _Draws) -> Tensor | None:
-    """Exponents of the slices' profiles, (B, 3), uniform in their logarithm; None where all are Gaussian."""
-    return None if law == GAUSSIAN else draws.uniform((math.log(law[0]), math.log(law[1])), 3).exp()
-
-
-def _sample_resolution(laws: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_mm: Tensor) -> tuple[Tensor, ...]:
-    """Spacing and profile width in output voxels, (B, 3), of the families isotropic, clinical, low-field and coarse."""
-    family = draws.choose(torch.tensor(laws.resolution_weights))
+def _sample_resolution(laws: SynthesisRanges, draws: Draws, voxel_mm: float, photo_mm: Tensor) -> tuple[Tensor, ...]:
+    """Spacing and profile width in output voxels, (B, 3): isotropic, clinical, low-field, coarse, or of a photo."""
+    family = torch.where(photo_mm > 0, 4, draws.choose(torch.tensor(laws.resolution_weights)))
     through_plane, voxel = draws.one_axis(), torch.full((draws.batch, 3), voxel_mm)
     clinical = torch.where(through_plane, draws.uniform(laws.clinical_spacing_mm, 1), voxel)
     slab = torch.minimum(clinical, draws.uniform(laws.clinical_thickness_mm, 1))
     low_field = torch.tensor(laws.low_field_spacing_mm) + draws.uniform(laws.low_field_extra_mm, 3)
     coarse = draws.uniform(laws.coarse_spacing_mm, 3)
-    spacings = [voxel, clinical, low_field, coarse]
-    thicknesses = [voxel, torch.where(through_plane, slab, voxel), low_field, coarse]
-    row = family[:, None, None].expand(-1, 1, 3)
-    spacing_mm, thickness_mm = (torch.stack(v, 1).gather(1, row)[:, 0] for v in (spacings, thicknesses))
-    photo, across = (photo_mm > 0)[:, None], torch.arange(3) == PHOTO_AXIS
-    spacing_mm = torch.where(photo, torch.where(across, photo_mm[:, None], voxel), spacing_mm)
-    thickness_mm = torch.where(photo, voxel, thickness_mm)  # a photo shows the face of a slab, not its inside
+    photo = torch.where(torch.arange(3) == PHOTO_AXIS, photo_mm[:, None], voxel)
+    spacings = [voxel, clinical, low_field, coarse, photo]
+    # a photo shows the face of a slab, not its inside
+    thicknesses = [voxel, torch.where(through_plane, slab, voxel), low_field, coarse, voxel]
+    every = torch.arange(draws.batch)
+    spacing_mm, thickness_mm = (torch.stack(choices)[family, every] for choices in (spacings, thicknesses))
     factor = draws.uniform(laws.profile_factor, 3)
     sigma = torch.where(thickness_mm > voxel_mm, factor * PROFILE_SIGMA * thickness_mm / voxel_mm, 0.0)
     return (spacing_mm / voxel_mm).clamp_min(1), sigma

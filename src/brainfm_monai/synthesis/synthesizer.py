@@ -13,7 +13,7 @@ from brainfm_monai.io import refuse_if
 from brainfm_monai.synthesis.acquisition import IMAGES
 from brainfm_monai.synthesis.ranges import SynthesisParams, SynthesisRanges, make_mild
 from brainfm_monai.synthesis.rendering import render
-from brainfm_monai.synthesis.sampling import sample
+from brainfm_monai.synthesis.sampling import Draws, sample_appearance, sample_geometry
 from brainfm_monai.tasks import TaskLayout
 
 LARGEST_SEED = 2**31 - 1
@@ -48,33 +48,24 @@ class Synthesizer:
         off_mm = abs(self.stride * self.source_mm - self.scan_mm)
         rule = f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}"
         refuse_if(off_mm > VOXEL_TOLERANCE_MM, rule, self.source_mm)
-        # What the samples share is drawn by the first law: a mild law differs in the appearance alone.
         self.laws = [make_mild(self.ranges)] * mild + [self.ranges] * severe
 
     def draw(
-        self,
-        subject: Mapping[str, Tensor],
-        seeds: Sequence[int],
-        generation_protocol: str | None = None,
+        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None,
         device: str | torch.device | None = None,
-    ) -> SynthesisParams:
+    ) -> SynthesisParams:  # fmt: skip
         """Everything random of the subjects' samples, on a device, for which their flags suffice, or where they are."""
-        inputs = {}
+        draws = Draws(seeds, torch.device(device or subject["generation_labels"].device))
+        every = torch.ones(draws.batch, dtype=torch.bool)
+        present = [every]
         for name in IMAGES:
             flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
-            if flags or name in subject:
-                inputs[name] = torch.stack(flags or [torch.ones(len(seeds), dtype=torch.bool)]).all(0)
-        return sample(
-            self.laws,
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            spatial_size=self.spatial_size,
-            protocol=self.layout.protocol,
-            generation_protocol=_load_protocol(generation_protocol or self.generation_protocol),
-            stride=self.stride,
-            source_mm=self.source_mm,
-            available=inputs,
-            device=device or subject["generation_labels"].device,
-        )
+            present.append(torch.stack([every, *flags]).all(0) if flags or name in subject else ~every)
+        protocol, painted = self.layout.protocol, _load_protocol(generation_protocol or self.generation_protocol)
+        # What the samples share is drawn by the severe law: a mild law differs in the appearance alone.
+        geometry = sample_geometry(self.ranges, draws, self.spatial_size, protocol, self.stride, self.source_mm)
+        looks = [sample_appearance(law, draws, geometry, painted, torch.stack(present, 1)) for law in self.laws]
+        return SynthesisParams(geometry, tuple(looks)).to(draws.device)
 
     @torch.no_grad()
     def __call__(
