@@ -28,7 +28,8 @@ from monai.transforms import Compose
 
 from brainfm_monai.data.fetch import write_demo_scans
 from brainfm_monai.inferers import TwoStageInferer
-from brainfm_monai.networks import MultiTaskNet, UNet, fast_bfloat16, prepare_network
+from brainfm_monai.networks import MultiTaskNet, UNet, prepare_network
+from brainfm_monai.networks.execution import fast_bfloat16
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights import load_weights
 

@@ -23,11 +23,11 @@ from brainfm_monai.networks import (
     ResidualUNet,
     TwoScaleUNet,
     UNet,
-    fast_bfloat16,
+    parse_precision,
     planes,
     prepare_network,
-    reduced_precision,
 )
+from brainfm_monai.networks.execution import fast_bfloat16
 from brainfm_monai.tasks import TaskLayout
 
 LAYOUT = TaskLayout(["segmentation", "distance", "log_bias_field", "mni"])
@@ -252,10 +252,10 @@ def test_compilation_compiles_what_inference_runs(monkeypatch: pytest.MonkeyPatc
 
 def test_precision_by_wish_and_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert reduced_precision(cpu) == (torch.bfloat16 if fast_bfloat16(cpu) else torch.float32)
+    assert parse_precision(None, cpu) == (torch.bfloat16 if fast_bfloat16(cpu) else torch.float32)
     monkeypatch.setattr(networks.execution, "fast_bfloat16", lambda device: False)
-    assert reduced_precision(cpu) == torch.float32
-    assert reduced_precision(torch.device("cuda")) == torch.float16
+    assert parse_precision(None, cpu) == torch.float32
+    assert parse_precision(None, torch.device("cuda")) == torch.float16
     net = prepare_network(nn.Sequential(nn.Conv3d(2, 4, 3)).train(), cpu)
     assert not net.training
     assert next(net.parameters()).is_contiguous(memory_format=torch.channels_last_3d)
@@ -272,7 +272,6 @@ def test_messages() -> None:
         ValueError, match=r"memory: one of \['auto', 'full', 'low', 'windows'\] is needed, found 'tiny'"
     ):
         TwoStageInferer(LAYOUT, memory="tiny")
-    assert [TwoStageInferer(LAYOUT, memory=name).memory for name in ("whole", "slabs")] == ["full", "full"]
     for make in (AutocastInferer, lambda name: TwoStageInferer(LAYOUT, precision=name)):
         with pytest.raises(ValueError, match=r"precision: one of \['float32', .*\] or null is needed, found 'half'"):
             make("half")

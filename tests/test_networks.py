@@ -23,7 +23,7 @@ from brainfm_monai.networks import (
     planes,
     trainable_parameters,
 )
-from brainfm_monai.networks.context import PRIOR
+from brainfm_monai.networks.multitask import PRIOR
 from brainfm_monai.networks.residual import SampleNorm
 from brainfm_monai.tasks import TaskLayout
 

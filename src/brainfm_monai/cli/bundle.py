@@ -180,12 +180,12 @@ def doctor() -> str:
     import psutil
     import torch
 
-    from brainfm_monai.networks import reduced_precision
+    from brainfm_monai.networks import parse_precision
 
     weights = find_bundle() / "models" / "model.pt"
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if kind == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    precision = str(reduced_precision(torch.device(kind))).removeprefix("torch.")
+    precision = str(parse_precision(None, torch.device(kind))).removeprefix("torch.")
     memory, python = psutil.virtual_memory(), f"Python {platform.python_version()} on {sys.platform}"
     lines = [
         f"brainfm-monai {__version__}, {python}, torch {torch.__version__}",

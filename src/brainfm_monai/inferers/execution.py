@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from brainfm_monai.networks import MultiTaskNet, UNet, autocast, parse_precision
 
 MEMORY_MODES = ("auto", "full", "low", "windows")
-ALIASES = {"whole": "full", "slabs": "full"}  # names of version 0.1
 CGROUP = Path("/sys/fs/cgroup")
 OUTPUTS = 2.0  # copies of the output that mode "full" and what follows the inferer hold: logits, and one of their kind
 FEATURES = 8.0  # copies of the features; 7 by the peak of the published network in docs/performance.md

@@ -1,8 +1,7 @@
 """The header against the anatomy: a head turned in its grid is recognised by what the network makes of its turns."""
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import permutations, product
 from typing import Any
 
@@ -13,7 +12,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-from brainfm_monai.inferers.two_stage import head_box, pad_to_multiple
+from brainfm_monai.inferers.two_stage import WHOLE, head_box, pad_to_multiple
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 
@@ -32,43 +31,28 @@ LARGEST_MISFIT_MM = 1000.0  # of a volume without a brain
 ENDS = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One of the 24 ways to turn a volume by right angles; a mirror is none of them."""
+def list_turns() -> list[np.ndarray]:
+    """The 24 rotations by right angles as matrices (3, 3), the one that changes nothing first; a mirror is none.
 
-    axes: tuple[int, ...] = (0, 1, 2)  # axis of the given volume that becomes each axis of the turned one
-    signs: tuple[int, ...] = (1, 1, 1)  # -1 where its direction changes
+    A row has the axis of the given volume that becomes an axis of the turned volume, -1 where its direction changes.
+    """
+    ways = product(permutations(range(3)), product((1, -1), repeat=3))
+    matrices = (np.eye(3, dtype=int)[list(axes)] * np.array(signs)[:, None] for axes, signs in ways)
+    return [matrix for matrix in matrices if np.linalg.det(matrix) > 0]
 
-    def apply(self, volume: Tensor) -> Tensor:
-        """Turn a volume of shape (B, C, H, W, D)."""
-        moved = volume.permute(0, 1, *(2 + axis for axis in self.axes))
-        return moved.flip([2 + i for i, sign in enumerate(self.signs) if sign < 0]).contiguous()
 
-    def undo(self, volume: Tensor) -> Tensor:
-        """Bring a turned volume back."""
-        moved = volume.flip([2 + i for i, sign in enumerate(self.signs) if sign < 0])
-        return moved.permute(0, 1, *(2 + self.axes.index(axis) for axis in range(3))).contiguous()
+def apply_turn(matrix: np.ndarray, volume: Tensor) -> Tensor:
+    """Turn a volume of shape (B, C, H, W, D); the transposed matrix turns it back."""
+    axes, signs = np.abs(matrix).argmax(1), matrix.sum(1)
+    moved = volume.permute(0, 1, *(2 + int(axis) for axis in axes))
+    return moved.flip([2 + i for i in range(3) if signs[i] < 0]).contiguous()
 
-    def __str__(self) -> str:
-        """Where the head's right, front and top lie by the header: ``right, inferior and anterior``."""
-        words = [ENDS[axis][int(sign > 0)] for axis, sign in zip(self.axes, self.signs, strict=True)]
-        return f"{words[0]}, {words[1]} and {words[2]}"
 
-    @property
-    def degrees(self) -> float:
-        """Angle of the rotation."""
-        return float(np.degrees(np.arccos(np.clip((np.trace(self._matrix()) - 1) / 2, -1, 1))))
-
-    def _matrix(self) -> np.ndarray:
-        matrix = np.zeros((3, 3))
-        matrix[range(3), self.axes] = self.signs
-        return matrix
-
-    @classmethod
-    def all(cls) -> Iterator["Turn"]:
-        """The 24 turns, the one that changes nothing first."""
-        turns = (cls(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3))
-        return (turn for turn in turns if np.linalg.det(turn._matrix()) > 0)
+def describe_turn(matrix: np.ndarray) -> str:
+    """Angle, and where the head's right, front and top lie by the header."""
+    degrees = np.degrees(np.arccos(np.clip((np.trace(matrix) - 1) / 2, -1, 1)))
+    right, front, top = (ENDS[int(np.abs(row).argmax())][int(row.sum() > 0)] for row in matrix)
+    return f"by {degrees:.0f} degrees, its right, front and top lie where the header says {right}, {front} and {top}"
 
 
 def misfit(brain: Tensor, coordinates: Tensor, voxel_mm: float) -> float:
@@ -132,35 +116,34 @@ class OrientationInferer(Inferer):
             )
         else:
             rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
-            message = (
-                f"the orientation of the header does not fit the anatomy: the head is turned by {turn.degrees:.0f} "
-                f"degrees, its right, front and top lie where the header says {turn}; {rule}"
-            )
+            found = f"the head is turned {describe_turn(turn)}"
+            message = f"the orientation of the header does not fit the anatomy: {found}; {rule}"
         _add_warning(inputs, message)
         if turn is None or not self.fix:
             return output
-        upright = turn.undo(self.inferer(turn.apply(_plain(inputs)), network, *args, **kwargs))
+        turned: Tensor = self.inferer(apply_turn(turn, _plain(inputs)), network, *args, **kwargs)
+        upright = apply_turn(turn.T, turned)
         return MetaTensor(upright).copy_meta_from(output) if isinstance(output, MetaTensor) else upright
 
-    def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> Turn | None:
+    def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> np.ndarray | None:
         """The turn that fits better than the axes of an image, (1, 1, H, W, D), with a misfit of so many mm, if any."""
-        head = image[(slice(None), slice(None), *head_box(image))]
+        head = image[(*WHOLE, *head_box(image))]
         if min(head.shape[2:]) < network.stride * COARSE:
             return None  # too thin to be seen in coarse voxels
         fine = network.pool(head)
-        coarse, turns = nnf.avg_pool3d(fine, COARSE), list(Turn.all())
-        scores = [self._look(turn.apply(coarse), network, float(network.stride * COARSE)) for turn in turns]
+        coarse, turns = nnf.avg_pool3d(fine, COARSE), list_turns()
+        scores = [self._look(apply_turn(turn, coarse), network, float(network.stride * COARSE)) for turn in turns]
         ranked = [int(i) for i in np.argsort(scores) if i > 0][:CONFIRMED]
         limit = min(CLEARER * first_mm, UNSURE_MM)
         for turn in (turns[i] for i in ranked):
-            if self._look(turn.apply(fine), network, float(network.stride)) < limit:
+            if self._look(apply_turn(turn, fine), network, float(network.stride)) < limit:
                 return turn
         return None
 
     def _look(self, image: Tensor, network: MultiTaskNet, voxel_mm: float) -> float:
         """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
         features = network.backbone(pad_to_multiple(image, MULTIPLE))
-        output = network.head(features[(slice(None), slice(None), *(slice(size) for size in image.shape[2:]))])
+        output = network.head(features[(*WHOLE, *map(slice, image.shape[2:]))])
         missing = self.layout.channels - output.shape[1]  # those of a context head, which the misfit does not need
         return self._misfit(nnf.pad(output, [0, 0, 0, 0, 0, 0, 0, missing]), voxel_mm)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from monai.networks.layers import GaussianFilter
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
-from brainfm_monai.inferers.execution import ALIASES, MEMORY_MODES, choose_memory
+from brainfm_monai.inferers.execution import MEMORY_MODES, choose_memory
 from brainfm_monai.networks import MultiTaskNet, UNet, autocast, encode_by_planes, parse_precision, plane_ranges
 from brainfm_monai.tasks import TaskLayout
 
@@ -72,11 +73,10 @@ class TwoStageInferer(Inferer):
         context: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.memory = ALIASES.get(memory, memory)
-        if self.memory not in MEMORY_MODES:
+        if memory not in MEMORY_MODES:
             raise ValueError(f"memory: one of {list(MEMORY_MODES)} is needed, found '{memory}'")
         parse_precision(precision, torch.device("cpu"))
-        self.layout, self.mirror, self.precision = layout, mirror, precision
+        self.layout, self.mirror, self.memory, self.precision = layout, mirror, memory, precision
         self.second_look = second_look and {"segmentation", "mni"} <= set(layout.tasks)
         every = range(layout.tasks["segmentation"].channels if "segmentation" in layout.tasks else 0)
         self.excluded = [] if labels is None else sorted(set(every) - set(labels))
@@ -103,14 +103,14 @@ class TwoStageInferer(Inferer):
     def _infer(self, image: Tensor, network: Callable[..., Tensor]) -> Tensor:
         """Crop, predict chunks of planes, and write them into the values of the air around the head."""
         box = head_box(image, self.threshold, self.margin)
-        head = image[(slice(None), slice(None), *box)]
+        head = image[(*WHOLE, *box)]
         multiple = math.lcm(self.multiple, network.stride if isinstance(network, MultiTaskNet) else 1)
         memory = choose_memory(head, network) if self.memory == "auto" else self.memory
         output = None
         for planes, maps in self._predict(pad_to_multiple(head, multiple), network, memory):
             if output is None:
                 output = self._air(maps.shape[1], image)
-                inside = output[(slice(None), slice(None), *box)]
+                inside = output[(*WHOLE, *box)]
             inside[:, :, planes] = maps[:, :, : inside[:, :, planes].shape[2], : head.shape[3], : head.shape[4]]
         assert output is not None
         return output
@@ -126,7 +126,7 @@ class TwoStageInferer(Inferer):
 
     def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Maps:
         if isinstance(network, MultiTaskNet):
-            encode = self._make_encoder(network.backbone, memory, ROI_SIZE // network.stride)
+            encode = partial(self._encode, network.backbone, memory, ROI_SIZE // network.stride)
             read = self._average(network.pool(image), network, encode)
             yield from self._decode(read, network, image.shape[2:], memory == "low")
             return
@@ -135,36 +135,31 @@ class TwoStageInferer(Inferer):
             raise ValueError(f"second_look: a MultiTaskNet is needed, got {name}: set second_look to false")
         if memory == "low":
             raise ValueError(f"memory: mode low needs a MultiTaskNet, got {name}: take full or windows")
-        run = self._make_encoder(network, memory, ROI_SIZE)
+        run = partial(self._encode, network, memory, ROI_SIZE)
         maps = run(image).float()
         if self.mirror:
             maps.add_(self.layout.mirror(run(image.flip(MIRROR_AXIS)).float())).mul_(0.5)
         yield slice(0, maps.shape[2]), maps
 
-    def _make_encoder(self, network: Callable[..., Tensor], memory: str, roi_size: int) -> Callable[[Tensor], Tensor]:
-        """A backbone, or a whole network, in the precision and the memory mode that are asked for."""
-
-        def encode(image: Tensor) -> Tensor:
-            dtype = parse_precision(self.precision, image.device)
-            if memory == "low" and isinstance(network, UNet):
-                return encode_by_planes(network, image.to(dtype))
-            with autocast(image.device, dtype):
-                return network(image.to(dtype))
-
-        def encode_windows(image: Tensor) -> Tensor:
+    def _encode(self, network: Callable[..., Tensor], memory: str, roi_size: int, image: Tensor) -> Tensor:
+        """What a backbone, or a whole network, makes of an image in the precision and the memory mode asked for."""
+        if memory == "windows":
             windows = SlidingWindowInferer([min(roi_size, n) for n in image.shape[2:]], overlap=0.5, mode="gaussian")
-            features = windows(image, lambda window: encode(window).float())
+            features = windows(image, lambda window: self._encode(network, "full", roi_size, window).float())
             assert isinstance(features, Tensor)
             return features
-
-        return encode_windows if memory == "windows" else encode
+        dtype = parse_precision(self.precision, image.device)
+        if memory == "low" and isinstance(network, UNet):
+            return encode_by_planes(network, image.to(dtype))
+        with autocast(image.device, dtype):
+            return network(image.to(dtype))
 
     def _average(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
         """Maps on the backbone's grid, the mean of those of the image and of the mirror image.
 
         With a mirror image, the maps of the image take the place of its features, which are larger.
         """
-        decode = self._encode(image, network, encode)
+        decode = self._look(image, network, encode)
         if not self.mirror:
             return decode
         size, layout, total = (1, self.layout.channels, *image.shape[2:]), torch.channels_last_3d, image.shape[2]
@@ -172,12 +167,12 @@ class TwoStageInferer(Inferer):
         for a, b in plane_ranges(total, 1, PLANES):
             maps[:, :, a:b] = decode(a, b)
         del decode  # and the features
-        decode = self._encode(image.flip(MIRROR_AXIS), network, encode)
+        decode = self._look(image.flip(MIRROR_AXIS), network, encode)
         for a, b in plane_ranges(total, 1, PLANES):
             maps[:, :, a:b].add_(self.layout.mirror(decode(total - b, total - a))).mul_(0.5)
         return lambda a, b: maps[:, :, a:b]
 
-    def _encode(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
+    def _look(self, image: Tensor, network: MultiTaskNet, encode: Callable[[Tensor], Tensor]) -> Planes:
         """Both stages of an image on the backbone's grid (1, 1, h, w, d): decodes planes (1, channels, b - a, w, d)."""
         features, coordinates, box = self._look_twice(encode(image), image, network, encode)
         context, added = network.context, torch.empty(0)
@@ -212,9 +207,7 @@ class TwoStageInferer(Inferer):
             return features, None, WHOLE
         part = image[box]
         padding = [extra for n, m in zip(size[::-1], part.shape[:1:-1], strict=True) for extra in (0, n - m)]
-        second = encode(nnf.pad(part, padding).contiguous())[
-            (slice(None), slice(None), *(slice(n) for n in part.shape[2:]))
-        ].float()
+        second = encode(nnf.pad(part, padding).contiguous())[(*WHOLE, *map(slice, part.shape[2:]))].float()
         features, mni = features.float(), self.layout.slices["mni"]
         coordinates = features.new_zeros(1, mni.stop - mni.start, *features.shape[2:])
         coordinates[box] = network.head(second)[:, mni]
@@ -259,10 +252,8 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 def centre_box(mask: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
     """Box of a given size in a volume, around the middle of a mask (H, W, D), or of the volume if the mask is empty."""
     sides = []
-    for axis, (length, total) in enumerate(zip(size, mask.shape, strict=True)):
-        other_axes = [a for a in range(3) if a != axis]
-        occupied = mask.any(other_axes[1]).any(other_axes[0]).nonzero()
-        twice_middle = int(occupied[0]) + int(occupied[-1]) + 1 if len(occupied) else total
+    for a, b, length, total in zip(*generate_spatial_bounding_box(mask[None]), size, mask.shape, strict=True):
+        twice_middle = a + b if b else total  # without a mask the ends are 0
         first = min(max((twice_middle - length) // 2, 0), max(total - length, 0))
         sides.append(slice(first, min(first + length, total)))
     return tuple(sides)
@@ -295,4 +286,4 @@ def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm
     coarse = GaussianFilter(3, sigma / step)(nnf.avg_pool3d(pad_to_multiple(weighted, step), step))
     values = coarse[:, :3] / coarse[:, 3:].clamp_min(MINIMUM_WEIGHT)
     rest = nnf.interpolate(values, scale_factor=step, mode="trilinear", align_corners=False)[0]
-    return affine + rest[(slice(None), *(slice(size) for size in mask.shape))]
+    return affine + rest[(slice(None), *map(slice, mask.shape))]

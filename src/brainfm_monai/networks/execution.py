@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from brainfm_monai.networks.multitask import MultiTaskNet
 from brainfm_monai.networks.residual import PreactivationBlock
-from brainfm_monai.networks.unet import ConvUnit, ResidualBlock
+from brainfm_monai.networks.unet import DoubleUnit, ResidualBlock
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,21 +23,14 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def reduced_precision(device: torch.device) -> torch.dtype:
-    """The fastest element type of a device: bfloat16 if the hardware has it, float16 on older GPUs, else float32."""
-    if fast_bfloat16(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
-
-
 def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
-    """Element type by its name, float32, bfloat16 or float16; ``None``: the type of :func:`reduced_precision`.
+    """Element type by its name, float32, bfloat16 or float16; another name is a ValueError.
 
-    Raises:
-        ValueError: if the name is another.
+    ``None`` is the fastest type of the device: bfloat16 if the hardware has it, float16 on older GPUs, else float32.
     """
     if precision is None:
-        return reduced_precision(device)
+        other = torch.float16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if fast_bfloat16(device) else other
     if precision not in PRECISIONS:
         raise ValueError(f"precision: one of {list(PRECISIONS)} or null is needed, found '{precision}'")
     return PRECISIONS[precision]
@@ -65,21 +58,13 @@ def checkpoint_activations(network: nn.Module) -> None:
     """Let a network keep only what goes into each level of its U-Nets, and compute the rest again for the gradient.
 
     The network is changed in place. Names of parameters stay, and so do the numbers. Training takes about a third
-    longer, and a fraction of the memory.
-
-    Raises:
-        ValueError: if there is no level in the network; SwinUNETR has an argument ``use_checkpoint`` of its own.
-
-    Reference:
-        Chen et al., Training deep nets with sublinear memory cost, arXiv 1604.06174.
+    longer, and a fraction of the memory (Chen et al., Training deep nets with sublinear memory cost, arXiv 1604.06174).
+    ValueError if the network has no level; SwinUNETR has an argument ``use_checkpoint`` of its own.
     """
-    levels = [m for m in network.modules() if isinstance(m, ResidualBlock | PreactivationBlock) or _has_units(m)]
+    kinds = ResidualBlock | PreactivationBlock | DoubleUnit
+    levels: list[nn.Module] = [m for m in network.modules() if isinstance(m, kinds)]
     if not levels:
         name = type(network).__name__
         raise ValueError(f"activation_checkpointing: a network with levels of a U-Net is needed, found {name}")
     for level in levels:
         level.forward = partial(checkpoint, level.forward, use_reentrant=False)
-
-
-def _has_units(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and any(isinstance(child, ConvUnit) for child in module)

@@ -1,4 +1,4 @@
-"""A backbone and the head that makes a multi-task network of it."""
+"""A backbone and the heads that make a multi-task network of it: a linear one, and one that sees the neighbourhood."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from brainfm_monai.networks.context import ContextHead
+from brainfm_monai.networks.unet import NEGATIVE_SLOPE
 from brainfm_monai.tasks import TaskLayout
+
+DILATIONS = (1, 2, 4)  # of the context head: a voxel sees 7 voxels to each side, 14 mm at 2 mm
+PRIOR = -4.0  # logit of a mask before training: a mask covers 2 % of a scan
 
 
 class Head(nn.Conv3d):
@@ -29,6 +32,35 @@ class Head(nn.Conv3d):
             return super().forward(x.to(self.weight.dtype))
 
 
+class ContextHead(nn.Module):
+    """Maps of some tasks of a layout on the backbone's grid, out of the backbone's ``features`` and the image.
+
+    A 1x1x1 convolution narrows the features to ``width`` channels, and dilated 3x3x3 convolutions with skips look at
+    the neighbourhood (Yu and Koltun, ICLR 2016). So a task that a linear head cannot solve (lesions: bright spots that
+    are neither sulci nor ventricles) is learnt on a frozen backbone, and no other map changes. Nothing is normalised
+    over the volume.
+    """
+
+    def __init__(self, features: int, layout: TaskLayout, tasks: Sequence[str], width: int = 24) -> None:
+        super().__init__()
+        self.narrow = nn.Conv3d(features, width, kernel_size=1)
+        self.see = nn.Conv3d(1, width, kernel_size=1, bias=False)
+        self.convs = nn.ModuleList(nn.Conv3d(width, width, 3, padding=d, dilation=d) for d in DILATIONS)
+        self.activation = nn.LeakyReLU(NEGATIVE_SLOPE)
+        rows = [layout.tasks[name] for name in tasks]
+        priors = [PRIOR if task.kind == "mask" else 0.0 for task in rows for _ in range(task.channels)]
+        self.last = nn.Conv3d(width, len(priors), kernel_size=1)
+        assert self.last.bias is not None
+        self.last.bias.data.copy_(torch.tensor(priors))
+
+    def forward(self, features: Tensor, image: Tensor) -> Tensor:
+        """Map features (B, C, h, w, d) and the image on their grid, (B, 1, h, w, d), to (B, channels, h, w, d)."""
+        x = self.activation(self.narrow(features) + self.see(image))
+        for conv in self.convs:
+            x = x + self.activation(conv(x))
+        return self.last(x).float()
+
+
 class MultiTaskNet(nn.Module):
     """A backbone and one 1x1x1 convolution whose output channels are named by a task layout.
 
@@ -40,12 +72,8 @@ class MultiTaskNet(nn.Module):
         freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor
             running statistics nor dropout change its features; the head alone is trained.
         out_channels: channels of the backbone's output, for a backbone without the attribute ``out_channels``.
-        context: tasks, the last of the layout, whose maps a :class:`~brainfm_monai.networks.ContextHead` makes in the
-            place of the convolution; those that are not in the layout do not matter.
-
-    Raises:
-        ValueError: if ``stride`` is smaller than 1, the number of the backbone's channels is unknown, or a task of
-            ``context`` is not among the last of the layout.
+        context: tasks whose maps a :class:`ContextHead` makes in the place of the convolution. Those of the layout must
+            be its last ones, else it is a ValueError.
     """
 
     def __init__(
@@ -124,11 +152,7 @@ class FeatureMap(nn.Module):
 
 
 def trainable_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Parameters that an optimizer shall change, each once: those of the modules (network, loss) that are not frozen.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Parameters of modules (network, loss) that are not frozen, each once; ValueError if there is none."""
     parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("trainable_parameters: a parameter that is not frozen is needed in 'modules', found none")

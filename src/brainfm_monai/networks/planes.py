@@ -1,10 +1,11 @@
 """The published U-Nets evaluated by chunks of planes: the same features in a third of the memory.
 
-Normalisation, convolution and activation run over chunks of planes. A unit overwrites its input where it can, and the
+Normalisation, convolution and activation run over chunks of planes. A result overwrites its input where it can, and the
 skip with the upsampled coarser features after it, the largest tensor of a U-Net, is put together chunk by chunk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import cast
 
 import torch
@@ -36,13 +37,13 @@ def encode_by_planes(backbone: UNet, image: Tensor) -> Tensor:
     skips: list[Tensor] = []
     with torch.no_grad():
         for encoder in backbone.encoders:
-            x = nnf.max_pool3d(skips[-1], 2) if skips else image
-            skips.append(_residual_block(encoder, x) if isinstance(encoder, ResidualBlock) else _units(encoder, [x]))
+            x = nnf.max_pool3d(skips[-1], 2) if skips else image.clone()
+            skips.append(_residual_block(encoder, x) if isinstance(encoder, ResidualBlock) else _run([encoder], [x]))
         x = skips.pop()
         for decoder in backbone.decoders:
-            x = _units(decoder, [skips[-1], x], skips.pop())
+            x = _run([decoder], [skips.pop(), x])
         if backbone.unit_norm:
-            _replace(x, lambda part, *_: nnf.normalize(part.float(), dim=1))
+            _replace(x, lambda part: nnf.normalize(part.float(), dim=1))
     return x
 
 
@@ -56,49 +57,42 @@ def _read(parts: Parts, a: int, b: int) -> Tensor:
     return torch.cat([fine, coarse], dim=1)
 
 
-def _replace(x: Tensor, stage: Callable[[Tensor, int, int], Tensor]) -> None:
-    """Overwrite chunks of planes by what a stage makes of the planes from a to b."""
-    for a, b in plane_ranges(x.shape[2], x[:, :, :1].numel() * x.element_size()):
-        x[:, :, a:b] = stage(x[:, :, a:b], a, b)
+def _chunks(x: Tensor) -> Iterator[tuple[int, int]]:
+    return plane_ranges(x.shape[2], x[:, :, :1].numel() * x.element_size())
 
 
-def _units(units: nn.Module, parts: Parts, out: Tensor | None = None) -> Tensor:
-    """Two units, one after the other; the first writes its result to ``out``, which may be a part of its input."""
-    first, second = units.children()
-    x = _unit(first, parts, out)
-    return _unit(second, [x], x)
+def _replace(x: Tensor, *stages: Stage) -> None:
+    """Overwrite chunks of planes by what the stages, if there are any, make of them."""
+    for a, b in _chunks(x) if stages else ():
+        x[:, :, a:b] = reduce(lambda part, stage: stage(part), stages, x[:, :, a:b])
 
 
-def _unit(unit: nn.Module, parts: Parts, out: Tensor | None) -> Tensor:
-    first, second, activation = unit.children()
-    slope = cast(nn.LeakyReLU, activation).negative_slope
-    if isinstance(first, nn.GroupNorm):
-        normalise = _normalisation(first, parts)
-        return _convolve(second, parts, out, normalise, lambda x: nnf.leaky_relu_(x, slope))
-    x = _convolve(first, parts, out)
-    normalise = _normalisation(second, [x])
-    _replace(x, lambda part, *_: nnf.leaky_relu_(normalise(part), slope))
-    return x
+def _run(units: Iterable[nn.Module], parts: Parts) -> Tensor:
+    """Normalisations, convolutions and activations in turn; a result overwrites ``parts[0]`` if it fits there."""
+    stages: list[Stage] = []  # what is still to be done with the planes of a part
+    for layer in (layer for unit in units for layer in unit.modules()):
+        if isinstance(layer, nn.Conv3d):
+            parts, stages = [_convolve(layer, parts, stages)], []
+        elif isinstance(layer, nn.GroupNorm):
+            _replace(parts[0], *stages)
+            stages = [_normalisation(layer, parts)]
+        elif isinstance(layer, nn.LeakyReLU):
+            stages.append(layer)
+    _replace(parts[0], *stages)
+    return parts[0]
 
 
 def _residual_block(block: ResidualBlock, image: Tensor) -> Tensor:
-    weight, bias = _weight(block.projection, image), cast(Tensor, block.projection.bias).to(image.dtype)
-    x = nnf.conv3d(image, weight, bias)
-    x = _unit(block.first, [x], x)
-    conv, norm = block.second.children()
-    x = _convolve(conv, [x], x)
-    normalise, slope = _normalisation(norm, [x]), block.activation.negative_slope
-
-    def finish(part: Tensor, a: int, b: int) -> Tensor:  # the projection once more, which costs less than its memory
-        return nnf.leaky_relu_(normalise(part).add_(nnf.conv3d(image[:, :, a:b], weight, bias)), slope)
-
-    _replace(x, finish)
+    projection = block.projection
+    weight, bias = _weight(projection, image), cast(Tensor, projection.bias).to(image.dtype)
+    x = _run([block.first, block.second], [nnf.conv3d(image, weight, bias)])
+    for a, b in _chunks(x):  # the projection once more, which costs less than its memory
+        x[:, :, a:b] = block.activation(x[:, :, a:b] + nnf.conv3d(image[:, :, a:b], weight, bias))
     return x
 
 
-def _normalisation(norm: nn.Module, parts: Parts) -> Stage:
+def _normalisation(norm: nn.GroupNorm, parts: Parts) -> Stage:
     """Group normalisation of planes by the statistics of the whole sample: batch normalisation in evaluation mode."""
-    assert isinstance(norm, nn.GroupNorm)
     size, channels, device = parts[0].shape[2:], sum(part.shape[1] for part in parts), parts[0].device
     total = torch.zeros(2, channels, dtype=torch.float64, device=device)  # of values and of squares
     unused = torch.zeros(channels, device=device)  # running statistics
@@ -114,29 +108,24 @@ def _normalisation(norm: nn.Module, parts: Parts) -> Stage:
     return lambda x: nnf.batch_norm(x, centre, spread, weight, bias, training=False, eps=norm.eps)
 
 
-def _convolve(
-    conv: nn.Module, parts: Parts, out: Tensor | None, before: Stage | None = None, after: Stage | None = None
-) -> Tensor:
-    """3x3x3 convolution of planes after the stage ``before``; planes beyond the volume are zero.
+def _convolve(conv: nn.Conv3d, parts: Parts, stages: Sequence[Stage]) -> Tensor:
+    """3x3x3 convolution of planes after the stages; planes beyond the volume are zero.
 
-    The result is written to ``out`` if the number of channels is the same. That may be a part of the input: planes are
-    read before they are overwritten, and the last plane of a chunk is kept for the next chunk.
+    The first part is overwritten if it has as many channels as the result: planes are read before, and the last plane
+    of a chunk is kept for the next chunk.
     """
-    assert isinstance(conv, nn.Conv3d)
-    size, first = parts[0].shape[2:], _read(parts, 0, 1)
+    size, first, out = parts[0].shape[2:], _read(parts, 0, 1), parts[0]
     weight, layout = _weight(conv, first), torch.channels_last_3d
-    if out is None or out.shape[1] != conv.out_channels:
+    if out.shape[1] != conv.out_channels:
         shape = (1, conv.out_channels, *size)
         out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     behind = zero = torch.zeros_like(first, memory_format=layout)
     per_plane = max(first.shape[1], conv.out_channels) * size[1] * size[2] * first.element_size()
     for a, b in plane_ranges(size[0], per_plane):
-        x = _read(parts, a, min(b + 1, size[0]))
-        x = before(x) if before else x
+        x = reduce(lambda part, stage: stage(part), stages, _read(parts, a, min(b + 1, size[0])))
         x = torch.cat([behind, x, zero] if b == size[0] else [behind, x], dim=2)  # planes a - 1 to b
         behind = x[:, :, -2:-1].clone()
-        y = nnf.conv3d(x, weight, padding=(0, 1, 1))
-        out[:, :, a:b] = after(y) if after else y
+        out[:, :, a:b] = nnf.conv3d(x, weight, padding=(0, 1, 1))
     return out
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-NEGATIVE_SLOPE = 0.01  # LeakyReLU of nnU-Net
+from brainfm_monai.networks.unet import NEGATIVE_SLOPE
 
 
 class SampleNorm(nn.InstanceNorm3d):
@@ -28,11 +28,7 @@ class SampleNorm(nn.InstanceNorm3d):
 
 
 class PreactivationBlock(nn.Module):
-    """What two rounds of normalisation, LeakyReLU and 3x3x3 convolution add to their input.
-
-    Reference:
-        He et al., Identity mappings in deep residual networks, ECCV 2016.
-    """
+    """What two rounds of normalisation, LeakyReLU and 3x3x3 convolution add to their input (He et al., ECCV 2016)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,8 +39,7 @@ class PreactivationBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, channels, H, W, D) to the same shape."""
-        y = self.norm1(x)  # one name for all, so that at most three tensors of this size are alive
-        y = self.activation(y)
+        y = self.activation(self.norm1(x))  # one name for all, so that at most three tensors of this size are alive
         y = self.conv1(y)
         y = self.norm2(y)
         y = self.activation(y)
@@ -69,10 +64,8 @@ class AdditiveUNet(nn.Module):
     """A residual U-Net whose skips are added: image in, feature map of the same size out.
 
     Every level has two blocks on the way down and one on the way up, the finest level has one on the way down.
-    ``features`` are the channels of every level, finest first; multiples of 16 suit the vector units of CPUs.
-
-    Raises:
-        ValueError: if ``features`` is shorter than two levels.
+    ``features`` are the channels of every level, finest first; multiples of 16 suit the vector units of CPUs. Less than
+    two levels are a ValueError.
 
     Reference:
         Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization, BrainLes 2018 (additive skips);
@@ -155,10 +148,8 @@ class TwoScaleUNet(nn.Module):
         detail = self.activation(detail)
         if not torch.jit.is_scripting():
             inference = not torch.is_grad_enabled() and not torch.compiler.is_exporting()
-            if inference and (detail.dtype, detail.stride(1)) == (
-                context.dtype,
-                context.stride(1),
-            ):  # a copy of the largest tensor less
+            is_alike = (detail.dtype, detail.stride(1)) == (context.dtype, context.stride(1))
+            if inference and is_alike:  # a copy of the largest tensor less
                 context[:, : self.fine] = detail
                 return context
         return torch.cat([detail, context[:, self.fine :]], dim=1)

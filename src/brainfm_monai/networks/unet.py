@@ -1,13 +1,14 @@
 """The U-Nets of the published checkpoints: BrainFM's and the residual one of SuperSynth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 GROUPS = 8  # groups of the group normalisation; 1 where a unit's input has fewer channels (BrainFM)
-NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM and SuperSynth
+NEGATIVE_SLOPE = 0.01  # LeakyReLU of BrainFM, SuperSynth and nnU-Net
 RESIDUAL_SLOPE = 0.1  # LeakyReLU after SuperSynth's residual sum
 
 
@@ -43,26 +44,27 @@ class ResidualBlock(nn.Module):
         return self.activation(self.second(self.first(x)) + x)
 
 
-def _double_unit(in_channels: int, out_channels: int) -> nn.Module:
-    between = max(out_channels // 2, in_channels)
-    return nn.Sequential(ConvUnit(in_channels, between, True), ConvUnit(between, out_channels, True))
+class DoubleUnit(nn.Sequential):
+    """Two units, one after the other."""
+
+    def __init__(self, in_channels: int, between: int, out_channels: int, norm_first: bool) -> None:
+        first = ConvUnit(in_channels, between, norm_first)
+        super().__init__(first, ConvUnit(between, out_channels, norm_first))
 
 
 class UNet(nn.Module):
     """The 3-D U-Net of BrainFM, whose skips are concatenated: image in, feature map of the same size out.
 
     ``features`` are the channels of every level, finest first. ``unit_norm`` divides the feature vector of every voxel
-    by its length, as the published BrainFM does.
-
-    Raises:
-        ValueError: if ``features`` is shorter than two levels.
-
-    Reference:
-        BrainFM (arXiv 2509.00549) with 6 levels of 64, 128, ... channels.
+    by its length, as the published BrainFM does (arXiv 2509.00549). Less than two levels are a ValueError.
     """
 
-    encoder: Callable[[int, int], nn.Module] = staticmethod(_double_unit)
     norm_first = True
+
+    @staticmethod
+    def encoder(in_channels: int, out_channels: int) -> nn.Module:
+        """One level of the way down."""
+        return DoubleUnit(in_channels, max(out_channels // 2, in_channels), out_channels, norm_first=True)
 
     def __init__(
         self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024, 2048), unit_norm: bool = False
@@ -75,7 +77,7 @@ class UNet(nn.Module):
         sizes = zip([in_channels, *features[:-1]], features, strict=True)
         self.encoders = nn.ModuleList(self.encoder(i, o) for i, o in sizes)
         self.decoders = nn.ModuleList(
-            nn.Sequential(ConvUnit(fine + coarse, fine, self.norm_first), ConvUnit(fine, fine, self.norm_first))
+            DoubleUnit(fine + coarse, fine, fine, self.norm_first)
             for fine, coarse in zip(features[-2::-1], features[:0:-1], strict=True)
         )
 
@@ -93,13 +95,9 @@ class UNet(nn.Module):
 
 
 class ResidualUNet(UNet):
-    """The 3-D U-Net of SuperSynth, with a residual encoder; as :class:`UNet` without ``unit_norm``.
+    """The 3-D U-Net of SuperSynth (FreeSurfer 8, mri_super_synth), as :class:`UNet`, with a residual encoder."""
 
-    Reference:
-        FreeSurfer 8, mri_super_synth, with 5 levels.
-    """
-
-    encoder = ResidualBlock
+    encoder: Any = ResidualBlock
     norm_first = False
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256, 512, 1024)) -> None:
