@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import bids, freesurfer
-from brainfm_monai.data.bids import find_sessions, predicted_file, prepare_bids
+from brainfm_monai.data.bids import find_bids, predicted_file
 from brainfm_monai.data.contrasts import (
     BoxScan,
     align_scan,
@@ -22,7 +22,7 @@ from brainfm_monai.data.contrasts import (
     measure_motion,
 )
 from brainfm_monai.data.intensities import read_scan, resample_to_box
-from brainfm_monai.data.jobs import PreparationError
+from brainfm_monai.data.prepare import PreparationError, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine
 from brainfm_monai.data.subjects import CONTRASTS, read_record
 from brainfm_monai.io import find_bundle, read_table
@@ -95,7 +95,7 @@ def test_visits_scans_masks_and_labels_are_found(tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    first, second, third = find_sessions(tmp_path)
+    first, second, third = find_bids(tmp_path)
     assert [s.name for s in (first, second, third)] == ["sub-01_ses-a", "sub-01_ses-b", "sub-02"]
     assert [[k for k in s.files if k in CONTRASTS] for s in (first, second, third)] == [
         ["T1w", "FLAIR"],
@@ -107,7 +107,7 @@ def test_visits_scans_masks_and_labels_are_found(tmp_path: Path) -> None:
     assert "labels" not in third.files
     assert third.files["T1w_mask"].name == "sub-02_mod-T1w_defacemask.nii.gz"
     with pytest.raises(FileNotFoundError, match="a BIDS folder with"):
-        find_sessions(tmp_path / "sub-01")
+        find_bids(tmp_path / "sub-01")
 
 
 def test_labels_lesions_and_masks_of_other_scans_are_not_paired(
@@ -135,11 +135,11 @@ def test_labels_lesions_and_masks_of_other_scans_are_not_paired(
         return path.name.split("_", 1)[1].removesuffix(".nii.gz") if path else ""
 
     found = {}
-    for s in find_sessions(tmp_path):
+    for s in find_bids(tmp_path):
         reference, *_ = s.files.values()
         masks = ",".join(name_of(path) for role, path in s.files.items() if role.endswith("_mask"))
         labels, lesion = (name_of(s.files.get(role)) for role in ("labels", "lesion"))
-        found[s.name] = (name_of(reference), labels, lesion, s.lesion_of, masks)
+        found[s.name] = (name_of(reference), labels, lesion, s.facts.get("lesion_of", ""), masks)
     assert found == {
         "sub-1": ("run-02_T1w", "run-02_desc-aseg_dseg", "", "", "run-02_mod-T1w_defacemask"),
         "sub-2": ("acq-std_T1w", "acq-std_desc-aparcaseg_dseg", "", "", ""),
@@ -169,7 +169,7 @@ def test_freesurfer_does_not_tell_which_of_several_scans_or_visits_it_is_of(
         mri.mkdir(parents=True)
         for name in ("aseg.mgz", "orig.mgz"):
             (mri / name).touch()
-    one, two, three, also_three, four = find_sessions(tmp_path)
+    one, two, three, also_three, four = find_bids(tmp_path)
     assert (one.files["T1w"].name, list(one.files)) == ("sub-1_T1w.nii.gz", ["T1w", "labels"])
     assert (two.files["T1w"].name, list(two.files)) == ("orig.mgz", ["T1w", "T2w", "labels"])
     assert ["labels" in session.files for session in (three, also_three, four)] == [False, False, True]
@@ -227,7 +227,7 @@ def test_contrasts_end_up_on_the_labels_with_left_on_the_left(tmp_path: Path) ->
         lesion[::-1],
         AFFINE @ np.array([[-1, 0, 0, 47], *np.eye(4)[1:]]),
     )
-    (folder,) = prepare_bids(root, tmp_path / "out", size=SIZE)
+    (folder,) = prepare_subjects("bids", root, tmp_path / "out", size=SIZE)
     record = read_record(folder)
     assert (record["labels_from"], record["reference"], record["dataset"]) == ("derivatives", "T1w", "study")
     assert record["registered"]["T2w"]["rotation_deg"] == pytest.approx(7, abs=0.7)
@@ -273,13 +273,13 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(bids, "run", run)
     with pytest.raises(PreparationError, match=r"sub-02_desc-freesurfer_dseg\.nii\.gz.* found no such file"):
-        prepare_bids(root, tmp_path / "out", bundle=bundle, size=SIZE)
+        prepare_subjects("bids", root, tmp_path / "out", bundle=bundle, size=SIZE)
     assert read_record(tmp_path / "out" / "sub-01")["labels_from"] == "model"
     assert calls[0]["bundle_root"] == str(bundle)
     with pytest.raises(
         FileNotFoundError, match=r"inference\.json: 1 subjects have no labels and need the bundle's model"
     ):
-        prepare_bids(root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE)
+        prepare_subjects("bids", root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE)
 
 
 def test_predicted_cortex_follows_the_scan_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,8 +297,8 @@ def test_predicted_cortex_follows_the_scan_on_request(tmp_path: Path, monkeypatc
     protocol = Protocol.load("synthseg_brain")
     wrong = {}
     for sharpen in (False, True):
-        (folder,) = prepare_bids(
-            root, tmp_path / f"out{sharpen}", bundle=find_bundle("bundle"), size=SIZE, sharpen=sharpen
+        (folder,) = prepare_subjects(
+            "bids", root, tmp_path / f"out{sharpen}", bundle=find_bundle("bundle"), size=SIZE, sharpen=sharpen
         )
         assert read_record(folder).get("sharpen", False) == sharpen
         ids = protocol.freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]

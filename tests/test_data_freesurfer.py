@@ -15,12 +15,12 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import freesurfer
+from brainfm_monai.data import freesurfer, prepare
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
-from brainfm_monai.data.freesurfer import MNI305_TO_MNI152, prepare_freesurfer, read_talairach
+from brainfm_monai.data.freesurfer import MNI305_TO_MNI152, read_talairach
 from brainfm_monai.data.intensities import white_matter_level
-from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.labels import load_label_map
+from brainfm_monai.data.prepare import PreparationError, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine
 from brainfm_monai.data.subjects import read_record
 
@@ -121,7 +121,7 @@ def measure_independently(points: np.ndarray, vertices: np.ndarray, triangles: n
 def test_a_subject_has_everything_where_the_scanner_says(tmp_path: Path, affine: np.ndarray) -> None:
     ids = make_head()
     surfaces = build_subject(tmp_path / "subjects" / "bert", ids, affine)
-    (folder,) = prepare_freesurfer(tmp_path / "subjects", tmp_path / "out", size=SIZE)
+    (folder,) = prepare_subjects("freesurfer", tmp_path / "subjects", tmp_path / "out", size=SIZE)
     segmentation, distance = load(folder / "segmentation.nii.gz"), load(folder / "distance.nii.gz")
     assert nib.aff2axcodes(segmentation.affine) == ("R", "A", "S")
     protocol = Protocol.load("synthseg_brain")
@@ -150,7 +150,7 @@ def test_a_subject_has_everything_where_the_scanner_says(tmp_path: Path, affine:
 
 def test_partial_volume_follows_the_surfaces(tmp_path: Path, affine: np.ndarray) -> None:
     build_subject(tmp_path / "bert", make_head(), affine)
-    (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", size=SIZE)
+    (folder,) = prepare_subjects("freesurfer", tmp_path / "bert", tmp_path / "out", size=SIZE)
     codes = np.asarray(load(folder / "generation_labels.nii.gz").dataobj).astype(int)
     distance = load(folder / "distance.nii.gz").get_fdata()
     protocol = Protocol.load("brainfm_generation")
@@ -179,7 +179,7 @@ def test_without_surfaces_and_scans_the_labels_tell_the_distances(tmp_path: Path
     (tmp_path / "bert" / "surf" / "rh.white").unlink()
     (tmp_path / "bert" / "mri" / "orig.mgz").unlink()
     (tmp_path / "bert" / "mri" / "aparc+aseg.mgz").rename(tmp_path / "bert" / "mri" / "aparc.DKTatlas+aseg.deep.mgz")
-    (folder,) = prepare_freesurfer(tmp_path / "bert", tmp_path / "out", size=SIZE)
+    (folder,) = prepare_subjects("freesurfer", tmp_path / "bert", tmp_path / "out", size=SIZE)
     assert read_record(folder)["distances_from"] == "labels"
     ids = Protocol.load("synthseg_brain").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
     np.testing.assert_array_equal(
@@ -197,7 +197,7 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
     build_subject(root / "wild", make_head(), affine)
     (root / "wild" / "mri" / "transforms" / "talairach.xfm").write_text("Linear_Transform = 1 2 3;", encoding="utf-8")
     with pytest.raises(PreparationError) as caught:
-        prepare_freesurfer(root, tmp_path / "out", size=SIZE)
+        prepare_subjects("freesurfer", root, tmp_path / "out", size=SIZE)
     message = str(caught.value).splitlines()
     assert message[0] == "2 of 3 subjects were not prepared:"
     assert "empty/mri/aparc+aseg.mgz: " in message[1]
@@ -207,11 +207,11 @@ def test_a_bad_subject_is_reported_and_templates_are_passed_over(tmp_path: Path,
     before = json.loads((tmp_path / "out" / "good" / "subject.json").read_text(encoding="utf-8"))
     (root / "good" / "surf" / "lh.pial").write_bytes((root / "good" / "surf" / "rh.pial").read_bytes())
     with pytest.raises(PreparationError):
-        prepare_freesurfer(root, tmp_path / "out", size=SIZE)
+        prepare_subjects("freesurfer", root, tmp_path / "out", size=SIZE)
     after = json.loads((tmp_path / "out" / "good" / "subject.json").read_text(encoding="utf-8"))
     assert after["sources"]["lh.pial"] != before["sources"]["lh.pial"]  # a changed surface makes the subject anew
     with pytest.raises(FileNotFoundError, match="a folder with subjects of FreeSurfer"):
-        prepare_freesurfer(tmp_path / "out", tmp_path / "other")
+        prepare_subjects("freesurfer", tmp_path / "out", tmp_path / "other")
 
 
 def test_a_template_tells_who_is_one_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +221,9 @@ def test_a_template_tells_who_is_one_person(tmp_path: Path, monkeypatch: pytest.
     root = tmp_path / "study" / "derivatives" / "freesurfer"
     (root / "bobs_mean" / "base-tps").write_text("bob1\nbob2\n", encoding="utf-8")
     jobs: list[Any] = []
-    monkeypatch.setattr(freesurfer, "run_jobs", lambda work, *_, **__: jobs.extend(work))
-    prepare_freesurfer(root, tmp_path / "out")
-    persons = {job.name: job.settings.get("person") for job in jobs}
+    monkeypatch.setattr(prepare, "run_jobs", lambda work, *_, **__: jobs.extend(work))
+    prepare_subjects("freesurfer", root, tmp_path / "out")
+    persons = {job.source.name: job.settings.get("person") for job in jobs}
     assert persons == dict.fromkeys(("bob1", "bobs_mean"), "bobs_mean") | dict.fromkeys(("ann1", "ann1.long.ann"))
     assert {job.settings["dataset"] for job in jobs} == {"study"}
 
@@ -234,7 +234,7 @@ def test_distances_of_a_real_brain_agree_with_an_independent_computation(tmp_pat
     brain = np.where(ids < 100, ids, 0)
     surfaces = build_subject(tmp_path / "real", brain, affine)
     size = (64, 48, 40)  # of the brain's middle: both hemispheres and their surfaces to each side
-    (folder,) = prepare_freesurfer(tmp_path / "real", tmp_path / "out", size=size)
+    (folder,) = prepare_subjects("freesurfer", tmp_path / "real", tmp_path / "out", size=size)
     distance = load(folder / "distance.nii.gz")
     index = np.argwhere(np.ones(size))[::7]
     points = apply_affine(distance.affine, index)

@@ -12,12 +12,10 @@ import pytest
 from monai.data import load_decathlon_datalist
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data import freesurfer, subjects
-from brainfm_monai.data import jobs as data_jobs
+from brainfm_monai.data import freesurfer, prepare, subjects
 from brainfm_monai.data.datalist import write_datalist
-from brainfm_monai.data.jobs import Job, PreparationError
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import prepare_label, prepare_labels
+from brainfm_monai.data.prepare import Job, PreparationError, prepare_label, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.io import write_folder
 
@@ -67,7 +65,7 @@ def _no_registration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
-    (folder,) = prepare_labels(save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", size=SIZE)
+    (folder,) = prepare_subjects("labels", save_head(tmp_path / "sub-01.nii.gz"), tmp_path / "out", size=SIZE)
     assert folder == tmp_path / "out" / "sub-01"
     assert sorted(f.name for f in folder.iterdir()) == sorted((*FILES, "subject.json"))
     images = {name: load(folder / name) for name in FILES}
@@ -91,7 +89,7 @@ def test_subject_has_all_files_on_their_grids(tmp_path: Path) -> None:
 
 
 def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
-    (folder,) = prepare_labels(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=SIZE)
+    (folder,) = prepare_subjects("labels", save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=SIZE)
     protocol = Protocol.load("synthseg_head")
     segmentation = load(folder / "segmentation.nii.gz")
     labels = np.asarray(segmentation.dataobj)
@@ -122,7 +120,7 @@ def test_labels_and_distances_lie_where_the_source_says(tmp_path: Path) -> None:
 
 
 def test_the_box_is_around_the_brain(tmp_path: Path) -> None:
-    (folder,) = prepare_labels(save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=(64, 64, 64))
+    (folder,) = prepare_subjects("labels", save_head(tmp_path / "sub-01.nii.gz"), tmp_path, size=(64, 64, 64))
     labels = Protocol.load("synthseg_head").freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
     where = np.argwhere(np.isin(labels, (2, 3, 4, 8, 41, 42)))
     np.testing.assert_allclose((where.min(axis=0) + where.max(axis=0)) / 2, 31.5, atol=0.5)
@@ -139,7 +137,7 @@ def test_many_maps_one_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (maps / "c.nii").write_text("no image", encoding="utf-8")
     save_head(maps / "d.nii.gz")
     with pytest.raises(PreparationError) as caught:
-        prepare_labels(maps, tmp_path / "out", size=SIZE)
+        prepare_subjects("labels", maps, tmp_path / "out", size=SIZE)
     message = str(caught.value).splitlines()
     assert message[0] == "2 of 4 subjects were not prepared:"
     assert "b.nii.gz" in message[1]
@@ -153,27 +151,29 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = [save_head(tmp_path / f"{name}.nii.gz") for name in "abc"]
-    assert prepare_labels(sources, tmp_path / "out", size=SIZE) == [tmp_path / "out" / name for name in "abc"]
+    assert prepare_subjects("labels", sources, tmp_path / "out", size=SIZE) == [
+        tmp_path / "out" / name for name in "abc"
+    ]
     done: list[str] = []
 
     def note(job: Job, output_dir: Path) -> list[str]:
-        done.append(job.source.name)
+        done.append(job.place.name)
         return []
 
-    monkeypatch.setattr(data_jobs, "make_subject", note)
-    prepare_labels(sorted(tmp_path.glob("*.nii.gz")), tmp_path / "out", size=SIZE)
+    monkeypatch.setattr(prepare, "make_subject", note)
+    prepare_subjects("labels", sorted(tmp_path.glob("*.nii.gz")), tmp_path / "out", size=SIZE)
     assert done == []
     (tmp_path / "out" / "a" / "mni.nii.gz").unlink()
     changed = make_head()
     changed[20, 20, 20] = 30
     save_head(sources[1], changed)
-    prepare_labels(sources, tmp_path / "out", size=SIZE)
+    prepare_subjects("labels", sources, tmp_path / "out", size=SIZE)
     assert done == ["a.nii.gz", "b.nii.gz"]
     done.clear()
-    prepare_labels(sources, tmp_path / "out", size=(32, 32, 32))
+    prepare_subjects("labels", sources, tmp_path / "out", size=(32, 32, 32))
     assert len(done) == 3
     done.clear()
-    prepare_labels(sources[:1], tmp_path / "out", size=SIZE, overwrite=True)
+    prepare_subjects("labels", sources[:1], tmp_path / "out", size=SIZE, overwrite=True)
     assert done == ["a.nii.gz"]
 
 
@@ -191,13 +191,13 @@ def test_an_interrupted_subject_leaves_nothing_and_is_made_again(
 
     monkeypatch.setattr(subjects.nib, "save", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        prepare_labels(source, tmp_path / "out", size=SIZE)
+        prepare_subjects("labels", source, tmp_path / "out", size=SIZE)
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(subjects.nib, "save", save)
     leftover = tmp_path / "out" / ".0123abcd.partial.a"  # as a power cut leaves it
     leftover.mkdir()
     (leftover / "mni.nii.gz").write_text("half", encoding="utf-8")
-    prepare_labels(source, tmp_path / "out", size=SIZE)
+    prepare_subjects("labels", source, tmp_path / "out", size=SIZE)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["a"]
 
 
@@ -221,13 +221,13 @@ def test_a_table_translates_ids_of_ones_own(tmp_path: Path) -> None:
         table.append(f"{number}\t{i}")
     (tmp_path / "ids.tsv").write_text("\n".join(table), encoding="utf-8")
     source, plain = save_head(tmp_path / "own.nii.gz", own), save_head(tmp_path / "plain.nii.gz")
-    folders = prepare_labels(source, tmp_path / "out", size=SIZE, ids=tmp_path / "ids.tsv")
-    folders += prepare_labels(plain, tmp_path / "out", size=SIZE)
+    folders = prepare_subjects("labels", source, tmp_path / "out", size=SIZE, ids=tmp_path / "ids.tsv")
+    folders += prepare_subjects("labels", plain, tmp_path / "out", size=SIZE)
     for key in ("generation_labels", "segmentation", "distance"):
         found, expected = (load(folder / f"{key}.nii.gz").get_fdata() for folder in folders)
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(PreparationError, match=r"own\.nii\.gz: every id must be in protocol"):
-        prepare_labels(source, tmp_path / "other", size=SIZE)
+        prepare_subjects("labels", source, tmp_path / "other", size=SIZE)
 
 
 def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,12 +281,12 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
 def test_heads_on_the_wrong_side_are_refused(tmp_path: Path, axes: tuple[int, ...], rule: str) -> None:
     source = save_head(tmp_path / "a.nii.gz", np.flip(make_head(), axes))
     with pytest.raises(PreparationError, match=rf"\n{source}: {rule}"):
-        prepare_labels(source, tmp_path / "out", size=SIZE)
+        prepare_subjects("labels", source, tmp_path / "out", size=SIZE)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_the_check_finds_is_reported_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder,) = prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path / "out", size=SIZE)
+    (folder,) = prepare_subjects("labels", save_head(tmp_path / "a.nii.gz"), tmp_path / "out", size=SIZE)
     faults = subjects.read_record(folder)["faults"]
     assert "head size: brain of 13 ml, 400 to 2600 are plausible" in faults
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [f"a: {fault}" for fault in faults]
@@ -301,18 +301,26 @@ def test_inputs_that_cannot_be_prepared(tmp_path: Path, inputs: str, rule: str) 
     save_head(tmp_path / "a.nii.gz")
     save_head(tmp_path / "a.nii")
     with pytest.raises(ValueError, match=rule):
-        prepare_labels(f"{tmp_path}/{inputs}", tmp_path / "out")
+        prepare_subjects("labels", f"{tmp_path}/{inputs}", tmp_path / "out")
 
 
 def test_sizes_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"three positive multiples of 4, found \(30, 32, 32\)"):
-        prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=(30, 32, 32))
+        prepare_subjects("labels", save_head(tmp_path / "a.nii.gz"), tmp_path, size=(30, 32, 32))
     with pytest.raises(PreparationError, match=r"b\.nii\.gz: .* found no such file"):
-        prepare_labels(tmp_path / "b.nii.gz", tmp_path / "out", size=SIZE)
+        prepare_subjects("labels", tmp_path / "b.nii.gz", tmp_path / "out", size=SIZE)
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
+    source = save_head(tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match=r"one of labels, freesurfer, bids is needed, found 'maps'"):
+        prepare_subjects("maps", source, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"label maps are needed for 'ids' and 'contrasts', found bids"):
+        prepare_subjects("bids", tmp_path, tmp_path / "out", contrasts="CT")
 
 
 def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:
-    prepare_labels([save_head(tmp_path / f"{name}.nii.gz") for name in "ab"], tmp_path / "out", size=SIZE)
+    prepare_subjects("labels", [save_head(tmp_path / f"{name}.nii.gz") for name in "ab"], tmp_path / "out", size=SIZE)
     path = write_datalist(tmp_path / "out", validation=["b"])
     training = load_decathlon_datalist(path, data_list_key="training")
     assert [Path(item["mni"]) for item in training] == [tmp_path / "out" / "a" / "mni.nii.gz"]
@@ -322,7 +330,7 @@ def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:
 @pytest.mark.shared_data
 def test_a_real_map_with_its_registration(tmp_path: Path, shared_data: Path) -> None:
     source = shared_data / "synthseg" / "training_label_maps" / "training_seg_09.nii.gz"
-    (folder,) = prepare_labels(source, tmp_path)
+    (folder,) = prepare_subjects("labels", source, tmp_path)
     assert sum(f.stat().st_size for f in folder.iterdir()) < 25e6
     generation, mni = load(folder / "generation_labels.nii.gz"), load(folder / "mni.nii.gz")
     ids = Protocol.load("synthseg_generation").freesurfer_ids[np.asarray(generation.dataobj)][2::4, 2::4, 2::4]

@@ -18,10 +18,9 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import freesurfer
 from brainfm_monai.data import labels as label_maps
 from brainfm_monai.data.datalist import count_subjects, make_entry, read_datalist, write_datalist
-from brainfm_monai.data.jobs import PreparationError
 from brainfm_monai.data.labels import simulate_contrasts
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import prepare_labels
+from brainfm_monai.data.prepare import PreparationError, prepare_subjects
 
 SIZE = (32, 40, 36)
 LARGE = (48, 48, 48)  # the whole head and some air
@@ -86,7 +85,7 @@ def read_painted(folder: Path, *names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_tables_values_lie_where_the_affine_says(tmp_path: Path, name: str) -> None:
-    (folder,) = prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=SIZE, contrasts=[name])
+    (folder,) = prepare_subjects("labels", save_head(tmp_path / "a.nii.gz"), tmp_path, size=SIZE, contrasts=[name])
     assert not (folder / f"{name}.nii.gz").exists()
     item = read_painted(folder, name)
     image, labels = item[name], item["generation_labels"]
@@ -100,7 +99,7 @@ def test_the_tables_values_lie_where_the_affine_says(tmp_path: Path, name: str) 
 
 
 def test_every_voxel_away_from_a_boundary_has_its_mean_and_boundaries_lie_between(tmp_path: Path) -> None:
-    (folder,) = prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path, size=LARGE, contrasts="CT,T1w")
+    (folder,) = prepare_subjects("labels", save_head(tmp_path / "a.nii.gz"), tmp_path, size=LARGE, contrasts="CT,T1w")
     item = read_painted(folder, "T1w", "CT")
     labels = item["generation_labels"][0].numpy()
     same = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
@@ -120,7 +119,7 @@ def test_every_voxel_away_from_a_boundary_has_its_mean_and_boundaries_lie_betwee
 
 def test_a_list_names_painted_contrasts_and_the_subjects_of_earlier_versions_keep_their_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare_labels([save_head(tmp_path / f"{n}.nii.gz") for n in "ab"], out, size=SIZE, contrasts=ALL)
+    prepare_subjects("labels", [save_head(tmp_path / f"{n}.nii.gz") for n in "ab"], out, size=SIZE, contrasts=ALL)
     stored = nib.Nifti1Image(np.full(SIZE, 0.25, np.float32), np.eye(4))
     nib.save(stored, out / "b" / "T2w.nii.gz")  # earlier versions stored what they had painted
     path = write_datalist(out)
@@ -135,11 +134,11 @@ def test_a_list_names_painted_contrasts_and_the_subjects_of_earlier_versions_kee
 
 def test_the_record_names_what_is_simulated(tmp_path: Path) -> None:
     source = save_head(tmp_path / "a.nii.gz")
-    (folder,) = prepare_labels(source, tmp_path / "out", size=SIZE, contrasts="CT, T1w,CT")
+    (folder,) = prepare_subjects("labels", source, tmp_path / "out", size=SIZE, contrasts="CT, T1w,CT")
     record = read_record(folder)
     assert record["simulated"] == ["T1w", "CT"]
     assert set(record["keys"]) == {"generation_labels", "segmentation", "distance", "mni"}
-    (plain,) = prepare_labels(source, tmp_path / "plain", size=SIZE)
+    (plain,) = prepare_subjects("labels", source, tmp_path / "plain", size=SIZE)
     assert "simulated" not in read_record(plain)
     with pytest.raises(KeyError, match="a: the item has no 'T1w'"):
         read_painted(plain, "T1w")
@@ -150,7 +149,7 @@ def test_a_subject_is_made_again_when_its_contrasts_change(tmp_path: Path, regis
 
     def times_made(contrasts: str | tuple[str, ...]) -> int:
         registrations.clear()
-        prepare_labels(str(source), str(tmp_path / "out"), size=SIZE, contrasts=contrasts)
+        prepare_subjects("labels", str(source), str(tmp_path / "out"), size=SIZE, contrasts=contrasts)
         return len(registrations)
 
     assert [times_made(()), times_made(())] == [1, 0]
@@ -185,13 +184,15 @@ def test_an_id_that_a_table_lacks_is_refused_in_one_line(tmp_path: Path) -> None
     for extra in (900, 901):  # the mixture is refused for the part that has no mean
         source = save_head(tmp_path / f"{extra}.nii.gz", extra=extra)
         with pytest.raises(PreparationError) as caught:
-            prepare_labels(source, tmp_path / "out", contrasts=["T1w"], **settings)
+            prepare_subjects("labels", source, tmp_path / "out", contrasts=["T1w"], **settings)
         line = f"{source}: the table of T1w must know every id that is painted, found no [900]"
         assert str(caught.value).splitlines() == ["1 of 1 subjects were not prepared:", line]
         assert not (tmp_path / "out" / str(extra)).exists()
-        prepare_labels(source, tmp_path / "out", **settings)
+        prepare_subjects("labels", source, tmp_path / "out", **settings)
     known = save_head(tmp_path / "known.nii.gz")
-    prepare_labels(known, tmp_path / "out", contrasts=["T1w"], **settings)  # what no voxel holds need not be known
+    prepare_subjects(
+        "labels", known, tmp_path / "out", contrasts=["T1w"], **settings
+    )  # what no voxel holds need not be known
     table.unlink()  # the subjects have a copy beside them
     path = write_datalist(tmp_path / "out", tmp_path / "lists" / "all.json")
     assert json.loads(path.read_text(encoding="utf-8"))["training"][-1]["protocol"] == "../out/own.tsv"
@@ -201,8 +202,8 @@ def test_an_id_that_a_table_lacks_is_refused_in_one_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("names", ["T1w,PD", ["PD"]])
 def test_contrasts_that_are_none(tmp_path: Path, names: str | list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^prepare: 'contrasts' must be out of T1w, T2w, FLAIR, CT, got PD$"):
-        prepare_labels(save_head(tmp_path / "a.nii.gz"), tmp_path / "out", contrasts=names)
+    with pytest.raises(ValueError, match=r"^prepare: 'contrasts' must be out of T1w, T2w, FLAIR, CT, found PD$"):
+        prepare_subjects("labels", save_head(tmp_path / "a.nii.gz"), tmp_path / "out", contrasts=names)
     assert not (tmp_path / "out").exists()
 
 

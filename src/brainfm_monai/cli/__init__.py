@@ -13,9 +13,7 @@ __all__ = ["COMMANDS", "main"]
 # words of each command, its module and function, which are imported when it is called, and what the list of them says
 COMMANDS = {
     "predict": ("cli.bundle", "predict", "Segment and map a scan, or many."),
-    "prepare labels": ("data.prepare", "prepare_labels", "Prepare subjects for training from label maps."),
-    "prepare freesurfer": ("data.freesurfer", "prepare_freesurfer", "The same from FreeSurfer's results."),
-    "prepare bids": ("data.bids", "prepare_bids", "The same from a BIDS folder."),
+    "prepare": ("data.prepare", "prepare_subjects", "Prepare subjects: labels, freesurfer or bids."),
     "data fetch": ("data.fetch", "fetch_dataset", "Download open data."),
     "data list": ("data.datalist", "write_datalist", "Write the datalist of prepared subjects."),
     "data check": ("data.check", "check_data", "Look for faults in subjects."),

@@ -1,16 +1,15 @@
-"""Prepared subjects out of a BIDS folder: scans of several contrasts, labels from derivatives or the bundle's model."""
+"""The subjects of a BIDS folder: scans of several contrasts, with labels from derivatives or the bundle's model."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from monai.bundle import run
 
-from brainfm_monai.data.freesurfer import BRAIN_PROTOCOL, find_files, make_volumes
-from brainfm_monai.data.jobs import Job, common_settings, run_jobs
-from brainfm_monai.data.subjects import CONTRASTS, SIZE
+from brainfm_monai.data.freesurfer import find_files
+from brainfm_monai.data.subjects import CONTRASTS, Source
 from brainfm_monai.io import (
     bundle_arguments,
     find_bundle,
@@ -19,7 +18,7 @@ from brainfm_monai.io import (
     refuse_if,
     scan_stem,
     write_table,
-)
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -58,43 +57,42 @@ class BidsFile(NamedTuple):
         return self.entities.get("space", "") in NATIVE_SPACES and (self.scan == scan.scan or meant == [scan])
 
 
-class Session(NamedTuple):
-    """One visit of one person."""
-
-    name: str  # sub-01 or sub-01_ses-1
-    files: dict[str, Path]  # by role, see make_volumes; the first is the reference, on which labels lie, if any
-    lesion_of: str  # contrast of the scan that a lesion was drawn on; empty where the name of the mask does not tell
-
-
-def find_sessions(root: str | Path) -> list[Session]:
-    """List the visits in a BIDS folder that have a scan of a known contrast, with their labels from derivatives.
+def find_bids(root: Path) -> list[Source]:
+    """The visits in a BIDS folder that have a scan of a known contrast, with their labels from derivatives.
 
     Labels, lesions and masks are those of the very scan, by the rules of ``docs/data.md``. Of several scans of one
     contrast, the first with labels is taken, or the first by name. Files that belong to none of the scans are reported.
     FileNotFoundError if there is no visit.
     """
-    derivatives = Path(root) / "derivatives"
+    derivatives, sources = root / "derivatives", []
     derived: dict[str, list[BidsFile]] = {}
     for file in _parse_all(derivatives.rglob("sub-*_*"), derivatives):
         derived.setdefault(file.path.name.split("_")[0], []).append(file)
-    sessions = []
-    for person in sorted(f for f in Path(root).glob("sub-*") if f.is_dir()):
-        raw = [f for places in ("*/*", "ses-*/*/*") for f in _parse_all(person.glob(places), Path(root))]
+    for person in sorted(f for f in root.glob("sub-*") if f.is_dir()):
+        raw = [f for places in ("*/*", "ses-*/*/*") for f in _parse_all(person.glob(places), root)]
         scans, files = [f for f in raw if f.is_scan], [*raw, *derived.get(person.name, [])]
         visits = sorted({f.entities.get("ses", "") for f in scans})
         for visit in visits:
             name = f"{person.name}_ses-{visit}" if visit else person.name
             of_visit = [f for f in files if f.entities.get("ses", visit) == visit]
-            sessions.append(_make_session(derivatives, name, scans, of_visit))
+            roles, lesion_of = _find_roles(derivatives, name, scans, of_visit)
+            facts = {"dataset": root.resolve().name, "person": person.name}
+            facts |= {"labels_from": "derivatives" if "labels" in roles else "model"}
+            sources.append(Source(name, roles, facts | ({"lesion_of": lesion_of} if lesion_of else {})))
         for folder in derivatives.glob(f"*/{person.name}/mri") if len(visits) > 1 and visits[0] else ():
             logger.warning("%s: not used: it does not tell of which visit of %s it is", folder.parent, person.name)
     rule = f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed"
-    refuse_if(not sessions, rule, "none", FileNotFoundError)
-    return sessions
+    refuse_if(not sources, rule, "none", FileNotFoundError)
+    return sources
 
 
-def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], files: Sequence[BidsFile]) -> Session:
-    """A visit: its scans, and what belongs to them among its files; ``rivals`` are all scans of the person."""
+def _find_roles(
+    derivatives: Path, name: str, rivals: Sequence[BidsFile], files: Sequence[BidsFile]
+) -> tuple[dict[str, Path], str]:
+    """Files of a visit by role, and the contrast that a lesion was drawn on, empty where its name does not tell.
+
+    The first file is the reference, on which labels lie, if there are any; ``rivals`` are all scans of the person.
+    """
     scans = sorted((f for f in rivals if f in files), key=lambda f: CONTRASTS.index(f.contrast))
     labels, reference = _find_labels(derivatives, name, scans, rivals, files)
     chosen = {reference.contrast: reference} if reference else {}
@@ -111,8 +109,7 @@ def _make_session(derivatives: Path, name: str, rivals: Sequence[BidsFile], file
                 logger.warning(UNUSED, f.path, name)
     for f in lesions[1:]:
         logger.warning("%s: not used: %s is", f.path, lesions[0].path.name)
-    roles |= {"lesion": lesions[0].path} if lesions else {}
-    return Session(name, roles, lesions[0].contrast if lesions else "")
+    return (roles | {"lesion": lesions[0].path}, lesions[0].contrast) if lesions else (roles, "")
 
 
 def _find_labels(
@@ -131,10 +128,14 @@ def _find_labels(
     maps = [f for pattern in LABEL_PATTERNS for f in files if f.path.match(pattern)]
     contrasts = {f.contrast for f in scans}
     unnamed = "T1w" if t1w else contrasts.pop() if len(contrasts) == 1 else ""  # contrast of labels that name none
-    for contrast in CONTRASTS:
-        for label in (f for f in maps if (f.contrast or unnamed) == contrast):
-            for scan in (f for f in scans if f.contrast == contrast and label.is_of(f, rivals)):
-                return {"labels": label.path}, scan
+    pairs = [
+        (label, scan)
+        for label in maps
+        for scan in scans
+        if (label.contrast or unnamed) == scan.contrast and label.is_of(scan, rivals)
+    ]
+    for label, scan in sorted(pairs, key=lambda pair: CONTRASTS.index(pair[1].contrast)):
+        return {"labels": label.path}, scan
     for label in maps:
         logger.warning(UNUSED, label.path, name)
     return {}, None
@@ -156,70 +157,29 @@ def _parse_all(paths: Iterable[Path], root: Path) -> list[BidsFile]:
     return files
 
 
-def prepare_bids(
-    input: str | Path,
-    output: str | Path,
-    *,
-    jobs: int = 1,
-    overwrite: bool = False,
-    bundle: str | Path = "bundle",
-    protocol: str = BRAIN_PROTOCOL,
-    size: Sequence[int] | str = SIZE,
-    dataset: str = "",
-    sharpen: bool = False,
-) -> list[Path]:
-    """Prepare subjects for training from a BIDS folder of T1w, T2w, FLAIR and CT; finished ones are skipped.
-
-    Labels come from its derivatives (FreeSurfer, FastSurfer, fMRIPrep, SynthSeg); a visit without any is labelled by
-    the bundle's model from its reference scan, and its record says ``"labels_from": "model"``. The scan with labels is
-    the reference; the other contrasts are registered to it rigidly and resampled once. FileNotFoundError if there is no
-    scan, or labels are missing and there is no bundle; PreparationError at the end, a line for each visit that failed.
-
-    Args:
-        input: BIDS folder.
-        output: folder for the prepared subjects, one folder each, which are returned in the order of their names.
-        jobs: subjects that are prepared at once; each needs about 4 GB.
-        overwrite: prepare finished subjects again.
-        bundle: folder of the bundle, whose model labels what has no labels.
-        protocol: label protocol of the segmentation: a name or a table file.
-        size: box around the brain, in voxels of 1 mm, multiples of 4.
-        dataset: name of the set in lists and counts; the folder's name if not given.
-        sharpen: move the borders of the cortex in the model's labels to where a T1w shows them, by 2 voxels at most.
-    """
-    settings = common_settings(dataset or Path(input).resolve().name, protocol, size)
-    sessions, predictions, work = find_sessions(input), Path(output) / ".predicted", []
-    unlabelled = {s.name: next(iter(s.files.values())) for s in sessions if "labels" not in s.files}
-    predict_labels(unlabelled, predictions, bundle)
-    for name, files, lesion_of in sessions:
-        own: dict[str, Any] = {"person": name.split("_")[0]}
-        own |= {"labels_from": "model" if name in unlabelled else "derivatives"}
-        own |= {"lesion_of": lesion_of} if lesion_of else {}
-        own |= {"sharpen": True} if sharpen and name in unlabelled else {}
-        files |= {"labels": predicted_file(predictions, name)} if name in unlabelled else {}
-        work.append(Job(name, "bids", files, settings | own, {"protocol": protocol}, make_volumes))
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite)
-
-
 def predicted_file(folder: Path, name: str) -> Path:
     """Where the bundle's inference writes the label map with FreeSurfer ids of a scan."""
     return folder / name / f"{name}_desc-freesurfer_dseg.nii.gz"
 
 
-def predict_labels(scans: Mapping[str, Path], output_dir: Path, bundle: str | Path) -> None:
-    """Run the bundle's inference on scans, with labels of 1 mm; those that have a result already are left out.
+def predict_labels(sources: Sequence[Source], output_dir: Path, bundle: str | Path) -> None:
+    """Add :func:`predicted_file` to sources as labels; the bundle's inference makes what is missing, with 1 mm voxels.
 
-    ``scans`` are by subject, results are :func:`predicted_file`. A scan that fails leaves none, and the inference
-    reports why. FileNotFoundError if the bundle has no inference config.
+    A scan that fails has none, and the inference reports why. FileNotFoundError if the bundle has no inference config.
     """
-    waiting = {name: scan for name, scan in scans.items() if not predicted_file(output_dir, name).is_file()}
-    if not waiting:
+    rows = []
+    for source in sources:
+        scan, labels = next(iter(source.files.values())), predicted_file(output_dir, source.name)
+        source.files["labels"] = labels
+        rows += [] if labels.is_file() else [(scan.resolve(), source.name)]
+    if not rows:
         return
     config = find_bundle(bundle) / "configs" / "inference.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: {len(waiting)} subjects have no labels and need the bundle's model")
+    rule = f"{config}: {len(rows)} subjects have no labels and need the bundle's model"
+    refuse_if(not config.is_file(), rule, "no such file", FileNotFoundError)
     with TemporaryDirectory() as scratch:
         table = Path(scratch) / "scans.tsv"
-        write_table(table, ("image", "name"), [(scan.resolve(), name) for name, scan in waiting.items()])
+        write_table(table, ("image", "name"), rows)
         places = {"input": literal(str(table)), "output_dir": literal(str(output_dir))}
         try:
             run(**bundle_arguments(bundle, [config.name]), **places, outputs="segmentation", grid="1mm")

@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from nibabel.affines import apply_affine
 
-from brainfm_monai.anatomy import Protocol, is_brain, is_fluid
-from brainfm_monai.data.datalist import check_protocols, count_subjects, find_subjects, read_datalist
+from brainfm_monai.anatomy import Protocol, is_brain
+from brainfm_monai.data.datalist import PROTOCOLS, check_protocols, count_subjects, find_subjects, read_datalist
 from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
-from brainfm_monai.data.loading import LoadedSubject
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
-from brainfm_monai.data.subjects import CONTRASTS, run_parallel
-from brainfm_monai.io import refuse_if
+from brainfm_monai.data.subjects import CONTRASTS, STORAGE, run_parallel
+from brainfm_monai.io import Volume, read_volume, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,7 @@ MINIMUM_SIDES_ML = 0.5  # of both together: below, a few voxels decide
 MAXIMUM_MNI_MM = 150.0
 MINIMUM_TARGET_SHARE = 0.001  # of the box
 CHANNELS = {"lp": PIAL_IDS["left"], "lw": WHITE_IDS["left"], "rp": PIAL_IDS["right"], "rw": WHITE_IDS["right"]}
-LABELS = ("generation_labels", "segmentation")
-
-
+LABELS = ("generation_labels", "segmentation")  # in the order of PROTOCOLS
 Fault = tuple[str, str]  # the rule, and what was found
 
 
@@ -81,43 +80,65 @@ def check_set(source: str | Path, jobs: int = 1) -> tuple[list[Finding], list[di
     return findings, entries
 
 
+class _Subject(dict[str, Volume]):
+    """The volumes of an item with whole paths, read when they are asked for, in this package's units."""
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry, self.present = entry, [key for key in STORAGE if key in entry]
+
+    def __missing__(self, key: str) -> Volume:
+        volume = read_volume(self.entry[key], "all")  # shape (H, W, D, C)
+        is_single = volume.values.shape[3] == 1
+        self[key] = replace(volume, values=volume.values[..., 0]) if is_single else volume
+        return self[key]
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """Protocol of the segmentation."""
+        return Protocol.load(str(self.entry.get("protocol", "synthseg_head")))
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """FreeSurfer ids of the segmentation; labels that the protocol lacks are 0."""
+        table = np.append(self.protocol.freesurfer_ids, 0)
+        return table[np.minimum(self["segmentation"].values.astype(np.int64), len(self.protocol))]
+
+
 def check_subject(entry: Mapping[str, Any]) -> list[Finding]:
     """Every rule that the files of an item with whole paths break; what cannot be read breaks a rule, too."""
-    subject, faults = LoadedSubject(entry), []
+    subject, faults = _Subject(entry), []
     for what, (needed, look) in LOOKS.items():
         try:
-            faults += list(look(subject)) if needed <= set(subject.keys) else []
+            faults += list(look(subject)) if needed <= set(subject.present) else []
         except Exception as error:
             faults.append((what, " ".join(str(error).split()) or type(error).__name__))
     return [Finding(str(entry["subject"]), *fault) for fault in faults]
 
 
-def _look_at_grids(subject: LoadedSubject) -> Iterator[Fault]:
-    shape_of = {key: subject[key].shape[:3] for key in subject.keys}
-    keys = [key for key in subject.keys if key != "mni"]
-    for key in keys[1:]:
-        offset_mm = np.abs(subject.affine(key) - subject.affine(keys[0])).max()
-        if shape_of[key] != shape_of[keys[0]] or offset_mm > GRID_TOLERANCE_MM:
-            yield "one grid", f"{key} {shape_of[key]} does not lie on the grid of {keys[0]} {shape_of[keys[0]]}"
-    if keys and "mni" in shape_of:
-        ratio = np.array(shape_of[keys[0]]) / shape_of["mni"]
-        offset_mm = np.abs(coarsen_affine(subject.affine(keys[0]), int(ratio[0])) - subject.affine("mni")).max()
-        if len(set(ratio)) > 1 or ratio[0] % 1 or offset_mm > GRID_TOLERANCE_MM:
-            yield "one grid", f"mni {shape_of['mni']} does not divide the box of {keys[0]} {shape_of[keys[0]]}"
+def _look_at_grids(subject: _Subject) -> Iterator[Fault]:
+    shape_of = {key: subject[key].values.shape[:3] for key in subject.present}
+    first = next((key for key in subject.present if key != "mni"), "")
+    for key, shape in shape_of.items() if first else ():
+        ratio = np.array(shape_of[first]) / shape
+        offset_mm = np.abs(coarsen_affine(subject[first].affine, int(ratio[0])) - subject[key].affine).max()
+        divides = len(set(ratio)) == 1 and (ratio[0] % 1 == 0 if key == "mni" else ratio[0] == 1)
+        if not divides or offset_mm > GRID_TOLERANCE_MM:
+            rule = "divide the box" if key == "mni" else "lie on the grid"
+            yield "one grid", f"{key} {shape} does not {rule} of {first} {shape_of[first]}"
 
 
-def _look_at_ids(subject: LoadedSubject) -> Iterator[Fault]:
-    for key, fact in (("segmentation", "protocol"), ("generation_labels", "generation_protocol")):
-        if key in subject.keys and fact in subject.entry:
+def _look_at_ids(subject: _Subject) -> Iterator[Fault]:
+    for key, fact in zip(LABELS, PROTOCOLS, strict=True):
+        if key in subject.present and fact in subject.entry:
             protocol = Protocol.load(str(subject.entry[fact]))
-            if unknown := [int(i) for i in np.unique(subject[key]) if i >= len(protocol)]:
+            if unknown := [int(i) for i in np.unique(subject[key].values) if i >= len(protocol)]:
                 found = f"{key} holds {unknown[:5]}, and protocol '{protocol.name}' has {len(protocol)} labels"
                 yield "known ids", found
 
 
-def _look_at_values(subject: LoadedSubject) -> Iterator[Fault]:
-    for key in subject.keys:
-        values = subject[key]
+def _look_at_values(subject: _Subject) -> Iterator[Fault]:
+    for key in subject.present:
+        values = subject[key].values
         low, high = float(values.min()), float(values.max())
         if key in LABELS and (values > 0).mean() < MINIMUM_TARGET_SHARE:
             yield "targets", f"{key} is empty"
@@ -132,31 +153,30 @@ def _look_at_values(subject: LoadedSubject) -> Iterator[Fault]:
             yield "intensities", f"{key} ranges from {low:.3g} to {high:.3g}: [0, 1] is needed"
 
 
-def _look_at_anatomy(subject: LoadedSubject) -> Iterator[Fault]:
-    protocol, affine = subject.protocol, subject.affine("segmentation")
+def _look_at_anatomy(subject: _Subject) -> Iterator[Fault]:
+    protocol, affine = subject.protocol, subject["segmentation"].affine
 
-    def find_centroid(ids: Sequence[int]) -> np.ndarray | None:
+    def find_centroid(ids: Sequence[int]) -> np.ndarray:
         voxels = np.argwhere(np.isin(subject.ids, ids))
-        return apply_affine(affine, voxels.mean(axis=0)) if len(voxels) else None
+        return apply_affine(affine, voxels.mean(axis=0)) if len(voxels) else np.full(3, np.nan)
 
     left, right = (find_centroid(PIAL_IDS[side]) for side in ("left", "right"))
-    if left is not None and right is not None and right[0] - left[0] < MINIMUM_SEPARATION_MM:
+    if right[0] - left[0] < MINIMUM_SEPARATION_MM:
         found = f"left hemisphere at x = {left[0]:.0f} mm, right one at {right[0]:.0f} mm in the affine's RAS"
         yield "left and right", found
-    cerebrum, cerebellum = (find_centroid(ids) for ids in (PIAL_IDS["left"] + PIAL_IDS["right"], CEREBELLUM_IDS))
-    if cerebrum is not None and cerebellum is not None:
-        x, y, z = away = cerebellum - cerebrum
-        cosine = away @ CEREBELLUM_DIRECTION / max(float(np.linalg.norm(away)), 1e-6)
-        if cosine < np.cos(np.deg2rad(MAXIMUM_TILT_DEG)):
-            place = f"cerebellum {x:.0f} mm right, {y:.0f} mm in front of and {z:.0f} mm above the cerebrum"
-            yield "axes", f"{place} in the affine's RAS, where it lies behind and below"
-    labels = np.minimum(subject["segmentation"].astype(np.int64), len(protocol))  # those beyond are another rule's
+    away = find_centroid(CEREBELLUM_IDS) - find_centroid(PIAL_IDS["left"] + PIAL_IDS["right"])
+    cosine = away @ CEREBELLUM_DIRECTION / np.maximum(np.linalg.norm(away), 1e-6)
+    if cosine < np.cos(np.deg2rad(MAXIMUM_TILT_DEG)):
+        x, y, z = away
+        place = f"cerebellum {x:.0f} mm right, {y:.0f} mm in front of and {z:.0f} mm above the cerebrum"
+        yield "axes", f"{place} in the affine's RAS, where it lies behind and below"
+    labels = np.minimum(subject["segmentation"].values.astype(np.int64), len(protocol))  # others are another rule's
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     ml = np.bincount(labels.ravel(), minlength=len(protocol) + 1) * voxel_ml
-    fluid = is_fluid(protocol.freesurfer_ids)  # whose sides differ in health as well
     for label, mirror in enumerate(protocol.mirror_permutation):
         small, large = sorted((ml[label], ml[mirror]))
-        is_pair = label < mirror and not fluid[label] and small + large > MINIMUM_SIDES_ML
+        # the sides of fluid differ in health as well
+        is_pair = label < mirror and not protocol.is_fluid[label] and small + large > MINIMUM_SIDES_ML
         if is_pair and large > MAXIMUM_SIDE_RATIO * small:
             names = protocol.structures[label].name, protocol.structures[mirror].name
             yield "sides alike", f"{names[0]} has {ml[label]:.1f} ml and {names[1]} {ml[mirror]:.1f} ml"
@@ -165,16 +185,16 @@ def _look_at_anatomy(subject: LoadedSubject) -> Iterator[Fault]:
         yield "head size", f"brain of {brain_ml:.0f} ml, {low:.0f} to {high:.0f} are plausible"
 
 
-def _look_at_distances(subject: LoadedSubject) -> Iterator[Fault]:
+def _look_at_distances(subject: _Subject) -> Iterator[Fault]:
     for channel, (name, ids) in enumerate(CHANNELS.items()):
-        inside, labelled = subject["distance"][..., channel] < 0, np.isin(subject.ids, ids)
+        inside, labelled = subject["distance"].values[..., channel] < 0, np.isin(subject.ids, ids)
         dice = 2 * float((inside & labelled).sum()) / max(1, int(inside.sum() + labelled.sum()))
         if dice < MINIMUM_AGREEMENT:
             yield "distances", f"inside of channel {name} and the labels in it overlap with Dice {dice:.2f}"
 
 
-def _look_at_coordinates(subject: LoadedSubject) -> Iterator[Fault]:
-    mni = subject["mni"]
+def _look_at_coordinates(subject: _Subject) -> Iterator[Fault]:
+    mni = subject["mni"].values
     step = subject.ids.shape[0] // mni.shape[0]
     ids = subject.ids[(slice(step // 2, None, step),) * 3]
     brain, sides = is_brain(ids), [mni[np.isin(ids, PIAL_IDS[side])] for side in ("left", "right")]
@@ -182,13 +202,13 @@ def _look_at_coordinates(subject: LoadedSubject) -> Iterator[Fault]:
         left, right = (float(side[:, 0].mean()) for side in sides)
         if right - left < MINIMUM_SEPARATION_MM:
             yield "coordinates", f"left hemisphere at MNI x = {left:.0f} mm, right one at {right:.0f} mm"
-    if folded := int((compute_jacobian(mni, subject.affine("mni"))[brain] <= 0).sum()):
+    if folded := int((compute_jacobian(mni, subject["mni"].affine)[brain] <= 0).sum()):
         yield "coordinates", f"the map to MNI space folds at {folded} of {int(brain.sum())} brain voxels"
     if brain.any() and np.abs(mni[brain]).max() > MAXIMUM_MNI_MM:
         yield "coordinates", f"brain at {np.abs(mni[brain]).max():.0f} mm from the template's origin"
 
 
-LOOKS: dict[str, tuple[set[str], Callable[[LoadedSubject], Iterator[Fault]]]] = {  # with the volumes that each needs
+LOOKS: dict[str, tuple[set[str], Callable[[_Subject], Iterator[Fault]]]] = {  # with the volumes that each needs
     "one grid": (set(), _look_at_grids),
     "known ids": (set(), _look_at_ids),
     "targets": (set(), _look_at_values),

@@ -1,6 +1,6 @@
-"""Prepared subjects out of a FreeSurfer or FastSurfer ``SUBJECTS_DIR``, and any subject's volumes out of its files."""
+"""The subjects of FreeSurfer's or FastSurfer's results, and any subject's volumes out of its files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import contrasts, labels
 from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
 from brainfm_monai.data.intensities import cluster_extracerebral, scale_contrast, sharpen_cortex
-from brainfm_monai.data.jobs import Job, common_settings, run_jobs
 from brainfm_monai.data.registration import compute_mni_coordinates
-from brainfm_monai.data.subjects import MNI_FACTOR, SIZE, Volumes
+from brainfm_monai.data.subjects import MNI_FACTOR, Source, Volumes
 from brainfm_monai.io import refuse_if
 
-BRAIN_PROTOCOL = "synthseg_brain"
 # best first: parcellated ones agree with the surfaces at the cortex; those of FastSurfer follow
 SEGMENTATIONS = "aparc+aseg aparc.DKTatlas+aseg aparc.a2009s+aseg aparc.DKTatlas+aseg.mapped".split()
 SEGMENTATIONS += "aparc.DKTatlas+aseg.deep.withCC aparc.DKTatlas+aseg.deep aseg aseg.presurf aseg.auto".split()
@@ -30,47 +28,23 @@ MNI305_TO_MNI152 = np.array([
 ])  # fmt: skip
 
 
-def prepare_freesurfer(
-    input: str | Path,
-    output: str | Path,
-    *,
-    jobs: int = 1,
-    overwrite: bool = False,
-    protocol: str = BRAIN_PROTOCOL,
-    size: Sequence[int] | str = SIZE,
-    dataset: str = "",
-) -> list[Path]:
-    """Prepare subjects for training from FreeSurfer's or FastSurfer's results; finished ones are skipped.
+def find_freesurfer(root: Path) -> list[Source]:
+    """The subjects in a SUBJECTS_DIR of FreeSurfer or FastSurfer, in alphabetical order, or the one of a folder.
 
-    FileNotFoundError if there is no subject; PreparationError at the end, with one line for each that failed.
-
-    Args:
-        input: SUBJECTS_DIR, or the folder of one subject.
-        output: folder for the prepared subjects, one folder each, which are returned in alphabetical order.
-        jobs: subjects that are prepared at once; each needs about 4 GB.
-        overwrite: prepare finished subjects again.
-        protocol: label protocol of the segmentation: a name or a table file.
-        size: box around the brain, in voxels of 1 mm, multiples of 4.
-        dataset: name of the set in lists and counts; the folder's name if not given (of SUBJECTS_DIR in the derivatives
-            of a BIDS folder, that of the BIDS folder, so that its persons are the same).
+    The set is named after the folder; in the derivatives of a BIDS folder, after the BIDS folder, so that its persons
+    are the same. FileNotFoundError if there is no subject.
     """
-    root = Path(input)
     is_subject = (root / "mri").is_dir()
     folders = [root] if is_subject else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
     folders = [f for f in folders if not f.name.startswith("fsaverage")]  # templates, which FreeSurfer links here
     rule = f"{root}: a folder with subjects of FreeSurfer (folders with mri/) is needed"
     refuse_if(not folders, rule, "none", FileNotFoundError)
     home = root.resolve().parent if is_subject else root.resolve()
-    home = home.parent.parent if home.parent.name == "derivatives" else home
-    settings, options = common_settings(dataset or home.name, protocol, size), {"protocol": protocol}
+    dataset = (home.parent.parent if home.parent.name == "derivatives" else home).name
     # a template lists its visits there; names as VISIT.long.TEMPLATE tie the others, see find_persons
     visits = {f.name: (f / "base-tps").read_text().split() for f in folders if (f / "base-tps").is_file()}
     person_of = {name: {"person": template} for template, names in visits.items() for name in (template, *names)}
-    work = [
-        Job(f.name, "freesurfer", find_files(f), settings | person_of.get(f.name, {}), options, make_volumes)
-        for f in folders
-    ]
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite)
+    return [Source(f.name, find_files(f), {"dataset": dataset, **person_of.get(f.name, {})}) for f in folders]
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -86,7 +60,7 @@ def find_files(folder: Path) -> dict[str, Path]:
 
 
 def make_volumes(
-    files: Mapping[str, Path], settings: Mapping[str, Any], options: Mapping[str, Any]
+    files: Mapping[str, Path], settings: Mapping[str, Any], protocols: Mapping[str, str]
 ) -> tuple[Volumes, dict[str, Any]]:
     """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
 
@@ -96,16 +70,17 @@ def make_volumes(
     not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
 
     Args:
-        files: by role: ``labels``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``; ``talairach`` and
-            :data:`SURFACES`.
-        settings: ``spatial_size`` of the box in voxels; ``contrast`` of an image, ``lesion_of``, ``simulated``
-            contrasts; ``sharpen``, see :func:`sharpen_cortex`.
-        options: ``protocol`` of the segmentation; ``ids``, see :func:`read_id_table`; ``generation_protocol`` for label
-            maps alone: without it, the generation labels follow scan and surfaces, see :func:`make_generation_labels`.
+        files: by role: ``labels`` and their table ``ids``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``;
+            ``talairach`` and :data:`SURFACES`.
+        settings: ``spatial_size`` of the box in voxels; ``ids``, see :func:`read_id_table`; ``contrast`` of an image,
+            ``lesion_of``, ``simulated`` contrasts; ``sharpen``, see :func:`sharpen_cortex`.
+        protocols: ``protocol`` of the segmentation; ``generation_protocol`` for label maps alone: without it, the
+            generation labels follow scan and surfaces, see :func:`make_generation_labels`.
     """
-    files, source, protocol = dict(files), str(files["labels"]), Protocol.load(options["protocol"])
-    painted = Protocol.load(options["generation_protocol"]) if "generation_protocol" in options else None
-    table = labels.read_id_table(options["ids"], options["protocol"]) if options.get("ids") else None
+    files, source, protocol = dict(files), str(files["labels"]), Protocol.load(protocols["protocol"])
+    painted = Protocol.load(protocols["generation_protocol"]) if "generation_protocol" in protocols else None
+    id_table = files.get("ids") or settings.get("ids")
+    table = labels.read_id_table(id_table, protocols["protocol"]) if id_table else None
     ids, affine = labels.load_label_map(files["labels"], table)
     ids = labels.fold_ids(ids)
     for known in (painted, protocol) if painted else ():
@@ -117,8 +92,7 @@ def make_volumes(
     facts: dict[str, Any] = {}
     if painted:
         generation = painted.encode(ids)
-        # contrasts are painted when a training reads the subject; an id that a table lacks is reported before the
-        # registration
+        # a training paints the contrasts; an id that a table lacks is reported here, before the registration
         labels.read_means(generation, painted, settings.get("simulated", []), source)
     else:
         if "image" in files:

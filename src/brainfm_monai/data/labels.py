@@ -15,8 +15,8 @@ from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
-from brainfm_monai.data.subjects import Image
-from brainfm_monai.io import ScanError, find_repeated, read_labels, read_table, refuse_if
+from brainfm_monai.data.subjects import Image, Source
+from brainfm_monai.io import SCAN_SUFFIXES, ScanError, find_repeated, read_labels, read_table, refuse_if, scan_stem
 from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,18 @@ AIR_HU = -1000.0
 # Labels end in steps of a voxel, where a scan's profile blends the tissues of a voxel. A Gaussian of this width,
 # chosen, has a full width at half maximum of 1.2 mm, about a voxel: it takes the steps away and leaves sulci and bone.
 SMOOTHING_MM = 0.5
+
+
+def find_label_maps(path: Path) -> list[Source]:
+    """A label map, or those of a folder in alphabetical order; the set is named after the folder.
+
+    ValueError if there is none.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != ".")
+    refuse_if(not files, f"{path}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed", "none")
+    return [Source(scan_stem(file), {"labels": file}, {"dataset": file.resolve().parent.name}) for file in files]
 
 
 def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as nnf
 from monai.config import KeysCollection
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.labels import simulate_contrasts
-from brainfm_monai.data.subjects import STORAGE, Volumes
 from brainfm_monai.io import read_maps, refuse_if
 from brainfm_monai.tasks import TASKS
 
@@ -61,39 +58,6 @@ def _load(path: str | Path) -> MetaTensor:
     return MetaTensor(
         torch.from_numpy(maps.values), affine=torch.from_numpy(maps.affine), meta={"filename_or_obj": str(path)}
     )
-
-
-class LoadedSubject:
-    """The volumes of an item of a datalist with whole paths, read when they are asked for, in this package's units."""
-
-    def __init__(self, entry: Mapping[str, Any]) -> None:
-        self.entry = entry
-        self.keys = [key for key in STORAGE if key in entry or key in entry.get("simulated", ())]
-        self._read: Volumes = {}
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        """Values of a volume, shape (H, W, D) or (H, W, D, C)."""
-        if key not in self._read:
-            volume = LoadSubjectd(key)(self.entry)[key]
-            values = volume.as_tensor().numpy()
-            self._read[key] = (np.moveaxis(values, 0, -1) if len(values) > 1 else values[0], volume.affine.numpy())
-        return self._read[key][0]
-
-    def affine(self, key: str) -> np.ndarray:
-        """Voxels of a volume to RAS mm."""
-        _ = self[key]
-        return self._read[key][1]
-
-    @cached_property
-    def protocol(self) -> Protocol:
-        """Protocol of the segmentation."""
-        return Protocol.load(str(self.entry.get("protocol", "synthseg_head")))
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        """FreeSurfer ids of the segmentation; labels that the protocol lacks are 0."""
-        table = np.append(self.protocol.freesurfer_ids, 0)
-        return table[np.minimum(self["segmentation"].astype(np.int64), len(self.protocol))]
 
 
 @dataclass(eq=False)

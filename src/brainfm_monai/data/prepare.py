@@ -1,74 +1,142 @@
-"""Prepared subjects out of label maps, and of corrected scans: what a training needs of an anatomy, written once."""
+"""Many subjects out of label maps, FreeSurfer and BIDS folders, or one of a corrected scan: made, checked, written.
+
+Subjects are made in parallel and appear whole: finished ones are skipped, bad ones reported at the end.
+"""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 
+from brainfm_monai.data import subjects
+from brainfm_monai.data.bids import find_bids, predict_labels
+from brainfm_monai.data.check import check_subject
 from brainfm_monai.data.datalist import make_entry
-from brainfm_monai.data.freesurfer import make_volumes
-from brainfm_monai.data.jobs import Job, common_settings, is_finished, make_subject, run_jobs
-from brainfm_monai.data.labels import read_id_table
-from brainfm_monai.data.subjects import CONTRASTS, SIZE, split_names
-from brainfm_monai.io import SCAN_SUFFIXES, hash_file, refuse_if, scan_stem
+from brainfm_monai.data.freesurfer import find_freesurfer, make_volumes
+from brainfm_monai.data.labels import find_label_maps, read_id_table
+from brainfm_monai.data.registration import TEMPLATE_NAME
+from brainfm_monai.data.subjects import CONTRASTS, MNI_FACTOR, SIZE, Source
+from brainfm_monai.io import find_repeated, hash_file, refuse_if, scan_stem, write_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+# how each kind of folder is searched, and the protocol of its segmentations
+KINDS = {
+    "labels": (find_label_maps, "synthseg_head"),
+    "freesurfer": (find_freesurfer, "synthseg_brain"),
+    "bids": (find_bids, "synthseg_brain"),
+}
+REFUSED = ("left and right", "axes")  # rules of the check whose breach no training survives
+FREE = ("versions", "person")  # facts of a record that do not decide whether the subject is made again
+PACKAGES = "brainfm-monai numpy nibabel monai itk itk-elastix edt libigl nilearn scikit-learn".split()
 
 
-def prepare_labels(
+class PreparationError(ValueError):
+    """Some subjects could not be prepared; the others were."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject that is to be prepared."""
+
+    kind: str  # which preparation it is
+    source: Source
+    settings: Mapping[str, Any]  # what is asked for, as it is recorded; a subject that was made otherwise is made again
+    protocols: Mapping[str, str]  # names or table files by key of the record, which has no folders
+
+    @property
+    def place(self) -> Path:
+        """The file or folder that messages name."""
+        return next(iter(self.source.files.values()))
+
+    def describe(self) -> dict[str, Any]:
+        """The record of the subject: names and hashes of its files without their folders, settings and units."""
+        files = self.source.files.items()
+        sources = {role: {"name": path.name, "sha256": hash_file(path)} for role, path in files}
+        return {
+            **{"kind": self.kind, "sources": sources, **self.settings, "spacing_mm": 1.0, "axes": "RAS"},
+            "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
+            "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
+            "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
+        }
+
+
+def prepare_subjects(
+    kind: str,
     input: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     jobs: int = 1,
     overwrite: bool = False,
-    protocol: str = "synthseg_head",
+    protocol: str = "",
     generation_protocol: str = "synthseg_generation",
     ids: str | Path | None = None,
-    size: Sequence[int] | str = SIZE,
     contrasts: Sequence[str] | str = (),
+    size: Sequence[int] | str = SIZE,
     dataset: str = "",
+    bundle: str | Path = "bundle",
+    sharpen: bool = False,
 ) -> list[Path]:
-    """Prepare subjects for training from label maps; finished ones are skipped.
+    """Prepare subjects for training from a folder, as in ``prepare bids STUDY SUBJECTS``; finished ones are skipped.
 
-    A subject is labels, distances and MNI coordinates on a box of 1 mm voxels in RAS+ order around the brain.
-    ValueError if there is no label map, two would have one subject name, or there is no such contrast; PreparationError
-    at the end, with one line for each label map that failed.
+    A subject is labels, distances, MNI coordinates and scans on a box of 1 mm voxels in RAS+ order around the brain.
+    Returns the folders of the subjects. ValueError or FileNotFoundError if there is no subject, two would have one
+    name, or an argument is wrong; PreparationError at the end, with one line for each subject that failed.
 
     Args:
-        input: folder of label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids, a file, or a list of both.
-        output: folder for the prepared subjects, whose folders are named after the files, and returned in that order.
-        jobs: subjects that are prepared at once; each needs about 3 GB.
+        kind: ``labels``: label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids. ``freesurfer``: results of
+            FreeSurfer or FastSurfer. ``bids``: T1w, T2w, FLAIR and CT, of which the one with labels in ``derivatives``
+            (FreeSurfer, FastSurfer, fMRIPrep, SynthSeg) is the reference; the others are registered to it rigidly and
+            resampled once. A visit without labels is labelled by the bundle's model, as its record says.
+        input: label map or folder of them, SUBJECTS_DIR or a folder in it, BIDS folder; or a list of these.
+        output: folder for the prepared subjects, one folder each.
+        jobs: subjects that are prepared at once; each needs about 4 GB.
         overwrite: prepare finished subjects again.
-        protocol: label protocol of the segmentation: a name or a table file.
-        generation_protocol: label protocol of what the generator paints: a name or a table file.
-        ids: table (columns id, and freesurfer_id or name) for maps with ids of their own.
-        size: box around the brain, in voxels of 1 mm, multiples of 4.
-        contrasts: images that a training paints on the labels, out of T1w, T2w, FLAIR and CT, separated by commas; a
+        protocol: label protocol of the segmentation, a name or a table file; ``synthseg_head`` for label maps,
+            ``synthseg_brain`` for the others, if not given.
+        generation_protocol: label protocol of what the generator paints on label maps: a name or a table file.
+        ids: table (columns id, and freesurfer_id or name) for label maps with ids of their own.
+        contrasts: images that a training paints on label maps, out of T1w, T2w, FLAIR and CT, separated by commas; a
             finished subject keeps its own where none are asked for.
+        size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given.
+        bundle: folder of the bundle, whose model labels what has no labels.
+        sharpen: move the borders of the cortex in the model's labels to where a T1w shows them, by 2 voxels at most.
     """
-    asked = split_names(contrasts)
-    if unknown := [name for name in asked if name not in CONTRASTS]:
-        raise ValueError(f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}, got {', '.join(unknown)}")
-    simulated = [name for name in CONTRASTS if name in asked]
-    settings = common_settings(dataset, protocol, size) | {"generation_protocol": Path(generation_protocol).name}
-    settings |= {"simulated": simulated} if simulated else {}  # a finished subject keeps its own
-    options = {"ids": ids, "generation_protocol": generation_protocol, "protocol": protocol}
-    work = []
-    for source in _find_sources(input):
-        files = {"labels": source} | ({"ids": Path(ids)} if ids else {})
-        of_set = {"dataset": dataset or source.resolve().parent.name}
-        work.append(Job(scan_stem(source), "labels", files, settings | of_set, options, make_volumes))
-    return run_jobs(work, output, processes=jobs, overwrite=overwrite)
+    refuse_if(kind not in KINDS, f"prepare: one of {', '.join(KINDS)} is needed", f"'{kind}'")
+    (find, usual), asked = KINDS[kind], subjects.split_names(contrasts)
+    unknown, only_labels = ", ".join(sorted(set(asked) - set(CONTRASTS))), ids or asked
+    refuse_if(unknown, f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}", unknown)
+    refuse_if(only_labels and kind != "labels", "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
+    inputs = [input] if isinstance(input, str | Path) else input
+    sources = [source for item in inputs for source in find(Path(item))]
+    unlabelled = [source for source in sources if "labels" not in source.files]
+    predict_labels(unlabelled, Path(output) / ".predicted", bundle)
+    for source in unlabelled if sharpen else ():
+        source.facts["sharpen"] = True
+    protocols, own = {"protocol": protocol or usual}, {"dataset": dataset} if dataset else {}
+    settings = make_settings(protocols["protocol"], size)
+    if kind == "labels":
+        protocols |= {"generation_protocol": generation_protocol}
+        settings |= {"generation_protocol": Path(generation_protocol).name}
+        simulated = [name for name in CONTRASTS if name in asked]
+        settings |= {"simulated": simulated} if simulated else {}  # a finished subject keeps its own
+    for source in sources if ids else ():
+        source.files["ids"] = Path(str(ids))
+    work = [Job(kind, source, {**settings, **source.facts, **own}, protocols) for source in sources]
+    return run_jobs(work, Path(output), processes=jobs, overwrite=overwrite)
 
 
-def _find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
-    sources: list[Path] = []
-    for item in [inputs] if isinstance(inputs, (str, Path)) else inputs:
-        files = [Path(item)]
-        if files[0].is_dir():
-            files = [f for f in files[0].iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != "."]
-        refuse_if(not files, f"{item}: label maps ({', '.join(SCAN_SUFFIXES)}) are needed", "none")
-        sources += sorted(files)
-    return sources
+def make_settings(protocol: str, size: Sequence[int] | str, dataset: str = "") -> dict[str, Any]:
+    """What every preparation records; ValueError if ``size`` is not three positive multiples of 4."""
+    box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
+    is_wrong = len(box) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in box)
+    refuse_if(is_wrong, f"prepare: 'size' must be three positive multiples of {MNI_FACTOR}", tuple(box))
+    return {"dataset": dataset, "protocol": Path(protocol).name, "spatial_size": box, "template": TEMPLATE_NAME}
 
 
 def prepare_label(
@@ -95,13 +163,70 @@ def prepare_label(
         protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
     """
-    files = {"labels": Path(label), "image": Path(image)}
-    table = None if ids is None else read_id_table(ids, protocol)
-    settings = common_settings("annotated", protocol, size)
-    settings |= {"contrast": contrast, "ids": {str(key): value for key, value in (table or {}).items()}}
+    files, output_dir = {"labels": Path(label), "image": Path(image)}, Path(output_dir)
+    table = {} if ids is None else read_id_table(ids, protocol)
+    settings = make_settings(protocol, size, "annotated")
+    settings |= {"contrast": contrast, "ids": {str(key): value for key, value in table.items()}}
     content = hashlib.sha256("".join([*map(hash_file, files.values()), repr(settings)]).encode()).hexdigest()
-    name = f"{scan_stem(label)}_{content[:12]}"
-    job = Job(name, "annotated", files, settings, {"protocol": protocol, "ids": table}, make_volumes)
-    if not is_finished(job, Path(output_dir)):
-        make_subject(job, Path(output_dir))
-    return make_entry(Path(output_dir) / name)
+    source = Source(f"{scan_stem(label)}_{content[:12]}", files, {})
+    job = Job("annotated", source, settings, {"protocol": protocol})
+    if not is_finished(job, output_dir):
+        make_subject(job, output_dir)
+    return make_entry(output_dir / source.name)
+
+
+def run_jobs(jobs: Sequence[Job], output: Path, *, processes: int = 1, overwrite: bool = False) -> list[Path]:
+    """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues.
+
+    Returns the folders in ``output`` in the order of the jobs; errors are those of :func:`prepare_subjects`.
+    """
+    twice, failures = find_repeated(job.source.name for job in jobs), []
+    refuse_if(twice, f"{output}: subjects with different names are needed", f"twice: {twice}")
+    waiting = [job for job in jobs if overwrite or not is_finished(job, output)]
+    for table in {Path(name) for job in waiting for name in job.protocols.values()}:
+        if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them
+            write_text(output / table.name, table.read_text(encoding="utf-8"))
+    for job, outcome in subjects.run_parallel(partial(make_subject, output_dir=output), waiting, processes):
+        if isinstance(outcome, BaseException):
+            text = " ".join(str(outcome).split()) or type(outcome).__name__
+            failures.append(text if str(job.place) in text else f"{job.place}: {text}")
+            continue
+        for fault in outcome:
+            logger.warning("%s: %s", job.source.name, fault)
+    if failures:
+        lines = "\n".join([f"{len(failures)} of {len(jobs)} subjects were not prepared:", *sorted(failures)])
+        raise PreparationError(lines)
+    return [output / job.source.name for job in jobs]
+
+
+def make_subject(job: Job, output_dir: Path) -> list[str]:
+    """Make the subject of a job, check it as ``data check`` does, and write its folder, whole or not at all.
+
+    An older folder is replaced. The faults are returned, one line each, and the record of the subject names them.
+    ValueError if left and right are exchanged or the head lies on its side; or what the making of its volumes raises.
+    """
+    volumes, facts = make_volumes(job.source.files, job.settings, job.protocols)
+    with write_folder(output_dir / job.source.name) as folder:
+        subjects.write_subject(folder, volumes, job.describe() | facts)
+        findings = check_subject({**make_entry(folder), "subject": job.source.name, **job.protocols})
+        for finding in findings:
+            if finding.rule in REFUSED:
+                raise ValueError(f"{job.place}: {finding.rule}: {finding.found}")
+        faults = [*facts.get("faults", ()), *(f"{finding.rule}: {finding.found}" for finding in findings)]
+        if faults:
+            subjects.write_record(folder, {**subjects.read_record(folder), "faults": faults})
+    return faults
+
+
+def is_finished(job: Job, output_dir: Path) -> bool:
+    """Whether a subject is there, out of the same files with the same settings; its person is brought up to date."""
+    folder = output_dir / job.source.name
+    try:
+        record, needed = subjects.read_record(folder), job.describe()
+    except (OSError, ValueError):
+        return False  # a source that cannot be read is reported when the subject is made
+    same = all(record.get(key) == value for key, value in needed.items() if key not in FREE)
+    finished = same and all(subjects.subject_file(folder, key).is_file() for key in record.get("keys", ["mni"]))
+    if finished and "person" in needed and record.get("person") != needed["person"]:
+        subjects.write_record(folder, {**record, "person": needed["person"]})
+    return finished

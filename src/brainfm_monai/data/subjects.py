@@ -26,17 +26,22 @@ SIZE = (192, 224, 224)  # of the box around the brain in voxels of 1 mm
 MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each axis
 
 
+class Source(NamedTuple):
+    """What one subject is made of."""
+
+    name: str  # of the subject and of its folder
+    files: dict[
+        str, Path
+    ]  # by role, see make_volumes; the first one is the reference and names the subject in messages
+    facts: dict[str, Any]  # what its record says of it: data set, person, ...
+
+
 class Storage(NamedTuple):
     """How the values of a file are kept: ``value = step * stored + offset``; what does not fit saturates."""
 
     dtype: type[np.integer]
     step: float = 1.0  # value of one step, in the unit of the file
     offset: float = 0.0  # value of the stored 0
-
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        """Values of the file's unit as stored numbers."""
-        limits = np.iinfo(self.dtype)
-        return np.clip(np.rint((values - self.offset) / self.step), limits.min, limits.max).astype(self.dtype)
 
 
 STORAGE: dict[str, Storage] = {
@@ -82,10 +87,11 @@ def write_subject(folder: Path, volumes: Volumes, record: Mapping[str, Any]) -> 
     """
     folder.mkdir(parents=True, exist_ok=True)
     for key, (values, affine) in volumes.items():
-        storage = STORAGE[key]
-        image = nib.Nifti1Image(storage.encode(values), affine, dtype=storage.dtype)
+        (dtype, step, offset), limits = STORAGE[key], np.iinfo(STORAGE[key].dtype)
+        stored = np.clip(np.rint((values - offset) / step), limits.min, limits.max).astype(dtype)
+        image = nib.Nifti1Image(stored, affine, dtype=dtype)
         image.header.set_xyzt_units("mm")
-        image.header.set_slope_inter(storage.step, storage.offset)
+        image.header.set_slope_inter(step, offset)
         nib.save(image, subject_file(folder, key))
     write_record(folder, {**record, "keys": sorted(volumes)})
 
