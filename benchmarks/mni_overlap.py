@@ -18,7 +18,7 @@ from nibabel.affines import apply_affine
 from scipy.ndimage import map_coordinates
 
 from brainfm_monai.data.labels import crop_to_brain, fold_ids, load_label_map
-from brainfm_monai.data.registration import compute_jacobian, compute_mni_coordinates, load_tissue_maps
+from brainfm_monai.data.registration import compute_jacobian, compute_mni_coordinates, load_template
 
 SIZE = (192, 224, 224)
 TISSUES = {"white": (2, 41, 7, 46, 77, 78, 79), "grey": (3, 42, 8, 47, 17, 18, 53, 54)}
@@ -28,7 +28,7 @@ def main(paths: list[Path]) -> None:
     """Print one row of a table for each map."""
     torch.set_num_threads(1)
     print("| map | Dice of white matter | Dice of grey matter | smallest Jacobian | s |\n|---|---|---|---|---|")
-    maps, template_affine = load_tissue_maps()
+    (_, *maps), template_affine = load_template()
     for path in paths:
         ids, affine = load_label_map(path)
         ids = fold_ids(ids)

@@ -24,8 +24,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
 
-from brainfm_monai.data.contrasts import align_scan, measure_motion
-from brainfm_monai.data.intensities import read_scan, resample_to_box
+from brainfm_monai.data.contrasts import align_scan, measure_motion, read_scan
+from brainfm_monai.data.registration import resample_to_box
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 # person -> scans by contrast, each as the end of its path

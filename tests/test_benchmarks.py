@@ -17,7 +17,7 @@ from nibabel.affines import apply_affine, from_matvec
 from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.intensities import resample_to_box
+from brainfm_monai.data.registration import resample_to_box
 from brainfm_monai.evaluation import make_pair_cases, parse_conditions
 
 SIZE = (6, 5, 4)

@@ -20,10 +20,10 @@ from brainfm_monai.data.contrasts import (
     check_hounsfield,
     find_removed,
     measure_motion,
+    read_scan,
 )
-from brainfm_monai.data.intensities import read_scan, resample_to_box
 from brainfm_monai.data.prepare import PreparationError, prepare_subjects
-from brainfm_monai.data.registration import coarsen_affine
+from brainfm_monai.data.registration import coarsen_affine, resample_to_box
 from brainfm_monai.data.subjects import CONTRASTS, read_record
 from brainfm_monai.io import find_bundle, read_table
 

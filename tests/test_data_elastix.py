@@ -7,8 +7,7 @@ import pytest
 from nibabel.affines import from_matvec
 from scipy.ndimage import gaussian_filter
 
-from brainfm_monai.data.contrasts import AFFINE, RIGID, register_linear
-from brainfm_monai.data.intensities import resample_to_box
+from brainfm_monai.data.registration import AFFINE, RIGID, register_linear, resample_to_box
 
 SIZE = (48, 44, 40)
 QUICK = {"NumberOfSpatialSamples": ["2000"], "MaximumNumberOfIterations": ["150"]}

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-from brainfm_monai.data.intensities import (
+from brainfm_monai.data.contrasts import (
     cluster_extracerebral,
     find_head,
     read_scan,
-    resample_to_box,
     scale_contrast,
     sharpen_cortex,
     white_matter_level,
 )
 from brainfm_monai.data.labels import make_generation_labels
+from brainfm_monai.data.registration import resample_to_box
 from brainfm_monai.io import ScanError
 from brainfm_monai.tasks import TASKS
 

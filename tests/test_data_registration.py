@@ -11,16 +11,12 @@ from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.registration import (
-    T1_OF_ID,
-    TISSUES_OF_ID,
-    Level,
+    LOOK_OF_ID,
     coarsen_affine,
     compute_jacobian,
     compute_mni_coordinates,
     load_template,
-    load_tissue_maps,
-    look_up,
-    render_t1,
+    render_subject,
     unfold_coordinates,
 )
 
@@ -28,7 +24,7 @@ SIZE = (56, 64, 52)
 SPACING = 4.0
 SHEAR = np.array([[1.0, 0.06, 0, 3], [0, 0.95, 0.04, -4], [-0.03, 0, 1.04, 2], [0, 0, 0, 1]])
 # Few iterations: the moved template needs no fine deformation.
-QUICK = (Level(2, 4, 10),)
+QUICK = ((2, 4, 10),)
 
 
 def make_motion() -> np.ndarray:
@@ -116,12 +112,12 @@ def test_the_flow_brings_tissues_closer_than_the_affine_map() -> None:
     ids, _ = make_head()
     bent = ids.copy()
     bent[:, 32:] = ids[:, 32 + np.rint(np.arange(32) * 0.65).astype(int)]
-    template, affine = load_tissue_maps()
+    (_, *template), affine = load_template()
     dice = []
-    for levels in ((Level(2, 4, 0),), (Level(2, 4, 40),)):
+    for levels in (((2, 4, 0),), ((2, 4, 40),)):
         coordinates, _ = compute_mni_coordinates(bent, make_grid(), factor=2, levels=levels)
         voxel = np.rint((coordinates - affine[:3, 3]) / np.diag(affine)[:3]).astype(int)
-        inside = ((voxel >= 0) & (voxel < template.shape[1:])).all(axis=-1)
+        inside = ((voxel >= 0) & (voxel < template[0].shape)).all(axis=-1)
         white = template[0][tuple(np.moveaxis(np.where(inside[..., None], voxel, 0), -1, 0))] > 0.5
         truth = np.isin(bent[::2, ::2, ::2], (2, 41))
         dice.append(2 * (white & truth).sum() / (white.sum() + truth.sum()))
@@ -132,10 +128,10 @@ def test_tissues_of_the_two_sides_are_alike() -> None:
     structures = Protocol.load("synthseg_generation").structures
     for s in structures:
         other = structures[s.mirror].freesurfer_id
-        assert TISSUES_OF_ID.get(s.freesurfer_id) == TISSUES_OF_ID.get(other), s.name
-    shares = look_up(np.array([[[0, 2, 3, 4, 10, 515]]]), TISSUES_OF_ID)
+        assert LOOK_OF_ID.get(s.freesurfer_id) == LOOK_OF_ID.get(other), s.name
+    shares = render_subject(np.array([[[0, 2, 3, 4, 10, 515]]]))[1:]
     np.testing.assert_allclose(shares[:, 0, 0].T, [(0, 0), (1, 0), (0, 1), (0, 0), (0.35, 0.65), (0, 0)])
-    assert max(sum(shares) for shares in TISSUES_OF_ID.values()) <= 1
+    assert max(white + grey for _, white, grey in LOOK_OF_ID.values()) <= 1
 
 
 def test_sizes_that_do_not_divide() -> None:
@@ -148,7 +144,7 @@ def test_rendering_has_the_contrast_of_a_t1_and_no_skull() -> None:
     ids[2:] = 515
     ids[6:18] = 24
     ids[8:12], ids[12:14] = 2, 3
-    picture = render_t1(ids)[:, 6, 6]
+    picture = render_subject(ids)[0, :, 6, 6]
     assert picture[9] > picture[13] > picture[14] > 0
     assert (picture[:4] == 0).all()  # bone
     assert (picture[18:] == 0).all()
@@ -159,14 +155,14 @@ def test_rendering_has_the_contrast_of_a_t1_and_no_skull() -> None:
 def test_every_brain_structure_of_the_shipped_protocol_is_rendered() -> None:
     structures = Protocol.load("synthseg_generation").structures
     brain = {s.freesurfer_id for s in structures if 0 < s.freesurfer_id < 500}
-    assert brain == brain & set(T1_OF_ID)
+    assert brain == brain & set(LOOK_OF_ID)
     for s in structures:
         if s.freesurfer_id in brain:
-            assert T1_OF_ID[s.freesurfer_id] == T1_OF_ID[structures[s.mirror].freesurfer_id], s.name
+            assert LOOK_OF_ID[s.freesurfer_id][0] == LOOK_OF_ID[structures[s.mirror].freesurfer_id][0], s.name
 
 
 def test_template_is_brain_only_and_in_mni_space() -> None:
-    picture, affine = load_template()
+    (picture, *_), affine = load_template()
     assert picture[0].max() == picture[:, 0].max() == 0
     thalamus = np.rint(np.linalg.inv(affine) @ (10, -18, 8, 1)).astype(int)[:3]
     assert 80 < picture[tuple(thalamus)] < 110

@@ -93,7 +93,7 @@ TASKS: dict[str, Task] = {
         Task("segmentation", "labels", unit="logit", output_unit="label", outside=CERTAIN_LOGIT,
              interpolation="nearest", stem="dseg", picture="labels",
              outputs=("segmentation", "volumes", "quality", "view", "report")),
-        # targets are scaled by cerebral white matter, see brainfm_monai.data.intensities.scale_contrast
+        # targets are scaled by cerebral white matter, see brainfm_monai.data.contrasts.scale_contrast
         _image("T1w", "desc-synthetic_T1w", output_unit="intensity in [0, 1], white matter at 0.63"),
         _image("T2w", "desc-synthetic_T2w", output_unit="intensity in [0, 1], white matter at 0.24"),
         _image("FLAIR", "desc-synthetic_FLAIR", output_unit="intensity in [0, 1], white matter at 0.49"),

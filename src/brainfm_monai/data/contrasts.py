@@ -3,28 +3,34 @@
 Here ``ids`` are FreeSurfer ids on the box of the subject, (H, W, D), and ``affine`` takes its voxels to RAS mm.
 """
 
-from collections.abc import Mapping, Sequence
-from importlib import resources
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import itk
 import numpy as np
-import torch
-from monai.data import MetaTensor
-from monai.data.itk_torch_bridge import metatensor_to_itk_image
-from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from monai.transforms.utils import get_largest_connected_component_mask
+from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
+from skimage.filters import threshold_otsu
+from sklearn.cluster import KMeans
 
 from brainfm_monai.anatomy import Protocol, is_brain
-from brainfm_monai.data.intensities import find_head, read_scan, resample_to_box
-from brainfm_monai.data.labels import AIR_HU
-from brainfm_monai.data.subjects import Image
-from brainfm_monai.io import read_table, refuse_if
-from brainfm_monai.synthesis.acquisition import CONTRASTS, read_contrasts
+from brainfm_monai.data.labels import AIR_HU, FLUID_OR_NOTHING, GREY, WHITE, read_means
+from brainfm_monai.data.registration import RIGID, register_linear, resample_to_box
+from brainfm_monai.data.subjects import CONTRASTS, Image
+from brainfm_monai.io import read_volume, refuse_if
 
+logger = logging.getLogger(__name__)
+
+UPPER_QUANTILE, CLOSING_VOX = 0.999, 4
+CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
+FLUID, VENTRICLES = 24, (4, 43)  # FreeSurfer ids
+# Of borders of the cortex that a scan moves, chosen by eye on two T1w scans: std of the neighbourhood in which a
+# tissue's mean intensity is taken, std against noise, and voxels by which a border moves at most
+BORDER_MM, BORDER_SMOOTHING_MM, BORDER_STEPS = 10.0, 0.5, 2
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
 MINIMUM_AIR_SHARE = 0.01
 SAME_PLACE_DICE = 0.5
@@ -35,13 +41,6 @@ STRIPPED_SHARE, DEFACED_SHARE = 0.9, 0.7  # of a shell or of the face that must 
 # eyes, nose and cheeks, and what defacing tools clear in front of and below them: low and high corner in MNI152 mm
 FACE_MNI_MM = ((-35, 55, -65), (35, 85, -30))
 FRONT_MNI_MM = ((-90, 15, -140), (90, 130, 5))
-MINIMUM_VOXELS = 100  # of a structure whose brightness is compared
-RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-ORTHOGONAL_TOLERANCE_MM = 1e-4  # per voxel
-_ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "elastix.tsv"))
-# what differs from elastix's own parameters of affine registrations: of images of one contrast, and of any two
-AFFINE: dict[str, Sequence[str]] = {row["parameter"]: row["affine"].split() for row in _ROWS if row["affine"]}
-RIGID: dict[str, Sequence[str]] = {row["parameter"]: row["rigid"].split() for row in _ROWS if row["rigid"]}
 
 
 class BoxScan(NamedTuple):
@@ -53,6 +52,114 @@ class BoxScan(NamedTuple):
     corners: np.ndarray  # centres of the corner voxels of the file's grid in RAS mm, shape (8, 3)
 
 
+def read_scan(path: Path) -> Image:
+    """Read a scan or mask as stored, (H, W, D), float32, voxels that are not finite as 0, and its affine to RAS mm.
+
+    ScanError if the file holds no such volume; warnings of the reader are logged.
+    """
+    volume = read_volume(path)
+    for warning in volume.warnings:
+        logger.warning("%s: %s", path, warning)
+    return np.nan_to_num(volume.values.astype(np.float32), posinf=0, neginf=0), volume.affine
+
+
+def find_head(values: np.ndarray) -> np.ndarray:
+    """The head in a scan (H, W, D), bool: the largest piece brighter than air (Otsu's threshold), without holes.
+
+    It is empty for a constant scan.
+    """
+    seen = values[values != 0]
+    if not len(seen) or seen.min() == seen.max():
+        return np.zeros(values.shape, dtype=bool)
+    # the square root brings dark tissue and bright tissue closer together than either is to air
+    floor = float(threshold_otsu(np.sqrt(np.clip(seen - min(seen.min(), 0), 0, None)))) ** 2 / 2
+    closed = ndimage.binary_closing(np.pad(values > floor, CLOSING_VOX), iterations=CLOSING_VOX)
+    filled = ndimage.binary_fill_holes(closed)[(slice(CLOSING_VOX, -CLOSING_VOX),) * 3]
+    return np.asarray(get_largest_connected_component_mask(filled, connectivity=1))
+
+
+def white_matter_level(contrast: str) -> float:
+    """The intensity in [0, 1] of cerebral white matter in painted T1w, T2w or FLAIR, out of the contrast's table."""
+    protocol = Protocol.load("synthseg_generation")
+    white = np.array([protocol.label_of_id[i] for i in WHITE])
+    return float(read_means(white, protocol, [contrast], contrast)[contrast][white].mean())
+
+
+def scale_contrast(values: np.ndarray, contrast: str, ids: np.ndarray | None = None) -> np.ndarray:
+    """Map a scan (H, W, D) to the scale of painted contrasts, float32: a CT stays in HU, others get to [0, 1].
+
+    The minimum becomes 0, the median of cerebral white matter :func:`white_matter_level`, and what is brighter than 1
+    is clipped: the picture of a brain does not depend on its scalp. Without ``ids`` of white matter, on the same grid,
+    the 99.9 % quantile in the head becomes 1. A scan without contrast becomes 0.
+    """
+    if contrast == "CT":
+        return values
+    low, white = float(values.min()), values[:0] if ids is None else values[np.isin(ids, WHITE)]
+    if len(white):
+        span = (float(np.median(white)) - low) / white_matter_level(contrast)
+    else:
+        head = find_head(values)
+        span = float(np.quantile(values[head], UPPER_QUANTILE)) - low if head.any() else 0.0
+    if span <= 0:
+        return np.zeros(values.shape, dtype=np.float32)
+    return np.clip((values - low) / span, 0, 1).astype(np.float32)
+
+
+def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Classes of the head outside the brain by brightness, the darkest first.
+
+    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. The classes, uint8, are 0 in the air
+    and in the brain and 1 to 5 elsewhere in the head; all are 0 for a brain-extracted scan.
+    """
+    rest = find_head(values) & ~brain
+    classes = np.zeros(values.shape, dtype=np.uint8)
+    seen = values[rest]
+    sample = seen[:: max(1, len(seen) // CLUSTER_SAMPLES), None]
+    if len(np.unique(sample)) < CLUSTERS:
+        return classes
+    start = np.quantile(sample, (np.arange(CLUSTERS) + 0.5) / CLUSTERS)[:, None]
+    centres = np.sort(KMeans(CLUSTERS, init=start, n_init=1, random_state=0).fit(sample).cluster_centers_.ravel())
+    classes[rest] = 1 + np.searchsorted((centres[1:] + centres[:-1]) / 2, seen)
+    return classes
+
+
+def sharpen_cortex(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Move the borders of the cortex to where a T1w scan shows them, by two voxels at most.
+
+    That is where its intensity crosses the middle between white matter and cortex, and between cortex and fluid. The
+    intensities of white matter and cortex are means of what lies within :data:`BORDER_MM`, so that a bias field does
+    not move the borders. FreeSurfer ids and scan, air at 0, have one shape (H, W, D) and voxels of 1 mm. Where the scan
+    does not show the three in this order of brightness, nothing is changed.
+    """
+    sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM)
+    white, grey = np.isin(ids, WHITE), np.isin(ids, GREY)
+    fluid = ndimage.binary_erosion(np.isin(ids, VENTRICLES))
+    if not (white.any() and grey.any() and fluid.any()):
+        return sharp
+
+    def mean_near(mask: np.ndarray) -> np.ndarray:
+        parts = (part.astype(np.float32) for part in (mask, mask * smooth))
+        weight, total = (ndimage.gaussian_filter(part, BORDER_MM) for part in parts)
+        return np.asarray(total / np.maximum(weight, 1e-6))
+
+    core_white, core_grey = ndimage.binary_erosion(white, iterations=2), ndimage.binary_erosion(grey)
+    of_white, of_grey, of_fluid = mean_near(core_white), mean_near(core_grey), float(np.median(smooth[fluid]))
+    ordered = (of_white > of_grey) & (of_grey > of_fluid)
+    bright, dark = smooth > (of_white + of_grey) / 2, smooth < (of_grey + of_fluid) / 2
+    for _ in range(BORDER_STEPS):
+        white, grey = np.isin(sharp, WHITE), np.isin(sharp, GREY)
+        outside = np.isin(sharp, FLUID_OR_NOTHING)
+        near_white, near_grey, near_outside = (ndimage.binary_dilation(mask) for mask in (white, grey, outside))
+        to_white = ordered & bright & grey & near_white
+        to_grey = ordered & ~bright & white & near_grey
+        to_fluid = ordered & dark & grey & near_outside & ~near_white
+        for i_grey, i_white in zip(GREY, WHITE, strict=True):
+            sharp[to_white & (sharp == i_grey)] = i_white
+            sharp[to_grey & (sharp == i_white)] = i_grey
+        sharp[to_fluid] = FLUID
+    return sharp
+
+
 def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:
     """Every contrast among files by role, on the box. The first one is the reference; the others are registered to it.
 
@@ -61,37 +168,33 @@ def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray)
     scans: dict[str, BoxScan] = {}
     for key, path in ((key, path) for key, path in files.items() if key in CONTRASTS):
         values, file_affine = read_scan(path)
-        outside, reference, motion = 0.0, next(iter(scans.values()), None), np.eye(4)
+        outside, motion, is_reference = AIR_HU if key == "CT" else 0.0, np.eye(4), not scans
         if key == "CT":
-            values, outside = check_hounsfield(values, str(path)), AIR_HU
-        if reference is not None:
-            motion = align_scan((reference.values, affine), (values, file_affine), key == "CT")
+            values = check_hounsfield(values, str(path))
+        if not is_reference:
+            reference = next(iter(scans.values())).values
+            motion = align_scan((reference, affine), (values, file_affine), key == "CT")
         grid = (motion @ affine, ids.shape)
         on_box = resample_to_box(values, file_affine, *grid, outside=outside)
         seen = resample_to_box(np.ones_like(values), file_affine, *grid) > 0.5
         scans[key] = BoxScan(on_box, seen, motion, _corners(values.shape, file_affine))
         brain = is_brain(ids) & seen
-        cover = find_head(on_box - outside)[brain].mean() if reference is None and brain.any() else 0.0
+        cover = find_head(on_box - outside)[brain].mean() if is_reference and brain.any() else 0.0
         rule = f"{path}: a scan on whose head the labels of {files['labels'].name} lie is needed"
-        refuse_if(reference is None and cover < MINIMUM_COVER, rule, f"{100 * cover:.0f} % of the labelled brain in it")
+        refuse_if(is_reference and cover < MINIMUM_COVER, rule, f"{100 * cover:.0f} % of the labelled brain in it")
     return scans
 
 
 def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
-    """The contrast of a scan: CT if it is in HU, else that whose table is most like the structures' brightness."""
+    """The contrast of a scan: CT if it is in HU, else that whose painted brain is most like it (by correlation)."""
     values, file_affine = read_scan(path)
-    if values.min() < AIR_HU / 2 and (values < AIR_HU / 2).mean() > MINIMUM_AIR_SHARE and values.max() > -AIR_HU / 2:
+    if (values < AIR_HU / 2).mean() > MINIMUM_AIR_SHARE and values.max() > -AIR_HU / 2:
         return "CT"
-    on_box = resample_to_box(values, file_affine, affine, ids.shape)
     protocol = Protocol.load("synthseg_generation")
-    names = [name for name in CONTRASTS if name != "CT"]
-    counts = {int(i): int((ids == i).sum()) for i in protocol.freesurfer_ids[protocol.is_brain]}
-    present = [i for i, count in counts.items() if count >= MINIMUM_VOXELS]
-    found = [float(np.median(on_box[ids == i])) for i in present]
-    means = read_contrasts(names, protocol)[0].numpy()[:, [protocol.label_of_id[i] for i in present]]
-    weights = [counts[i] for i in present]
-    likeness = [np.cov(mean, found, fweights=weights)[0, 1] / np.sqrt(np.cov(mean, fweights=weights)) for mean in means]
-    return names[int(np.argmax(likeness))]
+    brain = np.isin(ids, protocol.freesurfer_ids[protocol.is_brain])
+    labels, found = protocol.encode(ids[brain]), resample_to_box(values, file_affine, affine, ids.shape)[brain]
+    means = read_means(labels, protocol, [name for name in CONTRASTS if name != "CT"], str(path))
+    return max(means, key=lambda name: np.corrcoef(means[name][labels], found)[0, 1])
 
 
 def align_scan(fixed: Image, moving: Image, is_ct: bool = False) -> np.ndarray:
@@ -180,39 +283,3 @@ def _within(mni_mm: np.ndarray, corners: tuple[tuple[int, ...], tuple[int, ...]]
 def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """Centres of the corner voxels of a grid in RAS mm, shape (8, 3)."""
     return np.asarray(apply_affine(affine, np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(shape) - 1)))
-
-
-def register_linear(
-    fixed: Image, moving: Image, parameters: Mapping[str, Sequence[str]], *, from_headers: bool = False
-) -> np.ndarray:
-    """Find the linear map, shape (4, 4), from the points of the fixed image in RAS mm to those of the moving one.
-
-    ``parameters`` are :data:`AFFINE` or :data:`RIGID`, or a variation of them. The search starts where the affines
-    place the images, or with the centres of gravity on each other. RuntimeError if elastix fails, as without contrast.
-    """
-    stages = itk.ParameterObject.New()
-    start = {"AutomaticTransformInitialization": ["false"]} if from_headers else {}
-    stages.AddParameterMap(dict(stages.GetDefaultParameterMap("affine")) | dict(parameters) | start)
-    try:
-        elastix = itk.ElastixRegistrationMethod.New(_to_itk(*fixed), _to_itk(*moving), parameter_object=stages)
-        elastix.SetLogToConsole(False)
-        elastix.SetNumberOfThreads(1)
-        elastix.Update()
-    except RuntimeError as error:
-        raise RuntimeError(f"registration: elastix gave up: {' '.join(str(error).split())[-200:]}") from error
-    transform = elastix.ConvertToItkTransform(elastix.GetNthTransform(0))
-    origin, *axes = (np.array(transform.TransformPoint(point)) for point in np.eye(4)[[3, 0, 1, 2], :3].tolist())
-    return np.asarray(RAS_LPS @ from_matvec(np.stack(axes, axis=1) - origin[:, None], origin) @ RAS_LPS)
-
-
-def _to_itk(volume: np.ndarray, affine: np.ndarray) -> Any:
-    """An ITK image in RAS mm, on the closest grid with the orthogonal axes that ITK needs and a tilted gantry lacks."""
-    spacing = voxel_sizes(affine)
-    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
-    if np.abs(affine[:3, :3] - (left @ right) * spacing).max() > ORTHOGONAL_TOLERANCE_MM:
-        grid = from_matvec((left @ right) * spacing)
-        middle = (np.array(volume.shape) - 1) / 2
-        grid[:3, 3] = apply_affine(affine, middle) - apply_affine(grid, middle)
-        volume, affine = resample_to_box(volume, affine, grid, volume.shape, outside=float(volume.min())), grid
-    values = torch.from_numpy(np.ascontiguousarray(volume[None], dtype=np.float32))
-    return metatensor_to_itk_image(MetaTensor(values, affine=torch.from_numpy(affine)), dtype=np.float32)

@@ -11,7 +11,6 @@ from nibabel.affines import apply_affine
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import contrasts, labels
 from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
-from brainfm_monai.data.intensities import cluster_extracerebral, scale_contrast, sharpen_cortex
 from brainfm_monai.data.registration import compute_mni_coordinates
 from brainfm_monai.data.subjects import MNI_FACTOR, Source, Volumes
 from brainfm_monai.io import refuse_if
@@ -100,8 +99,8 @@ def make_volumes(
             files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
         scans = contrasts.gather_scans(files, ids, affine)
         if settings.get("sharpen") and "T1w" in scans:
-            ids = sharpen_cortex(ids, scans["T1w"].values)
-        clusters = cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
+            ids = contrasts.sharpen_cortex(ids, scans["T1w"].values)
+        clusters = contrasts.cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
         generation, name = labels.make_generation_labels(ids, distance, clusters)
         facts = {"generation_protocol": name, "distances_from": "labels" if distance is None else "surfaces"}
         facts |= {"simulated": labels.find_paintable(generation, name, scans)} if "contrast" in settings else {}
@@ -115,7 +114,7 @@ def make_volumes(
         "mni": compute_mni_coordinates(ids, affine, factor=MNI_FACTOR, initial=start),
     }
     for key, scan in scans.items():
-        volumes[key] = (scale_contrast(scan.values, key, ids), affine)
+        volumes[key] = (contrasts.scale_contrast(scan.values, key, ids), affine)
         removed = contrasts.find_removed(key, scan, files.get(f"{key}_mask"), ids, affine, volumes["mni"][0])
         volumes |= {f"{key}_defacing_mask": (removed.astype(np.uint8), affine)} if removed.any() else {}
     if "lesion" in files:

@@ -3,19 +3,23 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import resources
-from typing import NamedTuple
+from typing import Any
 
-import edt
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from nibabel.affines import apply_affine, from_matvec
+from monai.data import MetaTensor
+from monai.data.itk_torch_bridge import metatensor_to_itk_image
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from nibabel.processing import resample_from_to
 from nilearn import datasets as mni
-from scipy.ndimage import gaussian_filter, maximum_filter
+from scipy.linalg import polar
+from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter
 from torch import Tensor
 
-from brainfm_monai.data.contrasts import AFFINE, register_linear
 from brainfm_monai.data.subjects import Image
+from brainfm_monai.functional.intensity import antialias
 from brainfm_monai.functional.spatial import identity_grid, integrate_velocity, jacobian_determinant, warp
 from brainfm_monai.io import read_table, refuse_if
 
@@ -31,56 +35,51 @@ BENDING = 4.0  # weight of second derivatives relative to first ones
 STEP_VOX = 0.1  # of the optimiser, in voxels of the velocity field
 SMOOTHING_MM = 0.7
 MARGIN_VOX = 3  # around tissue, within which the images are compared
+RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+ORTHOGONAL_TOLERANCE_MM = 1e-4  # per voxel
 
-_ROWS = read_table(str(resources.files("brainfm_monai") / "datasets" / "registration.tsv"))
+_TABLES = resources.files("brainfm_monai") / "datasets"
 # Medians of the template's T1 in its own tissue maps, and its value in the nuclei, white matter = 110; and shares of
 # white and grey matter: where the template's maps mix both, as in the nuclei, these are its means in the structure.
-T1_OF_ID = {int(row["freesurfer_id"]): float(row["t1"]) for row in _ROWS}
-TISSUES_OF_ID = {int(row["freesurfer_id"]): (float(row["white"]), float(row["grey"])) for row in _ROWS}
+LOOK_OF_ID = {
+    int(row["freesurfer_id"]): [float(row[key]) for key in ("t1", "white", "grey")]
+    for row in read_table(str(_TABLES / "registration.tsv"))
+}
+_ROWS = read_table(str(_TABLES / "elastix.tsv"))
+# what differs from elastix's own parameters of affine registrations: of images of one contrast, and of any two
+AFFINE, RIGID = (
+    {row["parameter"]: row[column].split() for row in _ROWS if row[column]} for column in ("affine", "rigid")
+)
 
 
-class Level(NamedTuple):
-    """One resolution of the registration: voxels of its images and of its velocity field, and its number of steps."""
-
-    image_mm: int  # a multiple of 2
-    velocity_mm: int
-    iterations: int
-
-
-LEVELS = (Level(4, 8, 60), Level(2, 4, 40))
+# resolutions of the registration: voxels of its images and of its velocity field in mm, and the number of steps
+LEVELS = ((4, 8, 60), (2, 4, 40))
 _resize = partial(nnf.interpolate, mode="trilinear")  # a field on another grid over the same box, values as they are
 
 
-def look_up(ids: np.ndarray, values: Mapping[int, Sequence[float]]) -> np.ndarray:
-    """Values of the ids of a map, shape (N, H, W, D), float32; 0 for other ids."""
-    table = np.zeros((len(next(iter(values.values()))), max(int(ids.max()), *values) + 1), dtype=np.float32)
-    table[:, list(values)] = np.transpose(list(values.values()))
-    return table[:, ids]
-
-
-def render_t1(ids: np.ndarray) -> np.ndarray:
-    """Brain-only picture with a T1's contrasts, one mean per id: intensities in [0, 110], shape of ``ids``, float32."""
-    picture = look_up(ids, {i: (value,) for i, value in T1_OF_ID.items()})[0]
-    tissue = (picture > 0) & (ids != FLUID_OUTSIDE)
-    far = edt.edt(np.ascontiguousarray(~tissue), parallel=1) > FLUID_RIM_VOX
-    picture[far & (ids == FLUID_OUTSIDE)] = 0
-    return picture
+def render_subject(ids: np.ndarray) -> np.ndarray:
+    """A map of ids (H, W, D) as the template's images show a brain, see :func:`load_template`, (3, H, W, D)."""
+    table = np.zeros((3, max(int(ids.max()), *LOOK_OF_ID) + 1), dtype=np.float32)
+    table[:, list(LOOK_OF_ID)] = np.transpose(list(LOOK_OF_ID.values()))
+    pictures = table[:, ids]
+    is_fluid = ids == FLUID_OUTSIDE
+    far = distance_transform_edt((pictures[0] == 0) | is_fluid) > FLUID_RIM_VOX
+    pictures[0, far & is_fluid] = 0
+    return pictures
 
 
 @lru_cache(maxsize=1)
 def load_template() -> Image:
-    """The brain-extracted MNI152 T1 at 2 mm, white matter = 110, and its affine, which nilearn ships."""
-    template = mni.load_mni152_template(resolution=SPACING_VOX)
+    """MNI152 at 2 mm as nilearn ships it, (3, H, W, D), float32, and its affine.
+
+    The brain-extracted T1, white matter = 110, and the shares of white and of grey matter.
+    """
+    loaders = (mni.load_mni152_template, mni.load_mni152_wm_template, mni.load_mni152_gm_template)
+    t1, white, grey = (load(resolution=SPACING_VOX) for load in loaders)
     mask = mni.load_mni152_brain_mask(resolution=SPACING_VOX).get_fdata() > 0
-    picture = np.where(mask, template.get_fdata(), 0) * (110.0 / 0.87)
-    return picture.astype(np.float32), np.asarray(template.affine, dtype=np.float64)
-
-
-@lru_cache(maxsize=1)
-def load_tissue_maps() -> Image:
-    """Probabilities of white and grey matter in MNI152 at 2 mm, (2, H, W, D), and their affine, which nilearn ships."""
-    maps = [load(resolution=SPACING_VOX) for load in (mni.load_mni152_wm_template, mni.load_mni152_gm_template)]
-    return np.stack([m.get_fdata(dtype=np.float32) for m in maps]), np.asarray(maps[0].affine, dtype=np.float64)
+    picture = np.where(mask, t1.get_fdata(), 0) * (110.0 / 0.87)
+    shares = [image.get_fdata(dtype=np.float32) for image in (white, grey)]
+    return np.stack([picture.astype(np.float32), *shares]), np.asarray(t1.affine, dtype=np.float64)
 
 
 def compute_mni_coordinates(
@@ -89,7 +88,7 @@ def compute_mni_coordinates(
     factor: int = 4,
     *,
     initial: np.ndarray | None = None,
-    levels: Sequence[Level] = LEVELS,
+    levels: Sequence[tuple[int, int, int]] = LEVELS,
 ) -> Image:
     """Register a subject to MNI152: affine, then the flow of a stationary velocity field.
 
@@ -103,14 +102,12 @@ def compute_mni_coordinates(
     """
     rule = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
     refuse_if(any(n % factor or n % SPACING_VOX for n in ids.shape), rule, ids.shape)
-    fixed_affine = coarsen_affine(affine, SPACING_VOX)
-    fixed = _halve(render_t1(ids)[None], sigma_vox=1.0)[0].numpy()
-    start = np.eye(4) if initial is None else initial
-    moving = load_template()
-    matrix = register_linear((fixed, start @ fixed_affine), moving, AFFINE, from_headers=initial is not None) @ start
-    velocity_mm = _flow(_halve(look_up(ids, TISSUES_OF_ID), SMOOTHING_MM)[None], fixed_affine, matrix, levels)
-    grid_affine = coarsen_affine(affine, factor)
-    spacing = levels[-1].velocity_mm
+    pictures, (template, template_affine) = render_subject(ids), load_template()
+    start, fixed_affine = np.eye(4) if initial is None else initial, coarsen_affine(affine, SPACING_VOX)
+    fixed, moving = (_halve(pictures[:1], 1.0)[0].numpy(), start @ fixed_affine), (template[0], template_affine)
+    matrix = register_linear(fixed, moving, AFFINE, from_headers=initial is not None) @ start
+    velocity_mm = _flow(_halve(pictures[1:], SMOOTHING_MM)[None], fixed_affine, matrix, levels)
+    grid_affine, spacing = coarsen_affine(affine, factor), levels[-1][1]
     ddf = _resize(integrate_velocity(velocity_mm / spacing) * (spacing / factor), [n // factor for n in ids.shape])
     displacement = ddf[0].movedim(0, -1).double().numpy()
     to_mni = matrix @ grid_affine
@@ -124,36 +121,36 @@ def _halve(volumes: np.ndarray, sigma_vox: float) -> Tensor:
     return nnf.avg_pool3d(torch.from_numpy(smooth), SPACING_VOX)
 
 
-def _flow(fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, levels: Sequence[Level]) -> Tensor:
+def _flow(fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, levels: Sequence[tuple[int, int, int]]) -> Tensor:
     """Velocity field in mm, shape (1, 3, ...), after whose flow ``matrix`` leads to the template.
 
     ``fixed`` has shape (1, 2, H, W, D) and voxels of 2 mm, with ``affine`` to RAS mm.
     """
-    maps, template_affine = load_tissue_maps()
-    moving = torch.from_numpy(maps)[None]
+    (_, *maps), template_affine = load_template()
+    moving = torch.from_numpy(np.stack(maps))[None]
     extent_mm = [n * SPACING_VOX for n in fixed.shape[2:]]
-    velocity_mm = torch.zeros(1, 3, *(n // levels[0].velocity_mm for n in extent_mm))
-    for level in levels:
-        ratio = level.image_mm // SPACING_VOX
-        subject, template = (nnf.avg_pool3d(maps, ratio) for maps in (fixed, moving))
+    velocity_mm = torch.zeros(1, 3, *(n // levels[0][1] for n in extent_mm))
+    for image_mm, spacing_mm, iterations in levels:
+        ratio = image_mm // SPACING_VOX
+        subject, template = (nnf.avg_pool3d(images, ratio) for images in (fixed, moving))
         to_template = np.linalg.inv(coarsen_affine(template_affine, ratio)) @ matrix @ coarsen_affine(affine, ratio)
         read_template = partial(_read_template, template, torch.from_numpy(to_template).float())
-        grid, scale = identity_grid(subject.shape[2:]), level.velocity_mm / level.image_mm
+        grid, scale = identity_grid(subject.shape[2:]), spacing_mm / image_mm
         # voxels far from any tissue of both images are 0 in both: a third to a quarter of the box remains
         tissue = (subject.flatten(2) + read_template(grid.flatten(2))).sum(1).reshape(subject.shape[2:])
         near = torch.from_numpy(maximum_filter(tissue.numpy(), 2 * MARGIN_VOX + 1)).flatten() > 0
         target = subject.flatten(2)[..., near]
-        velocity = _resize(velocity_mm, [n // level.velocity_mm for n in extent_mm]) / level.velocity_mm
+        velocity = _resize(velocity_mm, [n // spacing_mm for n in extent_mm]) / spacing_mm
         velocity.requires_grad_()  # in its own voxels
         optimiser = torch.optim.Adam([velocity], lr=STEP_VOX)
-        for _ in range(level.iterations):
+        for _ in range(iterations):
             optimiser.zero_grad()
             moved = grid + _resize(integrate_velocity(velocity), subject.shape[2:]) * scale
             difference = read_template(moved.flatten(2)[..., near]) - target
-            roughness = STIFFNESS * (level.velocity_mm / 4) ** 2 * _roughness(velocity)
+            roughness = STIFFNESS * (spacing_mm / 4) ** 2 * _roughness(velocity)
             (difference.square().sum() / target.square().sum().clamp_min(1) + roughness).backward()
             optimiser.step()
-        velocity_mm = velocity.detach() * level.velocity_mm
+        velocity_mm = velocity.detach() * spacing_mm
     return velocity_mm
 
 
@@ -186,6 +183,58 @@ def unfold_coordinates(points: np.ndarray, displacement: np.ndarray, affine: np.
         displacement = displacement + weight * (gaussian_filter(displacement, 1.0, axes=(0, 1, 2)) - displacement)
     found = f"the map to the template has a Jacobian below {MINIMUM_JACOBIAN} at {int(folded.sum())} voxels"
     raise RuntimeError(f"{found}, and smoothing does not help")
+
+
+def resample_to_box(
+    values: np.ndarray, affine: np.ndarray, box_affine: np.ndarray, shape: tuple[int, int, int], outside: float = 0.0
+) -> np.ndarray:
+    """Bring a volume (H, W, D) onto a box of size ``shape`` with voxels of 1 mm in one linear interpolation, float32.
+
+    Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels. Both affines
+    take voxels to mm, the box's with any rigid motion in it; ``outside`` is the value where the scan does not reach.
+    """
+    target_mm = [float(voxel_sizes(box_affine).mean())] * 3
+    volume = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    image = nib.Nifti1Image(antialias(volume, voxel_sizes(affine).tolist(), target_mm).numpy(), affine)
+    moved = resample_from_to(image, (shape, box_affine), order=1, mode="constant", cval=outside)
+    return np.asarray(moved.dataobj, dtype=np.float32)
+
+
+def register_linear(
+    fixed: Image, moving: Image, parameters: Mapping[str, Sequence[str]], *, from_headers: bool = False
+) -> np.ndarray:
+    """Find the linear map, shape (4, 4), from the points of the fixed image in RAS mm to those of the moving one.
+
+    ``parameters`` are :data:`AFFINE` or :data:`RIGID`, or a variation of them. The search starts where the affines
+    place the images, or with the centres of gravity on each other. RuntimeError if elastix fails, as without contrast.
+    """
+    import itk  # of the extra "prepare", which an evaluation does without
+
+    stages = itk.ParameterObject.New()
+    start = {"AutomaticTransformInitialization": ["false"]} if from_headers else {}
+    stages.AddParameterMap(dict(stages.GetDefaultParameterMap("affine")) | dict(parameters) | start)
+    try:
+        elastix = itk.ElastixRegistrationMethod.New(_to_itk(*fixed), _to_itk(*moving), parameter_object=stages)
+        elastix.SetLogToConsole(False)
+        elastix.SetNumberOfThreads(1)
+        elastix.Update()
+    except RuntimeError as error:
+        raise RuntimeError(f"registration: elastix gave up: {' '.join(str(error).split())[-200:]}") from error
+    transform = elastix.ConvertToItkTransform(elastix.GetNthTransform(0))
+    origin, *axes = (np.array(transform.TransformPoint(point)) for point in np.eye(4)[[3, 0, 1, 2], :3].tolist())
+    return np.asarray(RAS_LPS @ from_matvec(np.stack(axes, axis=1) - origin[:, None], origin) @ RAS_LPS)
+
+
+def _to_itk(volume: np.ndarray, affine: np.ndarray) -> Any:
+    """An ITK image in RAS mm, on the closest grid with the orthogonal axes that ITK needs and a tilted gantry lacks."""
+    spacing = voxel_sizes(affine)
+    grid = from_matvec(polar(affine[:3, :3] / spacing)[0] * spacing)
+    if np.abs(affine - grid)[:3, :3].max() > ORTHOGONAL_TOLERANCE_MM:
+        middle = (np.array(volume.shape) - 1) / 2
+        grid[:3, 3] = apply_affine(affine, middle) - apply_affine(grid, middle)
+        volume, affine = resample_to_box(volume, affine, grid, volume.shape, outside=float(volume.min())), grid
+    values = torch.from_numpy(np.ascontiguousarray(volume[None], dtype=np.float32))
+    return metatensor_to_itk_image(MetaTensor(values, affine=torch.from_numpy(affine)), dtype=np.float32)
 
 
 def coarsen_affine(affine: np.ndarray, factor: int) -> np.ndarray:

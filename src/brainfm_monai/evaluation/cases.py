@@ -13,8 +13,9 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.data.contrasts import read_scan, scale_contrast
 from brainfm_monai.data.datalist import read_datalist
-from brainfm_monai.data.intensities import read_scan, resample_to_box, scale_contrast
+from brainfm_monai.data.registration import resample_to_box
 from brainfm_monai.evaluation.conditions import TARGET, Condition, check_for_real_scans, to_freesurfer_ids
 from brainfm_monai.io import find_repeated, read_maps, refuse_if, scan_stem
 from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
