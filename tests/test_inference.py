@@ -43,8 +43,6 @@ FILES = (
     "finished.json",
     "mni.json",
     "mni.nii.gz",
-    "thickness.json",
-    "thickness.nii.gz",
     "volumes.json",
     "volumes.tsv",
 )

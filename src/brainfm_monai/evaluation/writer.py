@@ -51,7 +51,6 @@ class EvaluationWriter:
         self.files, self.output_dir, self.definition = files, files.output_dir, dict(definition or {})
         self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
         self.clear, self.note_failure = files.clear, files.note_failure  # what the loop of scans calls, too
-        self.forget_failure = files.forget_failure
 
     def is_finished(self, scan: Case) -> bool:
         """Whether a case was measured with the same configuration, weights, condition and files."""
@@ -68,7 +67,7 @@ class EvaluationWriter:
         folder = self.files.write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
         dice = item["dice"].tolist() if "dice" in item else None
         write_text(self._stored(scan), json.dumps({"key": self._key(scan), "rows": item["rows"], "dice": dice}))
-        self.files.forget_failure(scan)
+        self.files.note_failure(scan)
         means = [f"mean Dice {row.value:.3f}" for row in item["rows"] if row.metric == "mean_dice"]
         logger.info("%s: %s", scan["name"], ", ".join(means) or "measured")
         return folder

@@ -1,4 +1,4 @@
-"""The cortex: distance maps, ribbon, thickness, and white and pial surfaces in scanner coordinates."""
+"""The cortex: distance maps, ribbon, and white and pial surfaces with thickness in scanner coordinates."""
 
 import base64
 import zlib
@@ -15,7 +15,6 @@ from brainfm_monai.io import write_table
 from brainfm_monai.outputs.result import PACKING, ScanResult, begun_ahead, once_per_scan, resample
 from brainfm_monai.transforms import HEMISPHERES, FindBoundariesd
 
-THICKNESS_STEP_MM = 0.01
 SCANNER: Any = nib.gifti.GiftiCoordSystem("NIFTI_XFORM_SCANNER_ANAT", "NIFTI_XFORM_SCANNER_ANAT", np.eye(4))
 EMPTY_DATA = base64.b64encode(zlib.compress(b""))  # as nibabel writes it, in the place of the data
 COLUMNS = "hemisphere surface vertices faces euler_number crossing_share closed_share area_mm2 volume_mm3".split()
@@ -25,48 +24,25 @@ COLUMNS += ["mean_curvature_per_mm", "mean_thickness_mm", "median_thickness_mm"]
 def compute_ribbon(distance: dict[str, np.ndarray]) -> np.ndarray:
     """FreeSurfer's ribbon of the hemispheres: 2 and 41 within the white surface, 3 and 42 between it and the pial one.
 
-    The signed distances ``lp``, ``lw``, ``rp``, ``rw`` have one shape, as the result, uint8; a hemisphere may be
-    missing. Where both hemispheres claim a voxel, the one that it lies deeper in has it.
+    The signed distances ``lp``, ``lw``, ``rp``, ``rw`` have one shape, as the result, uint8. Where both hemispheres
+    claim a voxel, the one that it lies deeper in has it.
     """
-    shape = next(iter(distance.values())).shape
-    ribbon, depth = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
+    ribbon, depth = np.zeros(distance["lp"].shape, dtype=np.uint8), np.float32(0)
     for side, (white_id, cortex_id) in HEMISPHERES.items():
-        if side + "p" in distance:
-            pial, white = distance[side + "p"], distance[side + "w"]
-            nearest = np.minimum(pial, white)
-            labels = np.where(white < 0, np.uint8(white_id), np.uint8(cortex_id))
-            np.copyto(ribbon, labels, where=nearest < depth)
-            depth = np.minimum(depth, nearest)
+        nearest = np.minimum(distance[side + "p"], distance[side + "w"])
+        labels = np.where(distance[side + "w"] < 0, np.uint8(white_id), np.uint8(cortex_id))
+        np.copyto(ribbon, labels, where=nearest < depth)
+        depth = np.minimum(depth, nearest)
     return ribbon
 
 
-def compute_ribbon_thickness_mm(distance: dict[str, np.ndarray], ribbon: np.ndarray) -> np.ndarray:
-    """Thickness in each voxel of the cortex: distance to the white plus distance to the pial surface; else 0.
-
-    Distances end at 3 mm, so that no voxel can show more than 6 mm.
-    """
-    thickness = np.zeros(ribbon.shape, dtype=np.float32)
-    for side, (_, cortex_id) in HEMISPHERES.items():
-        if side + "p" in distance:
-            cortex = ribbon == cortex_id
-            thickness[cortex] = (distance[side + "w"] - distance[side + "p"])[cortex]
-    return thickness.clip(min=0)
-
-
 def write_distances(scan: ScanResult) -> None:
-    """Write the distance maps, the cortical ribbon and the thickness map, in the grid of the files."""
-    distance = scan.in_grid("distance")
+    """Write the distance maps and the cortical ribbon, in the grid of the files."""
     text = "signed distance to the surfaces, negative inside, clipped at 3 mm; l, r: hemisphere, p, w: pial, white"
-    scan.save_map("distance", distance, text)
+    scan.save_map("distance", scan.in_grid("distance"), text)
     boundaries = resample(find_boundaries(scan), scan.labels.shape, scan.affine).cpu().numpy()
-    ribbon = compute_ribbon(_by_name(scan, boundaries))
-    thickness = compute_ribbon_thickness_mm(_by_name(scan, distance), ribbon)
     text = "2, 41: left and right white matter; 3, 42: left and right cortex"
-    scan.save_image("desc-ribbon_dseg", ribbon, Description=text)
-    text = "distance to white + to pial surface"
-    scan.save_image("thickness", thickness, step=THICKNESS_STEP_MM, Units="mm", Description=text)
-    cortex = thickness[thickness > 0]
-    scan.summary["cortical_thickness_mm"] = round(float(np.median(cortex)), 3) if cortex.size else "n/a"
+    scan.save_image("desc-ribbon_dseg", compute_ribbon(_by_name(scan, boundaries)), Description=text)
 
 
 def _by_name(scan: ScanResult, channels: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 import brainfm_monai
-from brainfm_monai.io import fingerprint, hash_file
+from brainfm_monai.io import fingerprint, hash_file, refuse_if
 from brainfm_monai.tasks import TaskLayout
 
 P = ParamSpec("P")
@@ -45,8 +45,7 @@ class RunSettings:
     configuration: str = ""  # hash of everything else in the config that results depend on, see :func:`describe_run`
 
     def __post_init__(self) -> None:
-        if self.grid not in ("scan", "1mm"):
-            raise ValueError(f"grid: 'scan' or '1mm' is needed, found '{self.grid}'")
+        refuse_if(self.grid not in ("scan", "1mm"), "grid: 'scan' or '1mm' is needed", f"'{self.grid}'")
 
 
 def describe_run(
@@ -62,10 +61,23 @@ def describe_run(
             built from the resolved config; see :func:`~brainfm_monai.io.fingerprint`.
         choices: ``mode``, ``grid``, ``surface_levels_mm``: see :class:`RunSettings`.
     """
-    path = Path(weights)
-    digest = hash_file(path) if path.is_file() else ""
-    key, version = fingerprint(layout, *depends), brainfm_monai.__version__
+    path, key = Path(weights), fingerprint(layout, *depends)
+    digest, version = hash_file(path) if path.is_file() else "", brainfm_monai.__version__
     return RunSettings(model, version, path.name, digest, layout.protocol.name, configuration=key, **choices)
+
+
+def once_per_scan(compute: Callable[Concatenate["ScanResult", P], T]) -> Callable[Concatenate["ScanResult", P], T]:
+    """Decorator of a function that several outputs need: its result for a scan is computed once, in one thread."""
+
+    @wraps(compute)
+    def cached(scan: "ScanResult", *args: P.args, **kwargs: P.kwargs) -> T:
+        lock, results = scan.computed.setdefault((compute, *args), (RLock(), []))
+        with lock:
+            if not results:
+                results.append(compute(scan, *args, **kwargs))
+        return cast(T, results[0])
+
+    return cached
 
 
 @dataclass(eq=False)
@@ -100,9 +112,11 @@ class ScanResult:
         return self.folder / f"{self.name}_{suffix}"
 
     @property
+    @once_per_scan
     def image(self) -> MetaTensor:
         """The scan itself, shape (1, H, W, D), in its own intensities and in the grid of the files."""
-        return _resample_original(self)
+        refuse_if(self.original is None, f"{self.source}: the scan itself is needed", "its maps alone")
+        return resample(cast(MetaTensor, self.original), self.labels.shape, self.affine)
 
     @cached_property
     def network_affine(self) -> np.ndarray:
@@ -131,11 +145,9 @@ class ScanResult:
         """
         values, slope = volume, None
         if not np.issubdtype(volume.dtype, np.integer):
-            if step is None:  # a range of whole steps around 0, so that 0 stays 0
-                step = (
-                    max(float(volume.max()), -float(volume.min()), float(np.finfo(np.float32).tiny)) * 2 / INT16_LEVELS
-                )
-            slope = step
+            smallest = float(np.finfo(np.float32).tiny)
+            # a range of whole steps around 0, so that 0 stays 0
+            slope = step or max(float(volume.max()), -float(volume.min()), smallest) * 2 / INT16_LEVELS
             values, limits = np.empty(volume.shape, np.int16, order="F"), np.iinfo(np.int16)
             axis = int(np.argmax(volume.strides[:3]))  # plane by plane, in the order of memory, they stay in the cache
             for plane, stored in zip(np.moveaxis(volume, axis, 0), np.moveaxis(values, axis, 0), strict=True):
@@ -149,11 +161,9 @@ class ScanResult:
     def save_nifti(self, suffix: str, image: nib.Nifti1Image) -> None:
         """Write ``<suffix>.nii.gz``, whose unit is mm; the same image gives the same bytes."""
         image.header.set_xyzt_units("mm")
-        with (
-            self.path(f"{suffix}.nii.gz").open("wb") as file,
-            igzip.IGzipFile("", "wb", PACKING, file, mtime=0) as packed,
-        ):
-            image.to_stream(packed)
+        with self.path(f"{suffix}.nii.gz").open("wb") as file:
+            with igzip.IGzipFile("", "wb", PACKING, file, mtime=0) as packed:
+                image.to_stream(packed)
 
     def save_map(
         self, entry: str, values: np.ndarray, text: str, affine: np.ndarray | None = None, **more: Any
@@ -176,20 +186,6 @@ def as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, default=str) + "\n"
 
 
-def once_per_scan(compute: Callable[Concatenate[ScanResult, P], T]) -> Callable[Concatenate[ScanResult, P], T]:
-    """Decorator of a function that several outputs need: its result for a scan is computed once, in one thread."""
-
-    @wraps(compute)
-    def cached(scan: ScanResult, *args: P.args, **kwargs: P.kwargs) -> T:
-        lock, results = scan.computed.setdefault((compute, *args), (RLock(), []))
-        with lock:
-            if not results:
-                results.append(compute(scan, *args, **kwargs))
-        return cast(T, results[0])
-
-    return cached
-
-
 # by output: what it needs of no other output, in parts that run side by side
 AHEAD: dict[Writer, Sequence[Writer]] = {}
 SHOWN: set[Writer] = set()  # outputs that show what the other outputs found: they are written last
@@ -204,13 +200,6 @@ def begun_ahead(*parts: Writer, shown: bool = False) -> Callable[[Writer], Write
         return write
 
     return register
-
-
-@once_per_scan
-def _resample_original(scan: ScanResult) -> MetaTensor:
-    if scan.original is None:
-        raise ValueError(f"{scan.source}: the scan itself is needed, found its maps alone")
-    return resample(scan.original, scan.labels.shape, scan.affine)
 
 
 def resample(

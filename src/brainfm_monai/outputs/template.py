@@ -32,6 +32,7 @@ OUTER_FLUID_ID = 24  # around the brain
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK counts to the left and to the back
 TO_TEMPLATE = f"from-scan_to-{TEMPLATE_SPACE}_mode-image"
 TO_SCAN = f"from-{TEMPLATE_SPACE}_to-scan_mode-image"
+DISPLACEMENT_UNIT = "mm, displacements in LPS as ITK and ANTs have them, of the affine and the residual together"
 DISPLACEMENT_STEP_MM = 2.0**-8  # a power of 2, so that float32 holds the rounded numbers exactly and they compress well
 ITK_AFFINE = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\nParameters: {}\n"
 ITK_AFFINE += "FixedParameters: 0 0 0\n"
@@ -165,40 +166,21 @@ def resample_through(
 ) -> np.ndarray:
     """Read an image, (1, h, w, d), where a map sends each voxel of another grid; float32, 0 beyond the image."""
     source, to_index, moved = image[None].float(), np.linalg.inv(affine), np.zeros(shape, dtype=np.float32)
+    if not (filled := find_objects((source[0, 0] != 0).numpy().astype(np.uint8))):
+        return moved
     turn, matrix = torch.from_numpy(to_index[:3, :3].astype(np.float32)), to_index @ to_image.matrix @ grid_affine
     residual = torch.einsum("ij,bjhwd->bihwd", turn, to_image.residual)
-    to_warp = np.linalg.inv(to_image.affine) @ grid_affine
-    mask = (source[0, 0] != 0).numpy().astype(np.uint8)
-    if not mask.any():
-        return moved
-    box = _find_reach(mask, apply_affine(to_index, to_image.points), np.linalg.inv(to_warp), shape)
-    read_residual = _interpolate(residual, to_warp, box)
+    # the box of the grid out of which the map, its affine part and at most so much, leads to what is not 0
+    most = residual.abs().amax((0, 2, 3, 4)).tolist()
+    ends = [(side.start - 1 - reach, side.stop + reach) for side, reach in zip(filled[0], most, strict=True)]
+    corners = apply_affine(np.linalg.inv(matrix), np.stack(np.meshgrid(*ends), axis=-1)).reshape(-1, 3)
+    limits = np.clip([np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0)) + 1], 0, shape).astype(int)
+    box = tuple(slice(*pair) for pair in limits.T)
+    read_residual = _interpolate(residual, np.linalg.inv(to_image.affine) @ grid_affine, box)
     for first in range(box[0].start, box[0].stop, SLAB):
         slab = (slice(first, min(first + SLAB, box[0].stop)), *box[1:])
         moved[slab] = sample(source, _coordinates(matrix, slab).add_(read_residual(slab)))[0, 0].numpy()
     return moved
-
-
-def _find_reach(mask: np.ndarray, index: np.ndarray, to_grid: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Box of a grid of some shape beyond which a map, linear in cells of coarser voxels, leads nowhere near a mask.
-
-    ``index`` has the voxels of the mask that the coarser ones are mapped to, (H, W, D, 3); ``to_grid``, (4, 4), leads
-    from the indices of the coarser voxels to those of the grid.
-    """
-
-    def over_corners(reduce: np.ufunc) -> np.ndarray:  # of each cell: what lies in it is mapped between them
-        part = reduce(index[1:], index[:-1])
-        part = reduce(part[:, 1:], part[:, :-1])
-        return np.asarray(reduce(part[:, :, 1:], part[:, :, :-1]))
-
-    low, high = (np.array(side) for side in zip(*((s.start - 1, s.stop) for s in find_objects(mask)[0]), strict=True))
-    cells = ((over_corners(np.maximum) > low) & (over_corners(np.minimum) < high)).all(axis=-1)
-    (near,) = find_objects(cells.astype(np.uint8)) or [(slice(0, 0),) * 3]
-    sides = zip(near, cells.shape, strict=True)
-    ends = [(s.start or -n, 2 * n if s.stop == n else s.stop) for s, n in sides]  # at the border all that is beyond
-    corners = apply_affine(to_grid, np.stack(np.meshgrid(*ends), axis=-1)).reshape(-1, 3)
-    first, last = np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0)) + 1
-    return tuple(slice(*np.clip((a, b), 0, n).astype(int)) for a, b, n in zip(first, last, shape, strict=True))
 
 
 def _interpolate(field: Tensor, matrix: np.ndarray, box: tuple[slice, ...]) -> Callable[[tuple[slice, ...]], Tensor]:
@@ -287,13 +269,14 @@ def write_transforms(scan: ScanResult) -> None:
     brain = scan.layout.protocol.is_brain[scan.in_network_grid("segmentation")[0]]
     (box,) = find_objects(brain.astype(np.uint8))
     inside = np.moveaxis(scan.in_network_grid("mni")[(slice(None), *box)], 0, -1)
-    predicted = Warp(inside, scan.network_affine, np.eye(4))
-    folds = {"predicted": fold_fraction(predicted, brain[box]), "warp": fold_fraction(forward)}
-    scan.summary["folds_of_predicted_coordinates"] = round(folds["predicted"], 6)
+    predicted = fold_fraction(Warp(inside, scan.network_affine, np.eye(4)), brain[box])
+    folds = {"predicted": predicted, "warp": fold_fraction(forward)}
+    scan.summary["folds_of_predicted_coordinates"] = round(predicted, 6)
     scan.summary["folds_of_warp"] = round(folds["warp"], 6)
-    unit = "mm, displacements in LPS as ITK and ANTs have them, of the affine and the residual together"
-    points = {"Space": TEMPLATE_SPACE, "Units": unit, "FoldFraction": folds}
-    scan.write_sidecar(f"{TO_TEMPLATE}_xfm", **points, AffinePointsScanToTemplateRAS=forward.matrix.tolist())
+    scan.write_sidecar(
+        f"{TO_TEMPLATE}_xfm", Space=TEMPLATE_SPACE, Units=DISPLACEMENT_UNIT, FoldFraction=folds,
+        AffinePointsScanToTemplateRAS=forward.matrix.tolist(),
+    )  # fmt: skip
     moved = resample_through(scan.image.cpu(), scan.affine, template.shape, affine, backward)
     scan.save_image(f"space-{TEMPLATE_SPACE}_image", moved, affine, Description="the scan in the template's grid")
     moved = resample_through(torch.from_numpy(template)[None], affine, scan.labels.shape, scan.affine, forward)

@@ -21,7 +21,7 @@ from monai.data import MetaTensor
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, write_table, write_text
+from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, refuse_if, write_table, write_text
 from brainfm_monai.outputs.quality import collect_warnings
 from brainfm_monai.outputs.result import AHEAD, SHOWN, RunSettings, ScanResult, Writer, as_json
 from brainfm_monai.tasks import TaskLayout
@@ -68,24 +68,25 @@ class ScanWriter:
     def _marker(self, scan: Entry, ending: str = FINISHED) -> Path:
         return self.output_dir / Scan.of(scan).results / f"{scan['name']}_{ending}"
 
-    def read_marker(self, scan: Entry, ending: str = FINISHED) -> dict[str, Any] | None:
-        """What the marker of a finished scan says; None where there is none."""
+    def _read_marker(self, scan: Entry, ending: str = FINISHED) -> dict[str, Any]:
+        """What the marker of a scan says; empty where there is none."""
         path = self._marker(scan, ending)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
-        return content if isinstance(content, dict) and isinstance(content.get("source"), dict) else None
+            return {}
+        return content if isinstance(content, dict) and isinstance(content.get("source"), dict) else {}
 
     def is_finished(self, scan: Entry) -> bool:
         """Whether a scan was done with these settings, has at least these outputs, and its file is the same as then."""
-        marker = self.read_marker(scan)
-        return (
-            marker is not None
-            and marker.get("settings") == asdict(self.settings)
-            and set(self.writers) <= set(marker.get("outputs", ()))
-            and _is_unchanged(Scan.of(scan), marker["source"])
-        )
+        marker, entry = self._read_marker(scan), Scan.of(scan)
+        if marker.get("settings") != asdict(self.settings) or not set(self.writers) <= set(marker.get("outputs", ())):
+            return False
+        source, identity = marker["source"], entry.identify()
+        if all(identity[key] == source[key] for key in ("part", "path", "changed_ns")):
+            return True
+        is_there = identity["part"] == source["part"] and entry.path and Path(entry.path).exists()
+        return bool(is_there) and entry.hash_content() == source["sha256"]  # the same content, wherever it lies now
 
     def check_place(self, scan: Entry) -> None:
         """Check that the place of a scan's results holds no results of another scan.
@@ -93,18 +94,17 @@ class ScanWriter:
         Raises:
             FileExistsError: if it does, and they may not be replaced; one line that names the other scan.
         """
-        marker, entry = self.read_marker(scan) or self.read_marker(scan, UNFINISHED), Scan.of(scan)
-        if marker is None or self.overwrite:
+        marker, entry = self._read_marker(scan) or self._read_marker(scan, UNFINISHED), Scan.of(scan)
+        if not marker or self.overwrite:
             return
         source, identity = marker["source"], entry.identify()
-        earlier, is_moved = str(source["path"]), source["path"] != identity["path"]
-        is_other = source["part"] != identity["part"]  # frame or series
-        if is_other or (is_moved and source["sha256"] != entry.hash_content()):
-            rule = f"{self.output_dir / entry.results} must hold results of this scan or none"
-            choices = "give this one another name or folder, or pass --overwrite to replace them"
-            part = " with frame {!r} and series {!r}".format(*source["part"]) if is_other else ""
-            found = f"found those of another scan, {printable(earlier)}{part}"
-            raise FileExistsError(f"{printable(entry.path)}: {rule}, {found}: {choices}")
+        is_part = source["part"] != identity["part"]  # another frame or series
+        is_other = is_part or (source["path"] != identity["path"] and source["sha256"] != entry.hash_content())
+        rule = f"{printable(entry.path)}: {self.output_dir / entry.results} must hold results of this scan or none"
+        part = " with frame {!r} and series {!r}".format(*source["part"]) if is_part else ""
+        choices = "give this one another name or folder, or pass --overwrite to replace them"
+        found = f"those of another scan, {printable(str(source['path']))}{part}: {choices}"
+        refuse_if(is_other, rule, found, FileExistsError)
 
     def write(self, item: Mapping[str, Any], scan: Entry) -> Path:
         """Write all files of a scan, and return their folder.
@@ -131,7 +131,7 @@ class ScanWriter:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             self._remove_if_empty(PARTIAL_FOLDER)
-        self.forget_failure(scan)
+        self.note_failure(scan)
         return folder
 
     def _result(self, item: Mapping[str, Any], scan: Entry, folder: Path) -> ScanResult:
@@ -156,13 +156,11 @@ class ScanWriter:
         entry, new = Scan.of(scan), sorted(file.name for file in result.folder.iterdir())
         source = {**entry.identify(), "sha256": entry.hash_content()}
         finished, unfinished = self._marker(scan), self._marker(scan, UNFINISHED)
-        final = finished.parent
-        markers = [self.read_marker(scan, ending) or {} for ending in (FINISHED, UNFINISHED)]
+        final, markers = finished.parent, [self._read_marker(scan, ending) for ending in (FINISHED, UNFINISHED)]
         earlier = {name for marker in markers for name in marker.get("files", ())}
-        for file in [] if self.overwrite else new:
-            if file not in earlier and os.path.lexists(final / file):
-                rule = "no file of this name must be there, found one that is no result"
-                raise FileExistsError(f"{final / file}: {rule}")
+        for file in () if self.overwrite else sorted({*new} - earlier):
+            rule = f"{final / file}: no file of this name must be there"
+            refuse_if(os.path.lexists(final / file), rule, "one that is no result", FileExistsError)
         if finished.exists():
             finished.replace(unfinished)  # a process that dies leaves one marker, never both
         write_text(unfinished, json.dumps({"source": source, "files": sorted({*earlier, *new})}))
@@ -170,11 +168,10 @@ class ScanWriter:
             (final / file).unlink(missing_ok=True)
         for file in new:
             (result.folder / file).replace(final / file)
-        summary = {"warnings": len(result.warnings), **result.summary}
         content: dict[str, Any] = {"outputs": list(self.writers), "settings": asdict(self.settings), "source": source}
-        content |= {"files": new, "warnings": result.warnings, "summary": summary}
-        content["seconds_to_write"] = round(seconds, 1)
-        write_text(unfinished, as_json(content))
+        content |= {"files": new, "warnings": result.warnings}
+        content["summary"] = {"warnings": len(result.warnings), **result.summary}
+        write_text(unfinished, as_json(content | {"seconds_to_write": round(seconds, 1)}))
         unfinished.replace(finished)
         return final
 
@@ -196,14 +193,13 @@ class ScanWriter:
     def _failure_note(self, scan: Entry) -> Path:
         return self.output_dir / FAILED_FOLDER / f"{Scan.of(scan).name}.txt"
 
-    def note_failure(self, scan: Entry, message: str) -> None:
-        """Keep the reason why a scan failed, for the table over all scans."""
-        write_text(self._failure_note(scan), message + "\n")
-
-    def forget_failure(self, scan: Entry) -> None:
-        """Remove the note of a scan that failed earlier."""
-        self._failure_note(scan).unlink(missing_ok=True)
-        self._remove_if_empty(FAILED_FOLDER)
+    def note_failure(self, scan: Entry, message: str = "") -> None:
+        """Keep the reason why a scan failed, for the table over all scans; without one, remove an earlier note."""
+        if message:
+            write_text(self._failure_note(scan), message + "\n")
+        else:
+            self._failure_note(scan).unlink(missing_ok=True)
+            self._remove_if_empty(FAILED_FOLDER)
 
     def read_failure(self, scan: Entry) -> str:
         """Why a scan failed; empty if it did not."""
@@ -232,18 +228,17 @@ class ScanWriter:
         row: dict[str, Any] = {"scan": scan["name"], "image": printable(scan["image"])}
         if scan.get("skipped"):
             return row | {"status": "skipped", "message": scan["skipped"]}
-        failure, marker, folder = self.read_failure(scan), self.read_marker(scan), Scan.of(scan).results
-        if failure or marker is None:
+        failure, marker, folder = self.read_failure(scan), self._read_marker(scan), Scan.of(scan).results
+        if failure or not marker:
             return row | {"status": "failed" if failure else "missing", "message": failure, "folder": folder}
         message = "; ".join(marker["warnings"])
         return row | {"status": "done", "message": message, "folder": folder} | marker["summary"]
 
     def _earlier_rows(self, path: Path) -> list[dict[str, str]]:
         try:
-            rows = read_table(path)
+            done = [row for row in read_table(path) if row.get("status") == "done"]
         except (OSError, ValueError):  # none, or a table of something else
             return []
-        done = [row for row in rows if row.get("status") == "done"]
         return [row for row in done if (self.output_dir / row["folder"] / f"{row['scan']}_{FINISHED}").is_file()]
 
 
@@ -276,12 +271,3 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
         result.warnings.extend(part.warnings)
     for write in (write for write in writers.values() if write in SHOWN):
         write(result)
-
-
-def _is_unchanged(scan: Scan, earlier: Mapping[str, Any]) -> bool:
-    """Whether a scan has the content and the frame of an earlier source, wherever it lies now."""
-    identity = scan.identify()
-    if identity["part"] != earlier["part"]:
-        return False
-    same_file = all(identity[key] == earlier[key] for key in ("path", "changed_ns"))
-    return same_file or (bool(scan.path) and Path(scan.path).exists() and scan.hash_content() == earlier["sha256"])

@@ -118,7 +118,7 @@ def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, ov
     writer.clear()
     numbers = [number for number in mine if overwrite or not writer.is_finished(dataset.data[number])]
     for number in set(mine) - set(numbers):
-        writer.forget_failure(dataset.data[number])  # of a run when its file was another one
+        writer.note_failure(dataset.data[number])  # of a run when its file was another one
     if len(numbers) < len(mine):
         logger.info("%d of %d scans are finished already and are skipped", len(mine) - len(numbers), len(mine))
     return numbers

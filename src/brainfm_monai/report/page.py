@@ -18,7 +18,6 @@ PIXEL_MM, MARGIN_MM = 0.8, 22.0  # margin around cerebrum and cerebellum: skull 
 MANY = (0.1, 0.25, 0.4, 0.5, 0.62, 0.75, 0.9)  # positions within the brain's box, from inferior, posterior, left
 FEW = {"axial": (0.35, 0.5, 0.68), "coronal": (0.5,), "sagittal": (0.32,)}  # nuclei, ventricles, vertex; thalami; side
 WINDOW_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, so that skin fat or bone does not darken it
-RIBBON_COLOURS = ((1.0, 0.25, 0.25, 0.55), (1.0, 1.0, 1.0, 0.25))  # of cortex and white matter
 TEMPLATE_LEVELS = ((0.35, (0.25, 0.75, 1.0)), (0.75, (1.0, 0.82, 0.25)))  # shares of its maximum: outline, white matter
 ENTROPY_TOP = 0.5
 SECTIONS = {"image": "The scan in other contrasts", "distance": "Cortex", "bias_field": "Bias field"}
@@ -173,8 +172,7 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
         low, high = np.percentile(values.numpy()[:, ::2, ::2, ::2], WINDOW_PERCENTILES)
         return [(task.entry, lambda cut: draw(cut, window=(float(low), float(high))))]
     if task.picture == "distance":
-        ribbon: Row = ("ribbon (red) and white matter", lambda cut: _ribbon(read(cut), draw_scan(cut)))
-        return [("pial (red) and white (yellow) surface", draw), ribbon]
+        return [("pial (red) and white (yellow) surface", draw)]
     if task.picture == "bias_field":
         head, window = scan.maps["segmentation"].cpu() > 0, _grey_window(scan)
         middle = float(values[head].median()) if head.any() else 1.0  # the scale of a bias field is free
@@ -190,13 +188,6 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
     if task.picture == "coordinates":
         return [*_template_rows(scan), ("predicted coordinates, lines every 20 mm", draw)]
     return [(f"{task.entry}, {task.output_unit}", draw)]
-
-
-def _ribbon(distance: np.ndarray, base: np.ndarray) -> np.ndarray:
-    pial, white = distance[..., [0, 2]].min(axis=-1) < 0, distance[..., [1, 3]].min(axis=-1) < 0
-    for mask, colour in zip((pial & ~white, white), RIBBON_COLOURS, strict=True):
-        base = slices.blend(base, mask[..., None] * np.array(colour))
-    return base
 
 
 def _template_rows(scan: ScanResult) -> list[Row]:
