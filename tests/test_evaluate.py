@@ -19,8 +19,9 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor, nn
 
 from brainfm_monai.anatomy import Protocol
+from brainfm_monai.evaluation.tables import read_metrics
 from brainfm_monai.io import find_config
-from brainfm_monai.metrics import MetricRow, read_metrics
+from brainfm_monai.metrics import MetricRow
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
 

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.evaluation import Condition, DegradeScand, GenerateScan, parse_conditions
+from brainfm_monai.evaluation import DegradeScan, GenerateScan, parse_conditions
 from brainfm_monai.evaluation.conditions import check_for_real_scans
 from brainfm_monai.synthesis import SynthesisRanges
 from brainfm_monai.tasks import TaskLayout
@@ -36,7 +36,7 @@ def make_head() -> MetaTensor:
 
 def degrade(**settings: Any) -> dict[Hashable, Any]:
     parse_conditions({"case": settings})
-    return DegradeScand("image")({"image": make_head(), "settings": settings, "seed": 5})
+    return DegradeScan()({"image": make_head(), "settings": settings, "seed": 5})
 
 
 def sharpness(image: Tensor, axis: int) -> float:
@@ -47,8 +47,8 @@ def test_a_sweep_stands_for_one_condition_for_each_value() -> None:
     conditions = parse_conditions(
         {"native": {}, "slices": {"axial_slices_mm": {"sweep": [1, 2.5]}, "noise_percent": 3}}
     )
-    assert [c.name for c in conditions] == ["native", "slices-1", "slices-2.5"]
-    assert conditions[2] == Condition("slices-2.5", {"axial_slices_mm": 2.5, "noise_percent": 3})
+    assert list(conditions) == ["native", "slices-1", "slices-2.5"]
+    assert conditions["slices-2.5"] == {"axial_slices_mm": 2.5, "noise_percent": 3}
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from brainfm_monai.data.registration import compute_jacobian
 from brainfm_monai.metrics.fields import (
     compute_bias_error,
     compute_distance_mae,
-    compute_fold_fraction,
     compute_mni_error,
 )
 
@@ -82,31 +80,3 @@ def test_a_shift_of_the_coordinates_is_their_error() -> None:
     assert error["error_mean"].item() == pytest.approx(distance.mean(), rel=1e-5)
     assert error["error_p95"].item() == pytest.approx(np.quantile(distance, 0.95, method="nearest"), rel=1e-5)
     assert compute_mni_error(pred, truth, make_mask(1) & False)["error_p95"].isnan().all()
-
-
-@pytest.mark.parametrize("affine", [torch.eye(4, dtype=torch.float64), LAS], ids=["RAS", "LAS"])
-def test_folds_are_found_whatever_the_axes(affine: Tensor) -> None:
-    straight = make_coordinates(affine)
-    mask = torch.ones(1, 1, *SIZE, dtype=torch.bool)
-    assert compute_fold_fraction(straight, mask, affine).item() == 0
-    # From plane 6 on the second axis runs back, over 4 of 10 planes; at the turn the central difference is 0.
-    folded = straight.clone()
-    folded[:, :, :, 6:] = straight[:, :, :, 2:6].flip(3)
-    step = folded[0, 1, 0, :, 0].numpy()
-    expected = (np.gradient(step) <= 0).mean()
-    assert 0.3 < expected < 0.6
-    assert compute_fold_fraction(folded, mask, affine).item() == pytest.approx(expected)
-    assert compute_fold_fraction(straight * torch.tensor([-1.0, 1, 1]).reshape(1, 3, 1, 1, 1), mask, affine).item() == 1
-    half = mask.clone()
-    half[:, :, :, 5:] = False
-    assert compute_fold_fraction(folded, half, affine).item() == 0
-    assert compute_fold_fraction(folded, mask & False, affine).isnan().all()
-
-
-def test_folds_are_where_the_registrations_jacobian_says() -> None:
-    coordinates = make_coordinates(LAS) + 2 * draw(8, 3, 1)
-    mask = make_mask(1)
-    determinant = compute_jacobian(coordinates[0].movedim(0, -1).numpy(), LAS.numpy())
-    expected = (determinant[mask[0, 0].numpy()] <= 0).mean()
-    assert 0.05 < expected < 0.95
-    assert compute_fold_fraction(coordinates, mask, LAS).item() == pytest.approx(expected)

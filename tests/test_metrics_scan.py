@@ -12,15 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from brainfm_monai.metrics import (
-    MetricRow,
-    Scene,
-    measure_scan,
-    parse_structures,
-    read_metrics,
-    summarise,
-    write_frame,
-)
+from brainfm_monai.evaluation.tables import read_metrics, summarise, write_frame
+from brainfm_monai.metrics import MetricRow, Scene, measure_scan, parse_structures
 from brainfm_monai.metrics.fields import compute_ssim
 
 TASKS = ["segmentation", "T1w", "CT", "log_bias_field", "distance", "mni", "lesion", "super_resolution"]

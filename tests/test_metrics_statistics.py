@@ -9,12 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import bootstrap, wilcoxon
 
-from brainfm_monai.metrics import (
-    MetricRow,
-    compare,
-    summarise,
-)
-from brainfm_monai.metrics.tables import adjust_holm, bootstrap_interval
+from brainfm_monai.evaluation.tables import adjust_holm, bootstrap_interval, compare, summarise
+from brainfm_monai.metrics import MetricRow
 
 
 def make_results(values: dict[str, list[float]], metric: str = "dice") -> pd.DataFrame:
@@ -119,10 +115,10 @@ def test_the_correction_is_within_a_metric() -> None:
 
 
 def test_the_correction_is_holms() -> None:
-    assert adjust_holm([0.01, 0.04, math.nan, 0.03, 0.005]).tolist() == pytest.approx(
+    assert adjust_holm(pd.Series([0.01, 0.04, math.nan, 0.03, 0.005])).tolist() == pytest.approx(
         [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
     )
-    assert adjust_holm([0.6, 0.7]).tolist() == [1, 1]
+    assert adjust_holm(pd.Series([0.6, 0.7])).tolist() == [1, 1]
 
 
 def test_a_result_compared_with_itself_does_not_differ() -> None:

@@ -1,7 +1,7 @@
 """The cases of an evaluation, every scan under every condition: their list, references and measures."""
 
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.contrasts import read_scan, scale_contrast
 from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.registration import resample_to_box
-from brainfm_monai.evaluation.conditions import TARGET, Condition, check_for_real_scans, to_freesurfer_ids
+from brainfm_monai.evaluation.conditions import TARGET, Conditions, check_for_real_scans, to_freesurfer_ids
 from brainfm_monai.io import find_repeated, read_maps, refuse_if, scan_stem
 from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import compute_structure_measures, parse_structures
@@ -29,10 +29,9 @@ WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
 REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
 SURFACES = ("left_white", "left_pial", "right_white", "right_pial")  # files of reference surfaces, for --surfaces
 Case = dict[str, Any]
-Conditions = Sequence[Condition]
-GRIDS = ("scan", "network")
+GRIDS = {"scan": "pred", "network": "segmentation"}  # in which labels are compared, with the entry of the prediction
 HEAD = "head"  # entry of the mask of the head
-MAGNITUDES = [name for name, task in TASKS.items() if task.kind == "image" and name != "CT"]  # scans without a unit
+MAGNITUDES = [name for name in CONTRASTS if name != "CT"]  # scans without a unit
 FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map says what is
 
 
@@ -52,11 +51,12 @@ def make_pair_cases(
     generated scans alone are a ValueError.
     """
     check_for_real_scans(conditions)
-    references, scans = {*REFERENCES, *SURFACES}, []
-    rule = "item needs 'image' and 'label' or another reference"
-    for item in _read_items(datalist, section, rule, lambda item: "image" in item and not references.isdisjoint(item)):
-        item |= {key: str(Path(datalist).parent / item[key]) for key in SURFACES if key in item}
-        for path in [item[key] for key in ("image", *REFERENCES, *SURFACES) if key in item and key != "age"]:
+    scans = []
+    for item in _read_items(datalist, section):
+        references, rule = item.keys() & {*REFERENCES, *SURFACES}, "item needs 'image' and 'label' or another reference"
+        refuse_if("image" not in item or not references, f"{datalist}: every {rule}", sorted(item))
+        item |= {key: str(Path(datalist).parent / item[key]) for key in references.intersection(SURFACES)}
+        for path in [item[key] for key in ("image", *sorted(references - {"age"}))]:
             refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
         scans.append((str(item.get("name") or scan_stem(item["image"])), item))
     return _under_conditions(scans, conditions, seed, datalist)
@@ -70,31 +70,29 @@ def make_generated_cases(
     The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it. The scans of a subject have
     different heads and looks and the names ``<subject>_<number>``, from which, with ``seed``, their seeds follow.
     """
-    rule = "subject needs 'generation_labels' and 'segmentation'"
-    subjects = _read_items(datalist, section, rule, {"generation_labels", "segmentation"}.issubset)
+    subjects, rule = _read_items(datalist, section), "subject needs 'generation_labels' and 'segmentation'"
+    for subject in subjects:
+        is_wrong = not {"generation_labels", "segmentation"}.issubset(subject)
+        refuse_if(is_wrong, f"{datalist}: every {rule}", sorted(subject))
     numbers = range(1, scans_per_subject + 1)
     scans = [(f"{subject['subject']}_{number:02}", subject) for subject in subjects for number in numbers]
     return _under_conditions(scans, conditions, seed, datalist)
 
 
-def _read_items(datalist: str | Path, section: str, rule: str, is_complete: Callable[[Case], bool]) -> list[Case]:
+def _read_items(datalist: str | Path, section: str) -> list[Case]:
     found = "no such file: pass --datalist FILE"
     refuse_if(not Path(datalist).is_file(), f"{datalist}: a datalist (JSON) is needed", found, FileNotFoundError)
-    items = read_datalist(datalist, section)
-    for item in items:
-        refuse_if(not is_complete(item), f"{datalist}: every {rule}", sorted(item))
-    return items
+    return read_datalist(datalist, section)
 
 
 def _under_conditions(
     scans: Iterable[tuple[str, Case]], conditions: Conditions, seed: int, datalist: str | Path
 ) -> list[Case]:
-    cases = []
-    for scan, item in scans:
-        item = {**item, "scan": scan, "seed": seed + zlib.crc32(scan.encode())}
-        for condition in conditions:
-            name = f"{scan}_{condition.name}" if condition.settings else scan
-            cases.append({**item, "name": name, "condition": condition.name, "settings": dict(condition.settings)})
+    cases = [
+        item | {"scan": scan, "seed": seed + zlib.crc32(scan.encode()), "name": f"{scan}_{name}" if settings else scan}
+        | {"condition": name, "settings": dict(settings)}
+        for scan, item in scans for name, settings in conditions.items()
+    ]  # fmt: skip
     repeated = find_repeated(case["name"] for case in cases)
     rule = f"{datalist}: items whose names, with those of the conditions, differ are needed"
     refuse_if(repeated or not cases, rule, f"twice: {repeated}" if repeated else "none")
@@ -116,13 +114,18 @@ class LoadReferences(Transform):
         for key, task in [(key, task) for key, task in REFERENCES.items() if key in d]:
             value = d.pop(key)
             if task in MAGNITUDES:
-                d[TARGET + task], d[f"{TARGET}valid_{task}"] = _read_magnitude(Path(value), d["image"])
+                grid: MetaTensor = d["image"]
+                values, affine = read_scan(Path(value))
+                box: Any = np.asarray(grid.affine, dtype=np.float64), tuple(grid.shape[1:])
+                moved, seen = (resample_to_box(one, affine, *box) for one in (values, np.ones_like(values)))
+                for name, one in ((task, moved), (f"valid_{task}", seen > 0.5)):
+                    d[TARGET + name] = MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine)
             elif TASKS[task].kind == "scalar":
                 d[TARGET + task] = torch.tensor([float(value)])
             else:
                 volume = read_maps(value)
-                values = torch.from_numpy(volume.values.astype(np.float32))
-                d[TARGET + task] = MetaTensor(values, affine=torch.from_numpy(volume.affine))
+                reference = torch.from_numpy(volume.values.astype(np.float32))
+                d[TARGET + task] = MetaTensor(reference, affine=torch.from_numpy(volume.affine))
         labels = d.get(f"{TARGET}segmentation")
         if labels is None:
             d[HEAD] = d["image"] > FOREGROUND
@@ -130,15 +133,6 @@ class LoadReferences(Transform):
             ids = to_freesurfer_ids(labels, Protocol.load(str(d["label_protocol"])))
             d[f"{TARGET}segmentation"] = MetaTensor(ids, affine=labels.affine)
         return d
-
-
-def _read_magnitude(path: Path, grid: MetaTensor) -> list[MetaTensor]:
-    """A magnitude image on a grid and where it reaches, (1, H, W, D)."""
-    values, affine = read_scan(path)
-    height, width, depth = grid.shape[1:]
-    box = (np.asarray(grid.affine, dtype=np.float64), (height, width, depth))
-    moved, seen = (resample_to_box(one, affine, *box) for one in (values, np.ones_like(values)))
-    return [MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine) for one in (moved, seen > 0.5)]
 
 
 class MeasureMaps(Transform):
@@ -151,16 +145,12 @@ class MeasureMaps(Transform):
     """
 
     def __init__(
-        self,
-        layout: TaskLayout,
-        structures: Mapping[str, Any],
-        dice_structures: Mapping[str, Any] | None = None,
+        self, layout: TaskLayout, structures: Mapping[str, Any], dice_structures: Mapping[str, Any] | None = None,
         comparison_grid: str = "scan",
-    ) -> None:
+    ) -> None:  # fmt: skip
         rule = f"comparison_grid: one of {', '.join(GRIDS)} is needed"
         refuse_if(comparison_grid not in GRIDS, rule, f"'{comparison_grid}'")
-        self.layout = layout
-        self.compared_entry = "pred" if comparison_grid == "scan" else "segmentation"
+        self.layout, self.compared_entry = layout, GRIDS[comparison_grid]
         self.structures, self.dice_structures = parse_structures(structures), parse_structures(dice_structures or {})
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -170,28 +160,21 @@ class MeasureMaps(Transform):
         targets = {str(key).removeprefix(TARGET): d[key] for key in d if str(key).startswith(TARGET)}
         maps = {name: d[task.entry].as_tensor() for name, task in self.layout.tasks.items() if task.entry in d}
         labels = maps.pop("segmentation", None)
-        predicted_ids = None if labels is None else to_freesurfer_ids(labels, protocol)
-        scene = Scene(self.structures, image.affine, str(d["scan"]), str(d["condition"]))
+        ids = None if labels is None else to_freesurfer_ids(labels, protocol)
+        scene = Scene(self.structures, image.affine, str(d["scan"]), str(d["condition"]), labels=ids)
         d["rows"] = []
-        if predicted_ids is not None and "segmentation" in targets:
+        if ids is not None and "segmentation" in targets:
             compared: MetaTensor = d[self.compared_entry]
             pair = to_freesurfer_ids(compared, protocol), _match(targets["segmentation"], compared, "nearest")
-            pred, true = ({"segmentation": ids} for ids in pair)
+            pred, true = ({"segmentation": one} for one in pair)
             d["rows"] = measure_scan(pred, true, replace(scene, affine=compared.affine))
             if "entropy" in d:
-                d["rows"] += measure_entropy(predicted_ids, d["entropy"].as_tensor(), scene)
+                d["rows"] += measure_entropy(ids, d["entropy"].as_tensor(), scene)
             if self.dice_structures:
                 d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
-        scene = replace(scene, image=image.as_tensor(), labels=predicted_ids)
-        if "segmentation" not in targets:
-            scene = replace(scene, mask=_match(d[HEAD], image, "nearest") > 0)
-        dense = _move_to_grid(targets, maps, image)
-        ids = dense.get("segmentation", predicted_ids)
-        for name in [name for name in MAGNITUDES if name in dense and name in CONTRASTS]:  # to the training's unit
-            reference, known = dense[name][0], None if ids is None else ids[0].cpu().numpy()
-            scaled = torch.from_numpy(scale_contrast(reference.cpu().numpy(), name, known))
-            dense[name] = scaled[None].to(reference.device)
-        d["rows"] += measure_scan(maps, dense, scene)
+        head = None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0
+        scene = replace(scene, image=image.as_tensor(), mask=head)
+        d["rows"] += measure_scan(maps, _move_to_grid(targets, maps, image, ids), scene)
         return d
 
 
@@ -199,16 +182,22 @@ def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
 
 
-def _move_to_grid(targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor) -> dict[str, Tensor]:
-    """References in the network's grid, in the units of the maps, each with where it is known."""
+def _move_to_grid(
+    targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor, ids: Tensor | None
+) -> dict[str, Tensor]:
+    """References in the network's grid, in the units of the maps, each with where it is known; or predicted ``ids``."""
     dense = {name: _match(targets[name], grid, "nearest") for name in ("segmentation", "visible") if name in targets}
+    ids = dense.get("segmentation", ids)
     for name in [name for name in maps if name in targets]:
         target, kind = targets[name], TASKS[name].kind
-        if kind == "scalar":
-            dense[name] = target
-            continue
-        moved = _match(target, grid, "nearest" if kind == "mask" else "bilinear")
-        dense[name] = moved.exp() if kind == "log_field" else moved
-        everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
-        dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
+        dense[name] = target if kind == "scalar" else _match(target, grid, "nearest" if kind == "mask" else "bilinear")
+        if kind == "log_field":
+            dense[name] = dense[name].exp()
+        elif name in MAGNITUDES:  # to the training's unit
+            known = None if ids is None else ids[0].cpu().numpy()
+            scaled = scale_contrast(dense[name][0].cpu().numpy(), name, known)
+            dense[name] = torch.from_numpy(scaled)[None].to(grid.device)
+        if kind != "scalar":
+            everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
+            dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
     return dense

@@ -1,16 +1,16 @@
 """The conditions of an evaluation: what is done to real scans, and how scans are generated, by name and value."""
 
-import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import Transform
 from monai.utils import convert_to_tensor
+from nibabel.processing import fwhm2sigma
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
@@ -21,7 +21,10 @@ from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquir
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-AXES = {"sagittal_slices_mm": 0, "coronal_slices_mm": 1, "axial_slices_mm": 2}
+# settings that are laws of the generator, a number or a range, with the names of these laws
+LAWS = {key: [key] for key in ("bias_log_std", "bias_spacing_mm", "rotation_deg", "translation_mm")}
+LAWS["noise_percent"] = ["noise_std", "real_noise_std"]
+SLICES = ("sagittal_slices_mm", "coronal_slices_mm", "axial_slices_mm")  # by the axis along which they lie
 _TABLE = read_table(Path(__file__).with_name("settings.tsv"))
 SETTINGS = {row["setting"]: row["meaning"] for row in _TABLE}  # what a condition may set
 GENERATED_ALONE = [row["setting"] for row in _TABLE if row["scans"] == "generated"]
@@ -33,106 +36,94 @@ UNCHANGED = SynthesisRanges(
     gamma_log_std=0.0, bias_log_std=(0.0, 0.0), resolution_weights=(1.0, 0.0, 0.0, 0.0), noise_std=(0.0, 0.0),
     real_noise_std=(0.0, 0.0), rician_prob=0.0, head_cluster_prob=0.0,
 )  # fmt: skip
-STD_OF_FWHM = 1 / math.sqrt(8 * math.log(2))  # of a Gaussian
 
 
-@dataclass(frozen=True)
-class Condition:
-    """One thing that is done to every scan."""
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)  # out of SETTINGS; none leave a scan as it is
+Settings = Mapping[str, Any]  # out of SETTINGS; none leave a scan as it is
+Conditions = Mapping[str, Settings]  # what is done to every scan, by name
 
 
-def parse_conditions(table: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    """Read the conditions of a bundle config, a table of settings for each name, in its order.
+def parse_conditions(table: Conditions) -> dict[str, dict[str, Any]]:
+    """Read the conditions of a bundle config: settings for each name, in its order.
 
     A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``. No condition, a wrong
     name, setting or value, or two swept settings of a condition are a ValueError.
     """
-    conditions: list[Condition] = []
+    conditions: list[tuple[str, dict[str, Any]]] = []
     for name, settings in table.items():
         rule, unknown = f"condition {name}: letters and digits name it", sorted(set(settings) - set(SETTINGS))
         refuse_if(not re.fullmatch(NAME, name), rule, "this name")
         refuse_if(unknown, f"condition {name}: {', '.join(SETTINGS)} set it", f"the setting {', '.join(unknown)}")
         swept = [key for key, value in settings.items() if isinstance(value, Mapping) and "sweep" in value]
         refuse_if(len(swept) > 1, f"condition {name}: one setting may be swept", ", ".join(swept))
-        for value in settings[swept[0]]["sweep"] if swept else [None]:
-            fixed = {**settings, swept[0]: value} if swept else dict(settings)
+        values = settings[swept[0]]["sweep"] if swept else [None]
+        conditions += [(f"{name}-{v}" if swept else name, {**settings, **dict.fromkeys(swept, v)}) for v in values]
+        for _, fixed in conditions[-len(values) :]:
             _check(name, fixed)
-            conditions.append(Condition(f"{name}-{value}" if swept else name, fixed))
-    repeated = find_repeated(condition.name for condition in conditions)
+    repeated = find_repeated(name for name, _ in conditions)
     found = f"twice: {repeated}" if repeated else "none"
     refuse_if(repeated or not conditions, "conditions: different ones are needed", found)
-    return tuple(conditions)
+    return dict(conditions)
 
 
-def _check(name: str, settings: Mapping[str, Any]) -> None:
+def _check(name: str, settings: Settings) -> None:
     contrasts, contrast = (*CONTRASTS, "random", INVERTED), settings.get("contrast", INVERTED)
     rule = f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}"
     refuse_if(contrast not in contrasts, rule, contrast)
-    spacing, slices = settings.get("spacing_mm"), [settings[key] for key in AXES if key in settings]
+    spacing, slices = settings.get("spacing_mm"), [settings[key] for key in SLICES if key in settings]
     refuse_if(spacing is not None and slices, f"condition {name}: either 'spacing_mm' or slices are set", "both")
     lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]
-    is_wrong = any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or AXES) != len(AXES)
+    is_wrong = any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or SLICES) != 3
     rule = "slices, their profile and the three spacings must be positive numbers of mm"
     refuse_if(is_wrong, f"condition {name}: {rule}", lengths)
     make_laws(SynthesisRanges(), settings)
 
 
-def check_for_real_scans(conditions: Sequence[Condition]) -> None:
+def check_for_real_scans(conditions: Conditions) -> None:
     """Refuse, by a ValueError, conditions that need the anatomy behind a scan, which generated scans alone have."""
-    for condition in conditions:
-        impossible = [key for key in GENERATED_ALONE if key in condition.settings]
-        if (contrast := condition.settings.get("contrast", INVERTED)) != INVERTED:
+    for name, settings in conditions.items():
+        impossible = [key for key in GENERATED_ALONE if key in settings]
+        if (contrast := settings.get("contrast", INVERTED)) != INVERTED:
             impossible.append(f"contrast {contrast}")
         found = f"{', '.join(impossible)} on real ones"
-        refuse_if(impossible, f"condition {condition.name}: for generated scans alone", found)
+        refuse_if(impossible, f"condition {name}: for generated scans alone", found)
 
 
-def make_laws(base: SynthesisRanges, settings: Mapping[str, Any]) -> SynthesisRanges:
+def make_laws(base: SynthesisRanges, settings: Settings) -> SynthesisRanges:
     """The laws of the generator under the settings of a condition; the base has those of what it does not set.
 
     The same seed draws the same of everything that the settings leave alone, so that conditions compare the same heads.
     A value that does not fit its law is a ValueError.
     """
     changes: dict[str, Any] = dict(settings.get("ranges", {}))
-    if "noise_percent" in settings:
-        noise = tuple(value / 100 * INTENSITY_TOP for value in _pair(settings["noise_percent"]))
-        changes |= {"noise_std": noise, "real_noise_std": noise}
-    for key in ("bias_log_std", "bias_spacing_mm", "rotation_deg", "translation_mm"):
+    for key, laws in LAWS.items():
         if key in settings:
-            changes[key] = _pair(settings[key])
-    contrast = settings.get("contrast")
-    if contrast is not None:
+            given = settings[key]
+            low, high = map(float, given if isinstance(given, list | tuple) else (given, given))
+            if key == "noise_percent":
+                low, high = low / 100 * INTENSITY_TOP, high / 100 * INTENSITY_TOP
+            changes |= dict.fromkeys(laws, (low, high))
+    if contrast := settings.get("contrast"):
         changes["contrast_prior_prob"] = float(contrast != "random")
-    if contrast not in (None, "random"):
-        changes["contrast_inversion_prob"] = float(contrast == INVERTED)
-    if contrast in CONTRASTS:
-        changes["contrast_priors"] = (contrast,)
+        if contrast != "random":
+            changes["contrast_inversion_prob"] = float(contrast == INVERTED)
+        if contrast in CONTRASTS:
+            changes["contrast_priors"] = (contrast,)
     return parse_ranges({**asdict(base), **changes})
 
 
-def _pair(value: Any) -> tuple[float, float]:
-    low, high = value if isinstance(value, list | tuple) else (value, value)
-    return float(low), float(high)
-
-
-def fix_acquisition(params: SynthesisParams, settings: Mapping[str, Any]) -> SynthesisParams:
+def fix_acquisition(params: SynthesisParams, settings: Settings) -> SynthesisParams:
     """A draw with the slices and the gamma of a condition in place of the drawn ones.
 
     A slice has a Gaussian profile, and is as thick as the distance to the next.
     """
-    voxel_mm = params.geometry.voxel_mm
-    by_axis = {axis: settings[key] for key, axis in AXES.items() if key in settings}
-    spacing_mm = settings.get("spacing_mm", [by_axis.get(axis, voxel_mm) for axis in range(len(AXES))])
-    appearances = []
+    voxel_mm, appearances = params.geometry.voxel_mm, []
+    spacing_mm = settings.get("spacing_mm") or [settings.get(key, voxel_mm) for key in SLICES]
     for appearance in params.appearances:
         changes = {}
-        if "spacing_mm" in settings or by_axis:
+        if settings.keys() & {"spacing_mm", *SLICES}:
             mm = appearance.spacing.new_tensor(spacing_mm).expand_as(appearance.spacing)
             fwhm_mm = settings.get("slice_fwhm_mm")
-            sigma_mm = PROFILE_SIGMA * mm if fwhm_mm is None else torch.full_like(mm, STD_OF_FWHM * fwhm_mm)
+            sigma_mm = PROFILE_SIGMA * mm if fwhm_mm is None else torch.full_like(mm, float(fwhm2sigma(fwhm_mm)))
             sigma = torch.where(mm > voxel_mm, sigma_mm / voxel_mm, 0.0)
             changes = {"spacing": (mm / voxel_mm).clamp_min(1), "sigma": sigma}
         if "gamma" in settings:
@@ -147,33 +138,34 @@ def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:
     return torch.as_tensor(protocol.freesurfer_ids, device=plain.device)[plain]
 
 
-class DegradeScand(MapTransform):
-    """Make real scans worse in a stated way: the acquisition of the generator, on the scan in place of a painted head.
+class DegradeScan(Transform):
+    """Make a real scan worse in a stated way: the acquisition of the generator, on the scan in place of a painted head.
 
-    Scans are (1, H, W, D) in [0, 1], RAS axes, 1 mm. They go through the condition's inversion, gamma and bias field,
-    slices with their profile, noise, and the interpolation back to the voxels. Voxels that were exactly 0 (an extracted
-    brain's surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field becomes the entry
-    ``target_log_bias_field``, added to one that is there.
+    The scan is ``image``, (1, H, W, D) in [0, 1], RAS axes, 1 mm. It goes through the condition's inversion, gamma and
+    bias field, slices with their profile, noise, and the interpolation back to the voxels. Voxels that were exactly 0
+    (an extracted brain's surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field
+    becomes the entry ``target_log_bias_field``, added to one that is there.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Degrade the scans by the entries ``settings``, which is removed, and ``seed``."""
+        """Degrade the scan by the entries ``settings``, which is removed, and ``seed``."""
         d = dict(data)
-        settings = d.pop("settings")
+        if not (settings := d.pop("settings")):
+            return d
         laws = make_laws(UNCHANGED, {key: value for key, value in settings.items() if key != "contrast"})
-        for key in self.key_iterator(d) if settings else ():
-            values = d[key].as_tensor()[None].float()
-            nonzero = values > 0
-            if "contrast" in settings:  # the one that real scans have is the inverted one
-                values = torch.where(nonzero, values.amax() - values, 0.0)
-            synthesizer = Synthesizer(laws, TaskLayout(["segmentation"]), values.shape[2:])  # nothing is painted
-            drawn = synthesizer.draw({}, [int(d["seed"])], device=values.device)
-            scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
-            scan = normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0]
-            d[key] = MetaTensor(scan).copy_meta_from(d[key])
-            if "bias_log_std" in settings:
-                own = d.get(f"{TARGET}log_bias_field", 0)
-                d[f"{TARGET}log_bias_field"] = MetaTensor(field[0] + own, affine=d[key].affine)
+        image: MetaTensor = d["image"]
+        values = image.as_tensor()[None].float()
+        nonzero = values > 0
+        if "contrast" in settings:  # the one that real scans have is the inverted one
+            values = torch.where(nonzero, values.amax() - values, 0.0)
+        synthesizer = Synthesizer(laws, TaskLayout(["segmentation"]), values.shape[2:])  # nothing is painted
+        drawn = synthesizer.draw({}, [int(d["seed"])], device=values.device)
+        scan, field, _ = acquire(values * INTENSITY_TOP, fix_acquisition(drawn, settings).appearances[0])
+        scan = normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0]
+        d["image"] = MetaTensor(scan).copy_meta_from(image)
+        if "bias_log_std" in settings:
+            own = d.get(f"{TARGET}log_bias_field", 0)
+            d[f"{TARGET}log_bias_field"] = MetaTensor(field[0] + own, affine=image.affine)
         return d
 
 

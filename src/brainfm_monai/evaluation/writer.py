@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 
 import brainfm_monai
-from brainfm_monai.evaluation.conditions import SETTINGS, Condition
+from brainfm_monai.evaluation import tables
+from brainfm_monai.evaluation.conditions import SETTINGS, Conditions
 from brainfm_monai.io import fingerprint, locked, refuse_if, write_text
-from brainfm_monai.metrics import HEADLINES, MetricRow, compare, define, read_metrics, summarise, write_frame
+from brainfm_monai.metrics import MetricRow
 from brainfm_monai.metrics.segmentation import SIDES
-from brainfm_monai.metrics.tables import Headline, make_headlines
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.report import render
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.tsv"
 CASES_FOLDER = "cases"  # one JSON file for each case
-PAGE = "evaluation.html"
 MEASURE = ["task", "structure", "side", "metric", "unit"]
 WORST = 8  # scans that are shown
 
@@ -42,14 +41,11 @@ class EvaluationWriter:
     """
 
     def __init__(
-        self,
-        files: ScanWriter,
-        conditions: Sequence[Condition],
-        dice_structures: Iterable[str] = (),
+        self, files: ScanWriter, conditions: Conditions, dice_structures: Iterable[str] = (),
         definition: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.files, self.output_dir, self.definition = files, files.output_dir, dict(definition or {})
-        self.conditions, self.dice_structures = tuple(conditions), list(dice_structures)
+    ) -> None:  # fmt: skip
+        self.files, self.output_dir, self.conditions = files, files.output_dir, conditions
+        self.dice_structures, self.definition = list(dice_structures), dict(definition or {})
         self.clear, self.note_failure = files.clear, files.note_failure  # what the loop of scans calls, too
 
     def is_finished(self, scan: Case) -> bool:
@@ -67,59 +63,55 @@ class EvaluationWriter:
         folder = self.files.write(item, scan) if self._keeps_files(scan) else self.output_dir / CASES_FOLDER
         dice = item["dice"].tolist() if "dice" in item else None
         write_text(self._stored(scan), json.dumps({"key": self._key(scan), "rows": item["rows"], "dice": dice}))
-        self.files.note_failure(scan)
+        self.note_failure(scan)
         means = [f"mean Dice {row.value:.3f}" for row in item["rows"] if row.metric == "mean_dice"]
         logger.info("%s: %s", scan["name"], ", ".join(means) or "measured")
         return folder
 
     def write_summary(self, scans: Sequence[Case]) -> Path:
         """Write tables and page of all cases that are measured; the process that ends last has them all."""
+        page = self.output_dir / "evaluation.html"
         with locked(self.output_dir / CASES_FOLDER):
             measured = {scan["name"]: content for scan in scans if (content := self._read_measures(scan))}
             done = [scan for scan in scans if scan["name"] in measured]
-            native = [scan["name"] for scan in done if not scan["settings"] and measured[scan["name"]]["dice"]]
-            if native:
-                self._write_dice_tables({name: measured[name]["dice"] for name in native})
-            rows = [row for content in measured.values() for row in content["rows"]]
-            table = pd.DataFrame(rows, columns=list(MetricRow._fields)).astype({"value": float})
-            write_frame(self.output_dir / METRICS_FILE, table)
             lost = [scan for scan in scans if scan["name"] not in measured]
             failures = {scan["name"]: self.files.read_failure(scan) or "not measured yet" for scan in lost}
-            write_text(self.output_dir / PAGE, self._compose(table, done, failures))
-        return self.output_dir / PAGE
+            dice = {scan["name"]: measured[scan["name"]]["dice"] for scan in done if not scan["settings"]}
+            if any(dice.values()):
+                self._write_dice_tables({name: values for name, values in dice.items() if values})
+            rows = [row for content in measured.values() for row in content["rows"]]
+            table = pd.DataFrame(rows, columns=list(MetricRow._fields)).astype({"value": float})
+            tables.write_frame(self.output_dir / METRICS_FILE, table)
+            write_text(page, self._compose(table, done, failures))
+        return page
 
     def _compose(self, table: pd.DataFrame, done: Sequence[Case], failures: Mapping[str, str]) -> str:
         """Write the statistics of a table, and make the page."""
         conditions = self.conditions
-        first = next((c for c in conditions if not c.settings), conditions[0])  # its numbers are on top
-        summary, headlines = summarise(table), make_headlines(table)
-        write_frame(self.output_dir / "summary.tsv", summary)
-        statistics = {(row.condition, row.structure): row for row in summarise(headlines).itertuples(index=False)}
-        shown = [headline for headline in HEADLINES if headline.title in set(headlines["structure"])]
-        own = summary[(summary["condition"] == first.name) & (summary["n"] > 0)]
-        versions = {
-            "brainfm-monai": brainfm_monai.__version__,
-            **{name: metadata.version(name) for name in ("monai", "torch")},
-        }
-        details = {"conditions": {c.name: dict(c.settings) for c in conditions}, **self.definition}
-        details = {**details, "settings": asdict(self.files.settings)}
-        content: dict[str, Any] = {
-            "done": done,
-            "failures": failures,
-            "conditions": conditions,
-            "first": first,
-            "used": self.files.settings,
-            "versions": {**versions, "Python": platform.python_version()},
-            "shown": shown,
-            "statistics": statistics,
-            "settings_table": SETTINGS,
-            "worst": self._find_worst(headlines, done, shown[0]) if shown else [],
-            "measures": own.groupby("task", sort=False),
-            "metrics": table["metric"].unique(),
-            "define": define,
-            "details": json.dumps(details, indent=1, default=str),
-        }
-        return render("evaluation.html", title="Evaluation", theme="light", **content)
+        first = next((name for name in conditions if not conditions[name]), next(iter(conditions)))  # shown on top
+        summary, headlines = tables.summarise(table), tables.make_headlines(table)
+        tables.write_frame(self.output_dir / "summary.tsv", summary)
+        shown = [headline for headline in tables.HEADLINES if headline["title"] in set(headlines["structure"])]
+        worst = headlines[:0]
+        if shown:
+            worst = headlines[headlines["structure"] == shown[0]["title"]]
+            worst = worst.sort_values("value", ascending=shown[0]["better"] == "higher", kind="stable").head(WORST)
+        versions = {name: metadata.version(name) for name in ("monai", "torch")}
+        details = {"conditions": conditions, **self.definition, "settings": asdict(self.files.settings)}
+        return render(
+            "evaluation.html", title="Evaluation", theme="light", done=done, failures=failures, conditions=conditions,
+            first=first, used=self.files.settings, shown=shown, settings_table=SETTINGS, worst=worst,
+            find_page=self._find_page, definitions=tables.DEFINITIONS, metrics=table["metric"].unique(),
+            versions={"brainfm-monai": brainfm_monai.__version__, **versions, "Python": platform.python_version()},
+            statistics={(row.condition, row.structure): row for row in tables.summarise(headlines).itertuples()},
+            measures=summary[(summary["condition"] == first) & (summary["n"] > 0)].groupby("task", sort=False),
+            details=json.dumps(details, indent=1, default=str),
+        )  # fmt: skip
+
+    def _find_page(self, scan: str, condition: str) -> str:
+        """The page of a scan as it is, in the folder of the page of all; empty where there is none."""
+        page = f"{scan}/{scan}_report.html"
+        return page if not self.conditions[condition] and (self.output_dir / page).is_file() else ""
 
     def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:
         """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
@@ -128,7 +120,7 @@ class EvaluationWriter:
         """
         scans = {scan: pd.DataFrame(values, index=self.dice_structures, columns=SIDES) for scan, values in dice.items()}
         table = pd.concat(scans, names=["scan", "structure"])
-        write_frame(self.output_dir / "dice.tsv", table.reset_index(), ".4f")
+        tables.write_frame(self.output_dir / "dice.tsv", table.reset_index(), ".4f")
         by_structure = table.groupby("structure", sort=False)
         summary = by_structure.mean().assign(scans=by_structure["both"].count())
         # the mean of each scan over left and right parts and structures without sides, then over the scans
@@ -136,19 +128,7 @@ class EvaluationWriter:
         parts = table.assign(both=table["both"].where(without_sides)).stack().groupby("scan")
         summary.loc["mean"] = [math.nan, math.nan, parts.mean().mean(), len(dice)]
         summary = summary.astype({"scans": int}).reset_index(names="structure")
-        write_frame(self.output_dir / "dice_summary.tsv", summary, ".4f")
-
-    def _find_worst(self, headlines: pd.DataFrame, done: Sequence[Case], leading: Headline) -> list[dict[str, str]]:
-        rows = headlines[headlines["structure"] == leading.title]
-        rows = rows.sort_values("value", ascending=leading.higher_is_better, kind="stable").head(WORST)
-        names = {(case["scan"], case["condition"]): str(case["name"]) for case in done}
-        worst = []
-        for row in rows.itertuples():
-            name = names[row.scan, row.condition]
-            report = f"{name}/{name}_report.html"
-            case = {"scan": row.scan, "condition": row.condition, "value": leading.format(row.value)}
-            worst.append(case | {"report": report if (self.output_dir / report).is_file() else ""})
-        return worst
+        tables.write_frame(self.output_dir / "dice_summary.tsv", summary, ".4f")
 
     def _read_measures(self, scan: Case) -> dict[str, Any]:
         """What is stored of a case; empty where it was not measured."""
@@ -166,8 +146,7 @@ class EvaluationWriter:
 
     def _key(self, scan: Case) -> str:
         """Hash of everything that the measures of a case depend on."""
-        files = {k: Path(v) for k, v in scan.items() if isinstance(v, str) and Path(v).is_file()}
-        changed = {key: path.stat().st_mtime_ns for key, path in files.items()}
+        changed = {k: Path(v).stat().st_mtime_ns for k, v in scan.items() if isinstance(v, str) and Path(v).is_file()}
         return fingerprint(asdict(self.files.settings), dict(scan), changed)
 
 
@@ -187,10 +166,10 @@ def compare_evaluations(first: str | Path, second: str | Path, output: str | Pat
     for path in files:
         rule = f"{path}: the folder of a finished evaluation is needed"
         refuse_if(not path.is_file(), rule, "no such file", FileNotFoundError)
-    left, right = map(read_metrics, files)
+    left, right = map(tables.read_metrics, files)
     # two networks may predict different tasks: the measures that both have are compared
     measures = left[MEASURE].drop_duplicates().merge(right[MEASURE].drop_duplicates())
     refuse_if(measures.empty, "compare: a measure that both evaluations have is needed", "none")
     path = Path(second if output is None else output, "comparison.tsv")
-    write_frame(path, compare(left.merge(measures), right.merge(measures)))
+    tables.write_frame(path, tables.compare(left.merge(measures), right.merge(measures)))
     return path

@@ -2,10 +2,8 @@
 
 import numpy as np
 import torch
-from monai.metrics import MAEMetric, PSNRMetric
 from torch import Tensor
 
-from brainfm_monai.functional.spatial import jacobian_determinant
 from brainfm_monai.metrics.segmentation import box_around
 from brainfm_monai.tasks import MAX_DISTANCE_MM
 
@@ -49,22 +47,13 @@ def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def compute_mni_error(pred_mm: Tensor, target_mm: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """``error_mean`` and ``error_p95``, (B,), mm, of coordinates, (B, 3, H, W, D), in a mask; NaN where it is empty."""
     distance = (pred_mm.float() - target_mm).norm(dim=1, keepdim=True)
-    inside = [one[m] for one, m in zip(distance, mask.bool(), strict=True)]
-    # the nearest rank: torch.quantile takes 16 million values at most
-    p95 = [x.kthvalue(1 + round(0.95 * (len(x) - 1))).values if len(x) else x.new_tensor(torch.nan) for x in inside]
+    p95 = [_find_quantile(one[inside], 0.95) for one, inside in zip(distance, mask.bool(), strict=True)]
     return {"error_mean": compute_mean_inside(distance, mask.bool())[:, 0], "error_p95": torch.stack(p95)}
 
 
-def compute_fold_fraction(coords_mm: Tensor, mask: Tensor, affine: Tensor) -> Tensor:
-    """Share of voxels in a mask, (B, 1, H, W, D), at which a coordinate map folds space, shape (B,).
-
-    The Jacobian determinant of the map, (B, 3, H, W, D) in RAS mm, by central differences, is 0 or below there; the
-    sign of the affine's, negative where the axes mirror space, is divided out. NaN where the mask is empty.
-    """
-    sign = torch.linalg.det(affine[:3, :3].double()).sign().to(coords_mm)
-    box = box_around(mask.flatten(0, 1).any(0), margin=1)
-    folded = jacobian_determinant(coords_mm[(..., *box)].float()) * sign <= 0
-    return compute_mean_inside(folded.float(), mask[(..., *box)].bool())[:, 0]
+def _find_quantile(values: Tensor, level: float) -> Tensor:
+    """The nearest rank of values (N,), NaN without any: torch.quantile takes 16 million values at most."""
+    return values.kthvalue(1 + round(level * (len(values) - 1))).values if len(values) else values.new_tensor(torch.nan)
 
 
 def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,12 +62,9 @@ def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Ten
     The prediction gets the target's gain and offset, none of its own: an error of its scale stays an error. Images and
     mask (bool) have one shape and the images one unit. The results are NaN for an empty mask or a constant target.
     """
-    pred, inside = pred.float(), target.float()[mask.bool()]
-    low = high = inside.new_tensor(torch.nan)
-    if len(inside):
-        low, high = (inside.kthvalue(1 + round(level * (len(inside) - 1))).values for level in (LOWER, UPPER))
+    low, high = (_find_quantile(target.float()[mask.bool()], level) for level in (LOWER, UPPER))
     width = torch.where(high > low, high - low, torch.nan)
-    return (pred - low) / width, (target.float() - low) / width
+    return (pred.float() - low) / width, (target.float() - low) / width
 
 
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -87,10 +73,9 @@ def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[st
     The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it. Each is of one element, NaN
     where the mask is empty; the PSNR of equal images is infinite.
     """
-    over_mask = {"l1": MAEMetric(reduction="none"), "psnr": PSNRMetric(1.0, reduction="none")}
-    inside = [one.float()[mask.bool()][None] for one in (pred, target)]
-    values = {name: torch.as_tensor(metric(*inside)).flatten() for name, metric in over_mask.items()}
-    return values | {"ssim": compute_ssim(pred, target, mask)}
+    error = (pred.float() - target.float())[mask.bool()][None]
+    psnr = -10 * error.square().mean(1).log10()
+    return {"l1": error.abs().mean(1), "psnr": psnr, "ssim": compute_ssim(pred, target, mask)}
 
 
 def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:

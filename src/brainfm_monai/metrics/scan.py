@@ -2,21 +2,42 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from brainfm_monai.io import ABSENT, ScanError
+from brainfm_monai.io import ABSENT, ScanError, read_table, refuse_if
 from brainfm_monai.metrics import fields, segmentation
-from brainfm_monai.metrics.fields import compute_image_metrics, compute_ssim, normalise_to_target
+from brainfm_monai.metrics.fields import compute_image_metrics, normalise_to_target
 from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure
-from brainfm_monai.metrics.tables import MetricRow, unit_of
 from brainfm_monai.tasks import BRAIN_WINDOW_HU, TASKS
 
 ALL = "all"  # structure of a mean over structures
+MEASURES = read_table(Path(__file__).with_name("measures.tsv"))
+UNITS = {row["metric"]: row["unit"] or "1" for row in MEASURES}
 
 Values = dict[tuple[str, str, str], float]  # by structure, side and metric
+
+
+class MetricRow(NamedTuple):
+    """One value of one scan."""
+
+    scan: str
+    condition: str  # how the scan was changed before it was predicted, ``native`` if it was not
+    task: str
+    structure: str  # structure, tissue or surface that was measured, ``n/a`` where there is none
+    side: str  # ``left``, ``right`` or ``both``, ``n/a`` where the task has no sides
+    metric: str
+    value: float  # NaN where it is undefined
+    unit: str  # ``1`` for a pure number
+
+
+def make_rows(scan: str, condition: str, task: str, values: Values) -> list[MetricRow]:
+    """Rows of one task of a scan."""
+    return [MetricRow(scan, condition, task, *key, value, UNITS[key[-1]]) for key, value in values.items()]
 
 
 @dataclass(frozen=True)
@@ -54,29 +75,33 @@ def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene
     scene = replace(scene, mask=head, labels=scene.labels if ids is None else ids, ids=ids)
     rows: list[MetricRow] = []
     for name in [name for name in pred if name in target]:
-        kind = TASKS[name].kind
-        if kind not in MEASURES:
-            rule = f"there are measures for {sorted(MEASURES)}"
-            raise ScanError(f"{scene.scan}: {rule}, found task {name!r} of kind {kind!r}")
-        if pred[name].shape != target[name].shape:
-            shapes = f"{tuple(pred[name].shape)} and {tuple(target[name].shape)}"
-            raise ScanError(f"{scene.scan}: {name} must have one shape in prediction and reference, found {shapes}")
+        kind, shapes = TASKS[name].kind, (tuple(pred[name].shape), tuple(target[name].shape))
+        rule = f"{scene.scan}: there are measures for {sorted(BY_KIND)}"
+        refuse_if(kind not in BY_KIND, rule, f"task {name!r} of kind {kind!r}", ScanError)
+        rule = f"{scene.scan}: {name} must have one shape in prediction and reference"
+        refuse_if(shapes[0] != shapes[1], rule, "{} and {}".format(*shapes), ScanError)
         valid = head & target[f"valid_{name}"].bool() if f"valid_{name}" in target else head
-        measure = _measure_ct if name == "CT" else MEASURES[kind]
+        measure = _measure_ct if name == "CT" else BY_KIND[kind]
         values = measure(pred[name][None], target[name][None], valid[None], scene)
-        rows += [MetricRow(scene.scan, scene.condition, name, *key, x, unit_of(key[-1])) for key, x in values.items()]
+        rows += make_rows(scene.scan, scene.condition, name, values)
     return rows
 
 
 def measure_entropy(labels: Tensor, entropy: Tensor, scene: Scene) -> list[MetricRow]:
     """Rows of the mean entropy of each structure, of a prediction (FreeSurfer ids) on the grid of the scene."""
-    values = segmentation.compute_structure_entropy(labels, entropy, scene.structures, scene.affine)
-    return [
-        MetricRow(scene.scan, scene.condition, "segmentation", structure.name, side, "entropy", x, unit_of("entropy"))
-        for structure, row in zip(scene.structures, values.tolist(), strict=True)
-        for side, x in zip(SIDES, row, strict=True)
+    entropies = segmentation.compute_structure_entropy(labels, entropy, scene.structures, scene.affine)
+    return make_rows(scene.scan, scene.condition, "segmentation", _name_parts({"entropy": entropies}, scene))
+
+
+def _name_parts(measures: Mapping[str, Tensor], scene: Scene) -> Values:
+    """Numbers of the parts of the structures, out of (S, 3); the sides of a structure that has none are left out."""
+    return {
+        (structure.name, side, metric): float(values[row, column])
+        for row, structure in enumerate(scene.structures)
+        for column, side in enumerate(SIDES)
         if not structure.middle or side == "both"
-    ]
+        for metric, values in measures.items()
+    }
 
 
 def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
@@ -86,20 +111,13 @@ def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
 
 def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: Scene) -> Values:
     """Measures of the structures, and mean Dice: of left and right parts, and of both sides as one."""
-    arguments = (pred[0], target[0], scene.structures, scene.affine)
-    measures = segmentation.compute_structure_measures(*arguments, percentile=95.0)
+    measures = segmentation.compute_structure_measures(pred[0], target[0], scene.structures, scene.affine, 95.0)
     measures["hd95"] = measures.pop("hausdorff")
-    values = {
-        (structure.name, side, metric): float(of_metric[row, column])
-        for row, structure in enumerate(scene.structures)
-        for column, side in enumerate(SIDES)
-        if not structure.middle or side == "both"
-        for metric, of_metric in measures.items()
-    }
-    dice, middle = measures["dice"], torch.tensor([bool(s.middle) for s in scene.structures])
-    parts = {"mean_dice": torch.cat([dice[~middle, :2].flatten(), dice[middle, 2]]), "mean_dice_merged": dice[:, 2]}
+    dice, middle = measures["dice"], [bool(structure.middle) for structure in scene.structures]
+    parts = {"mean_dice": torch.cat([dice[:, :2].flatten(), dice[middle, 2]]), "mean_dice_merged": dice[:, 2]}
     present = {metric: of_metric[~of_metric.isnan()].tolist() for metric, of_metric in parts.items()}
-    return values | {(ALL, "both", metric): fmean(of_metric) for metric, of_metric in present.items() if of_metric}
+    means = {(ALL, "both", metric): fmean(of_metric) for metric, of_metric in present.items() if of_metric}
+    return _name_parts(measures, scene) | means
 
 
 def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
@@ -114,9 +132,8 @@ def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> 
     images = {"": pred, "_input": scene.image[None], "_painted": (total / count.clamp_min(1)).float()[index]}
     brain = mask & scene.is_evaluated(scene.labels)
     for name, image in images.items():
-        scaled, reference = normalise_to_target(image, target, brain)
-        psnr = -10 * (scaled - reference)[brain].square().mean().log10()
-        measures |= _name({f"psnr_brain{name}": psnr, f"ssim_brain{name}": compute_ssim(scaled, reference, brain)})
+        in_brain = compute_image_metrics(*normalise_to_target(image, target, brain), brain)
+        measures |= _name({f"{metric}_brain{name}": in_brain[metric] for metric in ("psnr", "ssim")})
     return measures
 
 
@@ -136,8 +153,7 @@ def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> V
 def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
     assert scene.mask is not None
     brain = (scene.mask if scene.ids is None else scene.mask & scene.is_evaluated(scene.ids))[None]
-    folds = fields.compute_fold_fraction(pred, brain, scene.affine)
-    return _name(fields.compute_mni_error(pred, target, brain) | {"fold_fraction": folds}, "brain")
+    return _name(fields.compute_mni_error(pred, target, brain), "brain")
 
 
 def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Values:
@@ -145,7 +161,7 @@ def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Value
     return _name({"error": error, "absolute_error": error.abs()})
 
 
-MEASURES: dict[str, Callable[[Tensor, Tensor, Tensor, Scene], Values]] = {
+BY_KIND: dict[str, Callable[[Tensor, Tensor, Tensor, Scene], Values]] = {
     "labels": _measure_labels,
     "image": _measure_image,
     "log_field": lambda pred, target, mask, _: _name({"normalised_l2": fields.compute_bias_error(pred, target, mask)}),

@@ -3,13 +3,17 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from monai.metrics import compute_hausdorff_distance
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 
+from brainfm_monai.io import refuse_if
+
 SIDES = ("left", "right", "both")
+PARTS = 4  # of a structure: left, right, unsided, middle
 ML_PER_MM3 = 1e-3
 LESION_THRESHOLD = 0.5  # probability above which a voxel counts as lesion
 
@@ -69,95 +73,84 @@ def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
 
 
 def _index_structures(ids: Tensor, structures: Structures, affine: Tensor) -> Tensor:
-    """Label map of structure sides: 2 s + 1 for the left or the middle, 2 s + 2 for the right of structure s.
+    """Label map of parts: 4 s + 1 for the left of structure s, 4 s + 2 for the right, 4 s + 4 for one without sides.
 
     An unsided voxel belongs to the side of the plane on which it lies: halfway between the centroids of all left and
-    all right voxels, normal to their line.
+    all right voxels, normal to their line. Without such a plane it belongs to no structure.
     """
-    tables = torch.zeros(3, max(i for s in structures for i in s.ids) + 2, dtype=torch.int16, device=ids.device)
-    for number, structure in enumerate(structures):
-        tables[0, sorted(structure.left | structure.middle)] = 2 * number + 1
-        tables[0, sorted(structure.right)] = 2 * number + 2
-        tables[1, sorted(structure.unsided)] = 2 * number + 1
-        tables[2, sorted(structure.left)], tables[2, sorted(structure.right)] = 1, 2
-    in_table = torch.where(ids < 0, 0, ids.round().long().clamp(max=tables.shape[1] - 1))
-    index, unsided, side = (table[in_table] for table in tables)
-    voxels = unsided.nonzero()
-    if len(voxels) and all((side == number).any() for number in (1, 2)):
-        left, right = ((side == number).nonzero().double().mean(0) for number in (1, 2))
-        axes = affine[:3, :3].to(left)
+    table = torch.zeros(max(i for s in structures for i in s.ids) + 2, dtype=torch.int16, device=ids.device)
+    for row, structure in enumerate(structures):
+        parts = (structure.left, structure.right, structure.unsided, structure.middle)
+        for number, of_part in enumerate(parts, start=PARTS * row + 1):
+            table[sorted(of_part)] = number
+    index = table[torch.where(ids < 0, 0, ids.round().long().clamp(max=len(table) - 1))]
+    voxels = (index % PARTS == 3).nonzero()
+    if len(voxels):
+        left, right = ((index % PARTS == side).nonzero().double().mean(0) for side in (1, 2))  # NaN without a voxel
+        axes, where = affine[:3, :3].to(left), voxels.unbind(1)
         normal = axes.T @ axes @ (left - right)  # in voxel indices
-        on_right = (voxels.to(left) - (left + right) / 2) @ normal <= 0
-        index[voxels.unbind(1)] = unsided[voxels.unbind(1)] + on_right
+        offset = (voxels.to(left) - (left + right) / 2) @ normal
+        sided = index[where] - torch.where(offset > 0, 2, 1)
+        index[where] = torch.where(offset.isnan(), 0, sided).to(index.dtype)
     return index
 
 
-def _cut(pred: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    box = box_around((pred != 0) | (truth != 0))
-    return pred[box], truth[box]
+def _sum_parts(index: Tensor, structures: Structures, weights: Tensor | None = None) -> Tensor:
+    """Voxels, or sums of weights, of left, right and both, (S, 3), float64; NaN for sides that a structure has not."""
+    parts = torch.bincount(index.flatten().long(), weights, PARTS * len(structures) + 1)[1:].reshape(-1, PARTS).double()
+    sums = torch.stack([parts[:, 0], parts[:, 1], parts.sum(1)], 1).cpu()
+    sums[[bool(structure.middle) for structure in structures], :2] = torch.nan
+    return sums
 
 
 def compute_structure_measures(
     prediction: Tensor, reference: Tensor, structures: Structures, affine: Tensor, percentile: float | None = None
 ) -> dict[str, Tensor]:
-    """Dice, volumes and distance of each structure: of its left part, its right part, and both together.
+    """Dice, volumes and distance of the left, the right and both parts of each structure, shape (S, 3).
 
     Prediction and reference are FreeSurfer ids of one shape (1, H, W, D), else a ValueError; the affine from voxel
-    indices to RAS mm has no shear. The results have the shape (S, 3), columns left, right, both: ``dice`` and
-    ``volume_error``, (prediction - reference) / reference, both NaN where the reference lacks the part; ``volume`` and
-    ``reference_volume`` in mL; with a percentile ``hausdorff`` in mm, NaN where one of both lacks the part. The sides
-    of a structure that has none are NaN. Of the distances from the surface of one part to that of the other, and of
-    those back, the percentile is taken, and the larger counts (Taha and Hanbury, BMC Medical Imaging 15, 2015).
+    indices to RAS mm has no shear. ``dice`` and ``volume_error``, (prediction - reference) / reference, are NaN where
+    the reference lacks the part; ``volume`` and ``reference_volume`` are in mL; with a percentile there is
+    ``hausdorff`` in mm, NaN where one of both lacks the part: of the distances from one surface to the other, and of
+    those back, the percentile is taken, and the larger counts (Taha and Hanbury, BMC Medical Imaging 15, 2015). The
+    sides of a structure that has none are NaN.
     """
-    if prediction.shape != reference.shape or prediction.ndim != 4:
-        shapes = f"{tuple(prediction.shape)} and {tuple(reference.shape)}"
-        raise ValueError(f"structures: prediction and reference must share one shape (1, H, W, D), found {shapes}")
-    # first the box of all labels, because the table of structures is read for each voxel
-    ids = _cut(prediction[0], reference[0].to(prediction.device))
-    pred, truth = _cut(*(_index_structures(one, structures, affine) for one in ids))
-    spacing_mm = affine[:3, :3].double().norm(dim=0).tolist()
+    shapes = tuple(prediction.shape), tuple(reference.shape)
+    rule = "structures: prediction and reference must share one shape (1, H, W, D)"
+    refuse_if(shapes[0] != shapes[1] or prediction.ndim != 4, rule, "{} and {}".format(*shapes))
+    maps = prediction[0], reference[0].to(prediction.device)
+    box = box_around((maps[0] != 0) | (maps[1] != 0))  # the table of structures is read for each voxel of it
+    indices = pred, truth = [_index_structures(ids[box], structures, affine) for ids in maps]
+    same_structure = (pred + PARTS - 1) // PARTS == (truth + PARTS - 1) // PARTS
+    overlap = _sum_parts(pred[pred == truth], structures)
+    overlap[:, 2] = _sum_parts(pred[same_structure], structures)[:, 2]
+    predicted, present = (_sum_parts(index, structures) for index in indices)
+    known = torch.where(present > 0, present, torch.nan)
     voxel_ml = ML_PER_MM3 * float(torch.linalg.det(affine[:3, :3].double()).abs())
-    names = ("dice", "volume_error", "volume", "reference_volume", "hausdorff")
-    measures = {name: torch.full((len(structures), len(SIDES)), torch.nan, dtype=torch.float64) for name in names}
-    for row, structure in enumerate(structures):
-        left, right = 2 * row + 1, 2 * row + 2
-        for column, (first, last) in enumerate(((left, left), (right, right), (left, right))):
-            if structure.middle and SIDES[column] != "both":
-                continue
-            parts = [(index >= first) & (index <= last) for index in (pred, truth)]
-            predicted, present, overlap = (int(mask.sum()) for mask in (*parts, parts[0] & parts[1]))
-            values = {"volume": predicted * voxel_ml, "reference_volume": present * voxel_ml}
-            if present:
-                values["dice"] = 2 * overlap / (predicted + present)
-                values["volume_error"] = (predicted - present) / present
-            if present and predicted and percentile is not None:
-                # neighbours are found on the host, in the box around a part: memory depends on the largest structure
-                one, two = (mask[None, None].cpu() for mask in _cut(*parts))
-                with warnings.catch_warnings():
-                    # MONAI 1.6 calls a function of its own with an argument that it has deprecated
-                    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-                    distance = compute_hausdorff_distance(one, two, True, percentile=percentile, spacing=spacing_mm)
-                values["hausdorff"] = float(distance)
-            for name, value in values.items():
-                measures[name][row, column] = value
+    measures = {"dice": 2 * overlap / (predicted + known), "volume_error": (predicted - known) / known}
+    measures |= {"volume": predicted * voxel_ml, "reference_volume": present * voxel_ml}
+    if percentile is not None:
+        measures["hausdorff"] = torch.full_like(present, torch.nan)
+        spacing_mm = affine[:3, :3].double().norm(dim=0).tolist()
+        for row, column in ((predicted > 0) & (present > 0)).nonzero().tolist():
+            first, last = (PARTS * row + number for number in ((1, 1), (2, 2), (1, PARTS))[column])
+            # neighbours are found on the host: MONAI cuts the box around both parts
+            parts = [((index >= first) & (index <= last))[None, None].cpu() for index in indices]
+            with warnings.catch_warnings():
+                # MONAI 1.6 calls a function of its own with an argument that it has deprecated
+                warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+                options: dict[str, Any] = {"percentile": percentile, "spacing": spacing_mm, "include_background": True}
+                measures["hausdorff"][row, column] = compute_hausdorff_distance(*parts, **options)
     return measures
 
 
 def compute_structure_entropy(labels: Tensor, entropy: Tensor, structures: Structures, affine: Tensor) -> Tensor:
-    """Mean entropy of the voxels of each predicted structure: of its left part, its right part, and both together.
+    """Mean entropy, (1, H, W, D), of the left, the right and both parts of each structure, (S, 3).
 
-    Labels are FreeSurfer ids, the entropy is relative to its maximum, both (1, H, W, D); the affine takes voxel indices
-    to RAS mm. The result is (S, 3), NaN for what has no voxel; the sides of a structure without sides are NaN.
+    Labels are FreeSurfer ids, (1, H, W, D), the affine takes voxel indices to RAS mm; NaN for what has no voxel.
     """
-    index = _index_structures(labels[0], structures, affine).long()
-    count, total = (
-        torch.bincount(index.flatten(), weights, 2 * len(structures) + 1)[1:].reshape(-1, 2).double()
-        for weights in (None, entropy[0].flatten().double())
-    )
-    count, total = (torch.cat([parts, parts.sum(1, keepdim=True)], 1) for parts in (count, total))
-    for row, structure in enumerate(structures):
-        count[row, :2] *= not structure.middle
-    return torch.where(count > 0, total / count.clamp_min(1), torch.nan).cpu()
+    index = _index_structures(labels[0], structures, affine)
+    return _sum_parts(index, structures, entropy.flatten().double()) / _sum_parts(index, structures)
 
 
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:
