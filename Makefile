@@ -91,7 +91,7 @@ train: $(VENV)/.all
 	$(BIN)/brainfm-monai prepare labels "$(MAPS)" "$(PREPARED)" --jobs $(JOBS) --contrasts T1w,T2w,FLAIR,CT
 	$(BIN)/brainfm-monai data list "$(PREPARED)" --validation "$(VALIDATION)" --test "$(LEFT_OUT)"
 	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant coarse,muon
-	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant release,muon --coarse_weights bundle/training_coarse/model.pt
+	$(BIN)/brainfm-monai train "$(PREPARED)/datalist.json" --variant release,muon --weights bundle/training_coarse/model.pt
 
 # what a bare GPU machine without a network needs to test, measure and train: run.sh MINUTES OUT
 DATALIST ?= $(PREPARED)/datalist.json

@@ -219,10 +219,8 @@ def test_coarse_weights_start_the_fine_training(repository: Path, dataset_dir: P
     coarse.run()
     weights = torch.load(tmp_path / "coarse" / "model.pt", weights_only=True)
 
-    coarse_weights = str(tmp_path / "coarse" / "model.pt")
-    fine = make_workflow(
-        repository, dataset_dir, tmp_path / "fine", features=[8, 16, 32], coarse_weights=coarse_weights
-    )
+    path = str(tmp_path / "coarse" / "model.pt")
+    fine = make_workflow(repository, dataset_dir, tmp_path / "fine", features=[8, 16, 32], weights=path)
     fine.initialize()
     state = fine.parser.get_parsed_content("network").state_dict()
     for name in weights:

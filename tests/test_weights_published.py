@@ -214,7 +214,7 @@ def test_a_brainfm_checkpoint_gives_what_its_definition_gives(
     for head, output in expected.items():
         assert_same(found[BRAINFM_TASKS[head]], output)
     assert not network.training
-    assert (info.format, info.epoch, info.features, info.ignored) == ("BrainFM", 37, features, ())
+    assert (info["format"], info["epoch"], info["features"], info["ignored"]) == ("BrainFM", 37, features, ())
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_a_supersynth_checkpoint_gives_what_its_definition_gives(
             assert_same(found[name], expected[head])
     if "LP" in heads:
         assert_same(found["distance"], torch.cat([expected[h] for h in ("LP", "LW", "RP", "RW")], 1))
-    assert info.format == "SuperSynth"
-    assert "MNI" in info.template_space
+    assert info["format"] == "SuperSynth"
+    assert "MNI" in info["template_space"]
 
 
 def test_the_labels_are_those_of_the_published_list(tmp_path: Path) -> None:
@@ -275,8 +275,8 @@ def test_prefixes_of_ddp_half_precision_and_a_bare_state_dict_are_read(tmp_path:
 
 def test_features_are_not_normalised_where_the_settings_say_so(tmp_path: Path) -> None:
     state = make_brainfm((8, 16), ["CT"])
-    assert load_published(save_brainfm(tmp_path / "a.pth", state, unit_feat=True))[1].unit_norm
-    assert not load_published(save_brainfm(tmp_path / "b.pth", state, unit_feat=False))[1].unit_norm
+    assert load_published(save_brainfm(tmp_path / "a.pth", state, unit_feat=True))[1]["unit_norm"]
+    assert not load_published(save_brainfm(tmp_path / "b.pth", state, unit_feat=False))[1]["unit_norm"]
 
 
 def test_what_has_no_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,13 +284,13 @@ def test_what_has_no_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     state["head.final_conv_pathology.weight"] = torch.rand(1, 8, 1, 1, 1)
     state["head.final_conv_pathology.bias"] = torch.rand(1)
     _, info = load_published(save_brainfm(tmp_path / "b.pth", state))
-    assert info.ignored == ("head pathology",)
+    assert info["ignored"] == ("head pathology",)
     assert "left out, without use here: head pathology" in caplog.text
     content = make_supersynth((8, 16), ["T1", "LP", "LW"])
     torch.save(content, tmp_path / "s.pth")
     _, info = load_published(tmp_path / "s.pth")
-    assert info.tasks == ("T1w",)
-    assert info.ignored == ("head LP", "head LW")
+    assert info["tasks"] == ("T1w",)
+    assert info["ignored"] == ("head LP", "head LW")
 
 
 def test_labels_without_a_protocol_are_numbered(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_import_writes_a_state_dict_and_what_the_bundle_needs_to_use_it(
         )  # of its quality network
     import_weights(path, tmp_path / "out")
     published, info = load_published(path)
-    assert info.ignored == (("conv_downarm_0_0_kernel",) if make == "supersynth" else ())
+    assert info["ignored"] == (("conv_downarm_0_0_kernel",) if make == "supersynth" else ())
     (tmp_path / "out").rename(tmp_path / "moved")
     parser = ConfigParser()
     parser.read_config([str(repository / "bundle/configs/inference.json"), str(tmp_path / "moved/overrides.json")])

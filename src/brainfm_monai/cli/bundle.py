@@ -101,7 +101,7 @@ def train(datalist: str, bundle: str = "bundle", variant: str | Sequence[str] = 
         bundle: folder of the bundle.
         variant: configs that are laid over configs/train.json in this order, separated by commas: the names of files in
             the bundle's folders variants and configs, without ``.json`` (small, finetune, multi_gpu_train, coarse,
-            whose model.pt the fine training takes as ``--coarse_weights``, ...), or paths of your own configs.
+            whose model.pt the fine training takes as ``--weights``, ...), or paths of your own configs.
         overrides: any other ``--key value`` replaces that key of configs/train.json: --max_epochs 10, --output_dir OUT,
             --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16,
             float16), --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']",

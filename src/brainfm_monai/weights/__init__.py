@@ -11,12 +11,9 @@ from brainfm_monai.io import refuse_if
 from brainfm_monai.networks import MultiTaskNet
 from brainfm_monai.tasks import TaskLayout
 from brainfm_monai.weights.checkpoint import read_checkpoint
-from brainfm_monai.weights.published import WeightsInfo, import_weights, load_published
+from brainfm_monai.weights.published import import_weights, load_published
 
-__all__ = [
-    "WeightsInfo", "find_tasks", "import_weights", "load_pretrained", "load_published", "load_weights",
-    "make_pretrained", "read_state_dict",
-]  # fmt: skip
+__all__ = ["find_tasks", "import_weights", "load_pretrained", "load_published", "load_weights", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +56,6 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         rule = f"{path}: the weights must fit the network"
         refuse_if(found != needed, rule, f"{found} where the network has {needed}")
     network.load_state_dict(state)
-
-
-def make_pretrained(
-    backbone: nn.Module, layout: TaskLayout, weights: str | Path, weights_layout: TaskLayout | None = None,
-    stride: int = 1, freeze_backbone: bool = False, out_channels: int | None = None, context: Sequence[str] = (),
-) -> MultiTaskNet:  # fmt: skip
-    """A multi-task network that starts from given weights: the ``_target_`` of ``network_def`` in ``finetune.json``.
-
-    Arguments are those of :class:`~brainfm_monai.networks.MultiTaskNet`, and :func:`load_pretrained`.
-    """
-    network = MultiTaskNet(backbone, layout, stride, freeze_backbone, out_channels, context)
-    load_pretrained(network, weights, weights_layout)
-    return network
 
 
 def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout | None = None) -> list[str]:
