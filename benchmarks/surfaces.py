@@ -22,8 +22,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brainfm_monai.evaluation.surfaces import Mesh, compare_surfaces, compare_thickness, grow_meshes
-from brainfm_monai.surfaces import compute_euler_number, compute_mean_curvature
+from brainfm_monai.evaluation.surfaces import SIDES, compare_surfaces, compare_thickness, grow_surfaces
+from brainfm_monai.surfaces import Hemisphere, compute_euler_number, compute_mean_curvature
 
 CONFIG = Path(__file__).parents[1] / "bundle/configs/inference.json"
 BRIGHTEST = 0.999  # quantile that becomes 1, as the network's input has it
@@ -37,13 +37,12 @@ def read(path: Path) -> tuple[torch.Tensor, np.ndarray]:
     return (values.movedim(-1, 0) if values.ndim == 4 else values), image.affine  # type: ignore[attr-defined]
 
 
-def measure_all(meshes: dict[str, Mesh]) -> None:
+def measure_all(found: dict[str, Hemisphere]) -> None:
     """What ``predict`` measures of surfaces; crossings and thickness are found while the surfaces grow."""
-    for side in ("left", "right"):
-        (white, faces), (pial, _) = meshes[f"{side}_white"], meshes[f"{side}_pial"]
-        compute_euler_number(faces)
-        for vertices in (white, pial):
-            compute_mean_curvature(vertices, faces)
+    for one in found.values():
+        compute_euler_number(one.faces)
+        for vertices in (one.white_mm, one.pial_mm):
+            compute_mean_curvature(vertices, one.faces)
 
 
 def main(words: list[str]) -> None:
@@ -55,21 +54,21 @@ def main(words: list[str]) -> None:
         (distance, affine), image = read(Path(prediction)), read(Path(scan))[0]
         image = ((image - image.min()) / (np.quantile(image.numpy(), BRIGHTEST) - image.min())).clamp(0, 1)
         begun, cpu = time.perf_counter(), time.process_time()
-        found = grow_meshes(distance, affine, levels, image)
+        found = grow_surfaces(distance, affine, levels, image)
         measure_all(found)
         elapsed, used = elapsed + time.perf_counter() - begun, used + time.process_time() - cpu
-        true = grow_meshes(*read(Path(subject) / "distance.nii.gz"))
-        for side in ("left", "right"):
-            names = [f"{side}_{kind}" for kind in ("white", "pial")]
-            thickness = compare_thickness(*([meshes[name] for name in names] for meshes in (found, true)))
-            for name in names:
-                row = compare_surfaces(found[name], true[name])
+        true = grow_surfaces(*read(Path(subject) / "distance.nii.gz"))
+        for letter, side in SIDES.items():
+            thickness = compare_thickness(found[letter], true[letter])
+            for kind in ("white", "pial"):
+                meshes = [(getattr(one[letter], f"{kind}_mm"), one[letter].faces) for one in (found, true)]
+                row = compare_surfaces(meshes[0], meshes[1])
                 keys = ("to_reference_mean", "to_reference_p95", "from_reference_mean", "from_reference_p95")
                 numbers = [f"{row[key]:.2f}" for key in keys]
                 numbers += [f"{thickness[f'vertex_thickness_{key}']:.2f}" for key in ("bias", "error")]
                 numbers += [f"{row['euler_number']:.0f}", f"{row['crossing_share']:.5f}"]
                 print(
-                    f"| {Path(subject).name} | {' | '.join(name.split('_'))} | " + " | ".join(numbers) + " |",
+                    f"| {Path(subject).name} | {side} | {kind} | " + " | ".join(numbers) + " |",
                     flush=True,
                 )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,17 +1,14 @@
-"""Surfaces of an evaluation: spheres and shells whose distances are known, files of both kinds, left and right."""
+"""Surfaces of an evaluation: spheres and shells whose distances are known, left and right."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from nibabel.affines import apply_affine
 from skimage.measure import marching_cubes
 
 from brainfm_monai.evaluation.surfaces import (
@@ -19,9 +16,8 @@ from brainfm_monai.evaluation.surfaces import (
     Mesh,
     compare_surfaces,
     compare_thickness,
-    read_mesh,
 )
-from brainfm_monai.io import ScanError
+from brainfm_monai.surfaces import Hemisphere, compute_thickness_mm
 
 SIZE = (64, 44, 40)
 CENTRES = {"l": (17.0, 21, 20), "r": (46.0, 22, 19)}  # RAS: left is at low indices
@@ -80,10 +76,11 @@ def test_a_handle_and_crossings_are_counted() -> None:
     assert 0.01 < share < 0.3  # a ring about each of the two
 
 
-def make_shell(thickness: float, shift_mm: float = 0.0) -> tuple[Mesh, Mesh]:
+def make_shell(thickness: float, shift_mm: float = 0.0) -> Hemisphere:
     """White and pial surface with the same triangles: a ball of 10 mm, and a larger one that may be moved."""
-    (vertices, faces), centre = make_ball(10), np.array([20, 21, 20])
-    return (vertices, faces), ((vertices - centre) * (1 + thickness / 10) + centre + [shift_mm, 0, 0], faces)
+    (white, faces), centre = make_ball(10), np.array([20, 21, 20])
+    pial = (white - centre) * (1 + thickness / 10) + centre + [shift_mm, 0, 0]
+    return Hemisphere(white, pial, faces, compute_thickness_mm(white, pial, faces), np.zeros(len(white)), (0.0, 0.0))
 
 
 def test_thickness_of_a_shell() -> None:
@@ -158,39 +155,3 @@ def test_labels_give_the_surfaces_of_their_faces() -> None:
     assert found["surface_white", "left", "to_reference_mean"] < 0.4  # the faces of voxels lie about the ball
     assert found["surface_white", "right", "to_reference_mean"] == pytest.approx(1, abs=0.3)
     assert found["surface_thickness", "right", "vertex_thickness_bias"] == pytest.approx(1, abs=0.4)
-
-
-@pytest.fixture
-def oblique() -> Any:
-    """A volume of FreeSurfer with turned axes that is not centred."""
-    turn = nib.eulerangles.euler2mat(0.2, -0.3, 0.4) @ np.diag([-1.0, 1.1, 1.3])
-    return nib.freesurfer.MGHImage(np.zeros((30, 28, 26), np.float32), nib.affines.from_matvec(turn, (12, -33, 7)))
-
-
-def test_surfaces_of_both_kinds_of_files_lie_in_scanner_coordinates(tmp_path: Path, oblique: Any) -> None:
-    vertices, faces = make_ball(8)
-    to_scanner = oblique.affine @ np.linalg.inv(oblique.header.get_vox2ras_tkr())
-    info = {"head": np.array([2, 0, 20]), "valid": "1  # volume info valid", "filename": "orig.mgz"}
-    info |= {"volume": np.array(oblique.shape), "voxelsize": oblique.header["delta"], "cras": oblique.header["Pxyz_c"]}
-    info |= {f"{axis}ras": oblique.header["Mdc"][number] for number, axis in enumerate("xyz")}
-    nib.freesurfer.write_geometry(tmp_path / "lh.white", vertices, faces, volume_info=info)
-    found = read_mesh(tmp_path / "lh.white")
-    np.testing.assert_allclose(found[0], apply_affine(to_scanner, vertices), atol=1e-3)
-    np.testing.assert_array_equal(found[1], faces)
-    arrays = [
-        nib.gifti.GiftiDataArray(found[0].astype(np.float32), "NIFTI_INTENT_POINTSET"),
-        nib.gifti.GiftiDataArray(found[1].astype(np.int32), "NIFTI_INTENT_TRIANGLE"),
-    ]
-    nib.save(nib.GiftiImage(darrays=arrays), tmp_path / "white.surf.gii")
-    again = read_mesh(tmp_path / "white.surf.gii")
-    np.testing.assert_allclose(again[0], found[0], atol=1e-4)
-    case = make_case(TRUTH, left_white=str(tmp_path / "white.surf.gii"))
-    assert values_of(MeasureSurfaces()(case))["surface_white", "left", "to_reference_mean"] > 3
-
-
-def test_another_file_is_reported_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "lh.pial").write_bytes(b"no surface")
-    with pytest.raises(
-        ScanError, match=r"lh\.pial: a GIFTI or FreeSurfer surface with its volume is needed, found [^\n]+$"
-    ):
-        read_mesh(tmp_path / "lh.pial")

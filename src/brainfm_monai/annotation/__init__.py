@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.io import ScanError, bundle_arguments, read_labels, read_scan, refuse_if, write_text, write_whole
 from brainfm_monai.networks import MultiTaskNet
+from brainfm_monai.tasks import TaskLayout
+from brainfm_monai.transforms import SplitTasksd
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ NOT_STRUCTURES = {"background", "background-scribbles", "foreground-scribbles"} 
 VALUE_KEYS = ("idx", "id", "value")  # how clients call the value of a segment
 FOREGROUND = 0.05  # intensity above which a voxel belongs to the head, as at inference
 MULTIPLE = 32  # sides of the network's input, in voxels
-PLANES = 16  # of the network's grid, decoded at a time
 FOLDER = "training_label"  # in the bundle: prepared subjects, and what a training reports
 PROGRESS = "progress.json"
 SMALLEST_GAIN = 0.01  # of a structure's Dice with the corrected labels, for which its new weights are taken
@@ -95,22 +95,18 @@ def _plain(name: str) -> str:
 def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     """Mean entropy of the labels within the brain, relative to its maximum, in [0, 1]; 1 where no brain is found.
 
-    The entropy of each voxel's probabilities, as in Settles, *Active learning literature survey*, 2009, section 3.1, in
-    the network's grid. The network is in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
+    It is taken in the network's grid (Settles, *Active learning literature survey*, 2009, section 3.1). The network is
+    in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
     """
     if not (image > FOREGROUND).any():
         return 1.0
     head: Any = CropForeground(lambda voxels: voxels > FOREGROUND, k_divisible=MULTIPLE)(image[0])
-    features = network.backbone(nnf.avg_pool3d(head.as_tensor()[None], network.stride))
-    logits, protocol = network.layout.slices["segmentation"], network.layout.protocol
-    is_brain = torch.as_tensor(protocol.is_brain, device=image.device)
-    total = count = 0.0
-    for part in features.split(PLANES, dim=2):
-        log_probabilities = network.head(part)[0, logits].float().log_softmax(0)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(0)
-        brain = is_brain[log_probabilities.argmax(0)]
-        total, count = total + float(entropy[brain].sum()), count + float(brain.sum())
-    return total / count / math.log(len(protocol)) if count else 1.0
+    layout = TaskLayout(["segmentation"], network.layout.protocol)
+    logits = network.head(network.encode(head.as_tensor()[None]))[0, : layout.channels]
+    logits = logits - logits.amax(0)  # the entropy of large ones is a difference of large numbers
+    maps = SplitTasksd("labels", layout, probabilities=True)({"labels": logits})
+    brain = torch.as_tensor(layout.protocol.is_brain, device=logits.device)[maps["labels"].as_tensor().long()]
+    return float(maps["entropy"][brain].mean()) if brain.any() else 1.0
 
 
 def train_from_server(items: Items, bundle: str | Path, first_handler: Any, device: str, max_epochs: int) -> None:
@@ -210,15 +206,11 @@ class EpochReport:
     def __init__(self, path: str | Path) -> None:
         self.path, self.began, self.losses = Path(path), time.time(), list[float]()
 
-    def attach(self, engine: Engine) -> None:
-        """Attach to a trainer."""
-        engine.add_event_handler(Events.STARTED | Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.keep)
-
-    def keep(self, engine: Engine) -> None:
-        """Keep the loss of a step."""
-        output: Any = engine.state.output
-        self.losses.append(float(output[0]["loss"] if isinstance(output, list) else output["loss"]))
+    def attach(self, engine: Any) -> None:
+        """Attach to a :class:`~brainfm_monai.engines.MultiTaskTrainer`."""
+        keep = engine.add_event_handler
+        keep(Events.ITERATION_COMPLETED, lambda: self.losses.append(float(engine.state.output["loss"])))
+        keep(Events.STARTED | Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         """Report an epoch."""
@@ -241,10 +233,13 @@ def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -
     """
     new = {key: value.clone() for key, value in network.state_dict().items()}
     rows, protocol = network.layout.slices["segmentation"], network.layout.protocol
-    (dice, size, _), (old_dice, old_size, absent) = (_compare(network, state, items) for state in (new, old))
-    shrunk = (old_size - size) / old_size.clamp_min(1)
+    pairs = torch.stack([_count_pairs(network, state, items) for state in (new, old)])
+    (size, old_size), present = pairs.sum(2), pairs[0].sum(0)
+    dice, old_dice = 2 * pairs.diagonal(dim1=1, dim2=2) / (pairs.sum(1) + pairs.sum(2)).clamp_min(1)
     # a deleted structure has no Dice; tissues of the head are absent because nobody labelled the head
-    gain = torch.where(absent & torch.as_tensor(protocol.is_brain, device=absent.device), shrunk, dice - old_dice)
+    deleted = (present == 0) & torch.as_tensor(protocol.is_brain, device=present.device)
+    gain = torch.where(deleted, (old_size - size) / old_size.clamp_min(1), dice - old_dice)
+    gain[0] = 0  # the rows of the structures decide
     gained = (gain > SMALLEST_GAIN).nonzero().flatten().tolist()
     if not gained and gain.max() > 0:
         gained = [int(gain.argmax())]
@@ -257,18 +252,19 @@ def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -
     return state
 
 
-def _compare(network: MultiTaskNet, weights: Mapping[str, Tensor], items: Items) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each structure (0 for the background): Dice with the labels, predicted voxels, whether no label has it."""
+def _count_pairs(network: MultiTaskNet, weights: Mapping[str, Tensor], items: Items) -> Tensor:
+    """Voxels of all items by the label that is predicted (rows) and the corrected one (columns)."""
     network.load_state_dict(weights)
     network.eval()
-    rows, device = network.layout.slices["segmentation"], network.head.weight.device
-    overlap, pred_size, label_size = torch.zeros(3, len(network.layout.protocol), device=device)
+    rows, device, count = (
+        network.layout.slices["segmentation"],
+        network.head.weight.device,
+        len(network.layout.protocol),
+    )
+    pairs = torch.zeros(count**2, device=device)
     for item in items:
         name = next(name for name in REAL if item.get(f"real_{name}"))
         pred = network((item[name].to(device) / REAL[name]).clamp(0, 1)[None])[0, rows].argmax(0)
         label = nnf.interpolate(item["segmentation"][None].to(device), pred.shape, mode="nearest-exact")[0, 0].long()
-        for counts, voxels in ((overlap, pred[pred == label]), (pred_size, pred), (label_size, label)):
-            counts += torch.bincount(voxels.flatten(), minlength=len(counts))
-    dice = 2 * overlap / (pred_size + label_size).clamp_min(1)
-    dice[0] = 0  # the rows of the structures decide
-    return dice, pred_size, label_size == 0
+        pairs += torch.bincount((count * pred + label).flatten(), minlength=count**2)
+    return pairs.reshape(count, count)

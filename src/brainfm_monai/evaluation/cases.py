@@ -27,7 +27,6 @@ from brainfm_monai.tasks import TASKS, TaskLayout
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
 # what an item may have beside its scan: entry of the list and task that it is the reference of
 REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
-SURFACES = ("left_white", "left_pial", "right_white", "right_pial")  # files of reference surfaces, for --surfaces
 Case = dict[str, Any]
 GRIDS = {"scan": "pred", "network": "segmentation"}  # in which labels are compared, with the entry of the prediction
 HEAD = "head"  # entry of the mask of the head
@@ -44,7 +43,7 @@ def make_pair_cases(
     An item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the
     label map or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor),
     ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``, in the same
-    space as the scan and in grids of their own; ``age`` (years); and surfaces, :data:`SURFACES` (GIFTI or FreeSurfer).
+    space as the scan and in grids of their own; and ``age`` (years).
 
     Returns the items, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a
     ``name``. A missing list or file is a FileNotFoundError; a wrong list, two cases of one name, or a condition for
@@ -53,9 +52,8 @@ def make_pair_cases(
     check_for_real_scans(conditions)
     scans = []
     for item in _read_items(datalist, section):
-        references, rule = item.keys() & {*REFERENCES, *SURFACES}, "item needs 'image' and 'label' or another reference"
+        references, rule = item.keys() & REFERENCES, "item needs 'image' and 'label' or another reference"
         refuse_if("image" not in item or not references, f"{datalist}: every {rule}", sorted(item))
-        item |= {key: str(Path(datalist).parent / item[key]) for key in references.intersection(SURFACES)}
         for path in [item[key] for key in ("image", *sorted(references - {"age"}))]:
             refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
         scans.append((str(item.get("name") or scan_stem(item["image"])), item))
