@@ -228,18 +228,6 @@ def test_slice_profile_has_the_width_that_was_asked_for() -> None:
     assert math.sqrt(float((row * (index - 20) ** 2).sum())) == pytest.approx(2.5, rel=0.01)
 
 
-def test_slice_profiles_go_from_a_gaussian_to_a_box_of_the_same_width_at_half_maximum() -> None:
-    sigma, exponents = torch.full((3,), 3.0), torch.tensor([2.0, 6.0, 60.0])
-    gaussian = separable.slice_operator(torch.ones(1), sigma[:1], 41)[0, 20]
-    rows = separable.slice_operator(torch.ones(3), sigma, 41, exponents)[:, 20]
-    torch.testing.assert_close(rows[0], gaussian)
-    for row in rows:  # half width 3 sqrt(2 ln 2) = 3.53: the third voxel lies within, the fourth beyond
-        assert row[23] > row[20] / 2 > row[24]
-        torch.testing.assert_close(row, row.flip(0))
-    assert rows[1].square().sum() > rows[0].square().sum()  # less in the flanks
-    torch.testing.assert_close(rows[2][17:24], torch.full((7,), 1 / 7), rtol=0.01, atol=1e-4)  # a box of seven voxels
-
-
 # -- intensity -------------------------------------------------------------------------------------------------------------
 
 

@@ -203,7 +203,7 @@ def test_weights_weigh() -> None:
     assert float(total) == pytest.approx(
         float(2 * loss.components["segmentation"] + 3 * loss.components["mni"]), rel=1e-5
     )
-    with pytest.raises(ValueError, match=r"'weights' may name .* got \['T1'\]"):
+    with pytest.raises(ValueError, match=r"'weights' may name .* found \['T1'\]"):
         MultiTaskLoss(LAYOUT, {"T1": 1.0, "FLAIR": 2.0})  # FLAIR is a task, though not of this layout
 
 
@@ -470,7 +470,7 @@ def test_a_weight_of_any_task_weighs_its_gradient() -> None:
 
 
 def test_a_weight_of_what_is_no_task_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'weights' may name .* got \['mni_log_scale'\]"):
+    with pytest.raises(ValueError, match=r"'weights' may name .* found \['mni_log_scale'\]"):
         MultiTaskLoss(TaskLayout(["mni"], uncertainty=["mni"]), {"mni_log_scale": 1.0})
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from brainfm_monai import cli
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.preview import describe, write_preview
+from brainfm_monai.preview import write_preview
 from brainfm_monai.synthesis import SynthesisRanges, Synthesizer
 from brainfm_monai.tasks import TaskLayout
 
@@ -100,7 +100,7 @@ def test_what_was_drawn_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     labels = torch.ones(1, 1, *SIZE, dtype=torch.uint8)
     synthesizer = Synthesizer(ranges, TaskLayout(["segmentation"]), SIZE)
-    text = describe(synthesizer.draw({"generation_labels": labels, "segmentation": labels}, [0]), 0)
+    text = synthesizer.draw({"generation_labels": labels, "segmentation": labels}, [0]).describe()
     assert "synthetic\n" in text
     assert sorted(re.search(r"(\S+) x (\S+) x (\S+) mm", text).groups()) == ["1.0", "1.0", "5.0"]  # type: ignore[union-attr]
     assert "turned 0 deg, scaled 1.10" in text

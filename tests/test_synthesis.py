@@ -16,7 +16,6 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
 from brainfm_monai.functional import spatial
 from brainfm_monai.synthesis import FLAGS, SynthesisParams, SynthesisRanges, Synthesizer, render
-from brainfm_monai.synthesis.ranges import make_mild
 from brainfm_monai.synthesis.rendering import make_coordinates
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -557,7 +556,7 @@ def test_the_age_goes_with_its_samples() -> None:
 
 def test_mild_laws_are_an_instance_and_leave_the_severe_ones_alone() -> None:
     severe = SynthesisRanges()
-    mild = make_mild(severe)
+    mild = severe.make_mild()
     assert severe == SynthesisRanges()
     assert mild.noise_std == (0, 5)
     assert mild.bias_log_std == (0, 0.02)

@@ -17,7 +17,7 @@ from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.io import refuse_if, write_whole
 from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
-from brainfm_monai.synthesis import SUBJECT_KEYS, Synthesizer, describe, parse_ranges, render
+from brainfm_monai.synthesis import SUBJECT_KEYS, Synthesizer, parse_ranges, render
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def write_preview(
             params = synthesizer.draw(subject, [seed + number], entry.get("generation_protocol"))
             out = render(subject, params, layout)
         maps = {name: np.asarray(value[0]) for name, value in out.items() if value.ndim == 5}
-        rows.append(_draw_row(maps, f"{name}  seed {seed + number}\n{describe(params, 0)}", layout))
+        rows.append(_draw_row(maps, f"{name}  seed {seed + number}\n{params.describe()}", layout))
     pairs = [list(chain(*rows[first : first + COLUMNS])) for first in range(0, len(rows), COLUMNS)]
     with write_whole(output) as partial:
         partial.write_bytes(encode(compose(pairs), "png"))

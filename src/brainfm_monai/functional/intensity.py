@@ -22,9 +22,8 @@ def paint_labels(labels: Tensor, values: Tensor) -> Tensor:
 def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: Tensor) -> Tensor:
     """Give voxels the mean of the values of the labels that they hold: partial volumes, without painting the whole map.
 
-    Labels (B, 1, h, w, d) are integers in [0, L), with C values each, (B, L, C), 0 outside. Voxels have their centres
-    at ``coordinates``, (B, 3, H, W, D), in voxels of the labels; the nearest labels at N places count alike, whose
-    ``offsets`` from the centre are (B, 3, N). The result is (B, C, H, W, D), in channels-last memory.
+    Labels and values are those of :func:`paint_labels`, with 0 outside. Voxels have their centres at ``coordinates``,
+    (B, 3, H, W, D), in voxels of the labels; the nearest labels at N ``offsets`` from it, (B, 3, N), count alike.
     """
     batch, outside = len(labels), values.shape[1]
     table = nnf.pad(values, (0, 0, 0, 1)).flatten(0, 1)
@@ -49,11 +48,11 @@ def apply_gamma(image: Tensor, gamma: Tensor) -> Tensor:
 
 
 def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tensor:
-    """Add noise to an image (B, 1, H, W, D), of a standard deviation (B,) in its unit.
+    """Add noise of a standard deviation (B,) to an image (B, 1, H, W, D), and clip it at 0.
 
     Where ``rician`` (B,) is true, this is the magnitude of a complex signal (Gudbjartsson and Patz, Magnetic Resonance
-    in Medicine 34, 1995), elsewhere Gaussian noise without negative intensities. ``noise`` are standard normal draws of
-    the real and the imaginary part, (B, 2, H, W, D), or (B, 1, H, W, D) where no sample is Rician.
+    in Medicine 34, 1995). ``noise`` are standard normal draws of the real and the imaginary part, (B, 2, H, W, D), or
+    (B, 1, H, W, D) where no sample is Rician.
     """
     std = std.reshape(-1, 1, 1, 1, 1)
     signal = torch.addcmul(image, noise[:, :1], std)
@@ -63,10 +62,10 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
 
 
 def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[float]) -> Tensor:
-    """Smooth a floating volume (..., H, W, D) along the axes that are to be sampled more coarsely.
+    """Smooth a floating volume (..., H, W, D) along the axes that are to be sampled more coarsely, edges repeated.
 
     The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of
-    the old size becomes about one of the new size. Edges are continued by their last voxels.
+    the old size becomes about one of the new size.
     """
     for axis, (spacing, target) in enumerate(zip(spacing_mm, target_mm, strict=True), volume.ndim - 3):
         width_mm = math.sqrt(max(target**2 - spacing**2, 0.0))
@@ -91,10 +90,7 @@ def apply_window(values: Tensor, window: Tensor) -> Tensor:
 
 
 def normalise_percentiles(image: Tensor, lower: float = 0.0, upper: float = 0.999) -> Tensor:
-    """Map two quantiles, in [0, 1], of every sample (B, C, H, W, D) to 0 and 1 and clip; a constant image becomes 0.
-
-    The quantiles are taken on a regular subset of at most about :data:`QUANTILE_SAMPLES` voxels.
-    """
+    """Map two quantiles, in [0, 1], of every sample (B, C, H, W, D) to 0 and 1 and clip; a constant image becomes 0."""
     step = max(1, math.ceil((math.prod(image.shape[2:]) / QUANTILE_SAMPLES) ** (1 / 3)))
     seen = image[:, :, ::step, ::step, ::step].flatten(1).float()
     # kthvalue and not quantile: the rank is a number of the host, so that nothing waits for a device

@@ -23,10 +23,7 @@ def hat(position: Tensor, columns: int) -> Tensor:
 
 
 def spread_operator(size: int, count: int, *, device: torch.device | None = None) -> Tensor:
-    """Linear interpolation of ``count`` points, at least 2, that span an axis from its first to its last voxel.
-
-    The operator has shape (1, size, count), its rows sum to 1, and it is exact for what is linear along the axis.
-    """
+    """Linear interpolation of at least 2 points from the first to the last voxel of an axis, (1, size, count)."""
     return hat(torch.linspace(0, count - 1, size, device=device)[None], count)
 
 
@@ -43,10 +40,9 @@ def count_control_points(size: Sequence[int], smallest_spacing: float) -> list[i
 
 
 def lattice_operator(spacing: Tensor, size: int, columns: int, count: int | None = None) -> Tensor:
-    """Linear interpolation of control points that are centred on an axis: (B, count, columns), rows sum to 1.
+    """Linear interpolation of control points at distances (B,), in voxels, that are centred on an axis of a size.
 
-    The axis has ``size`` voxels, the ``columns`` control points (see :func:`count_control_points`) have distances (B,)
-    in voxels, and ``count`` places are spread from the first to the last voxel: every voxel if not given.
+    The operator is (B, count, columns), for ``count`` places from the first to the last voxel, or every voxel.
     """
     half = (size - 1) / 2
     position = torch.linspace(-half, half, count or size, device=spacing.device, dtype=spacing.dtype)
@@ -62,10 +58,10 @@ def interpolate_lattice(
 
 
 def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
-    """Ghosts along one axis, (B, size, size): every ``count``-th line of k-space is weakened by a share ``strength``.
+    """Ghosts along an axis: every ``count``-th line of k-space, (B,), is weakened by a share ``strength``, (B,).
 
     The transform of a comb is a comb: I' = I - (strength / count) sum_j I shifted by j size / count, circularly and
-    linearly interpolated. Both are (B,); a count of 1 only scales the image, so its strength is 0.
+    linearly interpolated. A count of 1 only scales the image, so its strength is 0.
     """
     index = torch.arange(size, device=count.device, dtype=strength.dtype)
     step = size / count.reshape(-1, 1, 1)
@@ -77,27 +73,20 @@ def ghost_operator(count: Tensor, strength: Tensor, size: int) -> Tensor:
     return eye - (strength / count).reshape(-1, 1, 1) * comb
 
 
-def slice_operator(spacing: Tensor, sigma: Tensor, size: int, exponent: Tensor | None = None) -> Tensor:
-    """Acquisition along one axis, (B, size, size): a slice profile sampled every ``spacing`` voxels, rows sum to 1.
+def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
+    """Acquisition along an axis: a Gaussian profile, sampled every ``spacing`` voxels; rows sum to 1.
 
-    Spacing, at least 1, and standard deviation ``sigma`` of the profile are (B,), in voxels; 0 means linear
-    interpolation. Row j is the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the
-    last voxel and are never read by :func:`upsampling_operator`. Profile: Billot et al., Partial volume segmentation of
-    brain MRI scans of any resolution and contrast, MICCAI 2020.
-
-    With an ``exponent`` p, (B,), the profile is 2^-|x / h|^p of the same half width at half maximum h = sigma sqrt(2 ln
-    2): a Gaussian at 2, and the nearer to a box of this width the larger p is.
+    Spacing, at least 1, and std ``sigma`` of the profile are (B,), in voxels; 0 means linear interpolation. Row j is
+    the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and are never
+    read by :func:`upsampling_operator`. (Billot et al., Partial volume segmentation of brain MRI scans of any
+    resolution and contrast, MICCAI 2020.)
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)
     sigma = sigma[:, None, None]
     offset = (centre[..., None] - index) / sigma.clamp_min(torch.finfo(sigma.dtype).eps)
-    if exponent is None:
-        profile = torch.exp(-0.5 * offset**2)
-    else:
-        profile = torch.exp2(-((offset.abs() / math.sqrt(2 * math.log(2))) ** exponent[:, None, None]))
     # Below a third of a voxel the sampled Gaussian is narrower than the grid: linear interpolation is exact there.
-    operator = torch.where(sigma > 1 / 3, profile, hat(centre, size))
+    operator = torch.where(sigma > 1 / 3, torch.exp(-0.5 * offset**2), hat(centre, size))
     return operator / operator.sum(-1, keepdim=True)
 
 

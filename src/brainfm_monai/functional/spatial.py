@@ -11,19 +11,17 @@ LESION_EDGE = 0.2  # width of a lesion's soft edge before it is carried, in stds
 SLAB = 2**17  # voxels that are sampled at once on a CPU: corners and weights of a slab stay in its cache
 
 
-def identity_grid(
-    size: Sequence[int], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Voxel coordinates of a grid of size (H, W, D), shape (1, 3, H, W, D), of a floating type."""
-    axes = [torch.arange(n, device=device, dtype=dtype) for n in size]
+def identity_grid(size: Sequence[int], *, device: torch.device | None = None) -> Tensor:
+    """Voxel coordinates of a grid of size (H, W, D), (1, 3, H, W, D), in float32."""
+    axes = [torch.arange(n, device=device, dtype=torch.float32) for n in size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
 def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tensor:
-    """Linear part of an affine map, (B, 3, 3): shears, then rotations, rows multiplied by the scalings (as in BrainFM).
+    """Linear part of an affine map, (B, 3, 3): A = diag(s) SHx SHy SHz Rx Ry Rz (as in BrainFM).
 
-    A = diag(s) SHx SHy SHz Rx Ry Rz, where SHi adds its two shears of the other axes to row i. Rotations about the axes
-    H, W, D are (B, 3), in degrees, shears (B, 3, 2), dimensionless, scalings (B, 3).
+    Rotations about the axes H, W, D are (B, 3). Shears are (B, 3, 2): SHi adds those of the other axes to row i.
+    Scalings are (B, 3).
     """
     angle = rotation_deg * (math.pi / 180.0)
     matrix = torch.diag_embed(scaling)
@@ -43,11 +41,10 @@ def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tenso
 def sampling_coordinates(
     matrix: Tensor, translation: Tensor, points: Tensor, size: Sequence[int], source_size: Sequence[int], stride: int
 ) -> Tensor:
-    """Where in the source points of the output look, in source voxels: x = A s (p - c_out) + c_source + t.
+    """Where in the source points of the output look, (B, 3, H, W, D), in source voxels: A s (p - c_out) + c_source + t.
 
-    A are matrices (B, 3, 3), t translations (B, 3) in source voxels, p points (B, 3, H, W, D) in output voxels; output
-    and source have their centres at c_out and c_source, and s is the stride: the size of an output voxel in source
-    voxels.
+    A are matrices (B, 3, 3), t translations (B, 3) in source voxels, p points (B, 3, H, W, D) in output voxels, which
+    have the size s in source voxels. Output and source have their centres at c_out and c_source.
     """
     moved = torch.stack([points[:, i] - (n - 1) / 2 for i, n in enumerate(size)], 1) * stride
     turned = torch.bmm(matrix, moved.flatten(2)) + translation[:, :, None]
@@ -57,12 +54,8 @@ def sampling_coordinates(
 def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
     """Sample a source at voxel coordinates. The one place where (H, W, D) order turns into grid_sample's xyz.
 
-    The source is (B, C, h, w, d), floating, coordinates (B, 3, H, W, D) are in its voxels, channel i along axis i, and
-    the result is (B, C, H, W, D). Modes are ``"bilinear"`` (trilinear here) and ``"nearest"``, paddings ``"zeros"`` and
-    ``"border"``.
-
-    Raises:
-        ValueError: if ``coordinates`` has not three channels.
+    The source is (B, C, h, w, d), floating, coordinates (B, 3, H, W, D) are in its voxels, else a ValueError, and the
+    result is (B, C, H, W, D). Modes and paddings are those of grid_sample.
     """
     if coordinates.shape[1] != 3:
         raise ValueError(f"warp: 'coordinates' must have shape (B, 3, H, W, D), got {tuple(coordinates.shape)}")
@@ -72,15 +65,11 @@ def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding
 
 
 def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: str = "border") -> list[Tensor]:
-    """Linear sampling of several sources (B, C_i, h, w, d), float32, at the same coordinates; see :func:`warp`.
+    """Linear sampling of several sources (B, C_i, h, w, d), float32, of one grid, else a ValueError; see :func:`warp`.
 
-    On a GPU this is :func:`warp` for each source. On a CPU, where ``grid_sample`` goes voxel by voxel and channel by
-    channel, the eight corners and their weights are made once for a slab of voxels, and each source is a weighted sum
-    of rows of a table (``embedding_bag``): the same numbers several times faster, above all for sources in
-    channels-last memory.
-
-    Raises:
-        ValueError: if the sources do not lie on one grid.
+    On a CPU, where ``grid_sample`` goes voxel by voxel and channel by channel, the eight corners and their weights are
+    made once for a slab of voxels, and each source is a weighted sum of rows of a table (``embedding_bag``): the same
+    numbers several times faster, above all for sources in channels-last memory.
     """
     if len({source.shape[2:] for source in sources}) > 1:
         raise ValueError(f"warp_all: 'sources' must lie on one grid, got {[tuple(s.shape) for s in sources]}")
@@ -130,10 +119,7 @@ def _fill_corners(points: Tensor, size: Sequence[int], padding_mode: str, index:
 
 
 def gather_nearest(source: Tensor, coordinates: Tensor) -> Tensor:
-    """Values of the nearest voxels, without turning an integer map into a floating one; 0 outside.
-
-    Source (B, C, h, w, d) of any type, coordinates (B, 3, H, W, D) in its voxels: (B, C, H, W, D) of the source's type.
-    """
+    """Nearest voxels of a source (B, C, h, w, d) of any type at coordinates (B, 3, H, W, D); 0 outside."""
     h, w, d = source.shape[2:]
     x, y, z = coordinates.round().long().unbind(1)
     inside = (x >= 0) & (x < h) & (y >= 0) & (y < w) & (z >= 0) & (z < d)
@@ -154,7 +140,7 @@ def average_neighbours(volume: Tensor) -> Tensor:
 
 def integrate_velocity(velocity: Tensor, steps: int = 6) -> Tensor:
     """Displacement (B, 3, H, W, D) of a velocity at time 1, voxels, by squarings (Arsigny et al., MICCAI 2006)."""
-    grid = identity_grid(velocity.shape[2:], device=velocity.device, dtype=velocity.dtype)
+    grid = identity_grid(velocity.shape[2:], device=velocity.device)
     displacement = velocity / 2**steps
     for _ in range(steps):
         displacement = displacement + warp(displacement, grid + displacement, padding_mode="border")
@@ -177,8 +163,8 @@ def compute_curl(potential: Tensor) -> Tensor:
 def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
     """Lesions with soft edges where a smooth field (B, 1, H, W, D) is highest, in [0, 1]; a lesion exceeds one half.
 
-    They cover a share (B,) of a region, a mask of the field's shape; there are none where the share or the region is
-    empty. Liu et al., PEPSI: pathology-enhanced pulse-sequence-invariant representations for brain MRI, MICCAI 2024.
+    They cover a share (B,) of a region, a mask of the field's shape. (Liu et al., PEPSI: pathology-enhanced
+    pulse-sequence-invariant representations for brain MRI, MICCAI 2024.)
     """
     limits = torch.finfo(field.dtype)
     values = torch.where(region, field, limits.min).flatten(1).sort(dim=1, descending=True).values
@@ -190,11 +176,10 @@ def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
 
 
 def carry(soft: Tensor, velocity: Tensor, distance: Tensor) -> Tensor:
-    """Carry a map (B, C, H, W, D) along a stationary velocity (B, 3, H, W, D) of any scale.
+    """Carry a map (B, C, H, W, D) along a velocity (B, 3, H, W, D), whose root mean square becomes ``distance`` (B,).
 
-    The velocity is scaled to a root mean square of ``distance`` (B,), in voxels. PEPSI (above) advects by an ODE
-    solver; the exponential of a velocity without divergence is such a flow too.
+    PEPSI (above) advects by an ODE solver; the exponential of a velocity without divergence is such a flow too.
     """
     size = velocity.square().sum(1).flatten(1).mean(1).sqrt().clamp_min(torch.finfo(velocity.dtype).tiny)
     flow = integrate_velocity(velocity * (distance / size).reshape(-1, 1, 1, 1, 1))
-    return warp(soft, identity_grid(soft.shape[2:], device=soft.device, dtype=soft.dtype) + flow)
+    return warp(soft, identity_grid(soft.shape[2:], device=soft.device) + flow)

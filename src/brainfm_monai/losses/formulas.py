@@ -87,10 +87,7 @@ def compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def compute_gradient_l1(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Absolute error of forward differences of voxels that both count, summed over the axes (gradient of BrainFM)."""
-    error, counted = (
-        pred.float() - target,
-        mask.bool(),
-    )  # differences are linear: that of the error is the error of that
+    error, counted = pred.float() - target, mask.bool()  # the difference of the errors is the error of the differences
     steps = []
     for axis in (2, 3, 4):
         both = counted.narrow(axis, 1, mask.shape[axis] - 1) & counted.narrow(axis, 0, mask.shape[axis] - 1)
@@ -110,8 +107,8 @@ def compute_laplace_nll(error: Tensor, log_scale: Tensor | None, mask: Tensor) -
     """Mean negative log likelihood of absolute errors under a Laplace law of predicted scale b: ``error / b + log b``.
 
     The constant log 2 is left out. The loss may be negative: b is a length in the unit of the error. ``log_scale`` is
-    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`, None for b = 1. Kendall and Gal,
-    What uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.
+    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`, None for b = 1. (Kendall and
+    Gal, What uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.)
     """
     if log_scale is None:
         return compute_masked_mean(error, mask)
@@ -134,10 +131,10 @@ def compute_pooled_l1(values: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def compute_info_nce(embedding: Tensor, mask: Tensor, samples: int) -> Tensor:
     """InfoNCE between the scans of one subject, whose geometry is the same: a voxel is found again in another scan.
 
-    Of each pair of scans, a voxel's embedding in the one is compared with those of all places of a fixed lattice in the
-    other; the right one is that of the same place. The loss is the cross entropy, its mean over the other samples of a
-    subject. The embedding is (B S, C, H, W, D), the S samples of a subject one after the other; a place counts where
-    the mask (B S, 1, H, W, D) counts it in all. van den Oord et al., arXiv 1807.03748; Chen et al., SimCLR, ICML 2020.
+    A voxel's embedding in one scan is compared with those of all places of a fixed lattice in another scan; the right
+    one is that of the same place. The loss is the cross entropy, its mean over the other samples of a subject. The
+    embedding is (B S, C, H, W, D), the S samples of a subject one after the other; a place counts where the mask
+    (B S, 1, H, W, D) counts it in all. (van den Oord et al., arXiv 1807.03748; Chen et al., SimCLR, ICML 2020.)
     """
     steps = [max(1, size // LATTICE) for size in embedding.shape[2:]]
     places: Any = (..., *(slice(step // 2, step // 2 + step * (LATTICE - 1) + 1, step) for step in steps))
@@ -168,8 +165,8 @@ class MultiTaskLoss(nn.Module):
 
     def __init__(self, layout: TaskLayout, weights: Mapping[str, float] | None = None, samples: int = 1) -> None:
         super().__init__()
-        if unknown := sorted(set(weights or {}) - set(TASKS)):
-            raise ValueError(f"MultiTaskLoss: 'weights' may name {list(TASKS)}, got {unknown}")
+        unknown = sorted(set(weights or {}) - set(TASKS))
+        refuse_if(unknown, f"MultiTaskLoss: 'weights' may name {list(TASKS)}", unknown)
         refuse_if(samples < 1, "MultiTaskLoss: 'samples' must be at least 1", samples)
         self.layout, self.weights, self.samples = layout, dict(weights or {}), samples
         self.kinds = {name: task.kind for name, task in layout.tasks.items() if task.kind != "log_scale"}
@@ -187,15 +184,13 @@ class MultiTaskLoss(nn.Module):
         refuse_if(len(pred) % self.samples, rule, tuple(pred.shape))
         parts = self.layout.split(pred)
         visible = head = target["visible"].bool()
-        if "segmentation" in target:
-            head = visible & (target["segmentation"] > 0)
-            if "available_segmentation" in target:  # where labels are absent, nobody knows what is head
-                head = torch.where(_per_sample(target["available_segmentation"], head), head, visible)
+        if "segmentation" in target:  # where labels are absent, nobody knows what is head
+            head = visible & ((target["segmentation"] > 0) | ~_available("segmentation", target, head))
         sums, counts = {}, {}
         for name, kind in self.kinds.items():
             if name in target or (kind == "embedding" and self.samples > 1):
                 losses = self._compute(name, parts, target, visible, head)
-                available = target.get(f"available_{name}", torch.ones_like(losses)) > 0
+                available = _available(name, target, losses)
                 sums[name] = torch.where(available, losses, 0.0).sum()
                 counts[name] = available.sum().to(losses.dtype)
         self.components = {name: loss.detach() / counts[name].clamp_min(1) for name, loss in sums.items()}
@@ -217,7 +212,7 @@ class MultiTaskLoss(nn.Module):
             return compute_info_nce(output, head, self.samples)
         truth = target[name]
         if f"available_{name}" in target:  # an absent target may hold anything, and NaN would spread over the gradient
-            truth = torch.where(_per_sample(target[f"available_{name}"], truth), truth, truth.new_zeros(()))
+            truth = torch.where(_available(name, target, truth), truth, truth.new_zeros(()))
         if kind == "labels":
             return compute_dice_ce(output, truth)
         if kind == "mask":
@@ -230,12 +225,12 @@ class MultiTaskLoss(nn.Module):
             counted = counted & target[f"valid_{name}"].bool()
         if kind == "log_field":
             return compute_centred_mse(output, truth, counted)
-        banded = kind == "distance"
-        error = compute_banded_error(output, truth) if banded else (output.float() - truth).abs()
+        error = compute_banded_error(output, truth) if kind == "distance" else (output.float() - truth).abs()
         loss = compute_laplace_nll(error, parts.get(f"{name}_log_scale"), counted)
         return loss + compute_gradient_l1(output, truth, counted) if kind == "image" else loss
 
 
-def _per_sample(available: Tensor, like: Tensor) -> Tensor:
-    """Which samples have something, as a mask that fits a tensor of any number of dimensions."""
+def _available(name: str, target: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Which samples have a target, as a mask that fits a tensor of any number of dimensions."""
+    available = target.get(f"available_{name}", torch.ones(len(like), device=like.device))
     return (available > 0).reshape(-1, *[1] * (like.ndim - 1))

@@ -2,9 +2,9 @@
 
 from brainfm_monai.synthesis.ranges import SynthesisParams, SynthesisRanges, parse_ranges
 from brainfm_monai.synthesis.rendering import render
-from brainfm_monai.synthesis.synthesizer import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer, describe
+from brainfm_monai.synthesis.sampling import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer
 
 __all__ = [
-    "FLAGS", "LARGEST_SEED", "SUBJECT_KEYS", "SynthesisParams", "SynthesisRanges", "Synthesizer", "describe",
-    "parse_ranges", "render",
+    "FLAGS", "LARGEST_SEED", "SUBJECT_KEYS", "SynthesisParams", "SynthesisRanges", "Synthesizer", "parse_ranges",
+    "render",
 ]  # fmt: skip

@@ -11,10 +11,9 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import intensity, separable
 from brainfm_monai.io import read_table, refuse_if
-from brainfm_monai.synthesis.ranges import AppearanceParams
+from brainfm_monai.synthesis.ranges import CONTRASTS, AppearanceParams
 from brainfm_monai.tasks import TASKS
 
-CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")  # that have a table of the mean intensity of every tissue
 # Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the files.
 IMAGES = {name: TASKS[name].outside * TASKS[name].scale for name in CONTRASTS}
 INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
@@ -24,10 +23,9 @@ QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 
 
 def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Means and the stds of these means, both (N, L), out of N of the package's tables for L generation labels.
+    """Means and the stds of these means, both (N, L), out of N tables, else a ValueError, for L generation labels.
 
     ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
-    ValueError if there is no such table.
     """
     unknown = [name for name in names if name not in CONTRASTS]
     refuse_if(unknown, f"contrast_priors: names must be out of {list(CONTRASTS)}", unknown)
@@ -87,10 +85,9 @@ def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor
     image = intensity.apply_gamma(image, appearance.gamma) * log_bias_field.exp()
     slices, back = [], []
     for i, n in enumerate(size):
-        spacing, exponent = appearance.spacing[:, i], None if appearance.exponent is None else appearance.exponent[:, i]
         ghost = separable.ghost_operator(appearance.ghost_count[:, i], appearance.ghost_strength[:, i], n)
-        slices.append(separable.slice_operator(spacing, appearance.sigma[:, i], n, exponent) @ ghost)
-        back.append(separable.upsampling_operator(spacing, n))
+        slices.append(separable.slice_operator(appearance.spacing[:, i], appearance.sigma[:, i], n) @ ghost)
+        back.append(separable.upsampling_operator(appearance.spacing[:, i], n))
     signal = separable.apply_separable(image, slices).abs()
     noisy = intensity.add_noise(signal, appearance.noise, appearance.noise_std, appearance.rician)
     return separable.apply_separable(noisy, back), log_bias_field, image

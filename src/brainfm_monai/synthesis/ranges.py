@@ -1,5 +1,6 @@
 """The laws of the generator's random quantities, and what one draw of them consists of."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from brainfm_monai.io import refuse_if
 
 Range = tuple[float, float]
+CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")  # real images, and tables of the mean intensity of every tissue
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class SynthesisRanges:
     std: Range = (5.0, 25.0)
     dark_background_prob: float = 0.5
     contrast_prior_prob: float = 0.0
-    contrast_priors: tuple[str, ...] = ("T1w", "T2w", "FLAIR", "CT")
+    contrast_priors: tuple[str, ...] = CONTRASTS
     contrast_prior_spread: float = 2.0
     contrast_inversion_prob: float = 0.3
     head_cluster_prob: float = 0.3
@@ -55,7 +57,6 @@ class SynthesisRanges:
     dissection_photo_prob: float = 0.0
     dissection_photo_spacing_mm: Range = (2.5, 12.5)
     profile_factor: Range = (0.85, 1.15)
-    profile_exponent: Range = (2.0, 2.0)
     ghost_prob: float = 0.0
     ghost_count: Range = (2.0, 5.0)
     ghost_strength: Range = (0.1, 0.5)
@@ -83,7 +84,6 @@ class SynthesisRanges:
             if isinstance(value, list):  # of a config or a command line
                 value = tuple(value)
                 object.__setattr__(self, name, value)
-            rule, valid = "anything", True
             if name.endswith("_prob"):
                 rule, valid = "in [0, 1]", 0 <= value <= 1
             elif field.type == Range:
@@ -92,7 +92,19 @@ class SynthesisRanges:
                 count = len(getattr(SynthesisRanges, name))
                 rule = f"{count} numbers of at least 0, not all 0"
                 valid = len(value) == count and min(value) >= 0 and sum(value) > 0
+            else:
+                continue
             refuse_if(not valid, f"SynthesisRanges: '{name}' must be {rule}", value)
+
+    def make_mild(self) -> "SynthesisRanges":
+        """Laws of the mild samples of a subject, out of these of the severe ones: hardly any bias, gamma and noise.
+
+        Source: configuration of the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), with a
+        log-bias std up to 0.02, gamma 0.01, noise up to 0.02 of the intensity range, at the full resolution.
+        """
+        still: dict[str, Any] = {"gamma_log_std": 0.01, "ghost_prob": 0.0, "mixup_prob": 0.0}
+        still |= {"noise_std": (0.0, 5.0), "real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}
+        return replace(self, bias_log_std=(0.0, 0.02), **still)
 
 
 def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
@@ -100,17 +112,6 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     unknown = sorted(set(values) - {field.name for field in fields(SynthesisRanges)})
     refuse_if(unknown, "SynthesisRanges: docs/sampling.md lists the fields", f"no {', '.join(unknown)}")
     return SynthesisRanges(**values)
-
-
-def make_mild(ranges: SynthesisRanges) -> SynthesisRanges:
-    """Laws of the mild samples of a subject, out of those of the severe ones: hardly any bias, gamma and noise.
-
-    Source: configuration of the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), with a log-bias
-    std up to 0.02, gamma 0.01, noise up to 0.02 of the intensity range, at the full resolution.
-    """
-    still: dict[str, Any] = {"gamma_log_std": 0.01, "ghost_prob": 0.0, "mixup_prob": 0.0}
-    still |= {"noise_std": (0.0, 5.0), "real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}
-    return replace(ranges, bias_log_std=(0.0, 0.02), **still)
 
 
 class GeometryParams(NamedTuple):
@@ -158,7 +159,6 @@ class AppearanceParams(NamedTuple):
     bias_spacing: Tensor  # distance of those, (B, 3)
     spacing: Tensor  # of the acquisition, (B, 3), at least 1
     sigma: Tensor  # of the acquisition profile, (B, 3), output voxels
-    exponent: Tensor | None  # of the profile, (B, 3), see slice_operator; None where all profiles are Gaussian
     ghost_count: Tensor  # copies along each axis, (B, 3); 1 for none
     ghost_strength: Tensor  # (B, 3)
     rician: Tensor  # (B,), bool
@@ -176,3 +176,22 @@ class SynthesisParams(NamedTuple):
     def to(self, device: torch.device) -> "SynthesisParams":
         """The same draw on another device, without waiting for it."""
         return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)
+
+    def describe(self) -> str:
+        """What was drawn for the first sample of the first subject, in a few lines."""
+        geometry, look = self.geometry, self.appearances[0]
+        shares = zip(("synthetic", *CONTRASTS), look.blend[0], strict=True)
+        left, _, right = torch.linalg.svd(geometry.matrix[0])  # the nearest rotation, by the polar decomposition
+        turn = math.degrees(math.acos(max(-1.0, min(1.0, float(((left @ right).trace() - 1) / 2)))))
+        events = {"mirrored": geometry.mirror[0], "stripped": geometry.stripped[0], "defaced": geometry.face[0].any()}
+        events |= {"ghosts": look.ghost_strength[0].any(), "lesions": geometry.lesion_coverage[0] > 0}
+        facts = [
+            " + ".join(f"{float(share):.2f} {name}" if share < 1 else name for name, share in shares if share > 0),
+            " x ".join(f"{float(v) * geometry.voxel_mm:.1f}" for v in look.spacing[0]) + " mm",
+            f"turned {turn:.0f} deg, scaled {float(torch.linalg.det(geometry.matrix[0])) ** (1 / 3):.2f}",
+            f"velocity {float(geometry.velocity[0].std()) * geometry.voxel_mm:.1f} mm",
+            f"bias {float(look.bias[0].std()):.2f}, gamma {float(look.gamma[0]):.2f}",
+            f"noise {float(look.noise_std[0]):.1f}{' Rician' if look.rician[0] else ''}",
+            ", ".join(name for name, happened in events.items() if happened),
+        ]
+        return "\n".join(facts)

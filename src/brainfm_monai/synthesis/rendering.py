@@ -28,13 +28,13 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
         layout: the tasks whose targets are made.
 
     Returns:
-        ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and one entry for every
-        task with a target, in the unit of the task table, repeated for the samples; ``segmentation`` is a label map,
-        int64. ``visible`` marks the field of view without a removed face, ``valid_<image>`` what a given defacing mask
-        leaves of a target. ``super_resolution`` is the sample with gamma and bias field, before slices and noise,
-        between its own percentiles. ``age``, (B S,), only changes its unit: leave scaling and shear out.
+        ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and for every task its
+        target in the unit of the task table. ``segmentation`` is a label map, int64. ``visible`` marks the field of
+        view without a removed face, ``valid_<image>`` what a given defacing mask leaves of a target.
+        ``super_resolution`` is the sample with gamma and bias field, before slices and noise, between its own
+        percentiles. ``age``, (B S,), only changes its unit: leave scaling and shear out.
     """
-    geometry, tasks = params.geometry, layout.tasks
+    geometry, tasks, count = params.geometry, layout.tasks, len(params.appearances)
     coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])
     read, mni = _read(subject, params, coordinates), _read_mni(subject, coordinates, geometry)
     labels = spatial.gather_nearest(subject["segmentation"], coordinates).long()
@@ -68,17 +68,16 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     targets |= {f"valid_{n}": spatial.gather_nearest(mask, coordinates) == 0 for n, mask in masks.items()}
     targets |= {key: subject[key] for key in (f"available_{name}" for name in tasks) if key in subject}
     # What the samples of a subject share is repeated for each; what each has of its own has the same order.
-    count = len(params.appearances)
-    made = {
-        n: v.repeat_interleave(count, 0) if count > 1 else v for n, v in targets.items() if n not in TASKS or n in tasks
-    }
+    made = {name: value for name, value in targets.items() if name not in TASKS or name in tasks}
+    if count > 1:
+        made = {name: value.repeat_interleave(count, 0) for name, value in made.items()}
     return made | {n: torch.stack(v, 1).flatten(0, 1) for n, v in samples.items() if n == "image" or n in tasks}
 
 
 def make_coordinates(geometry: GeometryParams, source_size: Sequence[int]) -> Tensor:
-    """Source voxel of every output voxel: x = A s (phi(i) - c_out) + c_source + t, i mirrored where the draw says so.
+    """Source voxel of every output voxel, (B, 3, H, W, D); their Jacobian determinants show folds.
 
-    The coordinates are (B, 3, H, W, D), of a source of a size (H, W, D); their Jacobian determinants show folds.
+    x = A s (phi(i) - c_out) + c_source + t, i mirrored where the draw says so, of a source of a size (H, W, D).
     """
     size, device = geometry.spatial_size, geometry.velocity.device
     counts = _coarsen(size, 1 / VELOCITY_STEP)
@@ -107,16 +106,12 @@ def make_lesion_maps(
 
     Own lesions, ``lesion`` of the subject, only move with it, because real images show them; given ones, out of noise
     or of another subject's ``lesion_shape``, are carried by a flow of their own. There is None if neither can exist.
-    ``coordinates`` are those of the output voxels, at which ``segmentation`` (B, 1, H, W, D) is given.
     """
-    if not geometry.lesion_noise and "lesion" not in subject:
-        return None
     size, counts = geometry.spatial_size, _coarsen(geometry.spatial_size, 1 / LESION_STEP)
-    own = torch.zeros_like(segmentation, dtype=torch.float32)
-    if "lesion" in subject:
-        own = (spatial.gather_nearest(subject["lesion"], coordinates) > 0).float()
+    masks = {key: subject[key] for key in ("lesion", "lesion_shape") if key in subject}
+    maps = {key: (spatial.gather_nearest(mask, coordinates) > 0).float() for key, mask in masks.items()}
     if not geometry.lesion_noise:
-        return own, torch.zeros_like(own)
+        return (maps["lesion"], torch.zeros_like(maps["lesion"])) if "lesion" in maps else None
 
     def spread(points: Tensor, spacing_mm: float) -> Tensor:
         spacing = torch.full((len(points), 3), spacing_mm / geometry.voxel_mm, device=points.device)
@@ -126,15 +121,14 @@ def make_lesion_maps(
     octaves = zip(geometry.lesion_noise, LESION_NOISE_MM, strict=True)
     noise = torch.stack([spread(points, spacing) * 0.5**i for i, (points, spacing) in enumerate(octaves)]).sum(0)
     shape = spatial.make_lesions(noise, separable.resize(region.float(), counts) > 0.5, geometry.lesion_coverage)
-    if "lesion_shape" in subject:
-        drawn = (spatial.gather_nearest(subject["lesion_shape"], coordinates) > 0).float()
-        drawn = separable.resize(spatial.average_neighbours(drawn), counts)  # shares keep the edge where it was
+    if "lesion_shape" in maps:  # shares keep the edge where it was
+        drawn = separable.resize(spatial.average_neighbours(maps["lesion_shape"]), counts)
         has_shape = drawn.amax((1, 2, 3, 4), keepdim=True) > 0
-        has_lesion = geometry.lesion_coverage.reshape(-1, 1, 1, 1, 1) > 0
-        shape = torch.where(has_shape, drawn * has_lesion, shape)
+        shape = torch.where(has_shape, drawn * (_voxelwise(geometry.lesion_coverage) > 0), shape)
     velocity = spatial.compute_curl(spread(geometry.lesion_potential, LESION_FLOW_MM))
     soft = spatial.carry(shape, velocity, geometry.lesion_flow / LESION_STEP)
-    return own, ((separable.resize(soft, size) > 0.5) & region).float()
+    given = ((separable.resize(soft, size) > 0.5) & region).float()
+    return maps.get("lesion", torch.zeros_like(given)), given
 
 
 def _voxelwise(values: Tensor) -> Tensor:
@@ -171,9 +165,7 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
         read |= dict(zip(together, warped, strict=True))
     # The first painted channel is 1 in the subject's box: what lies outside is air, far from everything.
     outside = 1 - read["painted"][:, :1]
-    for name, air in IMAGES.items():
-        if name in read and air != 0:
-            read[name] = read[name] + air * outside
+    read |= {name: read[name] + air * outside for name, air in IMAGES.items() if name in read and air != 0}
     if "distance" in read:
         shrink = _voxelwise(torch.linalg.det(geometry.matrix).abs().pow(-1 / 3))
         distance = read["distance"] * shrink + FAR_MM * outside

@@ -1,25 +1,38 @@
-"""Drawing: the one place where the generator is random."""
+"""Drawing, the one place where the generator is random, and both steps of the generator behind one call."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import separable, spatial
+from brainfm_monai.io import refuse_if
 from brainfm_monai.synthesis import acquisition
-from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams, Range, SynthesisRanges
+from brainfm_monai.synthesis.ranges import CONTRASTS, AppearanceParams, GeometryParams, SynthesisParams, SynthesisRanges
+from brainfm_monai.synthesis.rendering import render
+from brainfm_monai.tasks import TaskLayout
 
 PROFILE_SIGMA = math.log(5) / math.pi  # std of the slice profile per thickness (BrainFM, after Brain-ID and SynthSR)
-GAUSSIAN = (2.0, 2.0)  # exponents of profiles that are Gaussian alone
 PHOTO_AXIS = 1  # dissected slices are coronal (BrainFM)
 DARK_STD_SHARE = 0.2  # of its drawn std, which dark air keeps
 CSF_ID, WHITE_ID, GREY_ID, CEREBELLUM_IDS = 24, 2, 3, (7, 8, 46, 47)
-LARGEST_SEED = 2**62
+LARGEST_VOLUME_SEED = 2**62
+LARGEST_SEED = 2**31 - 1
+VOXEL_TOLERANCE_MM = 1e-4
+MAPS = ("distance", "mni", "lesion", "lesion_shape", "age")
+MASKS = tuple(f"{name}_defacing_mask" for name in CONTRASTS)
+SUBJECT_KEYS = ("generation_labels", "segmentation", *CONTRASTS, *MASKS, *MAPS)
+# Before a key of a subject: 1 if the subject has it; for an image, 1 if a scanner made it, so that it may be an input.
+FLAGS = ("available_", "real_")
+
+_load_protocol = cache(Protocol.load)
 
 
-class Draws:
+class _Draws:
     """Draws for a batch, each sample from its own generator, so that a sample does not depend on its neighbours.
 
     Numbers are drawn on the host, where they are the same for every device; volumes on the device, from seeds of them.
@@ -30,20 +43,16 @@ class Draws:
         self.device, self.batch = device, len(seeds)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, (B, *shape)."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
     def control_points(self, channels: int, size: Sequence[int], smallest_spacing: float) -> Tensor:
-        """Standard normal control points of a field over a grid, see :func:`separable.count_control_points`."""
         return self.normal(channels, *separable.count_control_points(size, smallest_spacing))
 
-    def uniform(self, limits: Range, *shape: int) -> Tensor:
-        """Numbers between two limits, (B, *shape)."""
+    def uniform(self, limits: tuple[float, float], *shape: int) -> Tensor:
         unit = torch.stack([torch.rand(shape, generator=g) for g in self.generators])
         return limits[0] + (limits[1] - limits[0]) * unit
 
     def chance(self, probability: float) -> Tensor:
-        """Whether something happens, (B,), bool."""
         return self.uniform((0.0, 1.0)) < probability
 
     def one_axis(self) -> Tensor:
@@ -57,16 +66,71 @@ class Draws:
         return (level >= cumulative[:, :-1]).sum(1)
 
     def volume(self, *shape: int) -> Tensor:
-        """Standard normal numbers on the device, (B, *shape)."""
-        seeds = [int(torch.randint(LARGEST_SEED, (1,), generator=g)) for g in self.generators]
+        seeds = [int(torch.randint(LARGEST_VOLUME_SEED, (1,), generator=g)) for g in self.generators]
         own = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in own])
 
 
-def sample_geometry(
-    laws: SynthesisRanges, draws: Draws, size: Sequence[int], protocol: Protocol, stride: int, source_mm: float
+@dataclass(eq=False)
+class Synthesizer:
+    """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch."""
+
+    ranges: SynthesisRanges  # laws of the (severe) samples
+    layout: TaskLayout  # tasks whose targets are made
+    spatial_size: Sequence[int]  # (H, W, D) of the generated scans
+    scan_mm: float = 1.0  # voxel of the generated scans
+    label_mm: float | None = None  # voxel of the subjects' labels, a whole fraction of scan_mm; None: the same
+    generation_protocol: str = "synthseg_generation"  # of the generation labels of subjects that name none
+    samples: int = 1  # scans of each subject; they share its deformation and targets, and differ in everything else
+    mild_samples: int = 0  # how many of them, the first ones, are mild
+
+    def __post_init__(self) -> None:
+        severe, mild = self.samples - self.mild_samples, self.mild_samples
+        rule = f"Synthesizer: 'mild_samples' must be in [0, {self.samples}] of at least one sample"
+        refuse_if(not 0 <= mild <= self.samples or self.samples < 1, rule, mild)
+        self.source_mm = self.scan_mm if self.label_mm is None else self.label_mm
+        self.stride = round(self.scan_mm / self.source_mm)
+        off_mm = abs(self.stride * self.source_mm - self.scan_mm)
+        rule = f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}"
+        refuse_if(off_mm > VOXEL_TOLERANCE_MM, rule, self.source_mm)
+        self.laws = [self.ranges.make_mild()] * mild + [self.ranges] * severe
+
+    def draw(
+        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> SynthesisParams:  # fmt: skip
+        """Everything random of the subjects' samples, on a device, for which their flags suffice, or where they are."""
+        draws = _Draws(seeds, torch.device(device or subject["generation_labels"].device))
+        present = [every := torch.ones(draws.batch, dtype=torch.bool)]
+        for name in CONTRASTS:
+            flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
+            present.append(torch.stack([every, *flags]).all(0) if flags or name in subject else ~every)
+        protocol, painted = self.layout.protocol, _load_protocol(generation_protocol or self.generation_protocol)
+        # What the samples share is drawn by the severe law: a mild law differs in the appearance alone.
+        geometry = _sample_geometry(self.ranges, draws, self.spatial_size, protocol, self.stride, self.source_mm)
+        looks = [_sample_appearance(law, draws, geometry, painted, torch.stack(present, 1)) for law in self.laws]
+        return SynthesisParams(geometry, tuple(looks)).to(draws.device)
+
+    @torch.no_grad()
+    def __call__(
+        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None
+    ) -> dict[str, Tensor]:
+        """Scans and targets of a batch of subjects, each with a seed; see :func:`render` for both.
+
+        Flags of the subjects are on the host, (B,): ``available_<key>``, 0 for subjects without the key, and
+        ``real_<image>``, 0 for images that are targets but no inputs. The generation protocol may be the subjects' own.
+        """
+        parts = [(subject, seeds)]
+        if subject["generation_labels"].device.type == "cpu":
+            # One after the other: the same numbers, and a subject's volumes stay in the processor's cache.
+            parts = [({k: v[i : i + 1] for k, v in subject.items()}, seeds[i : i + 1]) for i in range(len(seeds))]
+        made = [render(some, self.draw(some, own, generation_protocol), self.layout) for some, own in parts]
+        return {name: torch.cat([part[name] for part in made]) for name in made[0]} if len(made) > 1 else made[0]
+
+
+def _sample_geometry(
+    laws: SynthesisRanges, draws: _Draws, size: Sequence[int], protocol: Protocol, stride: int, source_mm: float
 ) -> GeometryParams:
-    """Draw what the samples of a subject share, of a size (H, W, D), ``stride`` source voxels to a voxel."""
     voxel_mm, extent = stride * source_mm, torch.tensor(size, dtype=torch.float32)
     photo, photo_mm = draws.chance(laws.dissection_photo_prob), draws.uniform(laws.dissection_photo_spacing_mm)
     # Every slab lies in its own photo: it is displaced in its plane alone, whatever its neighbours do.
@@ -114,7 +178,7 @@ def sample_geometry(
     )
 
 
-def _sample_kept(laws: SynthesisRanges, draws: Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, ...]:
+def _sample_kept(laws: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, ...]:
     """Labels that stay, (B, K), whether the rest is cut out of the image, (B,), and hemispheres that stay, (B, 2)."""
     ids = torch.as_tensor(protocol.freesurfer_ids)
     strip, without_fluid = draws.chance(laws.skull_strip_prob), draws.chance(0.5)
@@ -130,24 +194,22 @@ def _sample_kept(laws: SynthesisRanges, draws: Draws, protocol: Protocol, photo:
     return (~removed).float(), strip & ~head_removal, hemispheres
 
 
-def sample_appearance(
-    laws: SynthesisRanges, draws: Draws, geometry: GeometryParams, protocol: Protocol, present: Tensor
+def _sample_appearance(
+    laws: SynthesisRanges, draws: _Draws, geometry: GeometryParams, protocol: Protocol, present: Tensor
 ) -> AppearanceParams:
-    """Draw what one sample of each subject looks like; ``present``, (B, 5), are the images that may be its input."""
     size, voxel_mm = geometry.spatial_size, geometry.voxel_mm
     window = torch.stack([draws.uniform(laws.ct_low_hu), draws.uniform(laws.ct_high_hu)], 1)
     mean, std, is_ct, brighter = _sample_contrast(laws, draws, protocol, window, geometry.photo_mm > 0)
     # The synthetic image or one of the present real ones, or a mixture in place of the synthetic image.
     chosen = draws.choose(torch.tensor(laws.input_weights) * present + torch.tensor([1e-9, 0, 0, 0, 0]))
-    alone = torch.nn.functional.one_hot(chosen, len(acquisition.IMAGES) + 1).float()
-    shares = draws.uniform((0.0, 1.0), len(acquisition.IMAGES) + 1) * present
+    alone = torch.nn.functional.one_hot(chosen, len(CONTRASTS) + 1).float()
+    shares = draws.uniform((0.0, 1.0), len(CONTRASTS) + 1) * present
     mixed = draws.chance(laws.mixup_prob) & (chosen == 0)
     blend = torch.where(mixed[:, None], shares / shares.sum(1, keepdim=True), alone)
     is_ct = torch.where(blend[:, 0] > 0, is_ct, blend[:, -1] == 1)
     real = blend[:, 0] == 0
     dark_in_real = (blend[:, 1] > 0) | (blend[:, -1] > 0)  # T1w and CT; lesions are bright in T2w and FLAIR
     spacing, sigma = _sample_resolution(laws, draws, voxel_mm, geometry.photo_mm)
-    log_exponent = (math.log(laws.profile_exponent[0]), math.log(laws.profile_exponent[1]))
     ghosts = draws.one_axis() & draws.chance(laws.ghost_prob)[:, None]
     bias_std = draws.uniform(laws.bias_log_std) * ~is_ct
     noise_std = torch.where(real, draws.uniform(laws.real_noise_std), draws.uniform(laws.noise_std))
@@ -169,7 +231,6 @@ def sample_appearance(
         bias_spacing=draws.uniform(laws.bias_spacing_mm, 1).expand(-1, 3) / voxel_mm,
         spacing=spacing,
         sigma=sigma,
-        exponent=None if laws.profile_exponent == GAUSSIAN else draws.uniform(log_exponent, 3).exp(),
         ghost_count=torch.where(ghosts, draws.uniform(laws.ghost_count, 1).round(), 1.0),
         ghost_strength=ghosts * draws.uniform(laws.ghost_strength, 1),
         rician=draws.chance(laws.rician_prob) & ~is_ct,
@@ -180,7 +241,7 @@ def sample_appearance(
 
 
 def _sample_contrast(
-    laws: SynthesisRanges, draws: Draws, protocol: Protocol, window: Tensor, photo: Tensor
+    laws: SynthesisRanges, draws: _Draws, protocol: Protocol, window: Tensor, photo: Tensor
 ) -> tuple[Tensor, ...]:
     """Means and stds per label, (B, L), whether they are those of a CT, and whether lesions are bright in them, (B,).
 
@@ -210,7 +271,7 @@ def _sample_contrast(
     return mean @ mixture.T, (std.square() @ mixture.T).sqrt(), is_ct, mean[:, grey] > mean[:, white]
 
 
-def _sample_resolution(laws: SynthesisRanges, draws: Draws, voxel_mm: float, photo_mm: Tensor) -> tuple[Tensor, ...]:
+def _sample_resolution(laws: SynthesisRanges, draws: _Draws, voxel_mm: float, photo_mm: Tensor) -> tuple[Tensor, ...]:
     """Spacing and profile width in output voxels, (B, 3): isotropic, clinical, low-field, coarse, or of a photo."""
     family = torch.where(photo_mm > 0, 4, draws.choose(torch.tensor(laws.resolution_weights)))
     through_plane, voxel = draws.one_axis(), torch.full((draws.batch, 3), voxel_mm)
