@@ -30,7 +30,7 @@ from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.synthesis import SynthesisRanges, Synthesizer, render, rendering
-from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
+from brainfm_monai.synthesis.ranges import CONTRASTS, INTENSITY_TOP, read_contrasts
 from brainfm_monai.tasks import TaskLayout
 
 TASK_NAMES = ["segmentation", "T1w", "T2w", "FLAIR", "CT", "log_bias_field", "distance", "mni"]

@@ -11,7 +11,7 @@ import torch
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.synthesis import SynthesisParams, SynthesisRanges, Synthesizer
-from brainfm_monai.synthesis.ranges import AppearanceParams, GeometryParams
+from brainfm_monai.synthesis.sampling import Appearance, Geometry
 from brainfm_monai.tasks import TaskLayout
 
 COUNT = 10_000
@@ -47,12 +47,12 @@ def params() -> SynthesisParams:
 
 
 @pytest.fixture(scope="module")
-def geometry(params: SynthesisParams) -> GeometryParams:
+def geometry(params: SynthesisParams) -> Geometry:
     return params.geometry
 
 
 @pytest.fixture(scope="module")
-def look(params: SynthesisParams) -> AppearanceParams:
+def look(params: SynthesisParams) -> Appearance:
     return params.appearances[0]
 
 
@@ -72,7 +72,7 @@ def check_uniform(values: torch.Tensor, low: float, high: float) -> None:
     check_chance(values < low + (high - low) / 4, 0.25)
 
 
-def test_chances_are_those_that_were_asked_for(geometry: GeometryParams, look: AppearanceParams) -> None:
+def test_chances_are_those_that_were_asked_for(geometry: Geometry, look: Appearance) -> None:
     photo = (look.spacing[:, [0, 2]] == 1).all(1) & (look.spacing[:, 1] > 8.5)
     assert float(photo.float().mean()) == pytest.approx(0.1 * 0.4, abs=0.02)  # 8.5 to 12.5 mm is 0.4 of the photos' law
     check_chance(geometry.mirror, 0.3)
@@ -97,7 +97,7 @@ def test_a_mirror_that_is_not_asked_for_never_comes() -> None:
         assert drawn.geometry.mirror.float().mean() == probability
 
 
-def test_uniform_laws(geometry: GeometryParams, look: AppearanceParams) -> None:
+def test_uniform_laws(geometry: Geometry, look: Appearance) -> None:
     check_uniform(geometry.translation, -20, 20)
     check_uniform(geometry.strip_threshold, 0.3, 0.7)
     check_uniform(geometry.velocity_spacing[:, 0], 18, 40)
@@ -114,7 +114,7 @@ def test_uniform_laws(geometry: GeometryParams, look: AppearanceParams) -> None:
     check_uniform(torch.rad2deg(torch.atan2(-offset[:, 1], offset[:, 0])), 35, 55)
 
 
-def test_the_linear_map_has_its_rotations_shears_and_scalings(geometry: GeometryParams) -> None:
+def test_the_linear_map_has_its_rotations_shears_and_scalings(geometry: Geometry) -> None:
     volume = torch.linalg.det(geometry.matrix)
     # Shears and rotations have determinant 1 to first order: what is left are three uniform scalings.
     assert float(volume.min()) > 0
@@ -124,7 +124,7 @@ def test_the_linear_map_has_its_rotations_shears_and_scalings(geometry: Geometry
     check_uniform(torch.diagonal(matrix, dim1=1, dim2=2), 0.8, 1.2)
 
 
-def test_velocity_and_bias_have_the_scale_of_their_law(geometry: GeometryParams, look: AppearanceParams) -> None:
+def test_velocity_and_bias_have_the_scale_of_their_law(geometry: Geometry, look: Appearance) -> None:
     # A normal number times a uniform one of [0, 4]: its variance is 4^2 / 3. Photos lose the component along their axis.
     photo = geometry.velocity[:, 1].flatten(1).abs().sum(1) == 0
     check_chance(photo, 0.1)
@@ -138,7 +138,7 @@ def test_velocity_and_bias_have_the_scale_of_their_law(geometry: GeometryParams,
     check_chance(is_ct[synthetic], 0.5 * 0.25)  # a prior, and CT of four tables
 
 
-def test_contrasts_lie_in_their_range_and_air_is_dark_as_often_as_asked(look: AppearanceParams) -> None:
+def test_contrasts_lie_in_their_range_and_air_is_dark_as_often_as_asked(look: Appearance) -> None:
     ranges = dataclasses.replace(RANGES, contrast_prior_prob=0, dissection_photo_prob=0)
     plain = draw(ranges, 4000).appearances[0]
     check_uniform(plain.mean[:, 8], 25, 225)
@@ -168,7 +168,7 @@ def test_resolution_families_come_with_their_weights_and_their_laws() -> None:
     assert float(thick.min()) >= 0.85 * 0.5123 * 2.5
 
 
-def test_the_input_is_one_of_what_is_there_or_a_convex_mixture(look: AppearanceParams) -> None:
+def test_the_input_is_one_of_what_is_there_or_a_convex_mixture(look: Appearance) -> None:
     blend = look.blend
     torch.testing.assert_close(blend.sum(1), torch.ones(COUNT))
     assert float(blend[:, [2, 4]].max()) == 0
@@ -181,7 +181,7 @@ def test_the_input_is_one_of_what_is_there_or_a_convex_mixture(look: AppearanceP
     assert bool((blend[mixed][:, [0, 1, 3]] > 0).all())
 
 
-def test_streams_of_different_seeds_and_ranks_differ(geometry: GeometryParams) -> None:
+def test_streams_of_different_seeds_and_ranks_differ(geometry: Geometry) -> None:
     assert len(geometry.translation[:, 0].unique()) > 0.99 * COUNT
 
 

@@ -17,7 +17,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.data.subjects import Image, Source
 from brainfm_monai.io import SCAN_SUFFIXES, ScanError, find_repeated, read_labels, read_table, refuse_if, scan_stem
-from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, read_contrasts
+from brainfm_monai.synthesis.ranges import CONTRASTS, INTENSITY_TOP, read_contrasts
 
 logger = logging.getLogger(__name__)
 

@@ -74,17 +74,13 @@ class DrawSampler(Sampler[list[int]]):
 
 @dataclass(eq=False)
 class SynthesisPrepareBatch(PrepareBatch):
-    """Turns a batch of cached subjects into generated scans and their targets, on the engine's device.
-
-    The seed of a subject is its entry ``seed``, which :class:`DrawnSubjects` adds. Without the entry, as in a
-    validation, the seed is a hash of the subject's name: every pass draws the same sample of a subject.
-    """
+    """Turns a batch of cached subjects into generated scans and their targets, on the engine's device."""
 
     synthesizer: Synthesizer  # makes scans and targets
     fixed: bool = False  # take the hash of the name in any case
 
     def seeds(self, batch: Mapping[str, Any]) -> list[int]:
-        """One seed for each subject of a batch."""
+        """The entry ``seed``, or without it, as in a validation, a hash of the subject's name: always the same scan."""
         if "seed" in batch and not self.fixed:
             return [int(seed) for seed in batch["seed"]]
         return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
@@ -93,10 +89,7 @@ class SynthesisPrepareBatch(PrepareBatch):
         self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Return the images, (B S, 1, H, W, D) in [0, 1], and the dictionary of targets for the loss.
-
-        ValueError if generation labels follow different protocols (``accumulation`` parts of one subject may).
-        """
+        """The images, (B S, 1, H, W, D) in [0, 1], and the targets; two generation protocols are a ValueError."""
         plain = {key: convert_to_tensor(batchdata[key], track_meta=False) for key in SUBJECT_KEYS if key in batchdata}
         subject = {key: value.to(device=device, non_blocking=non_blocking) for key, value in plain.items()}
         # Flags decide what is drawn, and numbers are drawn on the host: flags stay there.

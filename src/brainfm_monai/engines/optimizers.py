@@ -26,8 +26,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices, (..., N, M), to 0.6 to 1.3 (negligible ones aside), in float32.
 
     Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are
-    computed on the (small) Gram matrix, and the matrix is multiplied once. ``torch.optim.Muon`` computes them on the
-    matrix, in bfloat16, which most CPUs emulate. (Jordan et al., Muon, 2024.)
+    computed on the (small) Gram matrix. ``torch.optim.Muon`` computes them on the matrix, in bfloat16, which most CPUs
+    emulate. (Jordan et al., Muon, 2024.)
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.float()
@@ -47,12 +47,12 @@ class MuonAdamW(torch.optim.AdamW):
 
     ``torch.optim.Muon`` takes two-dimensional parameters alone, and the view (O, I h w d) of a kernel (O, I, h, w, d)
     does not exist where the channels of a voxel lie side by side in memory. (Jordan et al., Muon, 2024; Loshchilov and
-    Hutter, Decoupled weight decay regularization, ICLR 2019.) A negative rate is a ValueError.
+    Hutter, Decoupled weight decay regularization, ICLR 2019.)
 
     Kernels of ``network.backbone`` with more than one input channel go by Muon, whose step is ``kernel_lr`` times a
     matrix with singular values near 1; ``momentum`` is that of Muon, ``lr`` that of AdamW, ``weight_decay`` that of
-    both. Steps of a ``fused`` optimizer that are not finite are left out without a wait. Parameters without a gradient
-    stay, and kernels have no gradient after a step.
+    both. A negative rate is a ValueError. Steps of a ``fused`` optimizer that are not finite are left out without a
+    wait; kernels have no gradient after a step.
     """
 
     def __init__(
@@ -98,8 +98,7 @@ class MuonAdamW(torch.optim.AdamW):
 def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | int], None]:
     """``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel` whose first steps forget the start faster.
 
-    Step n keeps the smaller of ``decay``, in [0, 1], else a ValueError, and (1 + n) / (10 + n) of the average, the law
-    of TensorFlow's ExponentialMovingAverage.
+    Step n keeps at most ``decay``, in [0, 1], else a ValueError, and (1 + n) / (10 + n) (as in TensorFlow).
     """
     refuse_if(not 0 <= decay <= 1, "make_ema_multi_avg_fn: 'decay' must be in [0, 1]", decay)
 
@@ -116,11 +115,11 @@ def make_ema_multi_avg_fn(decay: float) -> Callable[[Weights, Weights, Tensor | 
 class TimeBudget:
     """Ends a training after some minutes of wall-clock time, and says how much of them is used up.
 
-    The clock starts when the object is made; time between two sittings does not count, and the minutes are those of all
-    together. As much time is kept for the last validation as the longest pause between two iterations took so far.
+    The clock starts when the object is made; time between two sittings does not count. As much time is kept for the
+    last validation as the longest pause between two iterations took so far.
     """
 
-    minutes: float | None = None  # None: no limit
+    minutes: float | None = None  # of all sittings together; None: no limit
     elapsed: float = field(default=0.0, init=False)  # seconds
     longest_pause: float = field(default=0.0, init=False)  # seconds
     _since: float = field(default_factory=lambda: time.monotonic(), init=False)
@@ -166,8 +165,7 @@ def make_warmup_stable_decay(
 ) -> Callable[[int], float]:
     """Factor of the learning rate, in [0, 1], by the iteration from 0: linear warm-up, constant, linear decay to zero.
 
-    ``warmup`` and ``total`` are iterations; the minutes of a budget take the place of ``total``. ``decay_fraction`` is
-    the share of the training in which the rate falls.
+    It falls in the last ``decay_fraction`` of ``total`` iterations, or of the minutes of a budget.
     """
 
     def factor(iteration: int) -> float:

@@ -21,7 +21,7 @@ from brainfm_monai.io import find_repeated, read_maps, refuse_if, scan_stem
 from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
-from brainfm_monai.synthesis.acquisition import CONTRASTS
+from brainfm_monai.synthesis.ranges import CONTRASTS
 from brainfm_monai.tasks import TASKS, TaskLayout
 
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")

@@ -17,7 +17,8 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import find_repeated, read_table, refuse_if
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, parse_ranges, render
-from brainfm_monai.synthesis.acquisition import CONTRASTS, INTENSITY_TOP, acquire
+from brainfm_monai.synthesis.acquisition import acquire
+from brainfm_monai.synthesis.ranges import CONTRASTS, INTENSITY_TOP
 from brainfm_monai.synthesis.sampling import PROFILE_SIGMA
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -112,24 +113,22 @@ def make_laws(base: SynthesisRanges, settings: Settings) -> SynthesisRanges:
 
 
 def fix_acquisition(params: SynthesisParams, settings: Settings) -> SynthesisParams:
-    """A draw with the slices and the gamma of a condition in place of the drawn ones.
+    """Put the slices and the gamma of a condition in place of the drawn ones; the draw.
 
     A slice has a Gaussian profile, and is as thick as the distance to the next.
     """
-    voxel_mm, appearances = params.geometry.voxel_mm, []
+    voxel_mm = params.geometry.voxel_mm
     spacing_mm = settings.get("spacing_mm") or [settings.get(key, voxel_mm) for key in SLICES]
     for appearance in params.appearances:
-        changes = {}
         if settings.keys() & {"spacing_mm", *SLICES}:
             mm = appearance.spacing.new_tensor(spacing_mm).expand_as(appearance.spacing)
             fwhm_mm = settings.get("slice_fwhm_mm")
             sigma_mm = PROFILE_SIGMA * mm if fwhm_mm is None else torch.full_like(mm, float(fwhm2sigma(fwhm_mm)))
-            sigma = torch.where(mm > voxel_mm, sigma_mm / voxel_mm, 0.0)
-            changes = {"spacing": (mm / voxel_mm).clamp_min(1), "sigma": sigma}
+            appearance.spacing = (mm / voxel_mm).clamp_min(1)
+            appearance.sigma = torch.where(mm > voxel_mm, sigma_mm / voxel_mm, 0.0)
         if "gamma" in settings:
-            changes["gamma"] = torch.full_like(appearance.gamma, float(settings["gamma"]))
-        appearances.append(appearance._replace(**changes))
-    return params._replace(appearances=tuple(appearances))
+            appearance.gamma = torch.full_like(appearance.gamma, float(settings["gamma"]))
+    return params
 
 
 def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:

@@ -131,11 +131,7 @@ class ValidationScores(Metric):
 
 @dataclass(eq=False)
 class ValidationPanels:
-    """Draws the first subjects of every validation, into the folder ``panels`` of the run and into TensorBoard.
-
-    A row is a plane through the middle: axial, coronal, sagittal. Columns are the input and, for every task, prediction
-    and target.
-    """
+    """Draws the first subjects of every validation, into the folder ``panels`` of the run and into TensorBoard."""
 
     layout: TaskLayout
     output_dir: str | Path  # of the run
@@ -159,10 +155,10 @@ class ValidationPanels:
 
 
 def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], layout: TaskLayout) -> np.ndarray:
-    """One picture of a sample, RGB of shape (rows, columns, 3), uint8.
+    """Input, prediction and target of every task in three planes through the middle, RGB (rows, columns, 3), uint8.
 
-    The image is (1, H, W, D), in [0, 1], the prediction (layout.channels, H, W, D), and the targets by task are (C, H,
-    W, D); ``available_<task>`` of 0 takes a target out.
+    The image is (1, H, W, D), in [0, 1], the prediction (layout.channels, H, W, D), targets are (C, H, W, D), or absent
+    by ``available_<task>``.
     """
     columns: list[tuple[str, Task, Tensor]] = []
     for name, output in layout.split(pred[None]).items():

@@ -1,48 +1,18 @@
-"""From anatomy to a scan: tables of contrasts; contrast, lesions, field, acquisition and noise of one sample."""
+"""From anatomy to a scan: contrast, lesions, field, acquisition and noise of one sample."""
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import intensity, separable
-from brainfm_monai.io import read_table, refuse_if
-from brainfm_monai.synthesis.ranges import CONTRASTS, AppearanceParams
-from brainfm_monai.tasks import TASKS
-
-# Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the files.
-IMAGES = {name: TASKS[name].outside * TASKS[name].scale for name in CONTRASTS}
-INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
-LESION_NOISE_MM = (64.0, 32.0, 16.0, 8.0)  # control points of the noise, by octaves, each with half the amplitude
-LESION_FLOW_MM = 24.0  # control points of the flow's potential
-QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
-
-
-def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Means and the stds of these means, both (N, L), out of N tables, else a ValueError, for L generation labels.
-
-    ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
-    """
-    unknown = [name for name in names if name not in CONTRASTS]
-    refuse_if(unknown, f"contrast_priors: names must be out of {list(CONTRASTS)}", unknown)
-    rows = [[_read(name).get(int(i), (math.nan, math.nan)) for i in protocol.freesurfer_ids] for name in names]
-    means, stds = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2).unbind(-1)
-    return means, stds
-
-
-@cache
-def _read(name: str) -> dict[int, tuple[float, float]]:
-    rows = read_table(str(resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv"))
-    return {int(row["freesurfer_id"]): (float(row["mean"]), float(row["mean_std"])) for row in rows}
+from brainfm_monai.synthesis.ranges import IMAGES, INTENSITY_TOP, QUARTILES
+from brainfm_monai.synthesis.sampling import Appearance
 
 
 def paint(
     painted: Tensor, number: int, images: Mapping[str, Tensor], lesions: tuple[Tensor, Tensor] | None, removed: Tensor,
-    appearance: AppearanceParams,
+    appearance: Appearance,
 ) -> Tensor:  # fmt: skip
     """The undegraded image of one sample, (B, 1, H, W, D), in [0, 255] or a little above.
 
@@ -78,7 +48,7 @@ def paint(
     return torch.lerp(image, goal.expand_as(image), amount * change)
 
 
-def acquire(image: Tensor, appearance: AppearanceParams) -> tuple[Tensor, Tensor, Tensor]:
+def acquire(image: Tensor, appearance: Appearance) -> tuple[Tensor, Tensor, Tensor]:
     """Scan, log of the bias field, and image before slices and noise, of a non-negative image (B, 1, H, W, D)."""
     size = image.shape[2:]
     log_bias_field = separable.interpolate_lattice(appearance.bias, appearance.bias_spacing, size)

@@ -1,18 +1,27 @@
-"""The laws of the generator's random quantities, and what one draw of them consists of."""
+"""The laws of the generator's random quantities, and the tables of contrasts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from functools import cache
+from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from brainfm_monai.io import refuse_if
+from brainfm_monai.anatomy import Protocol
+from brainfm_monai.io import read_table, refuse_if
+from brainfm_monai.tasks import TASKS
 
 Range = tuple[float, float]
-CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")  # real images, and tables of the mean intensity of every tissue
+CONTRASTS = ("T1w", "T2w", "FLAIR", "CT")  # that have a table of the mean intensity of every tissue
+# Real contrasts, in the order of the blend after the synthetic image, with the value of air in the unit of the files.
+IMAGES = {name: TASKS[name].outside * TASKS[name].scale for name in CONTRASTS}
+INTENSITY_TOP = 255.0  # painted intensities lie in [0, 255]; real images are brought to the same scale
+LESION_NOISE_MM = (64.0, 32.0, 16.0, 8.0)  # control points of the noise, by octaves, each with half the amplitude
+LESION_FLOW_MM = 24.0  # control points of the flow's potential
+QUARTILES = (-0.674, 0.0, 0.674)  # of the standard normal law
 
 
 @dataclass(frozen=True)
@@ -114,84 +123,19 @@ def parse_ranges(values: Mapping[str, Any]) -> SynthesisRanges:
     return SynthesisRanges(**values)
 
 
-class GeometryParams(NamedTuple):
-    """What the samples of one of B subjects share: its shape and what of it is there. K: labels of the segmentation."""
+def read_contrasts(names: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Means and the stds of these means, both (N, L), out of N tables, else a ValueError, for L generation labels.
 
-    photo_mm: Tensor  # distance of the slices of a dissection photo, (B,); 0 for none
-    velocity: Tensor  # control points, (B, 3, P, Q, R), output voxels
-    velocity_spacing: Tensor  # distance of the control points, (B, 3), output voxels
-    mirror: Tensor  # (B,), bool
-    mirror_labels: Tensor  # label of the segmentation on the other side, (K,), int64
-    is_brain: Tensor  # labels of the segmentation that are brain, (K,), bool
-    kept: Tensor  # 1 for labels of the segmentation that stay, 0 for removed ones, (B, K)
-    stripped: Tensor  # (B,), bool, the removed is exactly 0 in the image; otherwise it is painted as background
-    hemispheres: Tensor  # whether the left and the right cerebrum stay, (B, 2), bool
-    matrix: Tensor  # linear map from output to source, (B, 3, 3)
-    translation: Tensor  # (B, 3), source voxels
-    strip_threshold: Tensor  # (B,), share of kept voxels around a voxel above which it stays
-    field_of_view: Tensor  # first and last visible output voxel on each axis, (B, 3, 2)
-    face: Tensor  # (a, b, d) of the half-space a y + b z > d, MNI mm, in which a face is removed, (B, 3); or all 0
-    lesion_noise: tuple[Tensor, ...]  # control points of the shape, coarse to fine, (B, 1, P, P, P); or empty
-    lesion_potential: Tensor  # standard normal control points of the flow's vector potential, (B, 3, P, P, P)
-    lesion_flow: Tensor  # root mean square of the flow, (B,), output voxels
-    lesion_region: Tensor  # labels of the segmentation in which lesions may lie, (K,), bool
-    lesion_coverage: Tensor  # share of the region, (B,); 0 for none
-    spatial_size: tuple[int, ...]  # (H, W, D) of the output
-    stride: int  # output voxel in source voxels
-    voxel_mm: float  # size of an output voxel
+    ``CT`` is in HU, the others are in [0, 255]; NaN for labels that a table does not know, as for partial-volume codes.
+    """
+    unknown = [name for name in names if name not in CONTRASTS]
+    refuse_if(unknown, f"contrast_priors: names must be out of {list(CONTRASTS)}", unknown)
+    rows = [[_read(name).get(int(i), (math.nan, math.nan)) for i in protocol.freesurfer_ids] for name in names]
+    means, stds = torch.tensor(rows, dtype=torch.float32).reshape(len(names), len(protocol), 2).unbind(-1)
+    return means, stds
 
 
-class AppearanceParams(NamedTuple):
-    """What one sample of each subject looks like. L: generation labels; spacings are in output voxels."""
-
-    mean: Tensor  # (B, L)
-    std: Tensor  # (B, L)
-    cluster_field: Tensor  # control points of the head's clusters, (B, 1, P, P, P)
-    cluster_spacing: Tensor  # distance of those, (B, 3)
-    cluster_offset: Tensor  # intensity offset of each cluster, (B, clusters); no columns where heads are never divided
-    is_head: Tensor  # 1 for generation labels of the head, 0 for others, (L,)
-    blend: Tensor  # share of the synthetic image, T1w, T2w, FLAIR and CT in the image, (B, 5); rows sum to 1
-    ct_window: Tensor  # low and high end, (B, 2), HU
-    lesion_goal: Tensor  # intensity towards which lesions change, (B,)
-    lesion_change: Tensor  # share of the way to it, (B,)
-    gamma: Tensor  # (B,)
-    bias: Tensor  # control points of the log field, (B, 1, P, P, P)
-    bias_spacing: Tensor  # distance of those, (B, 3)
-    spacing: Tensor  # of the acquisition, (B, 3), at least 1
-    sigma: Tensor  # of the acquisition profile, (B, 3), output voxels
-    ghost_count: Tensor  # copies along each axis, (B, 3); 1 for none
-    ghost_strength: Tensor  # (B, 3)
-    rician: Tensor  # (B,), bool
-    noise_std: Tensor  # (B,)
-    paint_noise: Tensor  # standard normal, (B, 1, *spatial_size)
-    noise: Tensor  # standard normal, (B, 2, *spatial_size); one channel where Rician noise cannot be drawn
-
-
-class SynthesisParams(NamedTuple):
-    """One draw for B subjects: a geometry, and one appearance for each of their S samples."""
-
-    geometry: GeometryParams
-    appearances: tuple[AppearanceParams, ...]
-
-    def to(self, device: torch.device) -> "SynthesisParams":
-        """The same draw on another device, without waiting for it."""
-        return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)
-
-    def describe(self) -> str:
-        """What was drawn for the first sample of the first subject, in a few lines."""
-        geometry, look = self.geometry, self.appearances[0]
-        shares = zip(("synthetic", *CONTRASTS), look.blend[0], strict=True)
-        left, _, right = torch.linalg.svd(geometry.matrix[0])  # the nearest rotation, by the polar decomposition
-        turn = math.degrees(math.acos(max(-1.0, min(1.0, float(((left @ right).trace() - 1) / 2)))))
-        events = {"mirrored": geometry.mirror[0], "stripped": geometry.stripped[0], "defaced": geometry.face[0].any()}
-        events |= {"ghosts": look.ghost_strength[0].any(), "lesions": geometry.lesion_coverage[0] > 0}
-        facts = [
-            " + ".join(f"{float(share):.2f} {name}" if share < 1 else name for name, share in shares if share > 0),
-            " x ".join(f"{float(v) * geometry.voxel_mm:.1f}" for v in look.spacing[0]) + " mm",
-            f"turned {turn:.0f} deg, scaled {float(torch.linalg.det(geometry.matrix[0])) ** (1 / 3):.2f}",
-            f"velocity {float(geometry.velocity[0].std()) * geometry.voxel_mm:.1f} mm",
-            f"bias {float(look.bias[0].std()):.2f}, gamma {float(look.gamma[0]):.2f}",
-            f"noise {float(look.noise_std[0]):.1f}{' Rician' if look.rician[0] else ''}",
-            ", ".join(name for name, happened in events.items() if happened),
-        ]
-        return "\n".join(facts)
+@cache
+def _read(name: str) -> dict[int, tuple[float, float]]:
+    rows = read_table(str(resources.files("brainfm_monai") / "contrasts" / f"{name}.tsv"))
+    return {int(row["freesurfer_id"]): (float(row["mean"]), float(row["mean_std"])) for row in rows}

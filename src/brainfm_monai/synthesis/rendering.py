@@ -1,19 +1,88 @@
-"""Rendering: deformation, lesions, images and targets out of a draw, pure and of fixed shape."""
+"""Rendering: deformation, lesions, images and targets out of a draw, pure and of fixed shape; and both in one call."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional import intensity, separable, spatial
-from brainfm_monai.synthesis.acquisition import IMAGES, LESION_FLOW_MM, LESION_NOISE_MM, acquire, paint
-from brainfm_monai.synthesis.ranges import GeometryParams, SynthesisParams
+from brainfm_monai.io import refuse_if
+from brainfm_monai.synthesis.acquisition import acquire, paint
+from brainfm_monai.synthesis.ranges import IMAGES, LESION_FLOW_MM, LESION_NOISE_MM, SynthesisRanges
+from brainfm_monai.synthesis.sampling import Geometry, SynthesisParams
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS, TaskLayout
 
 VELOCITY_STEP, LESION_STEP = 4, 2  # output voxels per point of the grids on which velocity and lesions are made
 MNI_STEP_MM = 2.0  # distance of the points at which MNI coordinates are read
 FAR_MM = 2 * MAX_DISTANCE_MM  # signed distance of what is absent
+LARGEST_SEED = 2**31 - 1
+VOXEL_TOLERANCE_MM = 1e-4
+MAPS = ("distance", "mni", "lesion", "lesion_shape", "age")
+SUBJECT_KEYS = ("generation_labels", "segmentation", *IMAGES, *(f"{name}_defacing_mask" for name in IMAGES), *MAPS)
+# Before a key of a subject: 1 if the subject has it; for an image, 1 if a scanner made it, so that it may be an input.
+FLAGS = ("available_", "real_")
+
+_load_protocol = cache(Protocol.load)
+
+
+@dataclass(eq=False)
+class Synthesizer:
+    """Generates scans and targets from a batch of subjects: the same for the same seeds, whatever the batch."""
+
+    ranges: SynthesisRanges  # laws of the (severe) samples
+    layout: TaskLayout  # tasks whose targets are made
+    spatial_size: Sequence[int]  # (H, W, D) of the generated scans
+    scan_mm: float = 1.0  # voxel of the generated scans
+    label_mm: float | None = None  # voxel of the subjects' labels, a whole fraction of scan_mm; None: the same
+    generation_protocol: str = "synthseg_generation"  # of the generation labels of subjects that name none
+    samples: int = 1  # scans of each subject; they share its deformation and targets, and differ in everything else
+    mild_samples: int = 0  # how many of them, the first ones, are mild
+
+    def __post_init__(self) -> None:
+        severe, mild = self.samples - self.mild_samples, self.mild_samples
+        rule = f"Synthesizer: 'mild_samples' must be in [0, {self.samples}] of at least one sample"
+        refuse_if(not 0 <= mild <= self.samples or self.samples < 1, rule, mild)
+        self.source_mm = self.scan_mm if self.label_mm is None else self.label_mm
+        self.stride = round(self.scan_mm / self.source_mm)
+        off_mm = abs(self.stride * self.source_mm - self.scan_mm)
+        rule = f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}"
+        refuse_if(off_mm > VOXEL_TOLERANCE_MM, rule, self.source_mm)
+        self.laws = [self.ranges.make_mild()] * mild + [self.ranges] * severe
+
+    def draw(
+        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> SynthesisParams:  # fmt: skip
+        """Everything random of the subjects' samples, on a device, for which their flags suffice, or where they are."""
+        device = torch.device(device or subject["generation_labels"].device)
+        present = [every := torch.ones(len(seeds), dtype=torch.bool)]
+        for name in IMAGES:
+            flags = [subject[f"{flag}{name}"].bool() for flag in FLAGS if f"{flag}{name}" in subject]
+            present.append(torch.stack([every, *flags]).all(0) if flags or name in subject else ~every)
+        protocols = self.layout.protocol, _load_protocol(generation_protocol or self.generation_protocol)
+        images, size = torch.stack(present, 1), self.spatial_size
+        drawn = SynthesisParams(self.laws, seeds, images, size, protocols, self.stride, self.source_mm, device)
+        return drawn.to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self, subject: Mapping[str, Tensor], seeds: Sequence[int], generation_protocol: str | None = None
+    ) -> dict[str, Tensor]:
+        """Scans and targets of a batch of subjects, each with a seed; see :func:`render` for both.
+
+        Flags of the subjects are on the host, (B,): ``available_<key>``, 0 for subjects without the key, and
+        ``real_<image>``, 0 for images that are targets but no inputs. The generation protocol may be the subjects' own.
+        """
+        parts = [(subject, seeds)]
+        if subject["generation_labels"].device.type == "cpu":
+            # One after the other: the same numbers, and a subject's volumes stay in the processor's cache.
+            parts = [({k: v[i : i + 1] for k, v in subject.items()}, seeds[i : i + 1]) for i in range(len(seeds))]
+        made = [render(some, self.draw(some, own, generation_protocol), self.layout) for some, own in parts]
+        return {name: torch.cat([part[name] for part in made]) for name in made[0]} if len(made) > 1 else made[0]
 
 
 def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskLayout) -> dict[str, Tensor]:
@@ -74,7 +143,7 @@ def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskL
     return made | {n: torch.stack(v, 1).flatten(0, 1) for n, v in samples.items() if n == "image" or n in tasks}
 
 
-def make_coordinates(geometry: GeometryParams, source_size: Sequence[int]) -> Tensor:
+def make_coordinates(geometry: Geometry, source_size: Sequence[int]) -> Tensor:
     """Source voxel of every output voxel, (B, 3, H, W, D); their Jacobian determinants show folds.
 
     x = A s (phi(i) - c_out) + c_source + t, i mirrored where the draw says so, of a source of a size (H, W, D).
@@ -100,7 +169,7 @@ def _coarsen(size: Sequence[int], share: float) -> list[int]:
 
 
 def make_lesion_maps(
-    subject: Mapping[str, Tensor], geometry: GeometryParams, coordinates: Tensor, segmentation: Tensor
+    subject: Mapping[str, Tensor], geometry: Geometry, coordinates: Tensor, segmentation: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Lesions that a subject has, and lesions that it is given: two maps of 0 and 1, (B, 1, H, W, D), or None.
 
@@ -173,7 +242,7 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
     return read
 
 
-def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: GeometryParams) -> Tensor | None:
+def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: Geometry) -> Tensor | None:
     """MNI coordinates in mm; the subject's box is continued by its border.
 
     Maps and deformation are smooth: reading every 2 mm is 0.02 mm off on average, for an eighth of the cost at 1 mm.
@@ -186,7 +255,7 @@ def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: Geom
     return torch.where(_voxelwise(geometry.mirror), TASKS["mni"].mirror(read), read)
 
 
-def _look(geometry: GeometryParams, mni: Tensor | None, segmentation: Tensor) -> tuple[Tensor, Tensor]:
+def _look(geometry: Geometry, mni: Tensor | None, segmentation: Tensor) -> tuple[Tensor, Tensor]:
     """What is in the field of view and not defaced, and what of the anatomy stays, two masks of (B, 1, H, W, D)."""
     grid = spatial.identity_grid(segmentation.shape[2:], device=segmentation.device)
     first, last = geometry.field_of_view[:, :, None, None, None].unbind(-1)
