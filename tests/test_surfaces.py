@@ -27,7 +27,7 @@ from brainfm_monai.surfaces import (
     remove_crossings,
 )
 from brainfm_monai.transforms import find_boundaries
-from brainfm_monai.transforms.refinement import measure_white
+from brainfm_monai.transforms.cortex import measure_white
 
 
 def offsets(size: int = 40) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 OPPOSITE = {"none": "none", "left": "right", "right": "left"}  # side of the partner in the mirror
 MAXIMUM_LABELS = 256  # label maps have one byte for each voxel
-HEAD_IDS = ((500, 599), (900, 999))  # SynthSeg's and SuperSynth's ids of what is not brain
+HEAD_IDS = (*range(500, 600), *range(900, 1000))  # SynthSeg's and SuperSynth's ids of what is not brain
 # FreeSurfer ids of ventricles, their choroid plexus and patches of them (SynthSeg), and the fluid around the brain
 FLUID_IDS = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72, 136, 137, 163, 164)
 SHARE_TOLERANCE = 1e-6  # of the sum of a mixture's shares, which are written with two digits
@@ -21,7 +21,7 @@ COLUMNS = ("label", "freesurfer_id", "name", "side", "mirror", "red", "green", "
 
 def is_head(freesurfer_ids: np.ndarray) -> np.ndarray:
     """Which FreeSurfer ids are tissues of the head outside the brain, any shape, bool."""
-    return np.any([(first <= freesurfer_ids) & (freesurfer_ids <= last) for first, last in HEAD_IDS], axis=0)
+    return np.isin(freesurfer_ids, HEAD_IDS)
 
 
 def is_brain(freesurfer_ids: np.ndarray) -> np.ndarray:
@@ -116,25 +116,13 @@ class Protocol:
         """Label on the other side for every label; applied twice it is the identity."""
         return [s.mirror for s in self.structures]
 
-    @cached_property
-    def is_head(self) -> np.ndarray:
-        """Which labels lie outside the brain and are not background, shape (L,), bool."""
-        return is_head(self.freesurfer_ids)
-
-    @cached_property
-    def is_brain(self) -> np.ndarray:
-        """Which labels are brain or fluid in and around it, shape (L,), bool."""
-        return is_brain(self.freesurfer_ids)
-
-    @cached_property
-    def is_fluid(self) -> np.ndarray:
-        """Which labels are fluid in or around the brain, shape (L,), bool."""
-        return is_fluid(self.freesurfer_ids)
-
-    @cached_property
-    def is_hemisphere(self) -> np.ndarray:
-        """Which labels are parts of the brain with a side, shape (L,), bool: cerebrum and cerebellum."""
-        return self.is_brain & np.array([s.side != "none" for s in self.structures])
+    # which labels are of these kinds, shape (L,), bool; a hemisphere is a part of the brain with a side
+    is_head = cached_property[np.ndarray](lambda self: is_head(self.freesurfer_ids))
+    is_brain = cached_property[np.ndarray](lambda self: is_brain(self.freesurfer_ids))
+    is_fluid = cached_property[np.ndarray](lambda self: is_fluid(self.freesurfer_ids))
+    is_hemisphere = cached_property[np.ndarray](
+        lambda self: self.is_brain & np.array([s.side != "none" for s in self.structures])
+    )
 
     @cached_property
     def mixture_weights(self) -> np.ndarray:

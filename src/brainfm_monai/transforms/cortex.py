@@ -4,8 +4,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.networks.layers import GaussianFilter
 from monai.transforms import MapTransform
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
@@ -13,13 +15,21 @@ from torch import Tensor
 
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TaskLayout
 from brainfm_monai.transforms.maps import MODES
-from brainfm_monai.transforms.refinement import measure_white
 
 HEMISPHERES = {"l": (2, 3), "r": (41, 42)}  # by channel letter: FreeSurfer ids of white matter and cortex
 LEAST_WEIGHT = 0.5  # the scan counts more than the prediction
 MIDLINE_MM = 0.1  # least distance of a boundary from where both hemispheres are equally deep
 MOVED_SHARE = 0.5  # of a voxel whose label changes: at a boundary both labels have about half of the probability
 MARGIN = 3  # voxels around a hemisphere in which the scan is looked at
+# of what the scan shows of the white surface: where it is halfway between white and grey matter
+REACH_MM = 5.0  # standard deviation of the Gaussian over which the intensity of a tissue is averaged
+POOLED_MM = 3.0  # voxels in which that is done
+SLOPE_MM = 1.5  # way over which the intensity goes from one tissue to the other, in a scan of 1 mm
+ERROR_MM = 0.8  # of the predicted white surface: of 0.4, 0.6, 0.8 and 1.2 mm the best, see docs/outputs.md
+FARTHEST_MM = (1.2, 2.2)  # from the predicted surface: up to the first the scan counts fully, beyond the second not
+LEAST_NOISE = 0.005  # of the range of intensities
+LEAST_CONTRAST, FULL_CONTRAST = 0.25, 0.75  # of the median, where the scan counts not at all, and fully
+ROBUST_STD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 
 class Boundaries(NamedTuple):
@@ -31,11 +41,9 @@ class Boundaries(NamedTuple):
 
 
 def find_boundaries(
-    distance: Mapping[str, Tensor],
-    voxel_mm: float = 1.0,
-    levels_mm: Sequence[float] = (0.0, 0.0),
+    distance: Mapping[str, Tensor], voxel_mm: float = 1.0, levels_mm: Sequence[float] = (0.0, 0.0),
     image: Tensor | None = None,
-) -> Boundaries:
+) -> Boundaries:  # fmt: skip
     """Distances whose zero is where the boundaries are taken to be: what labels, surfaces and ribbon have in common.
 
     The levels are subtracted, the scan corrects the white surfaces, none comes nearer to the other hemisphere than
@@ -71,6 +79,46 @@ def find_boundaries(
     return Boundaries(found, shown)
 
 
+def measure_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the scan shows of the white surface; any contrast, as the tissues are taken from the scan.
+
+    The intensity of white and grey matter is averaged over the neighbourhood on either side of the predicted surface.
+    The scan's share of white matter then gives a distance of its own. Its weight against the prediction is that of
+    inverse variance: the scan counts little where tissues differ little against its noise (CT), and not at all where
+    the contrast is another than in most places (ventricles, hippocampus), or outside of the pial surface.
+
+    ``white`` and ``pial`` are the predicted signed distances in mm, negative inside, and the image is in [0, 1]: all of
+    shape (H, W, D), as are the measured distance in mm and its weight from 0 to 1.
+    """
+    near = white.abs() < FARTHEST_MM[0]
+    inner = (-white - 0.5).clamp(0, 1) * (white > -2.9)  # distances end at -3 mm
+    outer = (white - 0.3).clamp(0, 1) * (-pial - 0.3).clamp(0, 1)
+    means = _average(torch.stack([inner, inner * image, outer, outer * image]), voxel_mm)
+    white_matter, grey_matter = means[1] / means[0].clamp_min(1e-6), means[3] / means[2].clamp_min(1e-6)
+    contrast = white_matter - grey_matter
+    core = inner > 0.9
+    if not near.any() or not core.any():
+        return white, torch.zeros_like(white)
+    usual = contrast[near].median()
+    unit = torch.where(usual == 0, 1, usual)
+    noise = (ROBUST_STD * (image[core] - white_matter[core]).abs().median()).clamp_min(LEAST_NOISE)
+    relative = contrast / unit
+    share = (image - grey_matter) / (relative.clamp_min(LEAST_CONTRAST) * unit)
+    measured = ((0.5 - share) * SLOPE_MM).clamp(-1, 1)
+    certainty = usual**2 / (usual**2 + (noise * SLOPE_MM / ERROR_MM) ** 2)
+    usable = ((relative - LEAST_CONTRAST) / (FULL_CONTRAST - LEAST_CONTRAST)).clamp(0, 1) * (-pial).clamp(0, 1)
+    usable *= ((FARTHEST_MM[1] - white.abs()) / (FARTHEST_MM[1] - FARTHEST_MM[0])).clamp(0, 1)
+    return measured, certainty * usable
+
+
+def _average(volumes: Tensor, voxel_mm: float) -> Tensor:
+    """Volumes (C, H, W, D) averaged with a Gaussian, in larger voxels."""
+    size = volumes.shape[1:]
+    pooled = nnf.interpolate(volumes[None], size=[max(round(n * voxel_mm / POOLED_MM), 1) for n in size], mode="area")
+    smooth = GaussianFilter(3, REACH_MM / POOLED_MM)(pooled)
+    return nnf.interpolate(smooth, size=size, mode="trilinear")[0]
+
+
 class FindBoundariesd(MapTransform):
     """Find the boundaries of the cortex, and let cortex and white matter of label maps meet there.
 
@@ -84,19 +132,15 @@ class FindBoundariesd(MapTransform):
     Args:
         keys: label maps, (1, H, W, D), in the grid of the distances; a map may be missing.
         layout: tasks and label protocol.
-        levels_mm: predicted distance at which the true white and pial boundary stand.
+        levels_mm: see :func:`find_boundaries`.
         mode: name out of :data:`~brainfm_monai.transforms.MODES`.
         relabel: False: labels stay.
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        layout: TaskLayout,
-        levels_mm: Sequence[float] = (0.0, 0.0),
-        mode: str = "whole_head",
-        relabel: bool = True,
-    ) -> None:
+        self, keys: KeysCollection, layout: TaskLayout, levels_mm: Sequence[float] = (0.0, 0.0),
+        mode: str = "whole_head", relabel: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(keys, allow_missing_keys=True)
         self.layout, self.levels_mm, self.relabel = layout, tuple(levels_mm), relabel
         self.excluded = MODES[mode].excluded_side[:1]
@@ -106,33 +150,25 @@ class FindBoundariesd(MapTransform):
         d = dict(data)
         if "distance" not in d:
             return d
-        channels = convert_to_tensor(d["distance"], track_meta=False).float()
-        distance = dict(zip(self.layout.tasks["distance"].channel_names, channels, strict=True))
-        present = {
-            name: one for name, one in distance.items() if not self.excluded or not name.startswith(self.excluded)
-        }
-        affine = d["distance"].affine
+        affine, channels = d["distance"].affine, convert_to_tensor(d["distance"], track_meta=False).float()
+        names = self.layout.tasks["distance"].channel_names
+        present = {n: one for n, one in zip(names, channels, strict=True) if n[0] != self.excluded}
         voxel_mm = float(torch.linalg.det(affine[:3, :3].double()).abs() ** (1 / 3))
         image = convert_to_tensor(d["image"], track_meta=False)[0].to(channels) if "image" in d else None
         found = find_boundaries(present, voxel_mm, self.levels_mm, image)
         far = torch.full_like(channels[0], MAX_DISTANCE_MM)
-        d["boundaries"] = MetaTensor(torch.stack([found.distance.get(n, far) for n in distance]), affine=affine)
+        d["boundaries"] = MetaTensor(torch.stack([found.distance.get(n, far) for n in names]), affine=affine)
         label_of_id = self.layout.protocol.label_of_id
         for side, shown in found.shown.items() if self.relabel else ():
             if not set(HEMISPHERES[side]) <= set(label_of_id):
                 continue
             white, cortex = (label_of_id[i] for i in HEMISPHERES[side])
-            grown = [self._relabel(d[key].as_tensor()[0], shown, [white, cortex]) for key in self.key_iterator(d)]
-            if "soft_volumes" in d and grown:
-                moved = grown[0] * voxel_mm**3 * MOVED_SHARE
-                d["soft_volumes"][white] += moved
-                d["soft_volumes"][cortex] -= moved
+            for number, key in enumerate(self.key_iterator(d)):
+                labels = d[key].as_tensor()[0]
+                to_white, to_cortex = (labels == cortex) & (shown > 0), (labels == white) & (shown < 0)
+                labels[to_white], labels[to_cortex] = white, cortex
+                if "soft_volumes" in d and number == 0:
+                    moved = (int(to_white.sum()) - int(to_cortex.sum())) * voxel_mm**3 * MOVED_SHARE
+                    d["soft_volumes"][white] += moved
+                    d["soft_volumes"][cortex] -= moved
         return d
-
-    @staticmethod
-    def _relabel(labels: Tensor, shown: Tensor, pair: list[int]) -> int:
-        """Change labels in place; returns the number of voxels by which white matter grows."""
-        both = (labels == pair[0]) | (labels == pair[1])
-        before = int((labels == pair[0]).sum())
-        labels[both & (shown > 0)], labels[both & (shown < 0)] = pair
-        return int((labels == pair[0]).sum()) - before

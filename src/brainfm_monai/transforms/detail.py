@@ -32,20 +32,16 @@ class RestoreDetaild(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Change the images in place; ``image`` is the scan in their grid, in [0, 1]."""
         d = dict(data)
-        keys = list(self.key_iterator(d)) if self.stride > 1 else []
-        if not keys:
-            return d
-        images = [d[key].as_tensor() for key in keys]
-        scan, labels = (
-            convert_to_tensor(d[key], track_meta=False).to(images[0].device) for key in ("image", self.labels)
-        )
-        for image, restored in zip(images, restore_detail(images, scan.float(), labels > 0, self.stride), strict=True):
-            image.copy_(restored)
+        images = [d[key].as_tensor() for key in self.key_iterator(d)] if self.stride > 1 else []
+        if images:
+            device = images[0].device
+            scan, labels = (convert_to_tensor(d[k], track_meta=False).to(device) for k in ("image", self.labels))
+            restore_detail(images, scan.float(), labels > 0, self.stride)
         return d
 
 
-def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride: int) -> list[Tensor]:
-    """Images (1, H, W, D) with the fine structure of the scan of the same shape, by regression in each neighbourhood.
+def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride: int) -> None:
+    """Give images (1, H, W, D) the fine structure of the scan of the same shape, by regression in each neighbourhood.
 
     Within :data:`WINDOW` of the network's voxels, in the head, a straight line turns the scan into the image, as in the
     guided filter (He, Sun, Tang, IEEE TPAMI 35, 2013). Its slope turns what the scan shows beyond the network's voxels
@@ -53,23 +49,24 @@ def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride:
     is the scan's own contrast, nothing where both differ or the scan is noise. The image's departure from the line at
     the network's own voxels is taken back by R^4, as far as it is the blur of the network. Nothing is negative.
     """
-    shape = scan.shape[1:]
     coarse, weight = _pool(scan, stride), _pool(head.to(scan), stride)
     count = _average(weight).clamp_min(1e-3)
-    mean = _average(coarse * weight) / count
-    variance = (_average(coarse * coarse * weight) / count - mean * mean).clamp_min(0) + LEAST_VARIANCE
-    beyond = scan - _spread(coarse, shape, stride)
-    restored = []
+
+    def average(volume: Tensor) -> Tensor:
+        return _average(volume * weight) / count
+
+    mean = average(coarse)
+    variance = (average(coarse * coarse) - mean * mean).clamp_min(0) + LEAST_VARIANCE
+    beyond = scan - _spread(coarse, scan, stride)
     for image in images:
         drawn = _pool(image, stride)
-        level = _average(drawn * weight) / count
-        spread = (_average(drawn * drawn * weight) / count - level * level).clamp_min(0) + LEAST_VARIANCE
-        shared = _average(coarse * drawn * weight) / count - mean * level
+        level = average(drawn)
+        spread = (average(drawn * drawn) - level * level).clamp_min(0) + LEAST_VARIANCE
+        shared = average(coarse * drawn) - mean * level
         slope, explained = shared / variance, (shared * shared / (variance * spread)).clamp(0, 1)
         departure = drawn - level - slope * (coarse - mean)
-        changes = _spread(torch.cat([slope * explained, explained * explained * departure]), shape, stride)
-        restored.append((image + changes[:1] * beyond - changes[1:]).clamp_min(0))
-    return restored
+        changes = _spread(torch.cat([slope * explained, explained * explained * departure]), scan, stride)
+        image.copy_((image + changes[:1] * beyond - changes[1:]).clamp_min(0))
 
 
 def _pool(volume: Tensor, stride: int) -> Tensor:
@@ -80,7 +77,7 @@ def _average(volume: Tensor) -> Tensor:
     return nnf.avg_pool3d(volume[None], WINDOW, 1, WINDOW // 2)[0]
 
 
-def _spread(volumes: Tensor, shape: Sequence[int], stride: int) -> Tensor:
+def _spread(volumes: Tensor, like: Tensor, stride: int) -> Tensor:
     """Volumes (C, h, w, d) in the finer voxels, linearly interpolated: (C, H, W, D)."""
     fine = nnf.interpolate(volumes[None], scale_factor=stride, mode="trilinear")[0]
-    return fine[:, : shape[0], : shape[1], : shape[2]]
+    return fine[(slice(None), *map(slice, like.shape[1:]))]

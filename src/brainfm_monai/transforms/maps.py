@@ -40,11 +40,7 @@ MODES: dict[str, Mode] = {
 
 
 def allowed_labels(protocol: Protocol, mode: str) -> list[int]:
-    """Labels of a protocol that a mode allows; the background always is.
-
-    Raises:
-        ValueError: if there is no such mode.
-    """
+    """Labels of a protocol that a mode allows; the background always is. Another mode is a ValueError."""
     if mode not in MODES:
         raise ValueError(f"mode: one of {', '.join(MODES)} is needed, found '{mode}'")
     rule = MODES[mode]
@@ -71,8 +67,7 @@ class SplitTasksd(MapTransform):
             maximum, (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum of each label's probability
             times the voxel's volume in mm^3, (L,); ``segmentation``, a second label map, which stays in this grid.
 
-    Raises:
-        ValueError: if there is no such mode, or labels that were decided already include one that the mode excludes.
+    ValueError if labels that were decided already include one that the mode excludes.
     """
 
     def __init__(
@@ -87,18 +82,18 @@ class SplitTasksd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             output = d.pop(key)
+            entries: dict[Hashable, Tensor] = {}
             for name, part in self.layout.split(convert_to_tensor(output, track_meta=False)[None]).items():
-                task, part = self.layout.tasks[name], part[0]
+                task = self.layout.tasks[name]
                 if task.kind == "labels":
-                    entries = self._decide(key, part, output)
-                elif len(output) < self.layout.channels:  # labels are decided: the output's memory is that of maps
-                    entries = {task.entry: part.copy_(task.to_map(part))}
+                    entries |= self._decide(key, part[0], output)
                 else:
-                    entries = {task.entry: task.to_map(part)}
-                for entry, value in entries.items():
-                    d[entry] = value if entry == "soft_volumes" else MetaTensor(value)
-                    if isinstance(output, MetaTensor) and entry != "soft_volumes":
-                        d[entry].copy_meta_from(output)
+                    maps = task.to_map(part[0])  # where labels are decided, the output's memory becomes that of maps
+                    entries[task.entry] = part[0].copy_(maps) if len(output) < self.layout.channels else maps
+            for entry, value in entries.items():
+                d[entry] = value if entry == "soft_volumes" else MetaTensor(value)
+                if isinstance(output, MetaTensor) and entry != "soft_volumes":
+                    d[entry].copy_meta_from(output)
         return d
 
     def _decide(self, key: Hashable, logits: Tensor, output: Any) -> dict[Hashable, Tensor]:

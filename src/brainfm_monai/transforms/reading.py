@@ -1,7 +1,7 @@
 """From any scan to what the network sees: reading it, window and padding, voxel size, percentiles."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,20 +22,14 @@ MODALITIES = ("auto", "mr", "ct")
 
 
 def parse_window(window: Any) -> tuple[float, float] | str | None:
-    """Check a window of intensities: ``[low, high]``, ``"auto"`` or None.
-
-    Raises:
-        ValueError: if it is none of these.
-    """
+    """A window of intensities: ``[low, high]``, ``"auto"`` or None; anything else is a ValueError."""
     if window is None or window == "auto":
         return window
-    try:
+    with suppress(TypeError, ValueError):
         low, high = (float(value) for value in window)
-    except (TypeError, ValueError):
-        low, high = 0.0, 0.0
-    if low >= high:
-        raise ValueError(f"window: 'auto' or two rising numbers [low, high] are needed, found {window!r}")
-    return (low, high)
+        if low < high:
+            return low, high
+    raise ValueError(f"window: 'auto' or two rising numbers [low, high] are needed, found {window!r}")
 
 
 class LoadScand(LoadImaged):
@@ -55,9 +49,8 @@ class LoadScand(LoadImaged):
         window: intensities are clipped to ``[low, high]``; ``"auto"``: a CT to 0 to 80 HU; None: not at all.
         modality: ``"mr"``, ``"ct"`` or ``"auto"``, see :func:`decide_modality`.
 
-    Raises:
-        ValueError: if ``window`` or ``modality`` is none of these.
-        ScanError: on reading a file that is not one scalar volume, or has no contrast.
+    ValueError if ``window`` or ``modality`` is none of these; ScanError on a file that is not one scalar volume, or has
+    no contrast.
     """
 
     def __init__(
@@ -72,30 +65,27 @@ class LoadScand(LoadImaged):
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         """Replace the path by a float32 MetaTensor of shape (1, H, W, D), and add ``original``, of the same shape."""
-        loaded = dict(data)
-        frame = data.get("frame", self.frame)
+        loaded, frame = dict(data), data.get("frame", self.frame)
         for key in self.key_iterator(dict(data)):
             path = str(data[key])
             volume = mend_hounsfield(io.read_scan(path, frame, data.get("series")), self.modality)
             modality, reason = decide_modality(volume, self.modality)
             limits = BRAIN_WINDOW_HU if self.window == "auto" and modality == "ct" else self.window
             floor, ceiling, padding = find_limits(volume.values) if modality == "mr" else (-np.inf, np.inf, "")
-            if ceiling < np.inf:
-                volume = replace(volume, values=np.where(volume.values > ceiling, np.float32(0), volume.values))
             low, high = (floor, np.inf) if limits is None or isinstance(limits, str) else limits
-            noticed = [*volume.warnings, *([padding] if padding else [])]
-            noticed += find_doubts(np.maximum(volume.values, floor), modality)
+            values = (
+                volume.values if ceiling == np.inf else np.where(volume.values > ceiling, np.float32(0), volume.values)
+            )
+            noticed = [*volume.warnings, padding, *find_doubts(np.maximum(values, floor), modality)]
             meta = {
                 "filename_or_obj": path,
                 "scan_name": str(data.get(self.name_key) or io.scan_stem(path)),
-                "warnings": "\n".join(noticed),
+                "warnings": "\n".join(filter(None, noticed)),
                 "modality": f"{modality}: {reason}",
             }
-            if np.isfinite(high):
-                meta["window"] = f"{low:g} to {high:g}"
-            if frame is not None:
-                meta["frame"] = str(frame)  # MONAI's collation of metadata takes no None
-            original, affine = torch.from_numpy(volume.values)[None], torch.from_numpy(volume.affine)
+            meta |= {"window": f"{low:g} to {high:g}"} if np.isfinite(high) else {}
+            meta |= {} if frame is None else {"frame": str(frame)}  # MONAI's collation of metadata takes no None
+            original, affine = torch.from_numpy(values)[None], torch.from_numpy(volume.affine)
             shown = original if low == -np.inf else original.clamp(low, high)
             loaded["original"] = MetaTensor(original, affine=affine)
             loaded[key] = MetaTensor(shown, affine=affine, meta=meta)

@@ -43,11 +43,8 @@ def decide_modality(volume: io.Volume, asked: str = "auto") -> tuple[str, str]:
     """Decide whether a scan is a CT in Hounsfield units, which is clipped to the brain's window before the network.
 
     A CT has air, water and bone where Hounsfield put them, and fat between air and water, where no magnitude image of
-    MR has anything. ``asked`` decides if it is ``"mr"`` or ``"ct"``; else the file's header if it says, else the
-    values.
-
-    Returns:
-        ``"mr"`` or ``"ct"``, and the reason.
+    MR has anything. ``asked`` decides if it is not ``"auto"``, else the file's header if it says, else the values.
+    Returns ``"mr"`` or ``"ct"``, and the reason.
     """
     if asked != "auto":
         return asked, "as asked by --modality"
@@ -64,17 +61,15 @@ def _sample(values: np.ndarray) -> np.ndarray:
     return flat[:: max(1, len(flat) // SAMPLES)].astype(np.float64)
 
 
+def _share(values: np.ndarray, low: float, high: float) -> float:
+    return float(((values >= low) & (values < high)).mean()) if len(values) else 0.0
+
+
 def _judge_hounsfield(values: np.ndarray) -> tuple[bool, str, float]:
     """Whether values are those of a CT in Hounsfield units, the shares that decide, and that of the brain's window."""
-    head = values[values > NEGATIVE_HU[0]]
-
-    def measure(part: np.ndarray, limits: tuple[float, float]) -> float:
-        return float(((part >= limits[0]) & (part < limits[1])).mean()) if len(part) else 0.0
-
-    air = float((values <= AIR_HU).mean())
-    ranges = (NEGATIVE_HU, WATER_HU, BONE_HU, BRAIN_WINDOW_HU)
-    negative, water, bone, brain = (measure(head, limits) for limits in ranges)
-    fat, edge = (measure(values, limits) / (limits[1] - limits[0]) for limits in (FAT_HU, EDGE_HU))
+    air, head = float((values <= AIR_HU).mean()), values[values > NEGATIVE_HU[0]]
+    negative, water, bone, brain = (_share(head, *ends) for ends in (NEGATIVE_HU, WATER_HU, BONE_HU, BRAIN_WINDOW_HU))
+    fat, edge = (_share(values, low, high) / (high - low) for low, high in (FAT_HU, EDGE_HU))
     is_ct = air >= MINIMUM_AIR and negative >= MINIMUM_NEGATIVE and fat >= FAT_PER_EDGE * edge
     is_ct = is_ct and water >= MINIMUM_WATER and BONE_RANGE[0] <= bone <= BONE_RANGE[1]
     text = f"{air:.0%} air, and of the head {negative:.0%} from -200 to -10, {water:.0%} water, {bone:.0%} bone"
@@ -83,11 +78,10 @@ def _judge_hounsfield(values: np.ndarray) -> tuple[bool, str, float]:
 
 def _is_clipped_ct(values: np.ndarray) -> bool:
     """Whether values are those of Hounsfield units from 0 on: much air, and of the rest much soft tissue, and bone."""
-    head = values[values > 0]
-    if not len(head) or values.min() < 0 or (values == 0).mean() < MINIMUM_CLIPPED_AIR:
+    if values.min() < 0 or (values == 0).mean() < MINIMUM_CLIPPED_AIR:
         return False
-    tissue, bone = (((head >= low) & (head < high)).mean() for low, high in (TISSUE_HU, BONE_HU))
-    return bool(tissue >= MINIMUM_TISSUE and BONE_RANGE[0] <= bone <= BONE_RANGE[1])
+    tissue, bone = (_share(values[values > 0], *ends) for ends in (TISSUE_HU, BONE_HU))
+    return tissue >= MINIMUM_TISSUE and BONE_RANGE[0] <= bone <= BONE_RANGE[1]
 
 
 def mend_hounsfield(volume: io.Volume, asked: str = "auto") -> io.Volume:
@@ -96,7 +90,7 @@ def mend_hounsfield(volume: io.Volume, asked: str = "auto") -> io.Volume:
     if asked == "mr" or volume.modality == "mr" or _judge_hounsfield(sample)[0]:
         return volume
     judged = {offset: _judge_hounsfield(sample - offset)[::2] for offset in OFFSETS_HU}
-    offset = max(OFFSETS_HU, key=lambda o: judged[o])
+    offset = max(judged, key=lambda o: judged[o])
     if judged[offset][0] and judged[offset][1] >= MINIMUM_BRAIN:
         done = f"{offset:g} above Hounsfield units: {offset:g} is subtracted"
         mended = volume.values - np.float32(offset)
@@ -114,10 +108,8 @@ def find_limits(values: np.ndarray) -> tuple[float, float, str]:
 
     Below: a negative value that many voxels share, where hardly another is negative; or a few negative values far below
     all others, which would take the range of the rest. Above: a value that many voxels share, far from all others; such
-    voxels are background as well.
-
-    Returns:
-        The lowest and the highest value of the scan itself, infinite without padding, and a warning or nothing.
+    voxels are background as well. Returns the lowest and the highest value of the scan itself, infinite without
+    padding, and a warning or nothing.
     """
     low, high = float(values.min()), float(values.max())
     padded = float((values == low).mean()) if low < 0 else 0.0
@@ -130,9 +122,9 @@ def find_limits(values: np.ndarray) -> tuple[float, float, str]:
         if second > max(low, 0.0) and high >= FILL_RATIO * second:
             return -np.inf, second, f"{filled:.1%} of the voxels are {high:g}: taken for padding of a scan and set to 0"
     first, last = np.quantile(_sample(values), [0.01, 0.99])
-    if low < min(0.0, first - FAR_BELOW * (last - first)):
-        count = int((values < first - FAR_BELOW * (last - first)).sum())
-        found = f"{count} voxels lie far below all others, down to {low:g}, and become {first:g}"
+    limit = first - FAR_BELOW * (last - first)
+    if low < min(0.0, limit):
+        found = f"{int((values < limit).sum())} voxels lie far below all others, down to {low:g}, and become {first:g}"
         return float(first), np.inf, f"{found}: damaged, or large numbers that lost their sign?"
     return -np.inf, np.inf, ""
 
