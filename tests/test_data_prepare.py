@@ -17,7 +17,7 @@ from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.loading import LoadSubjectd
 from brainfm_monai.data.prepare import Job, PreparationError, prepare_label, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
-from brainfm_monai.io import write_folder
+from brainfm_monai.io import write_whole
 
 SIZE = (32, 40, 36)
 FILES = ("generation_labels.nii.gz", "segmentation.nii.gz", "distance.nii.gz", "mni.nii.gz")
@@ -203,9 +203,9 @@ def test_an_interrupted_subject_leaves_nothing_and_is_made_again(
 
 def test_a_folder_that_another_process_fills_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "a"
-    with write_folder(target) as first:
+    with write_whole(target, folder=True) as first:
         (first / "one").touch()
-        with write_folder(target) as second:
+        with write_whole(target, folder=True) as second:
             (second / "two").touch()
         assert first.is_dir()
         assert [f.name for f in target.iterdir()] == ["two"]

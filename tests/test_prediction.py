@@ -258,9 +258,7 @@ def test_a_plain_run_of_the_evaluator_writes_the_files(repository: Path, weights
     loader = workflow.evaluator.data_loader
     workflow.evaluator.add_event_handler(Events.ITERATION_STARTED, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_scans(
-            workflow.evaluator, workflow.parser.get_parsed_content("writer"), [0], keep_notes=False, show_bar=False
-        )
+        list(run_scans(workflow.evaluator, workflow.parser.get_parsed_content("writer"), [0]))
     assert workflow.evaluator.data_loader is loader  # an evaluator whose run was interrupted can run again
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from brainfm_monai.cli.words import describe, read_words
 
-__all__ = ["COMMANDS", "main"]
-
 # words of each command, its module and function, which are imported when it is called, and what the list of them says
 COMMANDS = {
     "predict": ("cli.bundle", "predict", "Segment and map a scan, or many."),

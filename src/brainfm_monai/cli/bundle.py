@@ -8,36 +8,22 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from brainfm_monai import __version__
-from brainfm_monai.io import bundle_arguments, find_bundle, literal
+from brainfm_monai.io import bundle_arguments, find_bundle, literal, refuse_if
 
 # M_MMAP_THRESHOLD, bytes from which memory goes back to the kernel at once, and M_TRIM_THRESHOLD, most bytes that are
 # kept, by their numbers in malloc.h. A map of 1 mm has 35 to 70 MB.
 KEPT = {-3: 2**27, -1: 2**29}
-CHOICES = {
-    "analysis_level": ("participant",),
-    "precision": ("float32", "bfloat16", "float16"),
-    "memory": ("auto", "full", "low", "windows"),
-}
-
-CORE = "core"  # what is installed without an extra
 
 
 def predict(
-    input: str,
-    output: str,
-    analysis_level: str = "participant",
-    bundle: str = "bundle",
-    outputs: str | Sequence[str] = "all",
-    participant_label: str | int | Sequence[str | int] | None = None,
-    mirror: bool = True,
-    precision: str | None = None,
-    memory: str = "auto",
-    cluster: str | None = None,
-    **overrides: Any,
-) -> None:
+    input: str, output: str, analysis_level: Literal["participant"] = "participant", bundle: str = "bundle",
+    outputs: str | Sequence[str] = "all", participant_label: Sequence[str] | None = None, mirror: bool = True,
+    precision: Literal["float32", "bfloat16", "float16"] | None = None,
+    memory: Literal["auto", "full", "low", "windows"] = "auto", cluster: str | None = None, **overrides: Any,
+) -> None:  # fmt: skip
     """Segment and map a scan, or many; scans that are finished already are skipped.
 
     Args:
@@ -51,33 +37,20 @@ def predict(
         participant_label: subjects of a BIDS dataset, with or without sub-, separated by blanks or commas.
         mirror: average each scan with its mirror image; False takes half the time.
         precision: float32, bfloat16 or float16; by default what the device is fast in.
-        memory: full, low (labels without probabilities, least memory) or windows; auto takes full if the free memory
-            suffices.
-        cluster: for thousands of scans: the address of a Dask scheduler (tcp://host:8786) whose workers share the
-            scans, or local:N for N processes of this machine.
+        memory: full, low (labels without probabilities, least memory) or windows; auto: full if the memory suffices.
+        cluster: address of a Dask scheduler (tcp://host:8786) whose workers share the scans, or local:N processes.
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain,
             cerebrum, left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window
             ([low,high]), --modality (auto, mr, ct), --fix_orientation (True), --atlas (label map in MNI152 space),
             --shard (i/n), --overwrite, --weights (file), --device ("$torch.device('cpu')").
     """
-    chosen = {"analysis_level": analysis_level, "precision": precision or "float32", "memory": memory}
-    for name, value in chosen.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name}: one of {', '.join(CHOICES[name])} is needed, found '{value}'")
-    settings: dict[str, Any] = {"outputs": outputs if isinstance(outputs, str) else list(outputs)}
-    settings |= {"mirror": bool(mirror), "memory": memory, **({"precision": precision} if precision else {})}
+    settings = {"outputs": outputs, "mirror": mirror, "memory": memory, "input": literal(input)}
+    settings |= {"output_dir": literal(output), **({"precision": precision} if precision else {}), **overrides}
     if participant_label is not None:
-        labels = [participant_label] if isinstance(participant_label, str | int) else participant_label
-        settings["participant_label"] = [literal(str(label)) for label in labels]
-    settings |= {"input": literal(str(input)), "output_dir": literal(str(output)), **overrides}
+        settings["participant_label"] = [literal(label) for label in participant_label]
     if memory != "low":
         _keep_freed_memory()
-    if cluster is None:
-        run_bundle(bundle, ["inference.json"], **settings)
-    else:
-        from brainfm_monai.prediction.cluster import predict_on_cluster
-
-        predict_on_cluster(cluster, _settings(bundle, ["inference.json"], **settings))
+    run_bundle(bundle, ["inference.json"], cluster, **settings)
 
 
 def _keep_freed_memory() -> None:
@@ -90,7 +63,7 @@ def _keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(option, size)
 
 
-def train(datalist: str, bundle: str = "bundle", variant: str | Sequence[str] = (), **overrides: Any) -> None:
+def train(datalist: str, bundle: str = "bundle", variant: Sequence[str] = (), **overrides: Any) -> None:
     """Train on prepared subjects; a training that was interrupted goes on where it was.
 
     Start with ``--variant small``, a small network that a laptop trains. With N GPUs: ``torchrun --nproc_per_node=N -m
@@ -107,28 +80,21 @@ def train(datalist: str, bundle: str = "bundle", variant: str | Sequence[str] = 
             float16), --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']",
             --log_interval 10, --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
     """
-    asked = variant.split(",") if isinstance(variant, str) else map(str, variant)
-    configs = [name if name.endswith(".json") else f"{name}.json" for name in ["train", *filter(None, asked)]]
-    run_bundle(bundle, configs, datalist=existing_datalist(datalist), **overrides)
+    configs = [name if name.endswith(".json") else f"{name}.json" for name in ["train", *filter(None, variant)]]
+    run_bundle(bundle, configs, datalist=datalist, **overrides)
 
 
 def evaluate(
-    datalist: str,
-    output: str,
-    bundle: str = "bundle",
-    generated: bool = False,
-    sweeps: bool = False,
-    protocol: bool = False,
-    surfaces: bool = False,
-    **overrides: Any,
-) -> None:
+    datalist: str, output: str, bundle: str = "bundle", generated: bool = False, sweeps: bool = False,
+    protocol: bool = False, surfaces: bool = False, **overrides: Any,
+) -> None:  # fmt: skip
     """Measure predictions against what is true: every task, by structure, as tables and a page.
 
     Cases that are measured already, with the same weights and settings, are skipped; ``torchrun`` shares them.
 
     Args:
         datalist: JSON file ``{"testing": [{"image": path, "label": path}, ...]}``; with ``--generated`` the list of
-            prepared subjects that ``brainfm-monai data list`` writes, of which those for validation are taken.
+            ``brainfm-monai data list``, of which the subjects for validation are taken.
         output: folder for metrics.tsv, summary.tsv, evaluation.html and the rest.
         bundle: folder of the bundle.
         generated: generate scans of held-out subjects, whose truth is known, instead of reading real ones.
@@ -143,31 +109,28 @@ def evaluate(
     variants = {"generated": generated, "protocol": protocol, "generated_sweeps": generated and sweeps}
     variants |= {"sweeps": sweeps and not generated, "surfaces": surfaces}
     names = ["inference.json", "evaluate.json", *(f"evaluate_{name}.json" for name, on in variants.items() if on)]
-    run_bundle(bundle, names, datalist=existing_datalist(datalist), output_dir=literal(str(output)), **overrides)
+    run_bundle(bundle, names, datalist=datalist, output_dir=literal(str(output)), **overrides)
 
 
-def run_bundle(bundle: str | Path, names: Sequence[str], **overrides: Any) -> None:
+def run_bundle(bundle: str | Path, names: Sequence[str], cluster: str | None = None, **overrides: Any) -> None:
     """Run configs of a bundle, see :func:`~brainfm_monai.io.find_config`, with MONAI, later ones over earlier ones."""
-    from monai.bundle import run
-
-    run(**_settings(bundle, names, **overrides))
-
-
-def _settings(bundle: str | Path, names: Sequence[str], **overrides: Any) -> dict[str, Any]:
-    """Arguments of :func:`monai.bundle.run`."""
+    if "datalist" in overrides:
+        path = overrides["datalist"]
+        refuse_if(not Path(path).is_file(), f"{path}: a datalist (JSON) is needed", "no such file", FileNotFoundError)
+        overrides["datalist"] = literal(path)
     if "args_file" in overrides:  # of imported weights, whose files lie beside it
         overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
     arguments = bundle_arguments(bundle, names)
     if find_bundle(bundle) != Path(str(bundle)):  # the bundle that the package carries, where nothing is written
         arguments["output_dir"] = literal(str(Path("training").resolve()))
-    return arguments | overrides
+    if cluster is None:
+        from monai.bundle import run
 
+        run(**arguments | overrides)
+    else:
+        from brainfm_monai.prediction.cluster import predict_on_cluster
 
-def existing_datalist(path: str) -> str:
-    """The path of a datalist as a value for a config; FileNotFoundError if there is no such file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: a datalist (JSON) is needed, found no such file")
-    return literal(str(path))
+        predict_on_cluster(cluster, arguments | overrides)
 
 
 def version() -> str:
@@ -193,24 +156,20 @@ def doctor() -> str:
         f"memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free",
         f"weights: {weights if weights.is_file() else f'{weights} is missing: pass --bundle FOLDER or --weights FILE'}",
     ]
-    for extra, missing in sorted(_missing_packages().items(), key=lambda row: row[0] != CORE):
-        name = "predict" if extra == CORE else f"extra {extra}"
-        remedy = f'missing {", ".join(missing)}: pip install "brainfm-monai[{extra}]"'.replace(f"[{CORE}]", "")
-        lines.append(f"{name}: {remedy if missing else 'complete'}")
+    for extra, missing in sorted(_missing_packages().items()):
+        remedy = f'missing {", ".join(missing)}: pip install "brainfm-monai{f"[{extra}]" if extra else ""}"'
+        lines.append(f"{f'extra {extra}' if extra else 'predict'}: {remedy if missing else 'complete'}")
     return "\n".join(lines)
 
 
 def _missing_packages() -> dict[str, list[str]]:
-    """Names of the packages of each extra that are not installed, by the package's own metadata."""
+    """Names of the packages of each extra (empty: the core) that are not installed, by the package's own metadata."""
     missing: dict[str, list[str]] = {}
     try:
         requirements = metadata.requires("brainfm-monai") or []
     except metadata.PackageNotFoundError:  # the package lies in a bundle, whose metadata.json names its packages
         return {}
     for requirement in requirements:
-        package, _, condition = requirement.partition(";")
-        (name,) = re.findall(r"^[\w.-]+", package)
-        extras = re.findall(r"extra == ['\"]([\w-]+)", condition) or [CORE]
-        absent = [] if any(metadata.distributions(name=name)) else [name]
-        missing.setdefault(extras[0], []).extend(absent)
+        ((name, extra),) = re.findall(r"^([\w.-]+)(?:.*extra == ['\"]([\w-]+))?", requirement)
+        missing.setdefault(extra, []).extend([] if any(metadata.distributions(name=name)) else [name])
     return missing

@@ -1,6 +1,7 @@
 """Words of a command line as arguments: paths, names and labels stay the strings that were typed."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from os.path import exists  # unlike a Path, words longer than the name of a file do not raise
 from typing import Any
@@ -11,34 +12,33 @@ from brainfm_monai.io import literal, refuse_if
 
 SWITCHES = ("True", "False", "true", "false", "1", "0")
 NUMBERS: dict[str, Any] = {"int": int, "float": int | float}  # types of a value by the annotation of a parameter
-SPELLINGS = {"true": "True", "false": "False"}
 # overrides of configs that are not parameters of a command: switches, which need no value, and texts
 SWITCH_KEYS = ("overwrite", "compile", "second_look", "fix_orientation", "mlflow", "activation_checkpointing")
 TEXT_KEYS = ("input", "section", "name", "shard")
 TEXT_ENDINGS = ("_dir", "_root", "_file", "weights", "datalist")
+OVERRIDE = "text or expression"  # type of these texts
+LIST = "Sequence[str"  # beginning of the type of a parameter that takes several words
 
 
 def read_words(command: str, words: list[str], function: Callable[..., Any]) -> dict[str, Any]:
     """Arguments of a function out of the words of a command line; words after ``--`` are no flags.
 
-    Parameters that are strings or paths by their annotation get the word as it stands: ``1.10`` is no number.
-    Parameters that are sequences of them take all words up to the next flag, or one word with commas. Others, and
-    overrides of a config, are Python literals where they can be, and else strings. ValueError if a parameter without a
-    default has no word, or there are more words or flags than the function has parameters.
+    Strings and paths, by the annotation, get the word as it stands: ``1.10`` is no number. Sequences of them take all
+    words up to the next flag, or one word with commas. Others, and overrides of a config, are Python literals where
+    they can be, and else strings. ValueError if a word is missing, of another type, or belongs to no parameter.
     """
-    parameters = list(inspect.signature(function).parameters.values())
-    named = [p for p in parameters if p.kind != p.VAR_KEYWORD]
-    kinds = {p.name: p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation) for p in named}
-    flags, loose = _take_flags(words, kinds)
-    free = [name for name in kinds if name not in flags]
+    parameters = inspect.signature(function, eval_str=True).parameters
+    named = {name: p for name, p in parameters.items() if p.kind != p.VAR_KEYWORD}
+    flags, loose = _take_flags(words, named)
+    free = [name for name in named if name not in flags]
     if len(loose) > len(free):
         raise ValueError(f"{command}: {len(free)} more words are possible, found {' '.join(loose)}")
     values = {name: [word] for name, word in zip(free, loose, strict=False)} | flags
-    faults = [f"--{name}" for name in flags if name not in kinds and len(named) == len(parameters)]
-    faults += [f"no {p.name.upper()}" for p in named if p.default is p.empty and p.name not in values]
+    faults = [f"--{name}" for name in flags if name not in named and len(named) == len(parameters)]
+    faults += [f"no {name.upper()}" for name, p in named.items() if p.default is p.empty and name not in values]
     if faults:
         raise ValueError(f"{describe(command, function).splitlines()[0]}, found {', '.join(faults)}")
-    return {name: _read(name, value, kinds) for name, value in values.items()}
+    return {name: _read(name, value, _type_of(name, named)) for name, value in values.items()}
 
 
 def describe(command: str, function: Callable[..., Any]) -> str:
@@ -50,11 +50,18 @@ def describe(command: str, function: Callable[..., Any]) -> str:
     return "\n".join([usage, "", str(inspect.getdoc(function)), "", *(["Defaults:"] if defaults else []), *defaults])
 
 
-def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:
+def _type_of(name: str, named: Mapping[str, inspect.Parameter]) -> str:
+    """The annotation of a parameter; of an override of a config what its name says: bool, a text, or any."""
+    if name in named:
+        return inspect.formatannotation(named[name].annotation)
+    is_text = name in TEXT_KEYS or name.endswith(TEXT_ENDINGS)
+    return "bool" if name in SWITCH_KEYS else OVERRIDE if is_text else "any"
+
+
+def _take_flags(words: list[str], named: Mapping[str, inspect.Parameter]) -> tuple[dict[str, list[str]], list[str]]:
     """Words of the flags by name, and the words that belong to no flag."""
     flags: dict[str, list[str]] = {}
-    loose: list[str] = []
-    left = list(words)
+    loose, left = list[str](), list(words)
     while left:
         word = left.pop(0)
         if word == "--":
@@ -62,57 +69,46 @@ def _take_flags(words: list[str], kinds: Mapping[str, str]) -> tuple[dict[str, l
         if not (word.startswith("--") and word[2:3].isidentifier()):
             loose.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        is_switch = _is_switch(name, kinds)
-        flags[name] = [value] if equals else []
-        most = 0 if equals else len(left) if _is_list(name, kinds) else 1
-        while left and most and not left[0].startswith("--") and (not is_switch or left[0] in SWITCHES):
-            most -= 1
+        key, equals, value = word[2:].partition("=")
+        name = key.replace("-", "_")
+        kind, flags[name] = _type_of(name, named), [value] if equals else []
+        most = 0 if equals else len(left) if LIST in kind else 1
+        while len(flags[name]) < most and left and not left[0].startswith("--"):
+            if kind == "bool" and left[0] not in SWITCHES:
+                break
             flags[name].append(left.pop(0))
     return flags, loose
 
 
-def _read(name: str, values: list[str], kinds: Mapping[str, str]) -> Any:
+def _read(name: str, values: list[str], kind: str) -> Any:
     """The value of a parameter, or of an override, whose strings the config parser may evaluate."""
-    is_text = name in TEXT_KEYS or name.endswith(TEXT_ENDINGS)
-    needs_value = kinds[name] != "bool" if name in kinds else is_text
-    refuse_if(not values and needs_value, f"--{name}: a value is needed", "none")
+    refuse_if(not values and kind not in ("bool", "any"), f"--{name}: a value is needed", "none")
     if not values:
         return True
-    if _is_list(name, kinds):
-        parts = [part for value in values for part in _split(value)]
-        return parts[0] if len(parts) == 1 else parts
+    if LIST in kind:
+        return [part for value in values for part in _split(value)]
     (value,) = values
-    is_wrong = _is_switch(name, kinds) and value not in SWITCHES and value[:1] not in ("$", "@")
+    is_wrong = kind == "bool" and value not in SWITCHES and value[:1] not in ("$", "@")
     refuse_if(is_wrong, f"--{name}: True or False is needed", f"'{value}'")
-    if name in kinds:
-        is_text = any(kind in kinds[name] for kind in ("str", "Path")) and "Sequence" not in kinds[name]
-        parsed = value if is_text and not (value == "None" and "None" in kinds[name]) else _parse(value)
-        is_wrong = kinds[name] in NUMBERS and not isinstance(parsed, NUMBERS.get(kinds[name], object))
-        refuse_if(is_wrong, f"--{name}: a number ({kinds[name]}) is needed", f"'{value}'")
-        return parsed
-    if name == "args_file":  # MONAI reads it before there is a parser
-        return value
-    if is_text:
-        is_expression = value.startswith(("$", "@")) and not exists(value)  # noqa: PTH110
-        return value if is_expression else literal(value)
-    return _parse(value)
+    if kind == OVERRIDE:  # MONAI reads args_file before there is a parser
+        is_literal = name != "args_file" and (not value.startswith(("$", "@")) or exists(value))  # noqa: PTH110
+        return literal(value) if is_literal else value
+    if value == "None" and re.search("None|Optional", kind):
+        return None
+    choices = re.findall(r"'(\w+)'", kind)
+    refuse_if(choices and value not in choices, f"{name}: one of {', '.join(choices)} is needed", f"'{value}'")
+    is_text = re.search("str|Path|Literal", kind) and "Sequence" not in kind
+    parsed = value if is_text else _parse(value)
+    is_wrong = kind in NUMBERS and not isinstance(parsed, NUMBERS[kind])
+    refuse_if(is_wrong, f"--{name}: a number ({kind}) is needed", f"'{value}'")
+    return parsed
 
 
 def _parse(value: str) -> Any:
     """A Python literal, in which plain words are strings; what has ``#``, or a number with ``_``, stays a string."""
-    parsed = DefaultParseValue(SPELLINGS.get(value, value))
+    parsed = DefaultParseValue(value.capitalize() if value in ("true", "false") else value)
     is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool)
     return value if (isinstance(parsed, str) and "#" in value) or (is_number and "_" in value) else parsed
-
-
-def _is_switch(name: str, kinds: Mapping[str, str]) -> bool:
-    return kinds.get(name) == "bool" or (name not in kinds and name in SWITCH_KEYS)
-
-
-def _is_list(name: str, kinds: Mapping[str, str]) -> bool:
-    return "Sequence[str" in kinds.get(name, "")
 
 
 def _split(value: str) -> list[str]:

@@ -20,7 +20,7 @@ from brainfm_monai.data.freesurfer import find_freesurfer, make_volumes
 from brainfm_monai.data.labels import find_label_maps, read_id_table
 from brainfm_monai.data.registration import TEMPLATE_NAME
 from brainfm_monai.data.subjects import CONTRASTS, MNI_FACTOR, SIZE, Source
-from brainfm_monai.io import find_repeated, hash_file, refuse_if, scan_stem, write_folder, write_text
+from brainfm_monai.io import find_repeated, hash_file, refuse_if, scan_stem, write_text, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def make_subject(job: Job, output_dir: Path) -> list[str]:
     ValueError if left and right are exchanged or the head lies on its side; or what the making of its volumes raises.
     """
     volumes, facts = make_volumes(job.source.files, job.settings, job.protocols)
-    with write_folder(output_dir / job.source.name) as folder:
+    with write_whole(output_dir / job.source.name, folder=True) as folder:
         subjects.write_subject(folder, volumes, job.describe() | facts)
         findings = check_subject({**make_entry(folder), "subject": job.source.name, **job.protocols})
         for finding in findings:

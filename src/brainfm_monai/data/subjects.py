@@ -81,7 +81,7 @@ def subject_file(folder: Path, key: str) -> Path:
 
 
 def write_subject(folder: Path, volumes: Volumes, record: Mapping[str, Any]) -> None:
-    """Write the files of a subject into a folder, which :func:`brainfm_monai.io.write_folder` makes appear whole.
+    """Write the files of a subject into a folder, which :func:`brainfm_monai.io.write_whole` makes appear whole.
 
     ``volumes`` are in the file's unit, shape (H, W, D) or (H, W, D, C); ``record`` is what ``subject.json`` says.
     """

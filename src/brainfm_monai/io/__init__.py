@@ -13,7 +13,6 @@ from brainfm_monai.io.files import (
     one_line,
     read_table,
     refuse_if,
-    write_folder,
     write_table,
     write_text,
     write_whole,
@@ -21,11 +20,3 @@ from brainfm_monai.io.files import (
 from brainfm_monai.io.find import find_contradiction, find_scans
 from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
-
-__all__ = [
-    "ABSENT", "SCAN_SUFFIXES", "Scan", "ScanError", "Volume", "bundle_arguments", "exit_on_error", "find_bundle",
-    "find_config", "find_contradiction", "find_repeated", "find_scans", "fingerprint", "first_line", "hash_file",
-    "is_dicom", "list_series", "literal", "locked", "make_scans", "one_line", "printable", "read_labels", "read_maps",
-    "read_scan", "read_table", "read_volume", "refuse_if", "scan_stem", "unique_names", "write_folder", "write_table",
-    "write_text", "write_whole",
-]  # fmt: skip

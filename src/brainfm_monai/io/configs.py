@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path, PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 
 DEFAULT_BUNDLE = "bundle"  # folder in the working directory
 WITHOUT_STATE = ("device", "Generator", "RandomState")  # types that count by their name alone
+PARTS = {  # what objects consist of that are more than their attributes
+    FunctionType: ("__qualname__", "__code__", "__defaults__", "__closure__"), CellType: ("cell_contents",),
+    CodeType: ("co_code", "co_consts", "co_names"), MethodType: ("__func__", "__self__"),
+    partial: ("func", "args", "keywords"),
+}  # fmt: skip
 EVALUATED = "$%@#:"  # MONAI's parser gives these characters a meaning, some of them in the middle of a string
 
 
@@ -70,44 +75,29 @@ def fingerprint(*values: Any) -> str:
 
 def _describe(value: Any, parents: list[int]) -> Any:
     """Nested lists that JSON can write; ``parents`` are the ids of the objects that hold the value."""
-    import torch  # slow to import: the command starts without it
-
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, PurePath | Enum) or type(value).__name__ in WITHOUT_STATE:
         return [type(value).__qualname__, getattr(value, "name", "")]
-    if isinstance(value, torch.Tensor | np.ndarray):
-        array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
-        return [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
     if isinstance(value, type | ModuleType | BuiltinFunctionType):
         return getattr(value, "__qualname__", value.__name__)
+    if isinstance(value, np.ndarray) or hasattr(value, "detach"):  # an array or a tensor
+        array = value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+        return [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
     if id(value) in parents:
         return ["inside", len(parents) - parents.index(id(value))]
     parents = [*parents, id(value)]
-    if isinstance(value, set | frozenset):
-        return sorted((_describe(entry, parents) for entry in value), key=str)
-    if isinstance(value, list | tuple):
-        return [_describe(entry, parents) for entry in value]
+    if isinstance(value, set | frozenset | list | tuple):
+        entries = [_describe(entry, parents) for entry in value]
+        return sorted(entries, key=str) if isinstance(value, set | frozenset) else entries
     if isinstance(value, Mapping):
         return [[_describe(key, parents), _describe(value[key], parents)] for key in sorted(value, key=str)]
-    return [type(value).__qualname__, _describe(_parts(value), parents)]
-
-
-def _parts(value: Any) -> Any:
-    """What an object consists of."""
-    import torch  # slow to import: the command starts without it
-
-    if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [value.__qualname__, value.__code__, value.__defaults__, cells]
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_consts, value.co_names]
-    if isinstance(value, MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, torch.nn.Module):
+    names = next((names for kind, names in PARTS.items() if isinstance(value, kind)), ())
+    parts: Any = [getattr(value, name) for name in names]
+    if hasattr(value, "named_children"):  # a network
         attributes = {key: entry for key, entry in vars(value).items() if not key.startswith("_") and key != "training"}
         shapes = [[name, list(parameter.shape)] for name, parameter in value.named_parameters(recurse=False)]
-        return [attributes, dict(value.named_children()), shapes]
-    return getattr(value, "__dict__", None) or ("" if " at 0x" in repr(value) else repr(value))
+        parts = [attributes, dict(value.named_children()), shapes]
+    elif not names:
+        parts = getattr(value, "__dict__", None) or ("" if " at 0x" in repr(value) else repr(value))
+    return [type(value).__qualname__, _describe(parts, parents)]

@@ -5,11 +5,10 @@ import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,12 +16,7 @@ from brainfm_monai.io.files import first_line, refuse_if
 
 MARK, MARK_PLACE = b"DICM", 128
 EXTRA = "reading DICOM needs pydicom and dcm2niix, found neither or one of them: pip install 'brainfm-monai[dicom]'"
-TAGS = (
-    "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "Modality", "EchoTime",
-    "EchoNumbers", "AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber", "ImagePositionPatient",
-    "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "PatientID", "SOPClassUID", "PhotometricInterpretation",
-)  # fmt: skip
+KEPT_BYTES = 2**12  # of an element of a header in memory: vendors keep 100 kB in each slice
 INDEX = "DICOMDIR"  # name of the index of a medium, whose images lie in folders below
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # class of screenshots and scanned pages, and beginning of its kinds
 NO_SCANS = ("SEG", "SR", "PR", "KO", "OT", "DOC", "REG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "RTIMAGE")
@@ -55,10 +49,9 @@ class Series:
     instances: frozenset[str] = frozenset()  # unique ids of its files
 
 
-@dataclass(frozen=True)
-class _Slice:
+class _Slice(NamedTuple):
     file: Path
-    header: Any = field(repr=False)
+    header: Any
     place: tuple[float, ...] | None  # of the first pixel, LPS mm
     axes: tuple[float, ...] | None  # along rows, along columns
     spacing: tuple[float, ...] | None
@@ -67,12 +60,10 @@ class _Slice:
 def is_dicom(path: str | Path) -> bool:
     """Whether a file, or one in a folder, has the mark of DICOM, whatever its name; the index of a medium is none."""
     path = Path(path)
-    if path.name.upper() == INDEX and not path.is_dir():
-        return False
     if path.is_dir():
         return any(is_dicom(file) for file in sorted(path.glob("[!.]*")) if file.is_file())
     with suppress(OSError):
-        if path.is_file():
+        if path.is_file() and path.name.upper() != INDEX:
             with path.open("rb") as opened:
                 return opened.read(MARK_PLACE + 4)[MARK_PLACE:] == MARK
     return False
@@ -86,34 +77,32 @@ def list_series(path: str | Path) -> list[Series]:
     """
     path = Path(path)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)] if path.is_dir() else [path]
-    slices, copies, volumes = _read_slices(files)
-    refuse_if(not slices and not volumes, "a DICOM image is needed", "no file with pixels")
+    slices = _read_slices(files)
+    refuse_if(not slices, "a DICOM image is needed", "no file with pixels")
     groups: dict[tuple[Any, ...], list[_Slice]] = defaultdict(list)
-    turns: dict[tuple[int, str], list[tuple[float, ...]]] = defaultdict(list)
-    patients = sorted({str(one.header.get("PatientID", "")) for one in slices})
     for one in slices:
-        h, axes, patient = one.header, one.axes or (), str(one.header.get("PatientID", ""))
+        h, axes = one.header, one.axes or ()
+        series = str(h.get("PatientID", "")), int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
         echo, kind = (float(h.get("EchoTime") or 0), str(h.get("EchoNumbers", ""))), tuple(h.get("ImageType") or ())
-        series = int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID"))
-        alike = [t for t in turns[series] if len(t) == len(axes) and np.allclose(t, axes, 0, AXES_TOLERANCE)]
-        turns[series] += [] if alike else [axes]
-        groups[(patient, *series, echo, kind, (alike or [axes])[0], h.Rows, h.Columns)].append(one)
-    for key, members in sorted(groups.items(), key=itemgetter(0)):
-        echoes, kinds = (sorted({k[i] for k in groups if k[:3] == key[:3]}) for i in (3, 4))
-        name = f"{key[1]}-{members[0].header.get('SeriesDescription') or ''}".strip("-")
-        name = f"{key[0]}_{name}" if len(patients) > 1 else name
-        for word, values, value in (("echo", echoes, key[3]), ("type", kinds, key[4])):
-            name += f"_{word}-{values.index(value) + 1}" if len(values) > 1 else ""
-        if problem := _find_overview(members, len(turns[key[1:3]])):
-            volumes.append(_describe(name, members, problem=problem, is_overview=True))
-        else:
-            volumes += _split_volumes(name, members)
+        turns = (key[5] for key in groups if key[:3] == series)
+        alike = (turn for turn in turns if len(turn) == len(axes) and np.allclose(turn, axes, 0, AXES_TOLERANCE))
+        groups[(*series, echo, kind, next(alike, axes), h.get("Rows", 0), h.get("Columns", 0))].append(one)
     count, listed = Counter[str](), []
-    noticed = (f"{copies} files are copies of others and count once",) if copies else ()
-    for volume in volumes:
-        count[volume.name] += 1
-        ending = f"__{count[volume.name]}" if count[volume.name] > 1 else ""  # the same number and description
-        listed.append(replace(volume, name=volume.name + ending, warnings=volume.warnings + noticed))
+    copies = len(files) - len({one.file for one in slices})
+    for key in sorted(groups):
+        members, same = groups[key], [other for other in groups if other[:3] == key[:3]]
+        name = f"{key[1]}-{members[0].header.get('SeriesDescription') or ''}".strip("-")
+        name = f"{key[0]}_{name}" if len({other[0] for other in groups}) > 1 else name
+        for place, word in ((3, "echo"), (4, "type")):
+            values = sorted({other[place] for other in same})
+            name += f"_{word}-{values.index(key[place]) + 1}" if len(values) > 1 else ""
+        problem = _find_overview(members, len({other[5] for other in same if other[6]}))
+        is_overview = {"problem": problem, "is_overview": True}
+        for title, volume, attributes in [(name, members, is_overview)] if problem else _split_volumes(name, members):
+            title = re.sub(r"[^\w.+-]+", "_", title).strip("-_") or "series"
+            count[title] += 1
+            ending = f"__{count[title]}" if count[title] > 1 else ""  # the same number and description
+            listed.append(_describe(title + ending, volume, copies, **attributes))
     return listed
 
 
@@ -123,6 +112,8 @@ def _find_overview(slices: Sequence[_Slice], turns: int) -> str:
     modality = str(header.get("Modality", ""))
     kind = {str(word).upper() for word in (header.get("ImageType") or ())[2:]}
     captured = str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
+    if "Rows" not in header:  # a report, a presentation state
+        return f"no image: the modality is {modality or 'not stated'}"
     if turns > 1 or "LOCALIZER" in kind:
         return f"a localizer, slices in {turns} directions under one series"
     if "MOSAIC" in kind:
@@ -134,40 +125,32 @@ def _find_overview(slices: Sequence[_Slice], turns: int) -> str:
     return ""
 
 
-def _read_slices(files: Sequence[Path]) -> tuple[list[_Slice], int, list[Series]]:
-    """Slices of files, those of frames included, how many files were copies of others, and what has no pixels."""
+def _read_slices(files: Sequence[Path]) -> list[_Slice]:
+    """Slices of files, those of frames included; copies of a file count once."""
     try:
         from pydicom import dcmread
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    slices, seen, copies, others = [], set(), 0, []
+    headers: dict[tuple[str, str], tuple[Path, Any]] = {}
     for file in files:
         try:
-            header = dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
+            header = dcmread(file, stop_before_pixels=True, defer_size=KEPT_BYTES)
+            refuse_if("Rows" not in header and "SOPClassUID" not in header, "its class is needed", "none")
         except Exception as error:  # pydicom raises a dozen kinds for a damaged file
             raise ValueError(f"{file.name} is no readable DICOM file: {first_line(error)}") from error
-        if "Rows" not in header:  # a report, a presentation state
-            if "SOPClassUID" not in header:
-                raise ValueError(f"{file.name} is no readable DICOM file: it does not state its class")
-            problem = f"no image: the modality is {header.get('Modality', 'not stated')}"
-            others.append(Series(file.name, (file,), problem=problem, is_overview=True))
-            continue
-        identity = str(header.get("SOPInstanceUID", file)), str(header.get("ImagePositionPatient"))  # ids may be wrong
-        if identity in seen:
-            copies += 1
-            continue
-        seen.add(identity)
-        shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
-        for frame in header.get("PerFrameFunctionalGroupsSequence") or [None]:
-            slices.append(_read_slice(file, header, (frame, shared)))
-    return slices, copies, others
+        place = str(header.get("ImagePositionPatient"))  # ids may be wrong
+        headers.setdefault((str(header.get("SOPInstanceUID", file)), place), (file, header))
+    frames = "PerFrameFunctionalGroupsSequence"
+    return [_read_slice(*one, frame) for one in headers.values() for frame in one[1].get(frames) or [None]]
 
 
-def _read_slice(file: Path, header: Any, groups: Sequence[Any]) -> _Slice:
+def _read_slice(file: Path, header: Any, frame: Any) -> _Slice:
     """Place, axes and spacing of a slice; of a frame from its own group, else from the group that all frames share."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
+    groups = [group for group in (frame, shared) if group is not None]
 
     def read(sequence: str, tag: str) -> Any:
-        values = [g[sequence].value[0].get(tag) for g in groups if g is not None and sequence in g]
+        values = [group[sequence].value[0].get(tag) for group in groups if sequence in group]
         value = next((v for v in values if v is not None), header.get(tag))
         return None if value is None else tuple(float(v) for v in value)
 
@@ -176,10 +159,10 @@ def _read_slice(file: Path, header: Any, groups: Sequence[Any]) -> _Slice:
     return _Slice(file, header, place, axes, read("PixelMeasuresSequence", "PixelSpacing"))
 
 
-def _split_volumes(name: str, slices: list[_Slice]) -> list[Series]:
-    """Volumes of slices of one direction: as many as there are slices at each place."""
+def _split_volumes(name: str, slices: list[_Slice]) -> list[tuple[str, Sequence[_Slice], dict[str, Any]]]:
+    """Volumes of slices of one direction, as many as there are slices at each place: name, slices, what is found."""
     if any(s.place is None or s.axes is None or s.spacing is None for s in slices):
-        return [_describe(name, slices, problem="slices without a place, direction or pixel spacing in their headers")]
+        return [(name, slices, {"problem": "slices without a place, direction or pixel spacing in their headers"})]
     order = ("AcquisitionNumber", "TemporalPositionIdentifier", "InstanceNumber")
     slices = sorted(slices, key=lambda s: [float(s.header.get(tag) or 0) for tag in order])
     heights = np.array([s.place for s in slices]) @ np.cross(*np.reshape(slices[0].axes or (), (2, 3)))
@@ -189,50 +172,50 @@ def _split_volumes(name: str, slices: list[_Slice]) -> list[Series]:
     counts = sorted({len(level) for level in levels})
     if len(counts) > 1:
         found = f"{counts[0]} to {counts[-1]} slices at one place"
-        return [_describe(name, slices, problem=f"slices are missing: {found}")]
+        return [(name, slices, {"problem": f"slices are missing: {found}"})]
     if len({s.file for s in slices}) < len(slices):  # dcm2niix makes 4-D data of the frames of one file
-        return [_check_stack(name, slices, [level[0] for level in levels])]
+        return [(name, slices, _check_stack(slices, [level[0] for level in levels]))]
     volumes = list(zip(*levels, strict=True))
     ends = [f"_volume-{i + 1}" if len(volumes) > 1 else "" for i in range(len(volumes))]
-    return [_check_stack(name + end, volume, volume) for volume, end in zip(volumes, ends, strict=True)]
+    return [(name + end, volume, _check_stack(volume, volume)) for volume, end in zip(volumes, ends, strict=True)]
 
 
-def _check_stack(name: str, slices: Sequence[_Slice], stack: Sequence[_Slice]) -> Series:
-    """Whether slices, one at each height, have pixels of one size and are evenly spaced on one line; their affine."""
+def _check_stack(slices: Sequence[_Slice], stack: Sequence[_Slice]) -> dict[str, Any]:
+    """The affine of slices, one at each height, or why they are not of one size and evenly spaced on one line."""
     places = np.array([s.place for s in stack])
     if len(places) < 2:
-        return _describe(name, slices, problem="one slice alone", is_overview=True)
+        return {"problem": "one slice alone", "is_overview": True}
     sizes = np.array([s.spacing for s in slices])
-    if (np.ptp(sizes, axis=0) > SPACING_TOLERANCE * sizes.min()).any():
-        found = f"{sizes.min():.4g} to {sizes.max():.4g} mm"
-        return _describe(name, slices, problem=f"pixels differ in size from slice to slice: {found}")
     row, column = np.array(stack[0].axes).reshape(2, 3)
     normal = np.cross(row, column)
     gaps, step = np.diff(places @ normal), (places[-1] - places[0]) / (len(places) - 1)
-    tolerance_mm = max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM)
-    if np.ptp(gaps) > tolerance_mm:
-        found = f"distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
-        return _describe(name, slices, problem=f"slices are missing or unevenly spaced: {found}")
     off_mm = np.abs(places - places[0] - np.arange(len(places))[:, None] * step).max()
+    tolerance_mm = max(SPACING_TOLERANCE * np.median(gaps), 2 * PLACE_TOLERANCE_MM)
+    size, gap = (f"{values.min():.4g} to {values.max():.4g} mm" for values in (sizes, gaps))
+    if (np.ptp(sizes, axis=0) > SPACING_TOLERANCE * sizes.min()).any():
+        return {"problem": f"pixels differ in size from slice to slice: {size}"}
+    if np.ptp(gaps) > tolerance_mm:
+        return {"problem": f"slices are missing or unevenly spaced: distances from {gap}"}
     if off_mm > tolerance_mm:
-        return _describe(name, slices, problem=f"slices do not lie on one line: up to {off_mm:.4g} mm beside it")
+        return {"problem": f"slices do not lie on one line: up to {off_mm:.4g} mm beside it"}
     down, across = stack[0].spacing or (1.0, 1.0)
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * across, -column * down, step
-    affine[:3, 3] = places[0] + column * down * (stack[0].header.Rows - 1)  # dcm2niix turns the rows around
+    origin = places[0] + column * down * (stack[0].header.Rows - 1)  # dcm2niix turns the rows around
+    affine = np.vstack([np.stack([row * across, -column * down, step, origin], axis=1), [0, 0, 0, 1]])
     tilt_deg = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
     warning = f"the gantry was tilted by {tilt_deg:.1f} degrees; the affine of the scan is sheared"
-    noticed = (warning,) if tilt_deg > TILT_TOLERANCE_DEG else ()
-    return _describe(name, slices, affine=LPS_TO_RAS @ affine, warnings=noticed)
+    return {"affine": LPS_TO_RAS @ affine, "warnings": [warning] if tilt_deg > TILT_TOLERANCE_DEG else []}
 
 
-def _describe(name: str, slices: Sequence[_Slice], warnings: Sequence[str] = (), **attributes: Any) -> Series:
-    header, noticed = slices[0].header, list(warnings)
-    modality, name = str(header.get("Modality", "")), re.sub(r"[^\w.+-]+", "_", name).strip("-_") or "series"
+def _describe(
+    name: str, slices: Sequence[_Slice], copies: int, warnings: Sequence[str] = (), **attributes: Any
+) -> Series:
+    header, noticed, modality = slices[0].header, list(warnings), str(slices[0].header.get("Modality", ""))
     if modality not in ("CT", "MR"):
         noticed.append(f"the modality is {modality or 'not stated'}, where MR and CT are known")
     elif modality == "MR" and header.get("PhotometricInterpretation") == "MONOCHROME1":
         noticed.append("small numbers are bright by the header (MONOCHROME1); the numbers are taken as they are")
+    if copies:
+        noticed.append(f"{copies} files are copies of others and count once")
     files = tuple(dict.fromkeys(s.file for s in slices))
     instances = frozenset(str(s.header.get("SOPInstanceUID", s.file)) for s in slices)
     attributes |= {"uid": str(header.get("SeriesInstanceUID", "")), "instances": instances}
@@ -257,16 +240,13 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
         import dcm2niix
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    with TemporaryDirectory() as folder:
-        source, target = Path(folder, "source"), Path(folder, "target")
-        source.mkdir()
-        target.mkdir()
+    with TemporaryDirectory() as source, TemporaryDirectory() as target:
         for number, file in enumerate(chosen.files):  # these files alone, under names that every converter takes
-            (source / f"{number:06d}.dcm").symlink_to(file.resolve())
-        command = [dcm2niix.bin, *"-b n -z n -m y -x i -f scan -o".split(), str(target), str(source)]
+            Path(source, f"{number:06d}.dcm").symlink_to(file.resolve())
+        command = [dcm2niix.bin, *"-b n -z n -m y -x i -f scan -o".split(), target, source]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=CONVERSION_SECONDS)
         # beside a volume dcm2niix writes versions that it resampled: without tilt (_Tilt), with even distances (_Eq)
-        made = [f for f in sorted(target.glob("*.nii")) if not re.search(r"_(Tilt|Eq)_?\d*\.nii$", f.name)]
+        made = [f for f in sorted(Path(target).glob("*.nii")) if not re.search(r"_(Tilt|Eq)_?\d*\.nii$", f.name)]
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("Error", "Warning"))]
         said = [re.sub(r"\S+/(\d{6})\.dcm", lambda match: chosen.files[int(match[1])].name, line) for line in said]
         found = f"{len(made)}: {'; '.join(said[-2:])}"

@@ -12,11 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheets compute
 HASHED_BYTES = 2**20  # at a time, of a file
 ABSENT = "n/a"  # BIDS' word for a missing value in a table
@@ -34,10 +29,7 @@ def refuse_if(is_wrong: object, rule: str, found: object, kind: type[Exception] 
 
 
 def exit_on_error(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function; a ValueError, OSError or FloatingPointError becomes a SystemExit with its one-line message.
-
-    Configs use it, because MONAI wraps exceptions of an expression in a traceback.
-    """
+    """Call a function from a config, where MONAI makes a traceback of errors: they become a SystemExit of one line."""
     try:
         return function(*args, **kwargs)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -58,35 +50,41 @@ def one_line(error: BaseException, name: str) -> str:
 
 
 @contextmanager
-def write_whole(path: str | Path) -> Iterator[Path]:
-    """Write a file beside its place, then rename it: the file appears whole or not at all.
+def write_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """Write a file, or fill a folder, beside its place, then rename it: it appears whole or not at all.
 
-    The block writes the temporary file whose path it gets, in the same folder, which is created, with a name of its own
-    and the same suffixes. An existing file is replaced; if the block fails, the temporary file is removed.
+    The block gets the path of a hidden and locked file or folder of the same suffixes, which is removed if the block
+    fails, or by the next writer if the process is killed. What was there is replaced. Of several processes that write
+    to the same place the last one stays.
     """
-    target, partial = _find_place(path)
-    partial.touch()
-    try:
-        with locked(partial, wait=False):
-            yield partial
-            with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what is open for writing
-                os.fsync(written.fileno())  # the content reaches the disk before the name does
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _find_place(path: str | Path) -> tuple[Path, Path]:
-    """A path whose folder exists, and a hidden one beside it; what killed processes left there is removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".????????.partial.{escape(target.name)}"):
         with locked(abandoned, wait=False) as alone:  # nobody else holds its lock
-            if alone and abandoned.is_dir():
-                shutil.rmtree(abandoned, ignore_errors=True)
-            elif alone:
-                abandoned.unlink(missing_ok=True)
-    return target, target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
+            if alone:
+                _remove(abandoned)
+    partial, old = (target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}") for _ in range(2))
+    partial.mkdir() if folder else partial.touch()
+    with locked(partial, wait=False):
+        try:
+            yield partial
+            if folder:
+                with suppress(FileNotFoundError):  # a folder cannot be renamed onto a filled one
+                    target.rename(old)
+            else:
+                with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what one may write
+                    os.fsync(written.fileno())  # the content reaches the disk before the name does
+            partial.replace(target)
+        finally:
+            _remove(partial)
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def find_repeated(names: Iterable[T]) -> list[T]:
@@ -110,27 +108,6 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def write_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a folder beside its place, then rename it: the folder appears whole or not at all.
-
-    The block gets the path of the temporary folder, which is hidden and locked, and removed if the block fails. An
-    existing folder is replaced. Several processes may write the same folder: the last one stays.
-    """
-    target, partial = _find_place(path)
-    _, old = _find_place(path)
-    partial.mkdir()
-    with locked(partial, wait=False):
-        try:
-            yield partial
-            with suppress(FileNotFoundError):  # a folder cannot be renamed onto a filled one
-                target.rename(old)
-            partial.rename(target)
-        finally:
-            for folder in (partial, old):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold a folder or a file while a block runs: no other process that asks for it holds it at the same time.
 
@@ -139,22 +116,20 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     """
     if wait:
         Path(path).mkdir(parents=True, exist_ok=True)
-    held = False
     with ExitStack() as stack:
-        with suppress(OSError):
-            if fcntl is not None:
-                handle = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
+        held = False
+        with suppress(OSError, ImportError):
+            import fcntl  # not on Windows
+
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
         yield held
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
-    """Read a TSV file with a header line: a dictionary per row, all cells the strings that :func:`write_table` got.
-
-    ValueError if the file is not UTF-8 text, or a row has another number of cells than the header.
-    """
+    """Read a TSV file with a header line: a dictionary of strings per row. ValueError if the file is no such table."""
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             columns, *rows = [row for row in csv.reader(file, delimiter="\t", strict=True) if row] or [[]]
@@ -169,10 +144,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a TSV file with a header line, whole or not at all; ``rows`` have one cell per column.
-
-    A text that a spreadsheet would take for a formula begins with an apostrophe in the file; a number does not.
-    """
+    """Write a TSV file with a header line, whole or not at all, with an apostrophe before texts that are formulas."""
     with write_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(columns)

@@ -6,11 +6,10 @@ import os
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from glob import has_magic
-from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ TABLE_COLUMNS = ("image", "name", "frame")
 COMPANION = re.compile(r"(.+)\.(json|bval|bvec|img)", re.IGNORECASE | re.DOTALL)  # of the scan of this stem
 MARKERS = ("_finished.json", "_unfinished.json")  # beside the results of a scan, see outputs.writer
 KINDS = ", ".join(SCAN_SUFFIXES)
-Found = tuple[Path, str, str]  # a path, its problem and why it is skipped: attributes of a Scan
+RESULTS = "the folder of the results"
+Item = dict[str, Any]  # an image (a path), and perhaps its problem or why it is skipped: see make_scans
 
 
 def find_scans(
@@ -33,24 +33,23 @@ def find_scans(
     output_dir: str | Path | None = None,
     participant_label: str | int | Sequence[str | int] | None = None,
 ) -> list[Scan]:
-    """List the scans that a user means, in the order of their paths, and what is found among them.
+    """List the scans that a user means, in the order of their paths, then what is skipped among them, with the reason.
 
     Links are followed, each folder once. Files that are named like scans and cannot be read have a ``problem``; other
-    files, hidden scans and results of earlier runs are ``skipped``, with the reason. Of BIDS images the suffix becomes
-    the entity ``space``, and ``folder`` is that of the image. FileNotFoundError if there is no such file or folder, or
-    no scan in it; ValueError if it is another kind of file, or the results would land among the scans.
+    files, hidden scans and results of earlier runs are skipped. Of BIDS images the suffix becomes the entity ``space``,
+    and ``folder`` is that of the image. FileNotFoundError if there is no such file or folder, or no scan in it;
+    ValueError if it is another kind of file, or the results would land among the scans.
 
     Args:
-        source: a NIfTI, MGH or NRRD file; the folder of a DICOM series; a folder, which is searched with the folders in
-            it; a pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset (a folder with dataset_description.json or
-            sub-* folders), of which the anatomical images are taken; or a TSV with the column ``image`` and perhaps
-            ``name`` and ``frame``, its paths relative to it. An empty string lists nothing.
+        source: a NIfTI, MGH or NRRD file; a folder, which is searched with the folders in it, of DICOM series, too; a
+            pattern such as ``"data/*/T1*.nii.gz"``; a BIDS dataset, of which the anatomical images are taken; or a TSV
+            with the column ``image`` and perhaps ``name`` and ``frame``. Empty: lists nothing.
         output_dir: where results are written; it may lie inside ``source`` but not be the same.
         participant_label: of a BIDS dataset, the subjects to take, with or without ``sub-``; None: all.
     """
     if not str(source):
         return []
-    path, output = Path(source), os.path.realpath(output_dir) if output_dir else None
+    path, output = Path(source), os.path.realpath(output_dir) if output_dir else ""
     if has_magic(str(source)) and not os.path.lexists(path):
         return _name(_match(path, output), f"{source}: a pattern of scans")
     rule = f"{path}: a scan or a folder of scans is needed"
@@ -60,7 +59,7 @@ def find_scans(
             return _from_table(path)
         is_scan = path.name.lower().endswith(SCAN_SUFFIXES) or is_dicom(path)
         refuse_if(not is_scan, f"{path}: a scan is a file of the kind {KINDS}", "another suffix")
-        return [Scan(unique_names([Path(path.name)])[0], str(path), problem=_find_problem(path))]
+        return make_scans([{"image": path, "problem": _find_problem(path)}])
     rule = f"{source}: results need a folder of their own"
     refuse_if(output == os.path.realpath(path), rule, "output_dir to be the folder of the scans")
     folders = [folder / name for p in ("sub-*", "sub-*/ses-*") for folder in path.glob(p) for name in BIDS_FOLDERS]
@@ -68,18 +67,14 @@ def find_scans(
         return _from_bids(path, output, participant_label)
     rule = f"{source}: 'participant_label' needs a BIDS dataset"
     refuse_if(participant_label is not None, rule, "a folder without sub-* folders")
-    return _name(_walk(path, output, {}), f"{source}: a folder of scans", path)
+    return _name(_walk(path, {output: RESULTS}), f"{source}: a folder of scans", path)
 
 
-def _name(found: Iterator[Found], rule: str, root: Path | None = None) -> list[Scan]:
-    """Scans with names; a list without scans is refused with the rule."""
-    listed = list(found)
-    scans = [entry for entry in listed if not entry[2]]
-    refuse_if(not scans, f"{rule} ({KINDS}) is needed", "none in it" if root else "none", FileNotFoundError)
-    common = Path(root or commonpath([path.absolute().parent for path, *_ in scans]))
-    names = unique_names(Path(os.path.relpath(p, common)) if p != root else Path(p.resolve().name) for p, *_ in scans)
-    named = [Scan(name, str(path), problem=problem) for name, (path, problem, _) in zip(names, scans, strict=True)]
-    return [*_split_series(named), *(_skip(path, reason) for path, _, reason in listed if reason)]
+def _name(found: Iterator[Item], rule: str, root: Path | None = None) -> list[Scan]:
+    items = list(found)
+    is_empty = all(item.get("skipped") for item in items)
+    refuse_if(is_empty, f"{rule} ({KINDS}) is needed", "none in it" if root else "none", FileNotFoundError)
+    return _split_series(make_scans(items, root))
 
 
 def _split_series(scans: list[Scan]) -> list[Scan]:
@@ -88,7 +83,7 @@ def _split_series(scans: list[Scan]) -> list[Scan]:
     held = defaultdict[str, dict[str, frozenset[str]]](dict)  # ids of the slices by series and folder
     for scan in scans:
         series: list[Series] = []
-        if not scan.problem and Path(scan.path).is_dir():
+        if not (scan.problem or scan.skipped) and Path(scan.path).is_dir():
             with suppress(ValueError, OSError):  # reading reports it
                 series = list_series(scan.path)
         wanted = [one for one in series if not one.is_overview]
@@ -99,74 +94,67 @@ def _split_series(scans: list[Scan]) -> list[Scan]:
         overviews = [one for one in series if one.is_overview]
         split += [(replace(scan, series=one.name, skipped=f"{one.name}: {one.problem}"), "") for one in overviews]
         split += [] if series else [(scan, "")]
-    return [replace(scan, problem=scan.problem or _find_spread(scan.path, held[uid])) for scan, uid in split]
+    for number, (scan, uid) in enumerate(split):
+        elsewhere = [folder for folder, slices in held[uid].items() if slices != held[uid][scan.path]]  # a copy is none
+        rule = "the slices of one DICOM series must lie in one folder"
+        found = f"{rule}, found others of it in {printable(elsewhere[0])}" if elsewhere else ""
+        split[number] = replace(scan, problem=scan.problem or found), uid
+    return [scan for scan, _ in split]
 
 
-def _find_spread(path: str, held: Mapping[str, frozenset[str]]) -> str:
-    """Why the slices of a series in one folder are not all; empty: other folders hold none of it, or a copy."""
-    others = [folder for folder, slices in held.items() if slices != held[path]]
-    rule = "the slices of one DICOM series must lie in one folder"
-    return f"{rule}, found others of it in {printable(others[0])}" if others else ""
-
-
-def _skip(path: Path, reason: str) -> Scan:
-    return Scan(unique_names([Path(path.name)])[0], str(path), skipped=reason)
-
-
-def _match(pattern: Path, output: str | None) -> Iterator[Found]:
+def _match(pattern: Path, output: str) -> Iterator[Item]:
     """What a pattern fits; folders at its beginning that exist are no pattern, whatever characters they have."""
     base = next(folder for folder in pattern.parents if folder.is_dir())
     for path in sorted(base.glob(str(pattern.relative_to(base)))):
-        if output is not None and Path(output) in (real := Path(os.path.realpath(path)), *real.parents):
-            yield path, "", "lies in the folder of the results"
+        if output and Path(output) in (real := Path(os.path.realpath(path)), *real.parents):
+            yield {"image": path, "skipped": "lies in the folder of the results"}
         elif path.is_dir():
-            yield path, "", "" if is_dicom(path) else "a folder without a DICOM series"
+            yield {"image": path, "skipped": "" if is_dicom(path) else "a folder without a DICOM series"}
         elif not path.name.startswith("."):
-            yield path, *_judge(path)
+            yield _judge(path)
 
 
-def _walk(folder: Path, output: str | None, searched: dict[str, Path]) -> Iterator[Found]:
-    """Everything in a folder and the folders in it, in the order of paths; a DICOM series is its folder."""
+def _walk(folder: Path, searched: dict[str, str]) -> Iterator[Item]:
+    """Everything in a folder and the folders in it, but the ``searched``: by the real path, the reason."""
     real = os.path.realpath(folder)
-    if real == output:
-        yield folder, "", "the folder of the results"
-    elif real in searched:
-        yield folder, "", f"the same folder as {printable(searched[real])}, which is searched already"
-    else:
-        searched[real] = folder
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            yield folder, f"a folder that cannot be read: {error.strerror}", ""
-            return
-        yield from _sort_entries(folder, entries, output, searched)
+    if real in searched:
+        yield {"image": folder, "skipped": searched[real]}
+        return
+    searched[real] = f"the same folder as {printable(folder)}, which is searched already"
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        yield {"image": folder, "problem": f"a folder that cannot be read: {error.strerror}"}
+        return
+    yield from _sort_entries(folder, entries, searched)
 
 
-def _sort_entries(folder: Path, entries: list[Path], output: str | None, searched: dict[str, Path]) -> Iterator[Found]:
+def _sort_entries(folder: Path, entries: list[Path], searched: dict[str, str]) -> Iterator[Item]:
     named = {entry for entry in entries if entry.name.lower().endswith(SCAN_SUFFIXES)}
     stems = {scan_stem(entry) for entry in named}
     silent = {entry.name for entry in entries if (match := COMPANION.fullmatch(entry.name)) and match[1] in stems}
     silent |= {name for entry in entries if entry.name.endswith(MARKERS) for name in _read_results(entry)}
-    slices = {entry for entry in entries if entry not in named and not entry.name.startswith(".") and entry.is_file()}
-    if slices := {entry for entry in slices if is_dicom(entry)}:
-        yield folder, "", ""
+    hidden = {entry for entry in entries if entry.name.startswith(".")}
+    slices = {entry for entry in {*entries} - named - hidden if entry.is_file() and is_dicom(entry)}
+    if slices:
+        yield {"image": folder}
     for entry in entries:
-        if entry.name.startswith("."):
-            if entry in named:
-                yield entry, "", "a hidden file"
+        if entry in hidden & named:
+            yield {"image": entry, "skipped": "a hidden file"}
+        elif entry in hidden | slices:
+            continue
         elif entry.name.endswith(MARKERS):
-            yield entry, "", "results of an earlier run"
+            yield {"image": entry, "skipped": "results of an earlier run"}
         elif entry.is_dir():
-            yield from _walk(entry, output, searched)
-        elif entry.name not in silent and entry not in slices:
-            yield entry, *_judge(entry)
+            yield from _walk(entry, searched)
+        elif entry.name not in silent:
+            yield _judge(entry)
 
 
-def _judge(path: Path) -> tuple[str, str]:
-    """Problem of a file, and why it is skipped."""
+def _judge(path: Path) -> Item:
     if not path.name.lower().endswith(SCAN_SUFFIXES):
-        return "", f"not a scan: a file of the kind {KINDS} or a DICOM series is one"
-    return _find_problem(path), ""
+        return {"image": path, "skipped": f"not a scan: a file of the kind {KINDS} or a DICOM series is one"}
+    return {"image": path, "problem": _find_problem(path)}
 
 
 def _find_problem(path: Path) -> str:
@@ -187,7 +175,6 @@ def _find_problem(path: Path) -> str:
 
 
 def _read_results(marker: Path) -> list[str]:
-    """Names of the files of an earlier run, which its marker lists."""
     try:
         return [str(name) for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -200,13 +187,13 @@ def _from_table(path: Path) -> list[Scan]:
     refuse_if("image" not in columns, f"{path}: a table of scans needs the column 'image'", " ".join(columns))
     empty = any(row["image"] in ("", ABSENT) for row in rows)
     refuse_if(empty, f"{path}: every row needs an 'image'", "an empty one")
-    items: list[dict[str, Any]] = []
+    items = []
     for row in rows:
-        item: dict[str, Any] = {key: row[key] for key in TABLE_COLUMNS if row.get(key, "") not in ("", ABSENT)}
-        item["image"] = str(path.parent / item["image"])
+        item: Item = {key: row[key] for key in TABLE_COLUMNS if row.get(key, "") not in ("", ABSENT)}
         if re.fullmatch(r"[0-9]+", item.get("frame", "")):
             item["frame"] = int(item["frame"])
-        items.append({**item, "problem": _find_problem(Path(item["image"]))})
+        image = path.parent / item["image"]
+        items.append({**item, "image": image, "problem": _find_problem(image)})
     return make_scans(items)
 
 
@@ -225,40 +212,45 @@ def _choose_participants(
     return subjects, {label: _find_problem(places[label]) if label in places else "no such folder" for label in absent}
 
 
-def _from_bids(path: Path, output: str | None, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
+def _from_bids(path: Path, output: str, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
     subjects, absent = _choose_participants(path, participant_label)
-    images: list[tuple[Path, str, str]] = []  # file, problem, name
-    skipped, others = [], Counter[str]()
+    items: list[Item] = []
+    others = Counter[str]()
     for subject in subjects.values():
-        found = len(images)
-        for file, problem, reason in _walk(subject, output, {}):
-            stem, _, suffix = scan_stem(file).rpartition("_")
-            entities = dict(part.partition("-")[::2] for part in stem.split("_"))
-            if entities.get("part", "mag") != "mag":
-                reason = reason or f"its entity part-{entities['part']} says that it is no magnitude image"
-            if file.parent.name in BIDS_FOLDERS:
-                problem = problem or find_contradiction(file, path)
-            if file.parent.name not in BIDS_FOLDERS and not problem:
-                others[file.parent.name] += 1
-            elif reason or suffix not in BIDS_SUFFIXES:
-                skipped.append((file, reason or f"the BIDS suffix '{suffix}' is none of {', '.join(BIDS_SUFFIXES)}"))
-            else:
-                images.append((file, problem, f"{stem}_space-{suffix}" if stem else suffix))
-        if len(images) == found:
-            skipped.append((subject, "a participant without an anatomical image"))
+        found = [_judge_image(item, path) for item in _walk(subject, {output: RESULTS})]
+        others.update(item["image"].parent.name for item in found if item.get("other"))
+        items += [item for item in found if not item.get("other")]
+        if not any("stem" in item for item in found):
+            items.append({"image": subject, "skipped": "a participant without an anatomical image"})
     rule = f"{path}: a BIDS dataset with anatomical images ({', '.join(BIDS_SUFFIXES)}) is needed"
-    refuse_if(not images, rule, "none", FileNotFoundError)
-    names = unique_names(Path(name + ".nii") for *_, name in images)
-    items: list[dict[str, Any]] = [
-        {"image": file, "name": name, "folder": file.parent.relative_to(path).as_posix(), "problem": problem}
-        for name, (file, problem, _) in zip(names, images, strict=True)
-    ]
+    refuse_if(not any("stem" in item for item in items), rule, "none", FileNotFoundError)
     items += [{"image": path / f"sub-{n}", "name": f"sub-{n}", "problem": problem} for n, problem in absent.items()]
-    skipped += [(path / "sub-*" / name, f"{n} files that are not anatomical images") for name, n in others.items()]
+    counts = {path / "sub-*" / name: f"{n} files that are not anatomical images" for name, n in others.items()}
+    items += [{"image": file, "skipped": reason} for file, reason in counts.items()]
     beside = [file for file in sorted(path.iterdir()) if not file.name.startswith((".", "sub-")) or file.is_file()]
-    outside = [file for file in beside if file.is_dir() or _judge(file) == ("", "")]
-    skipped += [(file, "lies outside the folders sub-*") for file in outside if os.path.realpath(file) != output]
-    return [*make_scans(items), *(_skip(file, reason) for file, reason in skipped)]
+    outside = [file for file in beside if file.is_dir() or file.name.lower().endswith(SCAN_SUFFIXES)]
+    reason = "lies outside the folders sub-*"
+    items += [{"image": file, "skipped": reason} for file in outside if os.path.realpath(file) != output]
+    return make_scans(items)
+
+
+def _judge_image(item: Item, root: Path) -> Item:
+    """What was found below a subject, as an image with its ``stem``, as skipped, or as ``other`` than anatomical."""
+    file: Path = item["image"]
+    stem, _, suffix = scan_stem(file).rpartition("_")
+    entities = dict(part.partition("-")[::2] for part in stem.split("_"))
+    problem, reason, is_anatomical = item.get("problem"), item.get("skipped"), file.parent.name in BIDS_FOLDERS
+    if not is_anatomical and not problem:
+        return {**item, "other": True}
+    if entities.get("part", "mag") != "mag":
+        reason = reason or f"its entity part-{entities['part']} says that it is no magnitude image"
+    elif suffix not in BIDS_SUFFIXES:
+        reason = reason or f"the BIDS suffix '{suffix}' is none of {', '.join(BIDS_SUFFIXES)}"
+    if reason:
+        return {"image": file, "skipped": reason}
+    problem = problem or find_contradiction(file, root)
+    folder, name = file.parent.relative_to(root).as_posix(), f"{stem}_space-{suffix}" if stem else suffix
+    return {"image": file, "stem": name, "folder": folder, "problem": problem}
 
 
 def find_contradiction(file: Path, root: Path) -> str:

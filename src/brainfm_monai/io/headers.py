@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -39,16 +40,14 @@ class Stored:
     intercept: float = 0.0  # added to the product
     warnings: tuple[str, ...] = ()  # what is doubtful in the header, one sentence each
     array: np.ndarray | None = None  # the voxels themselves, where a library has read and scaled the whole file
-    has_footer: bool = True  # whether the format allows more bytes behind the voxels
 
 
 def read_nifti_header(path: Path, block: bytes) -> Stored:
     """Read the header of a NIfTI-1, NIfTI-2 or Analyze 7.5 file.
 
-    The affine is the sform if its code is above 0 and its axes are independent; else the qform if its code is above 0
-    and it is valid; else the voxel sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. A
-    form with code 0 is never used. ``block`` are the first 540 bytes of the file; an ``.hdr`` has its voxels in the
-    ``.img`` beside it. ValueError if the block is no such header, or states an orientation that is not valid.
+    The affine is the sform if its code is above 0 and its axes are independent; else the qform likewise; else the voxel
+    sizes alone, with x from right to left as Analyze, FSL, SPM and nibabel take them. ``block`` are the first 540 bytes
+    of the file; the voxels of an ``.hdr`` lie in the ``.img`` beside it. ValueError if the block is no such header.
     """
     orders = {int.from_bytes(block[:4], "little"): "<", int.from_bytes(block[:4], "big"): ">"}
     number = next((n for n in (NIFTI1_BYTES, NIFTI2_BYTES) if n in orders and len(block) >= n), 0)
@@ -68,21 +67,20 @@ def read_nifti_header(path: Path, block: bytes) -> Stored:
     rule = f"numbers of {bits} bits are needed for the type {int(header['datatype'])}"
     refuse_if(bits and stated not in (0, bits), rule, f"{stated} bits")
     if kind is None:
-        return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,), has_footer=False)
+        return Stored(shape, dtype, _from_sizes(header), file, warnings=(NOT_STATED,))
     offset, first = float(header["vox_offset"]), 0 if is_pair else SINGLE_OFFSET[number]
     is_whole = offset >= first and offset.is_integer()
     refuse_if(not is_whole, f"voxels that begin at byte {first} or later are needed", f"the byte {offset:g}")
     affine, noticed = _choose_affine(header)
     slope, intercept = header.get_slope_inter()
     scale = (1.0 if slope is None else float(slope), float(intercept or 0.0))
-    return Stored(shape, dtype, affine, file, int(offset), *scale, tuple(noticed), has_footer=False)
+    return Stored(shape, dtype, affine, file, int(offset), *scale, tuple(noticed))
 
 
 def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
     """Affine of a NIfTI header, and warnings."""
     has_sform, has_qform = header["sform_code"] > 0, header["qform_code"] > 0
-    sform = np.asarray(header.get_sform(), np.float64) if has_sform and is_valid(header.get_sform()) else None
-    qform = _read_qform(header) if has_qform else None
+    sform, qform = _read_form(header, "sform"), _read_form(header, "qform")
     affine = qform if sform is None else sform
     rows = [np.round(header[row].astype(float), 4).tolist() for row in ("srow_x", "srow_y", "srow_z")]
     is_wrong, found = affine is None and (has_sform or has_qform), f"the sform {rows} and no valid qform"
@@ -107,16 +105,15 @@ def _choose_affine(header: Any) -> tuple[np.ndarray, list[str]]:
     return affine, noticed
 
 
-def _read_qform(header: Any) -> np.ndarray | None:
-    """The qform with the magnitude of the voxel sizes; None if it is not valid."""
+def _read_form(header: Any, name: str) -> np.ndarray | None:
+    """The sform or the qform, by the magnitude of the voxel sizes; None if its code is 0 or it is not valid."""
     plain = header.copy()
     plain["pixdim"][1:4] = np.abs(plain["pixdim"][1:4])
     plain["pixdim"][0] = -1 if plain["pixdim"][0] < 0 else 1  # the standard: what is not -1 is 1
-    try:
-        qform = np.asarray(plain.get_qform(), np.float64)
-        return qform if is_valid(qform) else None
-    except (ValueError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
-        return None
+    with suppress(ValueError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
+        form, code = getattr(plain, f"get_{name}")(coded=True)
+        return np.asarray(form, np.float64) if code > 0 and is_valid(form) else None
+    return None
 
 
 def is_valid(affine: np.ndarray) -> bool:
@@ -149,10 +146,7 @@ def _sizes(sizes: np.ndarray) -> str:
 
 
 def read_mgh_header(path: Path, block: bytes) -> Stored:
-    """Read the header of an MGH file (its first bytes, unpacked), else a ValueError.
-
-    Without ``goodRASFlag`` the slices are coronal as in FreeSurfer.
-    """
+    """Read the header of an MGH file (its first bytes, unpacked); without ``goodRASFlag`` the slices are coronal."""
     refuse_if(len(block) < MGH_BYTES, f"an MGH header of {MGH_BYTES} bytes is needed", len(block))
     is_oriented = int.from_bytes(block[28:30], "big") > 0  # goodRASFlag, which nibabel sets where it is absent
     header: Any = nib.freesurfer.mghformat.MGHHeader.from_fileobj(BytesIO(block[:MGH_BYTES]))

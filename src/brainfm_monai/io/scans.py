@@ -5,6 +5,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from os.path import commonpath
 from pathlib import Path
@@ -65,12 +66,8 @@ class Scan:
 
     def hash_content(self) -> str:
         """SHA-256 of the bytes of the scan: of all files that it is made of; empty without a file."""
-        if not self.path:
-            return ""
-        digest = hashlib.sha256()
-        for file in _files_of(Path(self.path)):
-            digest.update(bytes.fromhex(hash_file(file)))
-        return digest.hexdigest()
+        hashes = [bytes.fromhex(hash_file(file)) for file in _files_of(Path(self.path))] if self.path else []
+        return hashlib.sha256(b"".join(hashes)).hexdigest() if self.path else ""
 
 
 def printable(text: str | os.PathLike[str]) -> str:
@@ -83,33 +80,37 @@ def _is_hidden(character: str) -> bool:
     return character not in JOINERS and unicodedata.category(character) in HIDDEN_KINDS
 
 
-def make_scans(items: Sequence[Mapping[Any, Any]]) -> list[Scan]:
+def make_scans(items: Sequence[Mapping[Any, Any]], root: Path | None = None) -> list[Scan]:
     """Scans of a list's items; a name or folder that is not allowed, or a second name, is the ``problem`` of its scan.
 
-    Items have an ``image`` (a path) and perhaps ``name`` and the other attributes of a scan. Without a name the stem of
-    the file is the name, see :func:`unique_names`.
+    Items have an ``image`` (a path) and perhaps other attributes of a scan; those with ``skipped`` come last. Without a
+    ``name`` the ``stem``, or that of the path below ``root`` or the common folder, makes it, see :func:`unique_names`.
     """
-    images = [Path(str(item.get("image") or "")) for item in items]
-    common = commonpath([image.absolute().parent for image in images]) if images else ""
+    wanted = [item for item in items if not item.get("skipped")]
+    images = [Path(str(item.get("image") or "")) for item in wanted]
+    common = root or commonpath([image.absolute().parent for image in images] or [Path()])
     paths = [
-        Path(f"{item['name']}.nii") if item.get("name") else image.absolute().relative_to(common)
-        for item, image in zip(items, images, strict=True)
+        Path(f"{asked}.nii" if (asked := item.get("name") or item.get("stem")) else os.path.relpath(image, common))
+        for item, image in zip(wanted, images, strict=True)
     ]
+    if root in images:
+        paths[images.index(root)] = Path(root.resolve().name)
     scans = []
-    for item, name in zip(items, unique_names(paths), strict=True):
+    for item, name in zip(wanted, unique_names(paths), strict=True):
         given, folder = str(item.get("name") or name), str(item.get("folder") or "")
         wrong = _check_names(given, folder)
         twice = "" if given == name else f"the names of scans must differ, found {given!r} twice"
         problem = wrong or twice or str(item.get("problem") or "")
         scans.append(Scan.of({**item, "name": name, "folder": "" if wrong else folder, "problem": problem}))
-    return scans
+    skipped = [item for item in items if item.get("skipped")]
+    return scans + [Scan.of({"name": unique_names([Path(Path(item["image"]).name)])[0], **item}) for item in skipped]
 
 
 def unique_names(paths: Iterable[Path]) -> list[str]:
-    """Names for scans at these paths: the stems of the files, different from each other also where case does not count.
+    """Names for scans at relative paths: the stems of the files, different also where case does not count.
 
-    The paths are relative to the folder that is searched. Stems that occur twice are preceded by the folders of the
-    path, and numbered where that is not enough. Characters that no name may have become ``_``.
+    Stems that occur twice are preceded by the folders of the path, and numbered where that is not enough. Characters
+    that no name may have become ``_``.
     """
     paths = list(paths)
     stems = [_clean(scan_stem(path)) for path in paths]
@@ -157,12 +158,8 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _changed_ns(path: str) -> int:
-    """Newest time of change of a file, or of a folder and its files; 0 if there is none.
-
-    Times that programs set, as archives and copies do, do not hide a change.
-    """
-    try:
+    """Newest time of change of a file, or of a folder and its files, whatever time programs set; 0 if there is none."""
+    with suppress(OSError):
         found = [file.stat() for file in (Path(path), *_files_of(Path(path)))]
-    except OSError:
-        return 0
-    return max(max(state.st_mtime_ns, state.st_ctime_ns) for state in found)
+        return max(max(state.st_mtime_ns, state.st_ctime_ns) for state in found)
+    return 0

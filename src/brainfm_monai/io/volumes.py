@@ -82,23 +82,19 @@ def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume
 
 
 def _read_file(path: Path, frame: int | str | None) -> Volume:
-    stored = _read_header(path)
+    name, rule = path.name.lower(), f"a file of the kind {', '.join(SCAN_SUFFIXES)} is needed"
+    refuse_if(not name.endswith(SCAN_SUFFIXES), rule, "another suffix")
+    if name.endswith(NRRD_SUFFIXES):
+        stored = headers.read_nrrd(path)
+    else:
+        with _open_packed(path) as stream:
+            block = stream.read(headers.NIFTI2_BYTES)  # the longest header
+        stored = (headers.read_mgh_header if name.endswith(MGH_SUFFIXES) else headers.read_nifti_header)(path, block)
     _check_header(stored, frame)
     values, surplus = _read_frame(stored, frame)
     text = f"the file holds {surplus} bytes more than its header promises: are its dimensions and number type right?"
-    noticed = (*stored.warnings, text) if surplus and not stored.has_footer else stored.warnings
-    return Volume(values, stored.affine, noticed)
-
-
-def _read_header(path: Path) -> Stored:
-    name = path.name.lower()
-    if name.endswith(NRRD_SUFFIXES):
-        return headers.read_nrrd(path)
-    is_known = name.endswith(NIFTI_SUFFIXES + MGH_SUFFIXES)
-    refuse_if(not is_known, f"a file of the kind {', '.join(SCAN_SUFFIXES)} is needed", "another suffix")
-    with _open_packed(path) as stream:
-        block = stream.read(headers.NIFTI2_BYTES)  # the longest header
-    return (headers.read_mgh_header if name.endswith(MGH_SUFFIXES) else headers.read_nifti_header)(path, block)
+    has_surplus = surplus > 0 and name.endswith(NIFTI_SUFFIXES)  # an MGH file may have a footer
+    return Volume(values, stored.affine, (*stored.warnings, *([text] if has_surplus else ())))
 
 
 def _check_header(stored: Stored, frame: int | str | None) -> None:
@@ -126,10 +122,9 @@ def _open_packed(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_frame(stored: Stored, frame: int | str | None) -> tuple[np.ndarray, int]:
-    """Read voxels of a file, scaled as its header says, and count the bytes behind the last volume.
+    """Voxels of a file, (H, W, D) or, of all volumes, (H, W, D, C), and how many bytes follow the last volume.
 
-    They are of shape (H, W, D), or (H, W, D, C) of all C volumes, and of the stored type in the machine's byte order,
-    or float32 where the header scales them or ``frame`` is the mean.
+    They are of the stored type in the machine's byte order, or float32 where they are scaled or a mean.
     """
     shape, frames = stored.shape[:3], math.prod(stored.shape[3:])
     if stored.array is not None:
@@ -138,23 +133,30 @@ def _read_frame(stored: Stored, frame: int | str | None) -> tuple[np.ndarray, in
             return volumes.mean(axis=3, dtype=np.float64).astype(np.float32), 0
         return volumes if frame == "all" else volumes[..., int(frame or 0)], 0
     count = math.prod(shape) * stored.dtype.itemsize
-    with stored.path.open("rb") as file:
-        ratio = headers.LARGEST_RATIO if file.read(2) == GZIP_MARK else 1
     needed, size = stored.offset + count * frames, stored.path.stat().st_size
     rule = f"the voxels cannot be read: {needed} bytes are promised by the header"
-    refuse_if(needed > size * ratio, rule, f"a file of {size}")  # before memory is taken
     with _open_packed(stored.path) as stream:
+        ratio = headers.LARGEST_RATIO if isinstance(stream, gzip.GzipFile) else 1
+        refuse_if(needed > size * ratio, rule, f"a file of {size}")  # before memory is taken
         stream.seek(stored.offset + (count * frame if isinstance(frame, int) else 0))
         if frame == "mean":
-            total = np.zeros(shape, np.float64)
-            for _ in range(frames):
-                total += _read_array(stream, stored.dtype, shape)
-            values = total / frames
+            each = (_read_array(stream, stored.dtype, shape).astype(np.float64) for _ in range(frames))
+            values: Any = sum(each) / frames
         else:
             values = _read_array(stream, stored.dtype, (*shape, frames) if frame == "all" else shape)
-        surplus = stream.tell() + _read_tail(stream) - needed
-    values = _scale(values, stored)
-    return values.astype(np.float32) if frame == "mean" else values, max(surplus, 0)
+        surplus = stream.tell() - needed
+        try:
+            for _ in range(TAIL_PIECES):
+                surplus += len(stream.read(TAIL_BYTES))
+        except gzip.BadGzipFile as error:
+            if "Not a gzipped file" not in str(error):  # what follows the packed file is ignored
+                raise
+    if frame == "mean" or (stored.slope, stored.intercept) != (1.0, 0.0):
+        scaled = np.empty(values.shape, np.float32, order="F")
+        for plane in range(values.shape[2]):  # in float64, which a whole volume has no memory for
+            scaled[:, :, plane] = values[:, :, plane].astype(np.float64) * stored.slope + stored.intercept
+        values = scaled
+    return values, surplus
 
 
 def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -164,28 +166,6 @@ def _read_array(stream: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...])
         content += piece
     refuse_if(len(content) < count, f"the voxels cannot be read: {count} bytes are needed", len(content))
     return np.frombuffer(content, dtype).reshape(shape, order="F").astype(dtype.newbyteorder("="), copy=False)
-
-
-def _read_tail(stream: IO[bytes]) -> int:
-    """Read on, so that gzip compares its check sum; the number of bytes. What follows the packed file is ignored."""
-    count = 0
-    try:
-        for _ in range(TAIL_PIECES):
-            count += len(stream.read(TAIL_BYTES))
-    except gzip.BadGzipFile as error:
-        if "Not a gzipped file" not in str(error):
-            raise
-    return count
-
-
-def _scale(values: np.ndarray, stored: Stored) -> np.ndarray:
-    """Apply slope and intercept in float64, plane by plane, into float32."""
-    if (stored.slope, stored.intercept) == (1.0, 0.0):
-        return values
-    scaled = np.empty(values.shape, np.float32, order="F")
-    for plane in range(values.shape[2]):
-        scaled[:, :, plane] = values[:, :, plane].astype(np.float64) * stored.slope + stored.intercept
-    return scaled
 
 
 def read_maps(path: str | Path) -> Volume:

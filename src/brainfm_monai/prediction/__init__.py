@@ -16,11 +16,6 @@ from brainfm_monai.prediction.single import Prediction, predict
 from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-__all__ = [
-    "OUTPUTS", "Prediction", "ScanDataset", "ScanLoader", "WriteScans", "local_device", "predict", "predict_scans",
-    "select_outputs", "share_of",
-]  # fmt: skip
-
 # In the order of their warnings and of the summary's columns; ``Task.outputs`` says which tasks an output needs.
 OUTPUTS: dict[str, Writer] = {
     "segmentation": maps.write_segmentation,

@@ -5,9 +5,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 engine_logger = logging.getLogger(f"{__name__}.engine")
 engine_logger.setLevel(logging.CRITICAL)  # ignite logs every run and exception, which are reported here in one line
 MOST_LINES = 20  # of skipped files in the log; all are in the summary
+Outcome = tuple[dict[str, Any], Any]  # a scan of the list, and a future of the folder of its results
 
 
 class ScanDataset(Dataset):
@@ -35,11 +36,10 @@ class ScanDataset(Dataset):
 
     def __init__(self, data: Sequence[Scan | Mapping[Any, Any]], transform: Callable[..., Any] | None = None) -> None:
         items = [entry.item if isinstance(entry, Scan) else dict(entry) for entry in data]
-        self.skipped = [item for item in items if item.get("skipped")]
-        items = [item for item in items if not item.get("skipped")]
-        scans = [scan.item for scan in make_scans(items)]
-        rest = [{key: value for key, value in item.items() if key != "folder"} for item in items]  # may be no folder
-        super().__init__([{**item, **scan} for item, scan in zip(rest, scans, strict=True)], transform)
+        scans = [scan.item for scan in make_scans(items)]  # first those that are not skipped
+        wanted = [item | {"folder": ""} for item in items if not item.get("skipped")]  # may be no folder
+        self.skipped = scans[len(wanted) :]
+        super().__init__([{**item, **scan} for item, scan in zip(wanted, scans, strict=False)], transform)
 
     def _transform(self, index: int) -> Any:
         if problem := self.data[index].get("problem"):
@@ -94,16 +94,43 @@ def local_device() -> torch.device:
 
 
 def predict_scans(evaluator: Evaluator, writer: ScanWriter, shard: str | None = None, overwrite: bool = False) -> None:
-    """Run an evaluator over its scans and write their files; a failing scan is reported in one line, the rest is done.
+    """Run an evaluator over the scans of its :class:`ScanLoader` and write their files, see :func:`run_list`."""
+    loader: Any = evaluator.data_loader
+    run_list(loader.dataset, writer, shard, overwrite, partial(run_scans, evaluator, writer))
+
+
+def run_list(
+    dataset: ScanDataset, writer: ScanWriter, shard: str | None, overwrite: bool,
+    compute: Callable[[Sequence[int]], Iterable[Outcome]],
+) -> None:  # fmt: skip
+    """Compute the scans of a list; a failing scan is reported in one line, the rest is done.
 
     Scans that are finished already are skipped, unless ``overwrite``. ``summary.tsv`` has all scans of the list, also
-    those of other shards, see :func:`share_of`. The evaluator's ``data_loader`` is a :class:`ScanLoader`. SystemExit of
-    one line if there is no scan, if the shard is wrong, and after the last scan if any failed.
+    those of other shards, see :func:`share_of`. SystemExit of one line if there is no scan, if the shard is wrong, and
+    after the last scan if any failed. ``compute`` yields scans by their numbers, with futures of their results.
     """
-    loader: Any = evaluator.data_loader
-    dataset: ScanDataset = loader.dataset
-    numbers = choose_scans(dataset, writer, shard, overwrite)
-    finish_run(dataset, writer, run_scans(evaluator, writer, numbers, keep_notes=len(dataset) > 1))
+    numbers, failures = choose_scans(dataset, writer, shard, overwrite), list[str]()
+    with logging_redirect_tqdm(), tqdm(total=len(numbers), unit="scan") as bar:
+        for scan, future in compute(numbers) if numbers else ():
+            try:
+                logger.info("%s: results are in %s", scan["name"], future.result())
+            except Exception as error:
+                failures.append(one_line(error, str(scan["name"])))
+                logger.debug("%s", failures[-1], exc_info=error)
+                if len(dataset) > 1:
+                    logger.error("%s", failures[-1])
+                    with suppress(OSError):  # a full disk takes no notes
+                        writer.note_failure(scan, failures[-1])
+            bar.update()
+    writer.clear()  # what processes that were killed left
+    try:
+        if len(dataset) > 1 or not failures:
+            logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
+    except OSError as error:
+        raise SystemExit(f"{writer.output_dir}: summary.tsv cannot be written: {error}") from error
+    if failures:
+        several = f"{len(failures)} of {len(dataset)} scans failed; the others are done"
+        raise SystemExit(failures[0] if len(dataset) == 1 else several)
 
 
 def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, overwrite: bool) -> list[int]:
@@ -115,7 +142,6 @@ def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, ov
     if not len(dataset):
         raise SystemExit("input: a scan or a folder of scans is needed, found none: pass --input SCAN_OR_FOLDER")
     mine = exit_on_error(share_of, len(dataset), shard)
-    writer.clear()
     numbers = [number for number in mine if overwrite or not writer.is_finished(dataset.data[number])]
     for number in set(mine) - set(numbers):
         writer.note_failure(dataset.data[number])  # of a run when its file was another one
@@ -124,78 +150,32 @@ def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, ov
     return numbers
 
 
-def finish_run(dataset: ScanDataset, writer: ScanWriter, failures: Sequence[str]) -> None:
-    """Write the summary of all scans; if any failed, for ``failures`` as messages, end by a SystemExit of one line."""
-    try:
-        if len(dataset) > 1 or not failures:
-            logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
-    except OSError as error:
-        raise SystemExit(f"{writer.output_dir}: summary.tsv cannot be written: {error}") from error
-    if failures:
-        several = f"{len(failures)} of {len(dataset)} scans failed; the others are done"
-        raise SystemExit(failures[0] if len(dataset) == 1 else several)
+def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int]) -> Iterator[Outcome]:
+    """Run an evaluator over some of its scans, each as one epoch; yields each scan, and a future of its folder.
 
-
-def run_scans(
-    evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int], keep_notes: bool = True, show_bar: bool = True
-) -> list[str]:
-    """Run an evaluator, see :func:`predict_scans`, over some of its scans, each as one epoch, and write their files.
-
-    Three scans at most are in memory: the next one, this one, and the one that is being written. ``keep_notes`` logs
-    failures, and keeps them for the summary. Returns one line for each scan that failed.
+    Three scans at most are in memory: the next one, this one, and the one that is being written.
     """
     loader: Any = evaluator.data_loader
-    failures: list[str] = []
-    raised: list[BaseException] = []  # by the evaluator, which cannot run again after an exception that nobody handles
-    writing: list[tuple[dict[str, Any], Future[Path]]] = []
-    notes, bar = writer if keep_notes else None, tqdm(total=len(numbers), unit="scan", disable=not show_bar)
-
-    def finish_writing() -> None:
-        while writing:
-            scan, future = writing.pop()
-            with _reported(scan, failures, notes, bar):
-                logger.info("%s: results are in %s", scan["name"], future.result())
-                bar.update()
-
-    def compute(scan: dict[str, Any], batch: Any) -> dict[str, Any]:
-        writer.check_place(scan)
-        bar.set_description_str(str(scan["name"]))
-        evaluator.data_loader, evaluator.state.epoch_length, evaluator.state.output = [batch], 1, None
-        evaluator.run()
-        if raised:
-            raise raised.pop()
-        return maps_of(evaluator)
-
-    catch = evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: raised.append(error))
-    evaluator.logger = engine_logger
+    evaluator.logger, evaluator.interrupt_resume_enabled = engine_logger, False  # else no run can follow an exception
+    writing: list[Outcome] = []
     try:
-        with logging_redirect_tqdm(), bar, ThreadPoolExecutor(1, "write") as pool, catch:
+        with ThreadPoolExecutor(1, "write") as pool:
             for number, wait in loader.read_ahead(numbers):
                 scan = loader.dataset.data[number]
-                with _reported(scan, failures, notes, bar):
-                    future = pool.submit(writer.write, compute(scan, wait()), scan)
-                    finish_writing()
-                    writing.append((scan, future))
-            finish_writing()
+                try:
+                    evaluator.data_loader, evaluator.state.epoch_length, evaluator.state.output = [wait()], 1, None
+                    writer.check_place(scan)
+                    evaluator.run()
+                    future = pool.submit(writer.write, maps_of(evaluator), scan)
+                except Exception as error:
+                    logger.debug("%s", scan["name"], exc_info=error)
+                    future = Future()
+                    future.set_exception(ScanError(one_line(error, str(scan["name"]))))  # the error itself holds memory
+                yield from writing
+                writing = [(scan, future)]
+            yield from writing
     finally:  # a worker runs again with the same evaluator, whatever ended this run
         evaluator.data_loader, evaluator.state.epoch_length = loader, None
-    return failures
-
-
-@contextmanager
-def _reported(scan: dict[str, Any], failures: list[str], notes: ScanWriter | None, bar: tqdm) -> Iterator[None]:
-    """A scan that fails in the block is a line more of ``failures``, in the log and in the notes if there are any."""
-    try:
-        yield
-    except Exception as error:
-        message = one_line(error, str(scan["name"]))
-        failures.append(message)
-        logger.debug("%s", message, exc_info=error)
-        if notes is not None:
-            logger.error("%s", message)
-            with suppress(OSError):  # a full disk takes no notes
-                notes.note_failure(scan, message)
-        bar.update()
 
 
 class WriteScans:

@@ -1,5 +1,6 @@
 """One image in Python: the maps as tensors instead of files."""
 
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
@@ -76,14 +76,13 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Pred
         try:
             workflow.initialize()
             evaluator, layout, run = map(workflow.parser.get_parsed_content, ("evaluator", "layout", "settings"))
-            evaluator.logger, items = engine_logger, []
-            evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: items.append(maps_of(engine)))
+            evaluator.logger, evaluator.state.epoch_length = engine_logger, 1  # else ignite forgets the batch
             evaluator.run()
         except SystemExit as end:  # the config reports wrong weights so
             raise ValueError(str(end)) from end
         except RuntimeError as error:  # MONAI's way of reporting that a transform failed
             raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
-        return _describe(items[0], layout, run, path)
+        return _describe(maps_of(evaluator), layout, run, path)
 
 
 def _as_file(image: Any, folder: Path) -> Path:
@@ -103,24 +102,19 @@ def _as_file(image: Any, folder: Path) -> Path:
 
 def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSettings, path: Path) -> Prediction:
     """The maps of an item in the grid of its scan, volumes, and what else :func:`predict` returns."""
-    labels: MetaTensor = item["pred"]
-    hidden = ("image", "original", "pred")
-    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in hidden}
+    labels, others = item["pred"], ("image", "original", "pred")
+    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in others}
     affine, array = np.asarray(labels.affine, dtype=np.float64), np.asarray(labels[0].cpu(), dtype=np.uint8)
     soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
     scan = outputs.ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
-    scan.original = item.get("original")
-    hard = outputs.hard_volumes_mm3(scan)
+    scan.original, hard, matrix = item.get("original"), outputs.hard_volumes_mm3(scan), None
     names = [s.name for s in layout.protocol.structures[1:]]
-    try:
+    with suppress(ValueError):  # no brain
         matrix = outputs.fit_scan_to_template(scan).matrix if "mni" in maps else None
-    except ValueError:  # no brain
-        matrix = None
-    shown = {key: value for key, value in maps.items() if key != "segmentation"}
     return Prediction(
         scan,
         segmentation=labels.cpu().to(torch.uint8),
-        **{key: outputs.resample(value.cpu(), array.shape, affine) for key, value in shown.items()},
+        **{key: outputs.resample(maps[key].cpu(), array.shape, affine) for key in maps if key != "segmentation"},
         volumes_mm3=dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
         hard_volumes_mm3=dict(zip(names, hard[1:].tolist(), strict=True)),
         affine_to_template=matrix,
