@@ -13,8 +13,8 @@ from brainfm_monai.handlers import (
     BestWeights,
     TrainingCheckpoint,
     ValidationScores,
+    compose_panel,
 )
-from brainfm_monai.handlers.reports import compose_panel
 from brainfm_monai.slices import TEXT_PIXELS
 from brainfm_monai.tasks import TASKS, TaskLayout
 

@@ -18,8 +18,8 @@ import torch.nn.functional as nnf
 from monai.losses import DiceLoss
 from torch import Tensor
 
-from brainfm_monai.losses import MultiTaskLoss, formulas
-from brainfm_monai.losses.formulas import (
+from brainfm_monai.losses import (
+    MultiTaskLoss,
     compute_banded_error,
     compute_centred_mse,
     compute_dice_ce,
@@ -295,8 +295,8 @@ def test_a_scalar_is_the_mean_over_the_mask_which_commutes_with_the_head() -> No
 
 
 def test_contrast_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formulas, "TEMPERATURE", 0.5)
-    monkeypatch.setattr(formulas, "LATTICE", 2)
+    monkeypatch.setattr("brainfm_monai.losses.TEMPERATURE", 0.5)
+    monkeypatch.setattr("brainfm_monai.losses.LATTICE", 2)
     samples, subjects = 3, 2
     embedding, mask = draw(samples * subjects, 4, 4, 6, 4), draw(samples * subjects, 1, 4, 6, 4, seed=1) > -1
     places = [(x, y, z) for x in (1, 3) for y in (1, 4) for z in (1, 3)]  # a lattice of 2: steps of 2, 3 and 2

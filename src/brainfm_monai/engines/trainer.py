@@ -78,14 +78,14 @@ class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's supervised trainer, with one optimizer step for each batch, whatever the parts it is computed in.
 
     A step that is not finite is left out, in all processes, over which gradients are summed. After each iteration
-    ``state.output`` has, besides MONAI's keys (image, label and prediction of the last part), ``loss``, the mean of the
-    batch, ``task_losses``, ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device,
-    unless the optimizer is not fused. ``state.draws`` counts the draws of all processes, and is kept in checkpoints:
-    with :class:`DrawSampler` a resumed training continues with the right one.
+    ``state.output`` has, besides MONAI's keys (of the last part), ``loss``, the mean of the batch, ``task_losses``,
+    ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device, unless the optimizer is
+    not fused. ``state.draws``, which checkpoints keep, counts the draws of all processes: with :class:`DrawSampler` a
+    resumed training continues with the right one.
 
     Args:
-        accumulation: parts in which a batch is computed, one by one, to save memory; not positive: a ValueError.
-        max_norm: gradients of a larger norm are scaled down to it; not positive: a ValueError.
+        accumulation: positive number of parts in which a batch is computed, one by one, to save memory.
+        max_norm: positive norm to which larger gradients are scaled down.
         scaler: of the loss, for float16.
         average: average of the network's weights, updated after every step.
         budget: ends the training after its minutes.
@@ -138,16 +138,12 @@ class MultiTaskTrainer(SupervisedTrainer):
     def _compute_part(self, part: dict[str, Any], weight: float) -> dict[str, Tensor]:
         """Loss of a part and of its tasks; its gradients are added to those of the parts before."""
         image, target = self.prepare_batch(part, self.state.device, self.non_blocking, **self.to_kwargs)
-        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target}
-        self.state.output[CommonKeys.PRED] = self.inferer(image, self.network)
-        self.fire_event(IterationEvents.FORWARD_COMPLETED)
-        loss: Tensor = self.loss_function(self.state.output[CommonKeys.PRED], target).mean()
-        self.state.output[CommonKeys.LOSS] = loss
-        self.fire_event(IterationEvents.LOSS_COMPLETED)
+        pred = self.inferer(image, self.network)
+        loss: Tensor = self.loss_function(pred, target).mean()
+        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target, CommonKeys.PRED: pred}
         # Where the loss is not finite its gradient might be: a target that is NaN has no slope.
         gradient = torch.where(loss.detach().isfinite(), weight, torch.nan).to(loss.dtype)
         self.grad_scaler.scale(loss).backward(gradient)
-        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         return {CommonKeys.LOSS: loss.detach(), **getattr(self.loss_function, "components", {})}
 
     def _step(self) -> Tensor:

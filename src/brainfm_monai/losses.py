@@ -58,9 +58,9 @@ class _DiceCrossEntropy(torch.autograd.Function):
 def compute_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy plus soft Dice over the foreground classes that are present, without a one-hot volume, in float32.
 
-    Logits are (B, L, H, W, D), labels (B, 1, H, W, D), integers in [0, L). The sizes of the Dice are sums of squares,
-    ``2 sum(p t) / (sum(p^2) + sum(t))`` (Milletari et al., V-Net, 3DV 2016). Where a voxel is uncertain, the best p is
-    then near the probability, as it is for the cross entropy; with plain sums thin structures come out too large.
+    Labels are (B, 1, H, W, D), integers. The sizes of the Dice are sums of squares, ``2 sum(p t) / (sum(p^2) +
+    sum(t))`` (Milletari et al., V-Net, 3DV 2016). Where a voxel is uncertain, the best p is then near the probability,
+    as it is for the cross entropy; with plain sums thin structures come out too large.
     """
     return _DiceCrossEntropy.apply(logits.float().flatten(2), labels.flatten(2).long())
 
@@ -106,9 +106,9 @@ def compute_banded_error(pred: Tensor, target: Tensor) -> Tensor:
 def compute_laplace_nll(error: Tensor, log_scale: Tensor | None, mask: Tensor) -> Tensor:
     """Mean negative log likelihood of absolute errors under a Laplace law of predicted scale b: ``error / b + log b``.
 
-    The constant log 2 is left out. The loss may be negative: b is a length in the unit of the error. ``log_scale`` is
-    what the network gives for log b, see :func:`~brainfm_monai.tasks.bound_log_scale`, None for b = 1. (Kendall and
-    Gal, What uncertainties do we need in Bayesian deep learning for computer vision?, NeurIPS 2017.)
+    The constant log 2 is left out; the loss may be negative. ``log_scale`` is what the network gives for log b, see
+    :func:`~brainfm_monai.tasks.bound_log_scale`, None for b = 1. (Kendall and Gal, What uncertainties do we need in
+    Bayesian deep learning for computer vision?, NeurIPS 2017.)
     """
     if log_scale is None:
         return compute_masked_mean(error, mask)
@@ -156,11 +156,8 @@ class MultiTaskLoss(nn.Module):
     ``DistributedDataParallel`` makes it, is then the gradient of one large batch, also where a rank lacks a target. For
     this the ranks exchange a number per task at each call with gradients, so all of them must call alike.
 
-    Args:
-        layout: names the channels of the prediction.
-        weights: weight by task name, 1 for a task without one; what is no task is a ValueError.
-        samples: scans of each subject in a batch, one after the other, at least 1, else a ValueError; the embedding is
-            learnt from their agreement, and is left out where there is one.
+    ``weights`` are those of tasks by name, 1 for the others. ``samples``, at least 1, are the scans of each subject in
+    a batch, one after the other: the embedding is learnt from their agreement, and is left out where there is one.
     """
 
     def __init__(self, layout: TaskLayout, weights: Mapping[str, float] | None = None, samples: int = 1) -> None:
@@ -175,10 +172,10 @@ class MultiTaskLoss(nn.Module):
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch, a scalar; ``components`` keeps the unweighted loss of every task on this rank.
 
-        The prediction is (B, layout.channels, H, W, D); B is a multiple of ``samples``, else a ValueError. Targets have
-        one entry for every task that at least one sample has, (B, channels, H, W, D), or (B,) for a scalar;
-        ``visible``, (B, 1, H, W, D), the field of view; optionally ``available_<task>``, (B,), 1 for samples that have
-        the target, and ``valid_<task>``, (B, 1, H, W, D), 1 where an image is not defaced.
+        The prediction is (B, layout.channels, H, W, D). Targets have one entry for every task that at least one sample
+        has, (B, channels, H, W, D), or (B,) for a scalar; ``visible``, (B, 1, H, W, D), the field of view; optionally
+        ``available_<task>``, (B,), 1 for samples that have the target, and ``valid_<task>``, (B, 1, H, W, D), 1 where
+        an image is not defaced.
         """
         rule = f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject"
         refuse_if(len(pred) % self.samples, rule, tuple(pred.shape))
