@@ -1,10 +1,12 @@
 """What MONAI's engines need from us: numbered draws of subjects, batches made on the device, and a training's step."""
 
-from brainfm_monai.engines.batches import DrawnSubjects, DrawSampler, SynthesisPrepareBatch
 from brainfm_monai.engines.optimizers import MuonAdamW, TimeBudget, make_ema_multi_avg_fn, make_warmup_stable_decay
 from brainfm_monai.engines.trainer import (
+    DrawnSubjects,
+    DrawSampler,
     MultiTaskTrainer,
     NonFiniteStop,
+    SynthesisPrepareBatch,
     check_shards,
     make_grad_scaler,
     prepare_for_training,

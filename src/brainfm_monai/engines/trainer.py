@@ -1,32 +1,118 @@
-"""The step of a training: a batch in parts, gradients of all processes, their norm, and no step that is not finite."""
+"""Numbered draws of subjects, batches made of them on the device, and the step of a training.
+
+The number of a draw decides its subject and seed, and so its scan. There is no stream of random numbers to store: a
+training that resumes at draw n sees what an uninterrupted training would see, and two processes with one subject each
+see what one process with two subjects would see.
+"""
 
 import copy
+import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sized
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import lru_cache
+from itertools import count
 from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import SupervisedTrainer
+from monai.engines import PrepareBatch, SupervisedTrainer
 from monai.engines.utils import IterationEvents
-from monai.utils import CommonKeys
+from monai.utils import CommonKeys, convert_to_tensor
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Dataset, Sampler
 
-from brainfm_monai.engines.batches import DrawSampler
 from brainfm_monai.engines.optimizers import TimeBudget
 from brainfm_monai.io import refuse_if
 from brainfm_monai.networks import MultiTaskNet, checkpoint_activations, parse_precision
+from brainfm_monai.synthesis import FLAGS, LARGEST_SEED, SUBJECT_KEYS, Synthesizer
 
 logger = logging.getLogger(__name__)
+
+
+def hash_key(*key: int | str) -> int:
+    """Deterministic 64-bit hash of a key, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+@lru_cache(maxsize=2)
+def _shuffle(subjects: int, seed: int, number: int) -> list[int]:
+    """Order of the subjects in a pass over them."""
+    return sorted(range(subjects), key=lambda i: hash_key(seed, number, i))
+
+
+@dataclass(eq=False)
+class DrawnSubjects(Dataset[dict[str, Any]]):
+    """The subjects in an endless sequence of shuffled passes, each with the ``seed`` of its draw."""
+
+    data: Sequence[Mapping[str, Any]]  # such as a MONAI CacheDataset of dictionaries; none are a ValueError
+    seed: int = 0  # of the sequence
+
+    def __post_init__(self) -> None:
+        refuse_if(not len(self.data), "DrawnSubjects: 'data' must hold at least one subject", "none")
+
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        """The subject of a draw, and ``seed``, in [0, LARGEST_SEED); every pass over the subjects takes each once."""
+        number, position = divmod(draw, len(self.data))
+        subject = self.data[_shuffle(len(self.data), self.seed, number)[position]]
+        return {**subject, "seed": hash_key(self.seed, draw) % LARGEST_SEED}
+
+
+@dataclass(eq=False)
+class DrawSampler(Sampler[list[int]]):
+    """Numbers of draws, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
+
+    Batch i of all processes together consists of the draws from ``i * step`` on; process r takes the r-th part.
+    """
+
+    batch_size: int = 1  # subjects of one process in one step
+    rank: int = 0  # of this process
+    processes: int = 1
+    first: int = field(default=0, init=False)  # the draw at which the next iterator starts
+
+    @property
+    def step(self) -> int:
+        """Draws of all processes in one step."""
+        return self.batch_size * self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches of numbers, from ``first`` on."""
+        for start in count(self.first + self.rank * self.batch_size, self.step):
+            yield list(range(start, start + self.batch_size))
+
+
+@dataclass(eq=False)
+class SynthesisPrepareBatch(PrepareBatch):
+    """Turns a batch of cached subjects into generated scans and their targets, on the engine's device."""
+
+    synthesizer: Synthesizer  # makes scans and targets
+    fixed: bool = False  # take the hash of the name in any case
+
+    def seeds(self, batch: Mapping[str, Any]) -> list[int]:
+        """The entry ``seed``, or without it, as in a validation, a hash of the subject's name: always the same scan."""
+        if "seed" in batch and not self.fixed:
+            return [int(seed) for seed in batch["seed"]]
+        return [hash_key(str(name)) % LARGEST_SEED for name in batch["subject"]]
+
+    def __call__(
+        self, batchdata: dict[str, Any], device: str | torch.device | None = None, non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The images, (B S, 1, H, W, D) in [0, 1], and the targets; two generation protocols are a ValueError."""
+        plain = {key: convert_to_tensor(batchdata[key], track_meta=False) for key in SUBJECT_KEYS if key in batchdata}
+        subject = {key: value.to(device=device, non_blocking=non_blocking) for key, value in plain.items()}
+        # Flags decide what is drawn, and numbers are drawn on the host: flags stay there.
+        subject |= {key: torch.as_tensor(value).cpu() for key, value in batchdata.items() if key.startswith(FLAGS)}
+        protocols = sorted(set(batchdata.get("generation_protocol", [])))
+        refuse_if(len(protocols) > 1, "SynthesisPrepareBatch: a batch needs one 'generation_protocol'", protocols)
+        targets = self.synthesizer(subject, self.seeds(batchdata), *protocols)
+        image = targets.pop("image")
+        return image, {key: value.to(image.device, non_blocking=True) for key, value in targets.items()}
 
 
 def start_processes(backend: str | None = None) -> None:
@@ -66,40 +152,25 @@ def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch
     return torch.amp.GradScaler(device.type, enabled=parse_precision(precision, device) == torch.float16)
 
 
-def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Cut a batch, tensors and lists of length B, along its first axis into at most B parts of nearly equal length."""
-    size = len(next(iter(batch.values())))
-    parts = min(parts, size)
-    bounds = [-(-i * size // parts) for i in range(parts + 1)]
-    return [{key: value[a:b] for key, value in batch.items()} for a, b in pairwise(bounds)]
-
-
 class MultiTaskTrainer(SupervisedTrainer):
-    """MONAI's supervised trainer, with one optimizer step for each batch, whatever the parts it is computed in.
+    """MONAI's supervised trainer, without the steps that are not finite, in any of the processes.
 
-    A step that is not finite is left out, in all processes, over which gradients are summed. After each iteration
-    ``state.output`` has, besides MONAI's keys (of the last part), ``loss``, the mean of the batch, ``task_losses``,
-    ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device, unless the optimizer is
-    not fused. ``state.draws``, which checkpoints keep, counts the draws of all processes: with :class:`DrawSampler` a
-    resumed training continues with the right one.
+    After each iteration ``state.output`` has, besides MONAI's keys, ``task_losses``, ``gradient_norm`` and ``samples``,
+    the number of scans. Nothing here waits for the device, unless the optimizer is not fused. ``state.draws``, which
+    checkpoints keep, counts the draws of all processes: with :class:`DrawSampler` a resumed training continues with the
+    right one.
 
-    Args:
-        accumulation: positive number of parts in which a batch is computed, one by one, to save memory.
-        max_norm: positive norm to which larger gradients are scaled down.
-        scaler: of the loss, for float16.
-        average: average of the network's weights, updated after every step.
-        budget: ends the training after its minutes.
-        options: arguments of :class:`monai.engines.SupervisedTrainer`.
+    ``max_norm`` is the positive norm to which larger gradients are scaled down, ``scaler`` that of the loss for
+    float16; ``average`` is updated after every step, ``budget`` ends the training, ``options`` are those of MONAI.
     """
 
     def __init__(
-        self, *, accumulation: int = 1, max_norm: float | None = None, scaler: torch.amp.GradScaler | None = None,
+        self, *, max_norm: float | None = None, scaler: torch.amp.GradScaler | None = None,
         average: AveragedModel | None = None, budget: TimeBudget | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        for name, value in {"accumulation": accumulation, "max_norm": 1.0 if max_norm is None else max_norm}.items():
-            refuse_if(value <= 0, f"MultiTaskTrainer: '{name}' must be positive", value)
+        refuse_if(max_norm is not None and max_norm <= 0, "MultiTaskTrainer: 'max_norm' must be positive", max_norm)
         super().__init__(**options)
-        self.accumulation, self.max_norm, self.average = accumulation, max_norm, average
+        self.max_norm, self.average = max_norm, average
         self.grad_scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.state.draws, self.draws_of_step = 0, 0
         self.state_dict_user_keys.append("draws")
@@ -117,34 +188,20 @@ class MultiTaskTrainer(SupervisedTrainer):
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = split_batch(batchdata, self.accumulation)
-        sizes = [len(next(iter(part.values()))) for part in parts]
-        weights, losses, samples = [size / sum(sizes) for size in sizes], [], 0
-        for number, (part, weight) in enumerate(zip(parts, weights, strict=True), start=1):
-            # Gradients of all processes are summed once for a batch, with those of its last part.
-            waits = isinstance(self.network, DistributedDataParallel) and number < len(parts)
-            with cast(DistributedDataParallel, self.network).no_sync() if waits else nullcontext():
-                losses.append(self._compute_part(part, weight))
-            samples += len(self.state.output[CommonKeys.IMAGE])
-        means = _average(losses, weights)
-        self.state.output |= {CommonKeys.LOSS: means.pop(CommonKeys.LOSS), "task_losses": means, "samples": samples}
-        self.state.output["gradient_norm"] = self._step()
+        image, target = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
+        pred = self.inferer(image, self.network)
+        loss: Tensor = self.loss_function(pred, target).mean()
+        # Where the loss is not finite its gradient might be: a target that is NaN has no slope.
+        gradient = torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
+        self.grad_scaler.scale(loss).backward(gradient)
+        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target, CommonKeys.PRED: pred}
+        self.state.output |= {CommonKeys.LOSS: loss.detach(), "gradient_norm": self._step(), "samples": len(image)}
+        self.state.output["task_losses"] = dict(getattr(self.loss_function, "components", {}))
         if self.average is not None:
             self.average.update_parameters(getattr(self.network, "module", self.network))
         self.state.draws += self.draws_of_step
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return cast(dict[str, Any], self.state.output)
-
-    def _compute_part(self, part: dict[str, Any], weight: float) -> dict[str, Tensor]:
-        """Loss of a part and of its tasks; its gradients are added to those of the parts before."""
-        image, target = self.prepare_batch(part, self.state.device, self.non_blocking, **self.to_kwargs)
-        pred = self.inferer(image, self.network)
-        loss: Tensor = self.loss_function(pred, target).mean()
-        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target, CommonKeys.PRED: pred}
-        # Where the loss is not finite its gradient might be: a target that is NaN has no slope.
-        gradient = torch.where(loss.detach().isfinite(), weight, torch.nan).to(loss.dtype)
-        self.grad_scaler.scale(loss).backward(gradient)
-        return {CommonKeys.LOSS: loss.detach(), **getattr(self.loss_function, "components", {})}
 
     def _step(self) -> Tensor:
         """Step the optimizer if all is finite; return the norm of the gradients of all processes before clipping."""
@@ -163,21 +220,11 @@ class MultiTaskTrainer(SupervisedTrainer):
         return norm
 
 
-def _average(losses: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    """Mean of each loss over the parts that have it."""
-    means = {}
-    for name in dict.fromkeys(name for part in losses for name in part):
-        pairs = [(weight, part[name]) for weight, part in zip(weights, losses, strict=True) if name in part]
-        means[name] = torch.stack([weight * value for weight, value in pairs]).sum() / sum(w for w, _ in pairs)
-    return means
-
-
 @dataclass(eq=False)
 class NonFiniteStop:
-    """Reports the samples of steps that were left out because they were not finite, and stops after several in a row.
+    """Reports subjects and seeds of steps that are left out because they are not finite, and stops after some in a row.
 
-    One line for each such step has subjects and seeds, by which ``Synthesizer(...)(subject, [seed],
-    generation_protocol)`` draws a sample again. Processes stop together.
+    ``Synthesizer(...)(subject, [seed], generation_protocol)`` draws a sample again. Processes stop together.
     """
 
     max_in_row: int = 10  # steps after which the training stops

@@ -51,17 +51,16 @@ def sampling_coordinates(
     return torch.stack([turned[:, i] + (n - 1) / 2 for i, n in enumerate(source_size)], 1).reshape(points.shape)
 
 
-def warp(source: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
-    """Sample a source at voxel coordinates. The one place where (H, W, D) order turns into grid_sample's xyz.
+def warp(source: Tensor, coordinates: Tensor, *, padding_mode: str = "zeros") -> Tensor:
+    """Linear samples (B, C, H, W, D) of a floating source (B, C, h, w, d) at coordinates (B, 3, H, W, D) in its voxels.
 
-    The source is (B, C, h, w, d), floating, coordinates (B, 3, H, W, D) are in its voxels, else a ValueError, and the
-    result is (B, C, H, W, D). Modes and paddings are those of grid_sample.
+    This is the one place where (H, W, D) order turns into grid_sample's xyz. Other coordinates are a ValueError.
     """
     if coordinates.shape[1] != 3:
         raise ValueError(f"warp: 'coordinates' must have shape (B, 3, H, W, D), got {tuple(coordinates.shape)}")
     scaled = [coordinates[:, i].to(source.dtype) * (2 / max(n - 1, 1)) - 1 for i, n in enumerate(source.shape[2:])]
     grid = torch.stack(scaled[::-1], dim=1).movedim(1, -1)  # written in long runs, several times faster
-    return nnf.grid_sample(source, grid, mode=mode, padding_mode=padding_mode, align_corners=True)
+    return nnf.grid_sample(source, grid, padding_mode=padding_mode, align_corners=True)
 
 
 def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: str = "border") -> list[Tensor]:
