@@ -15,7 +15,7 @@ import pandas as pd
 from monai.bundle import ConfigParser
 
 from brainfm_monai.io import hash_file, write_table
-from brainfm_monai.metrics import parse_structures
+from brainfm_monai.metrics.segmentation import parse_structures
 
 PACKAGE = Path(__file__).parents[1] / "src" / "brainfm_monai"
 COLUMNS = ("weights_sha256", "structure", "freesurfer_ids", "intercept", "slope", "error", "pairs")

@@ -18,7 +18,8 @@ from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data.registration import resample_to_box
-from brainfm_monai.evaluation import make_pair_cases, parse_conditions
+from brainfm_monai.evaluation.cases import make_cases
+from brainfm_monai.evaluation.conditions import parse_conditions
 
 SIZE = (6, 5, 4)
 DATASETS = """
@@ -220,7 +221,7 @@ def test_every_scan_gets_the_t1w_in_its_own_space(
     )
     motion = write_head(tmp_path / "somewhere" / "stroke")
     real_contrasts.main(tmp_path, tmp_path / "out")
-    pairs = make_pair_cases(tmp_path / "out" / "datalist.json", parse_conditions({"native": {}}))
+    pairs = make_cases(tmp_path / "out" / "datalist.json", parse_conditions({"native": {}}), "testing")
     own, *pairs = pairs
     assert [own["name"], *(pair["name"] for pair in pairs)] == ["one_T1w", "one_T2w", "one_FLAIR"]
     assert own["image"] == own["T1w"]

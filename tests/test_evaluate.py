@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.evaluation.tables import read_metrics
 from brainfm_monai.io import find_config
-from brainfm_monai.metrics import MetricRow
+from brainfm_monai.metrics.scan import MetricRow
 from brainfm_monai.networks import MultiTaskNet, TwoScaleUNet
 from brainfm_monai.tasks import TaskLayout
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from brainfm_monai.evaluation import compare_evaluations
 from brainfm_monai.evaluation.tables import DEFINITIONS, HEADLINES, make_headlines, write_frame
-from brainfm_monai.evaluation.writer import METRICS_FILE
-from brainfm_monai.metrics import MetricRow
+from brainfm_monai.evaluation.writer import METRICS_FILE, compare_evaluations
+from brainfm_monai.metrics.scan import MetricRow
 
 
 def make_rows(shift: float, scans: int = 8, condition: str = "native") -> list[MetricRow]:

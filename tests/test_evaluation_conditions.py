@@ -12,8 +12,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.evaluation import DegradeScan, GenerateScan, parse_conditions
-from brainfm_monai.evaluation.conditions import check_for_real_scans
+from brainfm_monai.evaluation.conditions import DegradeScan, GenerateScan, check_for_real_scans, parse_conditions
 from brainfm_monai.synthesis import SynthesisRanges
 from brainfm_monai.tasks import TaskLayout
 

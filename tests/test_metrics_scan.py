@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from brainfm_monai.evaluation.tables import read_metrics, summarise, write_frame
-from brainfm_monai.metrics import MetricRow, Scene, measure_scan, parse_structures
 from brainfm_monai.metrics.fields import compute_ssim
+from brainfm_monai.metrics.scan import MetricRow, Scene, measure_scan
+from brainfm_monai.metrics.segmentation import parse_structures
 
 TASKS = ["segmentation", "T1w", "CT", "log_bias_field", "distance", "mni", "lesion", "super_resolution"]
 STRUCTURES = parse_structures({"cortex": {"left": [3], "right": [42]}, "brainstem": {"middle": [16]}})

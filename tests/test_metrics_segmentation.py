@@ -12,9 +12,9 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from torch import Tensor
 
+from brainfm_monai.metrics.scan import Scene, measure_entropy
 from brainfm_monai.metrics.segmentation import (
     compute_lesion_metrics,
-    compute_structure_entropy,
     compute_structure_measures,
     parse_structures,
 )
@@ -191,12 +191,16 @@ def test_entropy_is_that_of_each_predicted_side() -> None:
     labels, _ = make_heads((0, 0, 0))
     entropy = torch.where(labels == 17, 0.2, torch.where(labels == 53, 0.5, 0.8))
     left, right = (int((labels == i).sum()) for i in (17, 53))
-    found = compute_structure_entropy(labels, entropy, STRUCTURES, make_affine())
+    scene = Scene(STRUCTURES, make_affine(), "one")
     both = (0.2 * left + 0.5 * right) / (left + right)
-    np.testing.assert_allclose(found, [[0.2, 0.5, both], [np.nan, np.nan, 0.8]], rtol=1e-6)
+    rows = measure_entropy(labels, entropy, scene)
+    assert [(row.structure, row.side, row.metric) for row in rows][-2:] == [
+        ("hippocampus", "both", "entropy"), ("brainstem", "both", "entropy"),
+    ]  # fmt: skip
+    np.testing.assert_allclose([row.value for row in rows], [0.2, 0.5, both, 0.8], rtol=1e-6)
     labels[labels == 53] = 0
-    found = compute_structure_entropy(labels, entropy, STRUCTURES, make_affine())
-    np.testing.assert_allclose(found, [[0.2, np.nan, 0.2], [np.nan, np.nan, 0.8]], rtol=1e-6)
+    found = [row.value for row in measure_entropy(labels, entropy, scene)]
+    np.testing.assert_allclose(found, [0.2, np.nan, 0.2, 0.8], rtol=1e-6)
 
 
 def test_shapes_must_agree() -> None:

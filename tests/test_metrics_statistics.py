@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import bootstrap, wilcoxon
 
 from brainfm_monai.evaluation.tables import adjust_holm, bootstrap_interval, compare, summarise
-from brainfm_monai.metrics import MetricRow
+from brainfm_monai.metrics.scan import MetricRow
 
 
 def make_results(values: dict[str, list[float]], metric: str = "dice") -> pd.DataFrame:

@@ -38,19 +38,18 @@ GRID_TOLERANCE_MM = 1e-2  # between the affines of a scan and of its label map, 
 
 
 def choose(use_click: bool | None, displayed: Any, value: Any) -> Any:
-    """A setting of a click in MONAI Label, or of any other run, whose ``value`` it then is.
+    """A setting of a click in MONAI Label, which adds ``use_click`` to a config; of any other run it is the ``value``.
 
-    ``use_click`` is an entry that MONAI Label adds to the config of every bundle, None in any other run. ``displayed``
-    is its entry of ``displayable_configs``: a list of choices, the fastest first, until a client has chosen one.
+    What is ``displayed`` is a list of choices, the fastest first, until a client has chosen one.
     """
     offered = displayed[0] if isinstance(displayed, list) else displayed
     return value if use_click is None else offered
 
 
 def read_label_info(label: str | Path) -> list[dict[str, Any]]:
-    """What a client said about a label map in a folder of MONAI Label: ``name`` and ``idx`` of the segments.
+    """What a client said about a label map ``STUDIES/labels/TAG/ID.nii.gz`` of MONAI Label: its named segments.
 
-    Of ``STUDIES/labels/TAG/ID.nii.gz`` the record ``STUDIES/datastore_v2.json`` is read; empty if it has no entry.
+    The record ``STUDIES/datastore_v2.json`` is read; empty if it has no entry.
     """
     path = Path(label)
     try:
@@ -64,17 +63,17 @@ def read_label_info(label: str | Path) -> list[dict[str, Any]]:
 def match_structures(values: Collection[int], label_info: Items, protocol: Protocol, source: str) -> dict[int, int]:
     """FreeSurfer id by value, for each value of a label map, and for the background.
 
-    3D Slicer numbers the segments that are left, in their order; their names say which structure a value is. Values are
-    those of the entries (``idx``) if all values of the map are among them, else positions in the list: Slicer counts
+    3D Slicer numbers the segments that are left, in their order; names say which structure a value is. Values are those
+    of the entries (``idx``) if all values of the map are among them, else positions in the list: Slicer counts
     scribbles in ``idx`` and leaves them out of the map. Without entries, values are labels of the protocol. ScanError,
     which begins with ``source``, if a value has no name, or an unknown one.
     """
     names = {s.label: s.name for s in protocol.structures}
     if label_info:
-        segments = [str(entry.get("name", "")) for entry in label_info]
-        given = [next((entry[key] for key in VALUE_KEYS if key in entry), None) for entry in label_info]
-        by_value = {int(value): name for value, name in zip(given, segments, strict=True) if value is not None}
-        names = by_value if set(values) <= set(by_value) else dict(enumerate(segments, start=1))
+        given = {next((e[key] for key in VALUE_KEYS if key in e), None): str(e.get("name", "")) for e in label_info}
+        names = {int(value): name for value, name in given.items() if value is not None}
+        if not set(values) <= set(names):
+            names = {number: str(entry.get("name", "")) for number, entry in enumerate(label_info, start=1)}
     id_of = {_plain(s.name): s.freesurfer_id for s in protocol.structures[1:]} | dict.fromkeys(NOT_STRUCTURES, 0)
     ids = {0: 0}
     for value in sorted(set(values) - {0}):
@@ -112,8 +111,7 @@ def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
 def train_from_server(items: Items, bundle: str | Path, first_handler: Any, device: str, max_epochs: int) -> None:
     """Take over from ``train.json`` if MONAI Label's own task runs it: its items are scans with corrected labels.
 
-    MONAI Label inserts the first of the handlers, which loads the weights in use. After such a training the program
-    ends, with status 0, so that the training on subjects does not start.
+    Its first handler loads the weights in use. The program ends after it: no training on subjects starts.
     """
     if not items or "label" not in items[0] or "generation_labels" in items[0]:
         return
@@ -123,23 +121,18 @@ def train_from_server(items: Items, bundle: str | Path, first_handler: Any, devi
 
 
 def fine_tune(items: Items, bundle: str | Path, weights: str = "model.pt", **overrides: Any) -> Path:
-    """Fine-tune weights on corrected scans; the result of each call is a new ``models/model_tuned_N.pt``.
+    """Fine-tune a file of ``models`` on the items of :func:`prepare_corrected`; returns ``models/model_tuned_N.pt``.
 
-    The items are those of :func:`prepare_corrected`, and the ``weights`` are a file in the bundle's ``models``.
-    ``overrides`` replace values of ``configs/label_train.json`` and ``train.json``, such as ``max_epochs`` and
-    ``device``. ValueError of one line if there is no corrected scan, or one cannot be used.
+    ``overrides`` replace values of ``label_train.json`` and ``train.json``, such as ``max_epochs`` and ``device``.
+    ValueError of one line if there is no corrected scan that can be used.
     """
     bundle = Path(bundle)
     start, target = bundle / "models" / weights, _next_weights(bundle)
     subjects = prepare_corrected(items, bundle / FOLDER / "subjects")
     logger.info("fine-tuning %s on %d corrected scans", weights, len(subjects))
-    workflow = ConfigWorkflow(
-        workflow_type="train",
-        **bundle_arguments(bundle, ["train.json", "label_train.json"]) | {"logging_file": False},
-        weights=str(start),
-        output_dir=str(bundle / FOLDER),
-        **{"train#dataset#data": subjects, **overrides},
-    )
+    arguments = bundle_arguments(bundle, ["train.json", "label_train.json"]) | {"logging_file": False}
+    arguments |= {"weights": str(start), "output_dir": str(bundle / FOLDER), "train#dataset#data": subjects}
+    workflow = ConfigWorkflow(workflow_type="train", **arguments | overrides)
     workflow.initialize()
     workflow.run()
     network, data = (workflow.parser.get_parsed_content(name) for name in ("network", "train#dataset"))
@@ -155,9 +148,8 @@ def fine_tune(items: Items, bundle: str | Path, weights: str = "model.pt", **ove
 def prepare_corrected(items: Items, folder: Path) -> list[dict[str, Any]]:
     """Items of a datalist out of corrected scans: the scan is a real image, and the labels are also painted.
 
-    Items have ``image`` and ``label``, paths, and perhaps ``label_info``, see :func:`match_structures`. The subjects
-    lie in ``folder``; what was prepared before is not prepared again. ValueError if there are no items, or, with the
-    reason of the first, if none can be used.
+    Items have paths, ``image`` and ``label``, and perhaps ``label_info``, see :func:`match_structures`. Subjects in the
+    ``folder`` are prepared once. ValueError if there are no items, or, with the first reason, if none can be used.
     """
     refuse_if(not items, "training: a corrected scan is needed", "none: save a label (Submit Label) first")
     from brainfm_monai.data.prepare import prepare_label  # the extra "prepare"
@@ -204,32 +196,31 @@ class EpochReport:
     """Reports the progress of a training: one line in the log, and a JSON file that clients see as a progress bar."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.began, self.losses = Path(path), time.time(), list[float]()
+        self.path, self.began, self.losses = Path(path), time.time(), list[Tensor]()
 
     def attach(self, engine: Any) -> None:
         """Attach to a :class:`~brainfm_monai.engines.MultiTaskTrainer`."""
-        keep = engine.add_event_handler
-        keep(Events.ITERATION_COMPLETED, lambda: self.losses.append(float(engine.state.output["loss"])))
-        keep(Events.STARTED | Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.losses.append(engine.state.output["loss"]))
+        engine.add_event_handler(Events.STARTED | Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         """Report an epoch."""
-        epoch, epochs, losses = engine.state.epoch, engine.state.max_epochs, self.losses
-        loss = sum(losses) / len(losses) if losses else None
+        epoch, epochs = engine.state.epoch, engine.state.max_epochs
+        loss = float(torch.stack(self.losses).mean()) if self.losses else None
         report = {"epoch": epoch, "total_epochs": epochs, "start_ts": int(self.began), "loss": loss}
         write_text(self.path, json.dumps(report))
-        if losses:
+        if self.losses:
             logger.info("epoch %d of %d: loss %.3f, %.0f s", epoch, epochs, loss, time.time() - self.began)
-        losses.clear()
+        self.losses.clear()
 
 
 @torch.no_grad()
 def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights before a training, with the new rows of the head for the structures that the training brought nearer.
 
-    A structure is taken if its Dice with the corrected labels, over all corrected scans, rose by :data:`SMALLEST_GAIN`,
-    or if the annotators deleted it and it shrank by that share. The network comes from the training, and has the
-    ``old`` weights afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
+    A structure is taken if its Dice with the corrected labels of all scans rose by :data:`SMALLEST_GAIN`, or if the
+    annotators deleted it and it shrank by that share. The network comes from the training, and has the ``old`` weights
+    afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
     """
     new = {key: value.clone() for key, value in network.state_dict().items()}
     rows, protocol = network.layout.slices["segmentation"], network.layout.protocol

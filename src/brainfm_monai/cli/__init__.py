@@ -18,7 +18,7 @@ COMMANDS = {
     "preview": ("preview", "write_preview", "Draw a contact sheet of generated scans with their targets."),
     "train": ("cli.bundle", "train", "Train on prepared subjects."),
     "evaluate": ("cli.bundle", "evaluate", "Measure predictions against what is true."),
-    "compare": ("evaluation", "compare_evaluations", "Compare two evaluations of the same scans."),
+    "compare": ("evaluation.writer", "compare_evaluations", "Compare two evaluations of the same scans."),
     "import-weights": ("weights", "import_weights", "Turn published weights into files that the bundle uses."),
     "demo-scans": ("data.fetch", "write_demo_scans", "Write two scans to try things on."),
     "doctor": ("cli.bundle", "doctor", "Report what is installed, and which package is missing for what."),

@@ -1,8 +1,9 @@
 """The cases of an evaluation, every scan under every condition: their list, references and measures."""
 
 import zlib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from brainfm_monai.data.datalist import read_datalist
 from brainfm_monai.data.registration import resample_to_box
 from brainfm_monai.evaluation.conditions import TARGET, Conditions, check_for_real_scans, to_freesurfer_ids
 from brainfm_monai.io import find_repeated, read_maps, refuse_if, scan_stem
-from brainfm_monai.metrics import Scene, measure_entropy, measure_scan
+from brainfm_monai.metrics.scan import Scene, measure_entropy, measure_scan
 from brainfm_monai.metrics.segmentation import compute_structure_measures, parse_structures
 from brainfm_monai.outputs import resample
 from brainfm_monai.synthesis.ranges import CONTRASTS
@@ -34,76 +35,57 @@ MAGNITUDES = [name for name in CONTRASTS if name != "CT"]  # scans without a uni
 FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map says what is
 
 
-def make_pair_cases(
-    datalist: str | Path, conditions: Conditions, section: str = "testing", seed: int = 0
+def make_cases(
+    datalist: str | Path, conditions: Conditions, section: str, seed: int = 0, scans_per_subject: int = 0
 ) -> list[Case]:
-    """Real scans under every condition; a scan draws the same under each.
+    """Scans under every condition, a scan with the same draw under each: real ones, or so many of each subject.
 
-    The datalist is a JSON file ``{section: [{"image": path, "label": path}, ...]}`` with paths relative to its folder.
-    An item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and, beside the
-    label map or in its place, ``T1w``, ``T2w``, ``FLAIR``, ``CT`` (HU), ``log_bias_field`` (logarithm of the factor),
-    ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm; x, y, z) and ``lesion``, in the same
-    space as the scan and in grids of their own; and ``age`` (years).
+    The list of real scans is JSON, ``{section: [{"image": path, "label": path}, ...]}`` with paths relative to its
+    folder. An item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and,
+    beside the label map or in its place, other :data:`REFERENCES` in the same space and in grids of their own: ``CT``
+    in HU, ``log_bias_field``, ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm), ``age``.
+    Generated scans, of a list of ``brainfm-monai data list``, have different heads and looks and the names
+    ``<subject>_<number>``, from which, with ``seed``, their seeds follow.
 
-    Returns the items, each once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and a
-    ``name``. A missing list or file is a FileNotFoundError; a wrong list, two cases of one name, or a condition for
-    generated scans alone are a ValueError.
+    Returns the items, once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and ``name``. A
+    missing list or file is a FileNotFoundError; a wrong list, two cases of one name, or a condition that real scans
+    cannot have are a ValueError.
     """
-    check_for_real_scans(conditions)
-    scans = []
-    for item in _read_items(datalist, section):
-        references, rule = item.keys() & REFERENCES, "item needs 'image' and 'label' or another reference"
-        refuse_if("image" not in item or not references, f"{datalist}: every {rule}", sorted(item))
-        for path in [item[key] for key in ("image", *sorted(references - {"age"}))]:
-            refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
-        scans.append((str(item.get("name") or scan_stem(item["image"])), item))
-    return _under_conditions(scans, conditions, seed, datalist)
-
-
-def make_generated_cases(
-    datalist: str | Path, conditions: Conditions, section: str = "validation", scans_per_subject: int = 1, seed: int = 0
-) -> list[Case]:
-    """Generated scans of prepared subjects under every condition; see :func:`make_pair_cases`.
-
-    The datalist is one of prepared subjects, as ``brainfm-monai data list`` writes it. The scans of a subject have
-    different heads and looks and the names ``<subject>_<number>``, from which, with ``seed``, their seeds follow.
-    """
-    subjects, rule = _read_items(datalist, section), "subject needs 'generation_labels' and 'segmentation'"
-    for subject in subjects:
-        is_wrong = not {"generation_labels", "segmentation"}.issubset(subject)
-        refuse_if(is_wrong, f"{datalist}: every {rule}", sorted(subject))
-    numbers = range(1, scans_per_subject + 1)
-    scans = [(f"{subject['subject']}_{number:02}", subject) for subject in subjects for number in numbers]
-    return _under_conditions(scans, conditions, seed, datalist)
-
-
-def _read_items(datalist: str | Path, section: str) -> list[Case]:
-    found = "no such file: pass --datalist FILE"
+    found, cases = "no such file: pass --datalist FILE", list[Case]()
     refuse_if(not Path(datalist).is_file(), f"{datalist}: a datalist (JSON) is needed", found, FileNotFoundError)
-    return read_datalist(datalist, section)
-
-
-def _under_conditions(
-    scans: Iterable[tuple[str, Case]], conditions: Conditions, seed: int, datalist: str | Path
-) -> list[Case]:
-    cases = [
-        item | {"scan": scan, "seed": seed + zlib.crc32(scan.encode()), "name": f"{scan}_{name}" if settings else scan}
-        | {"condition": name, "settings": dict(settings)}
-        for scan, item in scans for name, settings in conditions.items()
-    ]  # fmt: skip
+    if not scans_per_subject:
+        check_for_real_scans(conditions)
+    for item in read_datalist(datalist, section):
+        if scans_per_subject:
+            rule = f"{datalist}: every subject needs 'generation_labels' and 'segmentation'"
+            refuse_if(not {"generation_labels", "segmentation"}.issubset(item), rule, sorted(item))
+            scans = [f"{item['subject']}_{number:02}" for number in range(1, scans_per_subject + 1)]
+        else:
+            _check_pair(item, datalist)
+            scans = [str(item.get("name") or scan_stem(item["image"]))]
+        for scan, (condition, settings) in product(scans, conditions.items()):
+            case = {"scan": scan, "seed": seed + zlib.crc32(scan.encode()), "settings": dict(settings)}
+            cases.append(item | case | {"name": f"{scan}_{condition}" if settings else scan, "condition": condition})
     repeated = find_repeated(case["name"] for case in cases)
     rule = f"{datalist}: items whose names, with those of the conditions, differ are needed"
     refuse_if(repeated or not cases, rule, f"twice: {repeated}" if repeated else "none")
     return cases
 
 
+def _check_pair(item: Case, datalist: str | Path) -> None:
+    references = item.keys() & REFERENCES
+    rule = f"{datalist}: every item needs 'image' and 'label' or another reference"
+    refuse_if("image" not in item or not references, rule, sorted(item))
+    for path in [item[key] for key in ("image", *sorted(references - {"age"}))]:
+        refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
+
+
 class LoadReferences(Transform):
     """Read the references of a real scan into entries ``target_<task>``, shape (C, H, W, D).
 
     A label map becomes FreeSurfer ids, by its ``label_protocol`` where it has one. T1w, T2w and FLAIR are resampled
-    once to the grid of ``image`` (RAS axes, 1 mm); ``target_valid_<task>`` is 1 where they reach. The others stay in
-    their own grid and unit. Without a label map, ``head`` is the mask of the head, of the scan before a condition
-    changes it.
+    once to the grid of ``image`` (RAS axes, 1 mm), the others stay in their own; ``target_valid_<task>`` is 1 where
+    they reach. Without a label map, ``head`` is the mask of the head, of the scan before a condition changes it.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -113,17 +95,18 @@ class LoadReferences(Transform):
             value = d.pop(key)
             if task in MAGNITUDES:
                 grid: MetaTensor = d["image"]
-                values, affine = read_scan(Path(value))
+                values, own = read_scan(Path(value))
                 box: Any = np.asarray(grid.affine, dtype=np.float64), tuple(grid.shape[1:])
-                moved, seen = (resample_to_box(one, affine, *box) for one in (values, np.ones_like(values)))
+                moved, seen = (resample_to_box(one, own, *box) for one in (values, np.ones_like(values)))
                 for name, one in ((task, moved), (f"valid_{task}", seen > 0.5)):
                     d[TARGET + name] = MetaTensor(torch.from_numpy(one)[None].float(), affine=grid.affine)
             elif TASKS[task].kind == "scalar":
                 d[TARGET + task] = torch.tensor([float(value)])
             else:
                 volume = read_maps(value)
-                reference = torch.from_numpy(volume.values.astype(np.float32))
-                d[TARGET + task] = MetaTensor(reference, affine=torch.from_numpy(volume.affine))
+                maps, affine = torch.from_numpy(volume.values.astype(np.float32)), torch.from_numpy(volume.affine)
+                d[TARGET + task] = MetaTensor(maps, affine=affine)
+                d[f"{TARGET}valid_{task}"] = MetaTensor(torch.ones_like(maps[:1]), affine=affine)
         labels = d.get(f"{TARGET}segmentation")
         if labels is None:
             d[HEAD] = d["image"] > FOREGROUND
@@ -137,9 +120,8 @@ class MeasureMaps(Transform):
     """Measure every task of a layout that has a prediction and a reference; the last step of the postprocessing.
 
     It adds ``rows`` (the measures) and ``dice`` (of the structures of ``dice.tsv``). Labels are compared in the scan's
-    grid, to which the prediction was brought, or, by ``comparison_grid``, in the network's, as other maps are. The
-    tables of structures are those of :func:`~brainfm_monai.metrics.parse_structures`. Another grid or a wrong table is
-    a ValueError.
+    grid, or, by ``comparison_grid``, in the network's, as other maps are. For the tables of structures see
+    :func:`~brainfm_monai.metrics.segmentation.parse_structures`. Another grid or a wrong table is a ValueError.
     """
 
     def __init__(
@@ -172,7 +154,7 @@ class MeasureMaps(Transform):
                 d["dice"] = compute_structure_measures(*pair, self.dice_structures, compared.affine)["dice"]
         head = None if "segmentation" in targets else _match(d[HEAD], image, "nearest") > 0
         scene = replace(scene, image=image.as_tensor(), mask=head)
-        d["rows"] += measure_scan(maps, _move_to_grid(targets, maps, image, ids), scene)
+        d["rows"] += measure_scan(maps, _move_to_grid(targets, image, ids), scene)
         return d
 
 
@@ -180,22 +162,17 @@ def _match(source: MetaTensor, grid: MetaTensor, mode: str) -> Tensor:
     return resample(source.to(grid.device), grid.shape[1:], np.asarray(grid.affine), mode, "zeros").as_tensor()
 
 
-def _move_to_grid(
-    targets: Mapping[str, MetaTensor], maps: Mapping[str, Tensor], grid: MetaTensor, ids: Tensor | None
-) -> dict[str, Tensor]:
-    """References in the network's grid, in the units of the maps, each with where it is known; or predicted ``ids``."""
-    dense = {name: _match(targets[name], grid, "nearest") for name in ("segmentation", "visible") if name in targets}
+def _move_to_grid(targets: Mapping[str, MetaTensor], grid: MetaTensor, ids: Tensor | None) -> dict[str, Tensor]:
+    """References in the network's grid and in the units of the maps; ``ids`` are the predicted labels."""
+    dense: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        is_exact = name not in TASKS or TASKS[name].kind in ("labels", "mask")  # as visible and valid_<task> are
+        dense[name] = target if target.ndim == 1 else _match(target, grid, "nearest" if is_exact else "bilinear")
+    if "log_bias_field" in dense:
+        dense["log_bias_field"] = dense["log_bias_field"].exp()
     ids = dense.get("segmentation", ids)
-    for name in [name for name in maps if name in targets]:
-        target, kind = targets[name], TASKS[name].kind
-        dense[name] = target if kind == "scalar" else _match(target, grid, "nearest" if kind == "mask" else "bilinear")
-        if kind == "log_field":
-            dense[name] = dense[name].exp()
-        elif name in MAGNITUDES:  # to the training's unit
-            known = None if ids is None else ids[0].cpu().numpy()
-            scaled = scale_contrast(dense[name][0].cpu().numpy(), name, known)
-            dense[name] = torch.from_numpy(scaled)[None].to(grid.device)
-        if kind != "scalar":
-            everywhere = MetaTensor(torch.ones_like(target.as_tensor()[:1]), affine=target.affine)
-            dense[f"valid_{name}"] = _match(targets.get(f"valid_{name}", everywhere), grid, "nearest") > 0
+    known = None if ids is None else ids[0].cpu().numpy()
+    for name in [name for name in MAGNITUDES if name in dense]:  # to the training's unit
+        scaled = scale_contrast(dense[name][0].cpu().numpy(), name, known)
+        dense[name] = torch.from_numpy(scaled)[None].to(grid.device)
     return dense

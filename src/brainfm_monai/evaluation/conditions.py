@@ -51,15 +51,14 @@ def parse_conditions(table: Conditions) -> dict[str, dict[str, Any]]:
     """
     conditions: list[tuple[str, dict[str, Any]]] = []
     for name, settings in table.items():
-        rule, unknown = f"condition {name}: letters and digits name it", sorted(set(settings) - set(SETTINGS))
-        refuse_if(not re.fullmatch(NAME, name), rule, "this name")
-        refuse_if(unknown, f"condition {name}: {', '.join(SETTINGS)} set it", f"the setting {', '.join(unknown)}")
+        refuse_if(not re.fullmatch(NAME, name), f"condition {name}: letters and digits name it", "this name")
+        unknown = ", ".join(sorted(set(settings) - set(SETTINGS)))
+        refuse_if(unknown, f"condition {name}: {', '.join(SETTINGS)} set it", f"the setting {unknown}")
         swept = [key for key, value in settings.items() if isinstance(value, Mapping) and "sweep" in value]
         refuse_if(len(swept) > 1, f"condition {name}: one setting may be swept", ", ".join(swept))
-        values = settings[swept[0]]["sweep"] if swept else [None]
-        conditions += [(f"{name}-{v}" if swept else name, {**settings, **dict.fromkeys(swept, v)}) for v in values]
-        for _, fixed in conditions[-len(values) :]:
-            _check(name, fixed)
+        for value in settings[swept[0]]["sweep"] if swept else [None]:
+            conditions.append((f"{name}-{value}" if swept else name, {**settings, **dict.fromkeys(swept, value)}))
+            _check(name, conditions[-1][1])
     repeated = find_repeated(name for name, _ in conditions)
     found = f"twice: {repeated}" if repeated else "none"
     refuse_if(repeated or not conditions, "conditions: different ones are needed", found)
@@ -68,14 +67,15 @@ def parse_conditions(table: Conditions) -> dict[str, dict[str, Any]]:
 
 def _check(name: str, settings: Settings) -> None:
     contrasts, contrast = (*CONTRASTS, "random", INVERTED), settings.get("contrast", INVERTED)
-    rule = f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}"
-    refuse_if(contrast not in contrasts, rule, contrast)
+    refuse_if(
+        contrast not in contrasts, f"condition {name}: 'contrast' must be one of {', '.join(contrasts)}", contrast
+    )
     spacing, slices = settings.get("spacing_mm"), [settings[key] for key in SLICES if key in settings]
     refuse_if(spacing is not None and slices, f"condition {name}: either 'spacing_mm' or slices are set", "both")
     lengths = [*slices, *(spacing or ()), settings.get("slice_fwhm_mm", 1)]
     is_wrong = any(not isinstance(mm, int | float) or mm <= 0 for mm in lengths) or len(spacing or SLICES) != 3
-    rule = "slices, their profile and the three spacings must be positive numbers of mm"
-    refuse_if(is_wrong, f"condition {name}: {rule}", lengths)
+    rule = f"condition {name}: slices, their profile and the three spacings must be positive numbers of mm"
+    refuse_if(is_wrong, rule, lengths)
     make_laws(SynthesisRanges(), settings)
 
 
@@ -90,10 +90,9 @@ def check_for_real_scans(conditions: Conditions) -> None:
 
 
 def make_laws(base: SynthesisRanges, settings: Settings) -> SynthesisRanges:
-    """The laws of the generator under the settings of a condition; the base has those of what it does not set.
+    """The laws of the generator under a condition, over those of the base; ValueError if a value does not fit its law.
 
     The same seed draws the same of everything that the settings leave alone, so that conditions compare the same heads.
-    A value that does not fit its law is a ValueError.
     """
     changes: dict[str, Any] = dict(settings.get("ranges", {}))
     for key, laws in LAWS.items():
@@ -113,10 +112,7 @@ def make_laws(base: SynthesisRanges, settings: Settings) -> SynthesisRanges:
 
 
 def fix_acquisition(params: SynthesisParams, settings: Settings) -> SynthesisParams:
-    """Put the slices and the gamma of a condition in place of the drawn ones; the draw.
-
-    A slice has a Gaussian profile, and is as thick as the distance to the next.
-    """
+    """Put the slices, each as thick as the distance to the next, and the gamma of a condition into a draw."""
     voxel_mm = params.geometry.voxel_mm
     spacing_mm = settings.get("spacing_mm") or [settings.get(key, voxel_mm) for key in SLICES]
     for appearance in params.appearances:
@@ -140,10 +136,9 @@ def to_freesurfer_ids(labels: Tensor, protocol: Protocol) -> Tensor:
 class DegradeScan(Transform):
     """Make a real scan worse in a stated way: the acquisition of the generator, on the scan in place of a painted head.
 
-    The scan is ``image``, (1, H, W, D) in [0, 1], RAS axes, 1 mm. It goes through the condition's inversion, gamma and
-    bias field, slices with their profile, noise, and the interpolation back to the voxels. Voxels that were exactly 0
-    (an extracted brain's surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field
-    becomes the entry ``target_log_bias_field``, added to one that is there.
+    The scan is ``image``, (1, H, W, D) in [0, 1], RAS axes, 1 mm. Voxels that were exactly 0 (an extracted brain's
+    surroundings) stay so, unless the condition sets ``keep_zeros`` to false. An added field becomes the entry
+    ``target_log_bias_field``, added to one that is there.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -184,10 +179,10 @@ class GenerateScan(Transform):
 
     @torch.no_grad()
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace the subject's volumes by ``image``, (1, H, W, D) in [0, 1], and ``target_<task>``.
+        """Replace the subject's volumes and ``settings`` by ``image``, (1, H, W, D) in [0, 1], and ``target_<task>``.
 
-        The entries ``settings``, which is removed, and ``seed`` say how. Targets have the units of the files and
-        FreeSurfer ids; ``target_visible`` marks the field of view. The grid has RAS axes, and its centre is the origin.
+        Targets have the units of the files and FreeSurfer ids; ``target_visible`` marks the field of view. The grid has
+        RAS axes, and its centre is the origin.
         """
         d = {key: value for key, value in data.items() if key not in SUBJECT_KEYS}
         settings = d.pop("settings")

@@ -17,7 +17,7 @@ from brainfm_monai import surfaces
 from brainfm_monai.data.distances import compute_hemisphere_distances
 from brainfm_monai.data.labels import fold_ids
 from brainfm_monai.evaluation.conditions import TARGET
-from brainfm_monai.metrics import make_rows
+from brainfm_monai.metrics.scan import make_rows
 from brainfm_monai.outputs import resample
 from brainfm_monai.surfaces import Hemisphere
 from brainfm_monai.tasks import MAX_DISTANCE_MM, TASKS

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import bootstrap, wilcoxon
 
 from brainfm_monai.io import ABSENT, read_table, refuse_if, write_table
-from brainfm_monai.metrics import MEASURES, MetricRow
+from brainfm_monai.metrics.scan import MEASURES, MetricRow
 
 KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # a statistic is taken within them, over the scans
 FAMILY = ["condition", "task", "metric", "unit"]  # the tests of its structures and sides are corrected together

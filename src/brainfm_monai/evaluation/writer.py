@@ -16,7 +16,7 @@ import brainfm_monai
 from brainfm_monai.evaluation import tables
 from brainfm_monai.evaluation.conditions import SETTINGS, Conditions
 from brainfm_monai.io import fingerprint, locked, refuse_if, write_text
-from brainfm_monai.metrics import MetricRow
+from brainfm_monai.metrics.scan import MetricRow
 from brainfm_monai.metrics.segmentation import SIDES
 from brainfm_monai.outputs import ScanWriter
 from brainfm_monai.report import render
@@ -34,10 +34,10 @@ Case = Mapping[str, Any]
 class EvaluationWriter:
     """Writes the measures of every case, and knows which are measured; in the end the tables and the page of all.
 
-    ``cases/<case>.json`` contains the measures of a case and a hash of what they depend on: the resolved configuration,
-    the weights, the condition, and the files with their times of change. ``files`` writes the files of the prediction
-    for scans as they are; it has the folder and the settings. ``dice_structures`` are the names of the structures of
-    ``dice.tsv``, and ``definition`` is whatever else the page should say about the measures, by name.
+    ``cases/<case>.json`` has the measures of a case and a hash of what they depend on: configuration, weights,
+    condition, and files with their times of change. ``files`` writes the files of the prediction for scans as they are;
+    it has the folder and the settings. ``dice_structures`` are the names of the structures of ``dice.tsv``, and
+    ``definition`` is whatever else the page should say about the measures, by name.
     """
 
     def __init__(
@@ -101,17 +101,13 @@ class EvaluationWriter:
         return render(
             "evaluation.html", title="Evaluation", theme="light", done=done, failures=failures, conditions=conditions,
             first=first, used=self.files.settings, shown=shown, settings_table=SETTINGS, worst=worst,
-            find_page=self._find_page, definitions=tables.DEFINITIONS, metrics=table["metric"].unique(),
+            definitions=tables.DEFINITIONS, metrics=table["metric"].unique(),
             versions={"brainfm-monai": brainfm_monai.__version__, **versions, "Python": platform.python_version()},
             statistics={(row.condition, row.structure): row for row in tables.summarise(headlines).itertuples()},
             measures=summary[(summary["condition"] == first) & (summary["n"] > 0)].groupby("task", sort=False),
+            pages={path.parent.name for path in self.output_dir.glob("*/*_report.html")},  # of scans as they are
             details=json.dumps(details, indent=1, default=str),
         )  # fmt: skip
-
-    def _find_page(self, scan: str, condition: str) -> str:
-        """The page of a scan as it is, in the folder of the page of all; empty where there is none."""
-        page = f"{scan}/{scan}_report.html"
-        return page if not self.conditions[condition] and (self.output_dir / page).is_file() else ""
 
     def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:
         """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
@@ -153,9 +149,8 @@ class EvaluationWriter:
 def compare_evaluations(first: str | Path, second: str | Path, output: str | Path | None = None) -> Path:
     """Compare two evaluations of the same scans by paired statistics; return the path of ``comparison.tsv``.
 
-    For every condition, task, structure, side and metric it has the mean difference, its bootstrap confidence interval,
-    and the Wilcoxon signed-rank test, corrected by Holm over the structures and sides of a metric. A folder without an
-    evaluation is a FileNotFoundError, other scans or conditions are a ValueError.
+    It has what :func:`~brainfm_monai.evaluation.tables.compare` finds of the measures that both have. A folder without
+    an evaluation is a FileNotFoundError, other scans or conditions are a ValueError.
 
     Args:
         first: folder of an evaluation.

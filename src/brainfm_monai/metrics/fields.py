@@ -21,9 +21,8 @@ def compute_mean_inside(values: Tensor, mask: Tensor) -> Tensor:
 def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor) -> Tensor:
     """Normalised L2 error of a bias field up to its gain, which no scan determines, in a mask of the head.
 
-    With o and t the predicted and the true factor, it is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua et al., Journal
-    of Magnetic Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549). All have the shape (B, 1, H, W, D), the
-    result (B,), NaN for an empty mask.
+    Of the predicted and the true factor o and t, (B, 1, H, W, D), it is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua
+    et al., Journal of Magnetic Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549), (B,), NaN for an empty mask.
     """
 
     def mean(values: Tensor) -> Tensor:
@@ -35,10 +34,10 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor) -> Tensor:
 
 
 def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error of signed distances (B, C, H, W, D), in mm, where the true one is within +-3 mm.
+    """Mean absolute error of signed distances (B, C, H, W, D), in mm, where the true one is within +-3 mm: (B, C).
 
-    Targets and files are clipped at 3 mm: what lies there is not known and left out. The prediction is clipped, too.
-    Channels are lp, lw, rp, rw, the mask is (B, 1, H, W, D), the result (B, C), NaN where no voxel is left.
+    Targets and files are clipped at 3 mm: what lies there is not known and left out, and the prediction is clipped. The
+    mask is (B, 1, H, W, D); NaN where no voxel is left.
     """
     near = (target.abs() < MAX_DISTANCE_MM) & mask.bool()
     return compute_mean_inside((pred.float().clamp(-MAX_DISTANCE_MM, MAX_DISTANCE_MM) - target).abs(), near)
@@ -59,8 +58,8 @@ def _find_quantile(values: Tensor, level: float) -> Tensor:
 def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both images in units in which 0.1 and 99.9 % of the target inside the mask are 0 and 1; nothing is clipped.
 
-    The prediction gets the target's gain and offset, none of its own: an error of its scale stays an error. Images and
-    mask (bool) have one shape and the images one unit. The results are NaN for an empty mask or a constant target.
+    The prediction gets the target's gain and offset: an error of its scale stays an error. Images and mask have one
+    shape and the images one unit. The results are NaN for an empty mask or a constant target.
     """
     low, high = (_find_quantile(target.float()[mask.bool()], level) for level in (LOWER, UPPER))
     width = torch.where(high > low, high - low, torch.nan)
@@ -68,23 +67,21 @@ def normalise_to_target(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Ten
 
 
 def compute_image_metrics(pred: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """``l1``, ``psnr`` (dB) and ``ssim`` of two images inside a mask, all of shape (1, 1, H, W, D).
+    """``l1``, ``psnr`` (dB) and ``ssim`` of two images in a range of 1 inside a mask, all of shape (1, 1, H, W, D).
 
-    The range of intensities is taken as 1: :func:`normalise_to_target` brings images to it. Each is of one element, NaN
-    where the mask is empty; the PSNR of equal images is infinite.
+    Each has one element, NaN where the mask is empty; the PSNR of equal images is infinite.
     """
-    error = (pred.float() - target.float())[mask.bool()][None]
-    psnr = -10 * error.square().mean(1).log10()
-    return {"l1": error.abs().mean(1), "psnr": psnr, "ssim": compute_ssim(pred, target, mask)}
+    error = (pred.float() - target.float())[mask.bool()]
+    psnr = -10 * error.square().mean().log10()
+    return {"l1": error.abs().mean(), "psnr": psnr, "ssim": compute_ssim(pred, target, mask)}
 
 
 def compute_ssim(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Structural similarity, averaged over the voxels of a mask whose window lies in the image.
+    """Structural similarity of images in a range of 1, averaged over a mask's voxels whose window lies in the image.
 
-    Images, in a range of 1, and mask have the shape (B, 1, H, W, D), the result (B,), NaN where there is no such voxel.
-    The formula is equation 13 of Wang et al., Image quality assessment: from error visibility to structural similarity,
-    IEEE Transactions on Image Processing 13, 2004. scikit-image applies its Gaussian axis by axis; MONAI's
-    ``SSIMMetric``, which has no mask, takes 1,331 products for each voxel.
+    All have the shape (B, 1, H, W, D), the result (B,), NaN where there is no such voxel. The formula is equation 13 of
+    Wang et al., Image quality assessment: from error visibility to structural similarity, IEEE Transactions on Image
+    Processing 13, 2004. MONAI's ``SSIMMetric`` has no mask, and takes 1,331 products for each voxel.
     """
     from skimage.metrics import structural_similarity  # slow to import
 

@@ -1,6 +1,6 @@
 """All measures of one scan: what was predicted against what is true, as rows of the tidy table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,10 +12,9 @@ from torch import Tensor
 from brainfm_monai.io import ABSENT, ScanError, read_table, refuse_if
 from brainfm_monai.metrics import fields, segmentation
 from brainfm_monai.metrics.fields import compute_image_metrics, normalise_to_target
-from brainfm_monai.metrics.segmentation import SIDES, EvaluatedStructure
+from brainfm_monai.metrics.segmentation import SIDES
 from brainfm_monai.tasks import BRAIN_WINDOW_HU, TASKS
 
-ALL = "all"  # structure of a mean over structures
 MEASURES = read_table(Path(__file__).with_name("measures.tsv"))
 UNITS = {row["metric"]: row["unit"] or "1" for row in MEASURES}
 
@@ -44,7 +43,7 @@ def make_rows(scan: str, condition: str, task: str, values: Values) -> list[Metr
 class Scene:
     """What the measures of one scan share; volumes have the shape (1, H, W, D)."""
 
-    structures: Sequence[EvaluatedStructure]
+    structures: segmentation.Structures
     affine: Tensor  # voxel indices to RAS mm, shape (4, 4)
     scan: str  # name for the rows
     condition: str = "native"  # how the scan was changed
@@ -62,10 +61,10 @@ class Scene:
 def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene: Scene) -> list[MetricRow]:
     """Measure every task that is in both dictionaries, as ``measures.tsv`` defines it.
 
-    Predictions are maps, (C, H, W, D), in the unit of the files: FreeSurfer ids for ``segmentation``, a factor for
-    ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``. Targets have the same shapes and
-    units, and optionally ``visible``, the field of view, and ``valid_<task>``, where a target is known. What is
-    undefined is NaN, or has no row. A task without a measure, or shapes that differ, are a ScanError.
+    Maps, (C, H, W, D), have the unit of the files: FreeSurfer ids for ``segmentation``, a factor for
+    ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``. Targets may have ``visible``, the
+    field of view, and ``valid_<task>``, where a target is known. What is undefined is NaN, or has no row. A task
+    without a measure, or shapes that differ, are a ScanError.
     """
     ids, head = target.get("segmentation"), scene.mask
     if head is None:
@@ -89,8 +88,9 @@ def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene
 
 def measure_entropy(labels: Tensor, entropy: Tensor, scene: Scene) -> list[MetricRow]:
     """Rows of the mean entropy of each structure, of a prediction (FreeSurfer ids) on the grid of the scene."""
-    entropies = segmentation.compute_structure_entropy(labels, entropy, scene.structures, scene.affine)
-    return make_rows(scene.scan, scene.condition, "segmentation", _name_parts({"entropy": entropies}, scene))
+    index = segmentation.index_structures(labels[0], scene.structures, scene.affine)
+    total, count = (segmentation.sum_parts(index, scene.structures, x) for x in (entropy.flatten().double(), None))
+    return make_rows(scene.scan, scene.condition, "segmentation", _name_parts({"entropy": total / count}, scene))
 
 
 def _name_parts(measures: Mapping[str, Tensor], scene: Scene) -> Values:
@@ -116,7 +116,7 @@ def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: Scene) -> Va
     dice, middle = measures["dice"], [bool(structure.middle) for structure in scene.structures]
     parts = {"mean_dice": torch.cat([dice[:, :2].flatten(), dice[middle, 2]]), "mean_dice_merged": dice[:, 2]}
     present = {metric: of_metric[~of_metric.isnan()].tolist() for metric, of_metric in parts.items()}
-    means = {(ALL, "both", metric): fmean(of_metric) for metric, of_metric in present.items() if of_metric}
+    means = {("all", "both", metric): fmean(of_metric) for metric, of_metric in present.items() if of_metric}
     return _name_parts(measures, scene) | means
 
 

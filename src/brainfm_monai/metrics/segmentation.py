@@ -50,7 +50,9 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
     for name, entry in table.items():
         if unknown := sorted(set(entry) - {"left", "right", "unsided", "middle"}):
             raise ValueError(f"structure {name}: the entries are left, right, unsided and middle, found {unknown}")
-        one = EvaluatedStructure(name, **{part: _expand(ids) for part, ids in entry.items()})
+        spans = {part: [(i, i) if isinstance(i, int) else i for i in ids] for part, ids in entry.items()}
+        expanded = {part: frozenset().union(*(range(a, b + 1) for a, b in ends)) for part, ends in spans.items()}
+        one = EvaluatedStructure(name, **expanded)
         if bool(one.left) != bool(one.right) or bool(one.middle) == bool(one.left) or (one.middle and one.unsided):
             raise ValueError(f"structure {name}: ids are needed either on 'left' and 'right' or in the 'middle' alone")
         if shared := sorted(one.ids & owner.keys()):
@@ -61,10 +63,6 @@ def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedS
     return tuple(structures)
 
 
-def _expand(ids: Ids) -> frozenset[int]:
-    return frozenset().union(*(range(i, i + 1) if isinstance(i, int) else range(i[0], i[-1] + 1) for i in ids))
-
-
 def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
     """Box around a mask (H, W, D), wider by a margin within the image; the whole image if the mask is empty."""
     start, stop = generate_spatial_bounding_box(mask[None], margin=margin, allow_smaller=True)
@@ -72,7 +70,7 @@ def box_around(mask: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
     return height, width, depth
 
 
-def _index_structures(ids: Tensor, structures: Structures, affine: Tensor) -> Tensor:
+def index_structures(ids: Tensor, structures: Structures, affine: Tensor) -> Tensor:
     """Label map of parts: 4 s + 1 for the left of structure s, 4 s + 2 for the right, 4 s + 4 for one without sides.
 
     An unsided voxel belongs to the side of the plane on which it lies: halfway between the centroids of all left and
@@ -95,7 +93,7 @@ def _index_structures(ids: Tensor, structures: Structures, affine: Tensor) -> Te
     return index
 
 
-def _sum_parts(index: Tensor, structures: Structures, weights: Tensor | None = None) -> Tensor:
+def sum_parts(index: Tensor, structures: Structures, weights: Tensor | None = None) -> Tensor:
     """Voxels, or sums of weights, of left, right and both, (S, 3), float64; NaN for sides that a structure has not."""
     parts = torch.bincount(index.flatten().long(), weights, PARTS * len(structures) + 1)[1:].reshape(-1, PARTS).double()
     sums = torch.stack([parts[:, 0], parts[:, 1], parts.sum(1)], 1).cpu()
@@ -120,11 +118,11 @@ def compute_structure_measures(
     refuse_if(shapes[0] != shapes[1] or prediction.ndim != 4, rule, "{} and {}".format(*shapes))
     maps = prediction[0], reference[0].to(prediction.device)
     box = box_around((maps[0] != 0) | (maps[1] != 0))  # the table of structures is read for each voxel of it
-    indices = pred, truth = [_index_structures(ids[box], structures, affine) for ids in maps]
+    indices = pred, truth = [index_structures(ids[box], structures, affine) for ids in maps]
     same_structure = (pred + PARTS - 1) // PARTS == (truth + PARTS - 1) // PARTS
-    overlap = _sum_parts(pred[pred == truth], structures)
-    overlap[:, 2] = _sum_parts(pred[same_structure], structures)[:, 2]
-    predicted, present = (_sum_parts(index, structures) for index in indices)
+    overlap = sum_parts(pred[pred == truth], structures)
+    overlap[:, 2] = sum_parts(pred[same_structure], structures)[:, 2]
+    predicted, present = (sum_parts(index, structures) for index in indices)
     known = torch.where(present > 0, present, torch.nan)
     voxel_ml = ML_PER_MM3 * float(torch.linalg.det(affine[:3, :3].double()).abs())
     measures = {"dice": 2 * overlap / (predicted + known), "volume_error": (predicted - known) / known}
@@ -144,26 +142,13 @@ def compute_structure_measures(
     return measures
 
 
-def compute_structure_entropy(labels: Tensor, entropy: Tensor, structures: Structures, affine: Tensor) -> Tensor:
-    """Mean entropy, (1, H, W, D), of the left, the right and both parts of each structure, (S, 3).
-
-    Labels are FreeSurfer ids, (1, H, W, D), the affine takes voxel indices to RAS mm; NaN for what has no voxel.
-    """
-    index = _index_structures(labels[0], structures, affine)
-    return _sum_parts(index, structures, entropy.flatten().double()) / _sum_parts(index, structures)
-
-
 def compute_lesion_metrics(prediction: Tensor, reference: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """``dice``, ``sensitivity`` and ``precision`` of lesions, voxel by voxel.
+    """``dice``, ``sensitivity`` and ``precision`` of lesions, voxel by voxel, in a mask; all maps have one shape.
 
-    The prediction is a probability, above 0.5 a voxel is lesion; the reference is 0 or 1; the mask is bool; all have
-    one shape. Dice and sensitivity, the share of the reference that is predicted, are NaN where the reference has no
-    lesion in the mask, precision where none is predicted.
+    Above a probability of 0.5 a voxel is lesion. Dice and sensitivity, the share of the reference that is predicted,
+    are NaN where the reference has no lesion, precision where none is predicted.
     """
     pred, truth = (prediction > LESION_THRESHOLD) & mask, (reference > LESION_THRESHOLD) & mask
     hit, predicted, present = (one.sum().double() for one in (pred & truth, pred, truth))
-    return {
-        "dice": torch.where(present > 0, 2 * hit / (predicted + present), torch.nan),
-        "sensitivity": hit / present,  # 0 / 0 is NaN
-        "precision": hit / predicted,
-    }
+    dice = torch.where(present > 0, 2 * hit / (predicted + present), torch.nan)
+    return {"dice": dice, "sensitivity": hit / present, "precision": hit / predicted}  # 0 / 0 is NaN
