@@ -101,21 +101,16 @@ class Protocol:
         """Names of the protocols that the package ships."""
         return sorted(f.name.removesuffix(".tsv") for f in SHIPPED.iterdir() if f.name.endswith(".tsv"))
 
-    @cached_property
-    def label_of_id(self) -> dict[int, int]:
-        """Label of every known source id."""
-        return {i: s.label for s in self.structures for i in (s.freesurfer_id, *s.includes)}
-
-    @cached_property
-    def freesurfer_ids(self) -> np.ndarray:
-        """FreeSurfer id of every label, shape (L,), int32: index it by a label map to get ids."""
-        return np.array([s.freesurfer_id for s in self.structures], dtype=np.int32)
-
-    @cached_property
-    def mirror_permutation(self) -> list[int]:
-        """Label on the other side for every label; applied twice it is the identity."""
-        return [s.mirror for s in self.structures]
-
+    # label of every known source id
+    label_of_id = cached_property[dict[int, int]](
+        lambda self: {i: s.label for s in self.structures for i in (s.freesurfer_id, *s.includes)}
+    )
+    # FreeSurfer id of every label, shape (L,): index it by a label map to get ids
+    freesurfer_ids = cached_property[np.ndarray](
+        lambda self: np.array([s.freesurfer_id for s in self.structures], dtype=np.int32)
+    )
+    # label on the other side for every label; applied twice it is the identity
+    mirror_permutation = cached_property[list[int]](lambda self: [s.mirror for s in self.structures])
     # which labels are of these kinds, shape (L,), bool; a hemisphere is a part of the brain with a side
     is_head = cached_property[np.ndarray](lambda self: is_head(self.freesurfer_ids))
     is_brain = cached_property[np.ndarray](lambda self: is_brain(self.freesurfer_ids))

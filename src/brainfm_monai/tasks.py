@@ -143,12 +143,9 @@ class TaskLayout:
     """
 
     def __init__(
-        self,
-        tasks: Sequence[str],
-        protocol: str | Path | Protocol = "synthseg_head",
-        uncertainty: Sequence[str] = (),
-        embedding_channels: int = EMBEDDING_CHANNELS,
-    ) -> None:
+        self, tasks: Sequence[str], protocol: str | Path | Protocol = "synthseg_head",
+        uncertainty: Sequence[str] = (), embedding_channels: int = EMBEDDING_CHANNELS,
+    ) -> None:  # fmt: skip
         if not set(tasks) <= set(TASKS) or len(set(tasks)) != len(tasks) or not tasks:
             raise ValueError(f"TaskLayout: 'tasks' must be different names out of {list(TASKS)}, got {list(tasks)}")
         self.protocol = protocol if isinstance(protocol, Protocol) else Protocol.load(protocol)
@@ -167,26 +164,17 @@ class TaskLayout:
         ends = list(accumulate((task.channels for task in rows), initial=0))
         self.slices = {task.name: slice(*pair) for task, pair in zip(rows, pairwise(ends), strict=True)}
         self.channels = ends[-1]
-
-    @property
-    def channel_names(self) -> list[str]:
-        """Name of every channel of the output tensor."""
-        return [name for task in self.tasks.values() for name in task.channel_names]
-
-    @property
-    def outside_values(self) -> list[float]:
-        """Value of every channel in the air around a head: certain background, far from any surface, no bias, -1000 HU.
-
-        MNI coordinates are not defined there: they are 0 with a scale of error of one unit, elsewhere the least.
-        """
-        tasks = self.tasks.values()
-        return [t.outside * (t.kind != "labels" or i == 0) for t in tasks for i in range(t.channels)]
+        # channels of an output whose segmentation has been decided: one of labels, then the other tasks
+        self.label_channels = self.channels - len(labels) + 1 if "segmentation" in names else self.channels
+        self.channel_names = [name for task in rows for name in task.channel_names]
+        # of every channel in the air around a head: certain background, far from any surface, no bias, -1000 HU; MNI
+        # coordinates are not defined there: they are 0 with a scale of error of one unit, elsewhere the least
+        self.outside_values = [t.outside * (t.kind != "labels" or i == 0) for t in rows for i in range(t.channels)]
 
     def split(self, output: Tensor) -> dict[str, Tensor]:
-        """Views of the output tensor by task, each of shape (B, channels of the task, H, W, D).
+        """Views of the output (B, C, H, W, D) by task, each of shape (B, channels of the task, H, W, D).
 
-        The output is (B, C, H, W, D) with C the layout's channels, or ``label_channels`` where the segmentation has
-        been decided and has one channel; another number is a ValueError.
+        C is ``channels``, or ``label_channels`` where the segmentation has been decided; else it is a ValueError.
         """
         sizes = {name: task.channels for name, task in self.tasks.items()}
         if output.shape[1] == self.label_channels and "segmentation" in sizes:
@@ -196,11 +184,6 @@ class TaskLayout:
             raise ValueError(f"TaskLayout.split: {rule}, got {tuple(output.shape)}")
         # One split, not a slice for each task: its gradient is one concatenation, not a zero-filled volume per task.
         return dict(zip(self.tasks, output.split(list(sizes.values()), dim=1), strict=True))
-
-    @property
-    def label_channels(self) -> int:
-        """Channels of an output whose segmentation has been decided: one of labels, then the other tasks."""
-        return self.channels - (self.tasks["segmentation"].channels - 1 if "segmentation" in self.tasks else 0)
 
     def choose_labels(self, output: Tensor) -> Tensor:
         """Put the label of the largest logit in place of logits: (B, C, H, W, D) to (B, label_channels, H, W, D)."""

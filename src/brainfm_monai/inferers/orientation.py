@@ -62,10 +62,7 @@ def misfit(brain: Tensor, coordinates: Tensor, voxel_mm: float) -> float:
     median distance in mm from the affine map that fits best, divided by the smallest stretch of that map. It is large
     where there is hardly a brain, or where the map mirrors or turns the brain by more than 60 degrees.
 
-    Args:
-        brain: mask, shape (H, W, D).
-        coordinates: in mm, shape (3, H, W, D).
-        voxel_mm: distance of neighbouring voxels.
+    ``brain`` is a mask, (H, W, D), the coordinates are in mm, (3, H, W, D), and voxels have ``voxel_mm``.
     """
     points = brain.nonzero().double().cpu().numpy() * voxel_mm
     if len(points) * voxel_mm**3 < MINIMUM_POINTS:
@@ -110,15 +107,16 @@ class OrientationInferer(Inferer):
             return output
         turn = self.find_turn(_plain(inputs), network, first)
         if turn is None:
-            message = (
-                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual), "
-                "and no turn of the head fits clearly better: look at the orientation and at the segmentation"
+            found = (
+                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual)"
             )
+            rule = ", and no turn of the head fits clearly better: look at the orientation and at the segmentation"
         else:
+            found = (
+                f"the orientation of the header does not fit the anatomy: the head is turned {describe_turn(turn)}; "
+            )
             rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
-            found = f"the head is turned {describe_turn(turn)}"
-            message = f"the orientation of the header does not fit the anatomy: {found}; {rule}"
-        _add_warning(inputs, message)
+        _add_warning(inputs, found + rule)
         if turn is None or not self.fix:
             return output
         turned: Tensor = self.inferer(apply_turn(turn, _plain(inputs)), network, *args, **kwargs)

@@ -57,20 +57,17 @@ class TwoStageInferer(Inferer):
         threshold: intensity above which a voxel is head or noise; the box contains all of them.
         margin: voxels by which the box is larger on each side.
         multiple: the box is padded with zeros to a multiple of this size, which the poolings of a network need.
-        size_mm: size of the second stage's box; the box is padded with zeros where the image is smaller. Voxels are 1
-            mm.
+        size_mm: size of the second stage's box, which is padded with zeros where the image is smaller.
         sigma_mm: standard deviation of the Gaussian that smooths the coordinates.
         context: apply the network's :class:`~brainfm_monai.networks.ContextHead`, if it has one.
 
-    Raises:
-        ValueError: if there is no such memory mode or precision.
+    ValueError if there is no such memory mode or precision.
     """
 
     def __init__(
         self, layout: TaskLayout, mirror: bool = True, second_look: bool = True, memory: str = "auto",
         precision: str | None = None, labels: Sequence[int] | None = None, threshold: float = HEAD, margin: int = 4,
-        multiple: int = 32, size_mm: Sequence[float] = TRAINING_SIZE_MM, sigma_mm: float = 8.0,
-        context: bool = True,
+        multiple: int = 32, size_mm: Sequence[float] = TRAINING_SIZE_MM, sigma_mm: float = 8.0, context: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         if memory not in MEMORY_MODES:
@@ -86,19 +83,16 @@ class TwoStageInferer(Inferer):
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Map images (B, 1, H, W, D) in RAS+ order, voxels of 1 mm, values in [0, 1], to (B, layout.channels, H, W, D).
 
-        In mode ``low`` the channels are ``layout.label_channels``. Maps are float32, metadata are kept.
-
-        Raises:
-            ValueError: if mode ``low`` or ``second_look`` is asked of a network that is no ``MultiTaskNet``.
+        In mode ``low`` the channels are ``layout.label_channels``. Maps are float32, metadata are kept. ValueError if
+        mode ``low`` or ``second_look`` is asked of a network that is no ``MultiTaskNet``.
         """
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         outputs = [self._infer(sample, network) for sample in image.split(1)]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if not isinstance(inputs, MetaTensor):
-            return output
-        tensor = MetaTensor(output).copy_meta_from(inputs)
-        tensor.is_batch = inputs.is_batch
-        return tensor
+        if isinstance(inputs, MetaTensor):
+            output = MetaTensor(output).copy_meta_from(inputs)
+            output.is_batch = inputs.is_batch
+        return output
 
     def _infer(self, image: Tensor, network: Callable[..., Tensor]) -> Tensor:
         """Crop, predict chunks of planes, and write them into the values of the air around the head."""
@@ -121,8 +115,7 @@ class TwoStageInferer(Inferer):
         if channels != len(values):
             decided = channels == self.layout.label_channels
             values = [0.0, *values[len(values) - channels + 1 :]] if decided else [0.0] * channels
-        fill = torch.tensor(values, device=image.device).reshape(1, -1, 1, 1, 1)
-        return fill.expand(-1, -1, *image.shape[2:]).clone()
+        return _fill(values, image)
 
     def _predict(self, image: Tensor, network: Callable[..., Tensor], memory: str) -> Maps:
         if isinstance(network, MultiTaskNet):
@@ -162,8 +155,8 @@ class TwoStageInferer(Inferer):
         decode = self._look(image, network, encode)
         if not self.mirror:
             return decode
-        size, layout, total = (1, self.layout.channels, *image.shape[2:]), torch.channels_last_3d, image.shape[2]
-        maps = torch.empty(size, device=image.device, memory_format=layout)
+        size, total = (1, self.layout.channels, *image.shape[2:]), image.shape[2]
+        maps = torch.empty(size, device=image.device, memory_format=torch.channels_last_3d)
         for a, b in plane_ranges(total, 1, PLANES):
             maps[:, :, a:b] = decode(a, b)
         del decode  # and the features
@@ -177,8 +170,7 @@ class TwoStageInferer(Inferer):
         features, coordinates, box = self._look_twice(encode(image), image, network, encode)
         context, added = network.context, torch.empty(0)
         if context is not None:  # in the box around the brain, of the size of its training; around it there is nothing
-            outside = torch.tensor(self.layout.outside_values[network.head.out_channels :], device=image.device)
-            added = outside.reshape(1, -1, 1, 1, 1).expand(-1, -1, *features.shape[2:]).clone()
+            added = _fill(self.layout.outside_values[network.head.out_channels :], features)
             if self.context:
                 with autocast(image.device, parse_precision(self.precision, image.device)):
                     added[box] = context(features[box], image[box])
@@ -199,7 +191,9 @@ class TwoStageInferer(Inferer):
             return features, None, WHOLE
         voxel_mm = float(network.stride)
         size = [round(mm / voxel_mm) for mm in self.size_mm]
-        brain = self._find_brain(features, network)
+        logits, mni = (self.layout.slices[name] for name in ("segmentation", "mni"))
+        labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
+        brain = torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
         box = (*WHOLE, *centre_box(brain, size))
         inside = torch.zeros_like(brain)
         inside[box[2:]] = brain[box[2:]]
@@ -208,19 +202,13 @@ class TwoStageInferer(Inferer):
         part = image[box]
         padding = [extra for n, m in zip(size[::-1], part.shape[:1:-1], strict=True) for extra in (0, n - m)]
         second = encode(nnf.pad(part, padding).contiguous())[(*WHOLE, *map(slice, part.shape[2:]))].float()
-        features, mni = features.float(), self.layout.slices["mni"]
+        features = features.float()
         coordinates = features.new_zeros(1, mni.stop - mni.start, *features.shape[2:])
         coordinates[box] = network.head(second)[:, mni]
         coordinates[0] = smooth_coordinates(coordinates[0], inside, self.sigma_mm / voxel_mm, voxel_mm)
         weight = 0.5 * edge_ramp(second.shape[2:], RAMP_MM / voxel_mm).to(second)
         features[box] = torch.lerp(features[box], second, weight)
         return features, coordinates, box
-
-    def _find_brain(self, features: Tensor, network: MultiTaskNet) -> Tensor:
-        """Where a label of the brain is the most probable, (h, w, d)."""
-        logits = self.layout.slices["segmentation"]
-        labels = [network.head(part)[0, logits].argmax(0) for part in features.split(SEARCH_PLANES, dim=2)]
-        return torch.as_tensor(self.layout.protocol.is_brain).to(features.device)[torch.cat(labels)]
 
     def _decode(self, read: Planes, network: MultiTaskNet, shape: Sequence[int], decide: bool) -> Maps:
         """Interpolation to the image's grid and the choice of a label, a few planes at a time."""
@@ -236,6 +224,12 @@ class TwoStageInferer(Inferer):
                     maps[:, self.excluded] = -torch.inf
                 maps = self.layout.choose_labels(maps)
             yield slice(a * stride, b * stride), maps
+
+
+def _fill(values: Sequence[float], like: Tensor) -> Tensor:
+    """A volume (1, channels, H, W, D) of one value in each channel."""
+    fill = torch.tensor(values, device=like.device).reshape(1, -1, 1, 1, 1)
+    return fill.expand(-1, -1, *like.shape[2:]).clone()
 
 
 def head_box(image: Tensor, threshold: float = HEAD, margin: int = 0) -> tuple[slice, ...]:

@@ -93,7 +93,10 @@ def measure_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 
     near = white.abs() < FARTHEST_MM[0]
     inner = (-white - 0.5).clamp(0, 1) * (white > -2.9)  # distances end at -3 mm
     outer = (white - 0.3).clamp(0, 1) * (-pial - 0.3).clamp(0, 1)
-    means = _average(torch.stack([inner, inner * image, outer, outer * image]), voxel_mm)
+    volumes = torch.stack([inner, inner * image, outer, outer * image])[None]
+    larger = [max(round(n * voxel_mm / POOLED_MM), 1) for n in image.shape]
+    smooth = GaussianFilter(3, REACH_MM / POOLED_MM)(nnf.interpolate(volumes, size=larger, mode="area"))
+    means = nnf.interpolate(smooth, size=image.shape, mode="trilinear")[0]
     white_matter, grey_matter = means[1] / means[0].clamp_min(1e-6), means[3] / means[2].clamp_min(1e-6)
     contrast = white_matter - grey_matter
     core = inner > 0.9
@@ -109,14 +112,6 @@ def measure_white(white: Tensor, pial: Tensor, image: Tensor, voxel_mm: float = 
     usable = ((relative - LEAST_CONTRAST) / (FULL_CONTRAST - LEAST_CONTRAST)).clamp(0, 1) * (-pial).clamp(0, 1)
     usable *= ((FARTHEST_MM[1] - white.abs()) / (FARTHEST_MM[1] - FARTHEST_MM[0])).clamp(0, 1)
     return measured, certainty * usable
-
-
-def _average(volumes: Tensor, voxel_mm: float) -> Tensor:
-    """Volumes (C, H, W, D) averaged with a Gaussian, in larger voxels."""
-    size = volumes.shape[1:]
-    pooled = nnf.interpolate(volumes[None], size=[max(round(n * voxel_mm / POOLED_MM), 1) for n in size], mode="area")
-    smooth = GaussianFilter(3, REACH_MM / POOLED_MM)(pooled)
-    return nnf.interpolate(smooth, size=size, mode="trilinear")[0]
 
 
 class FindBoundariesd(MapTransform):

@@ -33,8 +33,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def find_tasks(path: str | Path, tasks: Sequence[str], context: Sequence[str]) -> list[str]:
     """The tasks that a file of weights predicts: those of ``context`` only if the file has a context head.
 
-    So weights that were trained without one serve in the same configuration. A file that is missing or is none of
-    weights is reported where it is loaded.
+    A file that is missing or is none of weights is reported where it is loaded.
     """
     try:
         has_context = any(key.startswith("context.") for key in read_state_dict(path))
@@ -46,12 +45,11 @@ def find_tasks(path: str | Path, tasks: Sequence[str], context: Sequence[str]) -
 def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load a plain state dict, ``torch.save(network.state_dict(), path)``, into a network that it fits exactly.
 
-    FileNotFoundError if there is no such file, ValueError if it is not a state dict, or names the first tensor that is
-    missing, unknown or of another shape.
+    Errors are those of :func:`read_state_dict`, and ValueError for the first tensor that is missing, unknown or of
+    another shape.
     """
-    state, expected = read_state_dict(path), network.state_dict()
+    both = state, expected = read_state_dict(path), network.state_dict()
     for key in [*expected, *state]:
-        both = (state, expected)
         found, needed = (f"'{key}' of shape {tuple(x[key].shape)}" if key in x else f"no '{key}'" for x in both)
         rule = f"{path}: the weights must fit the network"
         refuse_if(found != needed, rule, f"{found} where the network has {needed}")
@@ -98,10 +96,10 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     weight[rows, -given["head.weight"].shape[1] :] = given["head.weight"][sources].to(weight)
     bias[rows] = given["head.bias"][sources].to(bias)
     network.load_state_dict({**state, "head.weight": weight, "head.bias": bias})
-    missing = [name for i, name in enumerate(network.layout.channel_names[: len(bias)]) if i not in pairs]
-    new = ", ".join(missing) or "none"
-    logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), new)
-    return missing
+    new = [name for i, name in enumerate(network.layout.channel_names[: len(bias)]) if i not in pairs]
+    listed = ", ".join(new) or "none"
+    logger.info("%s: the backbone and %d channels of the head; new channels: %s", path, len(pairs), listed)
+    return new
 
 
 def _match_channels(
@@ -118,14 +116,10 @@ def _match_channels(
     for name, task in new.tasks.items():
         if name not in old.tasks or name in skipped:
             continue
-        if task.kind == "labels":
-            structures = [s for s in old.protocol.structures if s.name != f"label-{s.freesurfer_id}"]  # a mere number
-            by_id = {s.freesurfer_id: s.label for s in structures}
-            by_name = {s.name: s.label for s in old.protocol.structures}
-            same = {s.label: by_id.get(s.freesurfer_id, by_name.get(s.name)) for s in new.protocol.structures}
-        else:
-            names = {channel: i for i, channel in enumerate(old.tasks[name].channel_names)}
-            same = {i: names.get(channel) for i, channel in enumerate(task.channel_names)}
-        first, source = new.slices[name].start, old.slices[name].start
-        pairs |= {first + i: source + j for i, j in same.items() if j is not None}
+        places = {channel: i for i, channel in enumerate(old.tasks[name].channel_names)}
+        same = {i: places[channel] for i, channel in enumerate(task.channel_names) if channel in places}
+        if task.kind == "labels":  # whose ids come first, but for those that are mere numbers
+            ids = {s.freesurfer_id: s.label for s in old.protocol.structures if s.name != f"label-{s.freesurfer_id}"}
+            same |= {s.label: ids[s.freesurfer_id] for s in new.protocol.structures if s.freesurfer_id in ids}
+        pairs |= {new.slices[name].start + i: old.slices[name].start + j for i, j in same.items()}
     return pairs
