@@ -16,6 +16,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.engines import SynthesisPrepareBatch
 from brainfm_monai.functional import spatial
 from brainfm_monai.synthesis import FLAGS, SynthesisParams, SynthesisRanges, Synthesizer, render
+from brainfm_monai.synthesis.acquisition import acquire
 from brainfm_monai.synthesis.rendering import make_coordinates
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -373,6 +374,14 @@ def test_partial_volume_codes_are_painted_between_their_tissues() -> None:
                 values[code], (1 - share) * values[first] + share * values[second], rtol=1e-4, atol=1e-4
             )
     torch.testing.assert_close(mean[77], mean[2])
+
+
+def test_gamma_turns_about_its_top() -> None:
+    appearance, image = draw(STILL, 0, 1).appearances[0], spatial.identity_grid(SIZE)[:, :1].repeat(2, 1, 1, 1, 1) * 15
+    appearance.gamma = torch.tensor([1.0, 2.0])
+    out = acquire(image, appearance)[2]
+    torch.testing.assert_close(out[0], image[0])
+    torch.testing.assert_close(out[1], image[1] ** 2 / 300)
 
 
 def test_texture_has_the_std_of_its_law() -> None:

@@ -40,8 +40,7 @@ VOXELS = np.eye(4)  # affine of a batch: RAS axes
 class TrainingCheckpoint:
     """Saves everything at the end of an epoch, whole or not at all, and resumes from the newest whole one at the start.
 
-    The state of torch's own random generators is kept, too, for networks with dropout. With several processes, which
-    must share the folder, the first one writes and all read.
+    That includes torch's random generators, for networks with dropout. Several processes must share the folder.
     """
 
     save_dir: str | Path  # folder of the checkpoints, training_checkpoint_<iteration>.pt
@@ -100,12 +99,11 @@ class TrainingCheckpoint:
         for path in reversed(saved):
             try:
                 torch.load(path, map_location="cpu", weights_only=True)
+                return str(path)
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
                 logger.warning("%s: not a whole checkpoint, the one before is taken: %s", path, first_line(error))
-            else:
-                return str(path)
-        rule = f"{self.save_dir}: one whole checkpoint is needed to resume"
-        refuse_if(saved, rule, "none: remove them to begin anew")
+        found = "none: remove them to begin anew"
+        refuse_if(saved, f"{self.save_dir}: one whole checkpoint is needed to resume", found)
         return ""
 
 
@@ -148,8 +146,8 @@ class BestWeights:
 class TrainingStatistics:
     """Adds a dictionary ``statistics`` to a trainer's output every few iterations, and shows a progress bar.
 
-    They are ``loss`` and the unweighted loss of every task, means over all processes, ``gradient_norm``,
-    ``learning_rate``, and ``samples_per_second`` of all processes. Each reading waits for the device.
+    They are losses and ``gradient_norm``, means over all processes, ``learning_rate``, and ``samples_per_second`` of
+    all processes. Each reading waits for the device.
     """
 
     loss_function: MultiTaskLoss
@@ -190,9 +188,8 @@ class TrainingStatistics:
 class ValidationScores(Metric):
     """Scores of the tasks, each a mean over the samples of all processes that have the target.
 
-    ``mean_dice`` is the hard Dice over the foreground structures of the reference. ``distance_mae_mm``,
-    ``mni_error_mm`` and ``log_bias_error`` are those of the evaluation; ``<image>_mae`` is the mean absolute error in
-    the head, in the unit of the files. A task of another kind has none.
+    ``mean_dice`` is the hard Dice over the foreground structures of the reference, ``<image>_mae`` the mean absolute
+    error in the head, in the unit of the files. The others are those of the evaluation.
     """
 
     def __init__(self, layout: TaskLayout) -> None:
@@ -267,11 +264,7 @@ class ValidationPanels:
 
 
 def compose_panel(image: Tensor, pred: Tensor, target: Mapping[str, Tensor], layout: TaskLayout) -> np.ndarray:
-    """Input, prediction and target of every task in three planes through the middle, RGB (rows, columns, 3), uint8.
-
-    The image is (1, H, W, D), in [0, 1], the prediction (layout.channels, H, W, D), targets are (C, H, W, D), or absent
-    by ``available_<task>``.
-    """
+    """Image, prediction and targets of a sample, (C, H, W, D), in three planes through the middle, RGB, uint8."""
     columns: list[tuple[str, Task, Tensor]] = []
     for name, output in layout.split(pred[None]).items():
         task = layout.tasks[name]

@@ -1,7 +1,4 @@
-"""The loss of a batch, and the formula of each kind of task.
-
-Formulas take predictions, targets and masks (B, C, H, W, D), and give one loss per sample, (B,).
-"""
+"""Formulas from predictions, targets and masks (B, C, H, W, D) to losses per sample, (B,), and the loss of a batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -131,10 +128,9 @@ def compute_pooled_l1(values: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def compute_info_nce(embedding: Tensor, mask: Tensor, samples: int) -> Tensor:
     """InfoNCE between the scans of one subject, whose geometry is the same: a voxel is found again in another scan.
 
-    A voxel's embedding in one scan is compared with those of all places of a fixed lattice in another scan; the right
-    one is that of the same place. The loss is the cross entropy, its mean over the other samples of a subject. The
-    embedding is (B S, C, H, W, D), the S samples of a subject one after the other; a place counts where the mask
-    (B S, 1, H, W, D) counts it in all. (van den Oord et al., arXiv 1807.03748; Chen et al., SimCLR, ICML 2020.)
+    A voxel's embedding is compared with those of all places of a fixed lattice in another scan; the right one is that
+    of the same place. The loss is the mean cross entropy over the other samples of a subject, which lie one after the
+    other. A place counts where all masks count it. (van den Oord et al., arXiv 1807.03748; Chen et al., ICML 2020.)
     """
     steps = [max(1, size // LATTICE) for size in embedding.shape[2:]]
     places: Any = (..., *(slice(step // 2, step // 2 + step * (LATTICE - 1) + 1, step) for step in steps))
@@ -172,10 +168,9 @@ class MultiTaskLoss(nn.Module):
     def forward(self, pred: Tensor, target: Mapping[str, Tensor]) -> Tensor:
         """Loss of a batch, a scalar; ``components`` keeps the unweighted loss of every task on this rank.
 
-        The prediction is (B, layout.channels, H, W, D). Targets have one entry for every task that at least one sample
-        has, (B, channels, H, W, D), or (B,) for a scalar; ``visible``, (B, 1, H, W, D), the field of view; optionally
-        ``available_<task>``, (B,), 1 for samples that have the target, and ``valid_<task>``, (B, 1, H, W, D), 1 where
-        an image is not defaced.
+        The prediction is (B, layout.channels, H, W, D), and so are targets, of every task that at least one sample has,
+        or (B,) for a scalar. ``visible`` is the field of view, ``valid_<task>`` where an image is not defaced, both
+        (B, 1, H, W, D); ``available_<task>``, (B,), is 1 for samples that have the target.
         """
         rule = f"MultiTaskLoss: 'pred' must hold {self.samples} samples of each subject"
         refuse_if(len(pred) % self.samples, rule, tuple(pred.shape))

@@ -25,9 +25,8 @@ Weights = tuple[Tensor, ...] | list[Tensor]
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices, (..., N, M), to 0.6 to 1.3 (negligible ones aside), in float32.
 
-    Five steps of a Newton-Schulz iteration multiply a matrix by polynomials of its Gram matrix, which commute: they are
-    computed on the (small) Gram matrix. ``torch.optim.Muon`` computes them on the matrix, in bfloat16, which most CPUs
-    emulate. (Jordan et al., Muon, 2024.)
+    A Newton-Schulz iteration multiplies a matrix by polynomials of its Gram matrix, which commute: they are computed on
+    the Gram matrix. ``torch.optim.Muon`` computes them on the matrix, in bfloat16, which most CPUs emulate.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.float()
@@ -49,10 +48,9 @@ class MuonAdamW(torch.optim.AdamW):
     does not exist where the channels of a voxel lie side by side in memory. (Jordan et al., Muon, 2024; Loshchilov and
     Hutter, Decoupled weight decay regularization, ICLR 2019.)
 
-    Kernels of ``network.backbone`` with more than one input channel go by Muon, whose step is ``kernel_lr`` times a
-    matrix with singular values near 1; ``momentum`` is that of Muon, ``lr`` that of AdamW, ``weight_decay`` that of
-    both. A negative rate is a ValueError. Steps of a ``fused`` optimizer that are not finite are left out without a
-    wait; kernels have no gradient after a step.
+    Kernels of ``network.backbone`` with more than one input channel go by Muon, by steps of ``kernel_lr`` with
+    ``momentum``, the others by AdamW with ``lr``; rates are not negative. Steps of a ``fused`` optimizer that are not
+    finite are left out without a wait; kernels have no gradient after a step.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class DrawnSubjects(Dataset[dict[str, Any]]):
 class DrawSampler(Sampler[list[int]]):
     """Numbers of draws, batch after batch, without end: a ``batch_sampler`` for :class:`DrawnSubjects`.
 
-    Batch i of all processes together consists of the draws from ``i * step`` on; process r takes the r-th part.
+    A step consists of the next draws for all processes together; process r takes the r-th part.
     """
 
     batch_size: int = 1  # subjects of one process in one step
@@ -75,14 +75,9 @@ class DrawSampler(Sampler[list[int]]):
     processes: int = 1
     first: int = field(default=0, init=False)  # the draw at which the next iterator starts
 
-    @property
-    def step(self) -> int:
-        """Draws of all processes in one step."""
-        return self.batch_size * self.processes
-
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of numbers, from ``first`` on."""
-        for start in count(self.first + self.rank * self.batch_size, self.step):
+        for start in count(self.first + self.rank * self.batch_size, self.processes * self.batch_size):
             yield list(range(start, start + self.batch_size))
 
 
@@ -176,7 +171,7 @@ class MultiTaskTrainer(SupervisedTrainer):
         self.state_dict_user_keys.append("draws")
         sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(sampler, DrawSampler):  # the iterator that is made after this event starts where the training is
-            self.draws_of_step = sampler.step
+            self.draws_of_step = sampler.processes * sampler.batch_size
             self.add_event_handler(Events.EPOCH_STARTED, lambda: setattr(sampler, "first", self.state.draws))
         if budget is not None:
             budget.attach(self)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 FWHM_PER_SIGMA = 2.3548  # of a Gaussian
 NEGLIGIBLE_WIDTH = 0.1  # of the new voxel size: below it smoothing changes nothing that can be seen
-GAMMA_TOP = 300.0  # intensity that a gamma leaves alone (BrainFM)
 QUANTILE_SAMPLES = 2**17  # voxels that are looked at for a percentile: error of the 99.9th below 0.01 % of the voxels
 
 
@@ -42,17 +41,11 @@ def paint_voxels(labels: Tensor, values: Tensor, coordinates: Tensor, offsets: T
     return means.reshape(batch, *coordinates.shape[2:], -1).movedim(-1, 1)
 
 
-def apply_gamma(image: Tensor, gamma: Tensor) -> Tensor:
-    """Raise non-negative intensities (B, 1, H, W, D) to powers (B,): ``top (I / top)^gamma`` (generator of BrainFM)."""
-    return GAMMA_TOP * (image / GAMMA_TOP) ** gamma.reshape(-1, 1, 1, 1, 1)
-
-
 def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tensor:
     """Add noise of a standard deviation (B,) to an image (B, 1, H, W, D), and clip it at 0.
 
     Where ``rician`` (B,) is true, this is the magnitude of a complex signal (Gudbjartsson and Patz, Magnetic Resonance
-    in Medicine 34, 1995). ``noise`` are standard normal draws of the real and the imaginary part, (B, 2, H, W, D), or
-    (B, 1, H, W, D) where no sample is Rician.
+    in Medicine 34, 1995), of standard normal ``noise`` in both parts, (B, 2, H, W, D); elsewhere one part is enough.
     """
     std = std.reshape(-1, 1, 1, 1, 1)
     signal = torch.addcmul(image, noise[:, :1], std)
@@ -64,8 +57,7 @@ def add_noise(image: Tensor, noise: Tensor, std: Tensor, rician: Tensor) -> Tens
 def antialias(volume: Tensor, spacing_mm: Sequence[float], target_mm: Sequence[float]) -> Tensor:
     """Smooth a floating volume (..., H, W, D) along the axes that are to be sampled more coarsely, edges repeated.
 
-    The Gaussian's full width at half maximum is the root of the difference of the squared voxel sizes, so that a box of
-    the old size becomes about one of the new size.
+    The Gaussian's width squared is the difference of the squared voxel sizes: an old box becomes about a new one.
     """
     for axis, (spacing, target) in enumerate(zip(spacing_mm, target_mm, strict=True), volume.ndim - 3):
         width_mm = math.sqrt(max(target**2 - spacing**2, 0.0))

@@ -78,8 +78,7 @@ def slice_operator(spacing: Tensor, sigma: Tensor, size: int) -> Tensor:
 
     Spacing, at least 1, and std ``sigma`` of the profile are (B,), in voxels; 0 means linear interpolation. Row j is
     the slice centred at (j + 0.5) spacing - 0.5; rows beyond the last whole slice repeat the last voxel and are never
-    read by :func:`upsampling_operator`. (Billot et al., Partial volume segmentation of brain MRI scans of any
-    resolution and contrast, MICCAI 2020.)
+    read by :func:`upsampling_operator`. (Billot et al., MICCAI 2020, on partial volumes.)
     """
     index = torch.arange(size, device=spacing.device, dtype=spacing.dtype)
     centre = ((index + 0.5) * spacing[:, None] - 0.5).clamp(0, size - 1)

@@ -20,8 +20,7 @@ def identity_grid(size: Sequence[int], *, device: torch.device | None = None) ->
 def affine_matrix(rotation_deg: Tensor, shear: Tensor, scaling: Tensor) -> Tensor:
     """Linear part of an affine map, (B, 3, 3): A = diag(s) SHx SHy SHz Rx Ry Rz (as in BrainFM).
 
-    Rotations about the axes H, W, D are (B, 3). Shears are (B, 3, 2): SHi adds those of the other axes to row i.
-    Scalings are (B, 3).
+    Rotations about H, W, D and scalings are (B, 3). Shears are (B, 3, 2): SHi adds those of the other axes to row i.
     """
     angle = rotation_deg * (math.pi / 180.0)
     matrix = torch.diag_embed(scaling)
@@ -43,8 +42,8 @@ def sampling_coordinates(
 ) -> Tensor:
     """Where in the source points of the output look, (B, 3, H, W, D), in source voxels: A s (p - c_out) + c_source + t.
 
-    A are matrices (B, 3, 3), t translations (B, 3) in source voxels, p points (B, 3, H, W, D) in output voxels, which
-    have the size s in source voxels. Output and source have their centres at c_out and c_source.
+    A are matrices (B, 3, 3), t translations (B, 3) in source voxels, p points (B, 3, H, W, D) in output voxels; s is
+    the stride, c the centres of output and source.
     """
     moved = torch.stack([points[:, i] - (n - 1) / 2 for i, n in enumerate(size)], 1) * stride
     turned = torch.bmm(matrix, moved.flatten(2)) + translation[:, :, None]
@@ -66,9 +65,8 @@ def warp(source: Tensor, coordinates: Tensor, *, padding_mode: str = "zeros") ->
 def warp_all(sources: Sequence[Tensor], coordinates: Tensor, *, padding_mode: str = "border") -> list[Tensor]:
     """Linear sampling of several sources (B, C_i, h, w, d), float32, of one grid, else a ValueError; see :func:`warp`.
 
-    On a CPU, where ``grid_sample`` goes voxel by voxel and channel by channel, the eight corners and their weights are
-    made once for a slab of voxels, and each source is a weighted sum of rows of a table (``embedding_bag``): the same
-    numbers several times faster, above all for sources in channels-last memory.
+    ``grid_sample`` goes voxel by voxel and channel by channel on a CPU. There the eight corners and their weights are
+    made once for a slab of voxels, and each source is a weighted sum of rows of a table: several times faster.
     """
     if len({source.shape[2:] for source in sources}) > 1:
         raise ValueError(f"warp_all: 'sources' must lie on one grid, got {[tuple(s.shape) for s in sources]}")
@@ -162,8 +160,7 @@ def compute_curl(potential: Tensor) -> Tensor:
 def make_lesions(field: Tensor, region: Tensor, share: Tensor) -> Tensor:
     """Lesions with soft edges where a smooth field (B, 1, H, W, D) is highest, in [0, 1]; a lesion exceeds one half.
 
-    They cover a share (B,) of a region, a mask of the field's shape. (Liu et al., PEPSI: pathology-enhanced
-    pulse-sequence-invariant representations for brain MRI, MICCAI 2024.)
+    They cover a share (B,) of a region, a mask of the field's shape. (Liu et al., PEPSI, MICCAI 2024.)
     """
     limits = torch.finfo(field.dtype)
     values = torch.where(region, field, limits.min).flatten(1).sort(dim=1, descending=True).values

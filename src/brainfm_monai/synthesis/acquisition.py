@@ -9,6 +9,8 @@ from brainfm_monai.functional import intensity, separable
 from brainfm_monai.synthesis.ranges import IMAGES, INTENSITY_TOP, QUARTILES
 from brainfm_monai.synthesis.sampling import Appearance
 
+GAMMA_TOP = 300.0  # intensity that a gamma leaves alone (BrainFM)
+
 
 def paint(
     painted: Tensor, number: int, images: Mapping[str, Tensor], lesions: tuple[Tensor, Tensor] | None, removed: Tensor,
@@ -52,7 +54,7 @@ def acquire(image: Tensor, appearance: Appearance) -> tuple[Tensor, Tensor, Tens
     """Scan, log of the bias field, and image before slices and noise, of a non-negative image (B, 1, H, W, D)."""
     size = image.shape[2:]
     log_bias_field = separable.interpolate_lattice(appearance.bias, appearance.bias_spacing, size)
-    image = intensity.apply_gamma(image, appearance.gamma) * log_bias_field.exp()
+    image = GAMMA_TOP * (image / GAMMA_TOP) ** appearance.gamma.reshape(-1, 1, 1, 1, 1) * log_bias_field.exp()
     slices, back = [], []
     for i, n in enumerate(size):
         ghost = separable.ghost_operator(appearance.ghost_count[:, i], appearance.ghost_strength[:, i], n)

@@ -29,8 +29,7 @@ class SynthesisRanges:
     """Laws of the random quantities; pairs are (low, high) of a uniform law unless said otherwise.
 
     The numbers are those of the published BrainFM configuration, except where ``docs/sampling.md``, which has a row for
-    every field, says why not. ValueError if a pair does not ascend, a probability is outside [0, 1], or weights are
-    negative or all 0.
+    every field, says why not. Values that do not fit are a ValueError.
     """
 
     rotation_deg: Range = (-15.0, 15.0)
@@ -91,8 +90,7 @@ class SynthesisRanges:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if isinstance(value, list):  # of a config or a command line
-                value = tuple(value)
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value := tuple(value))
             if name.endswith("_prob"):
                 rule, valid = "in [0, 1]", 0 <= value <= 1
             elif field.type == Range:
@@ -108,8 +106,7 @@ class SynthesisRanges:
     def make_mild(self) -> "SynthesisRanges":
         """Laws of the mild samples of a subject, out of these of the severe ones: hardly any bias, gamma and noise.
 
-        Source: configuration of the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024), with a
-        log-bias std up to 0.02, gamma 0.01, noise up to 0.02 of the intensity range, at the full resolution.
+        The numbers are those of the mild samples of BrainFM (arXiv 2509.00549) and Brain-ID (ECCV 2024).
         """
         still: dict[str, Any] = {"gamma_log_std": 0.01, "ghost_prob": 0.0, "mixup_prob": 0.0}
         still |= {"noise_std": (0.0, 5.0), "real_noise_std": (0.0, 5.0), "resolution_weights": (1.0, 0.0, 0.0, 0.0)}

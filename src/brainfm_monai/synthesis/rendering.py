@@ -48,9 +48,8 @@ class Synthesizer:
         refuse_if(not 0 <= mild <= self.samples or self.samples < 1, rule, mild)
         self.source_mm = self.scan_mm if self.label_mm is None else self.label_mm
         self.stride = round(self.scan_mm / self.source_mm)
-        off_mm = abs(self.stride * self.source_mm - self.scan_mm)
-        rule = f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}"
-        refuse_if(off_mm > VOXEL_TOLERANCE_MM, rule, self.source_mm)
+        is_off = abs(self.stride * self.source_mm - self.scan_mm) > VOXEL_TOLERANCE_MM
+        refuse_if(is_off, f"Synthesizer: 'label_mm' must divide 'scan_mm' {self.scan_mm}", self.source_mm)
         self.laws = [self.ranges.make_mild()] * mild + [self.ranges] * severe
 
     def draw(
@@ -88,20 +87,15 @@ class Synthesizer:
 def render(subject: Mapping[str, Tensor], params: SynthesisParams, layout: TaskLayout) -> dict[str, Tensor]:
     """Make images and targets of a batch: pure, of fixed shape, batch element by batch element the same as alone.
 
-    Args:
-        subject: ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``,
-            ``T2w``, ``FLAIR``, ``CT``, ``distance`` and ``mni`` in the unit of their files, on the same grid or on a
-            coarser one that covers the same box; masks ``<image>_defacing_mask``, ``lesion`` (the subject's own) and
-            ``lesion_shape`` (somebody else's); ``age`` in years and ``available_<task>``, (B,).
-        params: the draw, with S samples for each subject.
-        layout: the tasks whose targets are made.
+    Subjects have ``generation_labels`` and ``segmentation``, (B, 1, h, w, d) integer; where there are any, ``T1w``,
+    ``T2w``, ``FLAIR``, ``CT``, ``distance`` and ``mni`` in the unit of their files, on the same grid or on a coarser
+    one that covers the same box; masks ``<image>_defacing_mask``, ``lesion`` (the subject's own) and ``lesion_shape``
+    (somebody else's); ``age`` in years and ``available_<task>``, (B,).
 
-    Returns:
-        ``image`` in [0, 1], (B S, 1, H, W, D), the samples of a subject one after the other, and for every task its
-        target in the unit of the task table. ``segmentation`` is a label map, int64. ``visible`` marks the field of
-        view without a removed face, ``valid_<image>`` what a given defacing mask leaves of a target.
-        ``super_resolution`` is the sample with gamma and bias field, before slices and noise, between its own
-        percentiles. ``age``, (B S,), only changes its unit: leave scaling and shear out.
+    The result is ``image`` in [0, 1], (B S, 1, H, W, D), the S samples of a subject one after the other, and for every
+    task of the layout its target in the unit of the task table. ``visible`` marks the field of view without a removed
+    face, ``valid_<image>`` what a given defacing mask leaves of a target. ``super_resolution`` is the sample with gamma
+    and bias field, before slices and noise. ``age``, (B S,), only changes its unit: leave scaling and shear out.
     """
     geometry, tasks, count = params.geometry, layout.tasks, len(params.appearances)
     coordinates = make_coordinates(geometry, subject["generation_labels"].shape[2:])
@@ -243,12 +237,10 @@ def _read(subject: Mapping[str, Tensor], params: SynthesisParams, coordinates: T
 
 
 def _read_mni(subject: Mapping[str, Tensor], coordinates: Tensor, geometry: Geometry) -> Tensor | None:
-    """MNI coordinates in mm; the subject's box is continued by its border.
-
-    Maps and deformation are smooth: reading every 2 mm is 0.02 mm off on average, for an eighth of the cost at 1 mm.
-    """
+    """MNI coordinates in mm; the subject's box is continued by its border."""
     if "mni" not in subject:
         return None
+    # Maps and deformation are smooth: reading every 2 mm is 0.02 mm off on average, for an eighth of the cost at 1 mm.
     source, counts = subject["mni"].float(), _coarsen(geometry.spatial_size, min(1.0, geometry.voxel_mm / MNI_STEP_MM))
     places = _coarser(separable.resize(coordinates, counts), subject["generation_labels"], source)
     read = separable.resize(spatial.warp_all([source], places)[0], geometry.spatial_size)

@@ -111,8 +111,7 @@ class Geometry:
         self.lesion_potential = draws.control_points(3, size, ranges.LESION_FLOW_MM / self.voxel_mm)
         self.lesion_flow = draws.uniform(laws.lesion_flow_mm) / self.voxel_mm  # its root mean square, (B,)
         self.lesion_region = torch.as_tensor(protocol.is_brain & ~protocol.is_fluid)  # labels that may have some, (K,)
-        # share of the region, (B,); 0 for none
-        self.lesion_coverage = draws.uniform(laws.lesion_coverage) * draws.chance(laws.lesion_prob)
+        self.lesion_coverage = draws.uniform(laws.lesion_coverage) * draws.chance(laws.lesion_prob)  # of the region
 
 
 def _sample_kept(laws: SynthesisRanges, draws: _Draws, protocol: Protocol, photo: Tensor) -> tuple[Tensor, ...]:
@@ -132,10 +131,7 @@ def _sample_kept(laws: SynthesisRanges, draws: _Draws, protocol: Protocol, photo
 
 
 class Appearance:
-    """What one sample of each subject looks like. L: generation labels; spacings are in output voxels.
-
-    ``present``, (B, 5), are the images that may be the input.
-    """
+    """What one sample of each subject looks like. L: generation labels; spacings are in output voxels."""
 
     def __init__(
         self, laws: SynthesisRanges, draws: _Draws, geometry: Geometry, protocol: Protocol, present: Tensor
@@ -187,10 +183,7 @@ class Appearance:
 def _sample_contrast(
     laws: SynthesisRanges, draws: _Draws, protocol: Protocol, window: Tensor, photo: Tensor
 ) -> tuple[Tensor, ...]:
-    """Means and stds per label, (B, L), whether they are those of a CT, and whether lesions are bright in them, (B,).
-
-    Both sides of a structure share theirs; partial-volume codes mix those of their parts.
-    """
+    """Means and stds per label, (B, L), whether they are those of a CT, and whether lesions are bright there, (B,)."""
     count, top = len(protocol), laws.mean[1]
     mean, std = draws.uniform(laws.mean, count), draws.uniform(laws.std, count)
     jitter, use_prior = draws.normal(count), draws.chance(laws.contrast_prior_prob)
@@ -205,6 +198,7 @@ def _sample_contrast(
         like = torch.where(is_ct[:, None], in_window, like).clamp(0, top)
         like = torch.where((invert & ~is_ct)[:, None], top - like, like)
         mean = torch.where(use_prior[:, None] & ~like.isnan(), like, mean)
+    # both sides of a structure share theirs; partial-volume codes, below, mix those of their parts
     one_side = torch.tensor([min(s.label, s.mirror) for s in protocol.structures])
     mean, std = mean[:, one_side], std[:, one_side]
     dark = draws.chance(laws.dark_background_prob) | use_prior | photo
@@ -224,8 +218,7 @@ def _sample_resolution(laws: SynthesisRanges, draws: _Draws, voxel_mm: float, ph
     low_field = torch.tensor(laws.low_field_spacing_mm) + draws.uniform(laws.low_field_extra_mm, 3)
     coarse = draws.uniform(laws.coarse_spacing_mm, 3)
     photo = torch.where(torch.arange(3) == PHOTO_AXIS, photo_mm[:, None], voxel)
-    spacings = [voxel, clinical, low_field, coarse, photo]
-    # a photo shows the face of a slab, not its inside
+    spacings = [voxel, clinical, low_field, coarse, photo]  # a photo shows the face of a slab, not its inside
     thicknesses = [voxel, torch.where(through_plane, slab, voxel), low_field, coarse, voxel]
     every = torch.arange(draws.batch)
     spacing_mm, thickness_mm = (torch.stack(choices)[family, every] for choices in (spacings, thicknesses))
@@ -235,9 +228,9 @@ def _sample_resolution(laws: SynthesisRanges, draws: _Draws, voxel_mm: float, ph
 
 
 class SynthesisParams:
-    """One draw for B subjects: a geometry, and one appearance for each of their S samples, of a law each.
+    """One draw for B subjects, by their seeds: a geometry, by the first law, and an appearance by each of S laws.
 
-    The numbers follow from the seeds of the subjects; the first law decides what the samples share.
+    ``present``, (B, 5), says which images may be inputs; protocols are those of the segmentation and of the painting.
     """
 
     def __init__(
