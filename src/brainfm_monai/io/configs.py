@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from brainfm_monai.io.files import refuse_if
+
 DEFAULT_BUNDLE = "bundle"  # folder in the working directory
 WITHOUT_STATE = ("device", "Generator", "RandomState")  # types that count by their name alone
 PARTS = {  # what objects consist of that are more than their attributes
@@ -40,25 +42,19 @@ def bundle_arguments(bundle: str | Path, names: Sequence[str]) -> dict[str, Any]
 
 
 def find_config(bundle: str | Path, name: str) -> Path:
-    """Path of a config: a file in ``configs`` or ``variants`` of the bundle, or, with a folder in its name, any file.
-
-    FileNotFoundError if there is no such config.
-    """
+    """Path of a config in ``configs`` or ``variants`` of the bundle, or of any file, else a FileNotFoundError."""
     folders = [find_bundle(bundle) / folder for folder in ("configs", "variants")]
     places = [Path(name)] if Path(name).name != name else [folder / name for folder in folders]
-    for path in places:
-        if path.is_file():
-            return path
+    found = [path for path in places if path.is_file()]
     names = sorted(path.stem for folder in folders for path in folder.glob("*.json"))
     listed = ", ".join(names) or "none: in Python pass bundle=FOLDER, else pass --bundle FOLDER"
-    raise FileNotFoundError(f"{places[0]}: a config of the bundle is needed, found no such file; there are {listed}")
+    rule = f"{places[0]}: a config of the bundle is needed"
+    refuse_if(not found, rule, f"no such file; there are {listed}", FileNotFoundError)
+    return found[0]
 
 
 def literal(text: str) -> str:
-    """Write a string, such as a path with ``$`` or ``#``, for a config override so that MONAI's parser yields just it.
-
-    Without anything to evaluate that is the string itself, else a ``$`` expression of an escaped string literal.
-    """
+    """A string, or a ``$`` expression of an escaped literal, of which MONAI's parser makes the string as it stands."""
     if not set(EVALUATED) & set(text):
         return text
     return "$" + ascii(text).translate({ord(character): f"\\x{ord(character):02x}" for character in EVALUATED})

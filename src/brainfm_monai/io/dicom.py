@@ -32,16 +32,12 @@ LPS_TO_RAS = np.diag([-1.0, -1, 1, 1])
 
 @dataclass(frozen=True)
 class Series:
-    """One volume, or one series of volumes, of a DICOM folder.
-
-    The affine maps voxel indices to RAS mm, shape (4, 4), as the places of the slices say, in the order of dcm2niix:
-    columns, rows upwards, slices along the normal.
-    """
+    """One volume, or one series of volumes, of a DICOM folder."""
 
     name: str  # by number, description and what tells it from other volumes of its series; unique in a folder
     files: tuple[Path, ...]
     modality: str = ""  # "ct", "mr" or empty
-    affine: np.ndarray | None = None
+    affine: np.ndarray | None = None  # columns, rows upwards, slices along the normal, as dcm2niix has them, to RAS mm
     problem: str = ""  # why it is not one evenly spaced stack of slices; empty: it is one
     is_overview: bool = False  # a localizer, a single slice, a phase image, a report: nobody means it as a scan
     warnings: tuple[str, ...] = ()
@@ -225,10 +221,9 @@ def _describe(
 
 @contextmanager
 def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[Path, Series]]:
-    """Convert one series of a folder, or of one file, to NIfTI by dcm2niix; the file lives as long as the block.
+    """Convert the series of a name, or the only one, to NIfTI by dcm2niix; the file lives as long as the block.
 
-    The ``name`` is that of the series; None: the only one. ValueError if the series is not one stack of slices, an
-    extra is missing, or the conversion fails.
+    ValueError if the series is not one stack of slices, an extra is missing, or the conversion fails.
     """
     series = list_series(path)
     usable = [s for s in series if (s.name == name if name else not s.problem)]
@@ -255,10 +250,7 @@ def convert_series(path: str | Path, name: str | None = None) -> Iterator[tuple[
 
 
 def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarray:
-    """The affine of a converted series by the places of its slices, which keep a tilt, in the order of dcm2niix.
-
-    ``affine``, (4, 4), is dcm2niix's, ``depth`` the number of slices. ValueError if both disagree on more than a tilt.
-    """
+    """The affine, (4, 4), of ``depth`` slices as their headers say; ValueError if dcm2niix's differs but by a tilt."""
     placed = np.array(series.affine)
     if placed[:3, 2] @ affine[:3, 2] < 0:
         placed[:3, 3] += placed[:3, 2] * (depth - 1)

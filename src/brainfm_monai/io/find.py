@@ -175,10 +175,9 @@ def _find_problem(path: Path) -> str:
 
 
 def _read_results(marker: Path) -> list[str]:
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return [str(name) for name in json.loads(marker.read_text(encoding="utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    return []
 
 
 def _from_table(path: Path) -> list[Scan]:
@@ -197,40 +196,38 @@ def _from_table(path: Path) -> list[Scan]:
     return make_scans(items)
 
 
-def _choose_participants(
-    path: Path, participant_label: str | int | Sequence[str | int] | None
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Folders of the participants by their labels, and why others have none: dead links, or no such folder."""
-    places = {file.name.removeprefix("sub-"): file for file in sorted(path.glob("sub-*")) if not file.is_file()}
+def _choose_participants(root: Path, participant_label: str | int | Sequence[str | int] | None) -> dict[Path, str]:
+    """Folders of the participants, and why there are none: dead links, or no such folder."""
     given = [participant_label] if isinstance(participant_label, str | int) else participant_label
     words = [word for label in given or () for word in re.split(r"[\s,]+", str(label)) if word]  # one may hold several
-    labels = sorted(places if given is None else {word.removeprefix("sub-") for word in words})
-    subjects = {label: places[label] for label in labels if label in places and places[label].is_dir()}
-    absent = [label for label in labels if label not in subjects]
-    rule = f"{path}: the participants {', '.join(absent)} are wanted"
-    refuse_if(absent and not subjects, rule, "no such folders sub-*", FileNotFoundError)
-    return subjects, {label: _find_problem(places[label]) if label in places else "no such folder" for label in absent}
+    folders = [root / f"sub-{word.removeprefix('sub-')}" for word in words] if given is not None else root.glob("sub-*")
+    wanted = [folder for folder in sorted({*folders}) if given is not None or not folder.is_file()]
+    reasons = {folder: _find_problem(folder) if folder.is_symlink() else "no such folder" for folder in wanted}
+    problems = {folder: "" if folder.is_dir() else reason for folder, reason in reasons.items()}
+    rule = f"{root}: the participants {', '.join(folder.name.removeprefix('sub-') for folder in wanted)} are wanted"
+    refuse_if(wanted and all(problems.values()), rule, "no such folders sub-*", FileNotFoundError)
+    return problems
 
 
 def _from_bids(path: Path, output: str, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
-    subjects, absent = _choose_participants(path, participant_label)
     items: list[Item] = []
     others = Counter[str]()
-    for subject in subjects.values():
-        found = [_judge_image(item, path) for item in _walk(subject, {output: RESULTS})]
+    for subject, problem in _choose_participants(path, participant_label).items():
+        found = [] if problem else [_judge_image(item, path) for item in _walk(subject, {output: RESULTS})]
         others.update(item["image"].parent.name for item in found if item.get("other"))
         items += [item for item in found if not item.get("other")]
-        if not any("stem" in item for item in found):
+        if problem:
+            items.append({"image": subject, "name": subject.name, "problem": problem})
+        elif not any("stem" in item for item in found):
             items.append({"image": subject, "skipped": "a participant without an anatomical image"})
     rule = f"{path}: a BIDS dataset with anatomical images ({', '.join(BIDS_SUFFIXES)}) is needed"
     refuse_if(not any("stem" in item for item in items), rule, "none", FileNotFoundError)
-    items += [{"image": path / f"sub-{n}", "name": f"sub-{n}", "problem": problem} for n, problem in absent.items()]
     counts = {path / "sub-*" / name: f"{n} files that are not anatomical images" for name, n in others.items()}
     items += [{"image": file, "skipped": reason} for file, reason in counts.items()]
-    beside = [file for file in sorted(path.iterdir()) if not file.name.startswith((".", "sub-")) or file.is_file()]
-    outside = [file for file in beside if file.is_dir() or file.name.lower().endswith(SCAN_SUFFIXES)]
-    reason = "lies outside the folders sub-*"
-    items += [{"image": file, "skipped": reason} for file in outside if os.path.realpath(file) != output]
+    beside = [file for file in sorted(path.iterdir()) if os.path.realpath(file) != output]
+    folders = {file for file in beside if file.is_dir() and not file.name.startswith((".", "sub-"))}
+    outside = [file for file in beside if file in folders or file.name.lower().endswith(SCAN_SUFFIXES)]
+    items += [{"image": file, "skipped": "lies outside the folders sub-*"} for file in outside]
     return make_scans(items)
 
 

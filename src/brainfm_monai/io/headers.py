@@ -161,10 +161,9 @@ def pair_of(path: Path) -> Path:
 
 
 def read_nrrd(path: Path) -> Stored:
-    """Read a NRRD file, whose voxels may be packed within it.
+    """Read a NRRD file; ValueError if it is none, or promises more voxels than it can hold.
 
-    A header that names no space, or none of :data:`SPACES`, states no orientation: its axes are taken as left,
-    posterior, superior, as ITK does. ValueError if the file is none, or promises more voxels than it can hold.
+    Without a space out of :data:`SPACES` its axes are taken as left, posterior, superior, as ITK does.
     """
     import nrrd  # slow to import
 

@@ -58,11 +58,8 @@ class Scan:
 
     def identify(self) -> dict[str, Any]:
         """What tells, at a glance, this scan's files from those of another one, or of the same one after a change."""
-        return {
-            "path": os.path.realpath(self.path) if self.path else "",
-            "changed_ns": _changed_ns(self.path),
-            "part": [self.frame, self.series],
-        }
+        path = os.path.realpath(self.path) if self.path else ""
+        return {"path": path, "changed_ns": _changed_ns(self.path), "part": [self.frame, self.series]}
 
     def hash_content(self) -> str:
         """SHA-256 of the bytes of the scan: of all files that it is made of; empty without a file."""

@@ -63,22 +63,29 @@ def read_volume(path: str | Path, frame: int | str | None = None, series: str | 
         series: name of the series in a DICOM folder, see :func:`~brainfm_monai.io.list_series`; None: the only one.
     """
     path, frame = Path(path), int(frame) if isinstance(frame, str) and frame.isdecimal() else frame
-    if not path.is_file() and not is_dicom(path):
-        found = "a folder" if path.is_dir() else "no such file" if not path.exists() else "no regular file"
-        raise ScanError(f"{path}: a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed, found {found}")
+    found = "a folder" if path.is_dir() else "no such file" if not path.exists() else "no regular file"
+    with _named(path):
+        is_series, rule = is_dicom(path), "a NIfTI, MGH or NRRD file or the folder of a DICOM series is needed"
+        refuse_if(not is_series and not path.is_file(), rule, found)
+        if not is_series:
+            return _read_file(path, frame)
+        with convert_series(path, series) as (file, chosen):
+            volume = _read_file(file, frame)
+        affine = place_by_headers(volume.affine, volume.values.shape[2], chosen)
+        return Volume(volume.values, affine, chosen.warnings, modality=chosen.modality)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Any error in the block becomes a ScanError of one line with the name of the file."""
     try:
-        return _read_dicom(path, frame, series) if is_dicom(path) else _read_file(path, frame)
+        yield
+    except ScanError:
+        raise
     except Exception as error:  # damaged files show as a dozen kinds of errors of the libraries
         known = isinstance(error, ValueError) and str(error)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ScanError(f"{path}: {reason if known else f'the voxels cannot be read, found {reason}'}") from error
-
-
-def _read_dicom(path: Path, frame: int | str | None, name: str | None) -> Volume:
-    with convert_series(path, name) as (file, series):
-        volume = _read_file(file, frame)
-    affine = place_by_headers(volume.affine, volume.values.shape[2], series)
-    return Volume(volume.values, affine, series.warnings, modality=series.modality)
 
 
 def _read_file(path: Path, frame: int | str | None) -> Volume:
@@ -175,45 +182,38 @@ def read_maps(path: str | Path) -> Volume:
 
 
 def read_scan(path: str | Path, frame: int | str | None = None, series: str | None = None) -> Volume:
-    """Read one scan of a head, float32: see :func:`read_volume`; voxels that are not finite become 0, with a warning.
-
-    ScanError of one line if the file holds no such volume, no head can have its size, or it has no contrast.
-    """
-    refuse_if(frame == "all", f"{path}: one volume is needed", f"'frame' to be 'all': {FRAME_ADVICE}", ScanError)
-    volume = read_volume(path, frame, series)
-    extent_mm = np.linalg.norm(volume.affine[:3, :3], axis=0) * np.array(volume.values.shape)
+    """Read one scan of a head, float32, see :func:`read_volume`; other sizes, or no contrast, are a ScanError, too."""
     low, high = EXTENT_RANGE_MM
-    rule = f"{path}: a head scan extends over {low:.0f} to {high:.0f} mm along each axis"
-    found = f"{' x '.join(f'{e:.4g}' for e in extent_mm)} mm: check the voxel size"
-    refuse_if(extent_mm.min() < low or extent_mm.max() > high, rule, found, ScanError)
-    with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(volume.values, dtype=np.float32)
-    finite = np.isfinite(values)
-    noticed = volume.warnings
-    if not finite.all():
-        rule = f"{path}: finite voxels are needed"
-        refuse_if(not finite.any(), rule, "none (NaN or infinite everywhere)", ScanError)
-        rule = f"{path}: values up to {np.finfo(np.float32).max:.2g} are needed"
-        refuse_if(np.isfinite(volume.values).sum() > finite.sum(), rule, "larger ones", ScanError)
-        noticed = (*noticed, f"{(~finite).sum()} voxels are NaN or infinite and become 0")
-        values = np.where(finite, values, np.float32(0))
-    rule, found = f"{path}: an image with contrast is needed", f"the value {values.min():g} in every voxel"
-    refuse_if(values.min() == values.max(), rule, found, ScanError)
+    with _named(path), np.errstate(over="ignore"):
+        refuse_if(frame == "all", "one volume is needed", f"'frame' to be 'all': {FRAME_ADVICE}")
+        volume = read_volume(path, frame, series)
+        extent_mm = np.linalg.norm(volume.affine[:3, :3], axis=0) * np.array(volume.values.shape)
+        rule = f"a head scan extends over {low:.0f} to {high:.0f} mm along each axis"
+        found = f"{' x '.join(f'{e:.4g}' for e in extent_mm)} mm: check the voxel size"
+        refuse_if(extent_mm.min() < low or extent_mm.max() > high, rule, found)
+        values, noticed = np.ascontiguousarray(volume.values, dtype=np.float32), volume.warnings
+        finite = np.isfinite(values)
+        if not finite.all():
+            refuse_if(not finite.any(), "finite voxels are needed", "none (NaN or infinite everywhere)")
+            are_larger = np.isfinite(volume.values).sum() > finite.sum()
+            refuse_if(are_larger, f"values up to {np.finfo(np.float32).max:.2g} are needed", "larger ones")
+            noticed = (*noticed, f"{(~finite).sum()} voxels are NaN or infinite and become 0")
+            values = np.where(finite, values, np.float32(0))
+        is_flat, found = values.min() == values.max(), f"the value {values.min():g} in every voxel"
+        refuse_if(is_flat, "an image with contrast is needed", found)
     return replace(volume, values=values, warnings=noticed)
 
 
 def read_labels(path: str | Path) -> Volume:
-    """Read one label map, int32: see :func:`read_volume`.
-
-    ScanError of one line if the file holds no such volume, or a value is not a whole number from 0 on.
-    """
-    volume = read_volume(path)
+    """Read one label map, int32, see :func:`read_volume`; a value that is no whole number from 0 on is a ScanError."""
+    volume, largest = read_volume(path), np.iinfo(np.int32).max
     values: Any = volume.values
-    rule = f"{path}: ids must be whole numbers from 0 to {np.iinfo(np.int32).max}"
-    is_wrong = not np.isfinite(values).all() or values.min() < 0 or values.max() > np.iinfo(np.int32).max
-    refuse_if(is_wrong, rule, "values that are negative, larger or not finite", ScanError)
-    if values.dtype.kind == "f":
-        fraction = np.abs(values - np.rint(values)).max()
-        refuse_if(fraction > WHOLE_TOLERANCE, rule, f"values up to {fraction:.2g} off one", ScanError)
-        values = np.rint(values)
+    rule = f"ids must be whole numbers from 0 to {largest}"
+    with _named(path):
+        is_wrong = not np.isfinite(values).all() or values.min() < 0 or values.max() > largest
+        refuse_if(is_wrong, rule, "values that are negative, larger or not finite")
+        if values.dtype.kind == "f":
+            fraction = np.abs(values - np.rint(values)).max()
+            refuse_if(fraction > WHOLE_TOLERANCE, rule, f"values up to {fraction:.2g} off one")
+            values = np.rint(values)
     return replace(volume, values=values.astype(np.int32))

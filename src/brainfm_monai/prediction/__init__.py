@@ -1,21 +1,30 @@
-"""From scans to finished folders: which outputs, which share of the list, scan after scan, or one image in Python.
-
-The table of outputs is what a user may ask for by name, and what the network must predict for it.
-"""
+"""From scans to finished folders: which outputs, which share of the list, scan after scan, or one image in Python."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from brainfm_monai.io import fingerprint, refuse_if
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+
+from brainfm_monai import outputs, report
+from brainfm_monai.io import ScanError, bundle_arguments, fingerprint, literal, refuse_if
 from brainfm_monai.outputs import cortex, maps, quality, template
 from brainfm_monai.outputs.atlas import load_atlas, write_atlas
 from brainfm_monai.outputs.result import Writer
+from brainfm_monai.prediction import loop
 from brainfm_monai.prediction.loop import ScanDataset, ScanLoader, WriteScans, local_device, predict_scans, share_of
-from brainfm_monai.prediction.single import Prediction, predict
-from brainfm_monai.report import write_report, write_view
 from brainfm_monai.tasks import TASKS, TaskLayout
 
+VIEW_HEIGHT = 640  # of a notebook's cell, in pixels
 # In the order of their warnings and of the summary's columns; ``Task.outputs`` says which tasks an output needs.
 OUTPUTS: dict[str, Writer] = {
     "segmentation": maps.write_segmentation,
@@ -31,19 +40,18 @@ OUTPUTS: dict[str, Writer] = {
     "embedding": maps.write_embedding,
     "uncertainty": maps.write_uncertainty,
     "quality": quality.write_quality,
-    "view": write_view,
-    "report": write_report,
+    "view": report.write_view,
+    "report": report.write_report,
 }
 
 
 def select_outputs(
     outputs: str | Sequence[str], layout: TaskLayout, atlas: str | Path | None = None
 ) -> dict[str, Writer]:
-    """The functions that write the wanted outputs.
+    """The functions that write ``"all"`` outputs that the tasks allow, or those of some names, separated by commas.
 
-    Outputs are ``"all"``, which is everything that the network's tasks allow, or names out of :data:`OUTPUTS`; a string
-    may hold several, separated by commas. For the atlas see :func:`~brainfm_monai.outputs.atlas.load_atlas`. ValueError
-    if there is no such output, or the network does not predict what it is made of; ScanError for an unreadable atlas.
+    For the atlas see :func:`~brainfm_monai.outputs.atlas.load_atlas`. ValueError if there is no such output, or the
+    network does not predict what it is made of; ScanError for an unreadable atlas.
     """
     names = [name.strip() for name in outputs.split(",")] if isinstance(outputs, str) else list(outputs)
     possible = [name for name in OUTPUTS if any(name in task.outputs for task in layout.tasks.values())]
@@ -60,3 +68,103 @@ def select_outputs(
     regions = load_atlas(atlas)
     # the name holds the content: results of another atlas are not those of this one
     return {**selected, f"atlas {regions.name} {fingerprint(regions)[:12]}": partial(write_atlas, atlas=regions)}
+
+
+class Prediction(dict[str, Any]):
+    """What was predicted for one scan, by name; a notebook shows the scan with its labels.
+
+    In the grid of the scan, as MetaTensors of shape (C, H, W, D) with its affine: ``segmentation`` (uint8 labels),
+    ``entropy``, every other task of the network by its name, ``bias_field`` for ``log_bias_field``, and ``boundaries``
+    of :class:`~brainfm_monai.transforms.FindBoundariesd`. Beside them ``volumes_mm3`` (soft) and ``hard_volumes_mm3``
+    by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI coordinates or
+    brain), ``warnings`` and ``layout``. The attribute ``scan`` is the scan with its maps in the network's grid, which
+    the functions of ``outputs`` and ``report`` take.
+    """
+
+    def __init__(self, scan: outputs.ScanResult, **entries: Any) -> None:
+        super().__init__(entries)
+        self.scan = scan
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each structure: label, name, FreeSurfer id, side, soft and hard volume in mm^3, expected Dice."""
+        structures = self["layout"].protocol.structures[1:]
+        rows = [(s.label, s.name, s.freesurfer_id, s.side) for s in structures]
+        table = pd.DataFrame(rows, columns=["label", "name", "freesurfer_id", "side"])
+        soft, hard = (table["name"].map(self[key]).round(1) for key in ("volumes_mm3", "hard_volumes_mm3"))
+        dice = table["label"].map(outputs.expect_dice(self.scan)).round(2)
+        return table.assign(soft_mm3=soft, hard_mm3=hard, expected_dice=dice).set_index("label")
+
+    def _repr_html_(self) -> str:
+        """The interactive view, if NiiVue is installed, or the scan's page, in a frame; warnings and volumes below."""
+        script = report.find_niivue()
+        page = report.compose_view(self.scan, script) if script else report.compose_page(self.scan)
+        frame = f'<iframe srcdoc="{escape(page)}" style="width:100%;height:{VIEW_HEIGHT}px;border:0"></iframe>'
+        warnings = "".join(f"<p><b>Warning:</b> {escape(warning)}</p>" for warning in self["warnings"])
+        return f"{frame}{warnings}<details><summary>Volumes</summary>{self.table.to_html()}</details>"
+
+
+def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Prediction:
+    """Predict every map of one scan: maps, volumes and warnings by name, see :class:`Prediction`.
+
+    ScanError if the scan cannot be used, FileNotFoundError without a bundle, ValueError if settings do not fit.
+
+    Args:
+        image: path of a scan (anything that the command takes as one), nibabel image, or MetaTensor (1, H, W, D).
+        bundle: folder of the bundle.
+        overrides: values of configs/inference.json, as in ``mode="brain"``, ``device=torch.device("cpu")``.
+    """
+    arguments = bundle_arguments(bundle, ["inference.json"])
+    with TemporaryDirectory() as folder:
+        path = _as_file(image, Path(folder))
+        arguments |= {"logging_file": False, "handlers": []}  # the handler of the config writes files
+        arguments |= {"scans": [{"image": literal(str(path)), "name": "scan"}], **overrides}
+        workflow = ConfigWorkflow(workflow_type="inference", **arguments)
+        try:
+            workflow.initialize()
+            evaluator, layout, run = map(workflow.parser.get_parsed_content, ("evaluator", "layout", "settings"))
+            evaluator.logger, evaluator.state.epoch_length = loop.engine_logger, 1  # else ignite forgets the batch
+            evaluator.run()
+        except SystemExit as end:  # the config reports wrong weights so
+            raise ValueError(str(end)) from end
+        except RuntimeError as error:  # MONAI's way of reporting that a transform failed
+            raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
+        return _describe(loop.maps_of(evaluator), layout, run, path)
+
+
+def _as_file(image: Any, folder: Path) -> Path:
+    """The scan as a file; an image in memory is written, so that it takes the same way as any other."""
+    if isinstance(image, str | Path):
+        return Path(image)
+    if isinstance(image, MetaTensor):
+        values = image.as_tensor().detach().cpu()
+        is_wrong, found = values.ndim != 4 or len(values) != 1 or values.is_complex(), tuple(values.shape)
+        rule = "image: real numbers of shape (1, H, W, D) are needed"
+        refuse_if(is_wrong, rule, f"{values.dtype} of {found}", ScanError)
+        image = nib.Nifti1Image(values.float().numpy()[0], np.asarray(image.affine, dtype=np.float64))
+    path = folder / "scan.nii"
+    nib.save(image, path)
+    return path
+
+
+def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSettings, path: Path) -> Prediction:
+    """The maps of an item in the grid of its scan, volumes, and what else :func:`predict` returns."""
+    labels, others = item["pred"], ("image", "original", "pred")
+    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in others}
+    affine, array = np.asarray(labels.affine, dtype=np.float64), np.asarray(labels[0].cpu(), dtype=np.uint8)
+    soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
+    scan = outputs.ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
+    scan.original, hard, matrix = item.get("original"), outputs.hard_volumes_mm3(scan), None
+    names = [s.name for s in layout.protocol.structures[1:]]
+    with suppress(ValueError):  # no brain
+        matrix = outputs.fit_scan_to_template(scan).matrix if "mni" in maps else None
+    return Prediction(
+        scan,
+        segmentation=labels.cpu().to(torch.uint8),
+        **{key: outputs.resample(maps[key].cpu(), array.shape, affine) for key in maps if key != "segmentation"},
+        volumes_mm3=dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
+        hard_volumes_mm3=dict(zip(names, hard[1:].tolist(), strict=True)),
+        affine_to_template=matrix,
+        warnings=outputs.collect_warnings(scan),
+        layout=layout,
+    )

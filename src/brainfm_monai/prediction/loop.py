@@ -1,17 +1,21 @@
-"""The scans of a run, one after the other: the next is read and the last is written while the network computes."""
+"""The scans of a run: the next is read and the last is written while the network computes; or workers of a cluster."""
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser, create_workflow
 from monai.data import Dataset, list_data_collate
 from monai.engines import Evaluator
 from tqdm import tqdm
@@ -21,17 +25,17 @@ from brainfm_monai.io import Scan, ScanError, exit_on_error, make_scans, one_lin
 from brainfm_monai.outputs import ScanWriter
 
 logger = logging.getLogger(__name__)
-engine_logger = logging.getLogger(f"{__name__}.engine")
-engine_logger.setLevel(logging.CRITICAL)  # ignite logs every run and exception, which are reported here in one line
+engine_logger = logging.Logger("engine", logging.CRITICAL)  # ignite logs every run and exception, as is done here
 MOST_LINES = 20  # of skipped files in the log; all are in the summary
+MOST_LOSSES = 3  # workers that may die of one scan before the scan fails
 Outcome = tuple[dict[str, Any], Any]  # a scan of the list, and a future of the folder of its results
+_one_at_a_time = Lock()  # a worker of several threads has one network
 
 
 class ScanDataset(Dataset):
     """Scans, or items with ``image`` (a path), perhaps ``name`` and what else their transform needs, read lazily.
 
-    Every item has a ``name`` that is allowed and occurs once; where that of the list is not, or the scan cannot be read
-    for another known reason, reading the item fails with the reason.
+    Every item has a ``name`` that is allowed and occurs once; reading an item with a ``problem`` fails with the reason.
     """
 
     def __init__(self, data: Sequence[Scan | Mapping[Any, Any]], transform: Callable[..., Any] | None = None) -> None:
@@ -48,16 +52,14 @@ class ScanDataset(Dataset):
 
 
 class ScanLoader(Iterable[dict[str, Any]]):
-    """Batches of one scan each, in order; a thread reads one scan ahead. ``current`` numbers the last batch's scan."""
+    """Batches of one scan each, in order; a thread reads one scan ahead."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset, self.current = dataset, -1
+        self.dataset = dataset
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the batches of all scans."""
-        for number, wait in self.read_ahead(range(len(self.dataset))):
-            self.current = number
-            yield wait()
+        return (wait() for _, wait in self.read_ahead(range(len(self.dataset))))
 
     def read_ahead(self, numbers: Sequence[int]) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
         """Yield the number of each scan, and a function that waits for its batch; meanwhile the next scan is read."""
@@ -73,10 +75,9 @@ class ScanLoader(Iterable[dict[str, Any]]):
 
 
 def share_of(count: int, shard: str | None = None) -> list[int]:
-    """Numbers, from 0, of those of ``count`` scans that this process does; all processes together do every scan once.
+    """Numbers, from 0, of those of ``count`` scans that this process does: every n-th from the i-th on for ``"i/n"``.
 
-    ``shard`` is ``"i/n"``, i from 1 to n: every n-th scan from the i-th on; None: all; another text is a ValueError.
-    torchrun's ``RANK`` and ``WORLD_SIZE`` in the environment divide the shard further.
+    torchrun's ``RANK`` and ``WORLD_SIZE`` in the environment divide the shard further. Another text is a ValueError.
     """
     numbers = list(range(count))
     if shard is not None:
@@ -105,9 +106,9 @@ def run_list(
 ) -> None:  # fmt: skip
     """Compute the scans of a list; a failing scan is reported in one line, the rest is done.
 
-    Scans that are finished already are skipped, unless ``overwrite``. ``summary.tsv`` has all scans of the list, also
-    those of other shards, see :func:`share_of`. SystemExit of one line if there is no scan, if the shard is wrong, and
-    after the last scan if any failed. ``compute`` yields scans by their numbers, with futures of their results.
+    Finished scans are skipped, unless ``overwrite``. ``summary.tsv`` has all scans, also those of other shards, see
+    :func:`share_of`. SystemExit of one line if there is no scan, if the shard is wrong, or at the end if any failed.
+    ``compute`` yields scans by their numbers, with futures of their results.
     """
     numbers, failures = choose_scans(dataset, writer, shard, overwrite), list[str]()
     with logging_redirect_tqdm(), tqdm(total=len(numbers), unit="scan") as bar:
@@ -151,10 +152,7 @@ def choose_scans(dataset: ScanDataset, writer: ScanWriter, shard: str | None, ov
 
 
 def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int]) -> Iterator[Outcome]:
-    """Run an evaluator over some of its scans, each as one epoch; yields each scan, and a future of its folder.
-
-    Three scans at most are in memory: the next one, this one, and the one that is being written.
-    """
+    """Run an evaluator over scans, each as one epoch; three are in memory: the one that is read, this one, the last."""
     loader: Any = evaluator.data_loader
     evaluator.logger, evaluator.interrupt_resume_enabled = engine_logger, False  # else no run can follow an exception
     writing: list[Outcome] = []
@@ -178,6 +176,71 @@ def run_scans(evaluator: Evaluator, writer: ScanWriter, numbers: Sequence[int]) 
         evaluator.data_loader, evaluator.state.epoch_length = loader, None
 
 
+def predict_on_cluster(cluster: str, settings: dict[str, Any]) -> None:
+    """Run the inference config over its scans on the workers of a Dask cluster, see :func:`run_list`.
+
+    Every worker loads the network once, and reads and writes files itself: paths, and the working directory, must be
+    valid on all machines. Scans of a worker that dies are done by another worker. The ``cluster`` is the address of a
+    scheduler, as in ``tcp://host:8786``, or ``local:N`` for N processes of this machine, else there is a ValueError;
+    ``settings`` are arguments of :func:`monai.bundle.create_workflow`, with overrides of the config.
+    """
+    settings, keys = {**settings, "logging_file": False}, ("dataset", "writer", "shard", "overwrite")
+    dataset, writer, shard, overwrite = map(_build(json.dumps(settings), str(Path.cwd())).get_parsed_content, keys)
+    text = json.dumps({**settings, "scans": []})
+    run_list(dataset, writer, shard, overwrite, partial(_compute, cluster, text, dataset))
+
+
+def _compute(cluster: str, settings: str, dataset: ScanDataset, numbers: Sequence[int]) -> Iterator[Outcome]:
+    """Give each scan to a worker; local workers share the cores, and end with the last scan."""
+    import dask
+    from distributed import Client, as_completed
+
+    local = re.fullmatch(r"local:([1-9]\d*)", cluster)
+    rule = "cluster: the address of a scheduler (tcp://host:port) or local:N is needed"
+    refuse_if(not local and "://" not in cluster, rule, f"'{cluster}'")
+    options: dict[str, Any] = {"distributed.scheduler.allowed-failures": MOST_LOSSES}
+    place: dict[str, Any] = {"address": cluster}
+    if local:
+        threads = str(max(1, torch.get_num_threads() // int(local[1])))
+        variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        options["distributed.nanny.pre-spawn-environ"] = dict.fromkeys(variables, threads)
+        place = {"n_workers": min(int(local[1]), len(numbers)), "threads_per_worker": 1, "memory_limit": 0}
+        place["dashboard_address"] = ":0"
+    with dask.config.set(options):
+        try:
+            client = Client(**place)
+        except (OSError, TimeoutError) as error:
+            raise ValueError(f"cluster: a scheduler must answer at {cluster}, found {error}") from error
+        with client:
+            count = len(client.scheduler_info(n_workers=-1)["workers"])
+            logger.info("%d scans for %d workers; progress: %s", len(numbers), count, client.dashboard_link)
+            scans = [dataset.data[number] for number in numbers]
+            futures = client.map(predict_one, scans, settings=settings, folder=str(Path.cwd()), pure=False)
+            scan_of = {future.key: scan for future, scan in zip(futures, scans, strict=True)}
+            for future in as_completed(futures):
+                yield scan_of[future.key], future
+
+
+def predict_one(scan: dict[str, Any], settings: str, folder: str) -> Path:
+    """Predict one scan in a worker, and return the folder of its results; ScanError of one line if it fails."""
+    with _one_at_a_time:
+        parser = _build(settings, folder)
+        parser.get_parsed_content("dataset").data = [scan]
+        evaluator, writer = map(parser.get_parsed_content, ("evaluator", "writer"))
+        ((_, future),) = run_scans(evaluator, writer, [0])
+        try:
+            return Path(future.result())
+        except Exception as error:  # dask sends errors without their causes
+            raise ScanError(one_line(error, str(scan["name"]))) from error
+
+
+@lru_cache(maxsize=1)
+def _build(settings: str, folder: str) -> ConfigParser:
+    """The parsed config, which a process keeps for its next scan; settings as JSON, paths relative to a folder."""
+    os.chdir(folder)
+    return create_workflow(workflow_type="inference", **json.loads(settings)).parser
+
+
 class WriteScans:
     """Handler that writes every scan's files when a host runs the evaluator itself, without :func:`predict_scans`."""
 
@@ -192,7 +255,7 @@ class WriteScans:
         """Write the files of the scan that was computed last."""
         loader = getattr(engine, "data_loader", None)
         if isinstance(loader, ScanLoader):  # :func:`run_scans` puts a batch in its place, and writes itself
-            folder = self.writer.write(maps_of(engine), loader.dataset.data[loader.current])
+            folder = self.writer.write(maps_of(engine), loader.dataset.data[engine.state.iteration - 1])
             logger.info("results are in %s", folder)
 
 
