@@ -1,8 +1,9 @@
 """The page of one scan: warnings, pictures of every map, volumes, what was used; the template engine of all pages."""
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from itertools import chain
 
 import jinja2
 import nibabel as nib
@@ -31,8 +32,6 @@ VIEWS = {
     "R": (("right hemisphere, from the right", RIGHT, "PA"), ("right hemisphere, medial side", LEFT, "AP")),
 }
 
-WINDOWS_HU = (BRAIN_WINDOW_HU, BONE_WINDOW_HU)  # of a CT
-
 # Names of scans and structures are text, whatever they contain.
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("brainfm_monai", "report/templates"), autoescape=True,
@@ -56,17 +55,11 @@ def compose_page(scan: ScanResult) -> str:
     """The page of one scan as HTML."""
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
     volumes_ml = (outputs.hard_volumes_mm3(scan) if soft is None else soft) / 1000
-    values = {
-        "sections": [
-            (title, text or _describe_surfaces(scan), address) for title, text, address in _encode_sections(scan)
-        ],
-        "brain": [s for s in protocol.structures if protocol.is_brain[s.label]],
-        "numbers": {name: value for name, value in scan.summary.items() if not name.endswith("_mm3")},
-        "axes": "".join(nib.orientations.aff2axcodes(scan.affine)),
-        "dice": {label: f"{x:.2f}" for label, x in outputs.expect_dice(scan).items()},
-    }
-    zooms, totals = nib.affines.voxel_sizes(scan.affine), outputs.compute_totals_mm3(volumes_ml, protocol)
-    return render("scan.html", title=scan.name, scan=scan, volumes_ml=volumes_ml, zooms=zooms, totals=totals, **values)
+    return render(
+        "scan.html", title=scan.name, scan=scan, sections=_encode_sections(scan), volumes_ml=volumes_ml,
+        totals=outputs.compute_totals_mm3(volumes_ml, protocol), dice=outputs.expect_dice(scan),
+        zooms=nib.affines.voxel_sizes(scan.affine), axes="".join(nib.orientations.aff2axcodes(scan.affine)),
+    )  # fmt: skip
 
 
 @outputs.once_per_scan
@@ -82,30 +75,28 @@ def write_report(scan: ScanResult) -> None:
 
 
 def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Heading, caption and picture, (rows, columns, 3) uint8, of every section that the scan has maps for.
-
-    The caption of the surfaces is empty: it shows what the output ``surfaces`` found.
-    """
+    """Heading, caption and picture, (rows, columns, 3) uint8, of every section that the scan has maps for."""
     protocol, labels, draw_scan = scan.layout.protocol, scan.layout.tasks["segmentation"], _grey(scan)
 
     def draw_labels(cut: Slice) -> np.ndarray:
         values = cut.read(scan.labels[None], scan.affine, nearest=True)
         return slices.paint(labels, values, draw_scan(cut), protocol, cut.plane)
 
-    positions = {plane: (*MANY, *few) for plane, few in FEW.items()}
-    every = slices.cut_slices(protocol.is_hemisphere[scan.labels], scan.affine, positions, MARGIN_MM, PIXEL_MM)
-    planes = {plane: [cut for cut in every if cut.plane is slices.PLANES[plane]] for plane in FEW}
-    rows_of = {plane: [(plane, draw_scan), ("", draw_labels)] for plane in FEW}
-    cells = [row for plane, cuts in planes.items() for row in _cells(cuts[: len(MANY)], rows_of[plane])]
+    def cut_at(positions: Mapping[str, Sequence[float]]) -> list[Slice]:
+        return slices.cut_slices(mask, scan.affine, positions, MARGIN_MM, PIXEL_MM)
+
+    mask = protocol.is_hemisphere[scan.labels]
+    cells = [_cells(cut_at({plane: MANY}), [(plane, draw_scan), ("", draw_labels)]) for plane in FEW]
     caption = "colours as in the table of volumes; tissues of the head are faint"
-    yield "Scan and segmentation", caption, compose(cells)
-    cuts = [cut for of_plane in planes.values() for cut in of_plane[len(MANY) :]]
+    yield "Scan and segmentation", caption, compose(list(chain(*cells)))
+    cuts = cut_at(FEW)
     for heading, rows in _sections_of_maps(scan).items():
         if rows:
             yield heading, "; ".join(title for title, _ in rows), compose(_cells(cuts, rows))
     if "surfaces" in scan.outputs and outputs.grow_surfaces(scan):
-        cells = _cells(cuts, [("pial (red) and white (yellow) surface", lambda cut: _draw_contours(scan, cut))])
-        yield "White and pial surface", "", compose([*cells, _draw_hemispheres(scan)])
+        contours = _cells(cuts, [("pial (red) and white (yellow) surface", lambda cut: _draw_contours(scan, cut))])
+        words, hemispheres = _draw_hemispheres(scan)
+        yield "White and pial surface", "; ".join(words), compose([*contours, hemispheres])
 
 
 def _cells(cuts: Sequence[Slice], rows: Sequence[Row]) -> list[list[Cell]]:
@@ -118,8 +109,7 @@ def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
     """Rows of pictures below each heading; a heading whose maps are absent has none."""
     rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
     if scan.modality.startswith("ct"):
-        pairs = [_ct_row("", lambda cut: cut.read(scan.image, scan.affine), window) for window in WINDOWS_HU]
-        rows["The CT in two windows"] = pairs
+        rows["The CT in two windows"] = _ct_rows("", lambda cut: cut.read(scan.image, scan.affine))
     for entry, task in scan.layout.maps.items():
         if task.picture in SECTIONS and entry in scan.maps:
             rows[SECTIONS[task.picture]] += _map_rows(scan, task)
@@ -149,30 +139,30 @@ def _grey(scan: ScanResult) -> Draw:
     return cache(lambda cut: shade(cut.read(image, scan.affine)[..., 0], window))
 
 
-def _ct_row(prefix: str, read: Draw, window: tuple[float, float]) -> Row:
-    """A CT in a window."""
-    return f"{prefix}{window[0]:g} to {window[1]:g} HU", lambda cut: shade(read(cut)[..., 0], window)
+def _ct_rows(prefix: str, read: Draw) -> list[Row]:
+    """A CT in the windows of brain and bone."""
+
+    def draw(window: tuple[float, float], cut: Slice) -> np.ndarray:
+        return shade(read(cut)[..., 0], window)
+
+    windows = BRAIN_WINDOW_HU, BONE_WINDOW_HU
+    return [(f"{prefix}{low:g} to {high:g} HU", partial(draw, (low, high))) for low, high in windows]
 
 
 def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
     """Rows of pictures of one map."""
-    drawn = {"distance": outputs.find_boundaries}.get(task.picture, lambda scan: scan.maps[task.entry].cpu())
-    values, affine, draw_scan = drawn(scan), scan.network_affine, _grey(scan)
-
-    @cache
-    def read(cut: Slice) -> np.ndarray:
-        return cut.read(values, affine)
+    is_distance, affine, draw_scan = task.picture == "distance", scan.network_affine, _grey(scan)
+    values = outputs.find_boundaries(scan) if is_distance else scan.maps[task.entry].cpu()
+    read = cache(lambda cut: cut.read(values, affine))
 
     def draw(cut: Slice, factor: float = 1.0, window: tuple[float, float] | None = None) -> np.ndarray:
         return slices.paint(task, read(cut) / factor, draw_scan(cut), scan.layout.protocol, cut.plane, window)
 
     if task.picture == "image":
         if task.output_unit == "HU":
-            return [_ct_row(f"{task.entry}, ", read, limits) for limits in WINDOWS_HU]
+            return _ct_rows(f"{task.entry}, ", read)
         low, high = np.percentile(values.numpy()[:, ::2, ::2, ::2], WINDOW_PERCENTILES)
         return [(task.entry, lambda cut: draw(cut, window=(float(low), float(high))))]
-    if task.picture == "distance":
-        return [("pial (red) and white (yellow) surface", draw)]
     if task.picture == "bias_field":
         head, window = scan.maps["segmentation"].cpu() > 0, _grey_window(scan)
         middle = float(values[head].median()) if head.any() else 1.0  # the scale of a bias field is free
@@ -187,7 +177,7 @@ def _map_rows(scan: ScanResult, task: Task) -> list[Row]:
         return [(title, draw_field), ("scan without it", draw_corrected)]
     if task.picture == "coordinates":
         return [*_template_rows(scan), ("predicted coordinates, lines every 20 mm", draw)]
-    return [(f"{task.entry}, {task.output_unit}", draw)]
+    return [("pial (red) and white (yellow) surface" if is_distance else f"{task.entry}, {task.output_unit}", draw)]
 
 
 def _template_rows(scan: ScanResult) -> list[Row]:
@@ -199,9 +189,7 @@ def _template_rows(scan: ScanResult) -> list[Row]:
         return []
     top, draw_scan = float(image.max()), _grey(scan)
 
-    @cache
-    def read(cut: Slice) -> np.ndarray:
-        return Slice(cut.plane, warp(cut.points_mm)).read(image[None], affine)[..., 0]
+    read = cache(lambda cut: Slice(cut.plane, warp(cut.points_mm)).read(image[None], affine)[..., 0])
 
     def draw_outlines(cut: Slice) -> np.ndarray:
         picture, values = draw_scan(cut), read(cut)
@@ -227,23 +215,16 @@ def colour_by_thickness(thickness_mm: np.ndarray) -> np.ndarray:
     return heat(DARKEST + (1 - DARKEST) * thickness_mm[:, None] / THICKEST_MM)[:, 0]
 
 
-def _draw_hemispheres(scan: ScanResult) -> list[Cell]:
-    """Both hemispheres from both sides, coloured by thickness."""
-    cells = []
+def _draw_hemispheres(scan: ScanResult) -> tuple[list[str], list[Cell]]:
+    """What the pictures of the surfaces show, with their quality, and both hemispheres from both sides."""
+    words, cells = [f"the pial surface is coloured by thickness: violet 0, white {THICKEST_MM:g} mm"], []
     for letter, surface in outputs.grow_surfaces(scan).items():
+        euler, closed = surfaces.compute_euler_number(surface.faces), float(surface.closed.mean())
+        crossing = round(surface.crossing_shares[1], 5)
+        words.append(f"{letter}: Euler number {euler}, share of crossing triangles {crossing}")
+        words[-1] += f", of vertices in closed sulci {closed:.2f}"
         colours = colour_by_thickness(surface.thickness_mm)
         for title, towards, marks in VIEWS[letter]:
             picture = surfaces.draw_surface(surface.pial_mm, surface.faces, colours, towards)
             cells.append(Cell(picture[..., :3] / 255, marks, title))
-    return cells
-
-
-def _describe_surfaces(scan: ScanResult) -> str:
-    """What the pictures of the surfaces show, and the quality of the surfaces."""
-    words = [f"the pial surface is coloured by thickness: violet 0, white {THICKEST_MM:g} mm"]
-    for letter, surface in outputs.grow_surfaces(scan).items():
-        closed, count = float(surface.closed.mean()), scan.summary.get(f"euler_number_{letter}_pial", "n/a")
-        crossing = scan.summary.get(f"crossing_share_{letter}_pial", "n/a")
-        words.append(f"{letter}: Euler number {count}, share of crossing triangles {crossing}")
-        words[-1] += f", of vertices in closed sulci {closed:.2f}"
-    return "; ".join(words)
+    return words, cells

@@ -15,7 +15,7 @@ def find_crossing_faces(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
     Triangles with a common vertex or edge cross if they meet elsewhere, too; the predicates of libigl are exact.
     """
-    return np.asarray(np.unique(find_self_intersections(_as_points(vertices), _as_faces(faces))[1]))
+    return np.asarray(np.unique(find_self_intersections(vertices, faces)[1]))
 
 
 def remove_crossings(base: np.ndarray, moved: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]:
@@ -62,16 +62,8 @@ def _find_again(vertices: np.ndarray, faces: np.ndarray, moved: np.ndarray) -> n
     touching[faces[changed]] = True
     common = touching[faces.T].any(axis=0)  # triangles that have a vertex in common with a changed one
     around, apart = np.flatnonzero(common), np.flatnonzero(~common)
-    points = _as_points(vertices)
-    within = find_self_intersections(points, _as_faces(faces[around]))[1]
-    between = find_intersections(points, _as_faces(faces[changed]), points, _as_faces(faces[apart]))[1]
+    points = vertices.astype(np.float64)
+    within = find_self_intersections(points, faces[around])[1]
+    between = find_intersections(points, faces[changed], points, faces[apart])[1]
     found = around[within].ravel(), changed[between[:, 0]], apart[between[:, 1]]
     return np.asarray(np.unique(np.concatenate(found)))
-
-
-def _as_points(vertices: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(vertices, dtype=np.float64)
-
-
-def _as_faces(faces: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(faces, dtype=np.int64)

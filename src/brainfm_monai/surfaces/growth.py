@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from monai.networks.layers import GaussianFilter
+from monai.transforms.utils import generate_spatial_bounding_box
 from nibabel.affines import apply_affine
 from scipy import sparse
 from torch import Tensor
@@ -18,6 +19,7 @@ from brainfm_monai.surfaces.topology import extract_sphere
 
 GRID_MM = 1.1  # of the level from which the white surface is taken: vertices lie about 1 mm apart
 RELAXATIONS = 12  # rounds in which vertices spread along the white surface and return to its level
+MARGIN = 3  # voxels around a hemisphere
 STEPS, STEP = 36, 0.25  # of the growth from white to pial, in units of a fall of the distance to 1/e
 STILL_MM = 0.005  # a vertex that moves less in a step has arrived
 FASTEST_MM = 1.0  # per unit: distance to the pial surface beyond which a vertex does not move faster
@@ -55,7 +57,8 @@ def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphe
     inside = pial < 0
     if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface
         return None
-    box, voxel_mm = _box_around(inside), float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
+    ends = generate_spatial_bounding_box(inside[None], margin=MARGIN, allow_smaller=True)
+    box, voxel_mm = tuple(map(slice, *ends)), float(abs(np.linalg.det(affine[:3, :3])) ** (1 / 3))
     white, pial = white[box], pial[box]
     size = [max(round((n - 1) * voxel_mm / GRID_MM) + 1, 4) for n in white.shape]
     coarse = nnf.interpolate(white[None, None], size=size, mode="trilinear", align_corners=True)[0, 0]
@@ -94,12 +97,6 @@ def grow_hemispheres(boundaries: Mapping[str, Tensor], affine: np.ndarray) -> di
     sides = [side for side in "lr" if f"{side}w" in boundaries]
     grown = {s.upper(): grow_hemisphere(boundaries[f"{s}w"], boundaries[f"{s}p"], affine) for s in sides}
     return {letter: surface for letter, surface in grown.items() if surface is not None}
-
-
-def _box_around(inside: Tensor) -> tuple[slice, ...]:
-    """Box around a mask (H, W, D), which is not empty, and around up to 3 voxels beside it."""
-    spans = [inside.any(dim=one).any(dim=two).nonzero() for one, two in ((2, 1), (2, 0), (1, 0))]
-    return tuple(slice(max(int(span[0]) - 3, 0), int(span[-1]) + 4) for span in spans)
 
 
 def _stack(*fields: Tensor) -> Tensor:

@@ -143,22 +143,18 @@ def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     start = np.stack(np.unravel_index(first, level.shape), axis=-1)
     vertices = start + position[:, None] * direction - 1
     vertices, faces = merge_vertices(vertices, faces, np.where(position < 0.5, first, second))
-    order = sort_by_cell(vertices)  # what is near in space is near in memory: searches and samples take less time
+    # by cells of a coarse grid: what is near in space is near in memory, and searches and samples take less time
+    numbers = ((vertices - vertices.min(axis=0)) // CELL).astype(np.int64) @ [1 << 20, 1 << 10, 1]
+    order = np.argsort(numbers, kind="stable")
     vertices, faces = vertices[order], np.argsort(order)[faces]
     return vertices, faces[np.argsort(faces[:, 0], kind="stable")], level[1:-1, 1:-1, 1:-1]
 
 
-def sort_by_cell(points: np.ndarray) -> np.ndarray:
-    """Order of points (N, 3) by cells of a coarse grid: (N,)."""
-    cells = ((points - points.min(axis=0)) // CELL).astype(np.int64) @ [1 << 20, 1 << 10, 1]
-    return np.argsort(cells, kind="stable")
-
-
 def _renumber(numbers: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which numbers below an end there are, in order, and the place of each among them."""
-    used, place = np.zeros(end, dtype=bool), np.empty(end, dtype=np.int32)
-    used[numbers] = True
-    present = np.flatnonzero(used)
+    """Which numbers below an end there are, in order, and the place of each among them: faster than np.unique."""
+    place = np.zeros(end, dtype=np.int32)
+    place[numbers] = 1
+    present = np.flatnonzero(place)
     place[present] = np.arange(len(present), dtype=np.int32)
     return present, place[numbers]
 
