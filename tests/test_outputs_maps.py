@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import SpatialResample
 from nibabel.affines import apply_affine
 
 from brainfm_monai.functional import spatial
 from brainfm_monai.io import ScanError, read_table
-from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, result, template
+from brainfm_monai.outputs import RunSettings, ScanResult, collect_warnings, resample, template
 from brainfm_monai.outputs.cortex import compute_ribbon, write_distances
 from brainfm_monai.outputs.maps import write_lesions, write_synthetic_images
 from brainfm_monai.outputs.quality import write_quality
@@ -232,9 +233,7 @@ def test_nearest_keeps_the_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
 @pytest.mark.parametrize("signs", [(1, -1, 1), (-1, -1, -1), (1, 1, 1)])
-def test_the_same_voxels_in_another_order_are_not_interpolated(
-    order: tuple[int, ...], signs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_voxels_in_another_order_are_not_interpolated(order: tuple[int, ...], signs: tuple[int, ...]) -> None:
     """Against MONAI's resampling, with axes of three lengths, permuted and flipped, and an oblique affine."""
     oblique = np.array([[0.9, 0.1, 0, -20], [-0.1, 1.1, 0.2, 7], [0.05, -0.2, 1.3, 3], [0, 0, 0, 1]])
     source = MetaTensor(
@@ -244,15 +243,18 @@ def test_the_same_voxels_in_another_order_are_not_interpolated(
     turn[:3, :3] = np.eye(3)[:, order] * signs
     shape = tuple((4, 5, 6)[axis] for axis in order)
     turn[:3, 3] = [n - 1 if turn[axis, :3].sum() < 0 else 0 for axis, n in enumerate((4, 5, 6))]
+    apply = SpatialResample(padding_mode="border", dtype=np.float32)
     found = resample(source, shape, oblique @ turn)
-    monkeypatch.setattr(result, "_turn", lambda *_: None)
-    expected = resample(source, shape, oblique @ turn)
+    expected = apply(source, dst_affine=torch.from_numpy(oblique @ turn), spatial_size=shape)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)
     np.testing.assert_allclose(found.affine, oblique @ turn)
-    monkeypatch.undo()
+    np.testing.assert_array_equal(found.unique(), source.unique())
     moved = oblique @ turn @ np.array([[1, 0, 0, 0.4], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    assert result._turn(source, shape, moved) is None  # four tenths of a voxel away
-    assert result._turn(source, (4, 5, 7), oblique) is None
+    between = resample(source, shape, moved)  # four tenths of a voxel away
+    expected = apply(source, dst_affine=torch.from_numpy(moved), spatial_size=shape)
+    np.testing.assert_allclose(between.numpy(), expected.numpy(), atol=1e-4)
+    larger = resample(source, (4, 5, 7), oblique)  # the border goes on
+    np.testing.assert_array_equal(larger[..., 6], source[..., 5])
 
 
 def head(left_first: bool = False, top: int = 26) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.affines import apply_affine
 
-from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, scan_stem, write_table
+from brainfm_monai.io import ABSENT, ScanError, read_labels, read_table, refuse_if, scan_stem, write_table
 from brainfm_monai.outputs.cortex import grow_surfaces
 from brainfm_monai.outputs.maps import compute_volumes_mm3
 from brainfm_monai.outputs.result import TEMPLATE_SPACE, ScanResult
@@ -51,25 +51,22 @@ def load_atlas(path: str | Path) -> Atlas:
     """
     stem = scan_stem(path)
     table = Path(path).with_name(f"{stem}.tsv")
-    if not table.is_file():
-        rule = "the table of the atlas, with the columns index and name, is needed"
-        raise ScanError(f"{table}: {rule}, found no such file")
+    rule = f"{table}: the table of the atlas, with the columns index and name, is needed"
+    refuse_if(not table.is_file(), rule, "no such file", ScanError)
     rows = read_table(table)
-    column = next((name for name in LABEL_COLUMNS if rows and name in rows[0]), "")
-    if not column or "name" not in rows[0]:
-        found = ", ".join(rows[0]) if rows else "no rows"
-        raise ScanError(f"{table}: the columns index and name are needed, found {found}")
+    columns = [*rows[0]] if rows else ["no rows"]
+    column = next((name for name in LABEL_COLUMNS if name in columns), "")
+    rule, found = f"{table}: the columns index and name are needed", ", ".join(columns)
+    refuse_if(not column or "name" not in columns, rule, found, ScanError)
     try:
         regions = {int(row[column]): row["name"] for row in rows}
     except ValueError as error:
         raise ScanError(f"{table}: whole numbers in the column {column} are needed, found {error}") from error
-    if min({0, *regions}) < 0 or max({0, *regions}) == 0:
-        found = ", ".join(map(str, sorted(regions)[:3]))
-        raise ScanError(f"{table}: labels above 0 in the column {column} are needed, found {found}")
+    rule, found = f"{table}: labels above 0 in the column {column} are needed", ", ".join(map(str, sorted(regions)[:3]))
+    refuse_if(min({0, *regions}) < 0 or max({0, *regions}) == 0, rule, found, ScanError)
     volume = read_labels(path)
     unnamed = sorted(set(np.unique(volume.values).tolist()) - {0, *regions})
-    if unnamed:
-        raise ScanError(f"{table}: a row for every label of {path} is needed, found none for {unnamed[0]}")
+    refuse_if(unnamed, f"{table}: a row for every label of {path} is needed", f"none for {[*unnamed, 0][0]}", ScanError)
     return Atlas(stem, volume.values, volume.affine, {label: name for label, name in regions.items() if label})
 
 

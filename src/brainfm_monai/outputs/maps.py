@@ -93,19 +93,17 @@ def write_volumes(scan: ScanResult) -> None:
     voxels of ``_dseg``; ``expected_dice`` is that of :func:`expect_dice`. The last rows are sums, defined in
     :data:`TOTALS`.
     """
-    protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
-    hard = hard_volumes_mm3(scan)
-    best = hard if soft is None else soft
+    protocol, soft, hard = scan.layout.protocol, scan.soft_volumes_mm3, hard_volumes_mm3(scan)
+    best, named = hard if soft is None else soft, protocol.structures[1:]
     totals, hard_totals = compute_totals_mm3(best, protocol), compute_totals_mm3(hard, protocol)
-    named = protocol.structures[1:]
-    rows: list[Any] = [(s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label]) for s in named]
-    rows += [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name]) for name in TOTALS]
     dice = {label: f"{x:.2f}" for label, x in expect_dice(scan).items()}
-    table = [
-        (*row[:4], ABSENT if soft is None else f"{row[4]:.1f}", f"{row[5]:.1f}", dice.get(row[0], ABSENT))
-        for row in rows
+    rows: list[Any] = [
+        (s.label, s.name, s.freesurfer_id, s.side, best[s.label], hard[s.label], dice.get(s.label, ABSENT))
+        for s in named
     ]
+    rows += [(ABSENT, name, ABSENT, "none", totals[name], hard_totals[name], ABSENT) for name in TOTALS]
     columns = ("index", "name", "freesurfer_id", "side", "soft_mm3", "hard_mm3", "expected_dice")
+    table = [(*who, ABSENT if soft is None else f"{first:.1f}", f"{second:.1f}", x) for *who, first, second, x in rows]
     write_table(scan.path("volumes.tsv"), columns, table)
     soft_text = "sum of the structure's probability over the 1 mm voxels of the network"
     texts = {"soft_mm3": soft_text, "hard_mm3": "voxels of _dseg times the volume of a voxel", **TOTALS}

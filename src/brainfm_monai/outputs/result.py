@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from isal import igzip
 from monai.data import MetaTensor
-from monai.transforms import SpatialResample
+from monai.transforms.lazy.utils import resample as move
+from monai.utils.enums import LazyAttr
 from torch import Tensor
 
 import brainfm_monai
@@ -134,14 +135,10 @@ class ScanResult:
     def save_image(
         self, suffix: str, volume: np.ndarray, affine: np.ndarray | None = None, step: float | None = None, **more: Any
     ) -> None:
-        """Write a NIfTI file, ``<suffix>.nii.gz``, and its sidecar.
+        """Write a volume, (H, W, D) or (H, W, D, C), as ``<suffix>.nii.gz``, and a sidecar with ``more``.
 
-        Args:
-            suffix: end of the name.
-            volume: shape (H, W, D), or (H, W, D, C).
-            affine: voxel indices to RAS mm; that of the grid of the files if None.
-            step: what is not integer is stored as 16-bit integers times this; None: as fine as 16 bits allow.
-            more: what the sidecar contains beside the settings.
+        The affine is that of the grid of the files if None. What is not integer is stored as 16-bit integers times the
+        step; without one, as fine as 16 bits allow.
         """
         values, slope = volume, None
         if not np.issubdtype(volume.dtype, np.integer):
@@ -205,25 +202,17 @@ def begun_ahead(*parts: Writer, shown: bool = False) -> Callable[[Writer], Write
 def resample(
     volume: Tensor, shape: Sequence[int], affine: np.ndarray, mode: str = "bilinear", padding_mode: str = "border"
 ) -> MetaTensor:
-    """Bring a volume (C, h, w, d) to another grid: (C, *shape), float32; ``mode="nearest"`` keeps the dtype."""
-    source = volume if isinstance(volume, MetaTensor) else MetaTensor(volume)
-    if tuple(source.shape[1:]) == tuple(shape) and np.allclose(source.affine, affine, atol=1e-6):
+    """Bring a volume (C, h, w, d) to another grid: (C, *shape), float32; ``mode="nearest"`` keeps the dtype.
+
+    The same voxels in another order are not interpolated.
+    """
+    source, target = (
+        volume if isinstance(volume, MetaTensor) else MetaTensor(volume),
+        torch.from_numpy(np.array(affine)),
+    )
+    if tuple(source.shape[1:]) == tuple(shape) and torch.allclose(source.affine, target, rtol=1e-5, atol=1e-6):
         return source
-    if (turned := _turn(source, shape, affine)) is not None:
-        return turned if mode == "nearest" else cast(MetaTensor, turned.float())
-    apply = SpatialResample(mode=mode, padding_mode=padding_mode, dtype=torch.float32)  # type: ignore[arg-type]
-    moved = apply(source, dst_affine=torch.from_numpy(np.array(affine)), spatial_size=tuple(shape))
-    return MetaTensor(moved.to(source.dtype) if mode == "nearest" else moved)
-
-
-def _turn(source: MetaTensor, shape: Sequence[int], affine: np.ndarray) -> MetaTensor | None:
-    """A volume on a grid of the same voxels in another order, not interpolated; None if the voxels differ."""
-    to_source = np.linalg.inv(np.asarray(source.affine, dtype=np.float64)) @ affine
-    turn = nib.orientations.io_orientation(np.linalg.inv(to_source))
-    order = [1 + int(axis) for axis in turn[:, 0].argsort()]
-    expected = nib.orientations.inv_ornt_aff(turn, source.shape[1:])
-    same_size = [source.shape[axis] for axis in order] == list(shape)
-    if not same_size or not np.allclose(to_source[:3], expected[:3], atol=SAME_VOXELS):
-        return None
-    turned = source.as_tensor().flip([1 + axis for axis in range(3) if turn[axis, 1] < 0]).permute(0, *order)
-    return MetaTensor(turned, affine=torch.from_numpy(np.array(affine)))
+    choices = {LazyAttr.SHAPE: shape, LazyAttr.INTERP_MODE: mode, LazyAttr.PADDING_MODE: padding_mode}
+    to_source = torch.linalg.inv(source.affine) @ target
+    moved = move(source, to_source, {**choices, LazyAttr.DTYPE: torch.float32, "atol": SAME_VOXELS})
+    return MetaTensor(moved.as_tensor().to(source.dtype if mode == "nearest" else torch.float32), affine=target)
