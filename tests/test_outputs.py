@@ -420,7 +420,6 @@ def test_many_writers_share_one_folder(tmp_path: Path, entry: dict[str, str]) ->
         writer = ScanWriter(tmp_path / "out", LAYOUT, {"note": write_note})
         for _ in range(25):
             writer.write(item(), {**entry, "name": f"scan{number % 2}"})
-            writer.clear()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))  # raises what a worker raised
@@ -431,18 +430,17 @@ def test_many_writers_share_one_folder(tmp_path: Path, entry: dict[str, str]) ->
 def test_what_interrupted_runs_left_is_removed_and_what_runs_stays(tmp_path: Path, entry: dict[str, str]) -> None:
     out = tmp_path / "out"
     seen: list[int] = []
-    writer = ScanWriter(out, LAYOUT, {})
 
     def look(scan: ScanResult) -> None:
-        dead = scan.folder.with_name(scan.folder.name[:-1] + "x")
+        dead = scan.folder.with_name(".x" + scan.folder.name[2:])
         dead.mkdir()
-        writer.clear()
+        ScanWriter(out, LAYOUT, {"note": write_note}).write(item(), entry | {"name": "sub-02"})
         seen.append(len(list((out / ".partial").iterdir())))
         assert scan.folder.is_dir()
 
-    writer.writers["look"] = look
-    writer.write(item(), entry)
+    ScanWriter(out, LAYOUT, {"look": look}).write(item(), entry)
     assert seen == [1]
+    assert not (out / ".partial").exists()
 
 
 def test_the_summary_keeps_the_rows_of_earlier_runs_and_lists_what_was_skipped(

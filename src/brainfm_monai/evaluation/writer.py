@@ -46,7 +46,7 @@ class EvaluationWriter:
     ) -> None:  # fmt: skip
         self.files, self.output_dir, self.conditions = files, files.output_dir, conditions
         self.dice_structures, self.definition = list(dice_structures), dict(definition or {})
-        self.clear, self.note_failure = files.clear, files.note_failure  # what the loop of scans calls, too
+        self.note_failure = files.note_failure  # what the loop of scans calls, too
 
     def is_finished(self, scan: Case) -> bool:
         """Whether a case was measured with the same configuration, weights, condition and files."""

@@ -7,6 +7,6 @@ from brainfm_monai.io.scans import Scan, make_scans, printable, unique_names
 from brainfm_monai.io.volumes import SCAN_SUFFIXES, Volume, read_labels, read_maps, read_scan, read_volume, scan_stem
 
 from brainfm_monai.io.files import (  # isort: skip
-    ABSENT, ScanError, exit_on_error, find_repeated, first_line, hash_file, locked, one_line, read_table, refuse_if,
-    write_table, write_text, write_whole,
+    ABSENT, ScanError, exit_on_error, find_repeated, first_line, hash_file, hold_beside, locked, one_line, read_table,
+    refuse_if, write_table, write_text, write_whole,
 )  # fmt: skip

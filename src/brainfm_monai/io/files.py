@@ -58,26 +58,40 @@ def write_whole(path: str | Path, folder: bool = False) -> Iterator[Path]:
     to the same place the last one stays.
     """
     target = Path(path)
+    with hold_beside(target, folder) as partial:
+        yield partial
+        old = _name_beside(target)
+        if folder:
+            with suppress(FileNotFoundError):  # a folder cannot be renamed onto a filled one
+                target.rename(old)
+        else:
+            with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what one may write
+                os.fsync(written.fileno())  # the content reaches the disk before the name does
+        try:
+            partial.replace(target)
+        finally:
+            _remove(old)
+
+
+@contextmanager
+def hold_beside(target: Path, folder: bool = False) -> Iterator[Path]:
+    """Hold a hidden file or folder beside a place while a block runs; what killed processes left there is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".????????.partial.{escape(target.name)}"):
         with locked(abandoned, wait=False) as alone:  # nobody else holds its lock
             if alone:
                 _remove(abandoned)
-    partial, old = (target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}") for _ in range(2))
+    partial = _name_beside(target)
     partial.mkdir() if folder else partial.touch()
-    with locked(partial, wait=False):
-        try:
+    try:
+        with locked(partial, wait=False):
             yield partial
-            if folder:
-                with suppress(FileNotFoundError):  # a folder cannot be renamed onto a filled one
-                    target.rename(old)
-            else:
-                with partial.open("rb+" if os.name == "nt" else "rb") as written:  # Windows syncs what one may write
-                    os.fsync(written.fileno())  # the content reaches the disk before the name does
-            partial.replace(target)
-        finally:
-            _remove(partial)
-            _remove(old)
+    finally:
+        _remove(partial)
+
+
+def _name_beside(target: Path) -> Path:
+    return target.with_name(f".{uuid4().hex[:8]}.partial.{target.name}")
 
 
 def _remove(path: Path) -> None:

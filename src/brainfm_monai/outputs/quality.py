@@ -1,6 +1,6 @@
 """What may be wrong with a result: entropy of the labels, and warnings by rules that are written in one table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -47,11 +47,9 @@ def _out_of_view(scan: ScanResult) -> Iterator[str]:
 
 
 def _volumes(scan: ScanResult) -> Iterator[str]:
-    protocol = scan.layout.protocol
-    volumes = hard_volumes_mm3(scan) / 1000
+    protocol, volumes = scan.layout.protocol, hard_volumes_mm3(scan) / 1000
     if scan.settings.mode in ("whole_head", "brain"):
-        total = compute_totals_mm3(volumes, protocol)["Intracranial-Volume"]
-        low, high = INTRACRANIAL_RANGE_ML
+        total, (low, high) = compute_totals_mm3(volumes, protocol)["Intracranial-Volume"], INTRACRANIAL_RANGE_ML
         if not low <= total <= high:
             yield f"implausible intracranial volume: {total:.0f} mL, of adults {low:.0f} to {high:.0f} mL are known"
     if MODES[scan.settings.mode].excluded_side:
@@ -107,9 +105,7 @@ def _bone(scan: ScanResult) -> Iterator[str]:
             yield "bone is as bright as brain: if this is a CT, Hounsfield units are needed, found another scale"
 
 
-RULES: tuple[Callable[[ScanResult], Iterator[str]], ...] = (
-    _out_of_view, _volumes, _sides, _direction, _uncertain, _bone,
-)  # fmt: skip
+RULES = (_out_of_view, _volumes, _sides, _direction, _uncertain, _bone)
 
 
 def collect_warnings(scan: ScanResult) -> list[str]:

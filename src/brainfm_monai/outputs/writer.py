@@ -5,15 +5,12 @@ import logging
 import os
 import platform
 import re
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,7 +18,7 @@ from monai.data import MetaTensor
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from brainfm_monai.io import ABSENT, Scan, locked, printable, read_table, refuse_if, write_table, write_text
+from brainfm_monai.io import ABSENT, Scan, hold_beside, locked, printable, read_table, write_table, write_text
 from brainfm_monai.outputs.quality import collect_warnings
 from brainfm_monai.outputs.result import AHEAD, SHOWN, RunSettings, ScanResult, Writer, as_json
 from brainfm_monai.tasks import TaskLayout
@@ -89,47 +86,36 @@ class ScanWriter:
         return bool(is_there) and entry.hash_content() == source["sha256"]  # the same content, wherever it lies now
 
     def check_place(self, scan: Entry) -> None:
-        """Check that the place of a scan's results holds no results of another scan.
-
-        Raises:
-            FileExistsError: if it does, and they may not be replaced; one line that names the other scan.
-        """
+        """FileExistsError of one line if results of another scan are in a scan's place, and may not be replaced."""
         marker, entry = self._read_marker(scan) or self._read_marker(scan, UNFINISHED), Scan.of(scan)
         if not marker or self.overwrite:
             return
         source, identity = marker["source"], entry.identify()
         is_part = source["part"] != identity["part"]  # another frame or series
-        is_other = is_part or (source["path"] != identity["path"] and source["sha256"] != entry.hash_content())
-        rule = f"{printable(entry.path)}: {self.output_dir / entry.results} must hold results of this scan or none"
-        part = " with frame {!r} and series {!r}".format(*source["part"]) if is_part else ""
-        choices = "give this one another name or folder, or pass --overwrite to replace them"
-        found = f"those of another scan, {printable(str(source['path']))}{part}: {choices}"
-        refuse_if(is_other, rule, found, FileExistsError)
+        if is_part or (source["path"] != identity["path"] and source["sha256"] != entry.hash_content()):
+            rule = f"{printable(entry.path)}: {self.output_dir / entry.results} must hold results of this scan or none"
+            part = " with frame {!r} and series {!r}".format(*source["part"]) if is_part else ""
+            choices = "give this one another name or folder, or pass --overwrite to replace them"
+            found = f"those of another scan, {printable(str(source['path']))}{part}"
+            raise FileExistsError(f"{rule}, found {found}: {choices}")
 
     def write(self, item: Mapping[str, Any], scan: Entry) -> Path:
-        """Write all files of a scan, and return their folder.
+        """Write all files of a scan, and return their folder; errors are those of :meth:`check_place`.
 
-        Args:
-            item: maps after the postprocessing: ``image``, ``pred`` in the scan's grid, the others in the network's.
-            scan: its entry in the list of scans.
-
-        Raises:
-            FileExistsError: see :meth:`check_place`; or if a file of the user's has the name of a result.
+        The item has the maps after the postprocessing: ``image``, ``pred`` in the scan's grid, the others in the
+        network's. A file of the user's that has the name of a result is a FileExistsError, too.
         """
-        begun, partial = time.monotonic(), self.output_dir / PARTIAL_FOLDER / f"{HOST}-{uuid4().hex[:12]}"
         try:
             with ExitStack() as held:
-                with locked(self.output_dir):  # meanwhile no other process clears .partial
-                    partial.mkdir(parents=True)
-                    held.enter_context(locked(partial))
+                with locked(self.output_dir):  # meanwhile no other process removes what is made and not held yet
+                    partial = held.enter_context(hold_beside(self.output_dir / PARTIAL_FOLDER / HOST, folder=True))
                 result = self._result(item, scan, partial)
                 _run(self.writers, result)
                 for warning in result.warnings:
                     logger.warning("%s: %s", result.name, warning)
                 with locked(self.output_dir):
-                    folder = self._publish(result, scan, time.monotonic() - begun)
+                    folder = self._publish(result, scan)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
             self._remove_if_empty(PARTIAL_FOLDER)
         self.note_failure(scan)
         return folder
@@ -144,13 +130,12 @@ class ScanWriter:
             np.asarray(labels[0].cpu(), dtype=np.uint8), np.asarray(labels.affine, dtype=np.float64), maps,
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
             frame=int(str(frame)) if str(frame).isdigit() else frame, window=str(meta.get("window") or ""),
-            settings=self.settings, original=item.get("original"),
-            normalised=item["image"],
+            settings=self.settings, original=item.get("original"), normalised=item["image"],
             warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
             modality=modality, summary={"modality": modality} if modality else {}, outputs=self.writers.keys(),
         )  # fmt: skip
 
-    def _publish(self, result: ScanResult, scan: Entry, seconds: float) -> Path:
+    def _publish(self, result: ScanResult, scan: Entry) -> Path:
         """Move the files to their place; meanwhile a second marker stands for the first one and names all files."""
         self.check_place(scan)
         entry, new = Scan.of(scan), sorted(file.name for file in result.folder.iterdir())
@@ -159,8 +144,9 @@ class ScanWriter:
         final, markers = finished.parent, [self._read_marker(scan, ending) for ending in (FINISHED, UNFINISHED)]
         earlier = {name for marker in markers for name in marker.get("files", ())}
         for file in () if self.overwrite else sorted({*new} - earlier):
-            rule = f"{final / file}: no file of this name must be there"
-            refuse_if(os.path.lexists(final / file), rule, "one that is no result", FileExistsError)
+            if os.path.lexists(final / file):
+                rule = "no file of this name must be there, found one that is no result"
+                raise FileExistsError(f"{final / file}: {rule}")
         if finished.exists():
             finished.replace(unfinished)  # a process that dies leaves one marker, never both
         write_text(unfinished, json.dumps({"source": source, "files": sorted({*earlier, *new})}))
@@ -168,23 +154,11 @@ class ScanWriter:
             (final / file).unlink(missing_ok=True)
         for file in new:
             (result.folder / file).replace(final / file)
-        content: dict[str, Any] = {"outputs": list(self.writers), "settings": asdict(self.settings), "source": source}
-        content |= {"files": new, "warnings": result.warnings}
-        content["summary"] = {"warnings": len(result.warnings), **result.summary}
-        write_text(unfinished, as_json(content | {"seconds_to_write": round(seconds, 1)}))
+        summary = {"warnings": len(result.warnings), **result.summary}
+        content = {"outputs": list(self.writers), "settings": asdict(self.settings), "source": source, "files": new}
+        write_text(unfinished, as_json({**content, "warnings": result.warnings, "summary": summary}))
         unfinished.replace(finished)
         return final
-
-    def clear(self) -> None:
-        """Remove what interrupted runs on this machine left in ``.partial``; folders of working processes stay."""
-        if not (self.output_dir / PARTIAL_FOLDER).is_dir():
-            return
-        with locked(self.output_dir):  # meanwhile no other process makes a folder that it does not hold yet
-            for folder in (self.output_dir / PARTIAL_FOLDER).glob(f"{HOST}-*"):
-                with locked(folder, wait=False) as alone:
-                    if alone:
-                        shutil.rmtree(folder, ignore_errors=True)
-        self._remove_if_empty(PARTIAL_FOLDER)
 
     def _remove_if_empty(self, name: str) -> None:
         with locked(self.output_dir), suppress(OSError):  # not there, or another process works in it

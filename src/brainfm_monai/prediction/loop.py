@@ -123,7 +123,6 @@ def run_list(
                     with suppress(OSError):  # a full disk takes no notes
                         writer.note_failure(scan, failures[-1])
             bar.update()
-    writer.clear()  # what processes that were killed left
     try:
         if len(dataset) > 1 or not failures:
             logger.info("all scans: %s", writer.write_summary([*dataset.data, *dataset.skipped]))
