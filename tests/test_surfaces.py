@@ -12,20 +12,18 @@ from brainfm_monai.slices import Slice, cut_slices
 from brainfm_monai.surfaces import (
     compute_areas_mm2,
     compute_crossing_share,
-    compute_distances_mm,
     compute_euler_number,
     compute_mean_curvature,
     compute_thickness_mm,
     compute_volume_mm3,
     draw_contour,
     draw_surface,
-    extract_sphere,
-    grow_ball,
-    grow_hemisphere,
     grow_hemispheres,
-    merge_vertices,
-    remove_crossings,
 )
+from brainfm_monai.surfaces.crossings import remove_crossings
+from brainfm_monai.surfaces.growth import grow_hemisphere
+from brainfm_monai.surfaces.measures import compute_distances_mm
+from brainfm_monai.surfaces.topology import extract_sphere, grow_ball, merge_vertices
 from brainfm_monai.transforms import find_boundaries
 from brainfm_monai.transforms.cortex import measure_white
 

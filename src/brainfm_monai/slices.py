@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.utils import convert_to_tensor
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -71,8 +71,7 @@ class Slice:
             index = nib.affines.apply_affine(np.linalg.inv(matrix), self.points_mm)
             coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
             self.indices[matrix.tobytes()] = coordinates
-        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
-        source = plain[None].detach().cpu()
+        source = convert_to_tensor(volume, track_meta=False)[None].detach().cpu()
         if nearest:
             return gather_nearest(source, coordinates)[0, ..., 0].movedim(0, -1).numpy()
         return warp(source.float(), coordinates, padding_mode="border")[0, ..., 0].movedim(0, -1).numpy()
@@ -93,9 +92,9 @@ def cut_slices(
 ) -> list[Slice]:  # fmt: skip
     """Slices along the axes of a grid, at positions within the box around a mask, in true proportions.
 
-    The mask is bool, (H, W, D), the affine, (4, 4), takes its voxels to RAS mm. The positions of ``axial``, ``coronal``
-    and ``sagittal`` slices are shares of the box, from inferior, posterior, left; a slice lies in the middle of a
-    voxel. ``margin_mm`` is what is shown around the box; None: the whole grid.
+    The affine takes voxels of the mask, bool, (H, W, D), to RAS mm. Positions of axial, coronal and sagittal slices are
+    shares of the box, from inferior, posterior, left; a slice lies in the middle of a voxel. ``margin_mm`` is what is
+    shown around the box; None: the whole grid.
     """
     turn = nib.orientations.io_orientation(affine)
     ras = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)  # the grid with its axes closest to R, A, S
@@ -213,10 +212,7 @@ class Cell(NamedTuple):
 
 
 def compose(rows: Sequence[Sequence[Cell]]) -> np.ndarray:
-    """Rows of cells, which may differ in length, as one picture, (rows, columns, 3), uint8.
-
-    Every cell lies in the middle of a field of the largest cell's size.
-    """
+    """Rows of cells, of any lengths, in the middle of fields of the largest cell's size: (rows, columns, 3), uint8."""
     height, width = (max(cell.picture.shape[i] for row in rows for cell in row) + 2 for i in (0, 1))
     image = Image.fromarray(np.zeros((height * len(rows), width * max(map(len, rows)), 3), dtype=np.uint8))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT_PIXELS)

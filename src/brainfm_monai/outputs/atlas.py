@@ -19,19 +19,12 @@ LABEL_COLUMNS = ("index", "label")  # either names the label of a row, as BIDS a
 
 @dataclass(frozen=True)
 class Atlas:
-    """Labels in the space of the template.
+    """Labels in the space of the template."""
 
-    Attributes:
-        name: of the atlas, without its suffixes.
-        labels: shape (H, W, D), integer; 0 is no region.
-        affine: voxel indices to RAS mm of the template, shape (4, 4).
-        regions: name of each label.
-    """
-
-    name: str
-    labels: np.ndarray
-    affine: np.ndarray
-    regions: dict[int, str]
+    name: str  # of the file, without its suffixes
+    labels: np.ndarray  # shape (H, W, D), integer; 0 is no region
+    affine: np.ndarray  # voxel indices to RAS mm of the template, shape (4, 4)
+    regions: dict[int, str]  # name of each label
 
     def at(self, points_mm: np.ndarray) -> np.ndarray:
         """Label of the voxel that each point of the template, (..., 3), lies in; 0 outside of the volume."""
@@ -43,11 +36,8 @@ class Atlas:
 def load_atlas(path: str | Path) -> Atlas:
     """Read an atlas, such as ``aal.nii.gz``, and its table ``aal.tsv`` with ``index`` or ``label``, and ``name``.
 
-    Args:
-        path: label map in MNI152 space.
-
-    Raises:
-        ScanError: if the label map cannot be read, the table is missing, or a label of the map has no row.
+    The path is that of a label map in MNI152 space. ScanError if the label map cannot be read, the table is missing, or
+    a label of the map has no row.
     """
     stem = scan_stem(path)
     table = Path(path).with_name(f"{stem}.tsv")

@@ -52,15 +52,11 @@ class RunSettings:
 def describe_run(
     weights: str | Path, layout: TaskLayout, model: str = "BrainFM", depends: Sequence[Any] = (), **choices: Any
 ) -> RunSettings:
-    """Settings of a run, with the hash of its weights and of its configuration.
+    """Settings of a run, with the hash of its file of weights and of its configuration.
 
-    Args:
-        weights: file of the weights.
-        layout: tasks and protocol.
-        model: name of the model.
-        depends: the objects of the config that results depend on (network, transforms, inferer, ...), as they were
-            built from the resolved config; see :func:`~brainfm_monai.io.fingerprint`.
-        choices: ``mode``, ``grid``, ``surface_levels_mm``: see :class:`RunSettings`.
+    ``depends`` are the objects of the config that results depend on (network, transforms, inferer, ...), as they were
+    built from the resolved config, see :func:`~brainfm_monai.io.fingerprint`; ``choices`` are ``mode``, ``grid`` and
+    ``surface_levels_mm`` of :class:`RunSettings`.
     """
     path, key = Path(weights), fingerprint(layout, *depends)
     digest, version = hash_file(path) if path.is_file() else "", brainfm_monai.__version__

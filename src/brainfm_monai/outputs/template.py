@@ -82,8 +82,7 @@ class Warp:
 def fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Matrix (4, 4) from source to target points (N, 3): least squares in which outliers count little (Huber).
 
-    Raises:
-        ValueError: if the points do not determine it: fewer than 4, or in a plane.
+    ValueError if the points do not determine it: fewer than 4, or in a plane.
     """
     goal = target.astype(np.float64)
     points = np.column_stack([source, np.ones(len(goal))]).astype(np.float64)
@@ -105,15 +104,9 @@ def fit_warp(
 ) -> Warp:
     """Smooth map to the template that follows predicted coordinates within the brain, and is affine far from it.
 
-    The residual of the affine fit is averaged with a Gaussian over the brain alone (normalised convolution), and with a
-    wider one as long as the map folds anywhere.
-
-    Args:
-        coordinates: predicted template RAS mm, shape (3, H, W, D).
-        brain: where they are to be believed, bool, shape (H, W, D).
-        affine: voxel indices to RAS mm, shape (4, 4).
-        matrix: affine map to the template, see :func:`fit_affine`.
-        spacing_vox: voxels per voxel of the result, whose grid covers the given one.
+    The residual of the affine fit ``matrix`` is averaged with a Gaussian over the brain alone (normalised convolution),
+    and with a wider one as long as the map folds anywhere. Coordinates are (3, H, W, D), mm, the brain is bool, (H, W,
+    D), the affine leads from voxel indices to RAS mm; the result has a voxel for every ``spacing_vox`` of theirs.
     """
     coarse = affine @ np.diag([spacing_vox] * 3 + [1.0])
     cut = (slice(None, None, spacing_vox),) * 3
@@ -214,11 +207,7 @@ def _tissue(scan: ScanResult) -> np.ndarray:
 
 @once_per_scan
 def fit_affine_to_template(scan: ScanResult) -> np.ndarray:
-    """Matrix (4, 4) from the scan's RAS mm to the template's, fitted to the coordinates of the brain's tissue.
-
-    Raises:
-        ValueError: if too little brain was found.
-    """
+    """Matrix (4, 4) from the scan's RAS mm to the template's, fitted to the brain's tissue; ValueError without one."""
     brain = np.flatnonzero(_tissue(scan))
     brain = brain[:: max(1, len(brain) // SAMPLES)]
     coordinates = scan.in_network_grid("mni")
@@ -267,12 +256,9 @@ def write_transforms(scan: ScanResult) -> None:
     inside = np.moveaxis(scan.in_network_grid("mni")[(slice(None), *box)], 0, -1)
     predicted = fold_fraction(Warp(inside, scan.network_affine, np.eye(4)), brain[box])
     folds = {"predicted": predicted, "warp": fold_fraction(forward)}
-    scan.summary["folds_of_predicted_coordinates"] = round(predicted, 6)
-    scan.summary["folds_of_warp"] = round(folds["warp"], 6)
-    scan.write_sidecar(
-        f"{TO_TEMPLATE}_xfm", Space=TEMPLATE_SPACE, Units=DISPLACEMENT_UNIT, FoldFraction=folds,
-        AffinePointsScanToTemplateRAS=forward.matrix.tolist(),
-    )  # fmt: skip
+    scan.summary |= {"folds_of_predicted_coordinates": round(predicted, 6), "folds_of_warp": round(folds["warp"], 6)}
+    points = {"FoldFraction": folds, "AffinePointsScanToTemplateRAS": forward.matrix.tolist()}
+    scan.write_sidecar(f"{TO_TEMPLATE}_xfm", Space=TEMPLATE_SPACE, Units=DISPLACEMENT_UNIT, **points)
     moved = resample_through(scan.image.cpu(), scan.affine, template.shape, affine, backward)
     scan.save_image(f"space-{TEMPLATE_SPACE}_image", moved, affine, Description="the scan in the template's grid")
     moved = resample_through(torch.from_numpy(template)[None], affine, scan.labels.shape, scan.affine, forward)

@@ -46,11 +46,6 @@ def render(template: str, **values: object) -> str:
     return ENVIRONMENT.get_template(template).render(**values)
 
 
-def data_address(content: bytes) -> str:
-    """The address of a WebP picture that a page contains: ``data:`` with the bytes in base 64."""
-    return f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"
-
-
 def compose_page(scan: ScanResult) -> str:
     """The page of one scan as HTML."""
     protocol, soft = scan.layout.protocol, scan.soft_volumes_mm3
@@ -63,9 +58,9 @@ def compose_page(scan: ScanResult) -> str:
 
 
 @outputs.once_per_scan
-def _encode_sections(scan: ScanResult) -> list[tuple[str, str, str]]:
-    """Heading, caption and address of the picture of every section."""
-    return [(title, text, data_address(slices.encode(sheet))) for title, text, sheet in draw_sections(scan)]
+def _encode_sections(scan: ScanResult) -> list[tuple[str, ...]]:
+    """Heading, caption and picture, WebP in base 64, of every section."""
+    return [(*words, base64.b64encode(slices.encode(sheet)).decode("ascii")) for *words, sheet in draw_sections(scan)]
 
 
 @outputs.begun_ahead(_encode_sections, shown=True)

@@ -24,12 +24,8 @@ def remove_crossings(base: np.ndarray, moved: np.ndarray, faces: np.ndarray) -> 
     Where triangles cross, and in the ring of triangles about them, the displacements from the base are averaged over
     the neighbours on the surface; after some rounds the displacements are shortened, too. The surface thereby
     approaches a base that does not cross itself; the rest of the surface stays as it is. (FreeSurfer smooths
-    positions in the place of displacements, which shrinks gyri.)
-
-    Args:
-        base: vertices of a surface that hardly crosses itself, in mm, shape (V, 3).
-        moved: the vertices after a displacement, shape (V, 3).
-        faces: triangles of both, shape (F, 3), a closed surface.
+    positions in the place of displacements, which shrinks gyri.) Vertices of the base and after the displacement are
+    (V, 3), in mm; both have the same triangles (F, 3), a closed surface.
     """
     crossing = find_crossing_faces(moved, faces)
     if not len(crossing):

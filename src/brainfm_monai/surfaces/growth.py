@@ -49,10 +49,8 @@ def grow_hemisphere(white: Tensor, pial: Tensor, affine: np.ndarray) -> Hemisphe
     between two banks: vertices enter a sulcus that the pial distance closes, and stop just before the ridge. Paths
     along a smooth field do not cross.
 
-    Args:
-        white: signed distance to the white surface in mm, negative inside, shape (H, W, D).
-        pial: signed distance to the pial surface, nowhere larger.
-        affine: voxel indices to RAS mm, shape (4, 4); voxels are isotropic.
+    The signed distances to the white and pial surface, (H, W, D), are in mm, negative inside, the pial one nowhere
+    larger; the affine leads from the indices of isotropic voxels to RAS mm.
     """
     inside = pial < 0
     if not inside.any() or inside.all():  # the distance changes its sign nowhere: there is no surface

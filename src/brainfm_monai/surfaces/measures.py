@@ -88,11 +88,8 @@ def compute_crossing_share(vertices: np.ndarray, faces: np.ndarray) -> float:
 def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, towards: Sequence[float]) -> np.ndarray:
     """Draw a surface as seen from far away, superior up: (rows, columns, 4), uint8, colours and opacity.
 
-    Args:
-        vertices: RAS mm, shape (V, 3).
-        faces: shape (F, 3), counter-clockwise seen from outside.
-        colours: red, green and blue of each vertex in [0, 1], shape (V, 3).
-        towards: direction from the surface to the viewer, horizontal: (-1, 0, 0) is the view from the left.
+    Each vertex has red, green and blue in [0, 1], shape (V, 3). The horizontal direction ``towards`` leads from the
+    surface to the viewer: (-1, 0, 0) is the view from the left.
     """
     up = np.array([0.0, 0.0, 1.0])
     turned = vertices.astype(np.float64) @ np.stack([np.cross(up, towards), up, towards]).T  # right, up, to the viewer

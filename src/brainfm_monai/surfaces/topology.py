@@ -44,9 +44,7 @@ def grow_ball(level: np.ndarray) -> np.ndarray:
 
     The level, (H, W, D), is negative inside. The result, bool, has the voxels that are connected like a ball (one
     piece, no handle, no cavity): of the negative voxels it lacks those that would close a handle, and pieces apart.
-
-    Raises:
-        ValueError: if no voxel is inside, or the inside reaches the border.
+    ValueError if no voxel is inside, or the inside reaches the border.
     """
     negative = level < 0
     border = [negative[[0, -1]].any(), negative[:, [0, -1]].any(), negative[:, :, [0, -1]].any()]
@@ -112,10 +110,9 @@ def _tetrahedra() -> list[tuple[np.ndarray, list[list[tuple[int, int]]]]]:
 def extract_sphere(level: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boundary of the ball inside a level (H, W, D), negative inside, in mm, as triangles; see :func:`grow_ball`.
 
-    Returns:
-        Vertices in voxel indices, shape (V, 3); triangles, shape (F, 3), counter-clockwise seen from the side of
-        positive levels in a right-handed grid; and the level of which the vertices are the zeros: voxels that the ball
-        lacks or that were filled have another sign than before.
+    Returns vertices in voxel indices, (V, 3); triangles, (F, 3), counter-clockwise seen from the side of positive
+    levels in a right-handed grid; and the level of which the vertices are the zeros: voxels that the ball lacks or that
+    were filled have another sign than before.
     """
     cavities = ndimage.binary_fill_holes(level < 0) & (level >= 0)
     level = np.where(cavities, -NUDGE, level)
@@ -165,12 +162,8 @@ def merge_vertices(vertices: np.ndarray, faces: np.ndarray, groups: np.ndarray) 
     Marching tetrahedra give two or three times more triangles than needed, many of them slivers; the vertices around a
     point of the grid become one (Treece, Prager and Gee, Regularised marching tetrahedra, Computers & Graphics 1999).
     Neighbours of a group are merged if they make up a disc (vertices - edges + triangles = 1), which changes no
-    topology. Where two edges would then become one, their vertices are left as they were.
-
-    Args:
-        vertices: shape (V, 3).
-        faces: shape (F, 3), all turned the same way.
-        groups: number of the group of each vertex, shape (V,).
+    topology. Where two edges would then become one, their vertices are left as they were. Of vertices (V, 3) and
+    triangles (F, 3), all turned the same way, ``groups`` are the numbers of the groups of the vertices, (V,).
     """
     count = len(vertices)
     alone = np.zeros(count, dtype=bool)
