@@ -183,7 +183,7 @@ def test_twenty_scans_with_two_broken_ones_survive_a_kill(repository: Path, weig
     assert all((output / name / f"{name}_finished.json").stat().st_mtime_ns == times[name] for name in first)
     assert not (output / ".partial").exists()
     for folder in output.glob("scan*"):
-        assert len(list(folder.iterdir())) == 20
+        assert len(list(folder.iterdir())) == 18
         for file in folder.glob("*.nii.gz"):
             image: Any = nib.load(file)
             assert np.isfinite(image.get_fdata()).all()

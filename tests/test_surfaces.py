@@ -22,7 +22,6 @@ from brainfm_monai.surfaces import (
 )
 from brainfm_monai.surfaces.crossings import remove_crossings
 from brainfm_monai.surfaces.growth import grow_hemisphere
-from brainfm_monai.surfaces.measures import compute_distances_mm
 from brainfm_monai.surfaces.topology import extract_sphere, grow_ball, merge_vertices
 from brainfm_monai.transforms import find_boundaries
 from brainfm_monai.transforms.cortex import measure_white
@@ -185,9 +184,9 @@ def test_crossings_and_euler_numbers_are_counted() -> None:
     top = vertices[:, 2].argmax()
     spike[top] = [19.5, 20.2, 19.5 - 12]  # through the opposite side
     assert 3 <= compute_crossing_share(spike, faces) * len(faces) <= 60
-    assert compute_distances_mm(np.array([[19.5, 19.5, 19.5], [19.5, 19.5, 30.5]]), vertices, faces) == pytest.approx(
-        [8, 3], abs=0.1
-    )
+    for factor, thickness in ((0.0, 8), (11 / 8, 3)):
+        other = 19.5 + factor * (vertices - 19.5)
+        assert compute_thickness_mm(vertices, other, faces) == pytest.approx(thickness, abs=0.1)
 
 
 def test_every_crossing_is_found_in_any_order_of_the_triangles() -> None:

@@ -51,10 +51,7 @@ def _by_name(scan: ScanResult, channels: Any) -> dict[str, Any]:
 
 @once_per_scan
 def find_boundaries(scan: ScanResult) -> MetaTensor:
-    """The distances, (4, h, w, d) in the network's grid, with their zero where the boundaries are taken to be.
-
-    See :class:`~brainfm_monai.transforms.FindBoundariesd`, which is done here where the caller's pipeline lacks it.
-    """
+    """The distances, (4, h, w, d), whose zero is where FindBoundariesd takes the boundaries to be, if not done yet."""
     item: dict[Any, Any] = dict(scan.maps)
     if "boundaries" not in item:
         settings = scan.settings
@@ -91,10 +88,9 @@ def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], dict[st
         counts = len(vertices), len(faces), euler, f"{crossing:.5f}", f"{surface.closed.mean():.4f}"
         sizes = f"{areas.sum():.0f}", f"{volume:.0f}", f"{np.average(curvature, weights=areas):.4f}"
         rows.append((letter, name, *counts, *sizes, f"{mean:.3f}", f"{np.median(thickness):.3f}"))
+        summary |= {f"euler_number_{letter}_{name}": euler, f"crossing_share_{letter}_{name}": round(crossing, 5)}
         _save_gifti(scan, f"hemi-{letter}_{name}.surf", POINTSET=vertices, TRIANGLE=faces)
         scan.write_sidecar(f"hemi-{letter}_{name}.surf", Units="mm, RAS of the scanner", EulerNumber=euler)
-        summary[f"euler_number_{letter}_{name}"] = euler
-        summary[f"crossing_share_{letter}_{name}"] = round(crossing, 5)
         if name == "white":
             _save_gifti(scan, f"hemi-{letter}_curv.shape", SHAPE=curvature)
     _save_gifti(scan, f"hemi-{letter}_thickness.shape", SHAPE=thickness)
@@ -106,9 +102,9 @@ def _write_hemisphere(scan: ScanResult, letter: str) -> tuple[list[Any], dict[st
 @begun_ahead(lambda scan: _write_hemisphere(scan, "L"), lambda scan: _write_hemisphere(scan, "R"))
 def write_surfaces(scan: ScanResult) -> None:
     """Write both surfaces as GIFTI, thickness, curvature and closed sulci at their vertices, and a table of them."""
-    left, right = (_write_hemisphere(scan, letter) for letter in "LR")
-    write_table(scan.path("surfaces.tsv"), COLUMNS, left[0] + right[0])
-    scan.summary.update(left[1] | right[1])
+    (left, of_left), (right, of_right) = (_write_hemisphere(scan, letter) for letter in "LR")
+    write_table(scan.path("surfaces.tsv"), COLUMNS, left + right)
+    scan.summary |= of_left | of_right
 
 
 def _save_gifti(scan: ScanResult, suffix: str, **arrays: np.ndarray) -> None:

@@ -49,8 +49,7 @@ class ScanWriter:
     Args:
         output_dir: folder of all results.
         layout: tasks and label protocol.
-        writers: functions of a :class:`ScanResult` by the names of the outputs. They run side by side, but for those
-            that show what the others found; the order of the names is that of warnings and columns.
+        writers: functions of a :class:`ScanResult` by the names of the outputs, in the order of warnings and columns.
         settings: what is used; a scan that was finished with other settings is done again.
         overwrite: whether results of another scan, and files of the user's, may be replaced.
     """
@@ -124,12 +123,12 @@ class ScanWriter:
         meta, soft = item["image"].meta, item.get("soft_volumes")
         maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in NOT_MAPS}
         labels = maps["segmentation"] if self.settings.grid == "1mm" else item["pred"]
-        frame, modality = meta.get("frame"), str(meta.get("modality") or "")
+        modality = str(meta.get("modality") or "")
         return ScanResult(
             str(scan["name"]), Path(printable(scan["image"])), folder, self.layout,
             np.asarray(labels[0].cpu(), dtype=np.uint8), np.asarray(labels.affine, dtype=np.float64), maps,
             soft_volumes_mm3=soft.cpu().numpy() if isinstance(soft, Tensor) else None,
-            frame=int(str(frame)) if str(frame).isdigit() else frame, window=str(meta.get("window") or ""),
+            frame=meta.get("frame"), window=str(meta.get("window") or ""),
             settings=self.settings, original=item.get("original"), normalised=item["image"],
             warnings=[line for line in str(meta.get("warnings") or "").split("\n") if line],
             modality=modality, summary={"modality": modality} if modality else {}, outputs=self.writers.keys(),
@@ -235,10 +234,8 @@ def _run(writers: Mapping[str, Writer], result: ScanResult) -> None:
         try:
             for job in [*(jobs[name] for name in beside), *ahead]:
                 job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
         finally:
+            pool.shutdown(cancel_futures=True)  # after an error nothing else begins
             torch.set_num_threads(threads)  # threads that begin later would have the share, too
     for part in parts.values():
         result.summary.update(part.summary)

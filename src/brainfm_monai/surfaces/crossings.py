@@ -10,12 +10,24 @@ HELD_ROUNDS = 3  # rounds before displacements also become shorter, and their ne
 SHORTER = 0.8  # factor of a displacement in a later round
 
 
-def find_crossing_faces(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+def find_crossing_faces(vertices: np.ndarray, faces: np.ndarray, moved: np.ndarray | None = None) -> np.ndarray:
     """Numbers, in order, of the triangles (F, 3) that another triangle of the surface crosses; vertices (V, 3) in mm.
 
-    Triangles with a common vertex or edge cross if they meet elsewhere, too; the predicates of libigl are exact.
+    Triangles with a common vertex or edge cross if they meet elsewhere, too; the predicates of libigl are exact. Where
+    only triangles with a ``moved`` vertex, (V,) bool, can cross another one, less is searched.
     """
-    return np.asarray(np.unique(find_self_intersections(vertices, faces)[1]))
+    if moved is None:
+        return np.asarray(np.unique(find_self_intersections(vertices, faces)[1]))
+    changed = np.flatnonzero(moved[faces.T].any(axis=0))
+    touching = np.zeros(len(vertices), dtype=bool)
+    touching[faces[changed]] = True
+    common = touching[faces.T].any(axis=0)  # triangles that have a vertex in common with a changed one
+    around, apart = np.flatnonzero(common), np.flatnonzero(~common)
+    points = vertices.astype(np.float64)
+    within = find_self_intersections(points, faces[around])[1]
+    between = find_intersections(points, faces[changed], points, faces[apart])[1]
+    found = around[within].ravel(), changed[between[:, 0]], apart[between[:, 1]]
+    return np.asarray(np.unique(np.concatenate(found)))
 
 
 def remove_crossings(base: np.ndarray, moved: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]:
@@ -45,21 +57,7 @@ def remove_crossings(base: np.ndarray, moved: np.ndarray, faces: np.ndarray) -> 
         if number >= HELD_ROUNDS:
             displacement[zone] *= SHORTER
         vertices[zone] = base[zone] + displacement[zone]
-        crossing = _find_again(vertices, faces, zone)
+        crossing = find_crossing_faces(vertices, faces, zone)
         if not len(crossing):
             break
     return vertices, len(crossing) / len(faces)
-
-
-def _find_again(vertices: np.ndarray, faces: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Numbers of the triangles that cross another, where only triangles with a moved vertex, (V,) bool, can do so."""
-    changed = np.flatnonzero(moved[faces.T].any(axis=0))
-    touching = np.zeros(len(vertices), dtype=bool)
-    touching[faces[changed]] = True
-    common = touching[faces.T].any(axis=0)  # triangles that have a vertex in common with a changed one
-    around, apart = np.flatnonzero(common), np.flatnonzero(~common)
-    points = vertices.astype(np.float64)
-    within = find_self_intersections(points, faces[around])[1]
-    between = find_intersections(points, faces[changed], points, faces[apart])[1]
-    found = around[within].ravel(), changed[between[:, 0]], apart[between[:, 1]]
-    return np.asarray(np.unique(np.concatenate(found)))

@@ -116,7 +116,7 @@ def _relax(vertices: Tensor, level: Tensor, faces: np.ndarray, voxel_mm: float) 
     for _ in range(RELAXATIONS):
         step = torch.from_numpy(neighbours @ vertices.T.contiguous().numpy()).T - vertices
         values = _sample(fields, vertices)
-        steepness = _lengths(values[1:])
+        steepness = values[1:].square().sum(0).sqrt()
         normal = values[1:] / steepness.clamp_min(1e-12)
         along = step - (step * normal).sum(0) * normal
         back = (values[0] / steepness.clamp_min(0.5)).clamp(-0.5, 0.5) * normal / voxel_mm
@@ -131,14 +131,9 @@ def _flow(vertices: Tensor, white: Tensor, pial: Tensor, voxel_mm: float) -> Ten
     moving = torch.ones(vertices.shape[1], dtype=torch.bool)
     for _ in range(STEPS):
         values = _sample(fields, vertices)
-        steepness = _lengths(values[1:])
+        steepness = values[1:].square().sum(0).sqrt()
         speed = values[0].clamp(-FASTEST_MM, FASTEST_MM) * (steepness - RIDGE_STEEPNESS).clamp(0, 1)
         step = moving * STEP * speed / steepness.clamp_min(RIDGE_STEEPNESS) / voxel_mm
         vertices = vertices - step * values[1:]
         moving = (step * steepness * voxel_mm).abs() > STILL_MM
     return vertices
-
-
-def _lengths(vectors: Tensor) -> Tensor:
-    """Lengths of vectors (3, V): (V,)."""
-    return (vectors * vectors).sum(0).sqrt()

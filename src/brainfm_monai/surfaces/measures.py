@@ -23,26 +23,20 @@ def compute_euler_number(faces: np.ndarray) -> int:
     return int(igl.euler_characteristic(faces))
 
 
-def compute_distances_mm(points: np.ndarray, vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Distance of points (N, 3) to the nearest vertex or centre of a triangle of a surface, mm, (N,).
-
-    With edges of 0.7 mm the result is at most 0.25 mm, and for points on the surface 0.2 mm on average, too long; for
-    points 2 mm away it is 0.01 mm too long.
-    """
-    a, b, c = vertices[faces.T]
-    targets = np.concatenate([vertices, (a + b + c) / 3])
-    tree = cKDTree(targets, LEAF_SIZE, compact_nodes=False, balanced_tree=False)
-    return np.asarray(tree.query(points, workers=-1)[0])
-
-
 def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Thickness of the cortex at each vertex, mm, (V,): the mean of the distances from each surface to the other.
 
     It is FreeSurfer's definition (Fischl and Dale, Measuring the thickness of the human cerebral cortex from magnetic
-    resonance images, PNAS 2000). Both surfaces have vertices (V, 3) in correspondence, and the same triangles.
+    resonance images, PNAS 2000). Both surfaces have vertices (V, 3) in correspondence, and the same triangles. The
+    distances to the nearest vertex or centre of a triangle are, with edges of 0.7 mm, 0.01 mm too long 2 mm away.
     """
-    outwards, inwards = compute_distances_mm(white, pial, faces), compute_distances_mm(pial, white, faces)
-    return ((outwards + inwards) / 2).astype(np.float32)
+    distances = []
+    for points, vertices in ((white, pial), (pial, white)):
+        a, b, c = vertices[faces.T]
+        targets = np.concatenate([vertices, (a + b + c) / 3])
+        tree = cKDTree(targets, LEAF_SIZE, compact_nodes=False, balanced_tree=False)
+        distances.append(tree.query(points, workers=-1)[0])
+    return (sum(distances) / 2).astype(np.float32)
 
 
 def compute_areas_mm2(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -27,16 +27,13 @@ def _simple_configurations() -> np.ndarray:
     """Whether a voxel with the neighbours inside that the 14 bits of the index tell is simple, shape (2^14,), bool."""
     step = NEIGHBOURS[:, None] - NEIGHBOURS[None]
     adjacent = ((step.min(-1) >= 0) & (step.max(-1) <= 1)) | ((step.max(-1) <= 0) & (step.min(-1) >= -1))
-    inside = (np.arange(2**14)[:, None] >> np.arange(14)) & 1 == 1
-    simple = np.ones(2**14, dtype=bool)
-    for part in (inside, ~inside):
-        reached = np.zeros_like(part)
-        reached[np.arange(2**14), part.argmax(1)] = True
-        reached &= part
-        for _ in range(14):
-            reached = (reached.astype(np.float32) @ adjacent.astype(np.float32) > 0) & part
-        simple &= part.any(1) & (reached == part).all(1)
-    return simple
+    inside = (np.arange(2**14)[:, None] >> np.arange(14)) & 1
+    one, two = np.nonzero(np.triu(adjacent, 1))
+    case, pair = np.nonzero(inside[:, one] == inside[:, two])
+    ends = case * 14 + one[pair], case * 14 + two[pair]
+    graph = sparse.csr_matrix((np.ones(len(case), dtype=bool), ends), shape=[inside.size] * 2)
+    pieces = np.sort(sparse.csgraph.connected_components(graph, directed=False)[1].reshape(-1, 14))
+    return np.asarray(np.count_nonzero(np.diff(pieces), axis=1) == 1)  # one piece inside, and one outside
 
 
 def grow_ball(level: np.ndarray) -> np.ndarray:
