@@ -42,7 +42,6 @@ def hash_key(*key: int | str) -> int:
 
 @lru_cache(maxsize=2)
 def _shuffle(subjects: int, seed: int, number: int) -> list[int]:
-    """Order of the subjects in a pass over them."""
     return sorted(range(subjects), key=lambda i: hash_key(seed, number, i))
 
 
@@ -129,7 +128,7 @@ def prepare_for_training(
     """A copy of a network on a device, for scans in the voxels of its backbone."""
     device = torch.device(device)
     trained = copy.deepcopy(network).to(device)
-    # The channels of a voxel lie side by side in memory: a step takes 6 % less time in float32 on a CPU, and 18 % more
+    # With the channels of a voxel side by side in memory, a step takes 6 % less time in float32 on a CPU, and 18 % more
     # in bfloat16 (TwoScaleUNet on AVX512).
     if device.type != "cpu" or parse_precision(precision, device) != torch.bfloat16:
         trained = trained.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

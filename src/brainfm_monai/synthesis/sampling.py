@@ -63,14 +63,9 @@ class Geometry:
     """What the samples of one of B subjects share: its shape and what of it is there. K: labels of the segmentation."""
 
     def __init__(
-        self,
-        laws: SynthesisRanges,
-        draws: _Draws,
-        size: Sequence[int],
-        protocol: Protocol,
-        stride: int,
+        self, laws: SynthesisRanges, draws: _Draws, size: Sequence[int], protocol: Protocol, stride: int,
         source_mm: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.spatial_size, self.stride = tuple(size), stride  # (H, W, D) of the output; its voxel in source voxels
         self.voxel_mm = stride * source_mm  # size of an output voxel
         photo, photo_mm = draws.chance(laws.dissection_photo_prob), draws.uniform(laws.dissection_photo_spacing_mm)
@@ -164,8 +159,7 @@ class Appearance:
         clusters = len(ranges.QUARTILES) + 1 if laws.head_cluster_prob > 0 else 0
         self.cluster_offset = draws.normal(clusters) * cluster_std
         # intensity towards which lesions change: bright in T2w and FLAIR, dark in T1w and CT; and the share of the way
-        dark_in_real = (self.blend[:, [1, -1]] > 0).any(1)
-        bright = torch.where(real, ~dark_in_real, brighter)
+        bright = torch.where(real, (self.blend[:, [1, -1]] == 0).all(1), brighter)
         self.lesion_goal = torch.where(bright, ranges.INTENSITY_TOP, 0.0)
         self.lesion_change = draws.uniform(laws.lesion_change)
         self.gamma = (laws.gamma_log_std * draws.normal()).exp()  # (B,)
