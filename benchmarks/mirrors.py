@@ -71,7 +71,7 @@ INJECTIONS = (
         ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
     ),
     Injection(
-        "the sign of MNI coordinates in the mirror average", "tasks.py", "mirror_sign=(-1, 1, 1)", "mirror_sign=(1, 1, 1)",
+        "the sign of MNI coordinates in the mirror average", "tasks.tsv", "\t-1 1 1\t", "\t1 1 1\t",
         ("tests/test_tasks.py", "tests/test_synthesis.py"),
     ),
     Injection(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from brainfm_monai import TASKS, Protocol, TaskLayout
-from brainfm_monai.tasks import bound_log_scale
+from brainfm_monai.tasks import MAX_DISTANCE_MM, bound_log_scale
 
 FIRST_WEIGHTS = ["segmentation", "distance", "log_bias_field", "mni"]
 SHAPE = (6, 5, 4)
@@ -53,6 +53,7 @@ def test_channel_names_come_from_protocol_and_table(layout: TaskLayout) -> None:
 
 
 def test_every_task_has_a_name_per_channel_and_mirror_rule_that_fits() -> None:
+    assert TASKS["distance"].outside == MAX_DISTANCE_MM
     for name, task in TASKS.items():
         assert name == task.name
         assert len(task.channel_names) == task.channels

@@ -1,7 +1,9 @@
 """The table of maps: every task of the network, its channels, units and files; and the layout of one output tensor."""
 
+import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib import resources
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from brainfm_monai.anatomy import Protocol
 
 BRAIN_WINDOW_HU = (0.0, 80.0)  # of a CT, as the network gets it and as it is drawn (BrainFM)
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
-CERTAIN_LOGIT = 20.0  # a probability of 1 to eight digits
+# Units, channel orders and mirror rules are those of BrainFM (arXiv 2509.00549). Targets of T1w, T2w and FLAIR are
+# scaled by white matter, see brainfm_monai.data.intensities.scale_contrast. A logit of 20 is certain to eight digits.
+TABLE = resources.files("brainfm_monai") / "tasks.tsv"
 EMBEDDING_CHANNELS = 16  # of the embedding, unless the layout says otherwise
 LOG_SCALE_LIMIT = 7.0  # scales lie between e^-7 and e^7 units: 0.1 mm of MNI coordinates, a thousandth of an intensity
 
@@ -82,37 +86,18 @@ class Task:
         return target if self.kind in ("labels", "mask") else self.to_map(target)
 
 
-def _image(name: str, stem: str, **columns: Any) -> Task:
-    return Task(name, "image", (name,), stem=stem, outputs=("contrasts",), picture="image", **columns)
+def _read_tasks() -> dict[str, Task]:
+    """The rows of the table; blanks separate the entries of a cell that has several, an empty cell is the default."""
+    readers: dict[Any, Callable[[str], Any]] = {str: str, float: float, float | None: float}
+    readers |= {tuple[str, ...]: lambda cell: tuple(cell.split())}
+    readers |= {tuple[int, ...]: lambda cell: tuple(int(word) for word in cell.split())}
+    read = {field.name: readers[field.type] for field in fields(Task)}
+    table = csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines(), delimiter="\t")
+    tasks = (Task(**{name: read[name](cell) for name, cell in row.items() if cell}) for row in table)
+    return {task.name: task for task in tasks}
 
 
-# Units, channel orders and mirror rules: BrainFM (arXiv 2509.00549); distances are lp, lw, rp, rw there.
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("segmentation", "labels", unit="logit", output_unit="label", outside=CERTAIN_LOGIT,
-             interpolation="nearest", stem="dseg", picture="labels",
-             outputs=("segmentation", "volumes", "quality", "view", "report")),
-        # targets are scaled by cerebral white matter, see brainfm_monai.data.contrasts.scale_contrast
-        _image("T1w", "desc-synthetic_T1w", output_unit="intensity in [0, 1], white matter at 0.63"),
-        _image("T2w", "desc-synthetic_T2w", output_unit="intensity in [0, 1], white matter at 0.24"),
-        _image("FLAIR", "desc-synthetic_FLAIR", output_unit="intensity in [0, 1], white matter at 0.49"),
-        _image("CT", "desc-synthetic_ct", unit="1000 HU", output_unit="HU", scale=1000.0, outside=-1.0, step=1.0),
-        Task("log_bias_field", "log_field", ("log_bias_field",), "log of a factor", "factor", "exp", entry="bias_field",
-             stem="biasfield", step=1e-3, outputs=("bias_field",), picture="bias_field"),
-        Task("distance", "distance", ("lp", "lw", "rp", "rw"), "mm", activation="clip_distance",
-             mirror_order=(2, 3, 0, 1), outside=MAX_DISTANCE_MM, stem="distance", step=0.01,
-             outputs=("distance", "surfaces"), picture="distance"),
-        Task("mni", "coordinates", ("x", "y", "z"), "100 mm", "mm", scale=100.0, mirror_sign=(-1, 1, 1), stem="mni",
-             step=0.05, outputs=("mni", "transforms"), picture="coordinates"),
-        Task("lesion", "mask", ("lesion",), "logit", "probability", "sigmoid", outside=-CERTAIN_LOGIT,
-             stem="label-lesion_probseg", step=1e-3, outputs=("lesion",), picture="probability"),
-        _image("super_resolution", "desc-superres_image"),
-        Task("age", "scalar", ("age",), "100 years", "years", scale=100.0, outputs=("age",)),
-        Task("embedding", "embedding", unit="direction", activation="unit_vector", stem="desc-embedding_features",
-             step=1e-3, outputs=("embedding",)),
-    )
-}  # fmt: skip
+TASKS: dict[str, Task] = _read_tasks()
 SCALED_KINDS = ("image", "distance", "coordinates")  # whose error is absolute, and can have a scale
 
 

@@ -50,12 +50,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def choose_memory(image: Tensor, network: object) -> str:
-    """Memory mode for an image: ``full`` if the free memory suffices, else ``low`` or ``windows``.
+    """Memory mode for an image (1, 1, H, W, D) on its device: ``full`` if the free memory suffices, else another.
 
     Mode ``full`` is taken to need 4 bytes * voxels * (2 * channels of the output + 8 * features / stride^3); of a
     network that is no :class:`MultiTaskNet`, the widest convolution counts as its features. Mode ``low`` serves
-    networks with a stride and the U-Nets of published checkpoints, ``windows`` all other networks. The image, (1, 1, H,
-    W, D), is on the device that computes.
+    networks with a stride and the U-Nets of published checkpoints, ``windows`` all other networks.
     """
     if isinstance(network, MultiTaskNet):
         channels, features = network.layout.channels, network.head.in_channels / network.stride**3

@@ -82,13 +82,9 @@ class OrientationInferer(Inferer):
 
     Where the MNI coordinates of the result fit the voxels badly, the network sees the head in voxels of 4 mm from all
     24 sides, and the best of them again in its own voxels. A turn that fits clearly better than the header's axes, or
-    none, is a warning in the metadata of the image. A head that is only mirrored cannot be recognised: its anatomy is
-    that of another head.
-
-    Args:
-        inferer: gives the maps of images of 1 mm, in RAS+ order.
-        layout: names of the maps; without segmentation or MNI coordinates nothing is compared.
-        fix: infer the turned head, and bring its maps back to the grid that was given.
+    none, is a warning in the metadata of the image. With ``fix`` the turned head is inferred, and its maps are brought
+    back to the grid that was given. Without segmentation or MNI coordinates in the layout nothing is compared. A head
+    that is only mirrored cannot be recognised: its anatomy is that of another head.
     """
 
     def __init__(self, inferer: Inferer, layout: TaskLayout, fix: bool = False) -> None:
@@ -102,25 +98,23 @@ class OrientationInferer(Inferer):
         compares = maps and {"segmentation", "mni"} <= set(self.layout.tasks)
         if not (compares and len(inputs) == 1 and isinstance(network, MultiTaskNet)):
             return output
-        first = self._misfit(_plain(output[:, :, ::SAMPLE, ::SAMPLE, ::SAMPLE]), float(SAMPLE))
+        image, found = (x.as_tensor() if isinstance(x, MetaTensor) else x for x in (inputs, output))
+        first = self._misfit(found[:, :, ::SAMPLE, ::SAMPLE, ::SAMPLE], float(SAMPLE))
         if first < UNSURE_MM:
             return output
-        turn = self.find_turn(_plain(inputs), network, first)
+        turn = self.find_turn(image, network, first)
         if turn is None:
-            found = (
-                f"the MNI coordinates do not fit the brain (misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual)"
-            )
-            rule = ", and no turn of the head fits clearly better: look at the orientation and at the segmentation"
+            usual = f"misfit {first:.0f} mm, {UNSURE_MM:.0f} at most are usual"
+            rule = "no turn of the head fits clearly better: look at the orientation and at the segmentation"
+            message = f"the MNI coordinates do not fit the brain ({usual}), and {rule}"
         else:
-            found = (
-                f"the orientation of the header does not fit the anatomy: the head is turned {describe_turn(turn)}; "
-            )
             rule = "turned back by --fix_orientation" if self.fix else "pass --fix_orientation True to turn it back"
-        _add_warning(inputs, found + rule)
+            turned = f"the head is turned {describe_turn(turn)}"
+            message = f"the orientation of the header does not fit the anatomy: {turned}; {rule}"
+        _add_warning(inputs, message)
         if turn is None or not self.fix:
             return output
-        turned: Tensor = self.inferer(apply_turn(turn, _plain(inputs)), network, *args, **kwargs)
-        upright = apply_turn(turn.T, turned)
+        upright = apply_turn(turn.T, self.inferer(apply_turn(turn, image), network, *args, **kwargs))
         return MetaTensor(upright).copy_meta_from(output) if isinstance(output, MetaTensor) else upright
 
     def find_turn(self, image: Tensor, network: MultiTaskNet, first_mm: float) -> np.ndarray | None:
@@ -151,10 +145,6 @@ class OrientationInferer(Inferer):
         labels = labels[0, 0].long() if labels.shape[1] == 1 else labels[0].argmax(0)
         brain = torch.as_tensor(self.layout.protocol.is_brain).to(labels.device)[labels]
         return misfit(brain, 100.0 * maps["mni"][0], voxel_mm)  # MNI coordinates leave the network in units of 100 mm
-
-
-def _plain(image: Tensor) -> Tensor:
-    return image.as_tensor() if isinstance(image, MetaTensor) else image
 
 
 def _add_warning(image: Tensor, message: str) -> None:

@@ -119,12 +119,8 @@ class TwoScaleUNet(nn.Module):
         fine, narrow, coarse = features[0], max(features[0] // 2, 1), features[1]
         self.in_channels, self.out_channels, self.fine = in_channels, fine + coarse, fine
         self.coarse = AdditiveUNet(in_channels, features[1:])
-        self.encoder = nn.Sequential(
-            nn.Conv3d(in_channels, narrow, kernel_size=3, padding=1),
-            SampleNorm(narrow),
-            nn.LeakyReLU(NEGATIVE_SLOPE),
-            nn.Conv3d(narrow, fine, kernel_size=3, padding=1),
-        )
+        first, last = (nn.Conv3d(*pair, kernel_size=3, padding=1) for pair in ((in_channels, narrow), (narrow, fine)))
+        self.encoder = nn.Sequential(first, SampleNorm(narrow), nn.LeakyReLU(NEGATIVE_SLOPE), last)
         self.down = nn.Conv3d(fine, coarse, kernel_size=2, stride=2, bias=False)
         nn.init.zeros_(self.down.weight)
         self.up = nn.ConvTranspose3d(coarse, fine + coarse, kernel_size=2, stride=2)

@@ -124,12 +124,8 @@ class FindBoundariesd(MapTransform):
     moves with each label that changes, so that their sum stays. Without distances nothing changes, and without cortex
     in the protocol no label does.
 
-    Args:
-        keys: label maps, (1, H, W, D), in the grid of the distances; a map may be missing.
-        layout: tasks and label protocol.
-        levels_mm: see :func:`find_boundaries`.
-        mode: name out of :data:`~brainfm_monai.transforms.MODES`.
-        relabel: False: labels stay.
+    The keys are those of label maps, (1, H, W, D), in the grid of the distances, which may be missing; ``mode`` is a
+    name out of :data:`~brainfm_monai.transforms.MODES`. With ``relabel=False`` all labels stay.
     """
 
     def __init__(

@@ -17,12 +17,9 @@ LEAST_VARIANCE = 1e-4  # of intensities in [0, 1]: a hundredth of the range is n
 class RestoreDetaild(MapTransform):
     """Give synthetic contrasts the detail of the scan that they were made of, where it shows the same edges.
 
-    A network whose voxels are larger than the scan's draws blurred contrasts. See :func:`restore_detail`.
-
-    Args:
-        keys: synthetic images in [0, 1], (1, H, W, D); an image may be missing.
-        labels: key of the label map in their grid: what is not 0 is the head, (1, H, W, D).
-        stride: size of the network's voxels in those of the images; 1: nothing is to be restored.
+    A network whose voxels are larger than the scan's, by ``stride``, draws blurred contrasts: see
+    :func:`restore_detail`. Images are in [0, 1], (1, H, W, D), and may be missing; ``labels`` is the key of the label
+    map in their grid: what is not 0 is the head.
     """
 
     def __init__(self, keys: KeysCollection, labels: str = "segmentation", stride: int = 2) -> None:

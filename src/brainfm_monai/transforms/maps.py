@@ -59,15 +59,11 @@ class SplitTasksd(MapTransform):
     (``Task.output_unit``) that the table of tasks gives them, float32. A scalar stays a map, whose mean over the head
     is the number. Where labels were decided already, in little memory, the maps overwrite the output.
 
-    Args:
-        keys: key of the output tensor.
-        layout: names of the channels.
-        mode: name out of :data:`MODES`: excluded labels get no probability.
-        probabilities: add what the files report of the probabilities: ``entropy``, that of the labels relative to its
-            maximum, (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum of each label's probability
-            times the voxel's volume in mm^3, (L,); ``segmentation``, a second label map, which stays in this grid.
-
-    ValueError if labels that were decided already include one that the mode excludes.
+    Labels that the mode, a name out of :data:`MODES`, excludes get no probability; it is a ValueError if labels that
+    were decided already include one. With ``probabilities`` the entries have what files report of them: ``entropy``,
+    that of the labels relative to its maximum, (1, H, W, D), in [0, 1], 0 in the air around; ``soft_volumes``, the sum
+    of each label's probability times the voxel's volume in mm^3, (L,); ``segmentation``, a second label map, which
+    stays in this grid.
     """
 
     def __init__(

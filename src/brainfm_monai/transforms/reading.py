@@ -16,7 +16,7 @@ from monai.utils import convert_to_tensor
 from brainfm_monai import io
 from brainfm_monai.functional.intensity import antialias, normalise_percentiles
 from brainfm_monai.tasks import BRAIN_WINDOW_HU
-from brainfm_monai.transforms.values import decide_modality, find_doubts, find_limits, mend_hounsfield
+from brainfm_monai.transforms.values import decide_modality, find_doubts, mend_hounsfield, remove_padding
 
 MODALITIES = ("auto", "mr", "ct")
 
@@ -37,13 +37,13 @@ class LoadScand(LoadImaged):
 
     A CT is clipped to the brain's window, so that bone and air do not take the whole range of grey values; the padding
     of an MR scan is set to 0. The entry ``original`` is the scan as it was read: what follows the network corrects and
-    draws it, and opens no file again. The metadata of the image get ``scan_name``, under which results are written;
+    draws it, and opens no file again. The metadata of the image get ``scan_name``, under which results are written (the
+    entry ``name``, else the file's stem);
     ``warnings``, what was noticed, one sentence a line; ``modality``, ``ct`` or ``mr`` with the reason; ``window``
     where something was clipped; and ``frame``.
 
     Args:
         keys: key of the path.
-        name_key: entry that holds the scan's name; where it is absent, the file's stem is the name.
         frame: which volume of a 4-D file: its number, from 0, or ``"mean"``; None refuses such a file. An entry
             ``frame`` of the data comes first, and an entry ``series`` names the series of a DICOM folder.
         window: intensities are clipped to ``[low, high]``; ``"auto"``: a CT to 0 to 80 HU; None: not at all.
@@ -54,14 +54,13 @@ class LoadScand(LoadImaged):
     """
 
     def __init__(
-        self, keys: KeysCollection, name_key: str = "name", frame: int | str | None = None, window: Any = None,
-        modality: str = "auto",
-    ) -> None:  # fmt: skip
+        self, keys: KeysCollection, frame: int | str | None = None, window: Any = None, modality: str = "auto"
+    ) -> None:
         MapTransform.__init__(self, keys)
         self._loader: Any = SimpleNamespace(image_only=True)  # MONAI Label sets it in every LoadImaged of a bundle
         if modality not in MODALITIES:
             raise ValueError(f"modality: one of {', '.join(MODALITIES)} is needed, found {modality!r}")
-        self.name_key, self.frame, self.window, self.modality = name_key, frame, parse_window(window), modality
+        self.frame, self.window, self.modality = frame, parse_window(window), modality
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         """Replace the path by a float32 MetaTensor of shape (1, H, W, D), and add ``original``, of the same shape."""
@@ -71,15 +70,14 @@ class LoadScand(LoadImaged):
             volume = mend_hounsfield(io.read_scan(path, frame, data.get("series")), self.modality)
             modality, reason = decide_modality(volume, self.modality)
             limits = BRAIN_WINDOW_HU if self.window == "auto" and modality == "ct" else self.window
-            floor, ceiling, padding = find_limits(volume.values) if modality == "mr" else (-np.inf, np.inf, "")
+            values, floor, padding = volume.values, -np.inf, ""
+            if modality == "mr":
+                values, floor, padding = remove_padding(values)
             low, high = (floor, np.inf) if limits is None or isinstance(limits, str) else limits
-            values = (
-                volume.values if ceiling == np.inf else np.where(volume.values > ceiling, np.float32(0), volume.values)
-            )
             noticed = [*volume.warnings, padding, *find_doubts(np.maximum(values, floor), modality)]
             meta = {
                 "filename_or_obj": path,
-                "scan_name": str(data.get(self.name_key) or io.scan_stem(path)),
+                "scan_name": str(data.get("name") or io.scan_stem(path)),
                 "warnings": "\n".join(filter(None, noticed)),
                 "modality": f"{modality}: {reason}",
             }

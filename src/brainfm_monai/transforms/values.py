@@ -103,30 +103,30 @@ def mend_hounsfield(volume: io.Volume, asked: str = "auto") -> io.Volume:
     return replace(volume, values=mended, warnings=(*volume.warnings, warning))
 
 
-def find_limits(values: np.ndarray) -> tuple[float, float, str]:
-    """The values that an MR scan, (H, W, D), is clipped to because of its padding, or of voxels that are damaged.
+def remove_padding(values: np.ndarray) -> tuple[np.ndarray, float, str]:
+    """An MR scan, (H, W, D), without what pads it, and the value that it is clipped to because of damaged voxels.
 
     Below: a negative value that many voxels share, where hardly another is negative; or a few negative values far below
     all others, which would take the range of the rest. Above: a value that many voxels share, far from all others; such
-    voxels are background as well. Returns the lowest and the highest value of the scan itself, infinite without
-    padding, and a warning or nothing.
+    voxels become background, 0. Returns the scan, its lowest value, infinite without padding, and a warning or nothing.
     """
     low, high = float(values.min()), float(values.max())
     padded = float((values == low).mean()) if low < 0 else 0.0
     if padded >= MINIMUM_PADDING and float((values < 0).mean()) - padded <= LARGEST_NEGATIVE * (1 - padded):
         found = f"{padded:.0%} of the voxels are {low:g}"
-        return 0.0, np.inf, f"{found}: taken for padding of an MR scan and set to 0 (--modality ct: a CT)"
+        return values, 0.0, f"{found}: taken for padding of an MR scan and set to 0 (--modality ct: a CT)"
     filled = float((values == high).mean())
     if filled >= MINIMUM_FILLED:
         second = float(values[values < high].max())
         if second > max(low, 0.0) and high >= FILL_RATIO * second:
-            return -np.inf, second, f"{filled:.1%} of the voxels are {high:g}: taken for padding of a scan and set to 0"
+            found = f"{filled:.1%} of the voxels are {high:g}: taken for padding of a scan and set to 0"
+            return np.where(values > second, np.float32(0), values), -np.inf, found
     first, last = np.quantile(_sample(values), [0.01, 0.99])
     limit = first - FAR_BELOW * (last - first)
     if low < min(0.0, limit):
         found = f"{int((values < limit).sum())} voxels lie far below all others, down to {low:g}, and become {first:g}"
-        return float(first), np.inf, f"{found}: damaged, or large numbers that lost their sign?"
-    return -np.inf, np.inf, ""
+        return values, float(first), f"{found}: damaged, or large numbers that lost their sign?"
+    return values, -np.inf, ""
 
 
 def find_doubts(values: np.ndarray, modality: str) -> list[str]:
