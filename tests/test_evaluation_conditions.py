@@ -148,6 +148,19 @@ def test_an_added_bias_field_is_the_truth() -> None:
     assert "target_log_bias_field" not in degrade(noise_percent=2)
 
 
+def test_an_added_bias_field_is_added_to_that_of_the_scan_in_its_own_grid() -> None:
+    turned = torch.tensor([[-2.0, 0, 0, 24], [0, 0, 2, -4], [0, 2, 0, -4], [0, 0, 0, 1]], dtype=torch.float64)
+    own = MetaTensor(torch.full((1, 14, 18, 14), 0.25), affine=turned)
+    item: dict[Hashable, Any] = {
+        "image": make_head(),
+        "settings": {"bias_log_std": 0.5},
+        "seed": 5,
+        "target_log_bias_field": own,
+    }
+    both, added = (one["target_log_bias_field"] for one in (DegradeScan()(item), degrade(bias_log_std=0.5)))
+    torch.testing.assert_close(both.as_tensor(), added.as_tensor() + 0.25)
+
+
 def test_an_inverted_scan_keeps_its_air() -> None:
     image, before = degrade(contrast="inverted")["image"].as_tensor(), make_head().as_tensor()
     assert not image[before == 0].any()

@@ -24,7 +24,6 @@ from brainfm_monai.transforms import SplitTasksd
 
 logger = logging.getLogger(__name__)
 
-DATASTORE = "datastore_v2.json"  # MONAI Label's record of a folder of scans, beside its folder labels/
 NOT_STRUCTURES = {"background", "background-scribbles", "foreground-scribbles"}  # segments of clients
 VALUE_KEYS = ("idx", "id", "value")  # how clients call the value of a segment
 FOREGROUND = 0.05  # intensity above which a voxel belongs to the head, as at inference
@@ -47,13 +46,10 @@ def choose(use_click: bool | None, displayed: Any, value: Any) -> Any:
 
 
 def read_label_info(label: str | Path) -> list[dict[str, Any]]:
-    """What a client said about a label map ``STUDIES/labels/TAG/ID.nii.gz`` of MONAI Label: its named segments.
-
-    The record ``STUDIES/datastore_v2.json`` is read; empty if it has no entry.
-    """
+    """What a client said about a label map ``STUDIES/labels/TAG/ID.nii.gz`` of MONAI Label: its segments, or none."""
     path = Path(label)
     try:
-        objects = json.loads((path.parents[2] / DATASTORE).read_text(encoding="utf-8"))["objects"].values()
+        objects = json.loads((path.parents[2] / "datastore_v2.json").read_text(encoding="utf-8"))["objects"].values()
         infos = [entry["labels"][path.parent.name]["info"] for entry in objects if path.parent.name in entry["labels"]]
         return next((list(info.get("label_info") or []) for info in infos if info.get("name") == path.name), [])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -94,8 +90,8 @@ def _plain(name: str) -> str:
 def brain_uncertainty(network: MultiTaskNet, image: Tensor) -> float:
     """Mean entropy of the labels within the brain, relative to its maximum, in [0, 1]; 1 where no brain is found.
 
-    It is taken in the network's grid (Settles, *Active learning literature survey*, 2009, section 3.1). The network is
-    in evaluation mode; the image is (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
+    See Settles, *Active learning literature survey*, 2009, section 3.1. The network is in evaluation mode; the image is
+    (1, 1, H, W, D), RAS+, of 1 mm, in [0, 1].
     """
     if not (image > FOREGROUND).any():
         return 1.0
@@ -218,8 +214,8 @@ class EpochReport:
 def keep_gains(network: MultiTaskNet, items: Items, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights before a training, with the new rows of the head for the structures that the training brought nearer.
 
-    A structure is taken if its Dice with the corrected labels of all scans rose by :data:`SMALLEST_GAIN`, or if the
-    annotators deleted it and it shrank by that share. The network comes from the training, and has the ``old`` weights
+    Of these the Dice with the corrected labels of all scans rose by :data:`SMALLEST_GAIN`, or the annotators deleted
+    the structure and it shrank by that share. The network comes from the training, and has the ``old`` weights
     afterwards; the items are as :class:`~brainfm_monai.data.loading.HoldSubjectd` holds them.
     """
     new = {key: value.clone() for key, value in network.state_dict().items()}

@@ -28,7 +28,6 @@ from brainfm_monai.tasks import TASKS, TaskLayout
 WITHOUT_REFERENCE = ("segmentation", "super_resolution", "embedding")
 # what an item may have beside its scan: entry of the list and task that it is the reference of
 REFERENCES = {"label": "segmentation", **{name: name for name in TASKS if name not in WITHOUT_REFERENCE}}
-Case = dict[str, Any]
 GRIDS = {"scan": "pred", "network": "segmentation"}  # in which labels are compared, with the entry of the prediction
 HEAD = "head"  # entry of the mask of the head
 MAGNITUDES = [name for name in CONTRASTS if name != "CT"]  # scans without a unit
@@ -37,21 +36,20 @@ FOREGROUND = 0.05  # of the scan's range: above it is head, where no label map s
 
 def make_cases(
     datalist: str | Path, conditions: Conditions, section: str, seed: int = 0, scans_per_subject: int = 0
-) -> list[Case]:
+) -> list[dict[str, Any]]:
     """Scans under every condition, a scan with the same draw under each: real ones, or so many of each subject.
 
     The list of real scans is JSON, ``{section: [{"image": path, "label": path}, ...]}`` with paths relative to its
     folder. An item may have a ``name``, a ``label_protocol`` where its label map does not hold FreeSurfer ids, and,
     beside the label map or in its place, other :data:`REFERENCES` in the same space and in grids of their own: ``CT``
     in HU, ``log_bias_field``, ``distance`` (mm; left pial, left white, right pial, right white), ``mni`` (mm), ``age``.
-    Generated scans, of a list of ``brainfm-monai data list``, have different heads and looks and the names
-    ``<subject>_<number>``, from which, with ``seed``, their seeds follow.
+    Generated scans, of a list of ``brainfm-monai data list``, differ in head and look. Seeds follow from the names.
 
     Returns the items, once for every condition, with ``scan``, ``condition``, ``settings``, ``seed`` and ``name``. A
     missing list or file is a FileNotFoundError; a wrong list, two cases of one name, or a condition that real scans
     cannot have are a ValueError.
     """
-    found, cases = "no such file: pass --datalist FILE", list[Case]()
+    found, cases = "no such file: pass --datalist FILE", list[dict[str, Any]]()
     refuse_if(not Path(datalist).is_file(), f"{datalist}: a datalist (JSON) is needed", found, FileNotFoundError)
     if not scans_per_subject:
         check_for_real_scans(conditions)
@@ -61,7 +59,11 @@ def make_cases(
             refuse_if(not {"generation_labels", "segmentation"}.issubset(item), rule, sorted(item))
             scans = [f"{item['subject']}_{number:02}" for number in range(1, scans_per_subject + 1)]
         else:
-            _check_pair(item, datalist)
+            references = item.keys() & REFERENCES
+            rule = f"{datalist}: every item needs 'image' and 'label' or another reference"
+            refuse_if("image" not in item or not references, rule, sorted(item))
+            for path in [item[key] for key in ("image", *sorted(references - {"age"}))]:
+                refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
             scans = [str(item.get("name") or scan_stem(item["image"]))]
         for scan, (condition, settings) in product(scans, conditions.items()):
             case = {"scan": scan, "seed": seed + zlib.crc32(scan.encode()), "settings": dict(settings)}
@@ -70,14 +72,6 @@ def make_cases(
     rule = f"{datalist}: items whose names, with those of the conditions, differ are needed"
     refuse_if(repeated or not cases, rule, f"twice: {repeated}" if repeated else "none")
     return cases
-
-
-def _check_pair(item: Case, datalist: str | Path) -> None:
-    references = item.keys() & REFERENCES
-    rule = f"{datalist}: every item needs 'image' and 'label' or another reference"
-    refuse_if("image" not in item or not references, rule, sorted(item))
-    for path in [item[key] for key in ("image", *sorted(references - {"age"}))]:
-        refuse_if(not Path(path).is_file(), f"{path}: named in {datalist}", "no such file", FileNotFoundError)
 
 
 class LoadReferences(Transform):
@@ -91,8 +85,8 @@ class LoadReferences(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the paths."""
         d = dict(data)
-        for key, task in [(key, task) for key, task in REFERENCES.items() if key in d]:
-            value = d.pop(key)
+        for key in [key for key in REFERENCES if key in d]:
+            task, value = REFERENCES[key], d.pop(key)
             if task in MAGNITUDES:
                 grid: MetaTensor = d["image"]
                 values, own = read_scan(Path(value))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
@@ -16,6 +17,7 @@ from torch import Tensor
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.functional.intensity import normalise_percentiles
 from brainfm_monai.io import find_repeated, read_table, refuse_if
+from brainfm_monai.outputs import resample
 from brainfm_monai.synthesis import SUBJECT_KEYS, SynthesisParams, SynthesisRanges, Synthesizer, parse_ranges, render
 from brainfm_monai.synthesis.acquisition import acquire
 from brainfm_monai.synthesis.ranges import CONTRASTS, INTENSITY_TOP
@@ -44,10 +46,9 @@ Conditions = Mapping[str, Settings]  # what is done to every scan, by name
 
 
 def parse_conditions(table: Conditions) -> dict[str, dict[str, Any]]:
-    """Read the conditions of a bundle config: settings for each name, in its order.
+    """Read the conditions of a bundle config, settings by name; a wrong name, setting, value or none is a ValueError.
 
-    A setting ``{"sweep": [v1, v2, ...]}`` means one condition for each value, ``<name>-<value>``. No condition, a wrong
-    name, setting or value, or two swept settings of a condition are a ValueError.
+    One setting of a condition may be ``{"sweep": [v1, v2, ...]}``: a condition for each value, ``<name>-<value>``.
     """
     conditions: list[tuple[str, dict[str, Any]]] = []
     for name, settings in table.items():
@@ -158,17 +159,15 @@ class DegradeScan(Transform):
         scan = normalise_percentiles(scan * nonzero if settings.get("keep_zeros", True) else scan)[0]
         d["image"] = MetaTensor(scan).copy_meta_from(image)
         if "bias_log_std" in settings:
-            own = d.get(f"{TARGET}log_bias_field", 0)
-            d[f"{TARGET}log_bias_field"] = MetaTensor(field[0] + own, affine=image.affine)
+            key, grid = f"{TARGET}log_bias_field", (image.shape[1:], np.asarray(image.affine))
+            own = resample(d[key], *grid).as_tensor() if key in d else 0
+            d[key] = MetaTensor(field[0] + own, affine=image.affine)
         return d
 
 
 @dataclass(eq=False)
 class GenerateScan(Transform):
-    """Turn a prepared subject into a generated scan under a condition, and its truth.
-
-    Volumes of noise differ between kinds of devices, all other numbers do not.
-    """
+    """Turn a prepared subject into a generated scan under a condition, and its truth; noise depends on the device."""
 
     ranges: SynthesisRanges  # laws of what the conditions do not set
     layout: TaskLayout  # tasks whose truth is wanted

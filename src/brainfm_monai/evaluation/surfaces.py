@@ -1,6 +1,7 @@
 """The surfaces of a case against those of its reference: what its distances or its labels give."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,9 +55,8 @@ def compare_surfaces(pred: Mesh, reference: Mesh, cortex: np.ndarray | None = No
 def compare_thickness(pred: Hemisphere, reference: Hemisphere) -> dict[str, float]:
     """Error of the thickness at the vertices of the reference's white surface, without the medial wall; mm.
 
-    The thickness at the predicted vertex that is nearest to one of the reference is compared; the medial wall is where
-    both surfaces of the reference are less than 0.1 mm apart. The measures, defined in ``metrics/measures.tsv``, begin
-    with ``vertex_thickness``; NaN without a vertex or without variation.
+    The thickness at the nearest predicted vertex is compared; the medial wall is where both surfaces of the reference
+    are less than 0.1 mm apart. See ``metrics/measures.tsv``; NaN without a vertex or without variation.
     """
     nearest, cortex = cKDTree(pred.white_mm).query(reference.white_mm)[1], reference.thickness_mm > MEDIAL_WALL_MM
     predicted, true = pred.thickness_mm[nearest][cortex], reference.thickness_mm[cortex]
@@ -67,6 +67,7 @@ def compare_thickness(pred: Hemisphere, reference: Hemisphere) -> dict[str, floa
     return measures
 
 
+@dataclass(eq=False)
 class MeasureSurfaces(Transform):
     """Compare the surfaces of the predicted distances with those of the reference; after :class:`MeasureMaps`.
 
@@ -74,8 +75,7 @@ class MeasureSurfaces(Transform):
     no rows of surfaces. For ``levels_mm`` see :func:`~brainfm_monai.transforms.find_boundaries`.
     """
 
-    def __init__(self, levels_mm: Sequence[float] = (0.0, 0.0)) -> None:
-        self.levels_mm = tuple(levels_mm)
+    levels_mm: Sequence[float] = (0.0, 0.0)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add rows of the tasks ``surface_white``, ``surface_pial`` and ``surface_thickness``."""

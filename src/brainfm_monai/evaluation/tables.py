@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,8 @@ from scipy.stats import bootstrap, wilcoxon
 from brainfm_monai.io import ABSENT, read_table, refuse_if, write_table
 from brainfm_monai.metrics.scan import MEASURES, MetricRow
 
-KEYS = ["condition", "task", "structure", "side", "metric", "unit"]  # a statistic is taken within them, over the scans
+MEASURE = ["task", "structure", "side", "metric", "unit"]
+KEYS = ["condition", *MEASURE]  # a statistic is taken within them, over the scans
 FAMILY = ["condition", "task", "metric", "unit"]  # the tests of its structures and sides are corrected together
 RESAMPLES = 2000  # DiCiccio and Efron, Bootstrap confidence intervals, Statistical Science 11, 1996
 SMALLEST_BCA = 10  # scans; below, the acceleration rests on too few values, and the plain percentiles are taken
@@ -29,11 +29,8 @@ HEADLINES = [
 
 def write_frame(path: str | Path, table: pd.DataFrame, digits: str = ".6g") -> None:
     """Write a pandas table as a TSV file; an undefined number is ``n/a``, the other ones have these digits."""
-
-    def show(cell: Any) -> Any:
-        return cell if not isinstance(cell, float) else ABSENT if math.isnan(cell) else format(cell, digits)
-
-    write_table(path, list(table.columns), table.map(show).itertuples(index=False))
+    shown = table.map(lambda x: x if not isinstance(x, float) else ABSENT if math.isnan(x) else format(x, digits))
+    write_table(path, list(table.columns), shown.itertuples(index=False))
 
 
 def read_metrics(path: str | Path) -> pd.DataFrame:
@@ -86,17 +83,16 @@ def make_headlines(table: pd.DataFrame) -> pd.DataFrame:
     part = pd.MultiIndex.from_frame(table[["task", "metric", "structure"]])
     merged = part.isin(part[table["side"] == "left"]) & (table["side"] == "both")  # a structure counts by its sides
     rows = pd.DataFrame(HEADLINES)[["task", "metric", "title"]].merge(table[~merged], on=["task", "metric"])
-    rows = rows.assign(structure=rows["title"], side="both")
-    return rows.groupby([*KEYS, "scan"], sort=False)["value"].mean().dropna().reset_index()
+    groups = rows.assign(structure=rows["title"], side="both").groupby([*KEYS, "scan"], sort=False)
+    return groups["value"].mean().dropna().reset_index()
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Compare two tables of :class:`MetricRow` pair by pair; they have the same rows, each once, else a ValueError.
 
-    Returns one row for each condition, task, structure, side and metric: the keys, ``n`` (scans that have a value in
-    both), ``mean_first``, ``mean_second``, ``difference`` (mean of second - first), ``low`` and ``high`` of it, ``p``
-    of the two-sided Wilcoxon signed-rank test without zeros, 1 where there is nothing else, and ``p_holm``, corrected
-    over the structures and sides of a metric.
+    One row for each condition, task, structure, side and metric has ``n`` (scans with a value in both), both means,
+    ``difference`` (mean of second - first), ``low`` and ``high`` of it, ``p`` of the two-sided Wilcoxon signed-rank
+    test without zeros, 1 where there is nothing else, and ``p_holm``, corrected over structures and sides of a metric.
     """
     keys = ["scan", *KEYS]
     merged = first.merge(second, on=keys, how="outer", sort=False, suffixes=("_first", "_second"), indicator=True)
@@ -115,8 +111,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, seed: int = 0, resamples:
         means = [one.mean() if len(one) else np.nan for one in (left, right, difference)]
         p = wilcoxon(difference[difference != 0]).pvalue if difference.any() else 1.0 if len(left) else np.nan
         rows.append((*key, len(left), *means, *bootstrap_interval(difference, seed, resamples), p))
-    columns = [*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p"]
-    result = pd.DataFrame(rows, columns=columns)
+    result = pd.DataFrame(rows, columns=[*KEYS, "n", "mean_first", "mean_second", "difference", "low", "high", "p"])
     return result.assign(p_holm=result.groupby(FAMILY, sort=False)["p"].transform(adjust_holm))
 
 

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.tsv"
 CASES_FOLDER = "cases"  # one JSON file for each case
-MEASURE = ["task", "structure", "side", "metric", "unit"]
 WORST = 8  # scans that are shown
 
 Case = Mapping[str, Any]
@@ -35,9 +34,8 @@ class EvaluationWriter:
     """Writes the measures of every case, and knows which are measured; in the end the tables and the page of all.
 
     ``cases/<case>.json`` has the measures of a case and a hash of what they depend on: configuration, weights,
-    condition, and files with their times of change. ``files`` writes the files of the prediction for scans as they are;
-    it has the folder and the settings. ``dice_structures`` are the names of the structures of ``dice.tsv``, and
-    ``definition`` is whatever else the page should say about the measures, by name.
+    condition, and files with their times of change. ``files`` has the folder and the settings, and writes the files of
+    scans as they are; ``dice_structures`` name those of ``dice.tsv``; the page shows the ``definition``, too.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class EvaluationWriter:
 
     def write_summary(self, scans: Sequence[Case]) -> Path:
         """Write tables and page of all cases that are measured; the process that ends last has them all."""
-        page = self.output_dir / "evaluation.html"
+        page, conditions, settings = self.output_dir / "evaluation.html", self.conditions, self.files.settings
         with locked(self.output_dir / CASES_FOLDER):
             measured = {scan["name"]: content for scan in scans if (content := self._read_measures(scan))}
             done = [scan for scan in scans if scan["name"] in measured]
@@ -81,39 +79,29 @@ class EvaluationWriter:
                 self._write_dice_tables({name: values for name, values in dice.items() if values})
             rows = [row for content in measured.values() for row in content["rows"]]
             table = pd.DataFrame(rows, columns=list(MetricRow._fields)).astype({"value": float})
-            tables.write_frame(self.output_dir / METRICS_FILE, table)
-            write_text(page, self._compose(table, done, failures))
+            summary, headlines = tables.summarise(table), tables.make_headlines(table)
+            for name, frame in ((METRICS_FILE, table), ("summary.tsv", summary)):
+                tables.write_frame(self.output_dir / name, frame)
+            shown = [headline for headline in tables.HEADLINES if headline["title"] in set(headlines["structure"])]
+            worst = headlines[headlines["structure"] == shown[0]["title"]] if shown else headlines
+            worst = worst.sort_values("value", ascending=bool(shown) and shown[0]["better"] == "higher", kind="stable")
+            first = next((name for name in conditions if not conditions[name]), next(iter(conditions)))  # on top
+            versions = {name: metadata.version(name) for name in ("monai", "torch")}
+            details = {"conditions": conditions, **self.definition, "settings": asdict(settings)}
+            write_text(page, render(
+                "evaluation.html", title="Evaluation", theme="light", done=done, failures=failures, first=first,
+                conditions=conditions, used=settings, shown=shown, settings_table=SETTINGS, worst=worst.head(WORST),
+                definitions=tables.DEFINITIONS, metrics=table["metric"].unique(),
+                versions={"brainfm-monai": brainfm_monai.__version__, **versions, "Python": platform.python_version()},
+                statistics={(row.condition, row.structure): row for row in tables.summarise(headlines).itertuples()},
+                measures=summary[(summary["condition"] == first) & (summary["n"] > 0)].groupby("task", sort=False),
+                pages={path.parent.name for path in self.output_dir.glob("*/*_report.html")},  # of scans as they are
+                details=json.dumps(details, indent=1, default=str),
+            ))  # fmt: skip
         return page
 
-    def _compose(self, table: pd.DataFrame, done: Sequence[Case], failures: Mapping[str, str]) -> str:
-        """Write the statistics of a table, and make the page."""
-        conditions = self.conditions
-        first = next((name for name in conditions if not conditions[name]), next(iter(conditions)))  # shown on top
-        summary, headlines = tables.summarise(table), tables.make_headlines(table)
-        tables.write_frame(self.output_dir / "summary.tsv", summary)
-        shown = [headline for headline in tables.HEADLINES if headline["title"] in set(headlines["structure"])]
-        worst = headlines[:0]
-        if shown:
-            worst = headlines[headlines["structure"] == shown[0]["title"]]
-            worst = worst.sort_values("value", ascending=shown[0]["better"] == "higher", kind="stable").head(WORST)
-        versions = {name: metadata.version(name) for name in ("monai", "torch")}
-        details = {"conditions": conditions, **self.definition, "settings": asdict(self.files.settings)}
-        return render(
-            "evaluation.html", title="Evaluation", theme="light", done=done, failures=failures, conditions=conditions,
-            first=first, used=self.files.settings, shown=shown, settings_table=SETTINGS, worst=worst,
-            definitions=tables.DEFINITIONS, metrics=table["metric"].unique(),
-            versions={"brainfm-monai": brainfm_monai.__version__, **versions, "Python": platform.python_version()},
-            statistics={(row.condition, row.structure): row for row in tables.summarise(headlines).itertuples()},
-            measures=summary[(summary["condition"] == first) & (summary["n"] > 0)].groupby("task", sort=False),
-            pages={path.parent.name for path in self.output_dir.glob("*/*_report.html")},  # of scans as they are
-            details=json.dumps(details, indent=1, default=str),
-        )  # fmt: skip
-
     def _write_dice_tables(self, dice: Mapping[str, Any]) -> None:
-        """Write ``dice.tsv``, one row for each scan and structure, and ``dice_summary.tsv``, means over the scans.
-
-        The Dice of a scan is (S, 3): structures by left, right, both; NaN where one is absent or has no sides.
-        """
+        """Write ``dice.tsv``, of the Dice of each scan, (S, 3), and ``dice_summary.tsv``, means over the scans."""
         scans = {scan: pd.DataFrame(values, index=self.dice_structures, columns=SIDES) for scan, values in dice.items()}
         table = pd.concat(scans, names=["scan", "structure"])
         tables.write_frame(self.output_dir / "dice.tsv", table.reset_index(), ".4f")
@@ -163,7 +151,7 @@ def compare_evaluations(first: str | Path, second: str | Path, output: str | Pat
         refuse_if(not path.is_file(), rule, "no such file", FileNotFoundError)
     left, right = map(tables.read_metrics, files)
     # two networks may predict different tasks: the measures that both have are compared
-    measures = left[MEASURE].drop_duplicates().merge(right[MEASURE].drop_duplicates())
+    measures = left[tables.MEASURE].drop_duplicates().merge(right[tables.MEASURE].drop_duplicates())
     refuse_if(measures.empty, "compare: a measure that both evaluations have is needed", "none")
     path = Path(second if output is None else output, "comparison.tsv")
     tables.write_frame(path, tables.compare(left.merge(measures), right.merge(measures)))

@@ -24,13 +24,9 @@ def compute_bias_error(pred: Tensor, true: Tensor, mask: Tensor) -> Tensor:
     Of the predicted and the true factor o and t, (B, 1, H, W, D), it is ||w o - t|| / ||t||, w = <o, t> / <o, o> (Chua
     et al., Journal of Magnetic Resonance Imaging 29, 2009; w: BrainFM, arXiv 2509.00549), (B,), NaN for an empty mask.
     """
-
-    def mean(values: Tensor) -> Tensor:
-        return compute_mean_inside(values, mask.bool())[..., None, None, None]
-
-    pred, true = (field.float() / mean(field.float()) for field in (pred, true))
-    gain = mean(pred * true) / mean(pred * pred)
-    return (mean((gain * pred - true).square()) / mean(true.square())).sqrt().flatten()
+    o, t = (torch.where(mask.bool(), field.double(), 0.0).flatten(1) for field in (pred, true))
+    gain = (o * t).sum(1, keepdim=True) / o.square().sum(1, keepdim=True)
+    return ((gain * o - t).norm(dim=1) / t.norm(dim=1)).float()
 
 
 def compute_distance_mae(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:

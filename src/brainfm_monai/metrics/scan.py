@@ -1,6 +1,6 @@
 """All measures of one scan: what was predicted against what is true, as rows of the tidy table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -54,17 +54,15 @@ class Scene:
 
     def is_evaluated(self, ids: Tensor) -> Tensor:
         """Where FreeSurfer ids are those of the structures."""
-        evaluated = sorted({i for s in self.structures for i in s.ids})
-        return torch.isin(ids.long(), torch.tensor(evaluated, device=ids.device))
+        return torch.isin(ids.long(), torch.tensor([i for s in self.structures for i in s.ids], device=ids.device))
 
 
 def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene: Scene) -> list[MetricRow]:
     """Measure every task that is in both dictionaries, as ``measures.tsv`` defines it.
 
-    Maps, (C, H, W, D), have the unit of the files: FreeSurfer ids for ``segmentation``, a factor for
-    ``log_bias_field``, probabilities for ``lesion``, one number of years for ``age``. Targets may have ``visible``, the
-    field of view, and ``valid_<task>``, where a target is known. What is undefined is NaN, or has no row. A task
-    without a measure, or shapes that differ, are a ScanError.
+    Maps, (C, H, W, D), have the unit of the files, ``segmentation`` FreeSurfer ids and ``age`` one number. Targets may
+    have ``visible``, the field of view, and ``valid_<task>``, where a target is known. What is undefined is NaN, or has
+    no row. A task without a measure, or shapes that differ, are a ScanError.
     """
     ids, head = target.get("segmentation"), scene.mask
     if head is None:
@@ -74,20 +72,48 @@ def measure_scan(pred: Mapping[str, Tensor], target: Mapping[str, Tensor], scene
     scene = replace(scene, mask=head, labels=scene.labels if ids is None else ids, ids=ids)
     rows: list[MetricRow] = []
     for name in [name for name in pred if name in target]:
-        kind, shapes = TASKS[name].kind, (tuple(pred[name].shape), tuple(target[name].shape))
-        rule = f"{scene.scan}: there are measures for {sorted(BY_KIND)}"
-        refuse_if(kind not in BY_KIND, rule, f"task {name!r} of kind {kind!r}", ScanError)
         rule = f"{scene.scan}: {name} must have one shape in prediction and reference"
-        refuse_if(shapes[0] != shapes[1], rule, "{} and {}".format(*shapes), ScanError)
+        found = f"{tuple(pred[name].shape)} and {tuple(target[name].shape)}"
+        refuse_if(pred[name].shape != target[name].shape, rule, found, ScanError)
         valid = head & target[f"valid_{name}"].bool() if f"valid_{name}" in target else head
-        measure = _measure_ct if name == "CT" else BY_KIND[kind]
-        values = measure(pred[name][None], target[name][None], valid[None], scene)
+        values = _measure(name, pred[name][None], target[name][None], valid[None], scene)
         rows += make_rows(scene.scan, scene.condition, name, values)
     return rows
 
 
+def _measure(name: str, pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
+    """Measures of one task, whose target is known in the mask."""
+    match TASKS[name].kind:
+        case "labels":
+            return _measure_labels(pred, target, scene)
+        case "image" if name == "CT":
+            low, high = BRAIN_WINDOW_HU
+            error = (pred.float() - target)[mask].abs().mean()
+            pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
+            return _name({"mae": error} | compute_image_metrics(pred, target, mask))
+        case "image":
+            return _measure_image(pred, target, mask, scene)
+        case "log_field":
+            return _name({"normalised_l2": fields.compute_bias_error(pred, target, mask)})
+        case "distance":
+            errors = fields.compute_distance_mae(pred, target, mask)[0].tolist()
+            channels = [("pial", "left"), ("white", "left"), ("pial", "right"), ("white", "right")]  # lp, lw, rp, rw
+            return {(*channel, "distance_error"): error for channel, error in zip(channels, errors, strict=True)}
+        case "coordinates":
+            assert scene.mask is not None
+            brain = scene.mask if scene.ids is None else scene.mask & scene.is_evaluated(scene.ids)
+            return _name(fields.compute_mni_error(pred, target, brain[None]), "brain")
+        case "mask":
+            return _name(segmentation.compute_lesion_metrics(pred, target, mask), "lesion")
+        case "scalar":
+            error = pred.float().mean() - target.float().mean()
+            return _name({"error": error, "absolute_error": error.abs()})
+    found = f"task {name!r} of kind {TASKS[name].kind!r}"
+    raise ScanError(f"{scene.scan}: there are measures for the tasks of measures.tsv, found {found}")
+
+
 def measure_entropy(labels: Tensor, entropy: Tensor, scene: Scene) -> list[MetricRow]:
-    """Rows of the mean entropy of each structure, of a prediction (FreeSurfer ids) on the grid of the scene."""
+    """Rows of the mean entropy of each structure, of a prediction (FreeSurfer ids), both (1, H, W, D)."""
     index = segmentation.index_structures(labels[0], scene.structures, scene.affine)
     total, count = (segmentation.sum_parts(index, scene.structures, x) for x in (entropy.flatten().double(), None))
     return make_rows(scene.scan, scene.condition, "segmentation", _name_parts({"entropy": total / count}, scene))
@@ -109,7 +135,7 @@ def _name(values: Mapping[str, Tensor], structure: str = ABSENT) -> Values:
     return {(structure, ABSENT, metric): float(x) for metric, x in values.items()}
 
 
-def _measure_labels(pred: Tensor, target: Tensor, _: Tensor, scene: Scene) -> Values:
+def _measure_labels(pred: Tensor, target: Tensor, scene: Scene) -> Values:
     """Measures of the structures, and mean Dice: of left and right parts, and of both sides as one."""
     measures = segmentation.compute_structure_measures(pred[0], target[0], scene.structures, scene.affine, 95.0)
     measures["hd95"] = measures.pop("hausdorff")
@@ -135,38 +161,3 @@ def _measure_image(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> 
         in_brain = compute_image_metrics(*normalise_to_target(image, target, brain), brain)
         measures |= _name({f"{metric}_brain{name}": in_brain[metric] for metric in ("psnr", "ssim")})
     return measures
-
-
-def _measure_ct(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
-    low, high = BRAIN_WINDOW_HU
-    error = (pred.float() - target)[mask].abs().mean()
-    pred, target = ((one.float().clamp(low, high) - low) / (high - low) for one in (pred, target))
-    return _name({"mae": error} | compute_image_metrics(pred, target, mask))
-
-
-def _measure_distance(pred: Tensor, target: Tensor, mask: Tensor, _: Scene) -> Values:
-    error = fields.compute_distance_mae(pred, target, mask)[0].tolist()
-    channels = [(surface, side) for side in ("left", "right") for surface in ("pial", "white")]  # lp, lw, rp, rw
-    return {(*channel, "distance_error"): x for channel, x in zip(channels, error, strict=True)}
-
-
-def _measure_coordinates(pred: Tensor, target: Tensor, mask: Tensor, scene: Scene) -> Values:
-    assert scene.mask is not None
-    brain = (scene.mask if scene.ids is None else scene.mask & scene.is_evaluated(scene.ids))[None]
-    return _name(fields.compute_mni_error(pred, target, brain), "brain")
-
-
-def _measure_number(pred: Tensor, target: Tensor, _: Tensor, __: Scene) -> Values:
-    error = pred.float().mean() - target.float().mean()
-    return _name({"error": error, "absolute_error": error.abs()})
-
-
-BY_KIND: dict[str, Callable[[Tensor, Tensor, Tensor, Scene], Values]] = {
-    "labels": _measure_labels,
-    "image": _measure_image,
-    "log_field": lambda pred, target, mask, _: _name({"normalised_l2": fields.compute_bias_error(pred, target, mask)}),
-    "distance": _measure_distance,
-    "coordinates": _measure_coordinates,
-    "mask": lambda pred, target, mask, _: _name(segmentation.compute_lesion_metrics(pred, target, mask), "lesion"),
-    "scalar": _measure_number,
-}

@@ -18,6 +18,7 @@ ML_PER_MM3 = 1e-3
 LESION_THRESHOLD = 0.5  # probability above which a voxel counts as lesion
 
 Ids = Sequence[int | Sequence[int]]  # FreeSurfer ids, and [first, last] ranges of them
+Structures = Sequence["EvaluatedStructure"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,6 @@ class EvaluatedStructure:
     def ids(self) -> frozenset[int]:
         """All ids of the structure."""
         return self.left | self.right | self.unsided | self.middle
-
-
-Structures = Sequence[EvaluatedStructure]
 
 
 def parse_structures(table: Mapping[str, Mapping[str, Ids]]) -> tuple[EvaluatedStructure, ...]:
@@ -104,14 +102,13 @@ def sum_parts(index: Tensor, structures: Structures, weights: Tensor | None = No
 def compute_structure_measures(
     prediction: Tensor, reference: Tensor, structures: Structures, affine: Tensor, percentile: float | None = None
 ) -> dict[str, Tensor]:
-    """Dice, volumes and distance of the left, the right and both parts of each structure, shape (S, 3).
+    """Dice, volumes and distance of the left, the right and both parts of each structure, (S, 3); NaN for no sides.
 
     Prediction and reference are FreeSurfer ids of one shape (1, H, W, D), else a ValueError; the affine from voxel
     indices to RAS mm has no shear. ``dice`` and ``volume_error``, (prediction - reference) / reference, are NaN where
     the reference lacks the part; ``volume`` and ``reference_volume`` are in mL; with a percentile there is
-    ``hausdorff`` in mm, NaN where one of both lacks the part: of the distances from one surface to the other, and of
-    those back, the percentile is taken, and the larger counts (Taha and Hanbury, BMC Medical Imaging 15, 2015). The
-    sides of a structure that has none are NaN.
+    ``hausdorff`` in mm, NaN where one of both lacks the part: the percentile of the distances from one surface to the
+    other or back, whichever is larger (Taha and Hanbury, BMC Medical Imaging 15, 2015).
     """
     shapes = tuple(prediction.shape), tuple(reference.shape)
     rule = "structures: prediction and reference must share one shape (1, H, W, D)"
