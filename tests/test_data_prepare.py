@@ -226,12 +226,22 @@ def test_a_table_translates_ids_of_ones_own(tmp_path: Path) -> None:
     for key in ("generation_labels", "segmentation", "distance"):
         found, expected = (load(folder / f"{key}.nii.gz").get_fdata() for folder in folders)
         np.testing.assert_array_equal(found, expected)
+    (tmp_path / "few.tsv").write_text("\n".join(table[:4]), encoding="utf-8")
+    with pytest.raises(PreparationError, match=r"own\.nii\.gz: every id must be in the table of ids, found unknown"):
+        prepare_subjects("labels", source, tmp_path / "other", size=SIZE, ids=tmp_path / "few.tsv")
+    for rows, found in (
+        ("1\telbow", "invalid literal"),
+        ("1\t2\n1\t3", r"each id must stand once, found twice: \[1\]"),
+    ):
+        (tmp_path / "bad.tsv").write_text(f"id\tfreesurfer_id\n{rows}", encoding="utf-8")
+        with pytest.raises(PreparationError, match=rf"bad\.tsv: .*{found}"):
+            prepare_subjects("labels", source, tmp_path / "other", size=SIZE, ids=tmp_path / "bad.tsv")
     with pytest.raises(PreparationError, match=r"own\.nii\.gz: every id must be in protocol"):
         prepare_subjects("labels", source, tmp_path / "other", size=SIZE)
 
 
 def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The label map has ids of its own, named in words; the scan is stored with other axes."""
+    """The label map has ids of its own; the scan is stored with other axes."""
     made: list[int] = []
 
     def count(ids: np.ndarray, affine: np.ndarray, factor: int, initial: object) -> tuple[np.ndarray, np.ndarray]:
@@ -240,19 +250,17 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
 
     monkeypatch.setattr(freesurfer, "compute_mni_coordinates", count)
     ids = make_head()
-    names: dict[int, int | str] = {2: "left cerebral white matter", 3: "Left-Cerebral-Cortex", 41: "41", 511: "skin"}
-    names |= {i: i for i in (4, 8, 24, 42)}
-    words: dict[int, int | str] = {}
+    table: dict[int, int] = {}
     own = np.zeros_like(ids)
-    for number, (i, name) in enumerate(names.items(), start=1):
-        own[ids == i], words[number] = number, name
+    for number, i in enumerate((2, 3, 41, 511, 4, 8, 24, 42), start=1):
+        own[ids == i], table[number] = number, i
     label = save_head(tmp_path / "sub-01.nii.gz", own)
     t2w = np.select([ids == i for i in (2, 41, 3, 42, 4, 24, 8)], [60, 62, 85, 87, 200, 190, 80], 30).astype(np.float32)
     image = tmp_path / "scan.nii"
     nib.save(
         nib.Nifti1Image(t2w[:, ::-1], np.array([[1, 0, 0, -23], [0, -1, 0, 27], [0, 0, 1, -17], [0, 0, 0, 1.0]])), image
     )
-    entry = prepare_label(image, label, tmp_path / "out", ids=words, size=SIZE)
+    entry = prepare_label(image, label, tmp_path / "out", ids=table, size=SIZE)
     assert (entry["protocol"], entry["generation_protocol"]) == ("synthseg_head", "synthseg_generation")
     assert "T2w" in entry, "its contrast is recognised"
     assert entry["simulated"] == ["T1w", "FLAIR", "CT"]
@@ -261,17 +269,15 @@ def test_a_corrected_scan_and_its_label_map_become_one_subject(tmp_path: Path, m
     scan = subject["T2w"][0].numpy()
     assert scan[found == 4].min() > scan[found == 3].max() > scan[found == 2].max()
     assert (found == 4).sum() == (ids == 4).sum()
-    assert prepare_label(image, label, tmp_path / "out", ids=words, size=SIZE) == entry
+    assert prepare_label(image, label, tmp_path / "out", ids=table, size=SIZE) == entry
     assert len(made) == 1, "the same content is prepared once"
     own[ids == 4] = 0
     save_head(tmp_path / "sub-01.nii.gz", own)
-    assert prepare_label(image, label, tmp_path / "out", ids=words, size=SIZE)["subject"] != entry["subject"]
+    assert prepare_label(image, label, tmp_path / "out", ids=table, size=SIZE)["subject"] != entry["subject"]
     assert len(made) == 2
-    with pytest.raises(ValueError, match="ids: whole numbers or names of structures are needed, found elbow"):
-        prepare_label(image, label, tmp_path / "out", ids=words | {9: "elbow"}, size=SIZE)
     nib.save(nib.Nifti1Image(own, np.eye(4)), tmp_path / "far.nii.gz")  # off by half a head
     with pytest.raises(ValueError, match=r"scan\.nii: a scan on whose head the labels of far\.nii\.gz lie is needed"):
-        prepare_label(image, tmp_path / "far.nii.gz", tmp_path / "out", ids=words, size=SIZE)
+        prepare_label(image, tmp_path / "far.nii.gz", tmp_path / "out", ids=table, size=SIZE)
 
 
 @pytest.mark.parametrize(

@@ -71,16 +71,15 @@ def make_volumes(
     Args:
         files: by role: ``labels`` and their table ``ids``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``;
             ``talairach`` and :data:`SURFACES`.
-        settings: ``spatial_size`` of the box in voxels; ``ids``, see :func:`read_id_table`; ``contrast`` of an image,
+        settings: ``spatial_size`` of the box in voxels; ``ids``, as in their table; ``contrast`` of an image,
             ``lesion_of``, ``simulated`` contrasts; ``sharpen``, see :func:`sharpen_cortex`.
         protocols: ``protocol`` of the segmentation; ``generation_protocol`` for label maps alone: without it, the
             generation labels follow scan and surfaces, see :func:`make_generation_labels`.
     """
     files, source, protocol = dict(files), str(files["labels"]), Protocol.load(protocols["protocol"])
     painted = Protocol.load(protocols["generation_protocol"]) if "generation_protocol" in protocols else None
-    id_table = files.get("ids") or settings.get("ids")
-    table = labels.read_id_table(id_table, protocols["protocol"]) if id_table else None
-    ids, affine = labels.load_label_map(files["labels"], table)
+    table = labels.read_id_table(files["ids"]) if "ids" in files else settings.get("ids", {})
+    ids, affine = labels.load_label_map(files["labels"], {int(key): value for key, value in table.items()})
     ids = labels.fold_ids(ids)
     for known in (painted, protocol) if painted else ():
         known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it

@@ -60,23 +60,22 @@ def find_label_maps(path: Path) -> list[Source]:
 def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     """Read a label map, turn it to RAS+ and resample it to 1 mm isotropic voxels (nearest neighbour) if it is not.
 
-    An oblique grid stays oblique: its axes are permuted and flipped to the closest to RAS+, and the affine keeps the
-    rest. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds FreeSurfer ids. Returns the
-    ids, shape (H, W, D), int32, and the affine from voxels to RAS mm, shape (4, 4). ScanError if the file has no single
-    volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
+    An oblique grid stays oblique. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds
+    FreeSurfer ids. Returns the ids, shape (H, W, D), int32, and the affine from voxels to RAS mm. ScanError if the file
+    has no single volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
     """
     volume = read_labels(path)
     rule = f"{path}: a label map that states which side is left is needed"
     refuse_if(not volume.is_oriented, rule, "no orientation in its header", ScanError)
     for warning in volume.warnings:
         logger.warning("%s: %s", path, warning)
-    values = volume.values
-    if table is not None:
+    values, sizes = volume.values, voxel_sizes(volume.affine)
+    if table:
         present, inverse = np.unique(values, return_inverse=True)
-        if unknown := [int(i) for i in present if int(i) not in table and i]:
-            raise ValueError(f"{path}: every id must be in the table of ids, found unknown ids {unknown[:10]}")
-        values = np.array([table.get(int(i), 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
-    if (sizes := voxel_sizes(volume.affine)).max() > COARSE_MM:
+        unknown = [int(i) for i in present if i not in table and i]
+        refuse_if(unknown, f"{path}: every id must be in the table of ids", f"unknown ids {unknown[:10]}")
+        values = np.array([table.get(i, 0) for i in present], dtype=np.int32)[inverse].reshape(values.shape)
+    if sizes.max() > COARSE_MM:
         found = " x ".join(f"{size:.3g}" for size in sizes)
         logger.warning("%s: voxels of about 1 mm are needed, found %s mm: boundaries get their steps", path, found)
     ids: Any = MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(volume.affine))
@@ -87,36 +86,20 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     return ids.as_tensor()[0].round().int().numpy(), ids.affine.numpy().astype(np.float64)
 
 
-def read_id_table(source: str | Path | Mapping[int, int | str], protocol: str = "synthseg_head") -> dict[int, int]:
-    """The FreeSurfer id of each id of a label map.
+def read_id_table(path: Path) -> dict[int, int]:
+    """The FreeSurfer id of each id of a label map, out of a table with the columns ``id`` and ``freesurfer_id``.
 
-    ``source`` is a tab-separated table with the columns ``id`` and ``freesurfer_id`` or ``name``, or the rows as a
-    mapping of ids to ids or names. Names are looked up in ``protocol``, before the shipped ones; case, blanks and
-    hyphens do not matter. FileNotFoundError if there is no such file, ValueError if a column is missing, a value is no
-    whole number or no known name, or an id stands twice.
+    OSError if there is no such file, ValueError if a column is missing, a value is no whole number, or an id stands
+    twice.
     """
-    if isinstance(source, Mapping):
-        pairs, path = list(source.items()), Path("ids")
-    else:
-        path = Path(source)
-        refuse_if(not path.is_file(), f"{path}: a table of ids is needed", "no such file", FileNotFoundError)
-        try:
-            pairs = [(int(row["id"]), row.get("freesurfer_id") or row["name"]) for row in read_table(path)]
-        except (KeyError, ValueError) as error:
-            needed = f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' (or 'name') are needed"
-            raise ValueError(f"{needed}, found {error}") from error
-    if (twice := find_repeated(key for key, _ in pairs)) or not pairs:
-        raise ValueError(f"{path}: each id must stand once, found {f'twice: {twice}' if twice else 'no rows'}")
-
-    def plain(name: int | str) -> str:
-        return "".join(c for c in str(name).lower() if c.isalnum())
-
-    structures = [s for name in (*Protocol.names(), protocol) for s in Protocol.load(name).structures]
-    id_of_name = {plain(s.name): s.freesurfer_id for s in structures if not s.mixture}
-    table = {int(key): id_of_name.get(plain(value), value) for key, value in pairs}
-    if unknown := [str(value) for value in table.values() if not str(value).lstrip("-").isdigit()]:
-        raise ValueError(f"{path}: whole numbers or names of structures are needed, found {', '.join(unknown[:5])}")
-    return {key: int(value) for key, value in table.items()}
+    try:
+        pairs = [(int(row["id"]), int(row["freesurfer_id"])) for row in read_table(path)]
+    except (KeyError, ValueError) as error:
+        needed = f"{path}: whole numbers in the columns 'id' and 'freesurfer_id' are needed"
+        raise ValueError(f"{needed}, found {error}") from error
+    twice = find_repeated(key for key, _ in pairs)
+    refuse_if(twice or not pairs, f"{path}: each id must stand once", f"twice: {twice}" if twice else "no rows")
+    return dict(pairs)
 
 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
@@ -151,11 +134,10 @@ def crop_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[in
     refuse_if(not brain.any(), f"{source}: cerebrum or cerebellum labels are needed to place the box", "none")
     first, last = map(np.array, generate_spatial_bounding_box(brain[None]))
     start = np.floor((first + last - 1) / 2 - (size - 1) / 2).astype(int)
-    end = start + size
-    inside = tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(start, end, strict=True))
-    before, after = np.clip(-start, 0, size), np.clip(end - ids.shape, 0, size)
-    moved = from_matvec(affine[:3, :3], apply_affine(affine, start))
-    return np.pad(ids[inside], list(zip(before, after, strict=True))), moved
+    before, after = np.maximum(-start, 0), np.maximum(start + size - ids.shape, 0)
+    padded = np.pad(ids, list(zip(before, after, strict=True)))
+    box = tuple(slice(a, a + n) for a, n in zip(start + before, size, strict=True))
+    return padded[box].copy(), from_matvec(affine[:3, :3], apply_affine(affine, start))
 
 
 def make_generation_labels(
@@ -163,12 +145,12 @@ def make_generation_labels(
 ) -> tuple[np.ndarray, str]:
     """Labels for the generator, uint8, and their protocol's name, out of FreeSurfer ids (H, W, D) with parcels folded.
 
-    A map that labels the head outside the brain follows ``synthseg_generation``. Any other one follows
-    ``brainfm_generation``. Where a surface passes through a voxel of white matter and cortex, or of cortex and fluid,
-    the label is the code of their mixture: the share goes from 0 to 1 over one millimetre of signed distance, centred
-    on the surface. ``distance`` is in mm to left pial, left white, right pial and right white surfaces, shape
-    (H, W, D, 4); without it no voxel is mixed. ``clusters`` are classes 1 to 5 of the head outside the brain, 0
-    elsewhere. ValueError if an id is not in the protocol.
+    A map that labels the head outside the brain follows ``synthseg_generation``, any other ``brainfm_generation``.
+    There, where a surface passes through a voxel of white matter and cortex, or of cortex and fluid, the label is the
+    code of their mixture: the share goes from 0 to 1 over one millimetre around the surface. ``distance`` is in mm to
+    left pial, left white, right pial and right white surfaces, shape (H, W, D, 4); without it no voxel is mixed.
+    ``clusters`` are classes 1 to 5 of the head outside the brain, 0 elsewhere. ValueError if an id is not in the
+    protocol.
     """
     if (ids >= FIRST_HEAD_ID).any():
         return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL
@@ -194,9 +176,9 @@ def make_generation_labels(
 def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], source: str) -> dict[str, np.ndarray]:
     """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 (L,).
 
-    Magnetic resonance is divided by the top of the tables' scale, which is how the generator joins painted and real
-    images. Partial-volume codes get the weighted means of their parts, and the background is air: 0, or -1000 HU.
-    ValueError, which names the ``source``, if a table does not know an id that the labels hold, or a mixture mixes.
+    Magnetic resonance is divided by the top of the tables' scale, as the generator does with real images. Mixtures get
+    the weighted means of their parts, and the background is air: 0, or -1000 HU. ValueError, which names the
+    ``source``, if a table does not know an id that the labels hold, or a mixture mixes.
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):

@@ -17,7 +17,7 @@ from brainfm_monai.data.bids import find_bids, predict_labels
 from brainfm_monai.data.check import check_subject
 from brainfm_monai.data.datalist import make_entry
 from brainfm_monai.data.freesurfer import find_freesurfer, make_volumes
-from brainfm_monai.data.labels import find_label_maps, read_id_table
+from brainfm_monai.data.labels import find_label_maps
 from brainfm_monai.data.registration import TEMPLATE_NAME
 from brainfm_monai.data.subjects import CONTRASTS, MNI_FACTOR, SIZE, Source
 from brainfm_monai.io import find_repeated, hash_file, refuse_if, scan_stem, write_text, write_whole
@@ -99,7 +99,7 @@ def prepare_subjects(
         protocol: label protocol of the segmentation, a name or a table file; ``synthseg_head`` for label maps,
             ``synthseg_brain`` for the others, if not given.
         generation_protocol: label protocol of what the generator paints on label maps: a name or a table file.
-        ids: table (columns id, and freesurfer_id or name) for label maps with ids of their own.
+        ids: table (columns id and freesurfer_id) for label maps with ids of their own.
         contrasts: images that a training paints on label maps, out of T1w, T2w, FLAIR and CT, separated by commas; a
             finished subject keeps its own where none are asked for.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
@@ -144,7 +144,7 @@ def prepare_label(
     label: str | Path,
     output_dir: str | Path,
     *,
-    ids: str | Path | Mapping[int, int | str] | None = None,
+    ids: Mapping[int, int] | None = None,
     contrast: str = "",
     protocol: str = "synthseg_head",
     size: Sequence[int] | str = SIZE,
@@ -158,15 +158,14 @@ def prepare_label(
         image: the scan.
         label: label map in the same space, in a grid of its own.
         output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
-        ids: FreeSurfer id or name of each id in the label map, see :func:`read_id_table`; None: FreeSurfer ids.
+        ids: FreeSurfer id of each id in the label map; None: it holds FreeSurfer ids.
         contrast: T1w, T2w, FLAIR or CT; without it, that with the most similar order of brightness.
         protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
     """
     files, output_dir = {"labels": Path(label), "image": Path(image)}, Path(output_dir)
-    table = {} if ids is None else read_id_table(ids, protocol)
     settings = make_settings(protocol, size, "annotated")
-    settings |= {"contrast": contrast, "ids": {str(key): value for key, value in table.items()}}
+    settings |= {"contrast": contrast, "ids": {str(key): value for key, value in (ids or {}).items()}}
     content = hashlib.sha256("".join([*map(hash_file, files.values()), repr(settings)]).encode()).hexdigest()
     source = Source(f"{scan_stem(label)}_{content[:12]}", files, {})
     job = Job("annotated", source, settings, {"protocol": protocol})
