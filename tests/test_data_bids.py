@@ -8,7 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.ndimage import gaussian_filter
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import bids, freesurfer
@@ -25,7 +25,7 @@ from brainfm_monai.data.contrasts import (
 from brainfm_monai.data.prepare import PreparationError, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine, resample_to_box
 from brainfm_monai.data.subjects import CONTRASTS, read_record
-from brainfm_monai.io import find_bundle, read_table
+from brainfm_monai.io import read_table
 
 SIZE = (48, 44, 40)
 AFFINE = np.array([[1.0, 0, 0, -24], [0, 1, 0, 10], [0, 0, 1, -31], [0, 0, 0, 1]])
@@ -280,30 +280,6 @@ def test_a_visit_without_labels_is_labelled_by_the_model(tmp_path: Path, monkeyp
         FileNotFoundError, match=r"inference\.json: 1 subjects have no labels and need the bundle's model"
     ):
         prepare_subjects("bids", root, tmp_path / "out", bundle=tmp_path / "none", size=SIZE)
-
-
-def test_predicted_cortex_follows_the_scan_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, truth = tmp_path / "study", make_head()
-    save(root / "sub-01/anat/sub-01_T1w.nii.gz", render("T1w"), AFFINE)
-    predicted = truth.copy()
-    for white, grey in ((2, 3), (41, 42)):  # the cortex takes a layer of the white matter
-        region = np.isin(truth, (white, grey))
-        predicted[(truth == white) & binary_dilation(truth == grey) & region] = grey
-
-    def run(**settings: Any) -> None:
-        save(predicted_file(Path(settings["output_dir"]), "sub-01"), predicted, AFFINE)
-
-    monkeypatch.setattr(bids, "run", run)
-    protocol = Protocol.load("synthseg_brain")
-    wrong = {}
-    for sharpen in (False, True):
-        (folder,) = prepare_subjects(
-            "bids", root, tmp_path / f"out{sharpen}", bundle=find_bundle("bundle"), size=SIZE, sharpen=sharpen
-        )
-        assert read_record(folder).get("sharpen", False) == sharpen
-        ids = protocol.freesurfer_ids[np.asarray(load(folder / "segmentation.nii.gz").dataobj)]
-        wrong[sharpen] = sum(abs(int((ids == i).sum()) - int((truth == i).sum())) for i in (2, 41))
-    assert wrong[True] < wrong[False] / 2
 
 
 def test_a_ct_must_be_in_hounsfield_units() -> None:

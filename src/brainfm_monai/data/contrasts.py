@@ -18,7 +18,7 @@ from skimage.filters import threshold_otsu
 from sklearn.cluster import KMeans
 
 from brainfm_monai.anatomy import Protocol, is_brain
-from brainfm_monai.data.labels import AIR_HU, FLUID_OR_NOTHING, GREY, WHITE, read_means
+from brainfm_monai.data.labels import AIR_HU, WHITE, read_means
 from brainfm_monai.data.registration import RIGID, register_linear, resample_to_box
 from brainfm_monai.data.subjects import CONTRASTS, Image
 from brainfm_monai.io import read_volume, refuse_if
@@ -27,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 UPPER_QUANTILE, CLOSING_VOX = 0.999, 4
 CLUSTERS, CLUSTER_SAMPLES = 5, 50_000
-FLUID, VENTRICLES = 24, (4, 43)  # FreeSurfer ids
-# Of borders of the cortex that a scan moves, chosen by eye on two T1w scans: std of the neighbourhood in which a
-# tissue's mean intensity is taken, std against noise, and voxels by which a border moves at most
-BORDER_MM, BORDER_SMOOTHING_MM, BORDER_STEPS = 10.0, 0.5, 2
 LOWEST_HU = -1024.0  # scanners fill with less outside of their field of view
 MINIMUM_AIR_SHARE = 0.01
 SAME_PLACE_DICE = 0.5
@@ -121,43 +117,6 @@ def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     centres = np.sort(KMeans(CLUSTERS, init=start, n_init=1, random_state=0).fit(sample).cluster_centers_.ravel())
     classes[rest] = 1 + np.searchsorted((centres[1:] + centres[:-1]) / 2, seen)
     return classes
-
-
-def sharpen_cortex(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Move the borders of the cortex to where a T1w scan shows them, by two voxels at most.
-
-    That is where its intensity crosses the middle between white matter and cortex, and between cortex and fluid. The
-    intensities of white matter and cortex are means of what lies within :data:`BORDER_MM`, so that a bias field does
-    not move the borders. FreeSurfer ids and scan, air at 0, have one shape (H, W, D) and voxels of 1 mm. Where the scan
-    does not show the three in this order of brightness, nothing is changed.
-    """
-    sharp, smooth = ids.copy(), ndimage.gaussian_filter(values.astype(np.float32), BORDER_SMOOTHING_MM)
-    white, grey = np.isin(ids, WHITE), np.isin(ids, GREY)
-    fluid = ndimage.binary_erosion(np.isin(ids, VENTRICLES))
-    if not (white.any() and grey.any() and fluid.any()):
-        return sharp
-
-    def mean_near(mask: np.ndarray) -> np.ndarray:
-        parts = (part.astype(np.float32) for part in (mask, mask * smooth))
-        weight, total = (ndimage.gaussian_filter(part, BORDER_MM) for part in parts)
-        return np.asarray(total / np.maximum(weight, 1e-6))
-
-    core_white, core_grey = ndimage.binary_erosion(white, iterations=2), ndimage.binary_erosion(grey)
-    of_white, of_grey, of_fluid = mean_near(core_white), mean_near(core_grey), float(np.median(smooth[fluid]))
-    ordered = (of_white > of_grey) & (of_grey > of_fluid)
-    bright, dark = smooth > (of_white + of_grey) / 2, smooth < (of_grey + of_fluid) / 2
-    for _ in range(BORDER_STEPS):
-        white, grey = np.isin(sharp, WHITE), np.isin(sharp, GREY)
-        outside = np.isin(sharp, FLUID_OR_NOTHING)
-        near_white, near_grey, near_outside = (ndimage.binary_dilation(mask) for mask in (white, grey, outside))
-        to_white = ordered & bright & grey & near_white
-        to_grey = ordered & ~bright & white & near_grey
-        to_fluid = ordered & dark & grey & near_outside & ~near_white
-        for i_grey, i_white in zip(GREY, WHITE, strict=True):
-            sharp[to_white & (sharp == i_grey)] = i_white
-            sharp[to_grey & (sharp == i_white)] = i_grey
-        sharp[to_fluid] = FLUID
-    return sharp
 
 
 def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:

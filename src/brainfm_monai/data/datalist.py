@@ -45,8 +45,8 @@ def write_datalist(
 
     Paths in the list are relative to its folder. A target that a subject does not have is absent from its item. All
     visits of one person are in one section, see :func:`find_persons`. Subjects of different sets that share a name get
-    the name of their set as a prefix. FileNotFoundError if a ``root`` is no folder, ValueError if there is no subject,
-    the segmentations have several protocols, a name is wrong or stands twice, or no subject is left for training.
+    the name of their set as a prefix. FileNotFoundError if a ``root`` is no folder, ValueError if it holds no subject,
+    segmentations have several protocols, a name is wrong or stands twice, or nobody is left for training.
 
     Args:
         root: folder of prepared subjects; several are separated by commas.
@@ -58,31 +58,30 @@ def write_datalist(
         seed: seed of the draws.
     """
     roots = [Path(r) for r in split_names(str(root) if isinstance(root, Path) else root)]
-    where = ", ".join(map(str, roots))
+    where, target = ", ".join(map(str, roots)), roots[0] / output
     entries = _by_name([entry for r in roots for entry in find_subjects(r)])
     check_protocols(entries.values(), where)
     asked = {"validation": (split_names(validation), validation_fraction), "test": (split_names(test), test_fraction)}
-    section_of, target = _draw(find_persons(entries), asked, seed, where), roots[0] / output
+    section_of = _draw(find_persons(entries), asked, seed, where)
     sections: dict[str, list[dict[str, Any]]] = {section: [] for section in SECTIONS}
     first: dict[str, str] = {}  # subject by the content of its segmentation
     for name, entry in sorted(entries.items()):
         earlier = first.setdefault(hash_file(entry["segmentation"]) if "segmentation" in entry else name, name)
-        if section_of.get(earlier, "training") != section_of.get(name, "training"):
+        if section_of[earlier] != section_of[name]:
             logger.warning("%s: %s and %s have the same labels and are in different sections", where, earlier, name)
         paths = {*STORAGE, *(key for key in PROTOCOLS if Path(str(entry.get(key, ""))).is_absolute())} & set(entry)
         relative = {key: Path(os.path.relpath(entry[key], target.parent)).as_posix() for key in paths}
-        sections[section_of.get(name, "training")].append({key: relative.get(key, entry[key]) for key in entry})
+        sections[section_of[name]].append({key: relative.get(key, entry[key]) for key in entry})
     write_text(target, json.dumps(sections, indent=2) + "\n")
     logger.info("%s", count_subjects(entries.values()).to_string(index=False))
     return target
 
 
-def find_subjects(root: str | Path) -> list[dict[str, Any]]:
-    """The entries of all prepared subjects in a folder, with whole paths.
+def find_subjects(root: Path) -> list[dict[str, Any]]:
+    """The items of all prepared subjects in a folder, with whole paths.
 
     FileNotFoundError if ``root`` is no folder, ValueError if it has no subject.
     """
-    root = Path(root)
     refuse_if(not root.is_dir(), f"{root}: a folder of prepared subjects is needed", "no folder", FileNotFoundError)
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
     refuse_if(not folders, f"{root}: prepared subjects (folders with {SIDECAR}) are needed", "none")
@@ -133,17 +132,17 @@ def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol
     ValueError if there are several, or another one than ``protocol``.
     """
     subjects_of: dict[str, list[str]] = {}
-    named = [entry for entry in entries if "protocol" in entry]
-    for entry in named:
-        subjects_of.setdefault(Path(str(entry["protocol"])).name, []).append(str(entry.get("subject", "")))
-    if protocol is not None and len(named) < len(entries):
-        missing = len(entries) - len(named)
-        logger.warning("%s: %d subjects name no protocol; '%s' is taken for theirs", where, missing, protocol)
-    wrong = set(subjects_of) - {Path(protocol).name} if protocol is not None else subjects_of
-    if len(wrong) > (protocol is None):
-        needed = f"protocol '{protocol}'" if protocol is not None else "one protocol"
-        found = "; ".join(f"{name}: {', '.join(subjects_of[name][:5])}" for name in sorted(wrong))
-        raise ValueError(f"{where}: segmentations of {needed} are needed, found {found}")
+    for entry in entries:
+        name = Path(str(entry.get("protocol", ""))).name
+        subjects_of.setdefault(name, []).append(str(entry.get("subject", "")))
+    unnamed = subjects_of.pop("", [])
+    if protocol and unnamed:
+        text = "%s: %d subjects name no protocol; '%s' is taken for theirs"
+        logger.warning(text, where, len(unnamed), protocol)
+    wrong = set(subjects_of) - {Path(protocol or "").name}
+    found = "; ".join(f"{name}: {', '.join(subjects_of[name][:5])}" for name in sorted(wrong))
+    needed = f"protocol '{protocol}'" if protocol else "one protocol"
+    refuse_if(len(wrong) > (not protocol), f"{where}: segmentations of {needed} are needed", found)
 
 
 def count_subjects(entries: Iterable[Mapping[str, Any]]) -> "pd.DataFrame":
@@ -194,36 +193,35 @@ def _strip_visit(name: str) -> str:
 def _draw(
     person_of: Mapping[str, str], asked: Mapping[str, tuple[Sequence[str], float]], seed: int, where: str
 ) -> dict[str, str]:
-    """The section of every subject that is not for training; a person's subjects stay together."""
-    section_of_person: dict[str, str] = {}
-    for section, (names, _) in asked.items():
+    """The section of every subject, by the names and the share asked for each; a person's subjects stay together."""
+    section_of: dict[str, str] = {}  # by person
+    for section, (names, fraction) in asked.items():
         unknown = sorted(set(names) - set(person_of))
         refuse_if(unknown, f"{where}: '{section}' must name prepared subjects", f"no {', '.join(unknown)}")
-        for name in names:
-            other = section_of_person.setdefault(person_of[name], section)
-            refuse_if(other != section, f"{where}: a person is in one section", f"{name} in 'validation' and in 'test'")
-    rest = sorted(set(person_of.values()) - set(section_of_person))
-    persons = len(rest)
-    random.Random(seed).shuffle(rest)
-    for section, (_, fraction) in asked.items():
         refuse_if(not 0 <= fraction < 1, f"write_datalist: '{section}_fraction' must be in [0, 1)", fraction)
-        count = round(fraction * persons)
-        section_of_person |= dict.fromkeys(rest[:count], section)
-        rest = rest[count:]
-    kept = {name: section_of_person[person] for name, person in person_of.items() if person in section_of_person}
+        for name in names:
+            other = section_of.setdefault(person_of[name], section)
+            refuse_if(other != section, f"{where}: a person is in one section", f"{name} in 'validation' and in 'test'")
+    rest = sorted(set(person_of.values()) - set(section_of))
+    random.Random(seed).shuffle(rest)
+    start = 0
+    for section, (_, fraction) in asked.items():
+        end = start + round(fraction * len(rest))
+        section_of |= dict.fromkeys(rest[start:end], section)
+        start = end
+    drawn = {name: section_of.get(person, "training") for name, person in person_of.items()}
     rule = f"{where}: a subject must be left for training"
-    refuse_if(len(kept) == len(person_of), rule, f"all {len(kept)} in 'validation' or 'test'")
-    return kept
+    refuse_if("training" not in drawn.values(), rule, f"all {len(drawn)} in 'validation' or 'test'")
+    return drawn
 
 
 def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The entries by names that differ: those of different sets that share a name are preceded by the set's."""
-    count = Counter(entry["subject"] for entry in entries)
-    named = []
+    count, named = Counter(entry["subject"] for entry in entries), []
     for entry in entries:
-        name, dataset = entry["subject"], entry.get("dataset", "")
-        prefixed = {"person": entry.get("person", name), "subject": f"{dataset}_{name}"}
-        named.append(entry | prefixed if count[name] > 1 else entry)
+        name = entry["subject"]
+        prefixed = {"person": entry.get("person", name), "subject": f"{entry.get('dataset', '')}_{name}"}
+        named.append(entry | (prefixed if count[name] > 1 else {}))
     twice = find_repeated(entry["subject"] for entry in named)
     rule = "datalist: subjects of one set need different names"
     refuse_if(twice, rule, f"twice: {', '.join(twice)}: pass --dataset NAME")

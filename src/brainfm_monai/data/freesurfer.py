@@ -72,7 +72,7 @@ def make_volumes(
         files: by role: ``labels`` and their table ``ids``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``;
             ``talairach`` and :data:`SURFACES`.
         settings: ``spatial_size`` of the box in voxels; ``ids``, as in their table; ``contrast`` of an image,
-            ``lesion_of``, ``simulated`` contrasts; ``sharpen``, see :func:`sharpen_cortex`.
+            ``lesion_of``, ``simulated`` contrasts.
         protocols: ``protocol`` of the segmentation; ``generation_protocol`` for label maps alone: without it, the
             generation labels follow scan and surfaces, see :func:`make_generation_labels`.
     """
@@ -97,8 +97,6 @@ def make_volumes(
             image = files.pop("image")
             files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
         scans = contrasts.gather_scans(files, ids, affine)
-        if settings.get("sharpen") and "T1w" in scans:
-            ids = contrasts.sharpen_cortex(ids, scans["T1w"].values)
         clusters = contrasts.cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
         generation, name = labels.make_generation_labels(ids, distance, clusters)
         facts = {"generation_protocol": name, "distances_from": "labels" if distance is None else "surfaces"}

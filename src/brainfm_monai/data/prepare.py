@@ -79,7 +79,6 @@ def prepare_subjects(
     size: Sequence[int] | str = SIZE,
     dataset: str = "",
     bundle: str | Path = "bundle",
-    sharpen: bool = False,
 ) -> list[Path]:
     """Prepare subjects for training from a folder, as in ``prepare bids STUDY SUBJECTS``; finished ones are skipped.
 
@@ -105,7 +104,6 @@ def prepare_subjects(
         size: box around the brain, in voxels of 1 mm, multiples of 4.
         dataset: name of the set in lists and counts; the folder's name if not given.
         bundle: folder of the bundle, whose model labels what has no labels.
-        sharpen: move the borders of the cortex in the model's labels to where a T1w shows them, by 2 voxels at most.
     """
     refuse_if(kind not in KINDS, f"prepare: one of {', '.join(KINDS)} is needed", f"'{kind}'")
     (find, usual), asked = KINDS[kind], subjects.split_names(contrasts)
@@ -116,8 +114,6 @@ def prepare_subjects(
     sources = [source for item in inputs for source in find(Path(item))]
     unlabelled = [source for source in sources if "labels" not in source.files]
     predict_labels(unlabelled, Path(output) / ".predicted", bundle)
-    for source in unlabelled if sharpen else ():
-        source.facts["sharpen"] = True
     protocols, own = {"protocol": protocol or usual}, {"dataset": dataset} if dataset else {}
     settings = make_settings(protocols["protocol"], size)
     if kind == "labels":
