@@ -94,18 +94,15 @@ def scale_contrast(values: np.ndarray, contrast: str, ids: np.ndarray | None = N
     if len(white):
         span = (float(np.median(white)) - low) / white_matter_level(contrast)
     else:
-        head = find_head(values)
-        span = float(np.quantile(values[head], UPPER_QUANTILE)) - low if head.any() else 0.0
-    if span <= 0:
-        return np.zeros(values.shape, dtype=np.float32)
-    return np.clip((values - low) / span, 0, 1).astype(np.float32)
+        head = values[find_head(values)]
+        span = float(np.quantile(head, UPPER_QUANTILE)) - low if len(head) else 0.0
+    return (np.clip((values - low) / span, 0, 1) if span > 0 else np.zeros_like(values)).astype(np.float32)
 
 
 def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Classes of the head outside the brain by brightness, the darkest first.
+    """Classes of the head outside the brain by brightness, the darkest first, uint8: 1 to 5, and 0 elsewhere.
 
-    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. The classes, uint8, are 0 in the air
-    and in the brain and 1 to 5 elsewhere in the head; all are 0 for a brain-extracted scan.
+    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. A brain-extracted scan has no class.
     """
     rest = find_head(values) & ~brain
     classes = np.zeros(values.shape, dtype=np.uint8)
@@ -159,8 +156,8 @@ def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
 def align_scan(fixed: Image, moving: Image, is_ct: bool = False) -> np.ndarray:
     """Rigid map (4, 4) from points of the fixed scan in RAS mm to those of the moving one, by mutual information.
 
-    It starts where the headers place the scans, unless the heads then hardly overlap, else with the centres of gravity
-    on each other. ``is_ct`` tells that the moving one is in HU. RuntimeError if elastix fails.
+    It starts where the headers place the scans, or, if the heads then hardly overlap, with the centres of gravity on
+    each other. ``is_ct`` tells that the moving one is in HU. RuntimeError if elastix fails.
     """
     values, affine = moving
     if is_ct:
@@ -191,20 +188,20 @@ def carry_lesion(
 ) -> tuple[np.ndarray | None, str]:
     """Bring the mask of lesions, the file of the role ``lesion``, onto the box, from the scan on which it was drawn.
 
-    That is the scan of ``contrast``; if this is empty, the scan whose grid the mask has, or the only one. The scans on
-    the box know how the head moved between them. Returns the mask, uint8, or None and why it is left out.
+    That is the scan of ``contrast``; if this is empty, the scan whose grid the mask has, or the only one. Returns the
+    mask, uint8, or None and why it is left out.
     """
     values, file_affine = read_scan(files["lesion"])
-    corners = _corners(values.shape, file_affine)
+    corners, name = _corners(values.shape, file_affine), files["lesion"].name
     fits = [key for key, scan in scans.items() if cdist(corners, scan.corners).min(axis=1).max() < SAME_GRID_MM]
     drawn_on = contrast or next(iter(fits or (scans if len(scans) == 1 else ())), "")
     if drawn_on not in scans:
-        needed = f"that of {' or '.join(scans)}" if not contrast else f"a scan of {contrast}"
-        return None, f"{files['lesion'].name} is left out: its grid must be {needed}, or its name tell space-<contrast>"
-    scan, drawn = scans[drawn_on], values > 0.5
-    lesion = resample_to_box(drawn.astype(np.float32), file_affine, scan.motion @ affine, scan.values.shape) > 0.5
+        needed = f"a scan of {contrast}" if contrast else f"that of {' or '.join(scans)}"
+        return None, f"{name} is left out: its grid must be {needed}, or its name tell space-<contrast>"
+    scan, drawn = scans[drawn_on], (values > 0.5).astype(np.float32)
+    lesion = resample_to_box(drawn, file_affine, scan.motion @ affine, scan.values.shape) > 0.5
     if drawn.any() and not lesion.any():
-        return None, f"{files['lesion'].name} is left out: no lesion of it lies in the box"
+        return None, f"{name} is left out: no lesion of it lies in the box"
     return lesion.astype(np.uint8), ""
 
 
@@ -218,25 +215,22 @@ def find_removed(
     brain-extracted if nine tenths of a shell around the brain are 0, and as defaced if seven tenths of the place of
     eyes and nose are. ``mni_mm`` are MNI152 coordinates on a grid of blocks of the box, (H / n, W / n, D / n, 3).
     """
-    removed = ~scan.seen
     if mask is not None:
-        return np.asarray(removed | (resample_to_box(*read_scan(mask), scan.motion @ affine, ids.shape) > 0.5))
-    brain = is_brain(ids)
-    empty = scan.values == (AIR_HU if contrast == "CT" else 0)
+        return np.asarray(~scan.seen | (resample_to_box(*read_scan(mask), scan.motion @ affine, ids.shape) > 0.5))
+
+    def find_between(low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
+        inside = ((mni_mm > low) & (mni_mm < high)).all(axis=-1)
+        return np.kron(inside, np.ones(np.floor_divide(ids.shape, inside.shape), dtype=bool))
+
+    brain, empty = is_brain(ids), scan.values == (AIR_HU if contrast == "CT" else 0)
     away = ndimage.distance_transform_edt(~brain, sampling=voxel_sizes(affine))
-    shell = (away > SHELL_MM[0]) & (away < SHELL_MM[1]) & scan.seen
+    shell, face = (away > SHELL_MM[0]) & (away < SHELL_MM[1]) & scan.seen, find_between(*FACE_MNI_MM) & scan.seen
+    removed = np.zeros(ids.shape, dtype=bool)
     if shell.any() and empty[shell].mean() > STRIPPED_SHARE:
-        return np.asarray(removed | (empty & ~brain))
-    face = _within(mni_mm, FACE_MNI_MM, ids.shape) & scan.seen
-    if face.any() and empty[face].mean() > DEFACED_SHARE:
-        removed = removed | (empty & _within(mni_mm, FRONT_MNI_MM, ids.shape) & ~brain)
-    return np.asarray(removed)
-
-
-def _within(mni_mm: np.ndarray, corners: tuple[tuple[int, ...], tuple[int, ...]], shape: tuple[int, ...]) -> np.ndarray:
-    """Voxels of the box whose block lies between two corners in MNI152 space."""
-    inside = ((mni_mm > corners[0]) & (mni_mm < corners[1])).all(axis=-1)
-    return np.kron(inside, np.ones([n // m for n, m in zip(shape, inside.shape, strict=True)], dtype=bool))
+        removed = empty & ~brain
+    elif face.any() and empty[face].mean() > DEFACED_SHARE:
+        removed = empty & ~brain & find_between(*FRONT_MNI_MM)
+    return np.asarray(~scan.seen | removed)
 
 
 def _corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:

@@ -36,39 +36,35 @@ class LoadSubjectd(MapTransform):
         """Replace the paths by MetaTensors of shape (C, H, W, D)."""
         d = dict(data)
         painted = [str(key) for key in self.keys if key not in d and key in d.get("simulated", ())]
-        for key in self.keys:
-            if key in d:
-                d[key] = _load(d[key])
-            elif key not in painted and not self.allow_missing_keys:
-                raise KeyError(f"{d.get('subject')}: the item has no '{key}'")
+        absent = [key for key in self.keys if key not in d and key not in painted]
+        if absent and not self.allow_missing_keys:
+            raise KeyError(f"{d.get('subject')}: the item has no '{absent[0]}'")
+        d |= {key: _load(d[key]) for key in self.keys if key in d}
         if painted:
             labels = d["generation_labels"]
-            if not isinstance(labels, MetaTensor):
-                labels = _load(labels)
+            labels = labels if isinstance(labels, MetaTensor) else _load(labels)
             protocol = Protocol.load(str(d["generation_protocol"]))
             values, affine = labels.as_tensor()[0].numpy(), labels.affine.numpy()
-            for key, image in simulate_contrasts(values, affine, protocol, painted, str(d.get("subject"))).items():
-                d[key] = MetaTensor(torch.from_numpy(image)[None], meta=dict(labels.meta))
+            images = simulate_contrasts(values, affine, protocol, painted, str(d.get("subject")))
+            d |= {key: MetaTensor(torch.from_numpy(images[key])[None], meta=dict(labels.meta)) for key in painted}
         return d
 
 
 def _load(path: str | Path) -> MetaTensor:
     """One volume of an item, in the file's order of memory: a crop copies only itself."""
-    maps = read_maps(path)
-    return MetaTensor(
-        torch.from_numpy(maps.values), affine=torch.from_numpy(maps.affine), meta={"filename_or_obj": str(path)}
-    )
+    maps, meta = read_maps(path), {"filename_or_obj": str(path)}
+    return MetaTensor(torch.from_numpy(maps.values), affine=torch.from_numpy(maps.affine), meta=meta)
 
 
 @dataclass(eq=False)
 class HoldSubjectd(Transform):
     """Load a prepared subject and hold it in memory as a training needs it, in the unit of its files.
 
-    Labels and masks are whole numbers of one byte in voxels of ``label_mm``, distances and images floats in voxels of
-    ``image_mm``, and coordinates in voxels of 4 mm, because they change slowly; all grids cover the box of the subject.
-    What a subject lacks becomes zeros, so that subjects with different targets fit in one batch; ``available_<key>`` is
-    1 or 0, and ``real_<image>`` is 0 for an image that is painted from labels: it is a target and no input. ValueError
-    if a subject has no labels, its box does not divide into such voxels, or a file is not a volume.
+    Labels and masks are whole numbers of one byte, distances and images floats, and coordinates lie on a grid of 4 mm,
+    because they change slowly; all grids cover the box of the subject. What a subject lacks becomes zeros, so that
+    subjects with different targets fit in one batch; ``available_<key>`` is 1 or 0, and ``real_<image>`` is 0 for an
+    image that is painted from labels: it is a target and no input. ValueError if a subject has no labels, its box does
+    not divide into such voxels, or a file is not a volume.
     """
 
     label_mm: float | None = None  # voxel of labels and masks; None: the voxel of the files

@@ -36,22 +36,17 @@ class Source(NamedTuple):
     facts: dict[str, Any]  # what its record says of it: data set, person, ...
 
 
-class Storage(NamedTuple):
-    """How the values of a file are kept: ``value = step * stored + offset``; what does not fit saturates."""
-
-    dtype: type[np.integer]
-    step: float = 1.0  # value of one step, in the unit of the file
-    offset: float = 0.0  # value of the stored 0
-
-
-STORAGE: dict[str, Storage] = {
-    **dict.fromkeys(("generation_labels", "segmentation"), Storage(np.uint8)),
-    "distance": Storage(np.uint8, 0.05, -6.4),  # mm, saturating at -6.4 and 6.35
-    "mni": Storage(np.int16, 0.01),  # mm
+BYTE = (np.uint8, 1.0, 0.0)
+# How the values of a file are kept: type, step and offset of ``value = step * stored + offset``. What does not fit
+# saturates.
+STORAGE: dict[str, tuple[type[np.integer], float, float]] = {
+    **dict.fromkeys(("generation_labels", "segmentation"), BYTE),
+    "distance": (np.uint8, 0.05, -6.4),  # mm, saturating at -6.4 and 6.35
+    "mni": (np.int16, 0.01, 0.0),  # mm
     # 8 bits are what FreeSurfer's conformed scans keep, and a step of 1/255 is below the noise of a scan
-    **dict.fromkeys(("T1w", "T2w", "FLAIR"), Storage(np.uint8, 1 / 255)),
-    "CT": Storage(np.int16),  # HU
-    **dict.fromkeys((*(f"{contrast}_defacing_mask" for contrast in CONTRASTS), "lesion"), Storage(np.uint8)),
+    **dict.fromkeys(("T1w", "T2w", "FLAIR"), (np.uint8, 1 / 255, 0.0)),
+    "CT": (np.int16, 1.0, 0.0),  # HU
+    **dict.fromkeys((*(f"{contrast}_defacing_mask" for contrast in CONTRASTS), "lesion"), BYTE),
 }
 
 
@@ -81,13 +76,10 @@ def subject_file(folder: Path, key: str) -> Path:
 
 
 def write_subject(folder: Path, volumes: Volumes, record: Mapping[str, Any]) -> None:
-    """Write the files of a subject into a folder, which :func:`brainfm_monai.io.write_whole` makes appear whole.
-
-    ``volumes`` are in the file's unit, shape (H, W, D) or (H, W, D, C); ``record`` is what ``subject.json`` says.
-    """
+    """Write volumes, (H, W, D) or (H, W, D, C), in the unit of their files, and the record of what they are made of."""
     folder.mkdir(parents=True, exist_ok=True)
     for key, (values, affine) in volumes.items():
-        (dtype, step, offset), limits = STORAGE[key], np.iinfo(STORAGE[key].dtype)
+        (dtype, step, offset), limits = STORAGE[key], np.iinfo(STORAGE[key][0])
         stored = np.clip(np.rint((values - offset) / step), limits.min, limits.max).astype(dtype)
         image = nib.Nifti1Image(stored, affine, dtype=dtype)
         image.header.set_xyzt_units("mm")
