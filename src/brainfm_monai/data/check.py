@@ -53,20 +53,16 @@ def check_data(source: str | Path, jobs: int = 1) -> None:
         source: datalist, or folder of prepared subjects.
         jobs: subjects that are checked at once; each needs about 2 GB.
     """
-    findings, entries = check_set(source, jobs)
+    findings, entries = check_set(Path(source), jobs)
     logger.info("%s", count_subjects(entries).to_string(index=False))
     if findings:
-        lines = [f"{finding.subject}: {finding.rule}: {finding.found}" for finding in findings]
-        raise SystemExit("\n".join([f"{len(findings)} faults in {len(entries)} subjects:", *lines]))
+        lines = [f"{len(findings)} faults in {len(entries)} subjects:", *(": ".join(finding) for finding in findings)]
+        raise SystemExit("\n".join(lines))
 
 
-def check_set(source: str | Path, jobs: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """Check every subject as :func:`check_data` does; return the faults, and the entries that were checked.
-
-    FileNotFoundError if there is no such list or folder, ValueError if it holds no subject.
-    """
-    path = Path(source)
-    entries = read_datalist(path) if path.is_file() else find_subjects(path)
+def check_set(source: Path, jobs: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """The faults of subjects, and the subjects; FileNotFoundError or ValueError if there are no subjects."""
+    entries = read_datalist(source) if source.is_file() else find_subjects(source)
     refuse_if(not entries, f"{source}: subjects are needed", "none")
     findings: list[Finding] = []
     for entry, outcome in run_parallel(check_subject, entries, jobs):
@@ -89,8 +85,7 @@ class _Subject(dict[str, Volume]):
     def __missing__(self, key: str) -> Volume:
         volume = read_volume(self.entry[key], "all")  # shape (H, W, D, C)
         is_single = volume.values.shape[3] == 1
-        self[key] = replace(volume, values=volume.values[..., 0]) if is_single else volume
-        return self[key]
+        return self.setdefault(key, replace(volume, values=volume.values[..., 0]) if is_single else volume)
 
     @cached_property
     def protocol(self) -> Protocol:

@@ -6,15 +6,14 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from brainfm_monai.data.subjects import SIDECAR, STORAGE, read_record, split_names, subject_file
 from brainfm_monai.io import SCAN_SUFFIXES, find_repeated, hash_file, refuse_if, write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +42,10 @@ def write_datalist(
 ) -> Path:
     """Write the datalist of folders of subjects, and count what the subjects have; return its path.
 
-    Paths in the list are relative to its folder. A target that a subject does not have is absent from its item. All
-    visits of one person are in one section, see :func:`find_persons`. Subjects of different sets that share a name get
-    the name of their set as a prefix. FileNotFoundError if a ``root`` is no folder, ValueError if it holds no subject,
-    segmentations have several protocols, a name is wrong or stands twice, or nobody is left for training.
+    Paths in the list are relative to its folder. All visits of one person are in one section, see
+    :func:`find_persons`. Subjects of different sets that share a name get the name of their set as a prefix.
+    FileNotFoundError if a ``root`` is no folder, ValueError if it holds no subject, segmentations have several
+    protocols, a name is wrong or stands twice, or nobody is left for training.
 
     Args:
         root: folder of prepared subjects; several are separated by commas.
@@ -100,9 +99,9 @@ def make_entry(folder: Path) -> dict[str, Any]:
 def read_datalist(path: str | Path, section: str | None = None, protocol: str | None = None) -> list[dict[str, Any]]:
     """Read the items of a datalist (JSON), in which paths are relative to its folder, with whole paths.
 
-    A value is a path if its key is that of a volume or if it ends like an image file; ``load_decathlon_datalist`` makes
-    a path of every value that exists as a file or folder. Without a ``section``, all of :data:`SECTIONS` are read, and
-    each item names its own. ValueError if it is no such list, or an item has another ``protocol`` (a name or a file).
+    A value is a path if its key is that of a volume or if it ends like an image file. Without a ``section``, all of
+    :data:`SECTIONS` are read, and each item names its own. ValueError if it is no such list, or an item has another
+    ``protocol`` (a name or a file).
     """
     path = Path(path)
     sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"
@@ -145,16 +144,12 @@ def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol
     refuse_if(len(wrong) > (not protocol), f"{where}: segmentations of {needed} are needed", found)
 
 
-def count_subjects(entries: Iterable[Mapping[str, Any]]) -> "pd.DataFrame":
+def count_subjects(entries: Collection[Mapping[str, Any]]) -> pd.DataFrame:
     """How many subjects of each data set have what: columns ``dataset``, ``subjects``, and a volume that any has."""
-    import pandas as pd  # slow to import
-
-    rows = [
-        {key: key in ("subjects", *entry, *entry.get("simulated", ())) for key in ("subjects", *STORAGE)}
-        | {"dataset": str(entry.get("dataset", ""))}
-        for entry in entries
-    ]
-    counts = pd.DataFrame(rows).groupby("dataset").sum()
+    columns = ("subjects", *STORAGE)
+    rows = [[key in ("subjects", *entry, *entry.get("simulated", ())) for key in columns] for entry in entries]
+    datasets = pd.Index([str(entry.get("dataset", "")) for entry in entries], name="dataset")
+    counts = pd.DataFrame(rows, index=datasets, columns=columns).groupby("dataset").sum()
     return counts.loc[:, counts.any()].reset_index()
 
 

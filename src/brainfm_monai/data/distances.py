@@ -7,7 +7,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
-from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from brainfm_monai.io import refuse_if
 
@@ -20,15 +20,16 @@ WHITE_IDS: dict[str, tuple[int, ...]] = {
 }
 PIAL_IDS: dict[str, tuple[int, ...]] = {"left": (*WHITE_IDS["left"], 3), "right": (*WHITE_IDS["right"], 42)}
 LIMIT_MM = 7.0  # beyond the 6.4 mm at which stored distances saturate
+EDGE_MM = 2.0  # of triangles: a point within the limit of one is near one of its corners
 CENTRE_TOLERANCE_MM = 0.5
 
 
 def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
-    """Signed Euclidean distance to the boundary of a region, in mm, float32, negative inside.
+    """Signed Euclidean distance to the boundary of a region (H, W, D), bool, in mm, float32, negative inside.
 
     The transform measures from voxel centre to voxel centre across the boundary, and the boundary lies between them:
-    half a voxel is taken off on both sides. The region has shape (H, W, D), bool, and isotropic voxels of
-    ``spacing_mm``; the distance is +inf everywhere for an empty region, -inf for a full one.
+    half a voxel, isotropic, of ``spacing_mm``, is taken off on both sides. It is +inf everywhere for an empty region,
+    -inf for a full one.
     """
     import edt  # of the extra "prepare": a training on prepared subjects does without it, as in the zip for a model zoo
 
@@ -40,10 +41,7 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
 
 
 def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
-    """Distances in mm, negative inside, to the boundaries of the cerebral cortex in a map of FreeSurfer ids (H, W, D).
-
-    Voxels are isotropic; the result is (H, W, D, 4): left pial, left white, right pial, right white.
-    """
+    """Distances in mm, (H, W, D, 4), to left pial, left white, right pial and right white in a map of FreeSurfer ids."""
     regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
     return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
 
@@ -74,32 +72,16 @@ def compute_surface_distance(
 ) -> np.ndarray:
     """Signed distance in mm of voxel centres to a closed triangle surface, shape (H, W, D), float32, negative inside.
 
-    The distance is that to the triangles themselves; the sign is that of the winding number, which small holes and
-    crossings do not upset. Voxels further away than 7 mm get that distance. Vertices are in mm, shape (V, 3),
-    triangles, all turned the same way, (T, 3); the affine takes voxels of about 1 mm to these mm.
+    The distance is that to the triangles, whose edges have at most 2 mm, up to 7 mm; the sign is that of the winding
+    number, which small holes and crossings do not upset. Vertices are in mm, shape (V, 3), triangles, all turned the
+    same way, (T, 3); the affine takes voxels to these mm.
     """
     import igl  # a training on prepared subjects does without it, as on the machine of the GPU kit
 
-    # voxels that may lie within the limit of a surface with edges of at most 2 mm; surfaces may leave the box
-    margin = int(np.ceil(LIMIT_MM)) + 2
-    voxels = np.rint(apply_affine(np.linalg.inv(affine), vertices)).astype(int)
-    voxels = voxels[((voxels >= -margin) & (voxels < np.array(shape) + margin)).all(axis=1)] + margin
-    padded = np.zeros([n + 2 * margin for n in shape], dtype=bool)
-    padded[tuple(voxels.T)] = True
-    far = ndimage.distance_transform_edt(~padded) if padded.any() else np.full(padded.shape, np.inf)
-    near = (far <= margin)[margin:-margin, margin:-margin, margin:-margin]
-    index = np.argwhere(near)
-    distance = np.full(shape, LIMIT_MM, dtype=np.float32)
-    if len(index):
-        points = index @ affine[:3, :3].T + affine[:3, 3]
-        squared = igl.point_mesh_squared_distance(points, vertices, triangles)[0]
-        distance[near] = np.minimum(np.sqrt(squared), LIMIT_MM)
-    # away from the surface the sign changes nowhere inside a connected region: one voxel tells for all of it
-    regions, count = ndimage.label(~near)
-    firsts = np.unique(regions, return_index=True)[1][1:] if count and near.any() else np.flatnonzero(regions == 1)[:1]
-    representatives = np.stack(np.unravel_index(firsts, shape), axis=-1)
-    asked = np.concatenate([index, representatives]) @ affine[:3, :3].T + affine[:3, 3]
-    inside = np.abs(igl.fast_winding_number(vertices, triangles, asked)) > 0.5
-    distance[tuple(index[inside[: len(index)]].T)] *= -1
-    distance[np.isin(regions, regions.ravel()[firsts][inside[len(index) :]])] *= -1
-    return distance
+    points = apply_affine(affine, np.indices(shape).reshape(3, -1).T)
+    near = np.isfinite(cKDTree(vertices).query(points, distance_upper_bound=LIMIT_MM + EDGE_MM)[0])
+    distance = np.full(len(points), LIMIT_MM, dtype=np.float32)
+    squared = igl.point_mesh_squared_distance(points[near], vertices, triangles)[0]
+    distance[near] = np.minimum(np.sqrt(squared), LIMIT_MM)
+    distance[np.abs(igl.fast_winding_number(vertices, triangles, points)) > 0.5] *= -1
+    return distance.reshape(shape)
