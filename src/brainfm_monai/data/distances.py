@@ -41,7 +41,7 @@ def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.n
 
 
 def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
-    """Distances in mm, (H, W, D, 4), to left pial, left white, right pial and right white in a map of FreeSurfer ids."""
+    """Distances in mm, (H, W, D, 4), to left pial, left white, right pial, right white in a map of FreeSurfer ids."""
     regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
     return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
 

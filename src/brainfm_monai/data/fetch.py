@@ -1,7 +1,6 @@
 """Open data: a table of files with a download that checks them, and the demo's scans, which need no download."""
 
 import logging
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -60,7 +59,7 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         failures = list(filter(None, tqdm(pool.map(_fetch, files, targets), total=len(files), desc=name, unit="file")))
     if failures:
-        raise DownloadError(f"{len(failures)} of {len(files)} files were not fetched:\n" + "\n".join(failures))
+        raise DownloadError("\n".join([f"{len(failures)} of {len(files)} files were not fetched:", *failures]))
     logger.info("%d files of %s in %s", len(files), name, output)
     return targets
 
@@ -69,19 +68,19 @@ def _fetch(file: dict[str, str], target: Path) -> str:
     """Fetch one file, which appears whole, with the right hash, or not at all; return what is wrong with it, if any."""
     if target.is_file() and hash_file(target) == file["sha256"]:
         return ""
+    address, rule = file["address"], f"{file['file']}: SHA-256 {file['sha256'][:12]}... is needed"
     try:
-        with urlopen(file["address"], timeout=TIMEOUT_S) as response, write_whole(target) as partial:
-            with partial.open("wb") as stream:
-                shutil.copyfileobj(response, stream)
-            found, rule = hash_file(partial), f"SHA-256 {file['sha256'][:12]}... is needed"
-            refuse_if(found != file["sha256"], rule, f"{found[:12]}... at {file['address']}", DownloadError)
+        with urlopen(address, timeout=TIMEOUT_S) as response, write_whole(target) as partial:
+            partial.write_bytes(response.read())
+            found = hash_file(partial)
+            refuse_if(found != file["sha256"], rule, f"{found[:12]}... at {address}")
     except HTTPError as error:
         error.close()  # it holds the connection
-        return f"{file['file']}: the server of {file['address']} answers {error.code} {error.reason}"
-    except DownloadError as error:
-        return f"{file['file']}: {error}"
+        return f"{file['file']}: the server of {address} answers {error.code} {error.reason}"
+    except ValueError as error:
+        return str(error)
     except (URLError, ConnectionError, TimeoutError) as error:
-        host, reason = urlsplit(file["address"]).hostname, getattr(error, "reason", error)
+        host, reason = urlsplit(address).hostname, getattr(error, "reason", error)
         advice = "is there a network? Whole files stay, run it again to continue"
         raise DownloadError(f"{file['file']}: {host} cannot be reached ({reason}): {advice}") from error
     return ""
@@ -104,8 +103,8 @@ def write_demo_scans(output: str | Path) -> list[Path]:
 def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Image:
     """Make of a T1 what a clinical archive might hold: 5 mm slices askew to the head, turned contrast, shading, noise.
 
-    Fluid is bright, white matter dark; voxels are stored from right to left and front to back (LPS), with the true
-    oblique affine. ``t1w`` is skull-stripped with background 0; the image is int16, of 0.9 x 0.9 x 5 mm.
+    Fluid is bright, white matter dark; voxels are stored from right to left and front to back, with the true oblique
+    affine. ``t1w`` is skull-stripped with background 0; the image is int16, of 0.9 x 0.9 x 5 mm.
     """
     image = np.asarray(t1w.get_fdata(dtype=np.float32))
     brain = image > 0
@@ -124,8 +123,7 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     affine = fine_affine @ np.diag([1, 1, SLICE_THICKNESS_MM, 1])
     affine[:3, 3] += fine_affine[:3, 2] * (SLICE_THICKNESS_MM - 1) / 2
     noise = np.random.default_rng(seed).normal(0, NOISE_STD, (2, *slices.shape))
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in slices.shape), indexing="ij")
-    # brighter to one corner
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in slices.shape), indexing="ij")  # brighter to one corner
     shading = np.exp(BIAS_LOG_AMPLITUDE * (0.6 * x + 0.5 * y * y - 0.4 * z)).astype(np.float32)
     magnitude = np.hypot(slices * shading + noise[0], noise[1])  # Rician: noise of a magnitude image
     return nib.Nifti1Image(np.rint(magnitude * 1000).astype(np.int16), affine)

@@ -64,15 +64,14 @@ def make_volumes(
     """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
 
     The first contrast among the files is the reference, on which the labels lie; the others are registered to it
-    rigidly and resampled once. A file of the role ``image`` is a reference whose contrast is recognised. Returns values
-    and affine by key, and facts for the record, with ``faults``. OSError if a file is missing, ValueError if a file is
-    not what its name says, an id is unknown, or labels, surfaces and scans do not fit.
+    rigidly and resampled once. Returns values and affine by key, and facts for the record, with ``faults``. OSError if
+    a file is missing, ValueError if a file is not what its name says, an id is unknown, or the files do not fit.
 
     Args:
-        files: by role: ``labels`` and their table ``ids``; a contrast, ``image``, ``<contrast>_mask``, ``lesion``;
-            ``talairach`` and :data:`SURFACES`.
-        settings: ``spatial_size`` of the box in voxels; ``ids``, as in their table; ``contrast`` of an image,
-            ``lesion_of``, ``simulated`` contrasts.
+        files: by role: ``labels`` and their table ``ids``; a contrast, ``image`` (a reference whose contrast is
+            recognised), ``<contrast>_mask``, ``lesion``; ``talairach`` and :data:`SURFACES`.
+        settings: ``spatial_size`` of the box in voxels; ``ids``, as in their table; ``lesion_of``, ``simulated``
+            contrasts.
         protocols: ``protocol`` of the segmentation; ``generation_protocol`` for label maps alone: without it, the
             generation labels follow scan and surfaces, see :func:`make_generation_labels`.
     """
@@ -93,14 +92,14 @@ def make_volumes(
         # a training paints the contrasts; an id that a table lacks is reported here, before the registration
         labels.read_means(generation, painted, settings.get("simulated", []), source)
     else:
-        if "image" in files:
-            image = files.pop("image")
-            files = {settings["contrast"] or contrasts.recognise_contrast(image, ids, affine): image, **files}
+        image = files.pop("image", None)
+        if image:
+            files = {contrasts.recognise_contrast(image, ids, affine): image, **files}
         scans = contrasts.gather_scans(files, ids, affine)
         clusters = contrasts.cluster_extracerebral(scans["T1w"].values, ids > 0) if "T1w" in scans else None
         generation, name = labels.make_generation_labels(ids, distance, clusters)
         facts = {"generation_protocol": name, "distances_from": "labels" if distance is None else "surfaces"}
-        facts |= {"simulated": labels.find_paintable(generation, name, scans)} if "contrast" in settings else {}
+        facts |= {"simulated": labels.find_paintable(generation, name, scans)} if image else {}
         centre_mm = apply_affine(affine, np.array(ids.shape) / 2)
         moved = {key: contrasts.measure_motion(scan.motion, centre_mm) for key, scan in list(scans.items())[1:]}
         facts |= {"reference": next(iter(scans), None), "registered": moved}

@@ -1,7 +1,4 @@
-"""Many subjects out of label maps, FreeSurfer and BIDS folders, or one of a corrected scan: made, checked, written.
-
-Subjects are made in parallel and appear whole: finished ones are skipped, bad ones reported at the end.
-"""
+"""Subjects out of folders, many at once, or out of a corrected scan: made, checked, and written whole."""
 
 import hashlib
 import logging
@@ -141,40 +138,34 @@ def prepare_label(
     output_dir: str | Path,
     *,
     ids: Mapping[int, int] | None = None,
-    contrast: str = "",
-    protocol: str = "synthseg_head",
     size: Sequence[int] | str = SIZE,
 ) -> dict[str, Any]:
     """Prepare the subject of a scan and its label map as an annotator corrects them; the same content is prepared once.
 
-    The labels are also painted in the other contrasts. Returns the item of a datalist, with whole paths.
-    FileNotFoundError if a file is missing, ValueError if the files are no scan and labels that lie on each other.
+    The contrast of the scan is recognised, and the labels are also painted in the others. Returns the item of a
+    datalist, with whole paths. FileNotFoundError if a file is missing, ValueError if the files are no scan and labels
+    that lie on each other.
 
     Args:
         image: the scan.
         label: label map in the same space, in a grid of its own.
         output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
         ids: FreeSurfer id of each id in the label map; None: it holds FreeSurfer ids.
-        contrast: T1w, T2w, FLAIR or CT; without it, that with the most similar order of brightness.
-        protocol: protocol of the segmentation target.
         size: box around the brain, in voxels of 1 mm, multiples of 4.
     """
     files, output_dir = {"labels": Path(label), "image": Path(image)}, Path(output_dir)
-    settings = make_settings(protocol, size, "annotated")
-    settings |= {"contrast": contrast, "ids": {str(key): value for key, value in (ids or {}).items()}}
+    settings = make_settings("synthseg_head", size, "annotated")
+    settings |= {"ids": {str(key): value for key, value in (ids or {}).items()}}
     content = hashlib.sha256("".join([*map(hash_file, files.values()), repr(settings)]).encode()).hexdigest()
     source = Source(f"{scan_stem(label)}_{content[:12]}", files, {})
-    job = Job("annotated", source, settings, {"protocol": protocol})
+    job = Job("annotated", source, settings, {"protocol": settings["protocol"]})
     if not is_finished(job, output_dir):
         make_subject(job, output_dir)
     return make_entry(output_dir / source.name)
 
 
 def run_jobs(jobs: Sequence[Job], output: Path, *, processes: int = 1, overwrite: bool = False) -> list[Path]:
-    """Prepare subjects with different names; finished ones are skipped, so that an interrupted run continues.
-
-    Returns the folders in ``output`` in the order of the jobs; errors are those of :func:`prepare_subjects`.
-    """
+    """Prepare subjects, see :func:`prepare_subjects`; finished ones are skipped: an interrupted run continues."""
     twice, failures = find_repeated(job.source.name for job in jobs), []
     refuse_if(twice, f"{output}: subjects with different names are needed", f"twice: {twice}")
     waiting = [job for job in jobs if overwrite or not is_finished(job, output)]
@@ -195,10 +186,10 @@ def run_jobs(jobs: Sequence[Job], output: Path, *, processes: int = 1, overwrite
 
 
 def make_subject(job: Job, output_dir: Path) -> list[str]:
-    """Make the subject of a job, check it as ``data check`` does, and write its folder, whole or not at all.
+    """Make a subject, check it as ``data check`` does, and write its folder, whole or not at all; an older one goes.
 
-    An older folder is replaced. The faults are returned, one line each, and the record of the subject names them.
-    ValueError if left and right are exchanged or the head lies on its side; or what the making of its volumes raises.
+    The faults are returned, one line each, and the record names them. ValueError if left and right are exchanged or the
+    head lies on its side; or what the making of its volumes raises.
     """
     volumes, facts = make_volumes(job.source.files, job.settings, job.protocols)
     with write_whole(output_dir / job.source.name, folder=True) as folder:
