@@ -1,6 +1,5 @@
 """A contact sheet of generated scans with their targets and what was drawn for them."""
 
-import logging
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -9,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.utils import convert_to_tensor
-from torch import Tensor
 from tqdm import tqdm
 
 from brainfm_monai.data.datalist import read_datalist
@@ -20,24 +17,13 @@ from brainfm_monai.slices import Cell, compose, cut_slices, encode, paint, shade
 from brainfm_monai.synthesis import SUBJECT_KEYS, Synthesizer, parse_ranges, render
 from brainfm_monai.tasks import TASKS, TaskLayout
 
-logger = logging.getLogger(__name__)
-
 TARGETS = ("segmentation", "distance", "mni", "log_bias_field", "T1w", "T2w", "FLAIR", "CT", "lesion")
 PROTOCOL = "synthseg_head"  # of the segmentation
 COLUMNS = 2  # samples side by side
 PIXEL_MM, SMALLEST_CELL = 0.75, 180  # the text of a sample fits into a cell
 CHARACTER_PIXELS = 7  # width of a letter, about
 VOXELS = np.eye(4)  # affine of a generated scan: 1 mm, RAS axes
-
-
-def _load(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Volumes of an entry of a datalist as a batch of one, in the unit of the files."""
-    simulated = entry.get("simulated", ())
-    names = {*entry, *simulated}
-    keys = [key for key in SUBJECT_KEYS if key in names and (key not in TASKS or TASKS[key].kind != "scalar")]
-    item = LoadSubjectd(keys)(entry)
-    subject = {key: convert_to_tensor(item[key], track_meta=False)[None] for key in keys}
-    return subject | {f"real_{name}": torch.zeros(1) for name in simulated}  # never inputs, as in training
+KEYS = [key for key in SUBJECT_KEYS if key not in TASKS or TASKS[key].kind != "scalar"]  # volumes of a subject
 
 
 def write_preview(
@@ -52,8 +38,7 @@ def write_preview(
         count: number of scans.
         seed: seed of the first scan; the next ones count up.
         size: size of the scans, in voxels of 1 mm.
-        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --rotation_deg "[-30,30]"; docs/sampling.md lists
-            them.
+        ranges: any field of SynthesisRanges, as in --lesion_prob 1 --scaling "[1,1]"; docs/sampling.md lists them.
     """
     output, layout, laws = Path(output), TaskLayout(TARGETS, PROTOCOL), parse_ranges(ranges)
     refuse_if(output.suffix.lower() != ".png", f"{output}: the sheet is a PNG", f"suffix '{output.suffix}'")
@@ -61,7 +46,9 @@ def write_preview(
     rows: list[list[Cell]] = []
     for number in tqdm(range(count), desc="scans", unit="scan"):
         entry = subjects[number % len(subjects)]
-        subject, name = _load(entry), Path(str(entry.get("subject", number))).name
+        item, name = LoadSubjectd(KEYS)(entry), Path(str(entry.get("subject", number))).name
+        subject = {key: item[key].as_tensor()[None] for key in KEYS if key in item}
+        subject |= {f"real_{key}": torch.zeros(1) for key in entry.get("simulated", ())}  # no inputs, as in training
         with torch.no_grad():
             params = synthesizer.draw(subject, [seed + number], entry.get("generation_protocol"))
             out = render(subject, params, layout)
@@ -70,15 +57,13 @@ def write_preview(
     pairs = [list(chain(*rows[first : first + COLUMNS])) for first in range(0, len(rows), COLUMNS)]
     with write_whole(output) as partial:
         partial.write_bytes(encode(compose(pairs), "png"))
-    logger.info("%s", output)
     return output
 
 
 def _draw_row(maps: Mapping[str, np.ndarray], text: str, layout: TaskLayout) -> list[Cell]:
     """What was drawn for a sample, its image in three planes, and its targets, as the table of tasks says."""
-    image = maps["image"]
-    pixel_mm = min(PIXEL_MM, max(image.shape[1:]) / SMALLEST_CELL)
-    cuts = cut_slices(np.ones(image.shape[1:]), VOXELS, pixel_mm=pixel_mm)
+    image, size = maps["image"], maps["image"].shape[1:]
+    cuts = cut_slices(np.ones(size), VOXELS, pixel_mm=min(PIXEL_MM, max(size) / SMALLEST_CELL))
     bases = [shade(cut.read(image, VOXELS)[..., 0]) for cut in cuts]
     width = max(bases[0].shape[1] // CHARACTER_PIXELS, 10)
     lines = "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
