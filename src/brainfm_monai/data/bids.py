@@ -10,15 +10,7 @@ from monai.bundle import run
 
 from brainfm_monai.data.freesurfer import find_files
 from brainfm_monai.data.subjects import CONTRASTS, Source
-from brainfm_monai.io import (
-    bundle_arguments,
-    find_bundle,
-    find_contradiction,
-    literal,
-    refuse_if,
-    scan_stem,
-    write_table,
-)  # fmt: skip
+from brainfm_monai.io import bundle_arguments, find_contradiction, literal, refuse_if, scan_stem, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +50,10 @@ class BidsFile(NamedTuple):
 
 
 def find_bids(root: Path) -> list[Source]:
-    """The visits in a BIDS folder that have a scan of a known contrast, with their labels from derivatives.
+    """The visits in a BIDS folder that have a scan of a known contrast; FileNotFoundError if there is none.
 
-    Labels, lesions and masks are those of the very scan, by the rules of ``docs/data.md``. Of several scans of one
-    contrast, the first with labels is taken, or the first by name. Files that belong to none of the scans are reported.
-    FileNotFoundError if there is no visit.
+    Labels from derivatives, lesions and masks are those of the very scan, by the rules of ``docs/data.md``. Of several
+    scans of one contrast, the first with labels is taken, or the first by name. Files of none of these are reported.
     """
     derivatives, sources = root / "derivatives", []
     derived: dict[str, list[BidsFile]] = {}
@@ -174,14 +165,16 @@ def predict_labels(sources: Sequence[Source], output_dir: Path, bundle: str | Pa
         rows += [] if labels.is_file() else [(scan.resolve(), source.name)]
     if not rows:
         return
-    config = find_bundle(bundle) / "configs" / "inference.json"
-    rule = f"{config}: {len(rows)} subjects have no labels and need the bundle's model"
-    refuse_if(not config.is_file(), rule, "no such file", FileNotFoundError)
+    try:
+        arguments = bundle_arguments(bundle, ["inference.json"])
+    except FileNotFoundError as error:
+        rule = f"inference.json: {len(rows)} subjects have no labels and need the bundle's model"
+        raise FileNotFoundError(f"{rule}, found {error}") from error
     with TemporaryDirectory() as scratch:
         table = Path(scratch) / "scans.tsv"
         write_table(table, ("image", "name"), rows)
         places = {"input": literal(str(table)), "output_dir": literal(str(output_dir))}
         try:
-            run(**bundle_arguments(bundle, [config.name]), **places, outputs="segmentation", grid="1mm")
+            run(**arguments, **places, outputs="segmentation", grid="1mm")
         except SystemExit as end:  # some scans failed; they are reported as subjects without labels
             logger.error("%s", end)

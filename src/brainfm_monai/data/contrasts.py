@@ -49,10 +49,7 @@ class BoxScan(NamedTuple):
 
 
 def read_scan(path: Path) -> Image:
-    """Read a scan or mask as stored, (H, W, D), float32, voxels that are not finite as 0, and its affine to RAS mm.
-
-    ScanError if the file holds no such volume; warnings of the reader are logged.
-    """
+    """Read a scan or mask as stored, (H, W, D), float32, voxels that are not finite as 0, or a ScanError."""
     volume = read_volume(path)
     for warning in volume.warnings:
         logger.warning("%s: %s", path, warning)
@@ -60,10 +57,7 @@ def read_scan(path: Path) -> Image:
 
 
 def find_head(values: np.ndarray) -> np.ndarray:
-    """The head in a scan (H, W, D), bool: the largest piece brighter than air (Otsu's threshold), without holes.
-
-    It is empty for a constant scan.
-    """
+    """The head in a scan (H, W, D), bool: the largest piece brighter than air (Otsu's threshold), without holes."""
     seen = values[values != 0]
     if not len(seen) or seen.min() == seen.max():
         return np.zeros(values.shape, dtype=bool)
@@ -100,10 +94,7 @@ def scale_contrast(values: np.ndarray, contrast: str, ids: np.ndarray | None = N
 
 
 def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Classes of the head outside the brain by brightness, the darkest first, uint8: 1 to 5, and 0 elsewhere.
-
-    ``values`` is a scan (H, W, D), ``brain`` the mask of what has labels already. A brain-extracted scan has no class.
-    """
+    """Classes of the head in a scan (H, W, D) outside the brain, darkest first, uint8: 1 to 5, and 0 elsewhere."""
     rest = find_head(values) & ~brain
     classes = np.zeros(values.shape, dtype=np.uint8)
     seen = values[rest]

@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,10 @@ NAMES = {"subject", "name", "dataset", "person", "labels_from", "simulated"}  # 
 
 
 def write_datalist(
-    root: str | Path | Sequence[str | Path],
-    output: str | Path = "datalist.json",
-    *,
-    validation: Sequence[str] | str = (),
-    validation_fraction: float = 0.0,
-    test: Sequence[str] | str = (),
-    test_fraction: float = 0.0,
-    seed: int = 0,
-) -> Path:
+    root: str | Path | Sequence[str | Path], output: str | Path = "datalist.json", *,
+    validation: Sequence[str] | str = (), validation_fraction: float = 0.0, test: Sequence[str] | str = (),
+    test_fraction: float = 0.0, seed: int = 0,
+) -> Path:  # fmt: skip
     """Write the datalist of folders of subjects, and count what the subjects have; return its path.
 
     Paths in the list are relative to its folder. All visits of one person are in one section, see
@@ -77,10 +73,7 @@ def write_datalist(
 
 
 def find_subjects(root: Path) -> list[dict[str, Any]]:
-    """The items of all prepared subjects in a folder, with whole paths.
-
-    FileNotFoundError if ``root`` is no folder, ValueError if it has no subject.
-    """
+    """The items of all prepared subjects in a folder, with whole paths; an error if there is none."""
     refuse_if(not root.is_dir(), f"{root}: a folder of prepared subjects is needed", "no folder", FileNotFoundError)
     folders = sorted(f.parent for f in root.glob(f"[!.]*/{SIDECAR}"))
     refuse_if(not folders, f"{root}: prepared subjects (folders with {SIDECAR}) are needed", "none")
@@ -126,18 +119,14 @@ def read_datalist(path: str | Path, section: str | None = None, protocol: str | 
 
 
 def check_protocols(entries: Collection[Mapping[str, Any]], where: str, protocol: str | None = None) -> None:
-    """Check that the segmentations have one protocol; items that do not name theirs are not checked.
-
-    ValueError if there are several, or another one than ``protocol``.
-    """
+    """ValueError if segmentations that name their protocol have several, or another one than ``protocol``."""
     subjects_of: dict[str, list[str]] = {}
     for entry in entries:
         name = Path(str(entry.get("protocol", ""))).name
         subjects_of.setdefault(name, []).append(str(entry.get("subject", "")))
     unnamed = subjects_of.pop("", [])
     if protocol and unnamed:
-        text = "%s: %d subjects name no protocol; '%s' is taken for theirs"
-        logger.warning(text, where, len(unnamed), protocol)
+        logger.warning("%s: %d subjects name no protocol; '%s' is taken for theirs", where, len(unnamed), protocol)
     wrong = set(subjects_of) - {Path(protocol or "").name}
     found = "; ".join(f"{name}: {', '.join(subjects_of[name][:5])}" for name in sorted(wrong))
     needed = f"protocol '{protocol}'" if protocol else "one protocol"
@@ -177,7 +166,6 @@ def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _strip_visit(name: str) -> str:
-    """Name of a person out of the name of a visit."""
     if bids := re.search(r"sub-[A-Za-z0-9]+", name):
         return bids[0]
     while (shorter := VISIT.sub("", name)) not in ("", name):
@@ -199,15 +187,13 @@ def _draw(
             refuse_if(other != section, f"{where}: a person is in one section", f"{name} in 'validation' and in 'test'")
     rest = sorted(set(person_of.values()) - set(section_of))
     random.Random(seed).shuffle(rest)
-    start = 0
+    drawn = iter(rest)
     for section, (_, fraction) in asked.items():
-        end = start + round(fraction * len(rest))
-        section_of |= dict.fromkeys(rest[start:end], section)
-        start = end
-    drawn = {name: section_of.get(person, "training") for name, person in person_of.items()}
-    rule = f"{where}: a subject must be left for training"
-    refuse_if("training" not in drawn.values(), rule, f"all {len(drawn)} in 'validation' or 'test'")
-    return drawn
+        section_of |= dict.fromkeys(islice(drawn, round(fraction * len(rest))), section)
+    sections = {name: section_of.get(person, "training") for name, person in person_of.items()}
+    found = f"all {len(sections)} in 'validation' or 'test'"
+    refuse_if("training" not in sections.values(), f"{where}: a subject must be left for training", found)
+    return sections
 
 
 def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -217,9 +203,8 @@ def _by_name(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         name = entry["subject"]
         prefixed = {"person": entry.get("person", name), "subject": f"{entry.get('dataset', '')}_{name}"}
         named.append(entry | (prefixed if count[name] > 1 else {}))
-    twice = find_repeated(entry["subject"] for entry in named)
-    rule = "datalist: subjects of one set need different names"
-    refuse_if(twice, rule, f"twice: {', '.join(twice)}: pass --dataset NAME")
+    twice = ", ".join(find_repeated(entry["subject"] for entry in named))
+    refuse_if(twice, "datalist: subjects of one set need different names", f"twice: {twice}: pass --dataset NAME")
     return {entry["subject"]: entry for entry in named}
 
 

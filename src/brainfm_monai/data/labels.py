@@ -46,10 +46,7 @@ SMOOTHING_MM = 0.5
 
 
 def find_label_maps(path: Path) -> list[Source]:
-    """A label map, or those of a folder in alphabetical order; the set is named after the folder.
-
-    ValueError if there is none.
-    """
+    """A label map, or those of a folder, which is the data set, in alphabetical order; ValueError if there is none."""
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.name.lower().endswith(SCAN_SUFFIXES) and f.name[0] != ".")
@@ -87,11 +84,7 @@ def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
 
 
 def read_id_table(path: Path) -> dict[int, int]:
-    """The FreeSurfer id of each id of a label map, out of a table with the columns ``id`` and ``freesurfer_id``.
-
-    OSError if there is no such file, ValueError if a column is missing, a value is no whole number, or an id stands
-    twice.
-    """
+    """FreeSurfer ids by id, out of a table with these columns; OSError or ValueError if it is none, or one is twice."""
     try:
         pairs = [(int(row["id"]), int(row["freesurfer_id"])) for row in read_table(path)]
     except (KeyError, ValueError) as error:
@@ -103,10 +96,10 @@ def read_id_table(path: Path) -> dict[int, int]:
 
 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
-    """FreeSurfer's parcels as the structures that they are parts of, and ids of both sides as those of their side.
+    """:data:`PARCELS` as the structures that they are parts of, and ids of both sides as those of their side.
 
-    See :data:`PARCELS` and :data:`UNSIDED`. The side of a voxel is that of the plane halfway between the centroids of
-    left and right white matter. The map has shape (H, W, D) and isotropic voxels.
+    The side of a voxel is that of the plane halfway between the centroids of left and right white matter. The map has
+    shape (H, W, D) and isotropic voxels.
     """
     present = set(np.unique(ids).tolist())
     table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
@@ -126,9 +119,9 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def crop_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str = "labels") -> Image:
-    """Cut a box of fixed size with cerebrum and cerebellum in its middle out of a map, and move the affine with it.
+    """Cut a box around cerebrum and cerebellum out of a map, (H, W, D), 0 outside of it; the affine moves with it.
 
-    Outside the map, (H, W, D), the box is 0. ``source`` is named in the ValueError if there is neither.
+    ValueError, which names the ``source``, if there is neither.
     """
     brain, size = np.isin(ids, BOX_IDS), np.asarray(spatial_size)
     refuse_if(not brain.any(), f"{source}: cerebrum or cerebellum labels are needed to place the box", "none")
@@ -204,10 +197,7 @@ def find_paintable(labels: np.ndarray, protocol: str, has: Container[str]) -> li
 def simulate_contrasts(
     labels: np.ndarray, affine: np.ndarray, protocol: Protocol, names: Sequence[str], source: str
 ) -> dict[str, np.ndarray]:
-    """Paint contrasts on generation labels (H, W, D): each label's mean, see :func:`read_means`, a little smoothed.
-
-    ``affine`` takes voxels to mm. The images have the shape of the labels, float32: HU for CT, [0, 1] for the others.
-    """
+    """Paint contrasts on generation labels (H, W, D): each label's mean, see :func:`read_means`, a little smoothed."""
     sigma_vox = SMOOTHING_MM / voxel_sizes(affine)
     means = read_means(labels, protocol, names, source)
     return {name: ndimage.gaussian_filter(mean[labels], sigma_vox, mode="nearest") for name, mean in means.items()}

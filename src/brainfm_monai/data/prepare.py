@@ -63,23 +63,13 @@ class Job:
 
 
 def prepare_subjects(
-    kind: str,
-    input: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    jobs: int = 1,
-    overwrite: bool = False,
-    protocol: str = "",
-    generation_protocol: str = "synthseg_generation",
-    ids: str | Path | None = None,
-    contrasts: Sequence[str] | str = (),
-    size: Sequence[int] | str = SIZE,
-    dataset: str = "",
+    kind: str, input: str | Path | Sequence[str | Path], output: str | Path, *, jobs: int = 1, overwrite: bool = False,
+    protocol: str = "", generation_protocol: str = "synthseg_generation", ids: str | Path | None = None,
+    contrasts: Sequence[str] | str = (), size: Sequence[int] | str = SIZE, dataset: str = "",
     bundle: str | Path = "bundle",
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Prepare subjects for training from a folder, as in ``prepare bids STUDY SUBJECTS``; finished ones are skipped.
 
-    A subject is labels, distances, MNI coordinates and scans on a box of 1 mm voxels in RAS+ order around the brain.
     Returns the folders of the subjects. ValueError or FileNotFoundError if there is no subject, two would have one
     name, or an argument is wrong; PreparationError at the end, with one line for each subject that failed.
 
@@ -104,13 +94,10 @@ def prepare_subjects(
     """
     refuse_if(kind not in KINDS, f"prepare: one of {', '.join(KINDS)} is needed", f"'{kind}'")
     (find, usual), asked = KINDS[kind], subjects.split_names(contrasts)
-    unknown, only_labels = ", ".join(sorted(set(asked) - set(CONTRASTS))), ids or asked
+    unknown = ", ".join(name for name in asked if name not in CONTRASTS)
     refuse_if(unknown, f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}", unknown)
-    refuse_if(only_labels and kind != "labels", "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
-    inputs = [input] if isinstance(input, str | Path) else input
-    sources = [source for item in inputs for source in find(Path(item))]
-    unlabelled = [source for source in sources if "labels" not in source.files]
-    predict_labels(unlabelled, Path(output) / ".predicted", bundle)
+    is_wrong = (ids or asked) and kind != "labels"
+    refuse_if(is_wrong, "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
     protocols, own = {"protocol": protocol or usual}, {"dataset": dataset} if dataset else {}
     settings = make_settings(protocols["protocol"], size)
     if kind == "labels":
@@ -118,6 +105,10 @@ def prepare_subjects(
         settings |= {"generation_protocol": Path(generation_protocol).name}
         simulated = [name for name in CONTRASTS if name in asked]
         settings |= {"simulated": simulated} if simulated else {}  # a finished subject keeps its own
+    inputs = [input] if isinstance(input, str | Path) else input
+    sources = [source for item in inputs for source in find(Path(item))]
+    unlabelled = [source for source in sources if "labels" not in source.files]
+    predict_labels(unlabelled, Path(output) / ".predicted", bundle)
     for source in sources if ids else ():
         source.files["ids"] = Path(str(ids))
     work = [Job(kind, source, {**settings, **source.facts, **own}, protocols) for source in sources]
@@ -133,25 +124,15 @@ def make_settings(protocol: str, size: Sequence[int] | str, dataset: str = "") -
 
 
 def prepare_label(
-    image: str | Path,
-    label: str | Path,
-    output_dir: str | Path,
-    *,
-    ids: Mapping[int, int] | None = None,
+    image: str | Path, label: str | Path, output_dir: str | Path, *, ids: Mapping[int, int] | None = None,
     size: Sequence[int] | str = SIZE,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Prepare the subject of a scan and its label map as an annotator corrects them; the same content is prepared once.
 
-    The contrast of the scan is recognised, and the labels are also painted in the others. Returns the item of a
-    datalist, with whole paths. FileNotFoundError if a file is missing, ValueError if the files are no scan and labels
-    that lie on each other.
-
-    Args:
-        image: the scan.
-        label: label map in the same space, in a grid of its own.
-        output_dir: folder for the subject's folder, whose name holds a hash of both files and the settings.
-        ids: FreeSurfer id of each id in the label map; None: it holds FreeSurfer ids.
-        size: box around the brain, in voxels of 1 mm, multiples of 4.
+    The contrast of the scan is recognised, and the labels are also painted in the others. The label map may have a grid
+    of its own, and ``ids``, whose FreeSurfer ids are given; ``size`` is that of :func:`prepare_subjects`. Returns the
+    item of a datalist, with whole paths. FileNotFoundError if a file is missing, ValueError if the files are no scan
+    and labels that lie on each other.
     """
     files, output_dir = {"labels": Path(label), "image": Path(image)}, Path(output_dir)
     settings = make_settings("synthseg_head", size, "annotated")

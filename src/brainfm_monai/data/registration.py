@@ -29,7 +29,7 @@ MINIMUM_JACOBIAN, UNFOLDING_ROUNDS = 0.2, 100
 # fluid further than this from any brain tissue is left out, as in a brain-extracted template
 FLUID_OUTSIDE, FLUID_RIM_VOX = 24, 2.0
 # Chosen on one label map: white matter overlaps with a Dice of 0.803, 0.789 and 0.776 at 0.6, 1 and 1.5, and 223, 133
-# and 87 voxels of the 4 mm grid come below MINIMUM_JACOBIAN.
+# and 87 voxels of the 4 mm grid come below MINIMUM_JACOBIAN
 STIFFNESS = 1.0
 BENDING = 4.0  # weight of second derivatives relative to first ones
 STEP_VOX = 0.1  # of the optimiser, in voxels of the velocity field
@@ -70,10 +70,7 @@ def render_subject(ids: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def load_template() -> Image:
-    """MNI152 at 2 mm as nilearn ships it, (3, H, W, D), float32, and its affine.
-
-    The brain-extracted T1, white matter = 110, and the shares of white and of grey matter.
-    """
+    """MNI152 at 2 mm, (3, H, W, D), and its affine: brain of the T1, white matter = 110; shares of white and grey."""
     loaders = (mni.load_mni152_template, mni.load_mni152_wm_template, mni.load_mni152_gm_template)
     t1, white, grey = (load(resolution=SPACING_VOX) for load in loaders)
     mask = mni.load_mni152_brain_mask(resolution=SPACING_VOX).get_fdata() > 0
@@ -83,13 +80,9 @@ def load_template() -> Image:
 
 
 def compute_mni_coordinates(
-    ids: np.ndarray,
-    affine: np.ndarray,
-    factor: int = 4,
-    *,
-    initial: np.ndarray | None = None,
+    ids: np.ndarray, affine: np.ndarray, factor: int = 4, *, initial: np.ndarray | None = None,
     levels: Sequence[tuple[int, int, int]] = LEVELS,
-) -> Image:
+) -> Image:  # fmt: skip
     """Register a subject to MNI152: affine, then the flow of a stationary velocity field.
 
     The affine map makes a T1-like rendering of the labels agree with the template's T1 (elastix). The flow brings the
@@ -122,10 +115,7 @@ def _halve(volumes: np.ndarray, sigma_vox: float) -> Tensor:
 
 
 def _flow(fixed: Tensor, affine: np.ndarray, matrix: np.ndarray, levels: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Velocity field in mm, shape (1, 3, ...), after whose flow ``matrix`` leads to the template.
-
-    ``fixed`` has shape (1, 2, H, W, D) and voxels of 2 mm, with ``affine`` to RAS mm.
-    """
+    """Velocity field in mm after whose flow ``matrix`` leads from maps, (1, 2, H, W, D), 2 mm, to the template's."""
     (_, *maps), template_affine = load_template()
     moving = torch.from_numpy(np.stack(maps))[None]
     extent_mm = [n * SPACING_VOX for n in fixed.shape[2:]]
@@ -171,8 +161,8 @@ def _roughness(velocity: Tensor) -> Tensor:
 def unfold_coordinates(points: np.ndarray, displacement: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Smooth a displacement where it folds or is about to, and nowhere else, until its Jacobian is at least 0.2.
 
-    ``points`` are voxels in mm, ``displacement`` leads from these to the template, both (H, W, D, 3); ``affine`` takes
-    voxels to mm. The result are template coordinates in mm, same shape. RuntimeError if folds remain.
+    It leads from ``points`` to the template, both (H, W, D, 3), in mm; ``affine`` takes voxels to mm. Returns template
+    coordinates. RuntimeError if folds remain.
     """
     for _ in range(UNFOLDING_ROUNDS):
         folded = compute_jacobian(points + displacement, affine) < MINIMUM_JACOBIAN
@@ -205,8 +195,8 @@ def register_linear(
 ) -> np.ndarray:
     """Find the linear map, shape (4, 4), from the points of the fixed image in RAS mm to those of the moving one.
 
-    ``parameters`` are :data:`AFFINE` or :data:`RIGID`, or a variation of them. The search starts where the affines
-    place the images, or with the centres of gravity on each other. RuntimeError if elastix fails, as without contrast.
+    ``parameters`` are a variation of :data:`AFFINE` or :data:`RIGID`. The search starts where the headers place the
+    images, or with the centres of gravity on each other. RuntimeError if elastix fails, as without contrast.
     """
     import itk  # of the extra "prepare", which an evaluation does without
 
@@ -243,9 +233,6 @@ def coarsen_affine(affine: np.ndarray, factor: int) -> np.ndarray:
 
 
 def compute_jacobian(coordinates: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Jacobian determinant (H, W, D) of a map from subject mm to template mm; folds are where it is not positive.
-
-    ``coordinates`` are those in the template in mm, shape (H, W, D, 3); ``affine`` takes voxels of that grid to RAS mm.
-    """
+    """Jacobian (H, W, D) of a map in mm, (H, W, D, 3), on a grid of this affine; it folds where that is not positive."""
     in_mm = torch.from_numpy(np.moveaxis(coordinates, -1, 0)[None])
     return jacobian_determinant(in_mm)[0, 0].numpy() / np.linalg.det(affine[:3, :3])
