@@ -220,12 +220,12 @@ def test_a_template_tells_who_is_one_person(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "study" / "derivatives" / "freesurfer" / name / "mri").mkdir(parents=True)
     root = tmp_path / "study" / "derivatives" / "freesurfer"
     (root / "bobs_mean" / "base-tps").write_text("bob1\nbob2\n", encoding="utf-8")
-    jobs: list[Any] = []
-    monkeypatch.setattr(prepare, "run_jobs", lambda work, *_, **__: jobs.extend(work))
+    sources: list[Any] = []
+    monkeypatch.setattr(prepare, "make_subjects", lambda found, *_, **__: sources.extend(found))
     prepare_subjects("freesurfer", root, tmp_path / "out")
-    persons = {job.source.name: job.settings.get("person") for job in jobs}
+    persons = {source.name: source.facts.get("person") for source in sources}
     assert persons == dict.fromkeys(("bob1", "bobs_mean"), "bobs_mean") | dict.fromkeys(("ann1", "ann1.long.ann"))
-    assert {job.settings["dataset"] for job in jobs} == {"study"}
+    assert {source.facts["dataset"] for source in sources} == {"study"}
 
 
 @pytest.mark.shared_data

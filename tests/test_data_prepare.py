@@ -15,8 +15,9 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import freesurfer, prepare, subjects
 from brainfm_monai.data.datalist import write_datalist
 from brainfm_monai.data.loading import LoadSubjectd
-from brainfm_monai.data.prepare import Job, PreparationError, prepare_label, prepare_subjects
+from brainfm_monai.data.prepare import PreparationError, prepare_label, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
+from brainfm_monai.data.subjects import Source
 from brainfm_monai.io import write_whole
 
 SIZE = (32, 40, 36)
@@ -156,8 +157,8 @@ def test_finished_subjects_are_skipped_and_changed_ones_are_not(
     ]
     done: list[str] = []
 
-    def note(job: Job, output_dir: Path) -> list[str]:
-        done.append(job.place.name)
+    def note(source: Source, output_dir: Path) -> list[str]:
+        done.append(source.place.name)
         return []
 
     monkeypatch.setattr(prepare, "make_subject", note)

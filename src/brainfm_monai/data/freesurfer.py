@@ -58,24 +58,17 @@ def find_files(folder: Path) -> dict[str, Path]:
     return files | ({"talairach": talairach} if talairach.is_file() else {})
 
 
-def make_volumes(
-    files: Mapping[str, Path], settings: Mapping[str, Any], protocols: Mapping[str, str]
-) -> tuple[Volumes, dict[str, Any]]:
+def make_volumes(subject: Source) -> tuple[Volumes, dict[str, Any]]:
     """The volumes of a subject: labels, distances, MNI coordinates, and every contrast on the box of the labels.
 
-    The first contrast among the files is the reference, on which the labels lie; the others are registered to it
-    rigidly and resampled once. Returns values and affine by key, and facts for the record, with ``faults``. OSError if
-    a file is missing, ValueError if a file is not what its name says, an id is unknown, or the files do not fit.
-
-    Args:
-        files: by role: ``labels`` and their table ``ids``; a contrast, ``image`` (a reference whose contrast is
-            recognised), ``<contrast>_mask``, ``lesion``; ``talairach`` and :data:`SURFACES`.
-        settings: ``spatial_size`` of the box in voxels; ``ids``, as in their table; ``lesion_of``, ``simulated``
-            contrasts.
-        protocols: ``protocol`` of the segmentation; ``generation_protocol`` for label maps alone: without it, the
-            generation labels follow scan and surfaces, see :func:`make_generation_labels`.
+    Files by role are ``labels`` and their table ``ids``; contrasts, ``image`` (whose contrast is recognised),
+    ``<contrast>_mask``, ``lesion``; ``talairach`` and :data:`SURFACES`. The first contrast is the reference, on which
+    the labels lie; the others are registered to it rigidly and resampled once. Without ``generation_protocol``, the
+    generation labels follow scan and surfaces. Returns values and affine by key, and facts for the record, with
+    ``faults``. OSError if a file is missing, ValueError if a file is not what its role says, or the files do not fit.
     """
-    files, source, protocol = dict(files), str(files["labels"]), Protocol.load(protocols["protocol"])
+    files, settings, protocols = dict(subject.files), subject.facts, subject.protocols
+    source, protocol = str(files["labels"]), Protocol.load(protocols["protocol"])
     painted = Protocol.load(protocols["generation_protocol"]) if "generation_protocol" in protocols else None
     table = labels.read_id_table(files["ids"]) if "ids" in files else settings.get("ids", {})
     ids, affine = labels.load_label_map(files["labels"], {int(key): value for key, value in table.items()})

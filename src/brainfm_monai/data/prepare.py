@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import Distribution, version
 from pathlib import Path
@@ -36,30 +35,15 @@ class PreparationError(ValueError):
     """Some subjects could not be prepared; the others were."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One subject that is to be prepared."""
-
-    kind: str  # which preparation it is
-    source: Source
-    settings: Mapping[str, Any]  # what is asked for, as it is recorded; a subject that was made otherwise is made again
-    protocols: Mapping[str, str]  # names or table files by key of the record, which has no folders
-
-    @property
-    def place(self) -> Path:
-        """The file or folder that messages name."""
-        return next(iter(self.source.files.values()))
-
-    def describe(self) -> dict[str, Any]:
-        """The record of the subject: names and hashes of its files without their folders, settings and units."""
-        files = self.source.files.items()
-        sources = {role: {"name": path.name, "sha256": hash_file(path)} for role, path in files}
-        return {
-            **{"kind": self.kind, "sources": sources, **self.settings, "spacing_mm": 1.0, "axes": "RAS"},
-            "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
-            "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
-            "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
-        }
+def describe(source: Source) -> dict[str, Any]:
+    """The record of a subject: names and hashes of its files without their folders, settings and units."""
+    sources = {role: {"name": path.name, "sha256": hash_file(path)} for role, path in source.files.items()}
+    return {
+        **{"kind": source.facts["kind"], "sources": sources, **source.facts, "spacing_mm": 1.0, "axes": "RAS"},
+        "distance": {"unit": "mm", "channels": ["lp", "lw", "rp", "rw"], "sign": "negative inside"},
+        "mni": {"unit": "mm", "axes": "RAS", "spacing_mm": float(MNI_FACTOR)},
+        "versions": {name: version(name) for name in PACKAGES if any(Distribution.discover(name=name))},
+    }
 
 
 def prepare_subjects(
@@ -99,7 +83,7 @@ def prepare_subjects(
     is_wrong = (ids or asked) and kind != "labels"
     refuse_if(is_wrong, "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
     protocols, own = {"protocol": protocol or usual}, {"dataset": dataset} if dataset else {}
-    settings = make_settings(protocols["protocol"], size)
+    settings = make_settings(kind, protocols["protocol"], size)
     if kind == "labels":
         protocols |= {"generation_protocol": generation_protocol}
         settings |= {"generation_protocol": Path(generation_protocol).name}
@@ -111,16 +95,17 @@ def prepare_subjects(
     predict_labels(unlabelled, Path(output) / ".predicted", bundle)
     for source in sources if ids else ():
         source.files["ids"] = Path(str(ids))
-    work = [Job(kind, source, {**settings, **source.facts, **own}, protocols) for source in sources]
-    return run_jobs(work, Path(output), processes=jobs, overwrite=overwrite)
+    sources = [s._replace(facts={**settings, **s.facts, **own}, protocols=protocols) for s in sources]
+    return make_subjects(sources, Path(output), processes=jobs, overwrite=overwrite)
 
 
-def make_settings(protocol: str, size: Sequence[int] | str, dataset: str = "") -> dict[str, Any]:
+def make_settings(kind: str, protocol: str, size: Sequence[int] | str) -> dict[str, Any]:
     """What every preparation records; ValueError if ``size`` is not three positive multiples of 4."""
     box = [int(n) for n in (size.strip("()[] ").split(",") if isinstance(size, str) else size)]
     is_wrong = len(box) != 3 or any(n < MNI_FACTOR or n % MNI_FACTOR for n in box)
     refuse_if(is_wrong, f"prepare: 'size' must be three positive multiples of {MNI_FACTOR}", tuple(box))
-    return {"dataset": dataset, "protocol": Path(protocol).name, "spatial_size": box, "template": TEMPLATE_NAME}
+    names = {"kind": kind, "dataset": kind, "protocol": Path(protocol).name}  # a folder gives a set its own name
+    return {**names, "spatial_size": box, "template": TEMPLATE_NAME}
 
 
 def prepare_label(
@@ -135,61 +120,61 @@ def prepare_label(
     and labels that lie on each other.
     """
     files, output_dir = {"labels": Path(label), "image": Path(image)}, Path(output_dir)
-    settings = make_settings("synthseg_head", size, "annotated")
+    settings = make_settings("annotated", "synthseg_head", size)
     settings |= {"ids": {str(key): value for key, value in (ids or {}).items()}}
     content = hashlib.sha256("".join([*map(hash_file, files.values()), repr(settings)]).encode()).hexdigest()
-    source = Source(f"{scan_stem(label)}_{content[:12]}", files, {})
-    job = Job("annotated", source, settings, {"protocol": settings["protocol"]})
-    if not is_finished(job, output_dir):
-        make_subject(job, output_dir)
-    return make_entry(output_dir / source.name)
+    name, protocols = f"{scan_stem(label)}_{content[:12]}", {"protocol": settings["protocol"]}
+    source = Source(name, files, settings, protocols)
+    if not is_finished(source, output_dir):
+        make_subject(source, output_dir)
+    return make_entry(output_dir / name)
 
 
-def run_jobs(jobs: Sequence[Job], output: Path, *, processes: int = 1, overwrite: bool = False) -> list[Path]:
+def make_subjects(sources: Sequence[Source], output: Path, *, processes: int, overwrite: bool) -> list[Path]:
     """Prepare subjects, see :func:`prepare_subjects`; finished ones are skipped: an interrupted run continues."""
-    twice, failures = find_repeated(job.source.name for job in jobs), []
+    twice, failures = find_repeated(source.name for source in sources), []
     refuse_if(twice, f"{output}: subjects with different names are needed", f"twice: {twice}")
-    waiting = [job for job in jobs if overwrite or not is_finished(job, output)]
-    for table in {Path(name) for job in waiting for name in job.protocols.values()}:
+    waiting = [source for source in sources if overwrite or not is_finished(source, output)]
+    for table in {Path(name) for source in waiting for name in source.protocols.values()}:
         if table.is_file():  # a protocol of the user's: who reads the subjects finds it beside them
             write_text(output / table.name, table.read_text(encoding="utf-8"))
-    for job, outcome in subjects.run_parallel(partial(make_subject, output_dir=output), waiting, processes):
+    for source, outcome in subjects.run_parallel(partial(make_subject, output_dir=output), waiting, processes):
         if isinstance(outcome, BaseException):
             text = " ".join(str(outcome).split()) or type(outcome).__name__
-            failures.append(text if str(job.place) in text else f"{job.place}: {text}")
+            failures.append(text if str(source.place) in text else f"{source.place}: {text}")
             continue
         for fault in outcome:
-            logger.warning("%s: %s", job.source.name, fault)
+            logger.warning("%s: %s", source.name, fault)
     if failures:
-        lines = "\n".join([f"{len(failures)} of {len(jobs)} subjects were not prepared:", *sorted(failures)])
-        raise PreparationError(lines)
-    return [output / job.source.name for job in jobs]
+        lines = [f"{len(failures)} of {len(sources)} subjects were not prepared:", *sorted(failures)]
+        raise PreparationError("\n".join(lines))
+    return [output / source.name for source in sources]
 
 
-def make_subject(job: Job, output_dir: Path) -> list[str]:
+def make_subject(source: Source, output_dir: Path) -> list[str]:
     """Make a subject, check it as ``data check`` does, and write its folder, whole or not at all; an older one goes.
 
     The faults are returned, one line each, and the record names them. ValueError if left and right are exchanged or the
     head lies on its side; or what the making of its volumes raises.
     """
-    volumes, facts = make_volumes(job.source.files, job.settings, job.protocols)
-    with write_whole(output_dir / job.source.name, folder=True) as folder:
-        subjects.write_subject(folder, volumes, job.describe() | facts)
-        findings = check_subject({**make_entry(folder), "subject": job.source.name, **job.protocols})
-        for finding in findings:
-            if finding.rule in REFUSED:
-                raise ValueError(f"{job.place}: {finding.rule}: {finding.found}")
-        faults = [*facts.get("faults", ()), *(f"{finding.rule}: {finding.found}" for finding in findings)]
+    volumes, facts = make_volumes(source)
+    with write_whole(output_dir / source.name, folder=True) as folder:
+        subjects.write_subject(folder, volumes, describe(source) | facts)
+        findings = check_subject({**make_entry(folder), "subject": source.name, **source.protocols})
+        for _, rule, found in findings:
+            if rule in REFUSED:
+                raise ValueError(f"{source.place}: {rule}: {found}")
+        faults = [*facts.get("faults", ()), *(f"{rule}: {found}" for _, rule, found in findings)]
         if faults:
             subjects.write_record(folder, {**subjects.read_record(folder), "faults": faults})
     return faults
 
 
-def is_finished(job: Job, output_dir: Path) -> bool:
+def is_finished(source: Source, output_dir: Path) -> bool:
     """Whether a subject is there, out of the same files with the same settings; its person is brought up to date."""
-    folder = output_dir / job.source.name
+    folder = output_dir / source.name
     try:
-        record, needed = subjects.read_record(folder), job.describe()
+        record, needed = subjects.read_record(folder), describe(source)
     except (OSError, ValueError):
         return False  # a source that cannot be read is reported when the subject is made
     same = all(record.get(key) == value for key, value in needed.items() if key not in FREE)

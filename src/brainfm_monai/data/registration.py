@@ -233,6 +233,6 @@ def coarsen_affine(affine: np.ndarray, factor: int) -> np.ndarray:
 
 
 def compute_jacobian(coordinates: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Jacobian (H, W, D) of a map in mm, (H, W, D, 3), on a grid of this affine; it folds where that is not positive."""
+    """Jacobian (H, W, D) of a map in mm, (H, W, D, 3), on a grid of this affine; folds are where it is not positive."""
     in_mm = torch.from_numpy(np.moveaxis(coordinates, -1, 0)[None])
     return jacobian_determinant(in_mm)[0, 0].numpy() / np.linalg.det(affine[:3, :3])

@@ -27,13 +27,17 @@ MNI_FACTOR = 4  # voxels of 1 mm per voxel of the coordinate grid, along each ax
 
 
 class Source(NamedTuple):
-    """What one subject is made of."""
+    """One subject that is to be prepared."""
 
     name: str  # of the subject and of its folder
-    files: dict[
-        str, Path
-    ]  # by role, see make_volumes; the first one is the reference and names the subject in messages
-    facts: dict[str, Any]  # what its record says of it: data set, person, ...
+    files: dict[str, Path]  # by role, see make_volumes; the first one is the reference, and messages name it
+    facts: dict[str, Any]  # what is recorded: kind, data set, settings; a subject that was made otherwise is made again
+    protocols: Mapping[str, str] = {}  # names or table files by key of the record, which has no folders
+
+    @property
+    def place(self) -> Path:
+        """The file or folder that messages name."""
+        return next(iter(self.files.values()))
 
 
 BYTE = (np.uint8, 1.0, 0.0)
