@@ -67,9 +67,9 @@ def find_bids(root: Path) -> list[Source]:
             name = f"{person.name}_ses-{visit}" if visit else person.name
             of_visit = [f for f in files if f.entities.get("ses", visit) == visit]
             roles, lesion_of = _find_roles(derivatives, name, scans, of_visit)
-            facts = {"dataset": root.resolve().name, "person": person.name}
-            facts |= {"labels_from": "derivatives" if "labels" in roles else "model"}
-            sources.append(Source(name, roles, facts | ({"lesion_of": lesion_of} if lesion_of else {})))
+            origin = "derivatives" if "labels" in roles else "model"
+            facts = {"dataset": root.resolve().name, "person": person.name, "labels_from": origin, **lesion_of}
+            sources.append(Source(name, roles, facts))
         for folder in derivatives.glob(f"*/{person.name}/mri") if len(visits) > 1 and visits[0] else ():
             logger.warning("%s: not used: it does not tell of which visit of %s it is", folder.parent, person.name)
     rule = f"{root}: a BIDS folder with sub-*/.../*_T1w, _T2w, _FLAIR or _CT scans is needed"
@@ -79,11 +79,8 @@ def find_bids(root: Path) -> list[Source]:
 
 def _find_roles(
     derivatives: Path, name: str, rivals: Sequence[BidsFile], files: Sequence[BidsFile]
-) -> tuple[dict[str, Path], str]:
-    """Files of a visit by role, and the contrast that a lesion was drawn on, empty where its name does not tell.
-
-    The first file is the reference, on which labels lie, if there are any; ``rivals`` are all scans of the person.
-    """
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Files of a visit by role, reference first, and what a lesion was drawn on; ``rivals`` are the person's scans."""
     scans = sorted((f for f in rivals if f in files), key=lambda f: CONTRASTS.index(f.contrast))
     labels, reference = _find_labels(derivatives, name, scans, rivals, files)
     chosen = {reference.contrast: reference} if reference else {}
@@ -100,7 +97,8 @@ def _find_roles(
                 logger.warning(UNUSED, f.path, name)
     for f in lesions[1:]:
         logger.warning("%s: not used: %s is", f.path, lesions[0].path.name)
-    return (roles | {"lesion": lesions[0].path}, lesions[0].contrast) if lesions else (roles, "")
+    roles |= {"lesion": lesions[0].path} if lesions else {}
+    return roles, {"lesion_of": lesions[0].contrast} if lesions and lesions[0].contrast else {}
 
 
 def _find_labels(
@@ -119,14 +117,10 @@ def _find_labels(
     maps = [f for pattern in LABEL_PATTERNS for f in files if f.path.match(pattern)]
     contrasts = {f.contrast for f in scans}
     unnamed = "T1w" if t1w else contrasts.pop() if len(contrasts) == 1 else ""  # contrast of labels that name none
-    pairs = [
-        (label, scan)
-        for label in maps
-        for scan in scans
-        if (label.contrast or unnamed) == scan.contrast and label.is_of(scan, rivals)
-    ]
-    for label, scan in sorted(pairs, key=lambda pair: CONTRASTS.index(pair[1].contrast)):
-        return {"labels": label.path}, scan
+    for contrast in CONTRASTS:
+        for label in (f for f in maps if (f.contrast or unnamed) == contrast):
+            for scan in (f for f in scans if f.contrast == contrast and label.is_of(f, rivals)):
+                return {"labels": label.path}, scan
     for label in maps:
         logger.warning(UNUSED, label.path, name)
     return {}, None
@@ -149,20 +143,20 @@ def _parse_all(paths: Iterable[Path], root: Path) -> list[BidsFile]:
 
 
 def predicted_file(folder: Path, name: str) -> Path:
-    """Where the bundle's inference writes the label map with FreeSurfer ids of a scan."""
+    """Where the bundle's inference writes the FreeSurfer ids of a scan."""
     return folder / name / f"{name}_desc-freesurfer_dseg.nii.gz"
 
 
 def predict_labels(sources: Sequence[Source], output_dir: Path, bundle: str | Path) -> None:
-    """Add :func:`predicted_file` to sources as labels; the bundle's inference makes what is missing, with 1 mm voxels.
+    """Add :func:`predicted_file` as labels; the bundle's inference makes what is missing, and reports what it cannot.
 
-    A scan that fails has none, and the inference reports why. FileNotFoundError if the bundle has no inference config.
+    FileNotFoundError if the bundle has no inference config.
     """
     rows = []
     for source in sources:
-        scan, labels = next(iter(source.files.values())), predicted_file(output_dir, source.name)
+        scan, labels = source.place.resolve(), predicted_file(output_dir, source.name)
         source.files["labels"] = labels
-        rows += [] if labels.is_file() else [(scan.resolve(), source.name)]
+        rows += [] if labels.is_file() else [(scan, source.name)]
     if not rows:
         return
     try:

@@ -1,7 +1,6 @@
 """Open data: a table of files with a download that checks them, and the demo's scans, which need no download."""
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -13,7 +12,7 @@ import numpy as np
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from nibabel.processing import resample_from_to
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from brainfm_monai.io import hash_file, read_table, refuse_if, write_whole
 
@@ -56,9 +55,8 @@ def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]
     rule = f"{name}: an open data set of the table is needed ({', '.join(sorted(sets))})"
     refuse_if(name not in sets, rule, "no such name")
     files, targets = sets[name], [Path(output) / file["file"] for file in sets[name]]
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        failures = list(filter(None, tqdm(pool.map(_fetch, files, targets), total=len(files), desc=name, unit="file")))
-    if failures:
+    answers = thread_map(_fetch, files, targets, max_workers=max(1, jobs), desc=name, unit="file")
+    if failures := [answer for answer in answers if answer]:
         raise DownloadError("\n".join([f"{len(failures)} of {len(files)} files were not fetched:", *failures]))
     logger.info("%d files of %s in %s", len(files), name, output)
     return targets

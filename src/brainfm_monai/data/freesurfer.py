@@ -1,6 +1,5 @@
 """The subjects of FreeSurfer's or FastSurfer's results, and any subject's volumes out of its files."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,10 @@ def make_volumes(subject: Source) -> tuple[Volumes, dict[str, Any]]:
         known.encode(np.unique(ids), source)  # the whole map, not only what the box will keep of it
     ids, affine = labels.crop_to_brain(ids, affine, settings["spatial_size"], source)
     start = MNI305_TO_MNI152 @ read_talairach(files["talairach"]) if "talairach" in files else None
-    distance = _read_distances(files, affine, ids.shape) if set(SURFACES) <= set(files) else None
-    scans: dict[str, contrasts.BoxScan] = {}
-    facts: dict[str, Any] = {}
+    distance, scans, facts = None, dict[str, contrasts.BoxScan](), dict[str, Any]()
+    if set(SURFACES) <= set(files):
+        surfaces = [read_surface(files[name], nib.load(files["labels"])) for name in SURFACES]
+        distance = np.stack([compute_surface_distance(*surface, affine, ids.shape) for surface in surfaces], axis=-1)
     if painted:
         generation = painted.encode(ids)
         # a training paints the contrasts; an id that a table lacks is reported here, before the registration
@@ -111,13 +111,6 @@ def make_volumes(subject: Source) -> tuple[Volumes, dict[str, Any]]:
         volumes |= {"lesion": (lesion, affine)} if lesion is not None else {}
         facts |= {"faults": [fault]} if fault else {}
     return volumes, facts
-
-
-def _read_distances(files: Mapping[str, Path], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Distances in mm to the surfaces among files by role, on a box of ``shape``, (*shape, 4)."""
-    volume: Any = nib.load(files["labels"])
-    surfaces = [read_surface(files[name], volume) for name in SURFACES]
-    return np.stack([compute_surface_distance(*surface, affine, shape) for surface in surfaces], axis=-1)
 
 
 def read_talairach(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE_MM = 1e-3
 COARSE_MM = 1.5  # larger voxels of a label map are warned of
-# FreeSurfer's colour table: parcels of the cortex and of the white matter below it, as (first, last, structure)
-PARCELS = (
-    (1000, 1999, 3), (2000, 2999, 42), (3000, 3999, 2), (4000, 4999, 41), (5001, 5001, 2), (5002, 5002, 41),
-    (11000, 11999, 3), (12000, 12999, 42), (13000, 13999, 2), (14000, 14999, 41),
-)  # fmt: skip
-# ids of both sides, and what they become on the left and on the right: hypointensities, and the corpus callosum
-UNSIDED = {77: (78, 79), 80: (78, 79), 81: (78, 78), 82: (79, 79), **dict.fromkeys(range(250, 256), (2, 41))}
+# parcels of the cortex and of the white matter below it, hypointensities and the corpus callosum, by first and last id
+# of FreeSurfer's colour table, and what they become on the left and on the right
+FOLDED = [
+    [int(row[key]) for key in ("first", "last", "left", "right")]
+    for row in read_table(str(resources.files("brainfm_monai") / "datasets" / "folded.tsv"))
+]
 BOX_IDS = (*PIAL_IDS["left"], *PIAL_IDS["right"], 7, 8, 46, 47)  # cerebrum and cerebellum, which place the box
 # of what the generator paints
 PROTOCOL, HEAD_PROTOCOL = "brainfm_generation", "synthseg_generation"
@@ -96,25 +96,24 @@ def read_id_table(path: Path) -> dict[int, int]:
 
 
 def fold_ids(ids: np.ndarray) -> np.ndarray:
-    """:data:`PARCELS` as the structures that they are parts of, and ids of both sides as those of their side.
+    """Parcels as the structures that they are parts of, and ids of both sides as those of their side, :data:`FOLDED`.
 
     The side of a voxel is that of the plane halfway between the centroids of left and right white matter. The map has
     shape (H, W, D) and isotropic voxels.
     """
-    present = set(np.unique(ids).tolist())
-    table = {i: target for first, last, target in PARCELS for i in present if first <= i <= last}
-    unsided = present & set(UNSIDED)
-    if not table and not unsided:
+    present = np.unique(ids).tolist()
+    sides = {i: both for first, last, *both in FOLDED for i in present if first <= i <= last}
+    if not sides:
         return ids
     folded = ids.copy()
-    for source, target in table.items():
-        folded[ids == source] = target
-    where = np.isin(ids, list(unsided))
-    sides = [np.argwhere(folded == white) for white in WHITE]
-    if where.any() and all(map(len, sides)):
-        left, right = (side.mean(axis=0) for side in sides)
-        on_right = ((np.argwhere(where) - (left + right) / 2) @ (right - left) > 0).astype(int)
-        folded[where] = [UNSIDED[int(i)][side] for i, side in zip(ids[where], on_right, strict=True)]
+    for i, (left, right) in sides.items():
+        folded[ids == i] = left if left == right else i
+    where = np.isin(ids, [i for i, (left, right) in sides.items() if left != right])
+    whites = [np.argwhere(folded == white) for white in WHITE]
+    if where.any() and all(map(len, whites)):
+        start, end = (white.mean(axis=0) for white in whites)
+        on_right = ((np.argwhere(where) - (start + end) / 2) @ (end - start) > 0).astype(int)
+        folded[where] = [sides[int(i)][side] for i, side in zip(ids[where], on_right, strict=True)]
     return folded
 
 

@@ -19,6 +19,7 @@ from brainfm_monai.tasks import TASKS
 
 MNI_MM = 4.0  # voxel of coordinates, as prepared subjects have it
 BOX_TOLERANCE_MM = 0.01
+LABELS = ("generation_labels", "segmentation")
 
 
 class LoadSubjectd(MapTransform):
@@ -76,21 +77,20 @@ class HoldSubjectd(Transform):
 
     def __post_init__(self) -> None:
         self.grids: dict[str, tuple[float | None, bool]] = {}  # voxel, and whether the numbers are whole
-        self.grids |= dict.fromkeys(("generation_labels", "segmentation", *self.masks), (self.label_mm, True))
+        self.grids |= dict.fromkeys((*LABELS, *self.masks), (self.label_mm, True))
         self.grids |= dict.fromkeys(("distance", *self.images), (self.image_mm, False)) | {"mni": (MNI_MM, False)}
         self.load = LoadSubjectd(list(self.grids))
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[str, Any]:
         """Replace the paths by tensors (C, h, w, d); other entries but the name and the protocol are left out."""
         subject = Path(str(data.get("subject", ""))).name  # load_decathlon_datalist makes a path of a name
-        if absent := [key for key in ("generation_labels", "segmentation") if key not in data]:
-            raise ValueError(f"{subject}: a subject with {absent[0]} is needed, found {', '.join(map(str, data))}")
+        for key in LABELS:
+            refuse_if(key not in data, f"{subject}: a subject with {key} is needed", ", ".join(map(str, data)))
         loaded = self.load(data)
         labels = loaded["generation_labels"]
         spacing_mm = labels.affine[:3, :3].norm(dim=0).tolist()
         box_mm = [n * mm for n, mm in zip(labels.shape[1:], spacing_mm, strict=True)]
-        held: dict[str, Any] = {"subject": subject}
-        held |= {key: data[key] for key in ("generation_protocol",) if key in data}
+        held = {"subject": subject, **{key: data[key] for key in ("generation_protocol",) if key in data}}
         for key, (voxel_mm, whole) in self.grids.items():
             volume = loaded.get(key)
             mm = voxel_mm or spacing_mm[0]
@@ -98,7 +98,7 @@ class HoldSubjectd(Transform):
             off_mm = max(abs(n * mm - side) for n, side in zip(size, box_mm, strict=True))
             rule = f"{subject}: a box that divides into voxels of {mm:g} mm is needed"
             refuse_if(off_mm > BOX_TOLERANCE_MM, rule, " x ".join(f"{side:g}" for side in box_mm) + " mm")
-            if key not in ("generation_labels", "segmentation"):
+            if key not in LABELS:
                 held[f"available_{key}"] = torch.tensor(float(volume is not None))
             if key in self.images:
                 held[f"real_{key}"] = torch.tensor(float(volume is not None and key not in data.get("simulated", ())))
