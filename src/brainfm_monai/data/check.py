@@ -89,13 +89,11 @@ class _Subject(dict[str, Volume]):
 
     @cached_property
     def protocol(self) -> Protocol:
-        """Protocol of the segmentation."""
         return Protocol.load(str(self.entry.get("protocol", "synthseg_head")))
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """FreeSurfer ids of the segmentation; labels that the protocol lacks are 0."""
-        table = np.append(self.protocol.freesurfer_ids, 0)
+        table = np.append(self.protocol.freesurfer_ids, 0)  # labels that the protocol lacks are 0
         return table[np.minimum(self["segmentation"].values.astype(np.int64), len(self.protocol))]
 
 

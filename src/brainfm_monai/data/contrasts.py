@@ -119,8 +119,9 @@ def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray)
         if key == "CT":
             values = check_hounsfield(values, str(path))
         if not is_reference:
-            reference = next(iter(scans.values())).values
-            motion = align_scan((reference, affine), (values, file_affine), key == "CT")
+            # bone would outweigh all soft tissue
+            soft = np.clip(values, AIR_HU, 200.0) - AIR_HU if key == "CT" else values
+            motion = align_scan((next(iter(scans.values())).values, affine), (soft, file_affine))
         grid = (motion @ affine, ids.shape)
         on_box = resample_to_box(values, file_affine, *grid, outside=outside)
         seen = resample_to_box(np.ones_like(values), file_affine, *grid) > 0.5
@@ -144,19 +145,16 @@ def recognise_contrast(path: Path, ids: np.ndarray, affine: np.ndarray) -> str:
     return max(means, key=lambda name: np.corrcoef(means[name][labels], found)[0, 1])
 
 
-def align_scan(fixed: Image, moving: Image, is_ct: bool = False) -> np.ndarray:
+def align_scan(fixed: Image, moving: Image) -> np.ndarray:
     """Rigid map (4, 4) from points of the fixed scan in RAS mm to those of the moving one, by mutual information.
 
-    It starts where the headers place the scans, or, if the heads then hardly overlap, with the centres of gravity on
-    each other. ``is_ct`` tells that the moving one is in HU. RuntimeError if elastix fails.
+    It starts where the headers place the scans, or, if the heads, in air of 0, then hardly overlap, with the centres of
+    gravity on each other. RuntimeError if elastix fails.
     """
-    values, affine = moving
-    if is_ct:
-        values = np.clip(values, AIR_HU, 200.0) - AIR_HU  # bone would outweigh all soft tissue
-    seen = resample_to_box(values, affine, fixed[1], fixed[0].shape)
+    seen = resample_to_box(*moving, fixed[1], fixed[0].shape)
     head, other_head = find_head(fixed[0]), find_head(seen)
     dice = 2 * (head & other_head).sum() / max(1, head.sum() + other_head.sum())
-    return register_linear(fixed, (values, affine), RIGID, from_headers=bool(dice > SAME_PLACE_DICE))
+    return register_linear(fixed, moving, RIGID, from_headers=bool(dice > SAME_PLACE_DICE))
 
 
 def measure_motion(matrix: np.ndarray, centre_mm: np.ndarray) -> dict[str, float]:

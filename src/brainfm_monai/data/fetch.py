@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from nibabel.processing import resample_from_to
+from nilearn.datasets import load_mni152_template
 from scipy.spatial.transform import Rotation
 from tqdm.contrib.concurrent import thread_map
 
@@ -86,10 +87,7 @@ def _fetch(file: dict[str, str], target: Path) -> str:
 
 def write_demo_scans(output: str | Path) -> list[Path]:
     """Write the demo's scans into a folder: the MNI152 T1 and a clinical scan simulated from it; return their paths."""
-    from nilearn.datasets import load_mni152_template  # slow to import
-
-    folder = Path(output)
-    template = load_mni152_template(resolution=1)
+    folder, template = Path(output), load_mni152_template(resolution=1)
     t1w = nib.Nifti1Image(np.asarray(template.get_fdata(dtype=np.float32)), template.affine)
     scans = {"mni152_T1w.nii.gz": t1w, "clinical_T2like.nii.gz": simulate_clinical_scan(t1w)}
     for name, scan in scans.items():

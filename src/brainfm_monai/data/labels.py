@@ -57,9 +57,9 @@ def find_label_maps(path: Path) -> list[Source]:
 def load_label_map(path: Path, table: Mapping[int, int] | None = None) -> Image:
     """Read a label map, turn it to RAS+ and resample it to 1 mm isotropic voxels (nearest neighbour) if it is not.
 
-    An oblique grid stays oblique. ``table`` has the FreeSurfer id of each id in the file; without it, the file holds
-    FreeSurfer ids. Returns the ids, shape (H, W, D), int32, and the affine from voxels to RAS mm. ScanError if the file
-    has no single volume or states no orientation, or a value is no id; ValueError if an id is not in the table.
+    An oblique grid stays oblique. ``table`` has the FreeSurfer id of each id in the file, if these are others. Returns
+    ids, (H, W, D), int32, and the affine to RAS mm. ValueError if the file is no label map with an orientation, or an
+    id is not in the table.
     """
     volume = read_labels(path)
     rule = f"{path}: a label map that states which side is left is needed"
@@ -141,8 +141,7 @@ def make_generation_labels(
     There, where a surface passes through a voxel of white matter and cortex, or of cortex and fluid, the label is the
     code of their mixture: the share goes from 0 to 1 over one millimetre around the surface. ``distance`` is in mm to
     left pial, left white, right pial and right white surfaces, shape (H, W, D, 4); without it no voxel is mixed.
-    ``clusters`` are classes 1 to 5 of the head outside the brain, 0 elsewhere. ValueError if an id is not in the
-    protocol.
+    ``clusters`` are classes 1 to 5 of the head outside the brain. ValueError if an id is not in the protocol.
     """
     if (ids >= FIRST_HEAD_ID).any():
         return Protocol.load(HEAD_PROTOCOL).encode(ids, "generation labels"), HEAD_PROTOCOL

@@ -47,11 +47,7 @@ LOOK_OF_ID = {
 }
 _ROWS = read_table(str(_TABLES / "elastix.tsv"))
 # what differs from elastix's own parameters of affine registrations: of images of one contrast, and of any two
-AFFINE, RIGID = (
-    {row["parameter"]: row[column].split() for row in _ROWS if row[column]} for column in ("affine", "rigid")
-)
-
-
+AFFINE, RIGID = ({row["parameter"]: row[kind].split() for row in _ROWS if row[kind]} for kind in ("affine", "rigid"))
 # resolutions of the registration: voxels of its images and of its velocity field in mm, and the number of steps
 LEVELS = ((4, 8, 60), (2, 4, 40))
 _resize = partial(nnf.interpolate, mode="trilinear")  # a field on another grid over the same box, values as they are
@@ -180,8 +176,8 @@ def resample_to_box(
 ) -> np.ndarray:
     """Bring a volume (H, W, D) onto a box of size ``shape`` with voxels of 1 mm in one linear interpolation, float32.
 
-    Axes along which the scan is finer than the box are smoothed first, to the width of the box's voxels. Both affines
-    take voxels to mm, the box's with any rigid motion in it; ``outside`` is the value where the scan does not reach.
+    Axes along which the scan is finer are smoothed first. Both affines take voxels to mm, the box's with any rigid
+    motion in it; ``outside`` is the value where the scan does not reach.
     """
     target_mm = [float(voxel_sizes(box_affine).mean())] * 3
     volume = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
