@@ -6,7 +6,3 @@ from brainfm_monai.outputs.quality import collect_warnings
 from brainfm_monai.outputs.result import RunSettings, ScanResult, begun_ahead, describe_run, once_per_scan, resample
 from brainfm_monai.outputs.template import fit_scan_to_template
 from brainfm_monai.outputs.writer import ScanWriter
-
-__all__ = ["RunSettings", "ScanResult", "ScanWriter", "begun_ahead", "collect_warnings", "compute_totals_mm3"]
-__all__ += ["compute_volumes_mm3", "describe_run", "expect_dice", "find_boundaries", "fit_scan_to_template"]
-__all__ += ["grow_surfaces", "hard_volumes_mm3", "once_per_scan", "resample"]

@@ -2,5 +2,3 @@
 
 from brainfm_monai.report.page import compose_page, render, write_report
 from brainfm_monai.report.view import compose_view, find_niivue, write_view
-
-__all__ = ["compose_page", "compose_view", "find_niivue", "render", "write_report", "write_view"]
