@@ -20,7 +20,7 @@ from PIL import Image
 from brainfm_monai.io import read_table
 from brainfm_monai.outputs import RunSettings, ScanResult
 from brainfm_monai.outputs.maps import EXPECTED_DICE
-from brainfm_monai.report import view, write_report, write_view
+from brainfm_monai.report import page, write_report, write_view
 from brainfm_monai.report.page import colour_by_thickness, compose_page, draw_sections
 from brainfm_monai.tasks import TASKS, TaskLayout
 
@@ -92,7 +92,7 @@ def test_warnings_come_first_and_names_are_text(scan: ScanResult, tmp_path: Path
     assert "left &lt; right &amp; more" in written
     assert written.index("left &lt; right") < written.index("<img")
     assert "<script" not in written
-    viewed = view.compose_view(warned, SCRIPT)
+    viewed = page.compose_view(warned, SCRIPT)
     assert viewed.count("<script") == 1
     assert "<title>&lt;script&gt;alert(1)" in viewed
 
@@ -148,10 +148,10 @@ def test_the_table_gives_millilitres(scan: ScanResult) -> None:
 def test_the_table_has_the_dice_to_expect_for_the_shipped_weights_alone(scan: ScanResult, repository: Path) -> None:
     line = next(row for row in read_table(EXPECTED_DICE) if row["structure"] == "cerebral_cortex")
     shipped = dataclasses.replace(scan, settings=RunSettings(weights_sha256=line["weights_sha256"]), computed={})
-    page = compose_page(shipped)
-    assert "expected Dice" in page
+    written = compose_page(shipped)
+    assert "expected Dice" in written
     cortex = f"{min(float(line['intercept']), 1):.2f}"  # the entropy of this scan is 0
-    assert re.search(rf"<td class=\"number\">{cortex} {cortex} </td>", page)
+    assert re.search(rf"<td class=\"number\">{cortex} {cortex} </td>", written)
     assert "expected Dice" not in compose_page(scan)
 
 
@@ -191,8 +191,8 @@ def test_the_view_holds_everything_it_needs(
 ) -> None:
     shown = make_scan(tmp_path, scan.labels)
     with monkeypatch.context() as patch:
-        patch.setattr(view.util, "find_spec", lambda name: None)
-        view.find_niivue.cache_clear()
+        patch.setattr(page.util, "find_spec", lambda name: None)
+        page.find_niivue.cache_clear()
         write_view(shown)
         write_view(shown)
     assert [r.getMessage() for r in caplog.records if "NiiVue" in r.getMessage()] == [
@@ -201,7 +201,7 @@ def test_the_view_holds_everything_it_needs(
     write_report(shown)
     assert not shown.path("view.html").exists()
     assert "interactive view" not in shown.path("report.html").read_text()
-    monkeypatch.setattr(view, "find_niivue", lambda: SCRIPT)
+    monkeypatch.setattr(page, "find_niivue", lambda: SCRIPT)
     write_view(shown)
     write_report(shown)
     written = shown.path("view.html").read_text()
@@ -242,13 +242,13 @@ def find_browser() -> str:
 def test_the_view_in_a_browser_without_a_network(scan: ScanResult, tmp_path: Path) -> None:
     pytest.importorskip("ipyniivue", reason="the interactive view needs the extra view")
     browser = find_browser()
-    view.find_niivue.cache_clear()
+    page.find_niivue.cache_clear()
     shown = make_scan(tmp_path, scan.labels)
     write_view(shown)
-    page = shown.path("view.html")
-    page.write_text(PROBE.join(page.read_text(encoding="utf-8").rsplit("</body>", 1)), encoding="utf-8")
+    file = shown.path("view.html")
+    file.write_text(PROBE.join(file.read_text(encoding="utf-8").rsplit("</body>", 1)), encoding="utf-8")
     options = [*BROWSER, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", BUDGET]
-    done = subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True, timeout=1200, text=True)
+    done = subprocess.run([browser, *options, file.as_uri()], check=True, capture_output=True, timeout=1200, text=True)
     probe = re.search(r'data-probe="([^"]*)"', done.stdout)
     assert probe is not None, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(html.unescape(probe[1]))
