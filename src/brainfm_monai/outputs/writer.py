@@ -108,7 +108,7 @@ class ScanWriter:
             with ExitStack() as held:
                 with locked(self.output_dir):  # meanwhile no other process removes what is made and not held yet
                     partial = held.enter_context(hold_beside(self.output_dir / PARTIAL_FOLDER / HOST, folder=True))
-                result = self._result(item, scan, partial)
+                result = self.collect(item, scan, partial)
                 _run(self.writers, result)
                 for warning in result.warnings:
                     logger.warning("%s: %s", result.name, warning)
@@ -119,7 +119,8 @@ class ScanWriter:
         self.note_failure(scan)
         return folder
 
-    def _result(self, item: Mapping[str, Any], scan: Entry, folder: Path) -> ScanResult:
+    def collect(self, item: Mapping[str, Any], scan: Entry, folder: Path) -> ScanResult:
+        """What is known about a scan, by the item of :meth:`write`, whose files would be written into a folder."""
         meta, soft = item["image"].meta, item.get("soft_volumes")
         maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in NOT_MAPS}
         labels = maps["segmentation"] if self.settings.grid == "1mm" else item["pred"]

@@ -122,14 +122,14 @@ def predict(image: Any, bundle: str | Path = "bundle", **overrides: Any) -> Pred
         workflow = ConfigWorkflow(workflow_type="inference", **arguments)
         try:
             workflow.initialize()
-            evaluator, layout, run = map(workflow.parser.get_parsed_content, ("evaluator", "layout", "settings"))
+            evaluator, writer = map(workflow.parser.get_parsed_content, ("evaluator", "writer"))
             evaluator.logger, evaluator.state.epoch_length = loop.engine_logger, 1  # else ignite forgets the batch
             evaluator.run()
         except SystemExit as end:  # the config reports wrong weights so
             raise ValueError(str(end)) from end
         except RuntimeError as error:  # MONAI's way of reporting that a transform failed
             raise (error.__cause__ if isinstance(error.__cause__, ScanError) else error) from None
-        return _describe(loop.maps_of(evaluator), layout, run, path)
+        return _describe(writer.collect(loop.maps_of(evaluator), {"name": "scan", "image": path}, path.parent))
 
 
 def _as_file(image: Any, folder: Path) -> Path:
@@ -147,24 +147,22 @@ def _as_file(image: Any, folder: Path) -> Path:
     return path
 
 
-def _describe(item: dict[str, Any], layout: TaskLayout, settings: outputs.RunSettings, path: Path) -> Prediction:
-    """The maps of an item in the grid of its scan, volumes, and what else :func:`predict` returns."""
-    labels, others = item["pred"], ("image", "original", "pred")
-    maps = {key: value for key, value in item.items() if isinstance(value, MetaTensor) and key not in others}
-    affine, array = np.asarray(labels.affine, dtype=np.float64), np.asarray(labels[0].cpu(), dtype=np.uint8)
-    soft = item["soft_volumes"].cpu().numpy() if "soft_volumes" in item else None
-    scan = outputs.ScanResult("scan", path, path.parent, layout, array, affine, maps, soft, settings=settings)
-    scan.original, hard, matrix = item.get("original"), outputs.hard_volumes_mm3(scan), None
-    names = [s.name for s in layout.protocol.structures[1:]]
+def _describe(scan: outputs.ScanResult) -> Prediction:
+    """The maps of a scan in the grid of its labels, volumes, and what else :func:`predict` returns."""
+    affine, hard, matrix = torch.from_numpy(scan.affine), outputs.hard_volumes_mm3(scan), None
+    soft = hard if scan.soft_volumes_mm3 is None else scan.soft_volumes_mm3
+    names = [s.name for s in scan.layout.protocol.structures[1:]]
+    others = {key: one.cpu() for key, one in scan.maps.items() if key != "segmentation"}
+    maps = {key: outputs.resample(one, scan.labels.shape, scan.affine) for key, one in others.items()}
+    maps["segmentation"] = MetaTensor(torch.from_numpy(scan.labels)[None], affine=affine)
     with suppress(ValueError):  # no brain
         matrix = outputs.fit_scan_to_template(scan).matrix if "mni" in maps else None
     return Prediction(
         scan,
-        segmentation=labels.cpu().to(torch.uint8),
-        **{key: outputs.resample(maps[key].cpu(), array.shape, affine) for key in maps if key != "segmentation"},
-        volumes_mm3=dict(zip(names, (hard if soft is None else soft)[1:].tolist(), strict=True)),
+        **maps,
+        volumes_mm3=dict(zip(names, soft[1:].tolist(), strict=True)),
         hard_volumes_mm3=dict(zip(names, hard[1:].tolist(), strict=True)),
         affine_to_template=matrix,
         warnings=outputs.collect_warnings(scan),
-        layout=layout,
+        layout=scan.layout,
     )
