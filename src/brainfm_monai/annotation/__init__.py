@@ -243,9 +243,9 @@ def _count_pairs(network: MultiTaskNet, weights: Mapping[str, Tensor], items: It
     """Voxels of all items by the label that is predicted (rows) and the corrected one (columns)."""
     network.load_state_dict(weights)
     network.eval()
-    rows, device, count = (
-        network.layout.slices["segmentation"],
+    device, rows, count = (
         network.head.weight.device,
+        network.layout.slices["segmentation"],
         len(network.layout.protocol),
     )
     pairs = torch.zeros(count**2, device=device)
