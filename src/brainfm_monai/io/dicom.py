@@ -202,10 +202,9 @@ def _check_stack(slices: Sequence[_Slice], stack: Sequence[_Slice]) -> dict[str,
     return {"affine": LPS_TO_RAS @ affine, "warnings": [warning] if tilt_deg > TILT_TOLERANCE_DEG else []}
 
 
-def _describe(
-    name: str, slices: Sequence[_Slice], copies: int, warnings: Sequence[str] = (), **attributes: Any
-) -> Series:
-    header, noticed, modality = slices[0].header, list(warnings), str(slices[0].header.get("Modality", ""))
+def _describe(name: str, slices: Sequence[_Slice], copies: int, **attributes: Any) -> Series:
+    header, noticed = slices[0].header, attributes.pop("warnings", [])
+    modality = str(header.get("Modality", ""))
     if modality not in ("CT", "MR"):
         noticed.append(f"the modality is {modality or 'not stated'}, where MR and CT are known")
     elif modality == "MR" and header.get("PhotometricInterpretation") == "MONOCHROME1":
@@ -258,8 +257,8 @@ def place_by_headers(affine: np.ndarray, depth: int, series: Series) -> np.ndarr
     sizes = np.linalg.norm(placed[:3, :3], axis=0)
     off = np.abs(placed - affine)[:3] / np.append(sizes, sizes.max())
     leaning = np.abs(placed[:3, 2] @ placed[:3, :2] / sizes[:2] / sizes[2]).max()
-    is_tilted = leaning > np.sin(np.radians(TILT_TOLERANCE_DEG))
-    tolerance = 1.0 if is_tilted else SPACING_TOLERANCE  # dcm2niix's own affine leaves a tilt out
+    # dcm2niix's own affine leaves a tilt out
+    tolerance = 1.0 if leaning > np.sin(np.radians(TILT_TOLERANCE_DEG)) else SPACING_TOLERANCE
     if off[:, :3].max() > tolerance or off[:, 3].max() > 1:
         raise ValueError(f"dcm2niix places slices otherwise than their headers: {np.round(affine[:3], 3).tolist()}")
     return placed

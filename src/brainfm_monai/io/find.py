@@ -24,14 +24,13 @@ TABLE_COLUMNS = ("image", "name", "frame")
 COMPANION = re.compile(r"(.+)\.(json|bval|bvec|img)", re.IGNORECASE | re.DOTALL)  # of the scan of this stem
 MARKERS = ("_finished.json", "_unfinished.json")  # beside the results of a scan, see outputs.writer
 KINDS = ", ".join(SCAN_SUFFIXES)
+Labels = str | int | Sequence[str | int] | None  # of participants; a word may hold several
 RESULTS = "the folder of the results"
 Item = dict[str, Any]  # an image (a path), and perhaps its problem or why it is skipped: see make_scans
 
 
 def find_scans(
-    source: str | Path,
-    output_dir: str | Path | None = None,
-    participant_label: str | int | Sequence[str | int] | None = None,
+    source: str | Path, output_dir: str | Path | None = None, participant_label: Labels = None
 ) -> list[Scan]:
     """List the scans that a user means, in the order of their paths, then what is skipped among them, with the reason.
 
@@ -196,7 +195,7 @@ def _from_table(path: Path) -> list[Scan]:
     return make_scans(items)
 
 
-def _choose_participants(root: Path, participant_label: str | int | Sequence[str | int] | None) -> dict[Path, str]:
+def _choose_participants(root: Path, participant_label: Labels) -> dict[Path, str]:
     """Folders of the participants, and why there are none: dead links, or no such folder."""
     given = [participant_label] if isinstance(participant_label, str | int) else participant_label
     words = [word for label in given or () for word in re.split(r"[\s,]+", str(label)) if word]  # one may hold several
@@ -209,7 +208,7 @@ def _choose_participants(root: Path, participant_label: str | int | Sequence[str
     return problems
 
 
-def _from_bids(path: Path, output: str, participant_label: str | int | Sequence[str | int] | None) -> list[Scan]:
+def _from_bids(path: Path, output: str, participant_label: Labels) -> list[Scan]:
     items: list[Item] = []
     others = Counter[str]()
     for subject, problem in _choose_participants(path, participant_label).items():

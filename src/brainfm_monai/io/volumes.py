@@ -123,9 +123,7 @@ def _check_header(stored: Stored, frame: int | str | None) -> None:
 def _open_packed(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, unpacked where its content, not its name, is gzip."""
     with path.open("rb") as file:
-        is_packed = file.read(2) == GZIP_MARK
-        file.seek(0)
-        yield gzip.GzipFile(fileobj=file) if is_packed else file  # type: ignore[misc]
+        yield gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP_MARK else file  # type: ignore[misc]
 
 
 def _read_frame(stored: Stored, frame: int | str | None) -> tuple[np.ndarray, int]:
