@@ -243,11 +243,8 @@ def _count_pairs(network: MultiTaskNet, weights: Mapping[str, Tensor], items: It
     """Voxels of all items by the label that is predicted (rows) and the corrected one (columns)."""
     network.load_state_dict(weights)
     network.eval()
-    device, rows, count = (
-        network.head.weight.device,
-        network.layout.slices["segmentation"],
-        len(network.layout.protocol),
-    )
+    device, layout = network.head.weight.device, network.layout
+    rows, count = layout.slices["segmentation"], len(layout.protocol)
     pairs = torch.zeros(count**2, device=device)
     for item in items:
         name = next(name for name in REAL if item.get(f"real_{name}"))
