@@ -18,6 +18,7 @@ from brainfm_monai.engines import (
     make_grad_scaler,
     make_warmup_stable_decay,
 )
+from brainfm_monai.engines.trainer import split_batch
 from brainfm_monai.inferers import AutocastInferer
 from brainfm_monai.networks import MultiTaskNet, ResidualUNet, UNet, checkpoint_activations, parse_precision
 from brainfm_monai.synthesis import LARGEST_SEED, SynthesisRanges, Synthesizer
@@ -99,6 +100,14 @@ def test_processes_share_the_draws_and_go_on_where_they_were() -> None:
         check_shards([0], 2)
 
 
+def test_batches_are_cut_into_parts_of_nearly_one_size() -> None:
+    batch = {"x": torch.arange(5), "name": list("abcde")}
+    parts = split_batch(batch, 2)
+    assert [part["name"] for part in parts] == [["a", "b", "c"], ["d", "e"]]
+    assert torch.cat([part["x"] for part in parts]).tolist() == list(range(5))
+    assert len(split_batch(batch, 9)) == 5
+
+
 class SquaredError(nn.Module):
     def forward(self, pred: Tensor, target: dict[str, Tensor]) -> Tensor:
         error = (pred - target["y"]).square().mean(1)
@@ -139,6 +148,17 @@ def weight_of(trainer: MultiTaskTrainer) -> Tensor:
     return trainer.network.state_dict()["weight"]
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_batch_in_parts_is_one_step_of_the_whole_batch(parts: int) -> None:
+    whole, cut = train_line(make_data()), train_line(make_data(), accumulation=parts)
+    assert cut.state.iteration == whole.state.iteration == 3
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(cut.network.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+    for key in ("loss", "gradient_norm"):
+        torch.testing.assert_close(cut.state.output[key], whole.state.output[key])
+    torch.testing.assert_close(cut.state.output["task_losses"]["line"], whole.state.output["task_losses"]["line"])
+
+
 def test_gradients_are_clipped_by_their_norm() -> None:
     free, clipped = train_line(make_data(), steps=1), train_line(make_data(), steps=1, max_norm=0.1)
     torch.testing.assert_close(
@@ -152,12 +172,13 @@ def test_gradients_are_clipped_by_their_norm() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_is_not_finite_is_left_out(fused: bool) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_is_not_finite_is_left_out(fused: bool, parts: int) -> None:
     data = make_data()
     broken = [dict(item) for item in data]
     broken[5]["y"] = torch.tensor([torch.nan])  # in the second of three batches
     without = train_line(data[:4] + data[8:], steps=2, fused=fused)
-    with_nan = train_line(broken, fused=fused)
+    with_nan = train_line(broken, fused=fused, accumulation=parts)
     assert with_nan.state.output["loss"].isfinite()
     for name, value in without.network.state_dict().items():
         torch.testing.assert_close(with_nan.network.state_dict()[name], value, rtol=1e-6, atol=1e-6)
@@ -182,6 +203,8 @@ def test_reduced_precision_stays_near_and_float16_survives_an_overflow() -> None
     assert parse_precision("float16", torch.device("cpu")) == torch.float16
     with pytest.raises(ValueError, match=r"precision: one of .* or null is needed, found 'half'"):
         AutocastInferer("half")
+    with pytest.raises(ValueError, match="MultiTaskTrainer: 'accumulation' must be positive, found 0"):
+        train_line(make_data(), accumulation=0)
     with pytest.raises(ValueError, match="MultiTaskTrainer: 'max_norm' must be positive, found 0"):
         train_line(make_data(), max_norm=0)
 
@@ -272,7 +295,7 @@ def test_processes_count_steps_that_are_not_finite_alike(monkeypatch: pytest.Mon
     scaler = torch.amp.GradScaler("cpu")
     for iteration in (1, 2):
         state = SimpleNamespace(output=output, batch={"subject": ["a"], "seed": [3]}, iteration=iteration)
-        engine: Any = SimpleNamespace(state=state, grad_scaler=scaler)
+        engine: Any = SimpleNamespace(state=state, grad_scaler=scaler, accumulation=1)
         stop.remember(engine)
         if iteration == 1:
             stop.look(engine)

@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "val_interval": 2,
     "max_gradient_norm": 1.0,
     "batch_size": 2,
+    "accumulation": 2,
     "warmup_iterations": 2,
     "panels": 0,
 }

@@ -129,9 +129,9 @@ def train(datalist: str, bundle: str = "bundle", variant: Sequence[str] = (), **
             the bundle's folders variants and configs, without ``.json`` (small, finetune, multi_gpu_train, coarse,
             whose model.pt the fine training takes as ``--weights``, ...), or paths of your own configs.
         overrides: any other ``--key value`` replaces that key of configs/train.json: --max_epochs 10, --output_dir OUT,
-            --batch_size 4, --precision (float32, bfloat16, float16), --max_gradient_norm 5,
-            --activation_checkpointing True, --compile True, --images "['T1w','CT']", --log_interval 10,
-            --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
+            --batch_size 4, --accumulation 4 (parts of a batch, to save memory), --precision (float32, bfloat16,
+            float16), --max_gradient_norm 5, --activation_checkpointing True, --compile True, --images "['T1w','CT']",
+            --log_interval 10, --checkpoint_iterations 500, --learning_rate 0.0003, --seed 1.
     """
     configs = [name if name.endswith(".json") else f"{name}.json" for name in ["train", *filter(None, variant)]]
     run_bundle(bundle, configs, datalist=datalist, **overrides)

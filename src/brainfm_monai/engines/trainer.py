@@ -9,10 +9,12 @@ import copy
 import hashlib
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, cast
 
 import ignite.distributed as idist
@@ -23,6 +25,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys, convert_to_tensor
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Sampler
@@ -146,25 +149,35 @@ def make_grad_scaler(precision: str | None, device: str | torch.device) -> torch
     return torch.amp.GradScaler(device.type, enabled=parse_precision(precision, device) == torch.float16)
 
 
+def split_batch(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Cut a batch, tensors and lists of length B, along its first axis into at most B parts of nearly equal length."""
+    size = len(next(iter(batch.values())))
+    parts = min(parts, size)
+    bounds = [-(-i * size // parts) for i in range(parts + 1)]
+    return [{key: value[a:b] for key, value in batch.items()} for a, b in pairwise(bounds)]
+
+
 class MultiTaskTrainer(SupervisedTrainer):
     """MONAI's supervised trainer, without the steps that are not finite, in any of the processes.
 
-    After each iteration ``state.output`` has, besides MONAI's keys, ``task_losses``, ``gradient_norm`` and ``samples``,
-    the number of scans. Nothing here waits for the device, unless the optimizer is not fused. ``state.draws``, which
-    checkpoints keep, counts the draws of all processes: with :class:`DrawSampler` a resumed training continues with the
-    right one.
+    A batch is one step, computed in ``accumulation`` parts, one by one, to save memory. After each iteration
+    ``state.output`` has, besides MONAI's keys (image, label and prediction of the last part), ``task_losses``,
+    ``gradient_norm`` and ``samples``, the number of scans. Nothing here waits for the device, unless the optimizer is
+    not fused. ``state.draws``, which checkpoints keep, counts the draws of all processes: with :class:`DrawSampler` a
+    resumed training continues with the right one.
 
     ``max_norm`` is the positive norm to which larger gradients are scaled down, ``scaler`` that of the loss for
     float16; ``average`` is updated after every step, ``budget`` ends the training, ``options`` are those of MONAI.
     """
 
     def __init__(
-        self, *, max_norm: float | None = None, scaler: torch.amp.GradScaler | None = None,
+        self, *, accumulation: int = 1, max_norm: float | None = None, scaler: torch.amp.GradScaler | None = None,
         average: AveragedModel | None = None, budget: TimeBudget | None = None, **options: Any,
     ) -> None:  # fmt: skip
+        refuse_if(accumulation < 1, "MultiTaskTrainer: 'accumulation' must be positive", accumulation)
         refuse_if(max_norm is not None and max_norm <= 0, "MultiTaskTrainer: 'max_norm' must be positive", max_norm)
         super().__init__(**options)
-        self.max_norm, self.average = max_norm, average
+        self.accumulation, self.max_norm, self.average = accumulation, max_norm, average
         self.grad_scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.state.draws, self.draws_of_step = 0, 0
         self.state_dict_user_keys.append("draws")
@@ -182,20 +195,37 @@ class MultiTaskTrainer(SupervisedTrainer):
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        image, target = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
-        pred = self.inferer(image, self.network)
-        loss: Tensor = self.loss_function(pred, target).mean()
-        # Where the loss is not finite its gradient might be: a target that is NaN has no slope.
-        gradient = torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
-        self.grad_scaler.scale(loss).backward(gradient)
-        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target, CommonKeys.PRED: pred}
-        self.state.output |= {CommonKeys.LOSS: loss.detach(), "gradient_norm": self._step(), "samples": len(image)}
-        self.state.output["task_losses"] = dict(getattr(self.loss_function, "components", {}))
+        size, parts = len(next(iter(batchdata.values()))), split_batch(batchdata, self.accumulation)
+        sums, shares, samples = defaultdict[str, Any](float), defaultdict[str, float](float), 0
+        for part in parts:
+            share = len(next(iter(part.values()))) / size
+            # Gradients of all processes are summed once for a step, with those of its last part.
+            waits = isinstance(self.network, DistributedDataParallel) and part is not parts[-1]
+            with cast(DistributedDataParallel, self.network).no_sync() if waits else nullcontext():
+                losses = self._compute_part(part, share)
+            samples += len(self.state.output[CommonKeys.IMAGE])
+            for name, loss in losses.items():  # of a task: the mean over the parts that have its targets
+                sums[name] = sums[name] + share * loss
+                shares[name] += share
+        means = {name: total / shares[name] for name, total in sums.items()}
+        self.state.output |= {CommonKeys.LOSS: means.pop(CommonKeys.LOSS), "task_losses": means}
+        self.state.output |= {"gradient_norm": self._step(), "samples": samples}
         if self.average is not None:
             self.average.update_parameters(getattr(self.network, "module", self.network))
         self.state.draws += self.draws_of_step
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return cast(dict[str, Any], self.state.output)
+
+    def _compute_part(self, part: dict[str, Any], share: float) -> dict[str, Tensor]:
+        """Losses of a part by task and in all, whose gradients are added to those of the parts before."""
+        image, target = self.prepare_batch(part, self.state.device, self.non_blocking, **self.to_kwargs)
+        pred = self.inferer(image, self.network)
+        loss: Tensor = self.loss_function(pred, target).mean()
+        # Where the loss is not finite its gradient might be: a target that is NaN has no slope.
+        gradient = torch.where(loss.detach().isfinite(), share, torch.nan).to(loss.dtype)
+        self.grad_scaler.scale(loss).backward(gradient)
+        self.state.output = {CommonKeys.IMAGE: image, CommonKeys.LABEL: target, CommonKeys.PRED: pred}
+        return {CommonKeys.LOSS: loss.detach(), **getattr(self.loss_function, "components", {})}
 
     def _step(self) -> Tensor:
         """Step the optimizer if all is finite; return the norm of the gradients of all processes before clipping."""
