@@ -251,6 +251,7 @@ def test_a_plain_run_of_the_evaluator_writes_the_files(repository: Path, weights
     assert labels.shape == nib.load(tmp_path / "in/two.nii.gz").shape  # type: ignore[attr-defined]
     sidecar = json.loads((tmp_path / "out/two/two_dseg.json").read_text())
     assert sidecar["GeneratedBy"]["surface_levels_mm"] == [1, 2]
+    assert sidecar["GeneratedBy"]["model"] == "brainfm-monai"  # whose weights these are: not those of BrainFM's authors
 
     def interrupt(_: Engine) -> None:
         raise KeyboardInterrupt

@@ -34,7 +34,7 @@ PACKING = 2  # level of igzip: as small as level 1 of zlib, in a tenth of its ti
 class RunSettings:
     """What was used to compute the files of a run; every sidecar repeats it."""
 
-    model: str = "BrainFM"  # name of the model
+    model: str = "brainfm-monai"  # whose networks and weights these are; BrainFM is another project
     version: str = ""  # version of the package
     weights: str = ""  # file of the weights
     weights_sha256: str = ""  # its hash; empty where there is no file
@@ -49,18 +49,17 @@ class RunSettings:
         refuse_if(self.grid not in ("scan", "1mm"), "grid: 'scan' or '1mm' is needed", f"'{self.grid}'")
 
 
-def describe_run(
-    weights: str | Path, layout: TaskLayout, model: str = "BrainFM", depends: Sequence[Any] = (), **choices: Any
-) -> RunSettings:
+def describe_run(weights: str | Path, layout: TaskLayout, depends: Sequence[Any] = (), **choices: Any) -> RunSettings:
     """Settings of a run, with the hash of its file of weights and of its configuration.
 
     ``depends`` are the objects of the config that results depend on (network, transforms, inferer, ...), as they were
     built from the resolved config, see :func:`~brainfm_monai.io.fingerprint`; ``choices`` are ``mode``, ``grid`` and
     ``surface_levels_mm`` of :class:`RunSettings`.
     """
-    path, key = Path(weights), fingerprint(layout, *depends)
-    digest, version = hash_file(path) if path.is_file() else "", brainfm_monai.__version__
-    return RunSettings(model, version, path.name, digest, layout.protocol.name, configuration=key, **choices)
+    path = Path(weights)
+    digest, protocol = hash_file(path) if path.is_file() else "", layout.protocol.name
+    choices |= {"version": brainfm_monai.__version__, "configuration": fingerprint(layout, *depends)}
+    return RunSettings(weights=path.name, weights_sha256=digest, protocol=protocol, **choices)
 
 
 def once_per_scan(compute: Callable[Concatenate["ScanResult", P], T]) -> Callable[Concatenate["ScanResult", P], T]:

@@ -32,7 +32,7 @@ UNFINISHED = "unfinished.json"  # there while the files of a scan are moved to t
 WRITTEN_AT_ONCE = 2  # outputs of a scan: each has copies of maps
 LONGEST = ("transforms", "view")  # outputs that begin before others: short ones at the end keep both threads busy
 NOT_MAPS = ("image", "label", "original", "pred", "soft_volumes")
-DATASET = {"Name": "BrainFM maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
+DATASET = {"Name": "brainfm-monai maps", "BIDSVersion": "1.10.0", "DatasetType": "derivative"}
 HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())
 
 Entry = Mapping[str, Any]  # of the list of scans
