@@ -117,10 +117,8 @@ LOG_SCALES: dict[str, Task] = {name: _make_log_scale(task) for name, task in TAS
 class TaskLayout:
     """Names the channels of the network's one output tensor, segmentation first.
 
-    A task that is unknown or named twice, or has no scale of error, is a ValueError.
-
     Args:
-        tasks: names out of :data:`TASKS`, in the order wanted; the segmentation is moved to the front.
+        tasks: different names out of :data:`TASKS`, else it is a ValueError; the segmentation is moved to the front.
         protocol: label protocol of the segmentation: its name, a table file or a :class:`Protocol`.
         uncertainty: tasks of images, distances or coordinates whose scale of error is predicted, too. Each brings a
             task ``<task>_log_scale`` after all others, with a channel for each of its own; see :func:`bound_log_scale`.

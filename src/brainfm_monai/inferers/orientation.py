@@ -124,20 +124,17 @@ class OrientationInferer(Inferer):
             return None  # too thin to be seen in coarse voxels
         fine = network.pool(head)
         coarse, turns = nnf.avg_pool3d(fine, COARSE), list_turns()
-        scores = [self._look(apply_turn(turn, coarse), network, float(network.stride * COARSE)) for turn in turns]
+        scores = [self._look(apply_turn(turn, coarse), network, COARSE) for turn in turns]
         ranked = [int(i) for i in np.argsort(scores) if i > 0][:CONFIRMED]
         limit = min(CLEARER * first_mm, UNSURE_MM)
-        for turn in (turns[i] for i in ranked):
-            if self._look(apply_turn(turn, fine), network, float(network.stride)) < limit:
-                return turn
-        return None
+        return next((turns[i] for i in ranked if self._look(apply_turn(turns[i], fine), network) < limit), None)
 
-    def _look(self, image: Tensor, network: MultiTaskNet, voxel_mm: float) -> float:
-        """Misfit of one pass through the network, on the grid of the image that its backbone gets."""
+    def _look(self, image: Tensor, network: MultiTaskNet, pooled: int = 1) -> float:
+        """Misfit of one pass through the backbone, whose image has its voxels, ``pooled`` times larger."""
         features = network.backbone(pad_to_multiple(image, MULTIPLE))
         output = network.head(features[(*WHOLE, *map(slice, image.shape[2:]))])
         missing = self.layout.channels - output.shape[1]  # those of a context head, which the misfit does not need
-        return self._misfit(nnf.pad(output, [0, 0, 0, 0, 0, 0, 0, missing]), voxel_mm)
+        return self._misfit(nnf.pad(output, [0, 0, 0, 0, 0, 0, 0, missing]), float(network.stride * pooled))
 
     def _misfit(self, output: Tensor, voxel_mm: float) -> float:
         maps = self.layout.split(output.float())

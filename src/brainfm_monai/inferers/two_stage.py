@@ -54,8 +54,7 @@ class TwoStageInferer(Inferer):
             ``auto``: see :func:`~brainfm_monai.inferers.choose_memory`.
         precision: float32, bfloat16 or float16; ``None``: the fastest of the device. The maps are float32 in any case.
         labels: labels that mode ``low`` may choose; ``None``: all.
-        threshold: intensity above which a voxel is head or noise; the box contains all of them.
-        margin: voxels by which the box is larger on each side.
+        threshold, margin: the first box contains what is brighter, and so many voxels more on each side.
         multiple: the box is padded with zeros to a multiple of this size, which the poolings of a network need.
         size_mm: size of the second stage's box, which is padded with zeros where the image is smaller.
         sigma_mm: standard deviation of the Gaussian that smooths the coordinates.
@@ -262,12 +261,8 @@ def edge_ramp(size: Sequence[int], width: float) -> Tensor:
     return weight
 
 
-def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm: float) -> Tensor:
-    """The affine map that fits MNI coordinates (3, H, W, D) best, plus the rest smoothed over a mask (H, W, D).
-
-    The standard deviation of the Gaussian is in voxels. The result has the shape of the coordinates and is defined
-    everywhere.
-    """
+def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma_vox: float, voxel_mm: float) -> Tensor:
+    """The affine map that fits MNI coordinates (3, H, W, D) best, plus the rest smoothed over a mask (H, W, D)."""
     step = max(round(STEP_MM / voxel_mm), 1)
     axes = (torch.arange(n, device=mask.device) for n in mask.shape)
     index = torch.stack(torch.meshgrid(*axes, indexing="ij")).float()
@@ -277,7 +272,7 @@ def smooth_coordinates(coordinates: Tensor, mask: Tensor, sigma: float, voxel_mm
     fit = torch.linalg.lstsq(matrix, target).solution.T.to(points)
     affine = torch.einsum("ij,jhwd->ihwd", fit, points)
     weighted = torch.cat([(coordinates - affine) * mask, mask[None].float()])[None]
-    coarse = GaussianFilter(3, sigma / step)(nnf.avg_pool3d(pad_to_multiple(weighted, step), step))
+    coarse = GaussianFilter(3, sigma_vox / step)(nnf.avg_pool3d(pad_to_multiple(weighted, step), step))
     values = coarse[:, :3] / coarse[:, 3:].clamp_min(MINIMUM_WEIGHT)
     rest = nnf.interpolate(values, scale_factor=step, mode="trilinear", align_corners=False)[0]
     return affine + rest[(slice(None), *map(slice, mask.shape))]

@@ -37,8 +37,7 @@ class ContextHead(nn.Module):
 
     A 1x1x1 convolution narrows the features to ``width`` channels, and dilated 3x3x3 convolutions with skips look at
     the neighbourhood (Yu and Koltun, ICLR 2016). So a task that a linear head cannot solve (lesions: bright spots that
-    are neither sulci nor ventricles) is learnt on a frozen backbone, and no other map changes. Nothing is normalised
-    over the volume.
+    are neither sulci nor ventricles) is learnt on a frozen backbone. Nothing is normalised over the volume.
     """
 
     def __init__(self, features: int, layout: TaskLayout, tasks: Sequence[str], width: int = 24) -> None:
@@ -66,7 +65,6 @@ class MultiTaskNet(nn.Module):
 
     Args:
         backbone: module that maps (B, 1, H, W, D) to (B, ``out_channels``, H, W, D).
-        layout: names of the output channels.
         stride: voxels of the input per voxel of the backbone: the input is averaged over ``stride``^3 voxels, the
             output is interpolated back. A backbone trained at 2 mm serves 1 mm scans with stride 2.
         freeze_backbone: the backbone keeps its weights and stays in evaluation mode, so that neither gradients nor

@@ -57,13 +57,9 @@ def _read(parts: Parts, a: int, b: int) -> Tensor:
     return torch.cat([fine, coarse], dim=1)
 
 
-def _chunks(x: Tensor) -> Iterator[tuple[int, int]]:
-    return plane_ranges(x.shape[2], x[:, :, :1].numel() * x.element_size())
-
-
 def _replace(x: Tensor, *stages: Stage) -> None:
     """Overwrite chunks of planes by what the stages, if there are any, make of them."""
-    for a, b in _chunks(x) if stages else ():
+    for a, b in plane_ranges(x.shape[2], x[:, :, :1].nbytes) if stages else ():
         x[:, :, a:b] = reduce(lambda part, stage: stage(part), stages, x[:, :, a:b])
 
 
@@ -84,9 +80,10 @@ def _run(units: Iterable[nn.Module], parts: Parts) -> Tensor:
 
 def _residual_block(block: ResidualBlock, image: Tensor) -> Tensor:
     projection = block.projection
-    weight, bias = _weight(projection, image), cast(Tensor, projection.bias).to(image.dtype)
+    weight = projection.weight.to(dtype=image.dtype, memory_format=torch.channels_last_3d)
+    bias = cast(Tensor, projection.bias).to(image.dtype)
     x = _run([block.first, block.second], [nnf.conv3d(image, weight, bias)])
-    for a, b in _chunks(x):  # the projection once more, which costs less than its memory
+    for a, b in plane_ranges(x.shape[2], x[:, :, :1].nbytes):  # the projection again costs less than its memory
         x[:, :, a:b] = block.activation(x[:, :, a:b] + nnf.conv3d(image[:, :, a:b], weight, bias))
     return x
 
@@ -111,11 +108,11 @@ def _normalisation(norm: nn.GroupNorm, parts: Parts) -> Stage:
 def _convolve(conv: nn.Conv3d, parts: Parts, stages: Sequence[Stage]) -> Tensor:
     """3x3x3 convolution of planes after the stages; planes beyond the volume are zero.
 
-    The first part is overwritten if it has as many channels as the result: planes are read before, and the last plane
-    of a chunk is kept for the next chunk.
+    The first part is overwritten if its channels suffice: the last plane of a chunk is kept for the next chunk.
     """
     size, first, out = parts[0].shape[2:], _read(parts, 0, 1), parts[0]
-    weight, layout = _weight(conv, first), torch.channels_last_3d
+    layout = torch.channels_last_3d
+    weight = conv.weight.to(dtype=first.dtype, memory_format=layout)
     if out.shape[1] != conv.out_channels:
         shape = (1, conv.out_channels, *size)
         out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
@@ -127,7 +124,3 @@ def _convolve(conv: nn.Conv3d, parts: Parts, stages: Sequence[Stage]) -> Tensor:
         behind = x[:, :, -2:-1].clone()
         out[:, :, a:b] = nnf.conv3d(x, weight, padding=(0, 1, 1))
     return out
-
-
-def _weight(conv: nn.Conv3d, like: Tensor) -> Tensor:
-    return conv.weight.to(dtype=like.dtype, memory_format=torch.channels_last_3d)

@@ -65,11 +65,8 @@ class AdditiveUNet(nn.Module):
 
     Every level has two blocks on the way down and one on the way up, the finest level has one on the way down.
     ``features`` are the channels of every level, finest first; multiples of 16 suit the vector units of CPUs. Less than
-    two levels are a ValueError.
-
-    Reference:
-        Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization, BrainLes 2018 (additive skips);
-        Isensee et al., nnU-Net, Nature Methods 18, 2021 (instance normalisation, LeakyReLU).
+    two levels are a ValueError. Skips are those of Myronenko (BrainLes 2018), normalisation and LeakyReLU those of
+    nnU-Net (Isensee et al., Nature Methods 18, 2021).
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (64, 128, 256)) -> None:
@@ -110,8 +107,7 @@ class TwoScaleUNet(nn.Module):
     The coarse network meets the same images as when it was trained alone, and its features stand, upsampled, beside
     those of the fine level in the output: a head that was trained on them keeps its worth from the first step. Without
     it, small structures are lost at the start, and do not come back. What the coarse network gets from the fine level
-    starts at 0. ``features`` are the channels of every level, finest first; the first is the fine level, the others are
-    the coarse network.
+    starts at 0. ``features`` are the channels of the fine level, then of those of the coarse network.
     """
 
     def __init__(self, in_channels: int = 1, features: Sequence[int] = (32, 64, 128, 256)) -> None:

@@ -49,12 +49,10 @@ def find_boundaries(
     The levels are subtracted, the scan corrects the white surfaces, none comes nearer to the other hemisphere than
     where both are equally deep, and no pial surface lies within the white one.
 
-    Args:
-        distance: signed distances ``lp``, ``lw``, ``rp``, ``rw`` in mm, negative inside, shape (H, W, D); a hemisphere
-            may be missing.
-        voxel_mm: size of the isotropic voxels.
-        levels_mm: predicted distance at which the true white and pial boundary stand: 0 for distances without bias.
-        image: the scan in the same grid, in [0, 1]; None: the white surface stays where the distance is 0.
+    The distances are ``lp``, ``lw``, ``rp``, ``rw`` in mm, negative inside, shape (H, W, D), in isotropic voxels; a
+    hemisphere may be missing. ``levels_mm`` are the predicted distances at which the true white and pial boundary
+    stand: 0 for distances without bias. The image is the scan in the same grid, in [0, 1]; without it the white surface
+    stays where the distance is 0.
     """
     found: dict[str, Tensor] = {}
     shown: dict[str, Tensor] = {}

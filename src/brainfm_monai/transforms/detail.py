@@ -8,7 +8,7 @@ import torch.nn.functional as nnf
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 WINDOW = 5  # voxels of the network in which both images are compared: large enough for a gyrus and its sulcus
 LEAST_VARIANCE = 1e-4  # of intensities in [0, 1]: a hundredth of the range is noise
@@ -46,35 +46,27 @@ def restore_detail(images: Sequence[Tensor], scan: Tensor, head: Tensor, stride:
     is the scan's own contrast, nothing where both differ or the scan is noise. The image's departure from the line at
     the network's own voxels is taken back by R^4, as far as it is the blur of the network. Nothing is negative.
     """
-    coarse, weight = _pool(scan, stride), _pool(head.to(scan), stride)
-    count = _average(weight).clamp_min(1e-3)
+    pool, mean = nn.AvgPool3d(stride, ceil_mode=True, count_include_pad=False), nn.AvgPool3d(WINDOW, 1, WINDOW // 2)
+    coarse, weight = pool(scan), pool(head.to(scan))
+    count = mean(weight).clamp_min(1e-3)
 
     def average(volume: Tensor) -> Tensor:
-        return _average(volume * weight) / count
+        return mean(volume * weight) / count
 
-    mean = average(coarse)
-    variance = (average(coarse * coarse) - mean * mean).clamp_min(0) + LEAST_VARIANCE
-    beyond = scan - _spread(coarse, scan, stride)
+    def spread(volumes: Tensor) -> Tensor:
+        """Volumes (C, h, w, d) in the finer voxels, linearly interpolated: (C, H, W, D)."""
+        fine = nnf.interpolate(volumes[None], scale_factor=stride, mode="trilinear")[0]
+        return fine[(slice(None), *map(slice, scan.shape[1:]))]
+
+    seen = average(coarse)
+    variance = (average(coarse * coarse) - seen * seen).clamp_min(0) + LEAST_VARIANCE
+    beyond = scan - spread(coarse)
     for image in images:
-        drawn = _pool(image, stride)
+        drawn = pool(image)
         level = average(drawn)
-        spread = (average(drawn * drawn) - level * level).clamp_min(0) + LEAST_VARIANCE
-        shared = average(coarse * drawn) - mean * level
-        slope, explained = shared / variance, (shared * shared / (variance * spread)).clamp(0, 1)
-        departure = drawn - level - slope * (coarse - mean)
-        changes = _spread(torch.cat([slope * explained, explained * explained * departure]), scan, stride)
+        varied = (average(drawn * drawn) - level * level).clamp_min(0) + LEAST_VARIANCE
+        shared = average(coarse * drawn) - seen * level
+        slope, explained = shared / variance, (shared * shared / (variance * varied)).clamp(0, 1)
+        departure = drawn - level - slope * (coarse - seen)
+        changes = spread(torch.cat([slope * explained, explained * explained * departure]))
         image.copy_((image + changes[:1] * beyond - changes[1:]).clamp_min(0))
-
-
-def _pool(volume: Tensor, stride: int) -> Tensor:
-    return nnf.avg_pool3d(volume[None], stride, ceil_mode=True, count_include_pad=False)[0]
-
-
-def _average(volume: Tensor) -> Tensor:
-    return nnf.avg_pool3d(volume[None], WINDOW, 1, WINDOW // 2)[0]
-
-
-def _spread(volumes: Tensor, like: Tensor, stride: int) -> Tensor:
-    """Volumes (C, h, w, d) in the finer voxels, linearly interpolated: (C, H, W, D)."""
-    fine = nnf.interpolate(volumes[None], scale_factor=stride, mode="trilinear")[0]
-    return fine[(slice(None), *map(slice, like.shape[1:]))]

@@ -37,10 +37,9 @@ class LoadScand(LoadImaged):
 
     A CT is clipped to the brain's window, so that bone and air do not take the whole range of grey values; the padding
     of an MR scan is set to 0. The entry ``original`` is the scan as it was read: what follows the network corrects and
-    draws it, and opens no file again. The metadata of the image get ``scan_name``, under which results are written (the
-    entry ``name``, else the file's stem);
-    ``warnings``, what was noticed, one sentence a line; ``modality``, ``ct`` or ``mr`` with the reason; ``window``
-    where something was clipped; and ``frame``.
+    draws it, and opens no file again. The metadata of the image get ``scan_name``, the entry ``name`` or the file's
+    stem, under which results are written; ``warnings``, what was noticed, one sentence a line; ``modality``, ``ct`` or
+    ``mr`` with the reason; ``window`` where something was clipped; and ``frame``.
 
     Args:
         keys: key of the path.

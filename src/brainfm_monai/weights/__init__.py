@@ -65,9 +65,9 @@ def load_pretrained(network: MultiTaskNet, path: str | Path, layout: TaskLayout 
     head is taken as it is if its tensors fit. A :class:`~brainfm_monai.networks.TwoScaleUNet` may start from the
     weights of its coarse network, an ``AdditiveUNet``, whose output, each voxel repeated, is its first one.
 
-    The path is that of a plain state dict of a ``MultiTaskNet``, which does not contain its ``layout`` (None: that of
-    the network), or of a published checkpoint; if it is empty, nothing is done. FileNotFoundError if there is no such
-    file, ValueError if the layout is not that of its head, or a tensor of the backbone does not fit.
+    The file is a plain state dict of a ``MultiTaskNet`` of that ``layout`` (None: that of the network), or a published
+    checkpoint; without a path nothing is done. FileNotFoundError if there is no such file, ValueError if the layout is
+    not that of its head, or a tensor of the backbone does not fit.
     """
     if not str(path):
         return []

@@ -22,10 +22,7 @@ class _Refused(Exception):
 
 
 class _Inert:
-    """Base of the classes that take the place of the file's: an object is a dictionary with its items and attributes.
-
-    It is a plain ``OrderedDict``, whose items and attributes torch's unpickler sets.
-    """
+    """Base of the classes in place of the file's: an object is an ``OrderedDict`` with its items and attributes."""
 
     def __new__(cls, *args: Any) -> Any:
         if args and cls.__name__ not in NOT_NEEDED:

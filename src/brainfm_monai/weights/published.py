@@ -62,10 +62,8 @@ def load_published(path: str | Path) -> tuple[MultiTaskNet, dict[str, Any]]:
     It is a file of BrainFM or SuperSynth, of any floating precision; heads may be missing. The network is in float32 on
     the CPU, in evaluation mode. Its input is a scan of 1 mm in RAS+ order, normalised as ``info["input"]`` says; its
     output is that of the file's heads, without any activation (``super_resolution`` is a residual to the input).
-    FileNotFoundError if there is no such file, ValueError if it is of neither format or does not fit together.
-
-    Returns:
-        The network, and the content of ``source.json``: where the weights come from, and what their user has to know.
+    FileNotFoundError if there is no such file, ValueError if it is of neither format or does not fit together. Returns
+    the network, and the content of ``source.json``: where the weights come from, and what their user has to know.
     """
     content = read_checkpoint(path)
     try:
@@ -175,12 +173,11 @@ def _protocol(heads: Mapping[str, Tensors]) -> Protocol:
 
 def _settings(content: Any, name: str, depth: int = 8) -> Iterator[Any]:
     """Values that the settings in a checkpoint have under a name, at any depth down to ``depth``."""
-    if not isinstance(content, Mapping) or depth == 0:
-        return
-    for key, value in {**content, **getattr(content, "__dict__", {})}.items():
-        if key == name:
-            yield value
-        yield from _settings(value, name, depth - 1)
+    if isinstance(content, Mapping) and depth > 0:
+        for key, value in {**content, **getattr(content, "__dict__", {})}.items():
+            if key == name:
+                yield value
+            yield from _settings(value, name, depth - 1)
 
 
 def import_weights(file: str | Path, output: str | Path) -> str:
@@ -216,5 +213,5 @@ def import_weights(file: str | Path, output: str | Path) -> str:
     }
     for name, content in (("source", info), ("overrides", overrides)):
         write_text(folder / f"{name}.json", json.dumps(content, indent=4) + "\n")
-    use = f"use it with --args_file {output}/overrides.json"
-    return f"{info['format']}: {', '.join(info['tasks'])}; licence {info['licence']}; {use}"
+    found = f"{info['format']}: {', '.join(info['tasks'])}; licence {info['licence']}"
+    return f"{found}; use it with --args_file {output}/overrides.json"
