@@ -16,7 +16,7 @@ from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import check
 from brainfm_monai.data.check import check_set
 from brainfm_monai.data.datalist import write_datalist
-from brainfm_monai.data.distances import compute_hemisphere_distances
+from brainfm_monai.data.labels import compute_hemisphere_distances
 from brainfm_monai.data.registration import coarsen_affine
 from brainfm_monai.data.subjects import read_record, write_subject
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS, compute_hemisphere_distances, compute_signed_distance
+from brainfm_monai.data.labels import PIAL_IDS, WHITE_IDS, compute_hemisphere_distances, compute_signed_distance
 
 SIZE = (48, 44, 40)
 # world x = index - 23.5, so that the midplane is between two voxels

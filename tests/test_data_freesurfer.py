@@ -17,9 +17,8 @@ from skimage.measure import marching_cubes
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import freesurfer, prepare
 from brainfm_monai.data.contrasts import white_matter_level
-from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.freesurfer import MNI305_TO_MNI152, read_talairach
-from brainfm_monai.data.labels import load_label_map
+from brainfm_monai.data.labels import PIAL_IDS, WHITE_IDS, load_label_map
 from brainfm_monai.data.prepare import PreparationError, prepare_subjects
 from brainfm_monai.data.registration import coarsen_affine
 from brainfm_monai.data.subjects import read_record

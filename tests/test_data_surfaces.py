@@ -11,7 +11,7 @@ from nibabel.affines import apply_affine
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-from brainfm_monai.data.distances import LIMIT_MM, compute_surface_distance, read_surface
+from brainfm_monai.data.freesurfer import LIMIT_MM, compute_surface_distance, read_surface
 
 SHAPE = (40, 36, 44)
 AFFINE = np.array([[0.0, 0.0, 1.0, -20.0], [-1.0, 0.0, 0.0, 17.0], [0.0, 1.0, 0.0, -9.0], [0, 0, 0, 1]])

@@ -148,10 +148,7 @@ def predicted_file(folder: Path, name: str) -> Path:
 
 
 def predict_labels(sources: Sequence[Source], output_dir: Path, bundle: str | Path) -> None:
-    """Add :func:`predicted_file` as labels; the bundle's inference makes what is missing, and reports what it cannot.
-
-    FileNotFoundError if the bundle has no inference config.
-    """
+    """Add :func:`predicted_file` as labels; the bundle's inference makes what is missing and reports what it cannot."""
     rows = []
     for source in sources:
         scan, labels = source.place.resolve(), predicted_file(output_dir, source.name)

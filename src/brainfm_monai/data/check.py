@@ -12,7 +12,7 @@ from nibabel.affines import apply_affine
 
 from brainfm_monai.anatomy import Protocol, is_brain
 from brainfm_monai.data.datalist import PROTOCOLS, check_protocols, count_subjects, find_subjects, read_datalist
-from brainfm_monai.data.distances import PIAL_IDS, WHITE_IDS
+from brainfm_monai.data.labels import PIAL_IDS, WHITE_IDS
 from brainfm_monai.data.registration import coarsen_affine, compute_jacobian
 from brainfm_monai.data.subjects import CONTRASTS, STORAGE, run_parallel
 from brainfm_monai.io import Volume, read_volume, refuse_if
@@ -44,7 +44,7 @@ class Finding(NamedTuple):
 
 
 def check_data(source: str | Path, jobs: int = 1) -> None:
-    """Look for the faults of a set of subjects; the exit status is 1 if there are any.
+    """Look for faults in subjects; the exit status is 1 if there are any.
 
     Grids, ids, empty targets, intensities, left and right, heads on their side or implausible, distances that disagree
     with labels, coordinates that fold, and several protocols.

@@ -1,7 +1,4 @@
-"""Scans of a subject: brought onto its box, scaled, with masks of where they hold no data, and lesions drawn on them.
-
-Here ``ids`` are FreeSurfer ids on the box of the subject, (H, W, D), and ``affine`` takes its voxels to RAS mm.
-"""
+"""Scans on the box of a subject, where ``ids`` are FreeSurfer ids, (H, W, D), and ``affine`` takes voxels to RAS mm."""
 
 import logging
 from collections.abc import Mapping
@@ -108,7 +105,7 @@ def cluster_extracerebral(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
 
 
 def gather_scans(files: Mapping[str, Path], ids: np.ndarray, affine: np.ndarray) -> dict[str, BoxScan]:
-    """Every contrast among files by role, on the box. The first one is the reference; the others are registered to it.
+    """Every contrast among files by role, on the box; the first one is the reference, to which others are registered.
 
     ValueError if a file holds no scan, a CT is not in HU, or the labels do not lie on the head of the reference.
     """
@@ -199,10 +196,10 @@ def find_removed(
 ) -> np.ndarray:
     """Where a scan on the box holds no data, bool (H, W, D): outside its field of view or the brain, or where defaced.
 
-    A mask of the data set, which is 1 where the scan was defaced, decides where there is one. Without it: defacing and
-    brain extraction set voxels to exactly 0, which the noise of air rarely is. A scan, not yet scaled, counts as
-    brain-extracted if nine tenths of a shell around the brain are 0, and as defaced if seven tenths of the place of
-    eyes and nose are. ``mni_mm`` are MNI152 coordinates on a grid of blocks of the box, (H / n, W / n, D / n, 3).
+    A ``mask`` of the data set, 1 where the scan was defaced, decides. Without it: defacing and brain extraction set
+    voxels to exactly 0, which the noise of air rarely is. A scan, not yet scaled, counts as brain-extracted if nine
+    tenths of a shell around the brain are 0, and as defaced if seven tenths of the place of eyes and nose are.
+    ``mni_mm`` are MNI152 coordinates on a grid of blocks of the box, (H / n, W / n, D / n, 3).
     """
     if mask is not None:
         return np.asarray(~scan.seen | (resample_to_box(*read_scan(mask), scan.motion @ affine, ids.shape) > 0.5))

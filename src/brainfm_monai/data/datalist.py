@@ -40,8 +40,8 @@ def write_datalist(
 
     Paths in the list are relative to its folder. All visits of one person are in one section, see
     :func:`find_persons`. Subjects of different sets that share a name get the name of their set as a prefix.
-    FileNotFoundError if a ``root`` is no folder, ValueError if it holds no subject, segmentations have several
-    protocols, a name is wrong or stands twice, or nobody is left for training.
+    An error of one line if there is no subject, segmentations have several protocols, a name is wrong or stands twice,
+    or nobody is left for training.
 
     Args:
         root: folder of prepared subjects; several are separated by commas.
@@ -92,9 +92,8 @@ def make_entry(folder: Path) -> dict[str, Any]:
 def read_datalist(path: str | Path, section: str | None = None, protocol: str | None = None) -> list[dict[str, Any]]:
     """Read the items of a datalist (JSON), in which paths are relative to its folder, with whole paths.
 
-    A value is a path if its key is that of a volume or if it ends like an image file. Without a ``section``, all of
-    :data:`SECTIONS` are read, and each item names its own. ValueError if it is no such list, or an item has another
-    ``protocol`` (a name or a file).
+    A value is a path if its key is that of a volume or if it ends like an image file. Without a ``section``, all are
+    read, and each item names its own. ValueError if it is no such list, or an item has another ``protocol``.
     """
     path = Path(path)
     sections_needed = f"{path}: a JSON datalist with the sections {section or ', '.join(SECTIONS)} is needed"
@@ -145,9 +144,8 @@ def count_subjects(entries: Collection[Mapping[str, Any]]) -> pd.DataFrame:
 def find_persons(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Which subjects are one person: a key of the person by name of the subject.
 
-    Subjects of one set are one person if their records name one ``person``, or, without such a record, if their names
-    differ in the visit alone (``sub-01_ses-1`` and ``sub-01_ses-2``, ``ann_tp1`` and ``ann_base``), or if FreeSurfer's
-    longitudinal stream ties them (``ann1.long.ann_base`` ties ``ann1`` and ``ann_base``).
+    Subjects of one set are one person if their records name one ``person``, or else if their names differ in the visit
+    alone (``ann_tp1`` and ``ann_base``), or the longitudinal stream ties them (as ``ann1.long.ann_base`` ties two).
     """
     parent: dict[str, str] = {}
 

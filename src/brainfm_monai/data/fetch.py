@@ -2,6 +2,7 @@
 
 import logging
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -34,10 +35,7 @@ class DownloadError(OSError):
 
 def read_open_sets() -> dict[str, list[dict[str, str]]]:
     """The files of every set of the package's table: rows with path, address, SHA-256, bytes, licence, content."""
-    sets: dict[str, list[dict[str, str]]] = {}
-    for row in read_table(TABLE):
-        sets.setdefault(row["name"], []).append(row)
-    return sets
+    return {name: list(rows) for name, rows in groupby(read_table(TABLE), lambda row: row["name"])}
 
 
 def fetch_dataset(name: str, output: str | Path, *, jobs: int = 4) -> list[Path]:
@@ -103,9 +101,8 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     affine. ``t1w`` is skull-stripped with background 0; the image is int16, of 0.9 x 0.9 x 5 mm.
     """
     image = np.asarray(t1w.get_fdata(dtype=np.float32))
-    brain = image > 0
-    scale = float(np.percentile(image[brain], 99.5))
-    inverted = np.where(brain, 1.0 - 0.8 * np.clip(image / scale, 0, 1), 0.0).astype(np.float32)
+    scale = float(np.percentile(image[image > 0], 99.5))
+    inverted = np.where(image > 0, 1.0 - 0.8 * np.clip(image / scale, 0, 1), 0.0).astype(np.float32)
     # a tilted grid around the centre of the head, stored LPS, with slices of 1 mm that are averaged
     zooms = np.array([IN_PLANE_MM, IN_PLANE_MM, 1.0])
     extent_mm = np.array(t1w.shape) * voxel_sizes(t1w.affine) + 10
@@ -116,8 +113,7 @@ def simulate_clinical_scan(t1w: nib.Nifti1Image, seed: int = 0) -> nib.Nifti1Ima
     fine = resample_from_to(nib.Nifti1Image(inverted, t1w.affine), (tuple(shape.tolist()), fine_affine), order=1)
     values = fine.get_fdata(dtype=np.float32)
     slices = values.reshape(*shape[:2], -1, SLICE_THICKNESS_MM).mean(axis=-1)
-    affine = fine_affine @ np.diag([1, 1, SLICE_THICKNESS_MM, 1])
-    affine[:3, 3] += fine_affine[:3, 2] * (SLICE_THICKNESS_MM - 1) / 2
+    affine = fine_affine @ from_matvec(np.diag([1, 1, SLICE_THICKNESS_MM]), [0, 0, (SLICE_THICKNESS_MM - 1) / 2])
     noise = np.random.default_rng(seed).normal(0, NOISE_STD, (2, *slices.shape))
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in slices.shape), indexing="ij")  # brighter to one corner
     shading = np.exp(BIAS_LOG_AMPLITUDE * (0.6 * x + 0.5 * y * y - 0.4 * z)).astype(np.float32)

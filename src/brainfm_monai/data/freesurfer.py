@@ -1,15 +1,17 @@
 """The subjects of FreeSurfer's or FastSurfer's results, and any subject's volumes out of its files."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import igl
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
+from scipy.spatial import cKDTree
 
 from brainfm_monai.anatomy import Protocol
 from brainfm_monai.data import contrasts, labels
-from brainfm_monai.data.distances import compute_hemisphere_distances, compute_surface_distance, read_surface
 from brainfm_monai.data.registration import compute_mni_coordinates
 from brainfm_monai.data.subjects import MNI_FACTOR, Source, Volumes
 from brainfm_monai.io import refuse_if
@@ -19,6 +21,9 @@ SEGMENTATIONS = "aparc+aseg aparc.DKTatlas+aseg aparc.a2009s+aseg aparc.DKTatlas
 SEGMENTATIONS += "aparc.DKTatlas+aseg.deep.withCC aparc.DKTatlas+aseg.deep aseg aseg.presurf aseg.auto".split()
 SCANS = ("orig.mgz", "nu.mgz", "T1.mgz", "norm.mgz")  # with the head where there is one
 SURFACES = ("lh.pial", "lh.white", "rh.pial", "rh.white")  # in the order of the distance's channels
+LIMIT_MM = 7.0  # beyond the 6.4 mm at which stored distances saturate
+EDGE_MM = 2.0  # of triangles: a point within the limit of one is near one of its corners
+CENTRE_TOLERANCE_MM = 0.5
 # from the MNI305 space of talairach.xfm to MNI152; the matrix of FreeSurfer's documentation of coordinate systems
 MNI305_TO_MNI152 = np.array([
     [0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840],
@@ -27,10 +32,9 @@ MNI305_TO_MNI152 = np.array([
 
 
 def find_freesurfer(root: Path) -> list[Source]:
-    """The subjects in a SUBJECTS_DIR of FreeSurfer or FastSurfer, in alphabetical order, or the one of a folder.
+    """The subjects in a SUBJECTS_DIR, in alphabetical order, or the one of a folder; FileNotFoundError if none.
 
-    The set is named after the folder; in the derivatives of a BIDS folder, after the BIDS folder, so that its persons
-    are the same. FileNotFoundError if there is no subject.
+    The set is named after the folder; in derivatives, after the BIDS folder, so that its persons are the same.
     """
     is_subject = (root / "mri").is_dir()
     folders = [root] if is_subject else sorted(f.parent for f in root.glob("[!.]*/mri") if f.is_dir())
@@ -48,7 +52,7 @@ def find_freesurfer(root: Path) -> list[Source]:
 def find_files(folder: Path) -> dict[str, Path]:
     """The files of a subject that its preparation uses, by role; a missing segmentation is reported when it is read."""
     candidates = [folder / "mri" / f"{name}.mgz" for name in SEGMENTATIONS]
-    files = {"labels": next((f for f in candidates if f.is_file()), candidates[0])}
+    files = {"labels": next(filter(Path.is_file, candidates), candidates[0])}
     scans = [f for name in SCANS if (f := folder / "mri" / name).is_file()]
     files |= {"T1w": scans[0]} if scans else {}
     surfaces = {name: folder / "surf" / name for name in SURFACES}
@@ -99,7 +103,7 @@ def make_volumes(subject: Source) -> tuple[Volumes, dict[str, Any]]:
     volumes: Volumes = {
         "generation_labels": (generation, affine),
         "segmentation": (protocol.encode(ids, "segmentation"), affine),
-        "distance": (compute_hemisphere_distances(ids) if distance is None else distance, affine),
+        "distance": (labels.compute_hemisphere_distances(ids) if distance is None else distance, affine),
         "mni": compute_mni_coordinates(ids, affine, factor=MNI_FACTOR, initial=start),
     }
     for key, scan in scans.items():
@@ -123,3 +127,41 @@ def read_talairach(path: Path) -> np.ndarray:
     except (IndexError, ValueError, np.linalg.LinAlgError):
         raise ValueError(f"{path}: an invertible 'Linear_Transform' of 3 x 4 numbers is needed, found none") from None
     return affine
+
+
+def read_surface(path: Path, volume: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Read a FreeSurfer surface: vertices in scanner RAS mm, shape (V, 3), and triangles, shape (T, 3).
+
+    The file is in surface RAS, whose origin is the middle of the subject's conformed ``volume``. An error of one line
+    if there is no such file, it is no surface, or was made on another volume.
+    """
+    refuse_if(not path.is_file(), f"{path}: a FreeSurfer surface is needed", "no such file", FileNotFoundError)
+    try:
+        with warnings.catch_warnings():  # older surfaces do not name their volume, of which nibabel warns
+            warnings.simplefilter("ignore", UserWarning)
+            vertices, triangles, info = nib.freesurfer.read_geometry(path, read_metadata=True)
+    except Exception as error:  # numpy and nibabel raise several kinds for a damaged file
+        raise ValueError(f"{path}: a FreeSurfer surface is needed, found {' '.join(str(error).split())}") from error
+    centre = volume.header["Pxyz_c"].astype(float)
+    stated = np.asarray(info.get("cras", centre), dtype=float)
+    rule = f"{path}: a surface of the volume centred on {centre.round(1)} is needed"
+    refuse_if(np.abs(stated - centre).max() > CENTRE_TOLERANCE_MM, rule, f"one of {stated.round(1)}")
+    to_scanner = np.asarray(volume.affine) @ np.linalg.inv(volume.header.get_vox2ras_tkr())
+    return vertices @ to_scanner[:3, :3].T + to_scanner[:3, 3], np.asarray(triangles, dtype=np.int64)
+
+
+def compute_surface_distance(
+    vertices: np.ndarray, triangles: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """Signed distance in mm of voxel centres to a closed triangle surface, shape (H, W, D), float32, negative inside.
+
+    The distance is that to the triangles, (T, 3), all turned the same way, with edges of at most 2 mm, up to 7 mm; the
+    sign is that of the winding number, which small holes and crossings do not upset. The affine takes voxels to mm.
+    """
+    points = apply_affine(affine, np.indices(shape).reshape(3, -1).T)
+    near = np.isfinite(cKDTree(vertices).query(points, distance_upper_bound=LIMIT_MM + EDGE_MM)[0])
+    distance = np.full(len(points), LIMIT_MM, dtype=np.float32)
+    squared = igl.point_mesh_squared_distance(points[near], vertices, triangles)[0]
+    distance[near] = np.minimum(np.sqrt(squared), LIMIT_MM)
+    distance[np.abs(igl.fast_winding_number(vertices, triangles, points)) > 0.5] *= -1
+    return distance.reshape(shape)

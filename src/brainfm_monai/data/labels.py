@@ -1,4 +1,4 @@
-"""Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what is painted on them."""
+"""Label maps on the grid of a prepared subject (RAS+, 1 mm, a box around the brain), and what is made of them."""
 
 import logging
 from collections.abc import Container, Mapping, Sequence
@@ -15,7 +15,6 @@ from nibabel.affines import apply_affine, from_matvec, voxel_sizes
 from scipy import ndimage
 
 from brainfm_monai.anatomy import Protocol
-from brainfm_monai.data.distances import PIAL_IDS
 from brainfm_monai.data.subjects import Image, Source
 from brainfm_monai.io import SCAN_SUFFIXES, ScanError, find_repeated, read_labels, read_table, refuse_if, scan_stem
 from brainfm_monai.synthesis.ranges import CONTRASTS, INTENSITY_TOP, read_contrasts
@@ -23,6 +22,14 @@ from brainfm_monai.synthesis.ranges import CONTRASTS, INTENSITY_TOP, read_contra
 logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE_MM = 1e-3
+# What FreeSurfer's white surface encloses: white matter, ventricles, deep grey matter, lesions, vessels in them, and
+# the patches of SynthSeg's maps. Its surface passes around hippocampus and amygdala without following them, so both
+# count as inside, too. Midline structures (third ventricle), brainstem and cerebellum belong to no hemisphere.
+WHITE_IDS: dict[str, tuple[int, ...]] = {
+    "left": (2, 4, 5, 10, 11, 12, 13, 17, 18, 25, 26, 28, 30, 31, 78, 136, 137),
+    "right": (41, 43, 44, 49, 50, 51, 52, 53, 54, 57, 58, 60, 62, 63, 79, 163, 164),
+}
+PIAL_IDS: dict[str, tuple[int, ...]] = {"left": (*WHITE_IDS["left"], 3), "right": (*WHITE_IDS["right"], 42)}
 COARSE_MM = 1.5  # larger voxels of a label map are warned of
 # parcels of the cortex and of the white matter below it, hypointensities and the corpus callosum, by first and last id
 # of FreeSurfer's colour table, and what they become on the left and on the right
@@ -98,8 +105,7 @@ def read_id_table(path: Path) -> dict[int, int]:
 def fold_ids(ids: np.ndarray) -> np.ndarray:
     """Parcels as the structures that they are parts of, and ids of both sides as those of their side, :data:`FOLDED`.
 
-    The side of a voxel is that of the plane halfway between the centroids of left and right white matter. The map has
-    shape (H, W, D) and isotropic voxels.
+    A voxel, isotropic, is on the side of the plane halfway between the centroids of left and right white matter.
     """
     present = np.unique(ids).tolist()
     sides = {i: both for first, last, *both in FOLDED for i in present if first <= i <= last}
@@ -118,10 +124,7 @@ def fold_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def crop_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[int], source: str = "labels") -> Image:
-    """Cut a box around cerebrum and cerebellum out of a map, (H, W, D), 0 outside of it; the affine moves with it.
-
-    ValueError, which names the ``source``, if there is neither.
-    """
+    """Cut a box around cerebrum and cerebellum out of a map, 0 outside, and move the affine; an error without them."""
     brain, size = np.isin(ids, BOX_IDS), np.asarray(spatial_size)
     refuse_if(not brain.any(), f"{source}: cerebrum or cerebellum labels are needed to place the box", "none")
     first, last = map(np.array, generate_spatial_bounding_box(brain[None]))
@@ -130,6 +133,27 @@ def crop_to_brain(ids: np.ndarray, affine: np.ndarray, spatial_size: Sequence[in
     padded = np.pad(ids, list(zip(before, after, strict=True)))
     box = tuple(slice(a, a + n) for a, n in zip(start + before, size, strict=True))
     return padded[box].copy(), from_matvec(affine[:3, :3], apply_affine(affine, start))
+
+
+def compute_signed_distance(inside: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
+    """Signed Euclidean distance to the boundary of a region (H, W, D), bool, in mm, float32, negative inside.
+
+    The transform measures from voxel centre to voxel centre across the boundary, which lies between them: half a voxel
+    of ``spacing_mm`` is taken off on both sides. It is +inf everywhere for an empty region, -inf for a full one.
+    """
+    import edt  # of the extra "prepare": a training on prepared subjects does without it, as in the zip for a model zoo
+
+    region = np.ascontiguousarray(inside, dtype=bool)
+    if not region.any() or region.all():
+        return np.full(region.shape, -np.inf if region.any() else np.inf, dtype=np.float32)
+    within, beyond = (edt.edt(part, anisotropy=(spacing_mm,) * 3, parallel=1) for part in (region, ~region))
+    return np.where(region, spacing_mm / 2 - within, beyond - spacing_mm / 2).astype(np.float32)
+
+
+def compute_hemisphere_distances(ids: np.ndarray, spacing_mm: float = 1.0) -> np.ndarray:
+    """Distances in mm, (H, W, D, 4), to left pial, left white, right pial, right white in a map of FreeSurfer ids."""
+    regions = [table[side] for side in ("left", "right") for table in (PIAL_IDS, WHITE_IDS)]
+    return np.stack([compute_signed_distance(np.isin(ids, region), spacing_mm) for region in regions], axis=-1)
 
 
 def make_generation_labels(
@@ -167,9 +191,8 @@ def make_generation_labels(
 def read_means(labels: np.ndarray, protocol: Protocol, names: Sequence[str], source: str) -> dict[str, np.ndarray]:
     """The intensity of every label in some contrasts: HU for CT, [0, 1] for the others, by contrast float32 (L,).
 
-    Magnetic resonance is divided by the top of the tables' scale, as the generator does with real images. Mixtures get
-    the weighted means of their parts, and the background is air: 0, or -1000 HU. ValueError, which names the
-    ``source``, if a table does not know an id that the labels hold, or a mixture mixes.
+    Mixtures get the weighted means of their parts, and the background is air: 0, or -1000 HU. ValueError, which names
+    the ``source``, if a table does not know an id that the labels hold, or a mixture mixes.
     """
     painted, means = (protocol.mixture_weights[np.unique(labels)] > 0).any(axis=0), {}
     for name, mean in zip(names, read_contrasts(names, protocol)[0].numpy(), strict=True):

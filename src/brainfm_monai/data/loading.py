@@ -25,9 +25,8 @@ LABELS = ("generation_labels", "segmentation")
 class LoadSubjectd(MapTransform):
     """Read the volumes of a datalist's item, channel first, in this package's units.
 
-    It takes the place of ``LoadImaged`` and ``EnsureChannelFirstd`` for subjects: labels and masks keep their whole
-    numbers, distances and coordinates become mm, scans [0, 1], CT HU. The value of a key is a path. A contrast that the
-    item names in ``simulated`` is painted on the generation labels, see :func:`simulate_contrasts`.
+    Labels and masks keep their whole numbers, distances and coordinates become mm, scans [0, 1], CT HU. The value of a
+    key is a path. A contrast that the item names in ``simulated`` is painted, see :func:`simulate_contrasts`.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = True) -> None:
@@ -61,11 +60,10 @@ def _load(path: str | Path) -> MetaTensor:
 class HoldSubjectd(Transform):
     """Load a prepared subject and hold it in memory as a training needs it, in the unit of its files.
 
-    Labels and masks are whole numbers of one byte, distances and images floats, and coordinates lie on a grid of 4 mm,
-    because they change slowly; all grids cover the box of the subject. What a subject lacks becomes zeros, so that
-    subjects with different targets fit in one batch; ``available_<key>`` is 1 or 0, and ``real_<image>`` is 0 for an
-    image that is painted from labels: it is a target and no input. ValueError if a subject has no labels, its box does
-    not divide into such voxels, or a file is not a volume.
+    Labels and masks are bytes, distances and images floats, and coordinates lie on a grid of 4 mm, because they change
+    slowly; all grids cover the box of the subject. What a subject lacks becomes zeros, so that any subjects fit in one
+    batch; ``available_<key>`` is 1 or 0, and ``real_<image>`` is 0 for an image that is painted: a target and no input.
+    ValueError if a subject has no labels, its box does not divide into such voxels, or a file is not a volume.
     """
 
     label_mm: float | None = None  # voxel of labels and masks; None: the voxel of the files

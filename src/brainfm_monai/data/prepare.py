@@ -58,16 +58,15 @@ def prepare_subjects(
     name, or an argument is wrong; PreparationError at the end, with one line for each subject that failed.
 
     Args:
-        kind: ``labels``: label maps (NIfTI or MGH) with FreeSurfer or SynthSeg ids. ``freesurfer``: results of
-            FreeSurfer or FastSurfer. ``bids``: T1w, T2w, FLAIR and CT, of which the one with labels in ``derivatives``
-            (FreeSurfer, FastSurfer, fMRIPrep, SynthSeg) is the reference; the others are registered to it rigidly and
-            resampled once. A visit without labels is labelled by the bundle's model, as its record says.
+        kind: ``labels`` (maps with FreeSurfer or SynthSeg ids), ``freesurfer`` (its results, or FastSurfer's), or
+            ``bids``: T1w, T2w, FLAIR and CT, registered rigidly to the one that has labels in ``derivatives``; a visit
+            without labels is labelled by the bundle's model, as its record says.
         input: label map or folder of them, SUBJECTS_DIR or a folder in it, BIDS folder; or a list of these.
         output: folder for the prepared subjects, one folder each.
         jobs: subjects that are prepared at once; each needs about 4 GB.
         overwrite: prepare finished subjects again.
-        protocol: label protocol of the segmentation, a name or a table file; ``synthseg_head`` for label maps,
-            ``synthseg_brain`` for the others, if not given.
+        protocol: label protocol of the segmentation, a name or a table file; without it, ``synthseg_head`` for label
+            maps and ``synthseg_brain`` for the others.
         generation_protocol: label protocol of what the generator paints on label maps: a name or a table file.
         ids: table (columns id and freesurfer_id) for label maps with ids of their own.
         contrasts: images that a training paints on label maps, out of T1w, T2w, FLAIR and CT, separated by commas; a
@@ -115,9 +114,8 @@ def prepare_label(
     """Prepare the subject of a scan and its label map as an annotator corrects them; the same content is prepared once.
 
     The contrast of the scan is recognised, and the labels are also painted in the others. The label map may have a grid
-    of its own, and ``ids``, whose FreeSurfer ids are given; ``size`` is that of :func:`prepare_subjects`. Returns the
-    item of a datalist, with whole paths. FileNotFoundError if a file is missing, ValueError if the files are no scan
-    and labels that lie on each other.
+    of its own, and ids of its own, whose FreeSurfer ids are given. Returns the item of a datalist, with whole paths. An
+    error of one line if a file is missing, or the files are no scan and labels that lie on each other.
     """
     files, output_dir = {"labels": Path(label), "image": Path(image)}, Path(output_dir)
     settings = make_settings("annotated", "synthseg_head", size)
@@ -154,8 +152,7 @@ def make_subjects(sources: Sequence[Source], output: Path, *, processes: int, ov
 def make_subject(source: Source, output_dir: Path) -> list[str]:
     """Make a subject, check it as ``data check`` does, and write its folder, whole or not at all; an older one goes.
 
-    The faults are returned, one line each, and the record names them. ValueError if left and right are exchanged or the
-    head lies on its side; or what the making of its volumes raises.
+    The faults are returned, one line each, and recorded; one that no training survives is a ValueError.
     """
     volumes, facts = make_volumes(source)
     with write_whole(output_dir / source.name, folder=True) as folder:

@@ -84,10 +84,9 @@ def compute_mni_coordinates(
     The affine map makes a T1-like rendering of the labels agree with the template's T1 (elastix). The flow brings the
     template's maps of white and grey matter onto the subject's: mean squared difference, with a penalty on first and
     second derivatives of the velocity, from coarse to fine (Ashburner, A fast diffeomorphic image registration
-    algorithm, NeuroImage 38, 2007). ``ids`` are those of FreeSurfer, shape (H, W, D), voxels of 1 mm that ``affine``
-    takes to RAS mm; ``initial`` is a rough matrix from RAS mm to MNI152 mm, with which the affine registration starts.
-    Returns MNI152 RAS coordinates in mm, shape (H / factor, W / factor, D / factor, 3), float32, and the affine of that
-    grid. ValueError if a size is no multiple of ``factor`` and of 2, RuntimeError if elastix fails, or the map folds.
+    algorithm, NeuroImage 38, 2007). FreeSurfer ``ids``, (H, W, D), have voxels of 1 mm; ``initial`` is a rough matrix
+    from RAS mm to MNI152 mm. Returns MNI152 RAS coordinates in mm, (H / factor, W / factor, D / factor, 3), float32,
+    and their affine. ValueError if ``factor`` or 2 does not divide a size, RuntimeError if elastix fails or it folds.
     """
     rule = f"compute_mni_coordinates: sizes must be multiples of {SPACING_VOX} and {factor}"
     refuse_if(any(n % factor or n % SPACING_VOX for n in ids.shape), rule, ids.shape)

@@ -41,8 +41,7 @@ class Source(NamedTuple):
 
 
 BYTE = (np.uint8, 1.0, 0.0)
-# How the values of a file are kept: type, step and offset of ``value = step * stored + offset``. What does not fit
-# saturates.
+# type, step and offset of the values in a file: value = step * stored + offset; what does not fit saturates
 STORAGE: dict[str, tuple[type[np.integer], float, float]] = {
     **dict.fromkeys(("generation_labels", "segmentation"), BYTE),
     "distance": (np.uint8, 0.05, -6.4),  # mm, saturating at -6.4 and 6.35

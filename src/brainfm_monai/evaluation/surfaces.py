@@ -15,8 +15,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from brainfm_monai import surfaces
-from brainfm_monai.data.distances import compute_hemisphere_distances
-from brainfm_monai.data.labels import fold_ids
+from brainfm_monai.data.labels import compute_hemisphere_distances, fold_ids
 from brainfm_monai.evaluation.conditions import TARGET
 from brainfm_monai.metrics.scan import make_rows
 from brainfm_monai.outputs import resample
