@@ -79,8 +79,7 @@ def prepare_subjects(
     (find, usual), asked = KINDS[kind], subjects.split_names(contrasts)
     unknown = ", ".join(name for name in asked if name not in CONTRASTS)
     refuse_if(unknown, f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}", unknown)
-    is_wrong = (ids or asked) and kind != "labels"
-    refuse_if(is_wrong, "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
+    refuse_if((ids or asked) and kind != "labels", "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
     protocols, own = {"protocol": protocol or usual}, {"dataset": dataset} if dataset else {}
     settings = make_settings(kind, protocols["protocol"], size)
     if kind == "labels":
