@@ -4,7 +4,7 @@ import base64
 import binascii
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
 from importlib import util
 from itertools import chain
@@ -91,14 +91,13 @@ def draw_sections(scan: ScanResult) -> Iterator[tuple[str, str, np.ndarray]]:
         values = cut.read(scan.labels[None], scan.affine, nearest=True)
         return slices.paint(labels, values, draw_scan(cut), protocol, cut.plane)
 
-    def cut_at(positions: Mapping[str, Sequence[float]]) -> list[Slice]:
-        return slices.cut_slices(mask, scan.affine, positions, MARGIN_MM, PIXEL_MM)
-
-    mask = protocol.is_hemisphere[scan.labels]
-    cells = [_cells(cut_at({plane: MANY}), [(plane, draw_scan), ("", draw_labels)]) for plane in FEW]
+    positions = {plane: (*MANY, *few) for plane, few in FEW.items()}
+    every = slices.cut_slices(protocol.is_hemisphere[scan.labels], scan.affine, positions, MARGIN_MM, PIXEL_MM)
+    planes = {plane: [cut for cut in every if cut.plane is slices.PLANES[plane]] for plane in FEW}
+    parts = [_cells(of[: len(MANY)], [(plane, draw_scan), ("", draw_labels)]) for plane, of in planes.items()]
     caption = "colours as in the table of volumes; tissues of the head are faint"
-    yield "Scan and segmentation", caption, compose(list(chain(*cells)))
-    cuts = cut_at(FEW)
+    yield "Scan and segmentation", caption, compose(list(chain(*parts)))
+    cuts = [cut for of_plane in planes.values() for cut in of_plane[len(MANY) :]]
     for heading, rows in _sections_of_maps(scan).items():
         if rows:
             yield heading, "; ".join(title for title, _ in rows), compose(_cells(cuts, rows))

@@ -20,7 +20,10 @@ CONTOUR_POINTS = np.linspace(0, 1, 6)[:, None]  # on each piece of a contour, wh
 
 def compute_euler_number(faces: np.ndarray) -> int:
     """Vertices minus edges plus faces: 2 for a sphere, 2 less for each handle, 2 more for each further piece."""
-    return int(igl.euler_characteristic(faces))
+    end = int(faces.max()) + 1
+    ends = faces.reshape(-1).astype(np.int64), faces[:, [1, 2, 0]].reshape(-1).astype(np.int64)
+    edges = np.sort(np.minimum(*ends) * end + np.maximum(*ends))
+    return int(np.count_nonzero(np.bincount(ends[0])) - 1 - np.count_nonzero(np.diff(edges)) + len(faces))
 
 
 def compute_thickness_mm(white: np.ndarray, pial: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -102,15 +105,17 @@ def draw_surface(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, t
         shares = np.array([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)]) / n
         parts.append(np.tensordot(shares.astype(np.float32), drawn[corners[steps == n]], (1, 1)).reshape(-1, 6))
     points = np.concatenate(parts)
-    row, column = points[:, 1].astype(int).clip(0, rows - 1), points[:, 0].astype(int).clip(0, columns - 1)
     # The nearest point of a pixel has the largest number of depth and place: bits of numbers from 0 on rise as they do.
-    numbers = np.stack([np.arange(1, len(points) + 1, dtype=np.uint32), points[:, 2].view(np.uint32)], axis=1)
-    nearest = np.zeros((rows, columns), dtype=np.uint64)
-    np.maximum.at(nearest, (rows - 1 - row, column), numbers.view("<u8")[:, 0])
-    seen, picture = nearest > 0, np.zeros((rows, columns, 4), dtype=np.uint8)
-    picture[seen, :3] = points[nearest[seen].astype(np.uint32) - 1, 3:]  # the lower half of the bits
+    depths = points[:, 2].copy().view(np.uint32).astype(np.uint64)
+    row, column = points[:, 1].astype(int).clip(0, rows - 1), points[:, 0].astype(int).clip(0, columns - 1)
+    pixels = (rows - 1 - row) * columns + column
+    nearest = np.zeros(rows * columns, dtype=np.uint64)
+    np.maximum.at(nearest, pixels, (depths << np.uint64(32)) + np.arange(1, len(points) + 1, dtype=np.uint64))
+    seen = np.flatnonzero(nearest)
+    picture = np.zeros((rows * columns, 4), dtype=np.uint8)
+    picture[seen, :3] = points[(nearest[seen] & np.uint64(0xFFFFFFFF)) - np.uint64(1), 3:]
     picture[seen, 3] = 255
-    return picture
+    return picture.reshape(rows, columns, 4)
 
 
 def draw_contour(
