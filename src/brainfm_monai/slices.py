@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-from monai.utils import convert_to_tensor
+from monai.data import MetaTensor
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -71,7 +71,9 @@ class Slice:
             index = nib.affines.apply_affine(np.linalg.inv(matrix), self.points_mm)
             coordinates = torch.from_numpy(np.moveaxis(index, -1, 0).astype(np.float32))[None, ..., None]
             self.indices[matrix.tobytes()] = coordinates
-        source = convert_to_tensor(volume, track_meta=False)[None].detach().cpu()
+        # convert_to_tensor would copy an array whose axes are turned for every slice
+        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
+        source = plain[None].detach().cpu()
         if nearest:
             return gather_nearest(source, coordinates)[0, ..., 0].movedim(0, -1).numpy()
         return warp(source.float(), coordinates, padding_mode="border")[0, ..., 0].movedim(0, -1).numpy()
