@@ -22,11 +22,12 @@ FILES = {"a.nii.gz": bytes(range(256)) * 40, "sub-01/anat/b.nii.gz": b"scan" * 3
 
 @dataclass
 class Server:
-    """Address, what is asked of it, and whether it knows ranges."""
+    """Address, what is asked of it, whether it knows ranges, and the share of a file that it sends."""
 
     address: str = ""
     ranges: list[str | None] = field(default_factory=list)
     resumes: bool = True
+    share: float = 1.0
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def server() -> Iterator[Server]:
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
-            self.wfile.write(content[start:])
+            self.wfile.write(content[start : round(len(content) * state.share)])
 
         def log_message(self, format: str, *args: object) -> None:
             """Keep quiet."""
@@ -96,6 +97,19 @@ def test_a_wrong_file_is_refused_and_the_others_come(
     assert message[1].startswith("a.nii.gz: SHA-256 000000000000... is needed, found ")
     assert message[2].endswith("/gone.nii.gz answers 404 Not Found")
     assert [f.name for f in (tmp_path / "out").rglob("*") if f.is_file()] == ["b.nii.gz"]
+
+
+def test_an_answer_that_breaks_off_is_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "TABLE", write_table(tmp_path / "table.tsv", server.address))
+    server.share = 0.5
+    with pytest.raises(DownloadError, match=r"^2 of 2 files.*\na\.nii\.gz: the answer of http://.* breaks off: ") as raised:
+        fetch_dataset("tiny", tmp_path / "out")
+    assert str(raised.value).count("\n") == 2
+    assert not [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+    server.share = 1.0
+    assert [path.read_bytes() for path in fetch_dataset("tiny", tmp_path / "out")] == list(FILES.values())
 
 
 def test_no_network_is_told_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,8 +322,11 @@ def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
     source = save_head(tmp_path / "a.nii.gz")
     with pytest.raises(ValueError, match=r"one of labels, freesurfer, bids is needed, found 'maps'"):
         prepare_subjects("maps", source, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"label maps are needed for 'ids' and 'contrasts', found bids"):
+    rule = r"label maps are needed for 'ids', 'contrasts' and 'generation_protocol', found "
+    with pytest.raises(ValueError, match=f"{rule}bids"):
         prepare_subjects("bids", tmp_path, tmp_path / "out", contrasts="CT")
+    with pytest.raises(ValueError, match=f"{rule}freesurfer"):
+        prepare_subjects("freesurfer", tmp_path, tmp_path / "out", generation_protocol="synthseg_generation")
 
 
 def test_prepared_subjects_become_a_datalist(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from brainfm_monai.anatomy import Protocol
 BRAIN_WINDOW_HU = (0.0, 80.0)  # of a CT, as the network gets it and as it is drawn (BrainFM)
 MAX_DISTANCE_MM = 3.0  # distances are learnt within this band (BrainFM: max_surf_distance)
 # Units, channel orders and mirror rules are those of BrainFM (arXiv 2509.00549). Targets of T1w, T2w and FLAIR are
-# scaled by white matter, see brainfm_monai.data.intensities.scale_contrast. A logit of 20 is certain to eight digits.
+# scaled by white matter, see brainfm_monai.data.contrasts.scale_contrast. A logit of 20 is certain to eight digits.
 TABLE = resources.files("brainfm_monai") / "tasks.tsv"
 EMBEDDING_CHANNELS = 16  # of the embedding, unless the layout says otherwise
 LOG_SCALE_LIMIT = 7.0  # scales lie between e^-7 and e^7 units: 0.1 mm of MNI coordinates, a thousandth of an intensity

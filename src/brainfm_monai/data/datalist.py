@@ -84,7 +84,7 @@ def make_entry(folder: Path) -> dict[str, Any]:
     """The item of a prepared subject, with whole paths."""
     record = read_record(folder)
     files = {key: str(path) for key in STORAGE if (path := subject_file(folder, key)).is_file()}
-    tables = {key: folder.parent / str(record.get(key, "")) for key in PROTOCOLS}  # of the user's, see run_jobs
+    tables = {key: folder.parent / str(record.get(key, "")) for key in PROTOCOLS}  # of the user's, see make_subjects
     files |= {key: str(table) for key, table in tables.items() if table.is_file()}
     return {"subject": folder.name, **{key: record[key] for key in FACTS if record.get(key)}, **files}
 

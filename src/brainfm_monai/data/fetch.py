@@ -2,6 +2,7 @@
 
 import logging
 from importlib import resources
+from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -74,6 +75,8 @@ def _fetch(file: dict[str, str], target: Path) -> str:
     except HTTPError as error:
         error.close()  # it holds the connection
         return f"{file['file']}: the server of {address} answers {error.code} {error.reason}"
+    except HTTPException as error:  # as of a connection that ends early
+        return f"{file['file']}: the answer of {address} breaks off: {error}"
     except ValueError as error:
         return str(error)
     except (URLError, ConnectionError, TimeoutError) as error:

@@ -48,7 +48,7 @@ def describe(source: Source) -> dict[str, Any]:
 
 def prepare_subjects(
     kind: str, input: str | Path | Sequence[str | Path], output: str | Path, *, jobs: int = 1, overwrite: bool = False,
-    protocol: str = "", generation_protocol: str = "synthseg_generation", ids: str | Path | None = None,
+    protocol: str = "", generation_protocol: str = "", ids: str | Path | None = None,
     contrasts: Sequence[str] | str = (), size: Sequence[int] | str = SIZE, dataset: str = "",
     bundle: str | Path = "bundle",
 ) -> list[Path]:  # fmt: skip
@@ -67,7 +67,8 @@ def prepare_subjects(
         overwrite: prepare finished subjects again.
         protocol: label protocol of the segmentation, a name or a table file; without it, ``synthseg_head`` for label
             maps and ``synthseg_brain`` for the others.
-        generation_protocol: label protocol of what the generator paints on label maps: a name or a table file.
+        generation_protocol: label protocol of what the generator paints on label maps, a name or a table file; without
+            it, ``synthseg_generation``.
         ids: table (columns id and freesurfer_id) for label maps with ids of their own.
         contrasts: images that a training paints on label maps, out of T1w, T2w, FLAIR and CT, separated by commas; a
             finished subject keeps its own where none are asked for.
@@ -79,12 +80,13 @@ def prepare_subjects(
     (find, usual), asked = KINDS[kind], subjects.split_names(contrasts)
     unknown = ", ".join(name for name in asked if name not in CONTRASTS)
     refuse_if(unknown, f"prepare: 'contrasts' must be out of {', '.join(CONTRASTS)}", unknown)
-    refuse_if((ids or asked) and kind != "labels", "prepare: label maps are needed for 'ids' and 'contrasts'", kind)
+    rule = "prepare: label maps are needed for 'ids', 'contrasts' and 'generation_protocol'"
+    refuse_if(kind != "labels" and (ids or asked or generation_protocol), rule, kind)
     protocols, own = {"protocol": protocol or usual}, {"dataset": dataset} if dataset else {}
     settings = make_settings(kind, protocols["protocol"], size)
     if kind == "labels":
-        protocols |= {"generation_protocol": generation_protocol}
-        settings |= {"generation_protocol": Path(generation_protocol).name}
+        protocols |= {"generation_protocol": generation_protocol or "synthseg_generation"}
+        settings |= {"generation_protocol": Path(protocols["generation_protocol"]).name}
         simulated = [name for name in CONTRASTS if name in asked]
         settings |= {"simulated": simulated} if simulated else {}  # a finished subject keeps its own
     inputs = [input] if isinstance(input, str | Path) else input
