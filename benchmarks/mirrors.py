@@ -36,8 +36,7 @@ class Injection(NamedTuple):
 LEFT_RIGHT = '.replace("left", "~").replace("right", "left").replace("~", "right")'
 INJECTIONS = (
     Injection(
-        "the reader of volumes", "io/volumes.py", "else _read_file(path, frame)",
-        "else (lambda volume: replace(volume, values=volume.values[::-1]))(_read_file(path, frame))",
+        "the reader of volumes", "io/volumes.py", "return Volume(values, stored.affine,", "return Volume(values[::-1], stored.affine,",
         ("tests/test_io_volumes.py", "tests/test_geometry.py"),
     ),
     Injection(
@@ -58,13 +57,13 @@ INJECTIONS = (
         "decode(total - b, total - a).flip(MIRROR_AXIS)", ("tests/test_inferers.py",),
     ),
     Injection(
-        "the labels on their way back to the grid of the scan", "outputs/result.py", "if turn[axis, 1] < 0",
-        "if turn[axis, 1] < 0 or axis == 0",
+        "the labels on their way back to the grid of the scan", "outputs/result.py", "torch.linalg.inv(source.affine) @ target",
+        "torch.linalg.inv(source.affine) @ torch.diag(target.new_tensor([-1, 1, 1, 1])) @ target",
         ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
     ),
     Injection(
-        "the hemispheres of the surfaces", "outputs/cortex.py", '"L": ("l", "r", 2, 3), "R": ("r", "l", 41, 42)',
-        '"L": ("r", "l", 2, 3), "R": ("l", "r", 41, 42)', ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
+        "the hemispheres of the surfaces", "outputs/cortex.py", 'zip(scan.layout.tasks["distance"].channel_names, channels',
+        'zip(("rp", "rw", "lp", "lw"), channels', ("tests/test_outputs_maps.py", "tests/test_geometry.py"),
     ),
     Injection(
         "the vertices of the surfaces", "outputs/cortex.py", "POINTSET=vertices", "POINTSET=vertices * np.float32([-1, 1, 1])",

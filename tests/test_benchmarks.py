@@ -85,6 +85,14 @@ def subject() -> dict[str, np.ndarray]:
     }
 
 
+def test_left_and_right_are_exchanged_in_lines_that_the_package_has(repository: Path) -> None:
+    mirrors = load_benchmark(repository, "mirrors")
+    for injection in mirrors.INJECTIONS:
+        text = (repository / mirrors.PACKAGE / injection.file).read_text(encoding="utf-8")
+        assert text.count(injection.text) == 1, injection.name
+        assert all((repository / name).is_file() for name in injection.tests), injection.name
+
+
 def test_a_missing_checkout_is_one_clear_line(reference_synthesis: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"a checkout of the published BrainFM repository is needed, it lacks Gen\S+$"

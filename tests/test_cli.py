@@ -402,6 +402,24 @@ def test_overrides_may_be_numbers_lists_and_expressions(
         assert bundle_runs[0][key] == value, key
 
 
+@pytest.mark.parametrize("word", ["cpu", "$torch.device('cpu')", '$torch.device("cpu")'])
+def test_a_device_has_a_name(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]], word: str
+) -> None:
+    call(monkeypatch, "predict", "in", "out", "--bundle", str(repository / "bundle"), "--device", word)
+    assert bundle_runs[0]["device"] == "$torch.device('cpu')"
+
+
+@pytest.mark.parametrize("word", ["gpu", "$torch.device('gpu')"])
+def test_a_device_that_this_machine_lacks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]], word: str
+) -> None:
+    rule = r"^brainfm-monai: --device: a device of this machine is needed, found 'gpu': Expected one of cpu, cuda, .*$"
+    with pytest.raises(SystemExit, match=rule):
+        call(monkeypatch, "predict", "in", "out", "--bundle", str(repository / "bundle"), "--device", word)
+    assert not bundle_runs
+
+
 def test_a_missing_library_is_one_line_and_leaves_the_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,12 +99,12 @@ def test_a_wrong_file_is_refused_and_the_others_come(
     assert [f.name for f in (tmp_path / "out").rglob("*") if f.is_file()] == ["b.nii.gz"]
 
 
-def test_an_answer_that_breaks_off_is_one_line(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_breaks_off_is_one_line(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "TABLE", write_table(tmp_path / "table.tsv", server.address))
     server.share = 0.5
-    with pytest.raises(DownloadError, match=r"^2 of 2 files.*\na\.nii\.gz: the answer of http://.* breaks off: ") as raised:
+    with pytest.raises(
+        DownloadError, match=r"^2 of 2 files.*\na\.nii\.gz: the answer of http://.* breaks off: "
+    ) as raised:
         fetch_dataset("tiny", tmp_path / "out")
     assert str(raised.value).count("\n") == 2
     assert not [f for f in (tmp_path / "out").rglob("*") if f.is_file()]

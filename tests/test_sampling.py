@@ -190,7 +190,11 @@ def test_streams_of_different_seeds_and_ranks_differ(geometry: Geometry) -> None
     [
         ("rotation_deg", (15, -15), "'rotation_deg' must be two ascending numbers, found (15, -15)"),
         ("noise_std", (1, 2, 3), "'noise_std' must be two ascending numbers, found (1, 2, 3)"),
+        ("rotation_deg", ("a", "b"), "'rotation_deg' must be two ascending numbers, found ('a', 'b')"),
+        ("rotation_deg", 5, "'rotation_deg' must be two ascending numbers, found 5"),
         ("mirror_prob", 1.5, "'mirror_prob' must be in [0, 1], found 1.5"),
+        ("mirror_prob", "often", "'mirror_prob' must be in [0, 1], found often"),
+        ("gamma_log_std", "much", "'gamma_log_std' must be a number, found much"),
         (
             "resolution_weights",
             (1, 2, 3),

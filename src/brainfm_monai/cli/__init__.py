@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from brainfm_monai import __version__
 from brainfm_monai.cli.words import describe, read_words
-from brainfm_monai.io import bundle_arguments, find_bundle, literal, refuse_if
+from brainfm_monai.io import bundle_arguments, find_bundle, first_line, literal, refuse_if
 
 # words of each command, its module and function, which are imported when it is called, and what the list of them says
 COMMANDS = {
@@ -98,7 +98,7 @@ def predict(
         overrides: any other --key value replaces that key of configs/inference.json: --mode (whole_head, brain,
             cerebrum, left_hemisphere, right_hemisphere, ex_vivo), --grid (scan, 1mm), --frame (N, mean), --window
             ([low,high]), --modality (auto, mr, ct), --fix_orientation (True), --atlas (label map in MNI152 space),
-            --shard (i/n), --overwrite, --weights (file), --device ("$torch.device('cpu')").
+            --shard (i/n), --overwrite, --weights (file), --device (cpu, cuda:1).
     """
     settings = {"outputs": outputs, "mirror": mirror, "memory": memory, "input": literal(input)}
     settings |= {"output_dir": literal(output), **({"precision": precision} if precision else {}), **overrides}
@@ -179,11 +179,27 @@ def run_bundle(bundle: str | Path, names: Sequence[str], cluster: str | None = N
     if cluster is None:
         from monai.bundle import run
 
+        if "device" in overrides:
+            overrides["device"] = _check_device(overrides["device"])
         run(**arguments | overrides)
     else:
         from brainfm_monai.prediction.loop import predict_on_cluster
 
         predict_on_cluster(cluster, arguments | overrides)
+
+
+def _check_device(device: Any) -> str:
+    """A device of this machine, by its name or an expression, as an expression; ValueError if torch has none."""
+    import torch
+
+    name = re.sub(r"^\$torch\.device\(['\"](.*)['\"]\)$", r"\1", device) if isinstance(device, str) else device
+    if str(name).startswith(("$", "@")):  # more than a name
+        return str(name)
+    try:
+        return f"$torch.device('{torch.empty(1, device=name).device}')"
+    except (RuntimeError, AssertionError) as error:
+        found = f"'{name}': {first_line(error)}"
+        raise ValueError(f"--device: a device of this machine is needed, found {found}") from error
 
 
 def version() -> str:

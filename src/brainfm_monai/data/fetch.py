@@ -1,8 +1,8 @@
 """Open data: a table of files with a download that checks them, and the demo's scans, which need no download."""
 
 import logging
-from importlib import resources
 from http.client import HTTPException
+from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from urllib.error import HTTPError, URLError

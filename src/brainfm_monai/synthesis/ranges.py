@@ -91,14 +91,18 @@ class SynthesisRanges:
             name, value = field.name, getattr(self, field.name)
             if isinstance(value, list):  # of a config or a command line
                 object.__setattr__(self, name, value := tuple(value))
+            numbers = value if isinstance(value, tuple) else (value,)
+            numbers = numbers if all(isinstance(n, int | float) for n in numbers) else ()
             if name.endswith("_prob"):
-                rule, valid = "in [0, 1]", 0 <= value <= 1
+                rule, valid = "in [0, 1]", len(numbers) == 1 and 0 <= numbers[0] <= 1
             elif field.type == Range:
-                rule, valid = "two ascending numbers", len(value) == 2 and value[0] <= value[1]
+                rule, valid = "two ascending numbers", len(numbers) == 2 and numbers[0] <= numbers[1]
             elif name.endswith("_weights"):
                 count = len(getattr(SynthesisRanges, name))
                 rule = f"{count} numbers of at least 0, not all 0"
-                valid = len(value) == count and min(value) >= 0 and sum(value) > 0
+                valid = len(numbers) == count and min(numbers) >= 0 and sum(numbers) > 0
+            elif field.type is float:
+                rule, valid = "a number", len(numbers) == 1
             else:
                 continue
             refuse_if(not valid, f"SynthesisRanges: '{name}' must be {rule}", value)
