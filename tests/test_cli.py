@@ -402,6 +402,25 @@ def test_overrides_may_be_numbers_lists_and_expressions(
         assert bundle_runs[0][key] == value, key
 
 
+def test_an_override_that_no_config_has_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    repository: Path,
+    tmp_path: Path,
+    bundle_runs: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    subjects, bundle = tmp_path / "subjects.json", ("--bundle", str(repository / "bundle"))
+    subjects.write_text("{}")
+    train = ["train", str(subjects), *bundle, "--variant", "small", "--max_epochs", "1", "--loss#weights#mni", "0"]
+    call(monkeypatch, *train)
+    call(monkeypatch, "predict", "in", "out", *bundle, "--mode", "brain", "--participant_label", "01", "--shard", "1/2")
+    call(monkeypatch, "evaluate", str(subjects), "out", *bundle, "--generated", "--scans_per_subject", "2")
+    assert not caplog.messages
+    call(monkeypatch, *train, "--max_epoch", "2")
+    assert caplog.messages == ["--max_epoch: no config has this key, and nothing reads it"]
+    assert len(bundle_runs) == 4
+
+
 @pytest.mark.parametrize("word", ["cpu", "$torch.device('cpu')", '$torch.device("cpu")'])
 def test_a_device_has_a_name(
     monkeypatch: pytest.MonkeyPatch, repository: Path, bundle_runs: list[dict[str, Any]], word: str

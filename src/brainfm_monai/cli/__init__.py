@@ -1,12 +1,13 @@
 """The command ``brainfm-monai``: each command is a few lines that call the package or run a config of the bundle."""
 
 import ctypes
+import inspect
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from typing import Any, Literal
 from brainfm_monai import __version__
 from brainfm_monai.cli.words import describe, read_words
 from brainfm_monai.io import bundle_arguments, find_bundle, first_line, literal, refuse_if
+
+logger = logging.getLogger(__name__)
 
 # words of each command, its module and function, which are imported when it is called, and what the list of them says
 COMMANDS = {
@@ -174,6 +177,8 @@ def run_bundle(bundle: str | Path, names: Sequence[str], cluster: str | None = N
     if "args_file" in overrides:  # of imported weights, whose files lie beside it
         overrides.setdefault("weights_dir", literal(str(Path(str(overrides["args_file"])).parent)))
     arguments = bundle_arguments(bundle, names)
+    if "args_file" not in overrides:  # which may bring keys of its own
+        _warn_of_unknown(overrides, arguments["config_file"])
     if find_bundle(bundle) != Path(str(bundle)):  # the bundle that the package carries, where nothing is written
         arguments["output_dir"] = literal(str(Path("training").resolve()))
     if cluster is None:
@@ -186,6 +191,16 @@ def run_bundle(bundle: str | Path, names: Sequence[str], cluster: str | None = N
         from brainfm_monai.prediction.loop import predict_on_cluster
 
         predict_on_cluster(cluster, arguments | overrides)
+
+
+def _warn_of_unknown(overrides: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Warn of overrides that no config has, such as misspelt ones, which MONAI takes without a word."""
+    from monai.bundle import ConfigParser, run
+
+    known = {*ConfigParser.load_config_files(files), *inspect.signature(run).parameters}
+    for name in overrides:
+        if name.partition("#")[0] not in known:
+            logger.warning("--%s: no config has this key, and nothing reads it", name)
 
 
 def _check_device(device: Any) -> str:
