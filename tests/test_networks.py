@@ -10,6 +10,7 @@ import torch.nn.functional as nnf
 from monai.bundle import ConfigParser
 from monai.networks.nets import UNet as MonaiUNet
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brainfm_monai.networks import (
     AdditiveUNet,
@@ -234,6 +235,20 @@ def test_chunks_of_planes_give_the_same_features(name: str, limit: int, monkeypa
         assert rounded.dtype == torch.bfloat16
         assert float((rounded.float() - expected).abs().mean() / expected.abs().mean()) < 0.05
         assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_activations_of_chunks_of_planes_take_no_memory(name: str) -> None:
+    seen: set[str] = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        encode_by_planes(BACKBONES[name]().eval(), torch.rand(1, 1, 16, 20, 24))
+    assert {"leaky_relu", "leaky_relu_"} & seen == {"leaky_relu_"}
 
 
 BACKBONE_OPTIONS: dict[str, dict[str, Any]] = {

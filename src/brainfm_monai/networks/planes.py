@@ -5,7 +5,7 @@ skip with the upsampled coarser features after it, the largest tensor of a U-Net
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import cast
 
 import torch
@@ -72,8 +72,8 @@ def _run(units: Iterable[nn.Module], parts: Parts) -> Tensor:
         elif isinstance(layer, nn.GroupNorm):
             _replace(parts[0], *stages)
             stages = [_normalisation(layer, parts)]
-        elif isinstance(layer, nn.LeakyReLU):
-            stages.append(layer)
+        elif isinstance(layer, nn.LeakyReLU):  # in place: planes that a normalisation made, or that are overwritten
+            stages.append(partial(nnf.leaky_relu_, negative_slope=layer.negative_slope))
     _replace(parts[0], *stages)
     return parts[0]
 
@@ -84,7 +84,8 @@ def _residual_block(block: ResidualBlock, image: Tensor) -> Tensor:
     bias = cast(Tensor, projection.bias).to(image.dtype)
     x = _run([block.first, block.second], [nnf.conv3d(image, weight, bias)])
     for a, b in plane_ranges(x.shape[2], x[:, :, :1].nbytes):  # the projection again costs less than its memory
-        x[:, :, a:b] = block.activation(x[:, :, a:b] + nnf.conv3d(image[:, :, a:b], weight, bias))
+        part = x[:, :, a:b].add_(nnf.conv3d(image[:, :, a:b], weight, bias))
+        nnf.leaky_relu_(part, block.activation.negative_slope)
     return x
 
 
@@ -119,7 +120,8 @@ def _convolve(conv: nn.Conv3d, parts: Parts, stages: Sequence[Stage]) -> Tensor:
     behind = zero = torch.zeros_like(first, memory_format=layout)
     per_plane = max(first.shape[1], conv.out_channels) * size[1] * size[2] * first.element_size()
     for a, b in plane_ranges(size[0], per_plane):
-        x = reduce(lambda part, stage: stage(part), stages, _read(parts, a, min(b + 1, size[0])))
+        x = _read(parts, a, min(b + 1, size[0]))  # from here on the chunk before is free
+        x = reduce(lambda part, stage: stage(part), stages, x)
         x = torch.cat([behind, x, zero] if b == size[0] else [behind, x], dim=2)  # planes a - 1 to b
         behind = x[:, :, -2:-1].clone()
         out[:, :, a:b] = nnf.conv3d(x, weight, padding=(0, 1, 1))
