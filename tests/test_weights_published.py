@@ -357,7 +357,11 @@ def test_messages(tmp_path: Path) -> None:
         ({"model": make_brainfm((8, 16), [])}, "at least one head out of segmentation, T1, .* is needed, found none"),
         (
             {"backbone_state_dict": {}},
-            "a kernel of 3 dimensions|at least two levels of the backbone are needed, found 0",
+            "at least two levels of the backbone are needed, found 0",
+        ),
+        (
+            {"model": {key: x for key, x in make_brainfm((8, 16, 32)).items() if "encoders.0" not in key}},
+            "kernels of 3 dimensions are needed in backbone.encoders.0, found none",
         ),
         (
             {"model": make_brainfm((8, 16), ["CT"]) | {"head.final_conv_CT.bias": torch.tensor([torch.nan])}},

@@ -151,6 +151,7 @@ def _widths(tensors: Tensors) -> tuple[int, tuple[int, ...]]:
         if key.startswith("backbone.encoders.") and tensors[key].ndim == 5:
             levels.setdefault(key.split(".")[2], []).append(tensors[key])
     refuse_if(len(levels) < 2, "at least two levels of the backbone are needed", len(levels))
+    refuse_if("0" not in levels, "kernels of 3 dimensions are needed in backbone.encoders.0", "none")
     return levels["0"][0].shape[1], tuple(len(kernels[-1]) for kernels in levels.values())
 
 
