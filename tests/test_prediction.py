@@ -290,6 +290,16 @@ def test_a_notebook_shows_the_scan_with_its_labels(tmp_path: Path, settings: dic
     assert f"<td>{name}</td>" in shown
 
 
+def test_warnings_of_reading_are_warnings_of_the_prediction(tmp_path: Path, settings: dict[str, Any]) -> None:
+    image: Any = nib.load(write_scan(tmp_path / "scan.nii"))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, tmp_path / "unknown.nii")
+    found = brainfm_monai.predict(tmp_path / "unknown.nii", **settings)
+    assert any("states no orientation" in warning for warning in found["warnings"])
+    assert found["warnings"] == found.scan.warnings  # what the page shows
+
+
 def test_one_image_in_python(tmp_path: Path, settings: dict[str, Any]) -> None:
     path = write_scan(tmp_path / "scan.nii.gz")
     found = brainfm_monai.predict(path, **settings)

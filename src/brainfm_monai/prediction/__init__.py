@@ -73,12 +73,12 @@ def select_outputs(
 class Prediction(dict[str, Any]):
     """What was predicted for one scan, by name; a notebook shows the scan with its labels.
 
-    In the grid of the scan, as MetaTensors of shape (C, H, W, D) with its affine: ``segmentation`` (uint8 labels),
-    ``entropy``, every other task of the network by its name, ``bias_field`` for ``log_bias_field``, and ``boundaries``
-    of :class:`~brainfm_monai.transforms.FindBoundariesd`. Beside them ``volumes_mm3`` (soft) and ``hard_volumes_mm3``
-    by the name of the structure, ``affine_to_template`` (RAS points, shape (4, 4); None without MNI coordinates or
-    brain), ``warnings`` and ``layout``. The attribute ``scan`` is the scan with its maps in the network's grid, which
-    the functions of ``outputs`` and ``report`` take.
+    In the grid of the scan, or with ``grid="1mm"`` of the network, as MetaTensors of shape (C, H, W, D) with its
+    affine: ``segmentation`` (uint8 labels), ``entropy``, every other task of the network by its name, ``bias_field``
+    for ``log_bias_field``, and ``boundaries`` of :class:`~brainfm_monai.transforms.FindBoundariesd`. Beside them
+    ``volumes_mm3`` (soft) and ``hard_volumes_mm3`` by the name of the structure, ``affine_to_template`` (RAS points,
+    shape (4, 4); None without MNI coordinates or brain), ``warnings`` and ``layout``. The attribute ``scan`` is the
+    scan with its maps in the network's grid, which the functions of ``outputs`` and ``report`` take.
     """
 
     def __init__(self, scan: outputs.ScanResult, **entries: Any) -> None:
@@ -155,6 +155,7 @@ def _describe(scan: outputs.ScanResult) -> Prediction:
     others = {key: one.cpu() for key, one in scan.maps.items() if key != "segmentation"}
     maps = {key: outputs.resample(one, scan.labels.shape, scan.affine) for key, one in others.items()}
     maps["segmentation"] = MetaTensor(torch.from_numpy(scan.labels)[None], affine=affine)
+    scan.warnings += outputs.collect_warnings(scan)  # after those of reading
     with suppress(ValueError):  # no brain
         matrix = outputs.fit_scan_to_template(scan).matrix if "mni" in maps else None
     return Prediction(
@@ -163,6 +164,6 @@ def _describe(scan: outputs.ScanResult) -> Prediction:
         volumes_mm3=dict(zip(names, soft[1:].tolist(), strict=True)),
         hard_volumes_mm3=dict(zip(names, hard[1:].tolist(), strict=True)),
         affine_to_template=matrix,
-        warnings=outputs.collect_warnings(scan),
+        warnings=scan.warnings,
         layout=scan.layout,
     )
