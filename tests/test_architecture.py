@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,27 @@ def test_modules_are_short_and_named_for_their_job(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAXIMUM_LINES, f"{path.name}: a module has at most {MAXIMUM_LINES} lines, found {lines}"
     assert not FORBIDDEN_NAMES & {path.stem, path.parent.name}
+
+
+def is_defined(dotted: str) -> bool:
+    """Whether a name such as ``brainfm_monai.io.files.write_text`` leads to a module, or to a name in its text."""
+    place, names = ROOT / "src", dotted.split(".")
+    while names and (place / names[0]).is_dir():
+        place /= names.pop(0)
+    if names and (place / f"{names[0]}.py").is_file():
+        text = (place / f"{names.pop(0)}.py").read_text(encoding="utf-8")
+    else:
+        text = (place / "__init__.py").read_text(encoding="utf-8")
+    return all(re.search(rf"\b{name}\b", text) for name in names[:1])
+
+
+@pytest.mark.parametrize("folder", ["src", "bundle", "docs", "monailabel_app", "benchmarks", "packaging"])
+def test_names_of_the_package_in_texts_and_configs_exist(folder: str) -> None:
+    texts = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".json", ".md", ".html", ".sh"}]
+    for path in texts:
+        for dotted in set(re.findall(rf"\b{PACKAGE}(?:\.[A-Za-z_]\w*)+\b", path.read_text(encoding="utf-8"))):
+            if not dotted.endswith((".py", ".tsv", ".json", ".md")):
+                assert is_defined(dotted), f"{path.relative_to(ROOT)}: {dotted}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=identify)

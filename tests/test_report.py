@@ -97,6 +97,15 @@ def test_warnings_come_first_and_names_are_text(scan: ScanResult, tmp_path: Path
     assert "<title>&lt;script&gt;alert(1)" in viewed
 
 
+def test_the_stylesheet_has_no_class_that_no_page_uses() -> None:
+    pages = Path(page.__file__).parent / "templates"
+    style = re.search("<style>(.*?)</style>", (pages / "base.html").read_text(encoding="utf-8"), re.S)
+    assert style is not None
+    used = "".join(path.read_text(encoding="utf-8") for path in pages.glob("*.html"))
+    words = {word for classes in re.findall('class="([^"]*)"', used) for word in classes.split()}
+    assert set(re.findall(r"\.([a-z]+)\b[^{};]*\{", style[1])) - {"light"} <= words  # a theme that Python names
+
+
 def find(scan: ScanResult, heading: str) -> np.ndarray:
     return next(picture for title, _, picture in draw_sections(scan) if title == heading)
 
