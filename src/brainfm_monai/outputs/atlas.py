@@ -56,7 +56,8 @@ def load_atlas(path: str | Path) -> Atlas:
     refuse_if(min({0, *regions}) < 0 or max({0, *regions}) == 0, rule, found, ScanError)
     volume = read_labels(path)
     unnamed = sorted(set(np.unique(volume.values).tolist()) - {0, *regions})
-    refuse_if(unnamed, f"{table}: a row for every label of {path} is needed", f"none for {[*unnamed, 0][0]}", ScanError)
+    found = f"none for {unnamed[0]}" if unnamed else ""
+    refuse_if(unnamed, f"{table}: a row for every label of {path} is needed", found, ScanError)
     return Atlas(stem, volume.values, volume.affine, {label: name for label, name in regions.items() if label})
 
 

@@ -201,10 +201,8 @@ def resample(
 
     The same voxels in another order are not interpolated.
     """
-    source, target = (
-        volume if isinstance(volume, MetaTensor) else MetaTensor(volume),
-        torch.from_numpy(np.array(affine)),
-    )
+    source = volume if isinstance(volume, MetaTensor) else MetaTensor(volume)
+    target = torch.from_numpy(np.array(affine))
     if tuple(source.shape[1:]) == tuple(shape) and torch.allclose(source.affine, target, rtol=1e-5, atol=1e-6):
         return source
     choices = {LazyAttr.SHAPE: shape, LazyAttr.INTERP_MODE: mode, LazyAttr.PADDING_MODE: padding_mode}
