@@ -5,7 +5,7 @@
     python benchmarks/gallery.py write OUT docs         # docs/gallery.md and its pictures
 
 DATA is a folder with the open sets, in the folders that the table below names. The template of a CT has Cormack units and becomes
-HU; the scan of voxelmorph is in an archive of numpy. The gallery shows the first two pictures and the surfaces of the scans that
+HU; the scan of voxelmorph is in an archive of numpy. The gallery shows the first two pictures, the surfaces and the probability of lesions of the scans that
 have a caption, and a table of all: what the scan was taken for, the Euler numbers of its four surfaces, the largest share of
 crossing triangles, and the warnings.
 """
@@ -35,7 +35,7 @@ AIR_HU = -1000
 VOXELMORPH_AFFINE = np.array(
     [[-1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]]
 )  # of FreeSurfer's conformed volumes
-SECTIONS = ("Scan and segmentation", "The scan in other contrasts", "White and pial surface")
+SECTIONS = ("Scan and segmentation", "The scan in other contrasts", "White and pial surface", "Lesions")
 HEADER = "| scan | source | taken for | Euler numbers (left white, pial; right white, pial) | most crossing | message |"
 WIDTH, QUALITY = 1000, 75  # of pictures
 
