@@ -84,6 +84,23 @@ def test_the_page_says_what_it_shows(scan: ScanResult) -> None:
     assert "No rule of quality found anything" in written
 
 
+def test_boundaries_are_drawn_once(tmp_path: Path) -> None:
+    """As contours of the surfaces where there are surfaces, else as the zero of the distances."""
+    voxels = np.indices((60, 36, 36))
+    left, right = (np.linalg.norm(voxels - np.reshape((x, 18, 18), (3, 1, 1, 1)), axis=0) for x in (15, 44))
+    labels = np.where(left < 12, LEFT_CORTEX, np.where(right < 12, RIGHT_CORTEX, 0)).astype(np.uint8)
+    distance = np.stack([left - 12, left - 9, right - 12, right - 9]).clip(-3, 3).astype(np.float32)
+    balls = make_scan(tmp_path, labels, np.eye(4))
+    maps = {**balls.maps, "distance": MetaTensor(torch.from_numpy(distance), affine=torch.eye(4, dtype=torch.float64))}
+    headings = {}
+    for outputs in ({"distance"}, {"distance", "surfaces"}):
+        shown = dataclasses.replace(balls, maps=maps, outputs=outputs, computed={})
+        headings[len(outputs)] = [heading for heading, _, _ in draw_sections(shown)]
+    assert "Cortex" in headings[1]
+    assert "White and pial surface" not in headings[1]
+    assert headings[2] == [*(heading for heading in headings[1] if heading != "Cortex"), "White and pial surface"]
+
+
 def test_warnings_come_first_and_names_are_text(scan: ScanResult, tmp_path: Path) -> None:
     warned = make_scan(tmp_path, scan.labels, maps_wanted=False)
     warned = dataclasses.replace(warned, name="<script>alert(1)</script>", warnings=["left < right & more"])

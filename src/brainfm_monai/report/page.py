@@ -118,8 +118,10 @@ def _sections_of_maps(scan: ScanResult) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {heading: [] for heading in ["The CT in two windows", *SECTIONS.values(), "Certainty"]}
     if scan.modality.startswith("ct"):
         rows["The CT in two windows"] = _ct_rows("", lambda cut: cut.read(scan.image, scan.affine))
+    # where there are surfaces, their contours are the boundaries of the distances
+    is_drawn_later = "surfaces" in scan.outputs and bool(outputs.grow_surfaces(scan))
     for entry, task in scan.layout.maps.items():
-        if task.picture in SECTIONS and entry in scan.maps:
+        if task.picture in SECTIONS and entry in scan.maps and not (is_drawn_later and task.picture == "distance"):
             rows[SECTIONS[task.picture]] += _map_rows(scan, task)
     if "entropy" in scan.maps:
         title = f"entropy of the labels: black certain, white {ENTROPY_TOP:g} of the maximum"
